@@ -1,0 +1,79 @@
+"""pyproject.toml, requirements.lock, environment.yaml and what is installed say the same."""
+
+import re
+import sys
+from importlib import metadata
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from tools import lock as tool
+
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+LOCK = tool.lock_path().read_text()
+CONDA = yaml.safe_load((tool.ROOT / "environment.yaml").read_text())
+
+
+def requirements() -> list[Requirement]:
+    project = tool.tomllib.loads((tool.ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    return [Requirement(text) for group in groups for text in group]
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_lock_satisfies_every_range_of_pyproject(python):
+    versions = tool.locked_versions(LOCK, python)
+    for requirement in requirements():
+        version = versions[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), (requirement, version)
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_lock_holds_the_matching_pair_of_torch_and_torchvision(python):
+    versions = tool.locked_versions(LOCK, python)
+    assert (versions["torch"], versions["torchvision"]) == ("2.14.1", "0.29.2")
+
+
+def test_ranges_end_at_the_locked_pair():
+    # torchvision 0.29 accepts any later torch, so only our own bounds keep the pair together
+    ranges = {requirement.name: requirement.specifier for requirement in requirements()}
+    assert not ranges["torch"].contains("2.15.0")
+    assert not ranges["torchvision"].contains("0.30.0")
+
+
+def test_lock_has_no_index_or_machine_path():
+    assert not re.search(r"://|--index|--find-links|--extra|/root|/home|/tmp", LOCK)
+
+
+def test_environment_yaml_is_made_from_the_lock():
+    assert (tool.ROOT / "environment.yaml").read_text() == tool.render_environment(LOCK)
+
+
+def test_environment_yaml_pins_every_direct_dependency_as_locked():
+    assert CONDA["name"] == "tokenbridge"
+    python = CONDA["dependencies"][0].removeprefix("python=")
+    pip_lines = CONDA["dependencies"][-1]["pip"]
+    pins = [Requirement(line) for line in pip_lines if not line.startswith("--")]
+    locked = tool.locked_versions(LOCK, python)
+    assert sorted(pin.name for pin in pins) == sorted(tool.direct_dependencies())
+    for pin in pins:
+        assert str(pin.specifier) == f"=={locked[pin.name]}"
+
+
+def test_installed_versions_are_the_locked_ones():
+    locked = tool.locked_versions(LOCK, f"{sys.version_info.major}.{sys.version_info.minor}")
+    installed = {canonicalize_name(d.metadata["Name"]): d.version for d in metadata.distributions()}
+    different = {
+        name: (Version(installed[name]).public, version)
+        for name, version in locked.items()
+        if name in installed and Version(installed[name]).public != version
+    }
+    assert not different, f"(installed, locked): {different}"
+
+
+def test_everything_asked_for_is_installed():
+    installed = {canonicalize_name(d.metadata["Name"]) for d in metadata.distributions()}
+    assert set(tool.direct_dependencies()) <= installed
