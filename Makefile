@@ -1,0 +1,62 @@
+# Each target sets up what it needs: a .venv in the checkout, made once from requirements.lock.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint lock clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ARGS ?=
+
+help:
+	@echo 'TokenBridge'
+	@echo '  make demo   train on real handwritten digits and draw new ones; ends with a report'
+	@echo '              (about 8 minutes on 2 CPU cores)'
+	@echo '  make test   run the tests (under 15 minutes on 2 CPU cores); ARGS="-k vae" picks some'
+	@echo '  make lint   check style and formatting'
+	@echo '  make lock   resolve requirements.lock and environment.yaml anew; ARGS=--upgrade'
+	@echo '  make clean  remove the demo output and caches, keep .venv'
+	@echo
+	@echo 'The first one installs into .venv (once, 2 to 5 minutes, about 6 GB).'
+	@echo 'PYTHON=python3.12 picks the interpreter, 3.10 or newer.'
+
+demo: $(INSTALLED)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/run.sh
+
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+lock: $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet uv
+	@$(BIN)/python tools/lock.py $(ARGS)
+	@git --no-pager diff --stat -- requirements.lock environment.yaml
+
+clean:
+	@rm -rf output/demo .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# pip's own output goes to a log; what is shown is the large downloads, so that a wait has a
+# reason. The stamp is written last: an interrupted installation is taken up again.
+LARGE_DOWNLOADS = /^ *(Downloading|Using cached) .*\(([0-9.]+ GB|[0-9][0-9]+\.[0-9]+ MB)\)/ \
+	{ sub(/-(cp|py)[0-9].*/, "", $$2); print "  " $$2, $$(NF-1), $$NF; fflush() } \
+	/^Installing collected/ { print "  unpacking"; fflush() }
+
+$(INSTALLED): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo 'error: Python 3.10 or newer is needed, and $(PYTHON) is not;' \
+	    'name one: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo 'error: $(PYTHON) cannot make virtual environments; on Debian or Ubuntu:' \
+	    'apt install python3-venv' >&2; exit 1; }
+	@echo '== Installing into $(VENV), once: 2 to 5 minutes, about 6 GB (log: $(VENV)/install.log)'
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input \
+	    -c requirements.lock -e '.[demo,dev]' 2>&1 | tee $(VENV)/install.log \
+	  | awk '$(LARGE_DOWNLOADS)' || { tail -n 15 $(VENV)/install.log >&2; exit 1; }
+	@touch $@
+	@echo '== Installed'
