@@ -1,0 +1,1 @@
+"""TokenBridge: VAE, quantizer, masked-autoregressive backbone, channel head, sampler."""

@@ -1,0 +1,97 @@
+"""Masked-autoencoder transformer: visible tokens -> a condition vector for every position.
+
+The encoder sees the class slots and the visible tokens only; the decoder sees mask tokens in
+place of the others.
+Letters: B batch, L positions, V visible, S class slots (`buffer_size`), D width, C token scalars.
+Source: MAR, arXiv 2406.11838; arXiv 2503.16430.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.config import TokenBridgeConfig
+from models.layers import LayerNorm, call, init_linear, learned, vit_block
+from models.masking import Mask
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: TokenBridgeConfig):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.num_slots = config.buffer_size
+        self.label_drop_prob = config.label_drop_prob
+        width, out_width = config.encoder_embed_dim, config.decoder_embed_dim
+        dropout = (config.attn_dropout, config.proj_dropout)
+
+        self.fake_latent = learned(1, width)  # the embedding of "no class"
+        self.encoder_pos_embed_learned = learned(1, self.num_slots + config.seq_len, width)
+        self.mask_token = learned(1, 1, out_width)
+        self.decoder_pos_embed_learned = learned(1, self.num_slots + config.seq_len, out_width)
+        self.output_pos_embed = learned(1, config.seq_len, out_width)
+
+        self.class_emb = nn.Embedding(config.class_num, width)
+        self.z_proj = nn.Linear(config.token_dim, width)
+        self.z_proj_ln = LayerNorm(width)
+        self.encoder_blocks = nn.ModuleList(
+            vit_block(width, config.encoder_num_heads, config.mlp_ratio, *dropout)
+            for _ in range(config.encoder_depth)
+        )
+        self.encoder_norm = LayerNorm(width)
+        self.decoder_embed = nn.Linear(width, out_width)
+        self.decoder_blocks = nn.ModuleList(
+            vit_block(out_width, config.decoder_num_heads, config.mlp_ratio, *dropout)
+            for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = LayerNorm(out_width)
+        self.apply(init_linear)
+        nn.init.normal_(self.class_emb.weight, std=0.02)
+
+    def class_embedding(self, labels: Tensor | None, batch: int) -> Tensor:
+        """labels: [B] int64, or None for no class -> [B, D].
+
+        In training a label is dropped, independently, with probability `label_drop_prob`.
+        """
+        if labels is None:
+            return self.fake_latent.expand(batch, -1)
+        embedding = self.class_emb(labels)
+        if self.training:
+            dropped = torch.rand(batch, 1, device=labels.device) < self.label_drop_prob
+            embedding = torch.where(dropped, self.fake_latent.to(embedding.dtype), embedding)
+        return embedding
+
+    def encode(self, values: Tensor, class_embedding: Tensor, mask: Mask) -> Tensor:
+        """values: [B, L, C] dequantized tokens; what lies under the mask is never read.
+
+        class_embedding: [B, D]. Returns [B, S + V, D].
+        """
+        x = self.z_proj(values)  # [B, L, D]
+        slots = class_embedding[:, None].expand(-1, self.num_slots, -1).to(x.dtype)
+        x = torch.cat([slots, x], dim=1) + self.encoder_pos_embed_learned  # [B, S+L, D]
+        x = self.z_proj_ln(x)
+        slots, x = x.split([self.num_slots, values.shape[1]], dim=1)
+        x = torch.cat([slots, take(x, mask.visible)], dim=1)  # [B, S+V, D]
+        for block in self.encoder_blocks:
+            x = call(block, x, recompute=self.grad_checkpointing)
+        return self.encoder_norm(x)
+
+    def decode(self, encoded: Tensor, mask: Mask) -> Tensor:
+        """encoded: [B, S + V, D] -> z [B, L, D], the condition of every position."""
+        x = self.decoder_embed(encoded)
+        slots, visible = x.split([self.num_slots, mask.visible.shape[1]], dim=1)
+        length = self.output_pos_embed.shape[1]
+        x = self.mask_token.to(x.dtype).expand(x.shape[0], length, -1)
+        x = x.scatter(1, mask.visible[..., None].expand_as(visible), visible)
+        x = torch.cat([slots, x], dim=1) + self.decoder_pos_embed_learned  # [B, S+L, D]
+        for block in self.decoder_blocks:
+            x = call(block, x, recompute=self.grad_checkpointing)
+        x = self.decoder_norm(x)[:, self.num_slots :]
+        return x + self.output_pos_embed
+
+    def forward(self, values: Tensor, class_embedding: Tensor, mask: Mask) -> Tensor:
+        """values: [B, L, C], class_embedding: [B, D] -> z [B, L, D]."""
+        return self.decode(self.encode(values, class_embedding, mask), mask)
+
+
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """x: [B, L, D], positions: [B, V] -> [B, V, D]: those positions of each row."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,163 @@
+"""Configuration of a TokenBridge model: sizes, presets, and the published constants.
+
+This is the one place that knows the published numbers (16 channels, 256 px, 1000 classes,
+latent scale 0.2325, the channel order); everything else reads them from a configuration.
+Source: arXiv 2503.16430 and the released checkpoints.
+"""
+
+from dataclasses import asdict, dataclass, fields
+
+# Multiplying KL-16's posterior samples by this brings them to about unit standard deviation.
+PUBLISHED_LATENT_SCALE = 0.2325
+# KL-16's channels by their share of low-frequency energy, largest first.
+PUBLISHED_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
+
+# What the head reads at its first position when it samples: see `ChannelHead.sample`.
+HEAD_INPUTS = ("trained", "published")
+
+# width and depth of encoder and decoder, heads; width, depth and heads of the channel head
+_SIZES = {
+    "tokenbridge_tiny": (128, 4, 4, 128, 2, 4),
+    "tokenbridge_base": (768, 12, 12, 768, 4, 8),
+    "tokenbridge_large": (1024, 16, 16, 1024, 4, 8),
+    "tokenbridge_huge": (1280, 20, 16, 1024, 6, 8),
+}
+
+
+@dataclass(frozen=True)
+class TokenBridgeConfig:
+    """All that decides a model's shape and its use; saved in every checkpoint.
+
+    img_size in pixels, vae_stride in pixels per latent position, patch_size in latent positions.
+    channel_order: the order in which the head predicts the `vae_embed_dim` channels; None means
+    the published order for 16 channels, else the natural one.
+    head_input: "trained" or "published", the sampler's input at the head's first position.
+    Raises ValueError, naming the value, if the numbers do not fit together.
+    """
+
+    img_size: int = 256
+    vae_stride: int = 16
+    patch_size: int = 1
+    encoder_embed_dim: int = 1024
+    encoder_depth: int = 16
+    encoder_num_heads: int = 16
+    decoder_embed_dim: int = 1024
+    decoder_depth: int = 16
+    decoder_num_heads: int = 16
+    channel_embed_dim: int = 1024
+    channel_depth: int = 4
+    channel_heads: int = 8
+    mlp_ratio: float = 4.0
+    quant_levels: int = 64
+    vae_embed_dim: int = 16
+    class_num: int = 1000
+    attn_dropout: float = 0.1
+    proj_dropout: float = 0.1
+    buffer_size: int = 64
+    quant_min: float = -5.0
+    quant_max: float = 5.0
+    label_drop_prob: float = 0.1
+    mask_ratio_min: float = 0.7
+    channel_order: tuple[int, ...] | None = None
+    latent_scale: float = PUBLISHED_LATENT_SCALE
+    head_input: str = "trained"
+
+    def __post_init__(self):
+        if self.channel_order is None:
+            object.__setattr__(self, "channel_order", default_channel_order(self.vae_embed_dim))
+        object.__setattr__(self, "channel_order", tuple(self.channel_order))
+        self._check_grid()
+        self._check_widths()
+        self._check_ranges()
+        if sorted(self.channel_order) != list(range(self.vae_embed_dim)):
+            raise ValueError(
+                f"channel_order {self.channel_order} is not a permutation of the "
+                f"{self.vae_embed_dim} latent channels (vae_embed_dim)"
+            )
+        if self.head_input not in HEAD_INPUTS:
+            raise ValueError(f"head_input {self.head_input!r} is not one of {HEAD_INPUTS}")
+
+    def _check_grid(self):
+        token_pixels = self.vae_stride * self.patch_size
+        if token_pixels <= 0 or self.img_size <= 0 or self.img_size % token_pixels:
+            raise ValueError(
+                f"img_size {self.img_size} is not a multiple of vae_stride {self.vae_stride} "
+                f"x patch_size {self.patch_size}"
+            )
+
+    def _check_widths(self):
+        for part, width, heads in (
+            ("encoder", self.encoder_embed_dim, self.encoder_num_heads),
+            ("decoder", self.decoder_embed_dim, self.decoder_num_heads),
+            ("channel head", self.channel_embed_dim, self.channel_heads),
+        ):
+            if heads <= 0 or width % heads:
+                raise ValueError(f"{part} width {width} is not a multiple of its {heads} heads")
+
+    def _check_ranges(self):
+        if not self.quant_min < self.quant_max:
+            raise ValueError(f"quant_min {self.quant_min} is not below quant_max {self.quant_max}")
+        for name in ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not between 0 and 1")
+        for name in ("class_num", "vae_embed_dim", "buffer_size", "latent_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+
+    @property
+    def grid_size(self) -> int:
+        """Token positions along one side of the image."""
+        return self.img_size // (self.vae_stride * self.patch_size)
+
+    @property
+    def seq_len(self) -> int:
+        """L, the token positions of an image."""
+        return self.grid_size**2
+
+    @property
+    def token_dim(self) -> int:
+        """C * p * p, the latent scalars of one token."""
+        return self.vae_embed_dim * self.patch_size**2
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image's latents."""
+        side = self.img_size // self.vae_stride
+        return self.vae_embed_dim, side, side
+
+    def to_dict(self) -> dict:
+        """Plain values only, as a checkpoint or a JSON file holds them."""
+        return asdict(self) | {"channel_order": list(self.channel_order)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "TokenBridgeConfig":
+        """The inverse of `to_dict`. Raises ValueError on names it does not know."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"unknown model settings {unknown}")
+        return cls(**values)
+
+
+def default_channel_order(channels: int) -> tuple[int, ...]:
+    """KL-16's published order for its channel count, the natural order for any other."""
+    if channels == len(PUBLISHED_CHANNEL_ORDER):
+        return PUBLISHED_CHANNEL_ORDER
+    return tuple(range(channels))
+
+
+def preset(name: str) -> dict:
+    """Keyword arguments of a named model size. Raises ValueError on an unknown name."""
+    if name not in _SIZES:
+        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(_SIZES)}")
+    width, depth, heads, head_width, head_depth, head_heads = _SIZES[name]
+    return {
+        **{f"{part}_embed_dim": width for part in ("encoder", "decoder")},
+        **{f"{part}_depth": depth for part in ("encoder", "decoder")},
+        **{f"{part}_num_heads": heads for part in ("encoder", "decoder")},
+        "channel_embed_dim": head_width,
+        "channel_depth": head_depth,
+        "channel_heads": head_heads,
+    }
+
+
+PRESETS = tuple(_SIZES)

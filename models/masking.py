@@ -1,0 +1,81 @@
+"""Which positions are masked: random orders, the training mask ratio, the sampling schedule.
+
+Letters: B batch, L positions, M masked positions of each image, V = L - M visible ones.
+Source: MAR, arXiv 2406.11838, section 3; arXiv 2503.16430.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MASK_RATIO_MEAN, MASK_RATIO_STD = 1.0, 0.25
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The same number of masked positions in every image, as rows of sorted indices.
+
+    Index rows instead of a boolean mask keep every shape known on the host, so nothing has to
+    wait for the device.
+    masked: [B, M] int64. visible: [B, V] int64. Both ascending.
+    """
+
+    masked: Tensor
+    visible: Tensor
+
+    @classmethod
+    def from_orders(cls, orders: Tensor, num_masked: int) -> "Mask":
+        """orders: [B, L] permutations; the first `num_masked` positions of each are masked."""
+        return cls(
+            masked=orders[:, :num_masked].sort(dim=1).values,
+            visible=orders[:, num_masked:].sort(dim=1).values,
+        )
+
+    @classmethod
+    def from_bool(cls, mask: Tensor) -> "Mask":
+        """mask: [B, L], true or 1 where masked. Raises ValueError if the rows' counts differ."""
+        mask = mask.bool()
+        counts = mask.sum(dim=1)
+        if len(counts) == 0 or bool((counts != counts[0]).any()):
+            raise ValueError(f"rows mask different numbers of positions: {counts.tolist()}")
+        orders = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+        return cls.from_orders(orders, int(counts[0]))
+
+
+def random_orders(batch: int, length: int, device: torch.device | str) -> Tensor:
+    """[B, L]: an independent, uniformly random permutation of the positions for each image."""
+    return torch.rand(batch, length, device=device).argsort(dim=1)
+
+
+def draw_mask_ratio(minimum: float) -> float:
+    """One draw of normal(1.0, 0.25) truncated to [minimum, 1.0], from torch's CPU generator."""
+    low = torch.tensor((minimum - MASK_RATIO_MEAN) / MASK_RATIO_STD, dtype=torch.float64)
+    mass = torch.special.ndtr(low)  # P(n < minimum); the upper end is the mean, so P = 1/2
+    quantile = mass + (0.5 - mass) * torch.rand((), dtype=torch.float64)
+    ratio = MASK_RATIO_MEAN + MASK_RATIO_STD * torch.special.ndtri(quantile).item()
+    return min(max(ratio, minimum), 1.0)
+
+
+def training_mask(batch: int, length: int, minimum: float, device: torch.device | str) -> Mask:
+    """The published training mask: one ratio for the batch, ceil(L * ratio) positions an image."""
+    num_masked = math.ceil(length * draw_mask_ratio(minimum))
+    return Mask.from_orders(random_orders(batch, length, device), num_masked)
+
+
+def mask_schedule(length: int, num_iter: int) -> list[tuple[int, int, int]]:
+    """For each sampling iteration: (masked before, masked after, m of the cosine).
+
+    After iteration s of S, m = max(1, min(before - 1, floor(L cos(pi/2 (s+1)/S)))) positions stay
+    masked; the last iteration predicts all that remain, although its m, which guidance reads, is
+    still the cosine's. With S > L some iterations predict nothing.
+    """
+    schedule, before = [], length
+    for step in range(num_iter):
+        cosine = math.floor(length * math.cos(math.pi / 2 * (step + 1) / num_iter))
+        m = max(1, min(before - 1, cosine))
+        after = 0 if step == num_iter - 1 else m
+        schedule.append((before, after, m))
+        before = after
+    return schedule

@@ -1,0 +1,134 @@
+"""TokenBridge: quantizer, backbone and channel head put together; latents -> loss.
+
+training: latents -> patchify -> quantizer -> masking -> backbone -> channel head -> cross-entropy
+Letters: B batch, L positions, C channels of a token, K levels, M masked positions of the batch.
+Source: arXiv 2503.16430.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.backbone import Backbone, take
+from models.channel_head import ChannelHead
+from models.config import TokenBridgeConfig
+from models.masking import Mask, training_mask
+from models.patchify import patchify
+from models.quantizer import GaussianQuantizer
+from models.vae import check_layout
+
+
+class TokenBridge(nn.Module):
+    """Keyword arguments: the fields of `TokenBridgeConfig`.
+
+    grad_checkpointing: recompute the blocks of encoder, decoder and channel head in backward.
+    """
+
+    def __init__(self, *, grad_checkpointing: bool = False, **kwargs):
+        super().__init__()
+        self.config = config = TokenBridgeConfig(**kwargs)
+        self.backbone = Backbone(config)
+        self.head = ChannelHead(
+            cond_dim=config.decoder_embed_dim,
+            width=config.channel_embed_dim,
+            depth=config.channel_depth,
+            heads=config.channel_heads,
+            mlp_ratio=config.mlp_ratio,
+            levels=config.quant_levels,
+            order=token_order(config),
+        )
+        self.quantizer = GaussianQuantizer(
+            config.quant_levels, config.quant_min, config.quant_max
+        )
+        self.backbone.grad_checkpointing = self.head.grad_checkpointing = grad_checkpointing
+
+    def forward(self, latents: Tensor, labels: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy, in nats, over all masked positions and channels.
+
+        latents: [B, C, H, W] scaled. labels: [B] int64, or None for no class.
+        mask: [B, L], true where masked, the same number in each row; drawn if None.
+        Raises ValueError on other shapes.
+        """
+        tokens = self._tokens(latents)
+        if mask is None:
+            minimum = self.config.mask_ratio_min
+            positions = training_mask(*tokens.shape[:2], minimum, latents.device)
+        else:
+            positions = Mask.from_bool(mask)
+        logits, targets = self._predict(tokens, labels, positions)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def logits(self, latents: Tensor, labels: Tensor | None, mask: Tensor) -> Tensor:
+        """Teacher-forced logits of the masked positions, row by row: [M, C, K], natural order."""
+        return self._predict(self._tokens(latents), labels, Mask.from_bool(mask))[0]
+
+    def _tokens(self, latents: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, L, C*p*p]."""
+        if latents.shape[1:] != self.config.latent_shape:
+            raise ValueError(
+                f"latents are {tuple(latents.shape)}, expected [B, "
+                f"{', '.join(map(str, self.config.latent_shape))}] for img_size "
+                f"{self.config.img_size} and vae_stride {self.config.vae_stride}"
+            )
+        return patchify(latents, self.config.patch_size)
+
+    def _predict(self, tokens: Tensor, labels: Tensor | None, mask: Mask) -> tuple[Tensor, Tensor]:
+        """tokens: [B, L, C] -> logits [M, C, K] and indices [M, C] of the masked positions."""
+        indices = self.quantizer.encode(tokens)
+        values = self.quantizer.decode(indices)
+        classes = self.backbone.class_embedding(labels, len(tokens))
+        z = self.backbone(values, classes, mask)
+        targets = take(indices, mask.masked).flatten(0, 1)
+        return self.head(take(z, mask.masked).flatten(0, 1), targets), targets
+
+    def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) in the published names and order."""
+        names = _published_names(dict(self.named_parameters()))
+        parameters = dict(self.named_parameters())
+        return ((published, parameters[own]) for published, own in names.items())
+
+    def published_state_dict(self) -> dict[str, Tensor]:
+        """All tensors, parameters and buffers, in the published layout."""
+        state = self.state_dict()
+        return {published: state[own] for published, own in _published_names(state).items()}
+
+    def load_published(self, state: dict[str, Tensor], head_input: str = "published") -> None:
+        """Load a state dict of the published layout, buffers present or (as in an EMA) absent.
+
+        head_input: how the sampler feeds the head from now on; files that say nothing of it come
+        from the published code, whose sampler fed it the published way.
+        Raises ValueError, naming the tensors, unless all of them match.
+        """
+        own = self.state_dict()
+        names = _published_names(own)
+        buffers = [name for name, _ in self.named_buffers() if name in own]
+        absent = {name for name, own_name in names.items() if own_name in buffers} - set(state)
+        check_layout(state, {name: own[names[name]] for name in names if name not in absent})
+        self._check_codebook(state)
+        self.load_state_dict(own | {names[name]: tensor for name, tensor in state.items()})
+        self.config = replace(self.config, head_input=head_input)
+
+    def _check_codebook(self, state: dict[str, Tensor]) -> None:
+        for name in ("boundaries", "reconstruction_values"):
+            expected = getattr(self.quantizer, name).cpu()
+            if name in state and not torch.allclose(state[name].cpu().float(), expected, atol=1e-4):
+                raise ValueError(f"the checkpoint's quantizer differs from this one in {name!r}")
+
+
+def token_order(config: TokenBridgeConfig) -> tuple[int, ...]:
+    """The head's order over all C*p*p scalars of a token: channel by channel, then row-major."""
+    area = config.patch_size**2
+    return tuple(c * area + k for c in config.channel_order for k in range(area))
+
+
+def _published_names(own_names) -> dict[str, str]:
+    """Published name -> own name, in the published order.
+
+    The published model is flat: its names are ours without the part (backbone, head, quantizer),
+    and the tensors that belong to no submodule come first.
+    """
+    names = {name.split(".", 1)[1]: name for name in own_names}
+    return {name: names[name] for name in sorted(names, key=lambda name: "." in name)}

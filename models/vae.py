@@ -1,0 +1,286 @@
+"""KL-regularised convolutional autoencoder of latent diffusion (KL-16 by default).
+
+Images in [-1, 1] -> diagonal Gaussian posterior over latents -> images. Everything here speaks
+of unscaled latents; the scale that brings them to unit variance belongs to `models.tokenizer`.
+Tensor names are those of the published `kl16.ckpt`.
+Letters: B batch, C latent channels, S stride, h = H / S.
+Source: Rombach et al., arXiv 2112.10752; Li et al. (MAR), arXiv 2406.11838.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GROUPS = 32
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class Posterior:
+    """Diagonal Gaussian over latents. `parameters` [B, 2C, h, w]: mean, then log-variance."""
+
+    def __init__(self, parameters: Tensor):
+        self.parameters = parameters
+        self.mean, logvar = parameters.chunk(2, dim=1)
+        self.logvar = logvar.clamp(*LOGVAR_RANGE)
+
+    @property
+    def std(self) -> Tensor:
+        return torch.exp(0.5 * self.logvar)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One draw, [B, C, h, w]."""
+        noise = torch.randn(
+            self.mean.shape,
+            generator=generator,
+            device=self.mean.device,
+            dtype=self.mean.dtype,
+        )
+        return self.mean + self.std * noise
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """KL divergence from N(0, I) in nats, summed over each image: [B]."""
+        terms = self.mean.square() + self.logvar.exp() - 1.0 - self.logvar
+        return 0.5 * terms.sum(dim=(1, 2, 3))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+
+
+def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
+
+
+class ResBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
+
+    def __init__(self, channels_in: int, channels_out: int):
+        super().__init__()
+        self.norm1 = group_norm(channels_in)
+        self.conv1 = conv3x3(channels_in, channels_out)
+        self.norm2 = group_norm(channels_out)
+        self.conv2 = conv3x3(channels_out, channels_out)
+        if channels_in != channels_out:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, kernel_size=1)
+        else:
+            self.nin_shortcut = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all h*w positions, scale channels^-0.5."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, kernel_size=1)
+        self.k = nn.Conv2d(channels, channels, kernel_size=1)
+        self.v = nn.Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Zero-pad right and bottom by one, then 3x3 with stride 2."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest x2, then 3x3."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, attention after each, then a change of resolution."""
+
+    def __init__(self, widths: list[int], attention: bool = False):
+        super().__init__()
+        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.block = nn.ModuleList(ResBlock(a, b) for a, b in pairs)
+        self.attn = nn.ModuleList(AttnBlock(b) for _, b in pairs if attention)
+        self.downsample: nn.Module = nn.Identity()
+        self.upsample: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            x = self.attn[i](x) if self.attn else x
+        return self.upsample(self.downsample(x))
+
+
+class Encoder(nn.Module):
+    """Images [B, 3, H, W] -> [B, 2C, h, w]."""
+
+    def __init__(self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int):
+        super().__init__()
+        self.conv_in = conv3x3(3, ch)
+        self.down = nn.ModuleList()
+        width, last = ch, len(ch_mult) - 1
+        for i, mult in enumerate(ch_mult):
+            level = Level([width] + [ch * mult] * num_res_blocks, attention=i == last)
+            width = ch * mult
+            level.downsample = Downsample(width) if i < last else nn.Identity()
+            self.down.append(level)
+        self.mid = Middle(width)
+        self.norm_out = group_norm(width)
+        self.conv_out = conv3x3(width, 2 * z_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents [B, C, h, w] -> images [B, 3, H, W]; one residual block a level more than above."""
+
+    def __init__(self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int):
+        super().__init__()
+        width = ch * ch_mult[-1]
+        self.conv_in = conv3x3(z_channels, width)
+        self.mid = Middle(width)
+        levels = []
+        for i in reversed(range(len(ch_mult))):
+            level = Level([width] + [ch * ch_mult[i]] * (num_res_blocks + 1))
+            width = ch * ch_mult[i]
+            level.upsample = Upsample(width) if i > 0 else nn.Identity()
+            levels.insert(0, level)
+        self.up = nn.ModuleList(levels)  # the published names count from the finest level
+        self.norm_out = group_norm(width)
+        self.conv_out = conv3x3(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """The VAE. The defaults are KL-16: 66,456,019 parameters, stride 16.
+
+    embed_dim: C, latent channels. ch: width of the finest level, a multiple of 32.
+    ch_mult: width multiplier of each level, finest first; the stride is 2^(levels - 1).
+    num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
+    ckpt_path: a file in the published form, a dict whose key `model` holds the tensors.
+    Raises ValueError if ch does not fit the group norms, or if the file's tensors do not match.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 16,
+        ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
+        ckpt_path: str | Path | None = None,
+        ch: int = 128,
+        num_res_blocks: int = 2,
+    ):
+        super().__init__()
+        if ch <= 0 or ch % GROUPS:
+            raise ValueError(f"ch {ch} is not a multiple of {GROUPS}, the group norms' groups")
+        self.config = {
+            "embed_dim": embed_dim,
+            "ch_mult": tuple(ch_mult),
+            "ch": ch,
+            "num_res_blocks": num_res_blocks,
+        }
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, embed_dim)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, embed_dim)
+        self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, kernel_size=1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, kernel_size=1)
+        if ckpt_path is not None:
+            saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+            self.load_published(saved["model"])
+
+    @property
+    def stride(self) -> int:
+        """Image pixels per latent position, along one side."""
+        return 2 ** (len(self.config["ch_mult"]) - 1)
+
+    @property
+    def is_kl16(self) -> bool:
+        """Whether this is the published architecture, for which the published constants hold."""
+        return self.config == AutoencoderKL.published_config()
+
+    @staticmethod
+    def published_config() -> dict:
+        return {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), "ch": 128, "num_res_blocks": 2}
+
+    def encode(self, images: Tensor) -> Posterior:
+        """images: [B, 3, H, W] in [-1, 1], sides multiples of the stride -> posterior [B, C, h, w].
+
+        Raises ValueError on other sizes.
+        """
+        if images.shape[-1] % self.stride or images.shape[-2] % self.stride:
+            raise ValueError(
+                f"image sides {tuple(images.shape[-2:])} are not multiples of stride {self.stride}"
+            )
+        return Posterior(self.quant_conv(self.encoder(images)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents: [B, C, h, w], unscaled -> images [B, 3, H, W], about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(latents))
+
+    def load_published(self, state: dict[str, Tensor]) -> None:
+        """Load tensors by their published names; all must match. Raises ValueError."""
+        check_layout(state, self.state_dict())
+        self.load_state_dict(state)
+
+
+def check_layout(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise ValueError naming the tensors that are missing, unexpected or of another shape."""
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    problems = [
+        f"{len(names)} {kind} (first: {names[0]})"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError("tensors do not match: " + "; ".join(problems))

@@ -1,0 +1,1 @@
+"""Everything around the model: flags, processes, data, caches, checkpoints, logs, metrics."""
