@@ -1,0 +1,297 @@
+"""Files become the right pixels, bad files one line; no order depends on the processes."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from util.data import (
+    ImageDataset,
+    MicroBatchSampler,
+    center_crop,
+    collate_skipping,
+    list_images,
+    read_image,
+    steps_per_epoch,
+)
+from util.errors import UserError
+
+GOLDEN = Path(__file__).parent / "golden" / "center_crop.npz"
+
+
+def gradient(height: int = 6, width: int = 4) -> np.ndarray:
+    """Bytes [H, W] without any symmetry, from 0 to 255."""
+    return np.linspace(0, 255, height * width).round().astype(np.uint8).reshape(height, width)
+
+
+def save(path: Path, pixels: np.ndarray, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# --- cropping and reading
+
+
+@pytest.mark.parametrize("k", range(6))
+def test_center_crop_equals_golden(k):
+    golden = np.load(GOLDEN)
+    cropped = center_crop(Image.fromarray(golden[f"in{k}"]), int(golden[f"size{k}"]))
+    np.testing.assert_array_equal(np.asarray(cropped), golden[f"out{k}"])
+
+
+def test_center_crop_refuses_a_thread_that_would_fill_memory():
+    with pytest.raises(ValueError, match="1 x 60000"):
+        center_crop(Image.new("RGB", (1, 60000)), 256)
+
+
+def test_grey_and_16_bit_are_scaled_not_clipped(tmp_path):
+    eight = gradient()
+    sixteen = eight.astype(np.uint16) * 257
+    for path in (
+        save(tmp_path / "grey.png", eight),
+        save(tmp_path / "deep.png", sixteen),
+        save(tmp_path / "deep.tif", sixteen),
+        save(tmp_path / "deep.ppm", sixteen),
+    ):
+        image = read_image(path)
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(image), np.stack([eight] * 3, axis=-1), str(path))
+
+
+def test_transparent_parts_become_white(tmp_path):
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[0, 0] = (10, 20, 30, 255)
+    path = save(tmp_path / "rgba.png", rgba)
+    assert read_image(path).getpixel((0, 0)) == (10, 20, 30)
+    assert read_image(path).getpixel((1, 1)) == (255, 255, 255)
+
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putdata([0, 1])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    assert read_image(tmp_path / "palette.png").getpixel((0, 0)) == (10, 20, 30)
+    assert read_image(tmp_path / "palette.png").getpixel((1, 0)) == (255, 255, 255)
+
+    grey_alpha = np.array([[[90, 255], [90, 0]]], np.uint8)
+    path = save(tmp_path / "la.png", grey_alpha)
+    assert np.asarray(read_image(path)).tolist() == [[[90] * 3, [255] * 3]]
+
+
+def test_cmyk_jpeg_keeps_its_colour(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "red.jpg")
+    red, green, blue = read_image(tmp_path / "red.jpg").getpixel((4, 4))
+    assert red > 240 and green < 15 and blue < 15
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    pixels = gradient()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown upright after a quarter turn clockwise
+    path = save(tmp_path / "turned.png", pixels, exif=exif)
+    upright = np.asarray(read_image(path))[..., 0]
+    np.testing.assert_array_equal(upright, np.rot90(pixels, -1))
+
+
+def bad_files(folder: Path) -> list[Path]:
+    """One file of each kind that cannot be read."""
+    good = save(
+        folder / "good.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    )
+    whole = good.read_bytes()
+    contents = {
+        "empty.png": b"",
+        "truncated.png": whole[: len(whole) // 2],
+        "text.jpg": b"this is no image",
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    save(folder / "float.tif", np.full((4, 4), 0.5, np.float32))
+    save(folder / "int32.tif", np.full((4, 4), 70000, np.int32))
+    save(folder / "other_format.png", gradient(), format="PCX")
+    os.mkfifo(folder / "pipe.png")
+    others = ("float.tif", "int32.tif", "other_format.png", "pipe.png", "none.png")
+    return [folder / name for name in (*contents, *others)]
+
+
+def test_bad_files_are_named_with_the_remedy(tmp_path):
+    for path in bad_files(tmp_path):
+        with pytest.raises(UserError) as error:
+            read_image(path)
+        assert str(path) in one_line(error) and "--skip_bad_images" in one_line(error)
+
+
+def test_image_bomb_is_refused_with_its_size(tmp_path, monkeypatch):
+    path = save(tmp_path / "bomb.png", np.zeros((40, 30), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(UserError, match="1200 pixels"):
+        read_image(path)
+
+
+# --- listing
+
+
+def test_listing_is_sorted_and_labels_follow_the_classes(tmp_path):
+    for name in ("cat/b.png", "cat/a.JPEG", "ant/z.png", "cat/sub/c.png"):
+        save(tmp_path / "train" / name, gradient())
+    (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
+    images = list_images(tmp_path)
+    assert images.classes == ["ant", "cat"]
+    found = [(os.path.relpath(path, images.root), label) for path, label in images.samples]
+    assert found == [("ant/z.png", 0), ("cat/a.JPEG", 1), ("cat/b.png", 1), ("cat/sub/c.png", 1)]
+
+
+def test_listing_names_what_is_missing(tmp_path):
+    def complaint() -> str:
+        with pytest.raises(UserError) as error:
+            list_images(tmp_path / "data")
+        assert "--data_path" in one_line(error) and str(tmp_path / "data") in one_line(error)
+        return one_line(error)
+
+    assert "not a folder" in complaint()
+    (tmp_path / "data").mkdir()
+    assert "no folder 'train'" in complaint()
+    (tmp_path / "data" / "train").mkdir()
+    assert "any class folder" in complaint()
+    save(tmp_path / "data" / "train" / "full" / "a.png", gradient())
+    (tmp_path / "data" / "train" / "hollow").mkdir()
+    assert "hollow" in complaint()
+
+
+# --- the dataset
+
+
+@pytest.fixture
+def samples(tmp_path) -> list[tuple[str, int]]:
+    """Six images whose label is their number; numbers 2 and 3 cannot be read."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(6):
+        pixels = rng.integers(0, 255, (20, 30, 3), np.uint8)
+        paths.append(save(tmp_path / f"{i}.png", pixels))
+    paths[2].write_bytes(b"")
+    paths[3].write_bytes(paths[3].read_bytes()[:100])
+    return [(str(path), i) for i, path in enumerate(paths)]
+
+
+def test_items_are_cropped_flipped_and_in_range(samples):
+    dataset = ImageDataset(samples, 16)
+    image, label = dataset[(1, False)]
+    mirrored, _ = dataset[(1, True)]
+    expected = np.asarray(center_crop(read_image(samples[1][0]), 16)).transpose(2, 0, 1)
+    np.testing.assert_allclose(image.numpy(), expected / 127.5 - 1, atol=1e-6)
+    assert label == 1 and image.dtype == torch.float32
+    assert torch.equal(mirrored, image.flip(-1)) and not torch.equal(mirrored, image)
+    assert torch.equal(dataset[1][0], image)
+
+
+def test_bad_image_is_named_by_a_worker(samples):
+    loader = DataLoader(ImageDataset(samples, 16), batch_size=6, num_workers=1)
+    with pytest.raises(UserError, match="2.png"):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_dropped_images_are_left_out_and_counted(samples, num_workers):
+    dataset = ImageDataset(samples, 16, on_bad="drop")
+    batches = [[0, 1], [2, 3], [4, 5]]
+    loader = DataLoader(
+        dataset, batch_sampler=batches, collate_fn=collate_skipping, num_workers=num_workers
+    )
+    first, second, third = list(loader)
+    assert first[1].tolist() == [0, 1] and second is None and third[1].tolist() == [4, 5]
+    assert third[0].shape == (2, 3, 16, 16)
+    assert dataset.bad.nonzero().flatten().tolist() == [2, 3]
+
+
+def test_next_readable_image_takes_the_place_of_a_bad_one(samples, capfd):
+    dataset = ImageDataset(samples, 16, on_bad="next")
+    for _ in range(2):
+        image, label = dataset[(2, True)]
+        assert label == 4 and torch.equal(image, dataset[(4, True)][0])
+    assert dataset.bad.sum() == 2
+    named = capfd.readouterr().err.splitlines()  # once, however often they are met
+    assert len(named) == 2 and "2.png" in named[0] and "3.png" in named[1]
+
+
+def test_next_wraps_around_and_ends(samples):
+    assert ImageDataset(samples[2:] + samples[:2], 16, on_bad="next")[1][1] == 4
+    assert ImageDataset([samples[1], samples[2]], 16, on_bad="next")[1][1] == 1
+    with pytest.raises(UserError, match="none of the 2 images"):
+        ImageDataset(samples[2:4], 16, on_bad="next")[0]
+
+
+# --- the order of samples
+
+N, B, G, SEED = 131, 3, 12, 7  # 36 samples a step, 3 steps an epoch, 23 samples left over
+
+
+def micro_batches(world_size: int, first_step: int = 0, num_steps: int = 8) -> dict:
+    """{(step, j): keys} of all processes together."""
+    found = {}
+    for rank in range(world_size):
+        sampler = MicroBatchSampler(N, B, G, rank, world_size, SEED, first_step, num_steps)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        for number, keys in enumerate(batches):
+            step, turn = divmod(number, G // world_size)
+            found[first_step + step, turn * world_size + rank] = keys
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 6, 12])
+def test_micro_batches_do_not_depend_on_the_number_of_processes(world_size):
+    alone = micro_batches(1)
+    assert len(alone) == 8 * G
+    assert micro_batches(world_size) == alone
+
+
+def test_every_sample_comes_at_most_once_an_epoch_and_epochs_differ():
+    batches = micro_batches(1)
+    orders = []
+    for epoch in range(2):
+        keys = [batches[step, j] for step in range(3 * epoch, 3 * epoch + 3) for j in range(G)]
+        orders.append([index for batch in keys for index, _ in batch])
+        assert len(orders[-1]) == 3 * G * B == len(set(orders[-1]))
+        assert set(orders[-1]) < set(range(N))
+    assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
+
+
+def test_flips_are_fair_and_differ_between_epochs():
+    def flips(epoch: int) -> dict[int, bool]:
+        sampler = MicroBatchSampler(4000, 10, 1, 0, 1, SEED, 400 * epoch, 400)
+        return dict(key for batch in sampler for key in batch)
+
+    first, second = flips(0), flips(1)
+    assert abs(sum(first.values()) - 2000) < 200
+    assert 1800 < sum(first[i] != second[i] for i in range(4000)) < 2200
+
+
+@pytest.mark.parametrize("first_step", [1, 3, 5])
+def test_restart_goes_on_identically(first_step):
+    whole = micro_batches(2)
+    rest = micro_batches(2, first_step, 8 - first_step)
+    assert rest == {key: keys for key, keys in whole.items() if key[0] >= first_step}
+
+
+def test_other_seeds_give_other_orders_even_negative_ones():
+    one, other = (list(MicroBatchSampler(N, B, G, 0, 1, seed, 0, 1)) for seed in (1, -1))
+    assert one != other
+
+
+def test_too_few_samples_for_a_step_are_refused():
+    assert steps_per_epoch(36, B, G) == 1
+    with pytest.raises(UserError, match="35 samples .* 36 .*--batch_size"):
+        MicroBatchSampler(35, B, G, 0, 1, SEED, 0, 1)
+    with pytest.raises(ValueError, match="5 processes"):
+        MicroBatchSampler(N, B, G, 0, 5, SEED, 0, 1)

@@ -1,0 +1,110 @@
+"""What a tokenizer's latents tell about themselves: their scale and the order of their channels.
+
+latent_scale = 1 / std of posterior samples, over all images, channels and positions: it brings
+latents to unit variance. By the law of total variance, Var[sample] = Var[mean] + E[variance].
+
+channel_order = channels by their share of low-frequency energy, largest first. A channel's energy
+is the power of the 2-D spectra of its posterior means, after its mean over the whole data set is
+taken away. Low are the frequencies within a quarter of the sampling frequency (half of Nyquist)
+from zero. Zero itself counts: how the average of a channel varies between images is the lowest
+frequency there is; only the constant that all images share says nothing.
+
+Letters: N latents, C channels, h, w positions.
+Source: arXiv 2503.16430, the Fourier analysis of KL-16's channels.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.vae import Posterior
+
+LOW_FREQUENCY = 0.25  # cycles per position; sampling frequency 1, Nyquist 0.5
+_ROWS = ("mean", "square", "variance", "low_power")
+
+
+@dataclass
+class LatentStats:
+    """Sums over N latents of shape (C, h, w); sums of parts of the data add up to the whole's.
+
+    sums: [4, C] float64, over images and positions: the posterior's mean, its square, the
+    posterior's variance, and the power of the mean's low frequencies.
+    """
+
+    latent_shape: tuple[int, int, int]
+    count: int
+    sums: Tensor
+
+    @classmethod
+    def empty(cls, latent_shape: tuple[int, int, int]) -> "LatentStats":
+        return cls(latent_shape, 0, torch.zeros(len(_ROWS), latent_shape[0], dtype=torch.float64))
+
+    @classmethod
+    def of(cls, moments: Tensor) -> "LatentStats":
+        """moments: [N, 2C, h, w], mean and log-variance."""
+        posterior = Posterior(moments.double())
+        mean, variance = posterior.mean, posterior.std.square()
+        power = torch.fft.fft2(mean).abs().square() * _low_frequencies(*mean.shape[2:])
+        sums = torch.stack([x.sum(dim=(0, 2, 3)) for x in (mean, mean.square(), variance, power)])
+        return cls(tuple(mean.shape[1:]), len(mean), sums)
+
+    def __add__(self, other: "LatentStats") -> "LatentStats":
+        if self.latent_shape != other.latent_shape:
+            raise ValueError(f"latents of {self.latent_shape} and {other.latent_shape} do not mix")
+        return LatentStats(self.latent_shape, self.count + other.count, self.sums + other.sums)
+
+    def to_dict(self) -> dict:
+        """Plain values only, as a JSON file holds them."""
+        rows = dict(zip(_ROWS, self.sums.tolist(), strict=True))
+        return {"latent_shape": list(self.latent_shape), "count": self.count, **rows}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "LatentStats":
+        """The inverse of `to_dict`."""
+        sums = torch.tensor([values[row] for row in _ROWS], dtype=torch.float64)
+        return cls(tuple(values["latent_shape"]), values["count"], sums)
+
+    @property
+    def _per_channel(self) -> int:
+        _, height, width = self.latent_shape
+        return self.count * height * width
+
+    def channel_mean(self) -> Tensor:
+        """[C]."""
+        return self.sums[0] / self._per_channel
+
+    def channel_std(self) -> Tensor:
+        """Std of posterior samples, [C]."""
+        _, square, variance, _ = self.sums / self._per_channel
+        return (square + variance - self.channel_mean().square()).clamp(min=0).sqrt()
+
+    def latent_scale(self) -> float:
+        """Raises ValueError if there are no latents, or some are not finite."""
+        mean, square, variance, _ = (self.sums / self._per_channel).mean(dim=1).tolist()
+        total = square + variance - mean**2
+        if not (math.isfinite(total) and total > 0):
+            raise ValueError(f"latents have variance {total}, which no scale brings to 1")
+        return total**-0.5
+
+    def low_frequency_share(self) -> Tensor:
+        """Part of each channel's energy at low frequencies, [C] in [0, 1]; 0 without energy."""
+        _, height, width = self.latent_shape
+        _, square, _, low_power = self.sums
+        # The constant sits in the zero frequency alone: N images of power (h * w * mean)^2.
+        constant = self.count * (height * width * self.channel_mean()).square()
+        energy = height * width * square - constant  # Parseval: power of all frequencies
+        share = torch.where(energy > 0, (low_power - constant) / energy, 0.0)
+        return share.clamp(0, 1)
+
+    def channel_order(self) -> list[int]:
+        """Channels, largest share of low-frequency energy first; equal ones by their number."""
+        share = self.low_frequency_share().round(decimals=9)  # equal up to rounding is equal
+        return share.argsort(descending=True, stable=True).tolist()
+
+
+def _low_frequencies(height: int, width: int) -> Tensor:
+    """Bool [h, w], true where `fft2` holds a low frequency."""
+    rows, columns = torch.fft.fftfreq(height), torch.fft.fftfreq(width)
+    return rows[:, None].square() + columns.square() <= LOW_FREQUENCY**2
