@@ -1,7 +1,7 @@
 """Dimension-wise post-training quantizer: every latent scalar on its own, nothing learnt.
 
 K levels of equal probability under N(0, 1): boundaries b_i = clamp(Phi^-1(i / K), -3, 3), levels
-v_i = E[n | b_i < n < b_{i+1}]. A scalar x in [low, high] maps to n = (x - low) / (high - low)*6 - 3,
+v_i = E[n | b_i < n < b_{i+1}]. A scalar x in [low, high] maps to n = (x - low)/(high - low)*6 - 3,
 its index is the nearest v. The nearest level is found among the K - 1 midpoints by binary search,
 O(log K) a scalar and no [..., K] tensor of distances.
 Source: arXiv 2503.16430, post-training quantization.

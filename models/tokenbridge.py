@@ -40,9 +40,7 @@ class TokenBridge(nn.Module):
             levels=config.quant_levels,
             order=token_order(config),
         )
-        self.quantizer = GaussianQuantizer(
-            config.quant_levels, config.quant_min, config.quant_max
-        )
+        self.quantizer = GaussianQuantizer(config.quant_levels, config.quant_min, config.quant_max)
         self.backbone.grad_checkpointing = self.head.grad_checkpointing = grad_checkpointing
 
     def forward(self, latents: Tensor, labels: Tensor | None, mask: Tensor | None = None) -> Tensor:

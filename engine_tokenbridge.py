@@ -1,0 +1,250 @@
+"""The training loop and the evaluation.
+
+training:   loader -> latents -> loss -> gradients -> AdamW -> EMA -> log, checkpoint
+evaluation: image numbers -> sampler -> VAE decoder -> PNG files, FID, IS
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+from models.sampler import evaluation_mode, sample_latents
+from models.tokenbridge import TokenBridge
+from models.tokenizer import Tokenizer
+from util import dist, metrics
+from util.checkpoint import save_checkpoint
+from util.device import Precision
+from util.ema import EMA
+from util.files import atomic_write
+from util.images import grid, save_png, to_uint8
+from util.log import TrainingLog
+from util.optim import LRSchedule, seed_micro_batch, set_lr
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What decides the generated images. Image i is of class i // (num_images / classes)."""
+
+    num_images: int
+    eval_bsz: int
+    num_iter: int
+    cfg: float
+    cfg_schedule: str
+    temperature: float
+    seed: int
+    fid_stats: str | None = None
+    inception_weights: str | None = None
+
+    def folder_name(self, weights: str) -> str:
+        return (
+            f"ariter{self.num_iter}-temp{self.temperature:g}-{self.cfg_schedule}cfg{self.cfg:g}"
+            f"-image{self.num_images}-seed{self.seed}-{weights}"
+        )
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What the loop needs to know beside its objects. Epochs and steps count from 0."""
+
+    first_step: int
+    epochs: int
+    steps_per_epoch: int
+    accum_iter: int
+    grad_clip: float
+    seed: int
+    cached: bool
+    save_last_freq: int
+    eval_freq: int
+    output_dir: Path
+    extras: dict  # plain values that every checkpoint carries
+    evaluation: EvalSettings | None = None  # given: evaluate while training
+
+
+@dataclass(frozen=True)
+class Run:
+    """The objects of a training run."""
+
+    model: TokenBridge
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    tokenizer: Tokenizer
+    device: torch.device
+    precision: Precision
+
+
+def train(
+    run: Run,
+    loader: Iterable[list[Tensor]],
+    schedule: LRSchedule,
+    log: TrainingLog,
+    settings: TrainSettings,
+) -> None:
+    """loader: this process's micro-batches from the first step on, `accum_iter` a step."""
+    run.model.train()
+    wrapped = dist.wrap(run.model, run.device)
+    batches = iter(loader)
+    for step in range(settings.first_step, settings.epochs * settings.steps_per_epoch):
+        lr = schedule(step)
+        set_lr(run.optimizer, lr)
+        loss, grad_norm, waited = train_step(run, wrapped, batches, step, settings)
+        log.step(step, lr, loss, grad_norm, waited)
+        epoch, position = divmod(step + 1, settings.steps_per_epoch)
+        if position == 0:
+            # Reads the losses up to here, so that no checkpoint is written of a broken model.
+            log.flush(step, lr)
+            end_epoch(run, log, settings, epoch)
+    log.close()
+
+
+def train_step(
+    run: Run, wrapped: nn.Module, batches: Iterator, step: int, settings: TrainSettings
+) -> tuple[Tensor, Tensor, float]:
+    """One optimizer step.
+
+    Returns this process's mean loss, the gradient norm before clipping, and the seconds waited
+    for data.
+    """
+    loss, waited = torch.zeros((), device=run.device), 0.0
+    for i in range(settings.accum_iter):
+        started = time.perf_counter()
+        batch, labels = (x.to(run.device, non_blocking=True) for x in next(batches))
+        waited += time.perf_counter() - started
+        seed_micro_batch(settings.seed, step, i * dist.world_size() + dist.rank())
+        to_latents = run.tokenizer.from_moments if settings.cached else run.tokenizer.encode
+        latents = to_latents(batch)
+        with dist.keep_gradients_local(wrapped, active=i + 1 < settings.accum_iter):
+            with run.precision.autocast(run.device):
+                micro_loss = wrapped(latents, labels) / settings.accum_iter
+            run.scaler.scale(micro_loss).backward()
+        loss += micro_loss.detach()
+    run.scaler.unscale_(run.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.ema.update()
+    return loss, grad_norm, waited
+
+
+def end_epoch(run: Run, log: TrainingLog, settings: TrainSettings, epochs_done: int) -> None:
+    """Save and evaluate where it is due. Only the main process writes checkpoints."""
+    last = epochs_done == settings.epochs
+    if (last or epochs_done % settings.save_last_freq == 0) and dist.is_main():
+        path = save_checkpoint(
+            settings.output_dir,
+            run.model,
+            run.ema,
+            run.optimizer,
+            run.scaler,
+            epoch=epochs_done - 1,  # the published meaning: the last epoch that is complete
+            step=epochs_done * settings.steps_per_epoch,
+            **settings.extras,
+        )
+        print(f"saved {path} after epoch {epochs_done}", flush=True)
+    if settings.evaluation and (last or epochs_done % settings.eval_freq == 0):
+        step = epochs_done * settings.steps_per_epoch
+        folder = settings.output_dir / f"eval-epoch{epochs_done}"
+        with run.ema.swapped_in():
+            results = evaluate(
+                run.model, run.tokenizer, settings.evaluation, folder, run.device, run.precision
+            )
+        log.scalars({f"eval/{name}": value for name, value in results.items()}, step)
+        log.image("eval/samples", _read_png(folder / "grid.png"), step)
+    dist.barrier()
+
+
+def evaluate(
+    model: TokenBridge,
+    tokenizer: Tokenizer,
+    settings: EvalSettings,
+    folder: Path,
+    device: torch.device,
+    precision: Precision,
+) -> dict[str, float]:
+    """Write num_images PNG files, a grid and metrics.json into the folder; return the metrics.
+
+    Each process takes whole batches, the same ones on any number of processes; image i depends on
+    (seed, i) alone.
+    """
+    measure = metrics.prepare(settings.fid_stats, settings.inception_weights, device)
+    if dist.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    starts = range(0, settings.num_images, settings.eval_bsz)[dist.rank() :: dist.world_size()]
+    with evaluation_mode(model):
+        for start in tqdm(starts, desc="generating", disable=not dist.is_main()):
+            ids = range(start, min(start + settings.eval_bsz, settings.num_images))
+            images = generate(model, tokenizer, ids, settings, device, precision)
+            for image_id, image in zip(ids, images, strict=True):
+                save_png(image, folder / f"{image_id:05d}.png")
+            if measure is not None:
+                measure.add(list(ids), images)
+    results = measure.compute() if measure is not None else {}
+    dist.barrier()
+    if dist.is_main():
+        _write_results(folder, settings, model, results)
+    dist.barrier()
+    return results
+
+
+def generate(
+    model: TokenBridge,
+    tokenizer: Tokenizer,
+    ids: range,
+    settings: EvalSettings,
+    device: torch.device,
+    precision: Precision,
+) -> Tensor:
+    """The images of those numbers, uint8 [N, 3, H, W], on the CPU."""
+    per_class = settings.num_images // model.config.class_num
+    with precision.autocast(device):
+        latents = sample_latents(
+            model,
+            torch.tensor([i // per_class for i in ids]),
+            num_iter=settings.num_iter,
+            cfg=settings.cfg,
+            cfg_schedule=settings.cfg_schedule,
+            temperature=settings.temperature,
+            seed=settings.seed,
+            image_ids=ids,
+        )
+    return to_uint8(tokenizer.decode(latents)).cpu()
+
+
+def _write_results(
+    folder: Path, settings: EvalSettings, model: TokenBridge, results: dict[str, float]
+) -> None:
+    per_class = settings.num_images // model.config.class_num
+    record = {
+        "metrics": results,
+        "settings": asdict(settings),
+        "images_per_class": per_class,
+        "model": model.config.to_dict(),
+    }
+    with atomic_write(folder / "metrics.json") as file:
+        file.write(json.dumps(record, indent=1).encode())
+    shown = [
+        c * per_class + k
+        for k in range(min(per_class, 8))
+        for c in range(min(model.config.class_num, 10))
+    ]
+    images = torch.stack([_read_png(folder / f"{i:05d}.png") for i in shown])
+    save_png(grid(images, columns=min(model.config.class_num, 10)), folder / "grid.png")
+    print(f"{settings.num_images} images in {folder}; a first look: {folder / 'grid.png'}")
+    for name, value in results.items():
+        print(f"{name}: {value:.4f}")
+
+
+def _read_png(path: Path) -> Tensor:
+    """uint8 [3, H, W]."""
+    with Image.open(path) as image:
+        return pil_to_tensor(image.convert("RGB"))

@@ -1,0 +1,289 @@
+"""Train a TokenBridge model, or evaluate one (--evaluate).
+
+torchrun --nproc_per_node=8 main_tokenbridge.py --data_path DATA --output_dir OUT --resume OUT
+torchrun --nproc_per_node=8 main_tokenbridge.py --evaluate --resume FOLDER --cfg 3.1
+"""
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from engine_tokenbridge import EvalSettings, Run, TrainSettings, evaluate, train
+from models.sampler import CFG_SCHEDULES
+from models.tokenizer import Tokenizer
+from util import dist
+from util.args import (
+    Parser,
+    add_device_flags,
+    add_distributed_flags,
+    add_loader_flags,
+    add_model_flags,
+    add_precision_flag,
+    add_vae_flags,
+    fraction,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+)
+from util.build import build_config, build_model, build_vae, check_vae, warn_other_vae
+from util.checkpoint import find_checkpoint, load_checkpoint
+from util.data import ImageDataset, MicroBatchSampler, list_images, steps_per_epoch
+from util.device import resolve_precision
+from util.ema import EMA
+from util.errors import UserError, run
+from util.files import sha256
+from util.latent_cache import open_cache
+from util.log import TrainingLog
+from util.optim import LRSchedule, build_optimizer
+
+ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
+    add_model_flags(parser)
+    add_vae_flags(parser)
+    add_loader_flags(parser)
+    add_device_flags(parser)
+    add_precision_flag(parser)
+    add_distributed_flags(parser)
+
+    data = parser.add_argument_group("data and output")
+    data.add_argument("--data_path", default="./data/imagenet", help="images in train/CLASS/")
+    data.add_argument("--use_cached", action="store_true", help="read latents, not images")
+    data.add_argument("--cached_path", default="", help="the cache that main_cache.py made")
+    data.add_argument("--output_dir", default="./output_dir", help="checkpoints, logs and images")
+    data.add_argument("--log_dir", default="", help="TensorBoard's folder; default: --output_dir")
+    data.add_argument("--resume", default="", help="folder (or file) of a checkpoint to go on from")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--batch_size", type=positive_int, default=16, help="a micro-batch")
+    training.add_argument("--accum_iter", type=positive_int, default=1, help="of these, a step")
+    training.add_argument("--epochs", type=positive_int, default=400, help="in all")
+    training.add_argument("--start_epoch", type=non_negative_int, default=0, help="to begin with")
+    training.add_argument("--warmup_epochs", type=non_negative_float, default=100, help="from lr 0")
+    training.add_argument("--lr", type=non_negative_float, help="the rate itself, not by --blr")
+    training.add_argument(
+        "--blr", type=non_negative_float, default=1e-4, help="lr = blr * global batch / 256"
+    )
+    training.add_argument("--min_lr", type=non_negative_float, default=0.0, help="at the end")
+    training.add_argument("--lr_schedule", choices=("cosine", "constant"), default="cosine")
+    training.add_argument("--weight_decay", type=non_negative_float, default=0.02, help="AdamW's")
+    training.add_argument("--grad_clip", type=non_negative_float, default=3.0, help="largest norm")
+    training.add_argument("--ema_rate", type=fraction, default=0.9999, help="of the weights")
+    training.add_argument(
+        "--grad_checkpointing", action="store_true", help="less memory: recompute all blocks"
+    )
+    training.add_argument("--save_last_freq", type=positive_int, default=5, help="in epochs")
+    training.add_argument("--log_freq", type=positive_int, default=20, help="in steps")
+
+    sampling = parser.add_argument_group("evaluation")
+    sampling.add_argument("--evaluate", action="store_true", help="generate images and stop")
+    sampling.add_argument("--online_eval", action="store_true", help="evaluate while training")
+    sampling.add_argument("--eval_freq", type=positive_int, default=40, help="in epochs")
+    sampling.add_argument("--eval_bsz", type=positive_int, default=64, help="images a batch")
+    sampling.add_argument("--num_images", type=positive_int, default=50000, help="in all")
+    sampling.add_argument("--num_iter", type=positive_int, default=256, help="iterations")
+    sampling.add_argument("--cfg", type=non_negative_float, default=1.0, help="guidance; 1 is none")
+    sampling.add_argument("--cfg_schedule", choices=CFG_SCHEDULES, default="linear")
+    sampling.add_argument("--temperature", type=non_negative_float, default=1.0, help="0: argmax")
+    sampling.add_argument(
+        "--eval_weights", choices=("ema", "model"), default="ema", help="averaged or raw weights"
+    )
+    sampling.add_argument("--fid_stats", help=f"npz with mu and sigma [{ADM_STATISTICS} if there]")
+    sampling.add_argument("--inception_weights", help="torch-fidelity's Inception weights")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse()
+    device = dist.init(args.device, args.dist_url, args.dist_on_itp)
+    precision = resolve_precision(args.precision, device)
+    dist.print_main(f"device {device.type}, precision {precision.name}")
+    (evaluate_checkpoint if args.evaluate else train_model)(args, device, precision)
+    dist.cleanup()
+
+
+def evaluate_checkpoint(args, device, precision) -> None:
+    """Load a checkpoint and generate; without one there is nothing to evaluate."""
+    if not args.resume:
+        raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
+    checkpoint = load_checkpoint(find_checkpoint(args.resume, args.output_dir, must_exist=True))
+    vae = build_vae(args)
+    config = build_config(args, checkpoint, manifest=None, vae=vae)
+    check_vae(vae, config, args.vae_path)
+    warn_other_vae(checkpoint, sha256(args.vae_path))
+    settings = eval_settings(args, config.class_num)
+    key = "model_ema" if args.eval_weights == "ema" else "model"
+    model = build_model(config, checkpoint, key).to(device)
+    tokenizer = Tokenizer(vae, config.latent_scale).to(device)
+    dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
+    folder = Path(args.output_dir) / settings.folder_name(args.eval_weights)
+    evaluate(model, tokenizer, settings, folder, device, precision)
+
+
+def train_model(args, device, precision) -> None:
+    """Everything is built and checked before anything is written."""
+    torch.manual_seed(args.seed)  # the same initial weights on every process
+    path = find_checkpoint(args.resume, args.output_dir, False) if args.resume else None
+    checkpoint = load_checkpoint(path) if path else None
+    dataset, classes, manifest, vae_sha = open_data(args)
+    vae = None if args.use_cached and not args.online_eval else build_vae(args)
+    config = build_config(args, checkpoint, manifest, vae)
+    check_data(config, classes, dataset, args)
+    if vae is not None:
+        check_vae(vae, config, args.vae_path)
+    if checkpoint is not None and vae_sha:
+        warn_other_vae(checkpoint, vae_sha)
+
+    micro_batches = args.accum_iter * dist.world_size()
+    epoch_steps = steps_per_epoch(len(dataset), args.batch_size, micro_batches)
+    model = build_model(config, checkpoint, grad_checkpointing=args.grad_checkpointing).to(device)
+    global_batch = args.batch_size * micro_batches
+    lr = args.lr if args.lr is not None else args.blr * global_batch / 256
+    training = Run(
+        model=model,
+        ema=EMA(model.published_parameters(), args.ema_rate),
+        optimizer=build_optimizer(model.published_parameters(), lr, args.weight_decay),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
+        tokenizer=Tokenizer(vae, config.latent_scale).to(device),
+        device=device,
+        precision=precision,
+    )
+    first_step = args.start_epoch * epoch_steps
+    if checkpoint is not None:
+        first_step = restore(checkpoint, training, epoch_steps)
+    settings = TrainSettings(
+        first_step=first_step,
+        epochs=args.epochs,
+        steps_per_epoch=epoch_steps,
+        accum_iter=args.accum_iter,
+        grad_clip=args.grad_clip,
+        seed=args.seed,
+        cached=args.use_cached,
+        save_last_freq=args.save_last_freq,
+        eval_freq=args.eval_freq,
+        output_dir=Path(args.output_dir),
+        extras={"classes": classes, "vae_sha256": vae_sha, "args": plain(args)},
+        evaluation=eval_settings(args, config.class_num) if args.online_eval else None,
+    )
+    describe(model, dataset, classes, global_batch, lr, settings)
+    loader = make_loader(args, dataset, settings, micro_batches, device)
+    log = TrainingLog(
+        args.log_dir or args.output_dir,
+        every=args.log_freq,
+        images=global_batch,
+        total_steps=args.epochs * epoch_steps,
+        steps_per_epoch=epoch_steps,
+        count_skipped=lambda: int(dataset.bad.sum()) if args.skip_bad_images else 0,
+    )
+    schedule = LRSchedule(
+        lr, args.min_lr, args.warmup_epochs, args.epochs, epoch_steps, args.lr_schedule
+    )
+    train(training, loader, schedule, log, settings)
+
+
+def open_data(args) -> tuple[Dataset, list[str], dict | None, str | None]:
+    """The training set, its classes, and what its cache knows of the VAE (manifest, sha256)."""
+    if args.use_cached:
+        if not args.cached_path:
+            raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
+        cache = open_cache(args.cached_path, img_size=args.img_size)
+        sha = cache.manifest["vae_sha256"] if cache.manifest else None
+        return cache, cache.classes, cache.manifest, sha
+    images = list_images(args.data_path)
+    on_bad = "next" if args.skip_bad_images else "raise"
+    vae_sha = sha256(args.vae_path) if Path(args.vae_path).is_file() else None
+    return ImageDataset(images.samples, args.img_size, on_bad), images.classes, None, vae_sha
+
+
+def check_data(config, classes, dataset, args) -> None:
+    """Raise UserError unless classes and latents fit the model."""
+    flag = "cached_path" if args.use_cached else "data_path"
+    source = f"--{flag} {getattr(args, flag)}"
+    if len(classes) > config.class_num:
+        raise UserError(f"{source} has {len(classes)} classes, --class_num is {config.class_num}")
+    if args.use_cached and tuple(dataset.latent_shape) != config.latent_shape:
+        raise UserError(
+            f"{source} holds latents {tuple(dataset.latent_shape)}, the model expects "
+            f"{config.latent_shape}; see --img_size, --vae_stride and --vae_embed_dim"
+        )
+
+
+def eval_settings(args, class_num: int) -> EvalSettings:
+    if args.num_images % class_num:
+        raise UserError(
+            f"--num_images {args.num_images} is not a multiple of --class_num {class_num}: "
+            "every class gets the same number"
+        )
+    stats = args.fid_stats
+    if stats is None and ADM_STATISTICS.is_file():
+        stats = str(ADM_STATISTICS)
+    return EvalSettings(
+        num_images=args.num_images,
+        eval_bsz=args.eval_bsz,
+        num_iter=args.num_iter,
+        cfg=args.cfg,
+        cfg_schedule=args.cfg_schedule,
+        temperature=args.temperature,
+        seed=args.seed,
+        fid_stats=stats,
+        inception_weights=args.inception_weights,
+    )
+
+
+def restore(checkpoint, training: Run, epoch_steps: int) -> int:
+    """Load EMA, optimizer and scaler; return the step to go on from."""
+    saved = checkpoint.saved
+    names = set(dict(training.model.published_parameters()))
+    ema = checkpoint.weights("model_ema")
+    if set(ema) != names:
+        raise UserError(f"--resume {checkpoint.path}: 'model_ema' lacks parameters of the model")
+    training.ema.load_state_dict(ema)
+    if "optimizer" not in saved:
+        dist.print_main(f"{checkpoint.path} has no optimizer: weights only, from step 0")
+        return 0
+    training.optimizer.load_state_dict(saved["optimizer"])
+    if saved.get("scaler"):
+        training.scaler.load_state_dict(saved["scaler"])
+    step = saved.get("step", (saved.get("epoch", -1) + 1) * epoch_steps)
+    dist.print_main(f"resumed {checkpoint.path} at step {step}")
+    return step
+
+
+def make_loader(args, dataset, settings: TrainSettings, micro_batches: int, device) -> DataLoader:
+    sampler = MicroBatchSampler(
+        len(dataset),
+        args.batch_size,
+        micro_batches,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        seed=args.seed,
+        first_step=settings.first_step,
+        num_steps=settings.epochs * settings.steps_per_epoch - settings.first_step,
+    )
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+    )
+
+
+def describe(model, dataset, classes, global_batch: int, lr: float, settings) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    dist.print_main(
+        f"{parameters / 1e6:.1f} M parameters, {len(dataset)} images in {len(classes)} classes\n"
+        f"global batch {global_batch}, lr {lr:.3g}, {settings.steps_per_epoch} steps an epoch, "
+        f"{settings.epochs} epochs, output {settings.output_dir}"
+    )
+
+
+def plain(args) -> dict:
+    """The flags as plain values, for the checkpoint."""
+    return {key: value for key, value in vars(args).items() if key != "explicit"}
+
+
+if __name__ == "__main__":
+    run(main)

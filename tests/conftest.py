@@ -1,0 +1,109 @@
+"""Golden data and tiny models for all tests."""
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from models.tokenbridge import TokenBridge
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def formula_weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A parameter's golden value, by its published name (tests/golden/README.md)."""
+    r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith(".bias"):
+        r = 0.05 * r
+    elif name.endswith(".weight") and len(shape) == 1:
+        r = 1 + 0.1 * r
+    elif name.endswith(".weight"):
+        r = r / np.sqrt(np.prod(shape[1:]))
+    else:
+        r = 0.5 * r
+    return torch.from_numpy(r.astype(np.float32))
+
+
+def relative_error(found: Tensor, expected) -> float:
+    expected = torch.as_tensor(np.asarray(expected))
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    """The arrays of tests/golden/NAME.npz."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def golden_json(name: str) -> dict:
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def golden_model(**changes) -> TokenBridge:
+    """The model of the golden files, its weights by formula, in evaluation mode."""
+    model = TokenBridge(**golden_json("config")["config"] | changes)
+    named = model.published_parameters()
+    model.load_published({name: formula_weight(name, tuple(p.shape)) for name, p in named})
+    return model.eval()
+
+
+def tiny_model(**changes) -> TokenBridge:
+    """A few thousand random weights, for invariants; 16 positions, 6 channels, 3 classes."""
+    torch.manual_seed(0)
+    settings = {
+        **dict(img_size=16, vae_stride=4, vae_embed_dim=6, class_num=3, buffer_size=2),
+        **dict(encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=2),
+        **dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2),
+        **dict(channel_embed_dim=16, channel_depth=2, channel_heads=2, quant_levels=8),
+        **dict(attn_dropout=0.0, proj_dropout=0.0, label_drop_prob=0.0),
+        **dict(channel_order=(3, 0, 5, 1, 4, 2)),
+    }
+    model = TokenBridge(**settings | changes)
+    with torch.no_grad():  # adaLN starts at zero, where a head cannot tell its inputs apart
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def run_script(
+    *command, cwd: Path = ROOT, timeout: int = 300, **env
+) -> subprocess.CompletedProcess:
+    """Run a command of ours as a user does; python and torchrun are this interpreter's."""
+    first, *rest = (str(part) for part in command)
+    if first == "torchrun":
+        start = [sys.executable, "-m", "torch.distributed.run"]
+    else:
+        start = [sys.executable, str(ROOT / first)]
+        rest = list(rest)
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*start, *rest],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | settings | {key: str(value) for key, value in env.items()},
+    )
+
+
+def assert_user_error(result: subprocess.CompletedProcess, *fragments: str) -> None:
+    """One line, exit code 2, no traceback, and every fragment in it."""
+    assert result.returncode == 2, result.stderr + result.stdout
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1, result.stderr
+    for fragment in fragments:
+        assert fragment in lines[0], (fragment, lines[0])
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

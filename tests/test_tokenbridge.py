@@ -1,0 +1,227 @@
+"""The whole model against the golden data, and its invariants."""
+
+import pytest
+import torch
+
+from models.config import TokenBridgeConfig, preset
+from models.masking import Mask, random_orders
+from models.tokenbridge import TokenBridge
+from tests.conftest import (
+    formula_weight,
+    golden,
+    golden_json,
+    golden_model,
+    relative_error,
+    tiny_model,
+)
+from util.ema import EMA
+from util.optim import LRSchedule, build_optimizer, set_lr
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_layout_and_count_are_the_published_ones(size):
+    layout = golden_json("state_dict_layouts")[f"tokenbridge_{size}"]
+    with torch.device("meta"):
+        model = TokenBridge(**preset(f"tokenbridge_{size}"))
+    assert sum(p.numel() for p in model.parameters()) == layout["parameters"]
+    state = model.published_state_dict()
+    assert {name: list(t.shape) for name, t in state.items()} == layout["shapes"]
+    # The order numbers the optimizer's state, so it is part of the layout.
+    assert list(state) == list(layout["shapes"])
+    buffers = set(state) - {name for name, _ in model.published_parameters()}
+    assert sorted(buffers) == layout["buffers"]
+
+
+def test_every_stage_matches_golden():
+    model, data = golden_model(), golden("tokenbridge")
+    mask = Mask.from_bool(data["mask"])
+    with torch.no_grad():
+        tokens = model._tokens(data["latents"])
+        assert torch.equal(tokens, data["tokens_patchified"])
+        indices = model.quantizer.encode(tokens)
+        assert torch.equal(indices, data["indices"].long())
+        values = model.quantizer.decode(indices)
+        assert relative_error(values, data["values"]) < 1e-5
+        classes = model.backbone.class_embedding(data["labels"], 3)
+        encoded = model.backbone.encode(values, classes, mask)
+        assert relative_error(encoded, data["encoder_out"]) < 1e-5
+        decoded = model.backbone.decode(encoded, mask)
+        assert relative_error(decoded, data["decoder_out"]) < 1e-5
+        logits = model.logits(data["latents"], data["labels"], data["mask"])
+        assert relative_error(logits[:, model.head.order], data["logits"]) < 1e-5
+        loss = model(data["latents"], data["labels"], data["mask"])
+        assert loss.item() == pytest.approx(data["loss"].item(), rel=1e-6)
+
+
+def test_twelve_training_steps_match_golden():
+    settings, data = golden_json("config")["trajectory"], golden("trajectory")
+    model = golden_model().train()
+    parameters = dict(model.published_parameters())
+    optimizer = build_optimizer(parameters.items(), settings["lr"], settings["weight_decay"])
+    ema = EMA(parameters.items(), settings["ema_rate"])
+    schedule = LRSchedule(
+        settings["lr"],
+        settings["min_lr"],
+        settings["warmup_epochs"],
+        settings["epochs"],
+        settings["steps_per_epoch"],
+    )
+    for step in range(settings["steps"]):
+        lr = schedule(step)
+        set_lr(optimizer, lr)
+        num_masked = int(torch.ceil(64 * data["mask_rates"][step]))
+        mask = torch.zeros(3, 64).scatter(1, data["orders"][step][:, :num_masked], 1.0)
+        loss = model(data["latents"][step], data["labels"][step], mask)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+        assert lr == pytest.approx(data["lrs"][step].item(), rel=1e-9, abs=1e-15)
+        assert loss.item() == pytest.approx(data["losses"][step].item(), rel=1e-4)
+        assert norm.item() == pytest.approx(data["grad_norms"][step].item(), rel=1e-3)
+    for key, expected in data.items():
+        kind, _, name = key.partition(":")
+        if name:
+            found = parameters[name].detach() if kind == "param" else ema.state_dict()[name]
+            assert relative_error(found, expected) < 1e-4, key
+
+
+def test_published_state_dict_round_trips_into_another_model():
+    model, other = golden_model(), TokenBridge(**golden_json("config")["config"])
+    other.load_published(model.published_state_dict())
+    data = golden("tokenbridge")
+    arguments = (data["latents"], data["labels"], data["mask"])
+    assert torch.equal(model.logits(*arguments), other.eval().logits(*arguments))
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "codebook"])
+def test_load_published_names_what_does_not_match(change):
+    model = tiny_model()
+    state = model.published_state_dict()
+    if change == "missing":
+        del state["z_proj.weight"]
+    elif change == "unexpected":
+        state["z_proj.gain"] = torch.zeros(1)
+    elif change == "shape":
+        state["z_proj.weight"] = torch.zeros(1, 2)
+    else:
+        state["reconstruction_values"] = state["reconstruction_values"] + 0.1
+    name = "reconstruction_values" if change == "codebook" else "z_proj"
+    with pytest.raises(ValueError, match=name):
+        model.load_published(state)
+
+
+def test_parameters_alone_load_as_a_published_ema_does():
+    model = tiny_model()
+    state = {name: p.detach() + 1 for name, p in model.published_parameters()}
+    model.load_published(state)
+    assert torch.equal(dict(model.published_parameters())["z_proj.bias"], state["z_proj.bias"])
+
+
+def test_loss_ignores_what_is_under_the_mask_in_the_input():
+    """The masked tokens are targets only: z must not depend on them."""
+    model = tiny_model()
+    mask = Mask.from_orders(random_orders(2, 16, "cpu"), 10)
+    values = torch.randn(2, 16, 6)
+    classes = model.backbone.class_embedding(torch.tensor([0, 1]), 2)
+    z = model.backbone(values, classes, mask)
+    changed = values.scatter(1, mask.masked[..., None].expand(-1, -1, 6), 9.0)
+    assert torch.equal(z, model.backbone(changed, classes, mask))
+    seen = values.scatter(1, mask.visible[..., None].expand(-1, -1, 6), 9.0)
+    assert not torch.equal(z, model.backbone(seen, classes, mask))
+
+
+def test_grad_checkpointing_gives_the_same_loss_and_gradients():
+    latents, labels = torch.randn(2, 6, 4, 4), torch.tensor([0, 2])
+    results = []
+    for recompute in (False, True):
+        model = tiny_model(
+            attn_dropout=0.1, proj_dropout=0.1, label_drop_prob=0.5, grad_checkpointing=recompute
+        ).train()
+        torch.manual_seed(3)
+        loss = model(latents, labels)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_grad_checkpointing_recomputes_encoder_decoder_and_head():
+    """Counts forward calls of the blocks: once without, twice with recomputation."""
+    for recompute, expected in ((False, 1), (True, 2)):
+        model = tiny_model(grad_checkpointing=recompute).train()
+        calls = {}
+        parts = (model.backbone.encoder_blocks, model.backbone.decoder_blocks)
+        for name, blocks in zip("edh", (*parts, model.head.channel_blocks), strict=True):
+            blocks[0].register_forward_pre_hook(
+                lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1})
+            )
+        model(torch.randn(2, 6, 4, 4), torch.tensor([0, 1])).backward()
+        assert calls == {"e": expected, "d": expected, "h": expected}
+
+
+def test_label_dropout_replaces_the_class_by_the_unconditional_embedding():
+    model = tiny_model(label_drop_prob=1.0).train()
+    dropped = model.backbone.class_embedding(torch.tensor([0, 1]), 2)
+    assert torch.equal(dropped, model.backbone.fake_latent.expand(2, -1))
+    model.eval()
+    kept = model.backbone.class_embedding(torch.tensor([0, 1]), 2)
+    assert torch.equal(kept, model.backbone.class_emb.weight[:2])
+
+
+def test_patch_size_two_predicts_every_scalar_of_a_token():
+    model = tiny_model(patch_size=2)
+    latents = torch.randn(2, 6, 4, 4)
+    mask = torch.ones(2, 4)
+    assert model.logits(latents, torch.tensor([0, 1]), mask).shape == (8, 24, 8)
+    assert model.head.order[:5].tolist() == [12, 13, 14, 15, 0]
+
+
+def test_initialisation_is_the_published_one():
+    model = TokenBridge(**golden_json("config")["config"])
+    state = model.published_state_dict()
+    assert all(not state[n].any() for n in state if "adaLN" in n)
+    zero_biases = [n for n in state if n.endswith(".bias") and "norm" not in n]
+    assert all(not state[n].any() for n in zero_biases)
+    assert state["class_emb.weight"].std() == pytest.approx(0.02, rel=0.1)
+    assert state["decoder_pos_embed_learned"].std() == pytest.approx(0.02, rel=0.1)
+    assert state["token_embeddings.0.weight"].std() == pytest.approx(1.0, rel=0.1)
+    weight = state["encoder_blocks.0.mlp.fc1.weight"]
+    assert weight.abs().max() <= (6 / sum(weight.shape)) ** 0.5
+    assert weight.std() == pytest.approx((2 / sum(weight.shape)) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"img_size": 250},
+        {"encoder_num_heads": 3},
+        {"channel_order": (0, 0)},
+        {"quant_min": 6.0},
+        {"head_input": "other"},
+        {"label_drop_prob": 1.5},
+        {"quant_levels": 1024},
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_by_value(wrong):
+    value = str(next(iter(wrong.values())))
+    with pytest.raises(ValueError, match=value.replace("(", r"\(").replace(")", r"\)")):
+        TokenBridge(**preset("tokenbridge_tiny") | wrong)
+
+
+def test_latents_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="expected"):
+        tiny_model()(torch.randn(1, 6, 8, 8), torch.tensor([0]))
+
+
+def test_config_survives_a_dict():
+    config = TokenBridgeConfig(**preset("tokenbridge_tiny"), channel_order=tuple(range(16)))
+    assert TokenBridgeConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="unknown"):
+        TokenBridgeConfig.from_dict({"wings": 2})
+
+
+def test_golden_weights_follow_the_formula():
+    """The formula itself, on a value computed by hand from numpy's generator."""
+    assert formula_weight("z_proj_ln.weight", (64,)).mean() == pytest.approx(1, abs=0.05)
+    assert formula_weight("z_proj.bias", (64,)).abs().max() < 0.25

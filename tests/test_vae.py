@@ -1,0 +1,114 @@
+"""KL-16 against the golden data, and the family's invariants."""
+
+import pytest
+import torch
+
+from models.tokenizer import Tokenizer
+from models.vae import AutoencoderKL, Posterior
+from tests.conftest import formula_weight, golden, golden_json, relative_error
+
+
+@pytest.fixture(scope="module")
+def kl16():
+    with torch.device("meta"):
+        vae = AutoencoderKL()
+    names = vae.state_dict()
+    vae.to_empty(device="cpu")
+    vae.load_published({n: formula_weight(n, tuple(t.shape)) for n, t in names.items()})
+    return vae.eval()
+
+
+def small_vae(**changes):
+    torch.manual_seed(0)
+    return AutoencoderKL(**dict(embed_dim=4, ch_mult=(1, 1), ch=32, num_res_blocks=1) | changes)
+
+
+def test_layout_and_count_are_the_published_ones(kl16):
+    layout = golden_json("state_dict_layouts")["kl16"]
+    assert sum(p.numel() for p in kl16.parameters()) == layout["parameters"] == 66_456_019
+    shapes = {name: list(t.shape) for name, t in kl16.state_dict().items()}
+    assert shapes == layout["shapes"] and list(shapes) == list(layout["shapes"])
+    assert kl16.stride == 16 and kl16.is_kl16
+
+
+@torch.no_grad()
+def test_encode_and_decode_match_golden(kl16):
+    data = golden("vae")
+    posterior = kl16.encode(data["image"])
+    assert relative_error(posterior.parameters, data["moments"]) < 1e-5
+    assert relative_error(posterior.mean, data["mean"]) < 1e-5
+    assert relative_error(posterior.std, data["std"]) < 1e-5
+    assert relative_error(posterior.kl(), data["kl"]) < 1e-5
+    assert relative_error(kl16.decode(data["latent"]), data["decoded"]) < 1e-5
+
+
+def test_posterior_sample_has_its_mean_and_std():
+    parameters = torch.cat([torch.full((1, 2, 64, 64), 3.0), torch.full((1, 2, 64, 64), -2.0)], 1)
+    posterior = Posterior(parameters)
+    sample = posterior.sample(torch.Generator().manual_seed(0))
+    assert sample.mean() == pytest.approx(3.0, abs=0.03)
+    assert sample.std() == pytest.approx(torch.tensor(-1.0).exp().item(), rel=0.03)
+    assert torch.equal(sample, posterior.sample(torch.Generator().manual_seed(0)))
+    assert torch.equal(posterior.mode(), posterior.mean)
+
+
+def test_kl_equals_torch_distributions():
+    parameters = torch.randn(3, 8, 2, 2)
+    posterior = Posterior(parameters)
+    ours = torch.distributions.Normal(posterior.mean, posterior.std)
+    standard = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
+    expected = torch.distributions.kl_divergence(ours, standard).sum((1, 2, 3))
+    assert torch.allclose(posterior.kl(), expected, rtol=1e-5)
+
+
+def test_logvar_is_clamped():
+    posterior = Posterior(torch.full((1, 2, 1, 1), 1e4))
+    assert posterior.std.item() == pytest.approx(torch.tensor(10.0).exp().item())
+
+
+@torch.no_grad()
+def test_a_small_vae_is_the_same_class_at_another_stride():
+    vae = small_vae(ch_mult=(1, 2, 2, 2))
+    assert vae.stride == 8 and not vae.is_kl16
+    posterior = vae.encode(torch.randn(2, 3, 32, 24))
+    assert posterior.mean.shape == (2, 4, 4, 3)
+    assert vae.decode(posterior.mean).shape == (2, 3, 32, 24)
+    with pytest.raises(ValueError, match="stride 8"):
+        vae.encode(torch.randn(2, 3, 30, 24))
+
+
+def test_wrong_tensors_and_widths_are_refused():
+    vae = small_vae()
+    state = vae.state_dict()
+    state.pop("quant_conv.bias")
+    with pytest.raises(ValueError, match=r"quant_conv\.bias"):
+        vae.load_published(state)
+    with pytest.raises(ValueError, match="48"):
+        small_vae(ch=48)
+
+
+def test_ckpt_path_reads_the_published_form(tmp_path):
+    vae = small_vae()
+    torch.save({"model": vae.state_dict()}, tmp_path / "vae.ckpt")
+    other = small_vae(ckpt_path=tmp_path / "vae.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), other.parameters(), strict=True))
+
+
+@torch.no_grad()
+def test_tokenizer_scales_on_the_way_in_and_unscales_on_the_way_out():
+    vae = small_vae().eval()
+    images = torch.randn(2, 3, 16, 16)
+    tokenizer = Tokenizer(vae, latent_scale=0.25)
+    generator = torch.Generator().manual_seed(1)
+    latents = tokenizer.encode(images, generator)
+    expected = vae.encode(images).sample(generator.manual_seed(1)) * 0.25
+    assert torch.equal(latents, expected)
+    moments = vae.encode(images).parameters
+    assert torch.equal(tokenizer.from_moments(moments, generator.manual_seed(1)), expected)
+    assert torch.equal(tokenizer.decode(latents), vae.decode(latents / 0.25).clamp(-1, 1))
+
+
+def test_tokenizer_stays_frozen_and_in_evaluation_mode():
+    tokenizer = Tokenizer(small_vae(), 1.0).train()
+    assert not tokenizer.vae.training
+    assert not any(p.requires_grad for p in tokenizer.parameters())

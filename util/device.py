@@ -1,0 +1,66 @@
+"""Which device and which arithmetic: one path for CUDA, MPS and the CPU."""
+
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from util.errors import UserError
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+
+
+def _available() -> list[str]:
+    kinds = ["cuda"] if torch.cuda.is_available() else []
+    kinds += ["mps"] if torch.backends.mps.is_available() else []
+    return [*kinds, "cpu"]
+
+
+def resolve_device(name: str, local_rank: int = 0, quiet: bool = False) -> torch.device:
+    """The device of that name, or the best the machine has instead, which is said on stderr."""
+    kind, _, index = name.partition(":")
+    if kind not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {name!r} is not one of cuda, mps, cpu")
+    if kind not in _available():
+        if not quiet:
+            found = _available()[0]
+            print(f"no {kind} device here: running on {found}", file=sys.stderr, flush=True)
+        kind, index = _available()[0], ""
+    if kind != "cuda":
+        return torch.device(kind)
+    count = torch.cuda.device_count()
+    number = int(index) if index.isdigit() else local_rank
+    if number >= count:
+        raise UserError(f"process {number} of this node has no GPU: it has {count} of them")
+    return torch.device(kind, number)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The arithmetic of a run; weights, optimizer and EMA are fp32 in all of them."""
+
+    name: str
+    dtype: torch.dtype | None  # of the autocast, None for full precision
+
+    @property
+    def needs_scaler(self) -> bool:
+        """fp16 gradients underflow unless the loss is scaled."""
+        return self.dtype is torch.float16
+
+    def autocast(self, device: torch.device):
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(device.type, dtype=self.dtype)
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """auto: bf16 where CUDA supports it, else fp16 with a scaler; fp32 on a CPU or MPS."""
+    if name == "auto":
+        name = "fp32"
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+    if name not in dtypes:
+        raise UserError(f"--precision {name!r} is not one of {', '.join(PRECISIONS)}")
+    return Precision(name, dtypes[name])

@@ -1,0 +1,163 @@
+"""Processes: how they find each other, and the few things they say to each other.
+
+The only file that imports torch.distributed. Every helper works in a world of one, so nobody
+else asks whether a run is distributed. Launchers: none, torchrun, Slurm, Open MPI (ITP).
+"""
+
+import os
+import subprocess
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from util.device import resolve_device
+from util.errors import UserError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank in [0, size), local_rank on its own node."""
+
+    rank: int
+    size: int
+    local_rank: int
+    launcher: str
+
+
+def _world(launcher: str, *names: str) -> World:
+    """names: the variables that hold rank, size and local rank."""
+    try:
+        return World(*(int(os.environ[name]) for name in names), launcher=launcher)
+    except (KeyError, ValueError) as error:
+        values = ", ".join(f"{name}={os.environ.get(name)!r}" for name in names)
+        raise UserError(f"{launcher}: cannot read the process's place from {values}") from error
+
+
+def detect_world(dist_on_itp: bool = False) -> World:
+    """Where this process stands, from what its launcher put into the environment."""
+    if dist_on_itp:
+        names = (f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK"))
+        return _world("Open MPI (--dist_on_itp)", *names)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        return _world("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    # The tasks of this srun step; a plain python inside an allocation is a step of one.
+    step = "SLURM_STEP_NUM_TASKS"
+    tasks = step if step in os.environ else "SLURM_NTASKS"
+    if "SLURM_PROCID" in os.environ and os.environ.get(tasks, "1") != "1":
+        return _world("Slurm", "SLURM_PROCID", tasks, "SLURM_LOCALID")
+    return World(rank=0, size=1, local_rank=0, launcher="one process")
+
+
+def _slurm_master() -> str:
+    """The first host of the Slurm job."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+    if not any(mark in nodes for mark in "[,"):
+        return nodes
+    try:
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"cannot read SLURM_NODELIST {nodes!r}; set MASTER_ADDR") from error
+    return listed.stdout.split()[0]
+
+
+def init(device: str = "cuda", dist_url: str = "env://", dist_on_itp: bool = False) -> torch.device:
+    """Join the other processes, if there are any, and return this process's device.
+
+    device: what the user asked for; if the machine lacks it, what it has is used, and said.
+    """
+    world = detect_world(dist_on_itp)
+    chosen = resolve_device(device, world.local_rank, quiet=world.rank > 0)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world.size == 1 or dist.is_initialized():
+        return chosen
+    if chosen.type == "mps":
+        raise UserError(f"--device mps runs one process, not {world.size}")
+    if dist_url == "env://":
+        if world.launcher == "Slurm":
+            os.environ.setdefault("MASTER_ADDR", _slurm_master())
+            port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000
+            os.environ.setdefault("MASTER_PORT", str(port))
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(f"--dist_url env:// needs {' and '.join(missing)} in the environment")
+    dist.init_process_group(
+        backend="nccl" if chosen.type == "cuda" else "gloo",
+        init_method=dist_url,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=TIMEOUT,
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    print_main(f"{world.size} processes ({world.launcher}), backend {dist.get_backend()}")
+    return chosen
+
+
+def cleanup() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def print_main(*values) -> None:
+    """Print once, from the main process."""
+    if is_main():
+        print(*values, flush=True)
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of every process's tensor, in place, the same on all."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value) -> list:
+    """Every process's value, in the order of ranks, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with its gradients averaged over processes; the model itself in a world of one."""
+    if not dist.is_initialized():
+        return model
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def keep_gradients_local(model: nn.Module, active: bool):
+    """Context in which backward does not talk to other processes (gradient accumulation)."""
+    if active and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()

@@ -1,0 +1,45 @@
+"""Exponential moving average of the parameters: ema <- rate * ema + (1 - rate) * parameter."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """names, parameters: in the published names and order. The average starts at the parameters."""
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], rate: float):
+        named = list(named_parameters)
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.rate = rate
+        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_mul_(self.averages, self.rate)
+        torch._foreach_add_(self.averages, self.parameters, alpha=1 - self.rate)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.averages, strict=True))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """state: every parameter's average by its published name, shapes already checked."""
+        for name, average in zip(self.names, self.averages, strict=True):
+            average.copy_(state[name])
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model holds the averages for a while; storage is exchanged, nothing is copied."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, parameter in enumerate(self.parameters):
+            self.averages[i], parameter.data = parameter.data, self.averages[i]

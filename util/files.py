@@ -1,0 +1,74 @@
+"""Files that are whole or absent, and reading tensors without running what a file holds."""
+
+import argparse
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from util.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes its name only when it is complete and on the disk.
+
+    Whatever interrupts the writing, `path` holds the old content or the new, never a part.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Put the new name itself on the disk; where folders cannot be opened, the system does it."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256(path: str | Path) -> str:
+    """Hexadecimal digest of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_tensors(path: str | Path, flag: str) -> dict:
+    """Read a dict of tensors and plain values; nothing in the file is ever executed.
+
+    MAR's checkpoints hold an argparse.Namespace, which is plain data and allowed.
+    Raises UserError, naming the flag, on a file that is missing, damaged, or not such a dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the reader fail in any way
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else ""
+        raise UserError(
+            f"{flag} {path}: damaged, or not a plain file of tensors "
+            f"({type(error).__name__}: {reason}); fetch or save it again"
+        ) from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{flag} {path}: holds a {type(saved).__name__}, not a dict of tensors")
+    return saved

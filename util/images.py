@@ -1,0 +1,27 @@
+"""Generated images on their way to a file: rounding, PNG, grids."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from util.files import atomic_write
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[..., H, W] floats in [-1, 1] -> uint8, rounded and clipped: the bytes of the saved PNG."""
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_png(image: Tensor | np.ndarray, path: str | Path) -> None:
+    """image: uint8 [3, H, W]. The file is whole or absent."""
+    with atomic_write(path) as file:
+        Image.fromarray(np.moveaxis(np.asarray(image), 0, -1)).save(file, format="PNG")
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """images: uint8 [N, 3, H, W] -> one uint8 [3, H', W'], row by row."""
+    return make_grid(images, nrow=columns, padding=2, pad_value=255)

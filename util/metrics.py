@@ -1,0 +1,146 @@
+"""FID and Inception Score through torch-fidelity's own network and its own arithmetic.
+
+Letters: N images.
+Source: Heusel et al., arXiv 1706.08500 (FID); Salimans et al., arXiv 1606.03498 (IS).
+"""
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from util import dist
+from util.errors import UserError
+from util.files import load_tensors
+
+FEATURES, LOGITS = "2048", "logits_unbiased"
+FEATURE_COUNT = 2048
+WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
+
+
+def published_weights() -> Path:
+    """Where torch-fidelity keeps the Inception weights it downloads."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+
+
+def find_inception_weights(given: str | None) -> Path | None:
+    """The given file, checked; else the one downloaded earlier, or now by the main process.
+
+    Returns None where there is none and none can be downloaded.
+    """
+    if given is not None:
+        load_tensors(given, "--inception_weights")  # torch-fidelity would unpickle it unchecked
+        return Path(given)
+    if dist.is_main() and not published_weights().is_file():
+        _download_inception_weights()
+    dist.barrier()
+    return published_weights() if published_weights().is_file() else None
+
+
+def _download_inception_weights() -> None:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    try:
+        torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, progress=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        print(f"Inception weights cannot be downloaded here ({error})", flush=True)
+
+
+def load_extractor(weights: Path, device: torch.device) -> nn.Module:
+    """torch-fidelity's Inception network: uint8 [N, 3, H, W] -> (features, logits)."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    try:
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat",
+            [FEATURES, LOGITS],
+            feature_extractor_weights_path=str(weights),
+        )
+    except (RuntimeError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--inception_weights {weights}: not torch-fidelity's Inception network ({first}); "
+            f"it needs {WEIGHTS_FILE}"
+        ) from error
+    return network.to(device)
+
+
+def load_fid_statistics(path: str | Path) -> dict[str, np.ndarray]:
+    """mu [2048] and sigma [2048, 2048], float64, of an npz file as ADM's.
+
+    Raises UserError, naming --fid_stats, on a damaged file or other shapes.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stats = {key: np.asarray(file[key], dtype=np.float64) for key in ("mu", "sigma")}
+    except FileNotFoundError as error:
+        raise UserError(f"--fid_stats {path}: no such file") from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"--fid_stats {path}: not an npz file with mu and sigma ({error})"
+        ) from error
+    shapes = {key: value.shape for key, value in stats.items()}
+    if shapes != {"mu": (FEATURE_COUNT,), "sigma": (FEATURE_COUNT, FEATURE_COUNT)}:
+        raise UserError(f"--fid_stats {path}: shapes {shapes} are not those of Inception features")
+    return stats
+
+
+class InceptionMetrics:
+    """Collects the features of this process's images; computes the metrics of everybody's."""
+
+    def __init__(self, weights: Path, stats: dict[str, np.ndarray] | None, device: torch.device):
+        self.extractor = load_extractor(weights, device)
+        self.stats, self.device = stats, device
+        self.ids: list[int] = []
+        self.rows: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def add(self, ids: list[int], images: Tensor) -> None:
+        """images: uint8 [N, 3, H, W], numbered by ids."""
+        features, logits = self.extractor(images.to(self.device))
+        self.ids += ids
+        self.rows.append((features.cpu(), logits.cpu()))
+
+    def compute(self) -> dict[str, float]:
+        """FID (where statistics were given) and IS of all processes' images, on every process."""
+        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+        from torch_fidelity.metric_isc import isc_features_to_metric
+
+        features, logits = self._gather()
+        metrics = isc_features_to_metric(logits)
+        if self.stats is not None:
+            found = fid_features_to_statistics(features.double())
+            metrics |= fid_statistics_to_metric(found, self.stats, verbose=False)
+        return metrics
+
+    def _gather(self) -> tuple[Tensor, Tensor]:
+        """Features and logits in the order of the image numbers, on every process."""
+        parts = dist.gather_objects((self.ids, self.rows))
+        ids = torch.tensor([i for part_ids, _ in parts for i in part_ids])
+        rows = [row for _, part_rows in parts for row in part_rows]
+        order = ids.argsort()
+        features = torch.cat([features for features, _ in rows])
+        logits = torch.cat([logits for _, logits in rows])
+        return features[order], logits[order]
+
+
+def prepare(
+    fid_stats: str | None, inception_weights: str | None, device: torch.device
+) -> InceptionMetrics | None:
+    """What can be measured here; what cannot is said in one line, with the remedy."""
+    weights = find_inception_weights(inception_weights)
+    if weights is None:
+        dist.print_main(
+            f"FID and IS are not computed: no Inception weights; put torch-fidelity's "
+            f"{WEIGHTS_FILE} at {published_weights()} or name it with --inception_weights"
+        )
+        return None
+    stats = load_fid_statistics(fid_stats) if fid_stats is not None else None
+    if stats is None:
+        dist.print_main(
+            "FID is not computed: no statistics; put ADM's adm_in256_stats.npz into fid_stats/ "
+            "or name an npz file with mu and sigma with --fid_stats"
+        )
+    return InceptionMetrics(weights, stats, device)
