@@ -11,21 +11,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from models.sampler import evaluation_mode, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
-from util import dist, metrics
+from util import dist
 from util.checkpoint import save_checkpoint
 from util.device import Precision
 from util.ema import EMA
 from util.files import atomic_write
-from util.images import grid, save_png, to_uint8
+from util.images import grid, read_png, save_png, to_uint8
 from util.log import TrainingLog
+from util.metrics import ImageFeatures, Inception
 from util.optim import LRSchedule, seed_micro_batch, set_lr
 
 
@@ -40,8 +39,6 @@ class EvalSettings:
     cfg_schedule: str
     temperature: float
     seed: int
-    fid_stats: str | None = None
-    inception_weights: str | None = None
 
     def folder_name(self, weights: str) -> str:
         return (
@@ -79,6 +76,7 @@ class Run:
     tokenizer: Tokenizer
     device: torch.device
     precision: Precision
+    inception: Inception | None = None  # of the evaluation while training
 
 
 def train(
@@ -155,10 +153,16 @@ def end_epoch(run: Run, log: TrainingLog, settings: TrainSettings, epochs_done: 
         folder = settings.output_dir / f"eval-epoch{epochs_done}"
         with run.ema.swapped_in():
             results = evaluate(
-                run.model, run.tokenizer, settings.evaluation, folder, run.device, run.precision
+                run.model,
+                run.tokenizer,
+                settings.evaluation,
+                folder,
+                run.device,
+                run.precision,
+                run.inception,
             )
         log.scalars({f"eval/{name}": value for name, value in results.items()}, step)
-        log.image("eval/samples", _read_png(folder / "grid.png"), step)
+        log.image("eval/samples", read_png(folder / "grid.png"), step)
     dist.barrier()
 
 
@@ -169,31 +173,36 @@ def evaluate(
     folder: Path,
     device: torch.device,
     precision: Precision,
+    inception: Inception | None,
 ) -> dict[str, float]:
-    """Write num_images PNG files, a grid and metrics.json into the folder; return the metrics.
+    """Write the images into folder/images, a grid and metrics.json beside them; return the metrics.
 
     Each process takes whole batches, the same ones on any number of processes; image i depends on
-    (seed, i) alone.
+    (seed, i) alone. inception: None if nothing can be measured.
     """
-    measure = metrics.prepare(settings.fid_stats, settings.inception_weights, device)
     if dist.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "images").mkdir(parents=True, exist_ok=True)
     dist.barrier()
+    features = ImageFeatures(inception) if inception is not None else None
     starts = range(0, settings.num_images, settings.eval_bsz)[dist.rank() :: dist.world_size()]
     with evaluation_mode(model):
         for start in tqdm(starts, desc="generating", disable=not dist.is_main()):
             ids = range(start, min(start + settings.eval_bsz, settings.num_images))
             images = generate(model, tokenizer, ids, settings, device, precision)
             for image_id, image in zip(ids, images, strict=True):
-                save_png(image, folder / f"{image_id:05d}.png")
-            if measure is not None:
-                measure.add(list(ids), images)
-    results = measure.compute() if measure is not None else {}
+                save_png(image, image_path(folder, image_id))
+            if features is not None:
+                features.add(list(ids), images)
+    results = features.compute() if features is not None else {}
     dist.barrier()
     if dist.is_main():
         _write_results(folder, settings, model, results)
     dist.barrier()
     return results
+
+
+def image_path(folder: Path, image_id: int) -> Path:
+    return folder / "images" / f"{image_id:05d}.png"
 
 
 def generate(
@@ -232,19 +241,11 @@ def _write_results(
     }
     with atomic_write(folder / "metrics.json") as file:
         file.write(json.dumps(record, indent=1).encode())
-    shown = [
-        c * per_class + k
-        for k in range(min(per_class, 8))
-        for c in range(min(model.config.class_num, 10))
-    ]
-    images = torch.stack([_read_png(folder / f"{i:05d}.png") for i in shown])
-    save_png(grid(images, columns=min(model.config.class_num, 10)), folder / "grid.png")
+    columns = min(model.config.class_num, 10)
+    rows = range(min(per_class, 8))
+    shown = [c * per_class + k for k in rows for c in range(columns)]
+    images = torch.stack([read_png(image_path(folder, i)) for i in shown])
+    save_png(grid(images, columns), folder / "grid.png")
     print(f"{settings.num_images} images in {folder}; a first look: {folder / 'grid.png'}")
     for name, value in results.items():
         print(f"{name}: {value:.4f}")
-
-
-def _read_png(path: Path) -> Tensor:
-    """uint8 [3, H, W]."""
-    with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB"))

@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader, Dataset
 from engine_tokenbridge import EvalSettings, Run, TrainSettings, evaluate, train
 from models.sampler import CFG_SCHEDULES
 from models.tokenizer import Tokenizer
-from util import dist
+from util import dist, metrics
 from util.args import (
     Parser,
     add_device_flags,
     add_distributed_flags,
     add_loader_flags,
+    add_metric_flags,
     add_model_flags,
     add_precision_flag,
     add_vae_flags,
@@ -36,8 +37,6 @@ from util.files import sha256
 from util.latent_cache import open_cache
 from util.log import TrainingLog
 from util.optim import LRSchedule, build_optimizer
-
-ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 
 
 def make_parser() -> Parser:
@@ -91,8 +90,7 @@ def make_parser() -> Parser:
     sampling.add_argument(
         "--eval_weights", choices=("ema", "model"), default="ema", help="averaged or raw weights"
     )
-    sampling.add_argument("--fid_stats", help=f"npz with mu and sigma [{ADM_STATISTICS} if there]")
-    sampling.add_argument("--inception_weights", help="torch-fidelity's Inception weights")
+    add_metric_flags(parser)
     return parser
 
 
@@ -115,12 +113,13 @@ def evaluate_checkpoint(args, device, precision) -> None:
     check_vae(vae, config, args.vae_path)
     warn_other_vae(checkpoint, sha256(args.vae_path))
     settings = eval_settings(args, config.class_num)
+    inception = metrics.prepare(args.fid_stats, args.inception_weights, device)
     key = "model_ema" if args.eval_weights == "ema" else "model"
     model = build_model(config, checkpoint, key).to(device)
     tokenizer = Tokenizer(vae, config.latent_scale).to(device)
     dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
     folder = Path(args.output_dir) / settings.folder_name(args.eval_weights)
-    evaluate(model, tokenizer, settings, folder, device, precision)
+    evaluate(model, tokenizer, settings, folder, device, precision, inception)
 
 
 def train_model(args, device, precision) -> None:
@@ -128,8 +127,8 @@ def train_model(args, device, precision) -> None:
     torch.manual_seed(args.seed)  # the same initial weights on every process
     path = find_checkpoint(args.resume, args.output_dir, False) if args.resume else None
     checkpoint = load_checkpoint(path) if path else None
-    dataset, classes, manifest, vae_sha = open_data(args)
     vae = None if args.use_cached and not args.online_eval else build_vae(args)
+    dataset, classes, manifest, vae_sha = open_data(args)
     config = build_config(args, checkpoint, manifest, vae)
     check_data(config, classes, dataset, args)
     if vae is not None:
@@ -150,6 +149,9 @@ def train_model(args, device, precision) -> None:
         tokenizer=Tokenizer(vae, config.latent_scale).to(device),
         device=device,
         precision=precision,
+        inception=metrics.prepare(args.fid_stats, args.inception_weights, device)
+        if args.online_eval
+        else None,
     )
     first_step = args.start_epoch * epoch_steps
     if checkpoint is not None:
@@ -189,13 +191,16 @@ def open_data(args) -> tuple[Dataset, list[str], dict | None, str | None]:
     if args.use_cached:
         if not args.cached_path:
             raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
-        cache = open_cache(args.cached_path, img_size=args.img_size)
+        asked = args.online_eval or "vae_path" in args.explicit
+        cache = open_cache(
+            args.cached_path, args.img_size, sha256(args.vae_path) if asked else None
+        )
         sha = cache.manifest["vae_sha256"] if cache.manifest else None
         return cache, cache.classes, cache.manifest, sha
     images = list_images(args.data_path)
     on_bad = "next" if args.skip_bad_images else "raise"
-    vae_sha = sha256(args.vae_path) if Path(args.vae_path).is_file() else None
-    return ImageDataset(images.samples, args.img_size, on_bad), images.classes, None, vae_sha
+    dataset = ImageDataset(images.samples, args.img_size, on_bad)
+    return dataset, images.classes, None, sha256(args.vae_path)
 
 
 def check_data(config, classes, dataset, args) -> None:
@@ -217,9 +222,6 @@ def eval_settings(args, class_num: int) -> EvalSettings:
             f"--num_images {args.num_images} is not a multiple of --class_num {class_num}: "
             "every class gets the same number"
         )
-    stats = args.fid_stats
-    if stats is None and ADM_STATISTICS.is_file():
-        stats = str(ADM_STATISTICS)
     return EvalSettings(
         num_images=args.num_images,
         eval_bsz=args.eval_bsz,
@@ -228,8 +230,6 @@ def eval_settings(args, class_num: int) -> EvalSettings:
         cfg_schedule=args.cfg_schedule,
         temperature=args.temperature,
         seed=args.seed,
-        fid_stats=stats,
-        inception_weights=args.inception_weights,
     )
 
 

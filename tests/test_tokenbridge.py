@@ -146,18 +146,17 @@ def test_grad_checkpointing_gives_the_same_loss_and_gradients():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_grad_checkpointing_recomputes_encoder_decoder_and_head():
-    """Counts forward calls of the blocks: once without, twice with recomputation."""
-    for recompute, expected in ((False, 1), (True, 2)):
-        model = tiny_model(grad_checkpointing=recompute).train()
-        calls = {}
-        parts = (model.backbone.encoder_blocks, model.backbone.decoder_blocks)
-        for name, blocks in zip("edh", (*parts, model.head.channel_blocks), strict=True):
-            blocks[0].register_forward_pre_hook(
-                lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1})
-            )
-        model(torch.randn(2, 6, 4, 4), torch.tensor([0, 1])).backward()
-        assert calls == {"e": expected, "d": expected, "h": expected}
+@pytest.mark.parametrize("recompute,expected", [(False, 1), (True, 2)])
+def test_grad_checkpointing_covers_encoder_decoder_and_head(recompute, expected):
+    """Each block is computed once without recomputation, twice with it."""
+    model = tiny_model(grad_checkpointing=recompute).train()
+    backbone, calls = model.backbone, []
+    parts = (backbone.encoder_blocks, backbone.decoder_blocks, model.head.channel_blocks)
+    blocks = [block for part in parts for block in part]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, _: calls.append(block))
+    model(torch.randn(2, 6, 4, 4), torch.tensor([0, 1])).backward()
+    assert [calls.count(block) for block in blocks] == [expected] * len(blocks)
 
 
 def test_label_dropout_replaces_the_class_by_the_unconditional_embedding():

@@ -68,6 +68,22 @@ def fraction(text: str) -> float:
     return value
 
 
+MAX_BITS = 9  # see GaussianQuantizer
+
+
+def bit_width(text: str) -> int:
+    """Bits a latent scalar."""
+    value = int(text)
+    if not 1 <= value <= MAX_BITS:
+        raise argparse.ArgumentTypeError(f"{text} is not between 1 and {MAX_BITS} bits")
+    return value
+
+
+def bit_width_or_continuous(text: str) -> int:
+    """Bits a latent scalar; any negative number, which becomes -1, is no quantization."""
+    return -1 if int(text) < 0 else bit_width(text)
+
+
 def channel_order(text: str) -> str | tuple[int, ...]:
     return text if text == "auto" else tuple(int(part) for part in text.replace(",", " ").split())
 
@@ -120,6 +136,14 @@ def add_loader_flags(parser: Parser) -> None:
     )
 
 
+def add_metric_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("metrics")
+    group.add_argument(
+        "--fid_stats", help="npz with mu and sigma; default: fid_stats/adm_in256_stats.npz if there"
+    )
+    group.add_argument("--inception_weights", help="torch-fidelity's Inception weights, a file")
+
+
 def add_model_flags(parser: Parser) -> None:
     group = parser.add_argument_group(
         "model", "a checkpoint made here knows its own settings; a flag given must agree with it"
@@ -128,7 +152,7 @@ def add_model_flags(parser: Parser) -> None:
     group.add_argument("--vae_stride", type=positive_int, default=16, help="pixels a position")
     group.add_argument("--patch_size", type=positive_int, default=1, help="positions a token side")
     group.add_argument("--class_num", type=positive_int, default=1000, help="classes")
-    group.add_argument("--quant_bits", type=positive_int, default=6, help="bits a latent scalar")
+    group.add_argument("--quant_bits", type=bit_width, default=6, help="bits a latent scalar")
     group.add_argument("--quant_min", type=float, default=-5.0, help="lowest scaled latent")
     group.add_argument("--quant_max", type=float, default=5.0, help="highest scaled latent")
     group.add_argument(

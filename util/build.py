@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from models.config import PUBLISHED_LATENT_SCALE, TokenBridgeConfig, default_channel_order, preset
 from models.tokenbridge import TokenBridge
@@ -35,6 +34,7 @@ def build_config(
     asked = _flag_settings(args)
     saved = checkpoint.config.to_dict() if checkpoint and checkpoint.config else None
     if saved is None:
+        asked |= _latent_geometry(args, manifest, vae)
         asked |= _latent_settings(args, checkpoint, manifest, vae)
         with as_user_error():
             return TokenBridgeConfig(**asked)
@@ -71,6 +71,19 @@ def _given_settings(args: argparse.Namespace, asked: dict) -> dict:
     if args.channel_order != "auto":
         given["channel_order"] = list(args.channel_order)
     return given
+
+
+def _latent_geometry(
+    args: argparse.Namespace, manifest: dict | None, vae: AutoencoderKL | None
+) -> dict:
+    """Channels and stride of the latents that are there, unless a flag says otherwise."""
+    found = {}
+    if manifest is not None:
+        channels, side, _ = manifest["latent_shape"]
+        found = {"vae_embed_dim": channels, "vae_stride": manifest["image_size"] // side}
+    elif vae is not None:
+        found = {"vae_embed_dim": vae.config["embed_dim"], "vae_stride": vae.stride}
+    return {name: value for name, value in found.items() if name not in args.explicit}
 
 
 def _latent_settings(
@@ -114,9 +127,10 @@ def build_model(
 
 
 def build_vae(args: argparse.Namespace) -> AutoencoderKL:
-    """The VAE of --vae_path, checked against --vae_embed_dim and --img_size."""
-    vae = load_vae(Path(args.vae_path), args.vae_embed_dim)
-    if args.img_size % vae.stride:
+    """The VAE of --vae_path, checked against --vae_embed_dim (if given) and --img_size."""
+    given = "vae_embed_dim" in args.explicit
+    vae = load_vae(args.vae_path, args.vae_embed_dim if given else None)
+    if "img_size" in args.explicit and args.img_size % vae.stride:
         raise UserError(f"--img_size {args.img_size} is not a multiple of the stride {vae.stride}")
     return vae
 

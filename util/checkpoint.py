@@ -98,21 +98,23 @@ def save_checkpoint(
     return path
 
 
-def load_vae(path: str | Path, embed_dim: int) -> AutoencoderKL:
+def load_vae(path: str | Path, embed_dim: int | None = None) -> AutoencoderKL:
     """Read a VAE: kl16.ckpt, or a file of the same form that also holds its `config`.
 
+    embed_dim: the channels it must have; None takes those of the file, or KL-16's.
     Raises UserError, naming --vae_path, unless every tensor matches.
     """
     saved = load_tensors(path, "--vae_path")
-    config = saved.get("config", AutoencoderKL.published_config() | {"embed_dim": embed_dim})
     if not isinstance(saved.get("model"), dict):
         raise UserError(f"--vae_path {path}: no state dict 'model' in it; kl16.ckpt has one")
-    if not isinstance(config, dict) or config.get("embed_dim") != embed_dim:
-        found = config.get("embed_dim") if isinstance(config, dict) else config
-        raise UserError(f"--vae_embed_dim {embed_dim}, but --vae_path {path} has {found} channels")
+    published = AutoencoderKL.published_config()
+    config = saved.get("config", published | {"embed_dim": embed_dim or published["embed_dim"]})
     with as_user_error(f"--vae_path {path}", (ValueError, TypeError, AttributeError)):
         vae = AutoencoderKL(**config)
         vae.load_published(saved["model"])
+    if embed_dim not in (None, vae.config["embed_dim"]):
+        found = vae.config["embed_dim"]
+        raise UserError(f"--vae_embed_dim {embed_dim}, but --vae_path {path} has {found} channels")
     return vae
 
 

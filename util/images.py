@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 from util.files import atomic_write
@@ -25,3 +26,15 @@ def save_png(image: Tensor | np.ndarray, path: str | Path) -> None:
 def grid(images: Tensor, columns: int) -> Tensor:
     """images: uint8 [N, 3, H, W] -> one uint8 [3, H', W'], row by row."""
     return make_grid(images, nrow=columns, padding=2, pad_value=255)
+
+
+def read_png(path: str | Path) -> Tensor:
+    """uint8 [3, H, W] of a file that `save_png` wrote."""
+    with Image.open(path, formats=("PNG",)) as image:
+        return pil_to_tensor(image.convert("RGB"))
+
+
+def psnr(images: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of uint8 images [N, 3, H, W] in dB: [N]; 100 where identical."""
+    error = (images.double() - reference.double()).square().mean(dim=(1, 2, 3)) / 255**2
+    return -10 * error.clamp_min(1e-10).log10()

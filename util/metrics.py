@@ -4,6 +4,8 @@ Letters: N images.
 Source: Heusel et al., arXiv 1706.08500 (FID); Salimans et al., arXiv 1606.03498 (IS).
 """
 
+import socket
+import sys
 import zipfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from util import dist
 from util.errors import UserError
 from util.files import load_tensors
 
+ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 FEATURES, LOGITS = "2048", "logits_unbiased"
 FEATURE_COUNT = 2048
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -40,12 +43,19 @@ def find_inception_weights(given: str | None) -> Path | None:
 
 
 def _download_inception_weights() -> None:
+    """To torch-fidelity's own place, its digest checked. Without a network: absent."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
+    waiting = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # a firewall that swallows packets must not stop an evaluation
     try:
-        torch.hub.load_state_dict_from_url(URL_INCEPTION_V3, progress=True, weights_only=True)
+        torch.hub.load_state_dict_from_url(
+            URL_INCEPTION_V3, progress=True, check_hash=True, weights_only=True
+        )
     except (OSError, RuntimeError) as error:
-        print(f"Inception weights cannot be downloaded here ({error})", flush=True)
+        print(f"no Inception weights from the network ({error})", file=sys.stderr, flush=True)
+    finally:
+        socket.setdefaulttimeout(waiting)
 
 
 def load_extractor(weights: Path, device: torch.device) -> nn.Module:
@@ -87,32 +97,43 @@ def load_fid_statistics(path: str | Path) -> dict[str, np.ndarray]:
     return stats
 
 
-class InceptionMetrics:
-    """Collects the features of this process's images; computes the metrics of everybody's."""
+class Inception:
+    """The network and, where they were given, the reference statistics of FID."""
 
     def __init__(self, weights: Path, stats: dict[str, np.ndarray] | None, device: torch.device):
-        self.extractor = load_extractor(weights, device)
+        self.network = load_extractor(weights, device)
         self.stats, self.device = stats, device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images: uint8 [N, 3, H, W] -> features [N, 2048] and logits [N, 1008], on the CPU."""
+        features, logits = self.network(images.to(self.device))
+        return features.cpu(), logits.cpu()
+
+
+class ImageFeatures:
+    """Collects the features of this process's images; computes the metrics of everybody's."""
+
+    def __init__(self, inception: Inception):
+        self.inception = inception
         self.ids: list[int] = []
         self.rows: list[tuple[Tensor, Tensor]] = []
 
-    @torch.no_grad()
     def add(self, ids: list[int], images: Tensor) -> None:
         """images: uint8 [N, 3, H, W], numbered by ids."""
-        features, logits = self.extractor(images.to(self.device))
         self.ids += ids
-        self.rows.append((features.cpu(), logits.cpu()))
+        self.rows.append(self.inception(images))
 
-    def compute(self) -> dict[str, float]:
-        """FID (where statistics were given) and IS of all processes' images, on every process."""
-        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    def compute(self, reference: "ImageFeatures | None" = None) -> dict[str, float]:
+        """IS, FID where statistics were given, rFID against a reference; on every process."""
         from torch_fidelity.metric_isc import isc_features_to_metric
 
         features, logits = self._gather()
         metrics = isc_features_to_metric(logits)
-        if self.stats is not None:
-            found = fid_features_to_statistics(features.double())
-            metrics |= fid_statistics_to_metric(found, self.stats, verbose=False)
+        if self.inception.stats is not None:
+            metrics["fid"] = _frechet(features, self.inception.stats)
+        if reference is not None:
+            metrics["rfid"] = _frechet(features, _statistics(reference._gather()[0]))
         return metrics
 
     def _gather(self) -> tuple[Tensor, Tensor]:
@@ -126,10 +147,29 @@ class InceptionMetrics:
         return features[order], logits[order]
 
 
+def _statistics(features: Tensor) -> dict[str, np.ndarray]:
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    found = fid_features_to_statistics(features)
+    return {key: value.astype(np.float64) for key, value in found.items()}
+
+
+def _frechet(features: Tensor, stats: dict[str, np.ndarray]) -> float:
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+
+    return next(iter(fid_statistics_to_metric(_statistics(features), stats, False).values()))
+
+
 def prepare(
     fid_stats: str | None, inception_weights: str | None, device: torch.device
-) -> InceptionMetrics | None:
-    """What can be measured here; what cannot is said in one line, with the remedy."""
+) -> Inception | None:
+    """What can be measured here; what cannot is said in one line, with the remedy.
+
+    Files are checked before the first image is made. fid_stats: None takes ADM's if it is there.
+    """
+    if fid_stats is None and ADM_STATISTICS.is_file():
+        fid_stats = str(ADM_STATISTICS)
+    stats = load_fid_statistics(fid_stats) if fid_stats is not None else None
     weights = find_inception_weights(inception_weights)
     if weights is None:
         dist.print_main(
@@ -137,10 +177,9 @@ def prepare(
             f"{WEIGHTS_FILE} at {published_weights()} or name it with --inception_weights"
         )
         return None
-    stats = load_fid_statistics(fid_stats) if fid_stats is not None else None
     if stats is None:
         dist.print_main(
             "FID is not computed: no statistics; put ADM's adm_in256_stats.npz into fid_stats/ "
             "or name an npz file with mu and sigma with --fid_stats"
         )
-    return InceptionMetrics(weights, stats, device)
+    return Inception(weights, stats, device)
