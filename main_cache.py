@@ -1,0 +1,168 @@
+"""Encode a folder of images with the VAE once, so that training need not: the latent cache.
+
+torchrun --nproc_per_node=8 main_cache.py --data_path DATA --cached_path CACHE
+python main_cache.py --cached_path CACHE --verify
+
+Stopped or killed, the same command goes on where it was, on any number of processes.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from models.vae import AutoencoderKL
+from util import dist
+from util.args import (
+    Parser,
+    add_device_flags,
+    add_distributed_flags,
+    add_loader_flags,
+    add_vae_flags,
+    positive_int,
+)
+from util.build import build_vae
+from util.cache_writer import Batch, CacheSettings, CacheWriter, list_digest
+from util.data import ImageDataset, ImageList, collate_skipping, list_images
+from util.errors import UserError, run
+from util.files import sha256
+from util.latent_cache import DTYPES, FORMATS, verify
+
+
+def make_parser() -> Parser:
+    parser = Parser(__doc__.splitlines()[0])
+    add_vae_flags(parser)
+    add_loader_flags(parser)
+    add_device_flags(parser)
+    add_distributed_flags(parser)
+    parser.set_defaults(seed=0)
+
+    cache = parser.add_argument_group("cache")
+    cache.add_argument("--data_path", default="./data/imagenet", help="images in train/CLASS/")
+    cache.add_argument("--cached_path", default="", help="folder to write, or to go on with")
+    cache.add_argument("--batch_size", type=positive_int, default=128, help="images a process")
+    cache.add_argument(
+        "--format", choices=FORMATS, default="npy", help="shards, or the published CLASS/IMAGE.npz"
+    )
+    cache.add_argument(
+        "--dtype", choices=DTYPES, help="of the moments [float16; float32 with --format npz]"
+    )
+    cache.add_argument("--shard_size", type=positive_int, default=4096, help="images a shard")
+    cache.add_argument("--verify", action="store_true", help="only check an existing cache")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse()
+    if not args.cached_path:
+        raise UserError("--cached_path is missing: name the folder of the cache")
+    if args.verify:
+        verify_cache(args.cached_path)
+    else:
+        device = dist.init(args.device, args.dist_url, args.dist_on_itp)
+        write_cache(args, device)
+        dist.cleanup()
+
+
+def verify_cache(path: str) -> None:
+    cache = verify(path)
+    known = "checksums agree" if cache.manifest else "readable; no manifest, so no checksums"
+    print(f"{path}: {len(cache)} images in {len(cache.classes)} classes, {known}")
+
+
+def write_cache(args, device: torch.device) -> None:
+    """Everything is read and checked before anything is written."""
+    torch.manual_seed(args.seed)
+    images = list_images(args.data_path)
+    vae = build_vae(args).to(device).eval()
+    names = [os.path.relpath(path, images.root) for path, _ in images.samples]
+    labels = [label for _, label in images.samples]
+    settings = cache_settings(args, vae, images.classes, list_digest(names, labels))
+    writer = CacheWriter(args.cached_path, settings, names, labels)
+
+    # One process says what is to be done, so that all agree; then each takes every W-th shard.
+    pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]
+    dist.print_main(f"{len(pending)} of {writer.num_shards} shards to write")
+    encode_shards(args, device, vae, images, writer, pending[dist.rank() :: dist.world_size()])
+    dist.barrier()
+    if dist.is_main():
+        report(writer.write_manifest(published_constants=vae.is_kl16), args.cached_path)
+    dist.barrier()
+
+
+def cache_settings(args, vae: AutoencoderKL, classes: list[str], images_sha256: str):
+    dtype = args.dtype or ("float16" if args.format == "npy" else "float32")
+    if args.format == "npz" and dtype != "float32":
+        raise UserError(f"--dtype {dtype}: the published form (--format npz) is float32")
+    return CacheSettings(
+        format=args.format,
+        dtype=dtype,
+        shard_size=args.shard_size,
+        image_size=args.img_size,
+        vae_sha256=sha256(args.vae_path),
+        vae_config=vae.config,
+        vae_stride=vae.stride,
+        classes=classes,
+        images_sha256=images_sha256,
+    )
+
+
+def encode_shards(
+    args, device, vae: AutoencoderKL, images: ImageList, writer: CacheWriter, shards: list[int]
+) -> None:
+    """Encode and write these shards; one loader for all of them, so that its workers never rest."""
+    batches = {shard: split(writer.missing(shard), args.batch_size) for shard in shards}
+    order = [batch for shard in shards for batch in batches[shard]]
+    dataset = ImageDataset(
+        images.samples, args.img_size, "drop" if args.skip_bad_images else "raise"
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=order,
+        collate_fn=collate_skipping,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+    )
+    loaded = iter(loader)
+    bar = tqdm(total=sum(map(len, order)), unit="img", disable=None if dist.is_main() else True)
+
+    def encoded(shard: int) -> Iterator[Batch]:
+        for batch in batches[shard]:
+            readable = next(loaded)
+            if readable is not None:
+                kept = [i for i in batch if not dataset.bad[i]]
+                yield kept, encode(vae, readable[0].to(device, non_blocking=True))
+            bar.update(len(batch))
+
+    with bar:
+        for shard in shards:
+            writer.write_shard(shard, encoded(shard))
+
+
+def split(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+@torch.inference_mode()
+def encode(vae: AutoencoderKL, images: Tensor) -> np.ndarray:
+    """images: [B, 3, H, W] -> moments [B, 2, 2C, h, w] of them and of their mirror images."""
+    views = [vae.encode(view).parameters for view in (images, images.flip(-1))]
+    return torch.stack(views, dim=1).float().cpu().numpy()
+
+
+def report(manifest: dict, path: str) -> None:
+    for name in manifest["skipped"]:
+        print(f"skipped {name}", file=sys.stderr)
+    print(
+        f"{path}: {manifest['count']} images in {len(manifest['classes'])} classes, "
+        f"{len(manifest['skipped'])} skipped, latent scale {manifest['latent_scale']:.4g}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,371 @@
+"""A cache gives back what was put in, goes on where it stopped, and is never mixed or believed."""
+
+import errno
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
+from util import cache_writer
+from util.cache_writer import CacheSettings, CacheWriter, list_digest
+from util.errors import UserError
+from util.latent_cache import open_cache, verify
+from util.latent_stats import LatentStats
+
+C, H, W = 3, 4, 5
+NAMES = [f"{name}/{i}.png" for name in ("ant", "bee") for i in range(5)]
+LABELS = [0] * 5 + [1] * 5
+MOMENTS = np.random.default_rng(0).normal(size=(10, 2, 2 * C, H, W)).astype(np.float32)
+SETTINGS = CacheSettings(
+    format="npy",
+    dtype="float32",
+    shard_size=4,
+    image_size=16,
+    vae_sha256="ab" * 32,
+    vae_config={"embed_dim": C, "ch_mult": (1, 1)},
+    vae_stride=4,
+    classes=["ant", "bee"],
+    images_sha256=list_digest(NAMES, LABELS),
+)
+FORMS = pytest.mark.parametrize("form", ["npy", "npz"])
+
+
+def writer_for(path: Path, **changes) -> CacheWriter:
+    return CacheWriter(str(path), replace(SETTINGS, **changes), NAMES, LABELS)
+
+
+def batches(images: list[int]):
+    """What the encoder would hand over, in batches of three."""
+    for i in range(0, len(images), 3):
+        yield images[i : i + 3], MOMENTS[images[i : i + 3]]
+
+
+def fill(path: Path, bad: tuple[int, ...] = (), **changes) -> list[int]:
+    """Write what is missing, without the bad images; return the numbers of those encoded."""
+    writer = writer_for(path, **changes)
+    encoded = []
+    for shard in writer.pending():
+        images = [i for i in writer.missing(shard) if i not in bad]
+        writer.write_shard(shard, batches(images))
+        encoded += images
+    writer.write_manifest(published_constants=False)
+    return encoded
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def complaint(action, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as error:
+        action(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- what goes in comes out
+
+
+@FORMS
+def test_float32_caches_give_back_every_number(tmp_path, form):
+    fill(tmp_path, format=form)
+    cache = open_cache(tmp_path, img_size=16, vae_sha256="ab" * 32)
+    assert len(cache) == 10 and cache.classes == ["ant", "bee"]
+    assert cache.latent_shape == (C, H, W) and cache.manifest["count"] == 10
+    for i in range(10):
+        for flip in (False, True):
+            moments, label = cache[(i, flip)]
+            assert moments.dtype == torch.float32 and label == LABELS[i]
+            np.testing.assert_array_equal(moments.numpy(), MOMENTS[i, int(flip)])
+    assert torch.equal(cache[3][0], cache[(3, False)][0])
+    with pytest.raises(IndexError):
+        cache[10]
+
+
+def test_float16_shards_are_rounded_and_half_as_large(tmp_path):
+    fill(tmp_path, dtype="float16")
+    stored = np.load(tmp_path / "shard-00001.npy", allow_pickle=False)
+    assert stored.dtype == np.float16 and stored.shape == (4, 2, 2 * C, H, W)
+    np.testing.assert_array_equal(stored, MOMENTS[4:8].astype(np.float16))
+    moments, _ = open_cache(tmp_path)[(5, True)]
+    np.testing.assert_allclose(moments.numpy(), MOMENTS[5, 1], rtol=1e-3, atol=1e-6)
+
+
+def test_npz_files_are_of_the_published_form(tmp_path):
+    fill(tmp_path, format="npz")
+    with np.load(tmp_path / "bee" / "2.png.npz", allow_pickle=False) as file:
+        assert set(file.files) == {"moments", "moments_flip"}
+        assert file["moments"].dtype == np.float32
+        np.testing.assert_array_equal(file["moments"], MOMENTS[7, 0])
+        np.testing.assert_array_equal(file["moments_flip"], MOMENTS[7, 1])
+
+
+def test_published_cache_without_manifest_is_read(tmp_path):
+    for i in (7, 1):
+        (tmp_path / NAMES[i]).parent.mkdir()
+        views = {"moments": MOMENTS[i, 0], "moments_flip": MOMENTS[i, 1]}
+        np.savez(tmp_path / f"{NAMES[i]}.npz", **views)
+    cache = open_cache(tmp_path)
+    assert cache.manifest is None and cache.classes == ["ant", "bee"]
+    assert cache.latent_shape == (C, H, W) and len(cache) == 2
+    moments, label = cache[(1, True)]
+    assert label == 1
+    np.testing.assert_array_equal(moments.numpy(), MOMENTS[7, 1])
+    assert len(verify(tmp_path)) == 2
+
+
+def test_pickled_for_a_worker_the_shards_stay_on_disk(tmp_path):
+    fill(tmp_path)
+    cache = open_cache(tmp_path)
+    copy = pickle.loads(pickle.dumps(cache))
+    assert len(pickle.dumps(cache)) < MOMENTS.nbytes / 2
+    assert torch.equal(copy[(9, True)][0], cache[(9, True)][0])
+
+
+@FORMS
+def test_unreadable_images_are_left_out_and_named(tmp_path, form):
+    bad = (0, 4, 5, 6, 7)  # the whole of shard 1
+    fill(tmp_path, bad, format=form)
+    cache = verify(tmp_path)
+    assert cache.manifest["skipped"] == [NAMES[i] for i in bad]
+    kept = [1, 2, 3, 8, 9]
+    assert cache.labels.tolist() == [LABELS[i] for i in kept]
+    for position, i in enumerate(kept):
+        np.testing.assert_array_equal(cache[position][0].numpy(), MOMENTS[i, 0])
+
+
+def test_a_cache_without_a_readable_image_is_refused(tmp_path):
+    assert "none of the 10 images" in complaint(fill, tmp_path, tuple(range(10)))
+
+
+@FORMS
+def test_manifest_holds_scale_and_order_of_all_latents(tmp_path, form):
+    fill(tmp_path, format=form)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    stats = LatentStats.of(torch.from_numpy(MOMENTS).flatten(0, 1))
+    assert manifest["latent_scale"] == pytest.approx(stats.latent_scale())
+    assert manifest["channel_order"] == stats.channel_order()
+    assert manifest["channel_std"] == pytest.approx(stats.channel_std().tolist())
+    assert manifest["latent_scale"] == manifest["measured_latent_scale"]
+
+
+def test_kl16_gets_the_published_constants_beside_the_measured(tmp_path):
+    wide = np.random.default_rng(1).normal(size=(10, 2, 32, 2, 2)).astype(np.float32)
+    writer = writer_for(tmp_path, shard_size=10)
+    writer.write_shard(0, [(list(range(10)), wide)])
+    manifest = writer.write_manifest(published_constants=True)
+    assert open_cache(tmp_path).manifest == manifest
+    assert manifest["latent_scale"] == PUBLISHED_LATENT_SCALE
+    assert manifest["channel_order"] == list(PUBLISHED_CHANNEL_ORDER)
+    stats = LatentStats.of(torch.from_numpy(wide).flatten(0, 1))
+    assert manifest["measured_latent_scale"] == pytest.approx(stats.latent_scale())
+    assert manifest["measured_channel_order"] == stats.channel_order()
+
+
+# --- going on
+
+
+@FORMS
+def test_only_what_is_missing_is_written_again_and_identically(tmp_path, form):
+    assert fill(tmp_path, format=form) == list(range(10))
+    before = contents(tmp_path)
+    assert fill(tmp_path, format=form) == []
+
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "shard-00001.json").unlink()  # killed before it was declared whole
+    (tmp_path / "shard-00002.npy").unlink(missing_ok=True)
+    (tmp_path / "bee" / "3.png.npz").unlink(missing_ok=True)
+    (tmp_path / ".shard-00001.npy.123.tmp").write_bytes(b"half")
+    expected = [4, 5, 6, 7, 8, 9] if form == "npy" else [8]  # complete npz files are kept
+    assert fill(tmp_path, format=form) == expected
+    assert contents(tmp_path) == before
+
+
+def test_each_shard_stands_for_the_same_images_whoever_writes_it(tmp_path):
+    for name, order in (("one", [0, 1, 2]), ("two", [2, 0, 1])):
+        writer = writer_for(tmp_path / name)
+        for shard in order:
+            writer.write_shard(shard, batches(writer.missing(shard)))
+        writer.write_manifest(published_constants=False)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vae_sha256": "cd" * 32},
+        {"image_size": 32},
+        {"dtype": "float16"},
+        {"shard_size": 5},
+        {"images_sha256": "00"},
+        {"format": "npz"},
+    ],
+)
+def test_a_folder_of_other_settings_is_refused_unchanged(tmp_path, changes):
+    fill(tmp_path)
+    before = contents(tmp_path)
+    message = complaint(writer_for, tmp_path, **changes)
+    assert "--cached_path" in message and next(iter(changes)) in message
+    assert contents(tmp_path) == before
+
+
+def test_a_shard_of_another_cache_is_refused(tmp_path):
+    fill(tmp_path / "mine")
+    fill(tmp_path / "other", vae_sha256="cd" * 32)
+    for suffix in ("json", "npy"):
+        shutil.copy(tmp_path / "other" / f"shard-00001.{suffix}", tmp_path / "mine")
+    assert "shard-00001.json" in complaint(writer_for(tmp_path / "mine").pending)
+    assert "shard-00001.json" in complaint(open_cache, tmp_path / "mine")
+
+
+def test_a_folder_with_other_files_is_not_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert "thesis.tex" in complaint(writer_for, tmp_path)
+    assert "cannot write into" in complaint(writer_for, tmp_path / "thesis.tex" / "cache")
+
+
+def test_values_beyond_float16_are_refused_before_anything_is_written(tmp_path):
+    writer = writer_for(tmp_path / "cache", dtype="float16")
+    huge = np.full_like(MOMENTS[:4], 1e5)
+    assert "--dtype float32" in complaint(writer.write_shard, 0, [([0, 1, 2, 3], huge)])
+    assert not (tmp_path / "cache").exists()
+
+
+@FORMS
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, form, monkeypatch):
+    def full(file, *args, **kwargs):
+        file.write(b"the first part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = writer_for(tmp_path, format=form)
+    writer.write_shard(0, batches(writer.missing(0)))
+    before = contents(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_writer.np, "save" if form == "npy" else "savez", full)
+        assert "No space left" in complaint(writer.write_shard, 1, batches(writer.missing(1)))
+    assert contents(tmp_path) == before
+    assert fill(tmp_path, format=form) == [4, 5, 6, 7, 8, 9]
+
+
+# --- what is not believed
+
+
+def test_missing_and_unfinished_caches_are_refused(tmp_path):
+    assert "not a folder" in complaint(open_cache, tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "no cache" in complaint(open_cache, tmp_path / "empty")
+    (tmp_path / "images" / "ant").mkdir(parents=True)
+    assert "ant" in complaint(open_cache, tmp_path / "images")
+    for form in ("npy", "npz"):
+        fill(tmp_path / form, format=form)
+        (tmp_path / form / "manifest.json").unlink()
+        assert "not finished" in complaint(open_cache, tmp_path / form)
+        (tmp_path / form / "settings.json").unlink()
+        assert "not finished" in complaint(open_cache, tmp_path / form)
+
+
+def test_a_cache_for_another_vae_or_image_size_is_refused(tmp_path):
+    fill(tmp_path)
+    assert "--img_size 32" in complaint(open_cache, tmp_path, img_size=32)
+    assert "--vae_path" in complaint(open_cache, tmp_path, vae_sha256="cd" * 32)
+
+
+@pytest.mark.parametrize("name", ["shard-00001.npy", "shard-00002.json"])
+def test_verify_names_a_shard_with_one_wrong_byte(tmp_path, name):
+    fill(tmp_path)
+    verify(tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    position = len(content) - 20 if name.endswith("npy") else content.index(b"bee/3") + 4
+    content[position] ^= 1
+    (tmp_path / name).write_bytes(content)
+    assert name.split(".")[0] in complaint(verify, tmp_path)
+
+
+def test_verify_names_a_damaged_or_exchanged_npz(tmp_path):
+    fill(tmp_path, format="npz")
+    verify(tmp_path)
+    file, other = tmp_path / "bee" / "1.png.npz", tmp_path / "bee" / "2.png.npz"
+    content = file.read_bytes()
+    shutil.copy(other, file)
+    assert "shard-00001" in complaint(verify, tmp_path)
+    file.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])
+    assert "1.png.npz" in complaint(verify, tmp_path)
+
+
+def test_damaged_shards_are_named_when_the_cache_is_opened(tmp_path):
+    fill(tmp_path)
+    path = tmp_path / "shard-00001.npy"
+    whole = path.read_bytes()
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    pickled = (tmp_path / "objects.npy").read_bytes()
+    (tmp_path / "objects.npy").unlink()
+    for content in (b"", whole[:50], whole[:-1], pickled, b"\x00" * 4096):
+        path.write_bytes(content)
+        assert "shard-00001.npy" in complaint(open_cache, tmp_path)
+    path.unlink()
+    assert "shard-00001.npy" in complaint(open_cache, tmp_path)
+    np.save(path, MOMENTS[4:8, :, :, :2])
+    assert "unlike the manifest" in complaint(open_cache, tmp_path)
+
+
+class Trap:
+    """Runs code of its own when it is unpickled."""
+
+    def __reduce__(self):
+        return (pytest.exit, ("a pickle was executed",))
+
+
+def test_damaged_npz_files_are_named_and_never_unpickled(tmp_path, monkeypatch):
+    fill(tmp_path, format="npz")
+    path = tmp_path / "ant" / "3.png.npz"
+    cache = open_cache(tmp_path)
+    whole = path.read_bytes()
+    trap = np.array([Trap()], dtype=object)
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "3.png.npz" in complaint(lambda: cache[3])
+    for arrays in (
+        {"moments": trap, "moments_flip": trap},
+        {"something_else": MOMENTS[0, 0]},
+        {"moments": MOMENTS[0, 0, :, :2]},
+        {"moments": MOMENTS[0, 0, :3]},
+        {"moments": MOMENTS[0, 0].astype(int)},
+    ):
+        np.savez(path, **arrays)
+        assert "3.png.npz" in complaint(lambda: cache[3])
+    path.write_bytes(whole)
+    monkeypatch.setattr("util.latent_cache.MAX_NPZ_BYTES", 100)
+    assert "unpacks to more than 100 bytes" in complaint(lambda: cache[3])
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
+    for name in ("../../etc/passwd", "/etc/passwd", "ant/../../x"):
+        fill(tmp_path / "cache", format="npz")
+        sidecar = tmp_path / "cache" / "shard-00000.json"
+        sidecar.write_text(sidecar.read_text().replace("ant/0.png", name))
+        assert "leads out of the folder" in complaint(open_cache, tmp_path / "cache")
+        shutil.rmtree(tmp_path / "cache")
+
+
+def test_a_senseless_manifest_is_refused_in_one_line(tmp_path):
+    fill(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    needed = ("format", "dtype", "classes", "latent_shape", "latent_scale", "channel_order")
+    for key in (*needed, "shards", "count", "format_version", "cache_id", "image_size"):
+        for value in (None, -1, "x", [], {}, [1.5], float("nan"), True):
+            path.write_text(json.dumps(manifest | {key: value}))
+            complaint(open_cache, tmp_path)
+        path.write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
+        assert "manifest.json" in complaint(open_cache, tmp_path)
+    for text in ("", "{", "[]", "[" * 100_000, "\udcff"):
+        path.write_bytes(text.encode(errors="surrogateescape"))
+        assert "manifest.json" in complaint(open_cache, tmp_path)
+    path.write_text(json.dumps(manifest))
+    assert len(open_cache(tmp_path)) == 10

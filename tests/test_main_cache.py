@@ -1,0 +1,266 @@
+"""main_cache.py as a user calls it: what it encodes, on how many processes, and what it refuses."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_cache
+from models.vae import AutoencoderKL
+from tests.conftest import run_script
+from util.checkpoint import load_vae, save_vae
+from util.data import center_crop
+from util.errors import EXIT_USER_ERROR, run
+from util.latent_cache import open_cache
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """data/train/{ant,bee}/0.png ... 4.png and vae.pt; not to be changed."""
+    folder = tmp_path_factory.mktemp("inputs")
+    rng = np.random.default_rng(0)
+    for name in ("ant", "bee"):
+        (folder / "data" / "train" / name).mkdir(parents=True)
+        for i in range(5):
+            image = Image.fromarray(rng.integers(0, 255, (20, 24 + i, 3), np.uint8))
+            image.save(folder / "data" / "train" / name / f"{i}.png")
+    torch.manual_seed(0)
+    vae = AutoencoderKL(embed_dim=4, ch_mult=(1, 1), ch=32, num_res_blocks=1)
+    save_vae(folder / "vae.pt", vae)
+    return folder
+
+
+@pytest.fixture
+def own(inputs, tmp_path) -> Path:
+    """A copy of the inputs to spoil."""
+    return shutil.copytree(inputs, tmp_path / "own")
+
+
+def flags(inputs: Path, cache: Path, **changes) -> list[str]:
+    """The command line of a small cache, with other values, or without a flag (None)."""
+    values = {
+        "data_path": inputs / "data",
+        "cached_path": cache,
+        "vae_path": inputs / "vae.pt",
+        "vae_embed_dim": 4,
+        "img_size": SIZE,
+        "batch_size": 2,
+        "shard_size": 3,
+        "num_workers": 0,
+        "device": "cpu",
+    }
+    given = {key: value for key, value in (values | changes).items() if value is not None}
+    return [part for key, value in given.items() for part in (f"--{key}", str(value))]
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Run the script's main in this process, without the seconds that a new one takes."""
+
+    def call_main(*argv: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["main_cache.py", *argv])
+        main_cache.main()
+
+    return call_main
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Run the script and return the one line with which it exits."""
+
+    def call_script(*argv: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["main_cache.py", *argv])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run(main_cache.main)
+        assert stop.value.code == EXIT_USER_ERROR
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and "error:" in lines[0], lines
+        return lines[0]
+
+    return call_script
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@torch.no_grad()
+def test_moments_are_those_of_the_image_and_of_the_mirrored_image(inputs, tmp_path, call):
+    call(*flags(inputs, tmp_path, dtype="float32"))
+    cache = open_cache(tmp_path, img_size=SIZE)
+    vae = load_vae(inputs / "vae.pt", 4)
+    assert cache.classes == ["ant", "bee"] and cache.latent_shape == (4, 8, 8)
+    for index in range(10):
+        name, number = cache.classes[index // 5], index % 5
+        with Image.open(inputs / "data" / "train" / name / f"{number}.png") as image:
+            pixels = np.asarray(center_crop(image, SIZE)) / 127.5 - 1
+        for flip in (False, True):
+            view = pixels[:, ::-1] if flip else pixels
+            batch = torch.from_numpy(view.transpose(2, 0, 1)[None].astype(np.float32))
+            moments, label = cache[(index, flip)]
+            assert label == index // 5
+            torch.testing.assert_close(moments, vae.encode(batch).parameters[0], atol=1e-4, rtol=0)
+    assert (cache[(0, True)][0] - cache[(0, False)][0].flip(-1)).abs().max() > 1e-2
+
+
+def test_both_forms_hold_the_same(inputs, tmp_path, call):
+    call(*flags(inputs, tmp_path / "npy", dtype="float32"))
+    call(*flags(inputs, tmp_path / "npz", format="npz"))
+    npy, npz = open_cache(tmp_path / "npy"), open_cache(tmp_path / "npz")
+    assert (tmp_path / "npz" / "bee" / "4.png.npz").is_file()
+    assert npy.classes == npz.classes and len(npy) == len(npz) == 10
+    for key in ((0, False), (4, True), (9, True)):
+        assert torch.equal(npy[key][0], npz[key][0]) and npy[key][1] == npz[key][1]
+    for key in ("latent_scale", "channel_order", "channel_std", "count"):
+        assert npy.manifest[key] == npz.manifest[key]
+
+
+def test_two_processes_write_the_bytes_of_one_and_either_goes_on(inputs, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = run_script("main_cache.py", *flags(inputs, one))
+    assert alone.returncode == 0, alone.stderr
+    launch = ("torchrun", "--nproc_per_node=2", "--master_port=29713", "main_cache.py")
+    both = run_script(*launch, *flags(inputs, two, num_workers=1))
+    assert both.returncode == 0, both.stderr
+    assert len(list(one.glob("*.npy"))) == 4
+    assert contents(one) == contents(two)
+
+    before = {path.name: path.stat().st_mtime_ns for path in two.glob("shard-*")}
+    for name in ("manifest.json", "shard-00001.npy", "shard-00003.json"):
+        (two / name).unlink()
+    again = run_script("main_cache.py", *flags(inputs, two))
+    assert again.returncode == 0 and "2 of 4 shards" in again.stdout, again.stderr
+    assert contents(one) == contents(two)
+    for shard in (0, 2):  # the others were not touched
+        for suffix in ("json", "npy"):
+            name = f"shard-{shard:05d}.{suffix}"
+            assert (two / name).stat().st_mtime_ns == before[name]
+
+
+def test_a_whole_cache_is_not_encoded_again(inputs, tmp_path, call, monkeypatch, capsys):
+    call(*flags(inputs, tmp_path))
+    before = contents(tmp_path)
+    monkeypatch.setattr(main_cache, "encode", None)
+    call(*flags(inputs, tmp_path))
+    assert "0 of 4 shards" in capsys.readouterr().out
+    assert contents(tmp_path) == before
+
+
+def test_skipped_images_are_named_counted_and_left_out(own, tmp_path, call, capsys):
+    for number in (3, 4):
+        (own / "data" / "train" / "ant" / f"{number}.png").write_bytes(b"broken")
+    call(*flags(own, tmp_path / "cache", num_workers=1), "--skip_bad_images")
+    manifest = open_cache(tmp_path / "cache").manifest
+    assert manifest["count"] == 8 and manifest["skipped"] == ["ant/3.png", "ant/4.png"]
+    captured = capsys.readouterr()
+    assert "2 skipped" in captured.out and "ant/3.png" in captured.err
+
+
+def test_verify_tells_a_sound_cache_from_a_damaged_one(inputs, tmp_path, call, capsys, refused):
+    call(*flags(inputs, tmp_path))
+    call("--cached_path", str(tmp_path), "--verify")
+    assert "10 images in 2 classes, checksums agree" in capsys.readouterr().out
+    shard = bytearray((tmp_path / "shard-00002.npy").read_bytes())
+    shard[-1] ^= 1
+    (tmp_path / "shard-00002.npy").write_bytes(shard)
+    assert "shard-00002" in refused("--cached_path", str(tmp_path), "--verify")
+
+
+# --- what is refused, in one line and before anything is written
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"cached_path": None}, ["--cached_path"]),
+        ({"data_path": "/nowhere"}, ["--data_path", "/nowhere"]),
+        ({"vae_path": "/nowhere/vae.pt"}, ["--vae_path", "/nowhere/vae.pt"]),
+        ({"vae_embed_dim": 16}, ["--vae_embed_dim", "16"]),
+        ({"img_size": 15}, ["--img_size", "15"]),
+        ({"format": "npz", "dtype": "float16"}, ["--dtype", "float16"]),
+        ({"shard_size": 0}, ["--shard_size"]),
+        ({"batch_sizes": 2}, ["--batch_sizes"]),
+    ],
+)
+def test_wrong_flags_are_refused(inputs, tmp_path, refused, changes, fragments):
+    line = refused(*flags(inputs, tmp_path / "cache", **changes))
+    assert all(fragment in line for fragment in fragments), line
+    assert not (tmp_path / "cache").exists()
+
+
+def no_train_folder(own: Path) -> str:
+    (own / "data" / "train").rename(own / "data" / "training")
+    return "train"
+
+
+def empty_class(own: Path) -> str:
+    (own / "data" / "train" / "cicada").mkdir()
+    return "cicada"
+
+
+def truncated_vae(own: Path) -> str:
+    path = own / "vae.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    return "vae.pt"
+
+
+def corrupt_image(own: Path) -> str:
+    path = own / "data" / "train" / "ant" / "1.png"
+    path.write_bytes(path.read_bytes()[:100])
+    return "1.png"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("spoil", [no_train_folder, empty_class, truncated_vae, corrupt_image])
+def test_wrong_inputs_are_refused(own, tmp_path, refused, spoil, num_workers):
+    named = spoil(own)
+    assert named in refused(*flags(own, tmp_path / "cache", num_workers=num_workers))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_corrupt_image_met_late_leaves_whole_shards_to_go_on_from(own, tmp_path, call, refused):
+    path = own / "data" / "train" / "bee" / "4.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    assert "4.png" in refused(*flags(own, tmp_path / "cache"))
+    names = {"settings.json"} | {
+        f"shard-0000{i}.{end}" for i in range(3) for end in ("npy", "json")
+    }
+    assert set(os.listdir(tmp_path / "cache")) == names
+    path.write_bytes(whole)
+    call(*flags(own, tmp_path / "cache"))
+    call(*flags(own, tmp_path / "at_once"))
+    assert contents(tmp_path / "cache") == contents(tmp_path / "at_once")
+
+
+def test_another_setting_or_another_vae_is_not_mixed_in(own, tmp_path, call, refused):
+    call(*flags(own, tmp_path / "cache"))
+    before = contents(tmp_path / "cache")
+    assert "image_size is 16, not 32" in refused(*flags(own, tmp_path / "cache", img_size=32))
+    torch.manual_seed(1)
+    save_vae(own / "vae.pt", AutoencoderKL(embed_dim=4, ch_mult=(1, 1), ch=32, num_res_blocks=1))
+    assert "vae_sha256" in refused(*flags(own, tmp_path / "cache"))
+    assert contents(tmp_path / "cache") == before
+
+
+def test_verify_names_a_missing_cache(tmp_path, refused):
+    line = refused("--cached_path", str(tmp_path / "none"), "--verify")
+    assert "--cached_path" in line and "none" in line
+
+
+def test_flags_have_the_published_defaults():
+    args = main_cache.make_parser().parse([])
+    assert (args.batch_size, args.seed, args.img_size, args.vae_embed_dim) == (128, 0, 256, 16)
+    assert args.vae_path == "pretrained_models/vae/kl16.ckpt" and args.device == "cuda"
+    assert args.data_path == "./data/imagenet" and args.num_workers == 10 and args.pin_mem
+    assert not main_cache.make_parser().parse(["--no_pin_mem"]).pin_mem
+    assert args.dist_url == "env://" and args.local_rank == -1 and not args.dist_on_itp

@@ -1,0 +1,264 @@
+"""Writing a latent cache: what it will hold, its shards one by one, and at the end the manifest.
+
+The files are those that `util.latent_cache` describes and reads. Settings come first, as soon as
+there is something to write; a shard is whole with its .json file, the cache with manifest.json.
+Letters: n images of a shard, b of a batch, C latent channels, h, w positions.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
+from util.errors import UserError, as_user_error
+from util.files import atomic_write, sha256
+from util.latent_cache import (
+    FORMAT_VERSION,
+    MANIFEST,
+    NPZ_NAMES,
+    SETTINGS,
+    load_shard,
+    npz_path,
+    read_json,
+    read_sidecar,
+    shard_digest,
+    shard_path,
+)
+from util.latent_stats import LatentStats
+
+STATS_IMAGES = 256  # images a step of the statistics, to bound its memory
+
+# What the encoder hands over: numbers of the images, their moments [b, 2, 2C, h, w] float32.
+Batch = tuple[list[int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """All that decides what a cache holds: two with equal settings are the same cache."""
+
+    format: str
+    dtype: str
+    shard_size: int
+    image_size: int
+    vae_sha256: str
+    vae_config: dict
+    vae_stride: int
+    classes: list[str]
+    images_sha256: str  # see `list_digest`
+    crop: str = "adm_center_crop"
+    format_version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict:
+        """As JSON gives it back, where tuples are lists."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @property
+    def cache_id(self) -> str:
+        """What the shards of one cache have in common, and those of no other."""
+        return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()
+
+
+def list_digest(names: list[str], labels: list[int]) -> str:
+    """SHA-256 of the images' names and labels, in order."""
+    return hashlib.sha256(json.dumps([names, labels]).encode()).hexdigest()
+
+
+class CacheWriter:
+    """Fills one folder with the posteriors of a list of images, shard by shard.
+
+    names: the images' paths relative to the folder of classes; labels: their classes' numbers.
+    Raises UserError if the folder holds anything but (a part of) the cache with these settings.
+    """
+
+    def __init__(self, path: str, settings: CacheSettings, names: list[str], labels: list[int]):
+        self.folder = Path(path)
+        self.settings = settings
+        self.names = names
+        self.labels = labels
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        folder = self.folder.absolute()
+        existing = next(place for place in (folder, *folder.parents) if place.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"--cached_path {self.folder}: cannot write into {existing}")
+        if existing != folder:
+            return
+        visible = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+        if SETTINGS in visible:
+            self._check_settings(read_json(folder / SETTINGS))
+        elif visible:
+            raise UserError(
+                f"--cached_path {self.folder} holds other files already ({visible[0]}); "
+                "name a folder that is new or was begun by main_cache.py"
+            )
+
+    def _check_settings(self, found: dict) -> None:
+        mine = self.settings.to_dict()
+        differences = [
+            f"{key} is {str(found.get(key))[:40]}, not {str(mine.get(key))[:40]}"
+            for key in {**mine, **found}
+            if mine.get(key) != found.get(key)
+        ]
+        if differences:
+            raise UserError(
+                f"--cached_path {self.folder} holds a cache with other settings: "
+                f"{'; '.join(differences)}; name another folder or remove this one"
+            )
+
+    @property
+    def num_shards(self) -> int:
+        return math.ceil(len(self.names) / self.settings.shard_size)
+
+    def pending(self) -> list[int]:
+        """The shards still to be written, after removing what killed processes left unfinished.
+
+        For one process alone to call, before any of them writes.
+        """
+        for unfinished in self.folder.rglob(".*.tmp"):
+            unfinished.unlink()
+        return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
+
+    def _is_whole(self, shard: int) -> bool:
+        if not shard_path(self.folder, shard, ".json").exists():
+            return False
+        kept = read_sidecar(self.folder, shard, self.settings.cache_id)["names"]
+        if self.settings.format == "npz":
+            return all(npz_path(self.folder, name).exists() for name in kept)
+        return shard_path(self.folder, shard, ".npy").exists()
+
+    def _images(self, shard: int) -> range:
+        start = shard * self.settings.shard_size
+        return range(start, min(start + self.settings.shard_size, len(self.names)))
+
+    def missing(self, shard: int) -> list[int]:
+        """Numbers of the images that must be encoded to write a pending shard."""
+        if self.settings.format == "npy":
+            return list(self._images(shard))
+        files = {i: npz_path(self.folder, self.names[i]) for i in self._images(shard)}
+        return [i for i, file in files.items() if not file.exists()]
+
+    def write_shard(self, shard: int, batches: Iterable[Batch]) -> None:
+        """Write a shard from batches of the images in `missing`, without the unreadable ones.
+
+        Raises UserError if the disk refuses, or if values do not fit the dtype.
+        """
+        form = self.settings.format
+        kept = (self._write_npy if form == "npy" else self._write_npzs)(shard, batches)
+        names = [self.names[i] for i in kept]
+        moments = load_shard(self.folder, form, shard, names)
+        sidecar = {
+            "cache_id": self.settings.cache_id,
+            "sha256": shard_digest(self.folder, form, shard, moments),
+            "statistics": _statistics(moments),
+            "skipped": [self.names[i] for i in sorted(set(self._images(shard)) - set(kept))],
+            "names": names,
+            "labels": [self.labels[i] for i in kept],
+        }
+        with self._writing():
+            write_json(shard_path(self.folder, shard, ".json"), sidecar)
+
+    def _write_npy(self, shard: int, batches: Iterable[Batch]) -> list[int]:
+        kept, parts = [], [np.empty(0, self.settings.dtype)]
+        for images, moments in batches:
+            kept += images
+            parts.append(self._stored(moments))
+        with self._writing(), atomic_write(shard_path(self.folder, shard, ".npy")) as file:
+            np.save(file, np.concatenate(parts[1:] or parts))
+        return kept
+
+    def _write_npzs(self, shard: int, batches: Iterable[Batch]) -> list[int]:
+        for images, moments in batches:
+            for i, of_image in zip(images, self._stored(moments), strict=True):
+                with self._writing():
+                    write_npz(npz_path(self.folder, self.names[i]), of_image)
+        return sorted(set(self._images(shard)) - set(self.missing(shard)))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says first, and only when there is something to write, what the folder is filled with."""
+        with as_user_error(f"--cached_path {self.folder}: cannot write", (OSError,)):
+            if not (self.folder / SETTINGS).exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(self.folder / SETTINGS, self.settings.to_dict())
+            yield
+
+    def _stored(self, moments: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            stored = moments.astype(self.settings.dtype)
+        if not np.isfinite(stored).all():
+            raise UserError(
+                f"the VAE gives values that are not finite in {self.settings.dtype}; check "
+                "--vae_path, or pass --dtype float32"
+            )
+        return stored
+
+    def write_manifest(self, published_constants: bool) -> dict:
+        """Declare the cache whole, when all shards are.
+
+        published_constants: the VAE is KL-16, whose scale and channel order are those that the
+        released models were trained with; what is measured here then stands beside them.
+        """
+        folder, cache_id = self.folder, self.settings.cache_id
+        sidecars = [read_sidecar(folder, shard, cache_id) for shard in range(self.num_shards)]
+        parts = [LatentStats.from_dict(s["statistics"]) for s in sidecars if s["names"]]
+        if not parts:
+            raise UserError(f"none of the {len(self.names)} images can be read; see --data_path")
+        stats = sum(parts[1:], parts[0])
+        measured = {"latent_scale": stats.latent_scale(), "channel_order": stats.channel_order()}
+        published = {
+            "latent_scale": PUBLISHED_LATENT_SCALE,
+            "channel_order": list(PUBLISHED_CHANNEL_ORDER),
+        }
+        manifest = {
+            **self.settings.to_dict(),
+            "cache_id": cache_id,
+            "count": sum(len(sidecar["names"]) for sidecar in sidecars),
+            "latent_shape": list(stats.latent_shape),
+            **(published if published_constants else measured),
+            **{f"measured_{key}": value for key, value in measured.items()},
+            "channel_mean": stats.channel_mean().tolist(),
+            "channel_std": stats.channel_std().tolist(),
+            "channel_low_frequency_share": stats.low_frequency_share().tolist(),
+            "skipped": [name for sidecar in sidecars for name in sidecar["skipped"]],
+            "shards": [
+                {
+                    "count": len(sidecar["names"]),
+                    "sha256": sidecar["sha256"],
+                    "sidecar_sha256": sha256(shard_path(folder, shard, ".json")),
+                }
+                for shard, sidecar in enumerate(sidecars)
+            ],
+        }
+        with self._writing():
+            write_json(folder / MANIFEST, manifest)
+        return manifest
+
+
+def _statistics(moments: np.ndarray) -> dict | None:
+    """moments: [n, 2, 2C, h, w]. Training meets images and mirror images alike, so both count."""
+    parts = [
+        LatentStats.of(torch.tensor(moments[i : i + STATS_IMAGES]).flatten(0, 1))
+        for i in range(0, len(moments), STATS_IMAGES)
+    ]
+    return sum(parts[1:], parts[0]).to_dict() if parts else None
+
+
+def write_json(path: Path, value: dict) -> None:
+    with atomic_write(path) as file:
+        file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_npz(path: Path, moments: np.ndarray) -> None:
+    """moments: [2, 2C, h, w] float32, of the image and of its mirror image."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        np.savez(file, **dict(zip(NPZ_NAMES, moments, strict=True)))
