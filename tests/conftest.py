@@ -14,6 +14,9 @@ from torch import Tensor
 
 from models.tokenbridge import TokenBridge
 
+# Small tensors gain nothing from threads, and two test processes share two cores.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 

@@ -1,0 +1,173 @@
+"""Sampling: the golden runs, and what must hold for any model."""
+
+import pytest
+import torch
+
+from models.backbone import take
+from models.masking import Mask
+from models.patchify import patchify
+from models.sampler import guidance_scale, image_randomness, sample_latents
+from tests.conftest import golden, golden_json, golden_model, relative_error, tiny_model
+
+RUNS = golden_json("config")["sampling_runs"]
+
+
+@pytest.mark.parametrize("number", range(len(RUNS)))
+def test_golden_runs_in_the_published_mode(number):
+    run, data = dict(RUNS[number]), golden("tokenbridge")
+    name = run.pop("name", f"sample{number}")
+    labels = data["labels"] if "labels" not in run else run.pop("labels")
+    model = golden_model()
+    latents = sample_latents(model, labels, orders=data["orders"], batch_size=3, **run)
+    assert relative_error(latents, data[f"{name}_latents"]) < 1e-5
+    if f"{name}_indices" in data:
+        indices = model.quantizer.encode(patchify(latents, 1))
+        assert torch.equal(indices, data[f"{name}_indices"].long())
+
+
+def test_the_trained_head_input_is_another_sampler():
+    """The known inconsistency of the published code: the mode must make a difference."""
+    model, data = golden_model(), golden("tokenbridge")
+    arguments = {"num_iter": 8, "temperature": 0, "orders": data["orders"]}
+    published = sample_latents(model, data["labels"], head_input="published", **arguments)
+    trained = sample_latents(model, data["labels"], head_input="trained", **arguments)
+    assert torch.equal(published, sample_latents(model, data["labels"], **arguments))
+    assert not torch.equal(published, trained)
+
+
+def test_every_position_is_predicted_exactly_once(monkeypatch):
+    model = tiny_model()
+    order = torch.randperm(16)
+    seen = []
+
+    def sample(z, uniforms, temperature, head_input):
+        seen.append(len(z) // 2)
+        return torch.full((len(z), 6), len(seen) % 8)
+
+    monkeypatch.setattr(model.head, "sample", sample)
+    latents = sample_latents(model, torch.tensor([0, 1]), num_iter=5, orders=order.expand(2, -1))
+    assert sum(seen) == 16
+    # Those uncovered in iteration s hold its number: the order is walked from its end.
+    found = model.quantizer.encode(patchify(latents, 1))[0, :, 0]
+    expected = torch.cat([torch.full((n,), s + 1) for s, n in enumerate(seen)])
+    assert torch.equal(found[order.flip(0)], expected)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_more_iterations_than_positions_predict_one_at_a_time(cfg):
+    latents = sample_latents(tiny_model(), torch.tensor([2]), num_iter=40, cfg=cfg)
+    assert latents.shape == (1, 6, 4, 4) and torch.isfinite(latents).all()
+
+
+def test_one_iteration_predicts_all():
+    assert sample_latents(tiny_model(), torch.tensor([2]), num_iter=1).shape == (1, 6, 4, 4)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_an_image_is_the_same_in_any_batch(cfg):
+    model = tiny_model()
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    together = sample_latents(model, labels, num_iter=6, cfg=cfg, seed=5)
+    alone = [
+        sample_latents(model, labels[i : i + 1], num_iter=6, cfg=cfg, seed=5, image_ids=[i])
+        for i in range(5)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+    other = sample_latents(model, labels, num_iter=6, cfg=cfg, seed=6)
+    assert not torch.equal(together, other)
+
+
+def test_image_randomness_is_keyed_by_seed_and_image():
+    orders, uniforms = image_randomness(3, [10, 4], length=16, channels=6)
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(16).expand(2, -1))
+    assert uniforms.shape == (2, 16, 6) and uniforms.min() >= 0 and uniforms.max() < 1
+    again, _ = image_randomness(3, [4], length=16, channels=6)
+    assert torch.equal(orders[1:], again)
+    assert not torch.equal(orders[0], orders[1])
+
+
+def test_sampling_leaves_the_global_random_state_and_the_mode_alone():
+    model = tiny_model().train()
+    before = torch.get_rng_state()
+    sample_latents(model, torch.tensor([0]), num_iter=3)
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.training
+
+
+def test_guidance_equals_two_separate_passes():
+    """Batched guidance against the formula on decoder outputs, one iteration at temperature 0."""
+    model, labels = tiny_model(), torch.tensor([1, 2])
+    orders = torch.stack([torch.randperm(16), torch.randperm(16)])
+    found = sample_latents(
+        model, labels, num_iter=1, cfg=3.0, cfg_schedule="linear", temperature=0, orders=orders
+    )
+    with torch.no_grad():
+        mask, values = Mask.from_orders(orders, 16), torch.zeros(2, 16, 6)
+        cond, uncond = (
+            model.backbone(values, model.backbone.class_embedding(choice, 2), mask)
+            for choice in (labels, None)
+        )
+        # One iteration: m = max(1, floor(16 cos(pi/2))) = 1, so g = 1 + 2 * 15/16.
+        z = uncond + (1 + 2 * 15 / 16) * (cond - uncond)
+        indices = model.head.sample(z.flatten(0, 1), torch.zeros(32, 6), 0)
+    expected = model.quantizer.decode(indices).unflatten(0, (2, 16))
+    assert torch.equal(patchify(found, 1), expected)
+
+
+def test_guidance_scale_grows_linearly_or_stays():
+    assert guidance_scale(3.0, "linear", 256, 256) == 1.0
+    assert guidance_scale(3.0, "linear", 256, 128) == 2.0
+    assert guidance_scale(3.0, "constant", 256, 128) == 3.0
+
+
+def test_unconditional_images_ignore_guidance():
+    model = tiny_model()
+    plain = sample_latents(model, None, batch_size=2, num_iter=4)
+    assert torch.equal(plain, sample_latents(model, None, batch_size=2, num_iter=4, cfg=4.0))
+
+
+def test_sampling_logits_equal_teacher_forced_ones(monkeypatch):
+    """In every iteration the head sees what training would show it for the same visible tokens."""
+    model = tiny_model()
+    orders, labels = torch.stack([torch.randperm(16)]), torch.tensor([1])
+    steps = []
+    plain_step = model.head.step
+
+    def record(i, cond, indices, caches, head_input):
+        logits = plain_step(i, cond, indices, caches, head_input)
+        steps.append((i, logits))
+        return logits
+
+    monkeypatch.setattr(model.head, "step", record)
+    latents = sample_latents(model, labels, num_iter=16, orders=orders, seed=2)
+    # Sixteen iterations of a 16-position image need not uncover one each: replay the last one,
+    # in which all other positions are visible.
+    last = orders[:, :1]
+    mask = torch.zeros(1, 16).scatter(1, last, 1.0)
+    with torch.no_grad():
+        expected = model.logits(latents, labels, mask)[0]  # [C, K], natural order
+    found = torch.stack([logits[0] for _, logits in steps[-6:]])
+    assert torch.allclose(found, expected[model.head.order], atol=1e-5)
+
+
+def test_take_picks_positions_of_each_row():
+    x = torch.arange(12.0).reshape(2, 3, 2)
+    assert take(x, torch.tensor([[2], [0]])).tolist() == [[[4, 5]], [[6, 7]]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_iter": 0},
+        {"num_iter": 1, "cfg_schedule": "cosine"},
+        {"num_iter": 1, "temperature": -1.0},
+        {"num_iter": 1, "labels": torch.tensor([3])},
+        {"num_iter": 1, "labels": None},
+        {"num_iter": 1, "image_ids": [1, 2]},
+        {"num_iter": 1, "head_input": "other"},
+    ],
+)
+def test_impossible_requests_are_refused(wrong):
+    arguments = {"labels": torch.tensor([0])} | wrong
+    with pytest.raises(ValueError):
+        sample_latents(tiny_model(), arguments.pop("labels"), **arguments)
