@@ -22,10 +22,12 @@ from util.checkpoint import save_checkpoint
 from util.device import Precision
 from util.ema import EMA
 from util.files import atomic_write
-from util.images import grid, read_png, save_png, to_uint8
+from util.images import Gallery, grid, save_png, to_uint8
 from util.log import TrainingLog
 from util.metrics import ImageFeatures, Inception
 from util.optim import LRSchedule, seed_micro_batch, set_lr
+
+GRID_ROWS, GRID_COLUMNS = 8, 10
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def end_epoch(run: Run, log: TrainingLog, settings: TrainSettings, epochs_done: 
         step = epochs_done * settings.steps_per_epoch
         folder = settings.output_dir / f"eval-epoch{epochs_done}"
         with run.ema.swapped_in():
-            results = evaluate(
+            results, samples = evaluate(
                 run.model,
                 run.tokenizer,
                 settings.evaluation,
@@ -162,7 +164,7 @@ def end_epoch(run: Run, log: TrainingLog, settings: TrainSettings, epochs_done: 
                 run.inception,
             )
         log.scalars({f"eval/{name}": value for name, value in results.items()}, step)
-        log.image("eval/samples", read_png(folder / "grid.png"), step)
+        log.image("eval/samples", samples, step)
     dist.barrier()
 
 
@@ -174,35 +176,42 @@ def evaluate(
     device: torch.device,
     precision: Precision,
     inception: Inception | None,
-) -> dict[str, float]:
-    """Write the images into folder/images, a grid and metrics.json beside them; return the metrics.
+) -> tuple[dict[str, float], Tensor]:
+    """Write the images into folder/images, a grid and metrics.json beside them.
 
     Each process takes whole batches, the same ones on any number of processes; image i depends on
     (seed, i) alone. inception: None if nothing can be measured.
+    Returns the metrics and the grid, uint8 [3, H, W].
     """
     if dist.is_main():
         (folder / "images").mkdir(parents=True, exist_ok=True)
     dist.barrier()
     features = ImageFeatures(inception) if inception is not None else None
+    gallery = Gallery(shown_ids(settings.num_images, model.config.class_num))
     starts = range(0, settings.num_images, settings.eval_bsz)[dist.rank() :: dist.world_size()]
     with evaluation_mode(model):
         for start in tqdm(starts, desc="generating", disable=not dist.is_main()):
             ids = range(start, min(start + settings.eval_bsz, settings.num_images))
             images = generate(model, tokenizer, ids, settings, device, precision)
             for image_id, image in zip(ids, images, strict=True):
-                save_png(image, image_path(folder, image_id))
+                save_png(image, folder / "images" / f"{image_id:05d}.png")
+            gallery.add(ids, images)
             if features is not None:
                 features.add(list(ids), images)
     results = features.compute() if features is not None else {}
-    dist.barrier()
+    samples = grid(gallery.gather(), min(model.config.class_num, GRID_COLUMNS))
     if dist.is_main():
-        _write_results(folder, settings, model, results)
+        save_png(samples, folder / "grid.png")
+        write_results(folder, settings, model, results)
     dist.barrier()
-    return results
+    return results, samples
 
 
-def image_path(folder: Path, image_id: int) -> Path:
-    return folder / "images" / f"{image_id:05d}.png"
+def shown_ids(num_images: int, class_num: int) -> list[int]:
+    """Images for a first look: a column for each of the first classes."""
+    per_class = num_images // class_num
+    rows, columns = range(min(per_class, GRID_ROWS)), range(min(class_num, GRID_COLUMNS))
+    return [c * per_class + k for k in rows for c in columns]
 
 
 def generate(
@@ -229,23 +238,17 @@ def generate(
     return to_uint8(tokenizer.decode(latents)).cpu()
 
 
-def _write_results(
+def write_results(
     folder: Path, settings: EvalSettings, model: TokenBridge, results: dict[str, float]
 ) -> None:
-    per_class = settings.num_images // model.config.class_num
     record = {
         "metrics": results,
         "settings": asdict(settings),
-        "images_per_class": per_class,
+        "images_per_class": settings.num_images // model.config.class_num,
         "model": model.config.to_dict(),
     }
     with atomic_write(folder / "metrics.json") as file:
         file.write(json.dumps(record, indent=1).encode())
-    columns = min(model.config.class_num, 10)
-    rows = range(min(per_class, 8))
-    shown = [c * per_class + k for k in rows for c in range(columns)]
-    images = torch.stack([read_png(image_path(folder, i)) for i in shown])
-    save_png(grid(images, columns), folder / "grid.png")
     print(f"{settings.num_images} images in {folder}; a first look: {folder / 'grid.png'}")
     for name, value in results.items():
         print(f"{name}: {value:.4f}")

@@ -38,8 +38,8 @@ from util.build import build_vae
 from util.data import ImageDataset, list_images
 from util.errors import UserError, as_user_error, run
 from util.files import atomic_write
-from util.images import grid, psnr, read_png, save_png, to_uint8
-from util.metrics import ImageFeatures
+from util.images import Gallery, grid, psnr, save_png, to_uint8
+from util.metrics import ImageFeatures, Inception
 
 ORIGINAL = "original"
 GRID_IMAGES = 8
@@ -84,6 +84,7 @@ class Variant:
     bits: int
     quantizer: GaussianQuantizer | None
     features: ImageFeatures | None
+    gallery: Gallery
     counts: Tensor | None = None
     outside: Tensor | None = None
     psnr_sum: float = 0.0
@@ -123,8 +124,9 @@ def main() -> None:
     vae = build_vae(args)
     tokenizer = Tokenizer(vae, choose_scale(args, vae)).to(device)
     inception = metrics.prepare(args.fid_stats, args.inception_weights, device)
-    variants = make_variants(args, vae.config["embed_dim"], inception, device)
-    original = ImageFeatures(inception) if inception is not None else None
+    shown = list(range(0, len(samples), -(-len(samples) // GRID_IMAGES)))
+    variants = make_variants(args, vae.config["embed_dim"], inception, shown, device)
+    original = Variant(0, None, new_features(inception), Gallery(shown))
     folder = Path(args.output_dir)
     prepare_folders(folder, [ORIGINAL, *(v.name for v in variants)], len(samples))
 
@@ -132,14 +134,15 @@ def main() -> None:
     for ids, images in batches(dataset, args):
         latents = draw_latents(tokenizer, images.to(device), ids, args)
         pixels = to_uint8(images)
-        save_images(folder / ORIGINAL, ids, pixels)
-        if original is not None:
-            original.add(ids, pixels)
+        keep(original, folder / ORIGINAL, ids, pixels)
         for variant in variants:
-            reconstruct(variant, tokenizer, latents, ids, pixels, folder)
-    results = [summarise(variant, len(samples), original) for variant in variants]
-    dist.barrier()
+            decoded = to_uint8(tokenizer.decode(variant.apply(latents))).cpu()
+            variant.psnr_sum += psnr(decoded, pixels).sum().item()
+            keep(variant, folder / variant.name, ids, decoded)
+    results = [summarise(variant, len(samples), original.features) for variant in variants]
+    rows = torch.cat([variant.gallery.gather() for variant in (original, *variants)])
     if dist.is_main():
+        save_png(grid(rows, columns=len(shown)), folder / "grid.png")
         write_results(folder, args, tokenizer.latent_scale, samples, results)
     dist.barrier()
     dist.cleanup()
@@ -164,11 +167,14 @@ def choose_scale(args, vae) -> float:
     return PUBLISHED_LATENT_SCALE
 
 
-def make_variants(args, channels: int, inception, device) -> list[Variant]:
+def new_features(inception: Inception | None) -> ImageFeatures | None:
+    return ImageFeatures(inception) if inception is not None else None
+
+
+def make_variants(args, channels: int, inception, shown: list[int], device) -> list[Variant]:
     variants = []
     for bits in dict.fromkeys(args.bits):
-        features = ImageFeatures(inception) if inception is not None else None
-        variant = Variant(bits, None, features)
+        variant = Variant(bits, None, new_features(inception), Gallery(shown))
         if bits > 0:
             with as_user_error(f"--bits {bits} --range {args.range}"):
                 variant.quantizer = GaussianQuantizer(2**bits, -args.range, args.range).to(device)
@@ -217,25 +223,13 @@ def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], args) -> 
     return torch.cat(drawn)
 
 
-def reconstruct(
-    variant: Variant,
-    tokenizer: Tokenizer,
-    latents: Tensor,
-    ids: list[int],
-    original: Tensor,
-    folder: Path,
-) -> None:
-    """Quantize, decode, save and measure one batch."""
-    pixels = to_uint8(tokenizer.decode(variant.apply(latents))).cpu()
-    variant.psnr_sum += psnr(pixels, original).sum().item()
-    save_images(folder / variant.name, ids, pixels)
-    if variant.features is not None:
-        variant.features.add(ids, pixels)
-
-
-def save_images(folder: Path, ids: list[int], pixels: Tensor) -> None:
+def keep(variant: Variant, folder: Path, ids: list[int], pixels: Tensor) -> None:
+    """Save and measure one batch. pixels: uint8 [N, 3, H, W]."""
     for image_id, image in zip(ids, pixels, strict=True):
         save_png(image, folder / f"{image_id:05d}.png")
+    variant.gallery.add(ids, pixels)
+    if variant.features is not None:
+        variant.features.add(ids, pixels)
 
 
 def summarise(variant: Variant, count: int, original: ImageFeatures | None) -> dict:
@@ -267,12 +261,8 @@ def write_results(folder: Path, args, scale: float, samples, results: list[dict]
     }
     with atomic_write(folder / "results.json") as file:
         file.write(json.dumps(record, indent=1).encode())
-    step = max(1, len(samples) // GRID_IMAGES)
-    shown = range(0, len(samples), step)[:GRID_IMAGES]
-    rows = [ORIGINAL, *(result["name"] for result in results)]
-    images = [read_png(folder / row / f"{i:05d}.png") for row in rows for i in shown]
-    save_png(grid(torch.stack(images), columns=len(shown)), folder / "grid.png")
-    print(f"{len(samples)} images, rows of {folder / 'grid.png'}: {', '.join(rows)}")
+    names = ", ".join([ORIGINAL, *(result["name"] for result in results)])
+    print(f"{len(samples)} images, rows of {folder / 'grid.png'}: {names}")
     for result in results:
         figures = {k: v for k, v in result.items() if isinstance(v, float)}
         print(f"{result['name']:>10}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))

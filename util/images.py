@@ -1,14 +1,15 @@
-"""Generated images on their way to a file: rounding, PNG, grids."""
+"""Generated images on their way to a file: rounding, PNG, grids, PSNR."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
+from util import dist
 from util.files import atomic_write
 
 
@@ -23,15 +24,27 @@ def save_png(image: Tensor | np.ndarray, path: str | Path) -> None:
         Image.fromarray(np.moveaxis(np.asarray(image), 0, -1)).save(file, format="PNG")
 
 
+class Gallery:
+    """Keeps the images of a few numbers, whichever process makes them, to show them together."""
+
+    def __init__(self, shown: list[int]):
+        self.shown = shown
+        self.kept: dict[int, Tensor] = {}
+
+    def add(self, ids: Iterable[int], images: Tensor) -> None:
+        """images: uint8 [N, 3, H, W], numbered by ids."""
+        wanted = set(self.shown)
+        self.kept |= {i: image for i, image in zip(ids, images, strict=True) if i in wanted}
+
+    def gather(self) -> Tensor:
+        """All that are shown, in their order, on every process: uint8 [N, 3, H, W]."""
+        kept = {i: image for part in dist.gather_objects(self.kept) for i, image in part.items()}
+        return torch.stack([kept[i] for i in self.shown])
+
+
 def grid(images: Tensor, columns: int) -> Tensor:
     """images: uint8 [N, 3, H, W] -> one uint8 [3, H', W'], row by row."""
     return make_grid(images, nrow=columns, padding=2, pad_value=255)
-
-
-def read_png(path: str | Path) -> Tensor:
-    """uint8 [3, H, W] of a file that `save_png` wrote."""
-    with Image.open(path, formats=("PNG",)) as image:
-        return pil_to_tensor(image.convert("RGB"))
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
