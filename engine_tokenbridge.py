@@ -92,7 +92,10 @@ def train(
     run.model.train()
     wrapped = dist.wrap(run.model, run.device)
     batches = iter(loader)
-    for step in range(settings.first_step, settings.epochs * settings.steps_per_epoch):
+    steps = range(settings.first_step, settings.epochs * settings.steps_per_epoch)
+    if not steps:
+        dist.print_main(f"nothing to train: step {steps.start} is the end of --epochs")
+    for step in steps:
         lr = schedule(step)
         set_lr(run.optimizer, lr)
         loss, grad_norm, waited = train_step(run, wrapped, batches, step, settings)
