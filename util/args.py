@@ -112,7 +112,9 @@ def add_distributed_flags(parser: Parser) -> None:
         "processes", "torchrun and Slurm are recognised by their environment"
     )
     group.add_argument("--world_size", type=int, default=1, help="set by the launcher; not read")
-    group.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; not read")
+    group.add_argument(
+        "--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher; not read"
+    )
     group.add_argument("--dist_on_itp", action="store_true", help="started by Open MPI")
     group.add_argument("--dist_url", default="env://", help="where the processes meet")
 

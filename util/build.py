@@ -34,6 +34,8 @@ def build_config(
     asked = _flag_settings(args)
     saved = checkpoint.config.to_dict() if checkpoint and checkpoint.config else None
     if saved is None:
+        if checkpoint is not None and "head_input" not in args.explicit:
+            asked["head_input"] = "published"  # as the released checkpoints were measured
         asked |= _latent_geometry(args, manifest, vae)
         asked |= _latent_settings(args, checkpoint, manifest, vae)
         with as_user_error():
@@ -122,7 +124,6 @@ def build_model(
         model = TokenBridge(**config.to_dict(), grad_checkpointing=grad_checkpointing)
     if checkpoint is not None:
         checkpoint.load_into(model, weights)
-        model.config = config  # a flag may ask for another head_input than the checkpoint's
     return model
 
 

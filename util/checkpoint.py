@@ -46,9 +46,8 @@ class Checkpoint:
 
     def load_into(self, model: TokenBridge, key: str) -> None:
         """Load one of its state dicts; every tensor must match."""
-        head_input = self.config.head_input if self.config else "published"
         with as_user_error(f"--resume {self.path}, {key!r}"):
-            model.load_published(self.weights(key), head_input)
+            model.load_published(self.weights(key), head_input=model.config.head_input)
 
 
 def find_checkpoint(resume: str, output_dir: str, must_exist: bool) -> Path | None:
