@@ -101,7 +101,7 @@ def open_npy(path: Path, count: int) -> np.ndarray:
         return np.empty(0, np.float32)  # nothing to map
     with as_user_error(f"--cached_path: {path} is damaged ({AGAIN})", (Exception,)):
         array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
-        if array.ndim != 5 or len(array) != count or array.dtype.name not in DTYPES:
+        if array.ndim != 5 or len(array) != count or array.dtype not in map(np.dtype, DTYPES):
             raise ValueError(f"it holds {array.dtype} {array.shape} for {count} images")
         return array
 
@@ -140,7 +140,8 @@ def _read_manifest(folder: Path) -> dict:
             "channel_order": _is_list(manifest["channel_order"], int, channels)
             and sorted(manifest["channel_order"]) == list(range(channels)),
             "shards": _is_list(manifest["shards"], dict) and len(manifest["shards"]) > 0,
-            "count": manifest["count"] == sum(shard["count"] for shard in manifest["shards"]),
+            "count": manifest["count"] == sum(shard["count"] for shard in manifest["shards"])
+            and manifest["count"] > 0,
         }
         wrong = [key for key, right in checks.items() if not right]
         if wrong:
@@ -165,8 +166,8 @@ class CachedLatents(Dataset):
 
     def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
         index, flip = parse_key(key, len(self))
-        moments = np.array(self._read(index, flip), dtype=np.float32)
-        return torch.from_numpy(moments), int(self.labels[index])
+        moments = torch.from_numpy(np.array(self._read(index, flip)))  # out of the mapped file
+        return moments.float(), int(self.labels[index])
 
     def _read(self, index: int, flip: bool) -> np.ndarray:
         """[2C, h, w] of any float type."""
