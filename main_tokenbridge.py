@@ -4,12 +4,15 @@ torchrun --nproc_per_node=8 main_tokenbridge.py --data_path DATA --output_dir OU
 torchrun --nproc_per_node=8 main_tokenbridge.py --evaluate --resume FOLDER --cfg 3.1
 """
 
+import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from engine_tokenbridge import EvalSettings, Run, TrainSettings, evaluate, train
+from models.config import TokenBridgeConfig
 from models.sampler import CFG_SCHEDULES
 from models.tokenizer import Tokenizer
 from util import dist, metrics
@@ -27,14 +30,14 @@ from util.args import (
     non_negative_int,
     positive_int,
 )
-from util.build import build_config, build_model, build_vae, check_vae, warn_other_vae
+from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.checkpoint import find_checkpoint, load_checkpoint
 from util.data import ImageDataset, MicroBatchSampler, list_images, steps_per_epoch
-from util.device import resolve_precision
+from util.device import Precision, resolve_precision
 from util.ema import EMA
 from util.errors import UserError, run
 from util.files import sha256
-from util.latent_cache import open_cache
+from util.latent_cache import CachedLatents, open_cache
 from util.log import TrainingLog
 from util.optim import LRSchedule, build_optimizer
 
@@ -103,13 +106,15 @@ def main() -> None:
     dist.cleanup()
 
 
-def evaluate_checkpoint(args, device, precision) -> None:
+def evaluate_checkpoint(
+    args: argparse.Namespace, device: torch.device, precision: Precision
+) -> None:
     """Load a checkpoint and generate; without one there is nothing to evaluate."""
     if not args.resume:
         raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
     checkpoint = load_checkpoint(find_checkpoint(args.resume, args.output_dir, must_exist=True))
     vae = build_vae(args)
-    config = build_config(args, checkpoint, manifest=None, vae=vae)
+    config = build_config(ModelFlags.of(args), checkpoint, manifest=None, vae=vae)
     check_vae(vae, config, args.vae_path)
     warn_other_vae(checkpoint, sha256(args.vae_path))
     settings = eval_settings(args, config.class_num)
@@ -122,25 +127,29 @@ def evaluate_checkpoint(args, device, precision) -> None:
     evaluate(model, tokenizer, settings, folder, device, precision, inception)
 
 
-def train_model(args, device, precision) -> None:
+def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> None:
     """Everything is built and checked before anything is written."""
     torch.manual_seed(args.seed)  # the same initial weights on every process
     path = find_checkpoint(args.resume, args.output_dir, False) if args.resume else None
     checkpoint = load_checkpoint(path) if path else None
     vae = None if args.use_cached and not args.online_eval else build_vae(args)
-    dataset, classes, manifest, vae_sha = open_data(args)
-    config = build_config(args, checkpoint, manifest, vae)
-    check_data(config, classes, dataset, args)
+    data = open_data(args)
+    config = build_config(ModelFlags.of(args), checkpoint, data.manifest, vae)
+    check_data(data, config)
     if vae is not None:
         check_vae(vae, config, args.vae_path)
-    if checkpoint is not None and vae_sha:
-        warn_other_vae(checkpoint, vae_sha)
+    if checkpoint is not None and data.vae_sha256:
+        warn_other_vae(checkpoint, data.vae_sha256)
+    evaluation, inception = None, None
+    if args.online_eval:
+        evaluation = eval_settings(args, config.class_num)
+        inception = metrics.prepare(args.fid_stats, args.inception_weights, device)
 
     micro_batches = args.accum_iter * dist.world_size()
-    epoch_steps = steps_per_epoch(len(dataset), args.batch_size, micro_batches)
-    model = build_model(config, checkpoint, grad_checkpointing=args.grad_checkpointing).to(device)
     global_batch = args.batch_size * micro_batches
+    epoch_steps = steps_per_epoch(len(data.dataset), args.batch_size, micro_batches)
     lr = args.lr if args.lr is not None else args.blr * global_batch / 256
+    model = build_model(config, checkpoint, grad_checkpointing=args.grad_checkpointing).to(device)
     training = Run(
         model=model,
         ema=EMA(model.published_parameters(), args.ema_rate),
@@ -149,15 +158,16 @@ def train_model(args, device, precision) -> None:
         tokenizer=Tokenizer(vae, config.latent_scale).to(device),
         device=device,
         precision=precision,
-        inception=metrics.prepare(args.fid_stats, args.inception_weights, device)
-        if args.online_eval
-        else None,
+        inception=inception,
     )
-    first_step = args.start_epoch * epoch_steps
+    first_epoch = args.start_epoch
     if checkpoint is not None:
-        first_step = restore(checkpoint, training, epoch_steps)
+        first_epoch = checkpoint.load_training_state(
+            training.ema, training.optimizer, training.scaler
+        )
+        dist.print_main(f"going on from {checkpoint.path} after epoch {first_epoch}")
     settings = TrainSettings(
-        first_step=first_step,
+        first_step=first_epoch * epoch_steps,
         epochs=args.epochs,
         steps_per_epoch=epoch_steps,
         accum_iter=args.accum_iter,
@@ -167,18 +177,38 @@ def train_model(args, device, precision) -> None:
         save_last_freq=args.save_last_freq,
         eval_freq=args.eval_freq,
         output_dir=Path(args.output_dir),
-        extras={"classes": classes, "vae_sha256": vae_sha, "args": plain(args)},
-        evaluation=eval_settings(args, config.class_num) if args.online_eval else None,
+        extras={"classes": data.classes, "vae_sha256": data.vae_sha256, "args": plain(args)},
+        evaluation=evaluation,
     )
-    describe(model, dataset, classes, global_batch, lr, settings)
-    loader = make_loader(args, dataset, settings, micro_batches, device)
+    dist.print_main(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"{len(data.dataset)} images in {len(data.classes)} classes\n"
+        f"global batch {global_batch}, lr {lr:.3g}, {epoch_steps} steps an epoch, "
+        f"{args.epochs} epochs, output {args.output_dir}"
+    )
+    sampler = MicroBatchSampler(
+        len(data.dataset),
+        args.batch_size,
+        micro_batches,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        seed=args.seed,
+        first_step=settings.first_step,
+        num_steps=max(0, args.epochs - first_epoch) * epoch_steps,
+    )
+    loader = DataLoader(
+        data.dataset,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+    )
     log = TrainingLog(
         args.log_dir or args.output_dir,
         every=args.log_freq,
         images=global_batch,
         total_steps=args.epochs * epoch_steps,
         steps_per_epoch=epoch_steps,
-        count_skipped=lambda: int(dataset.bad.sum()) if args.skip_bad_images else 0,
+        count_skipped=data.count_skipped,
     )
     schedule = LRSchedule(
         lr, args.min_lr, args.warmup_epochs, args.epochs, epoch_steps, args.lr_schedule
@@ -186,37 +216,55 @@ def train_model(args, device, precision) -> None:
     train(training, loader, schedule, log, settings)
 
 
-def open_data(args) -> tuple[Dataset, list[str], dict | None, str | None]:
-    """The training set, its classes, and what its cache knows of the VAE (manifest, sha256)."""
-    if args.use_cached:
-        if not args.cached_path:
-            raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
-        asked = args.online_eval or "vae_path" in args.explicit
-        cache = open_cache(
-            args.cached_path, args.img_size, sha256(args.vae_path) if asked else None
-        )
-        sha = cache.manifest["vae_sha256"] if cache.manifest else None
-        return cache, cache.classes, cache.manifest, sha
-    images = list_images(args.data_path)
-    on_bad = "next" if args.skip_bad_images else "raise"
-    dataset = ImageDataset(images.samples, args.img_size, on_bad)
-    return dataset, images.classes, None, sha256(args.vae_path)
+@dataclass(frozen=True)
+class TrainingData:
+    """The training set and what is known of it. source: the flag and its value, for messages."""
+
+    dataset: ImageDataset | CachedLatents
+    classes: list[str]
+    source: str
+    vae_sha256: str | None
+    manifest: dict | None = None
+
+    def count_skipped(self) -> int:
+        """Unreadable images that this process has passed over so far."""
+        return int(self.dataset.bad.sum()) if isinstance(self.dataset, ImageDataset) else 0
 
 
-def check_data(config, classes, dataset, args) -> None:
+def open_data(args: argparse.Namespace) -> TrainingData:
+    """The images of --data_path, or the latents of --cached_path."""
+    if not args.use_cached:
+        images = list_images(args.data_path)
+        on_bad = "next" if args.skip_bad_images else "raise"
+        dataset = ImageDataset(images.samples, args.img_size, on_bad)
+        source = f"--data_path {args.data_path}"
+        return TrainingData(dataset, images.classes, source, sha256(args.vae_path))
+    if not args.cached_path:
+        raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
+    vae_matters = args.online_eval or "vae_path" in args.explicit
+    vae_sha256 = sha256(args.vae_path) if vae_matters and Path(args.vae_path).is_file() else None
+    cache = open_cache(args.cached_path, args.img_size, vae_sha256)
+    source = f"--cached_path {args.cached_path}"
+    made_by = cache.manifest["vae_sha256"] if cache.manifest else vae_sha256
+    return TrainingData(cache, cache.classes, source, made_by, cache.manifest)
+
+
+def check_data(data: TrainingData, config: TokenBridgeConfig) -> None:
     """Raise UserError unless classes and latents fit the model."""
-    flag = "cached_path" if args.use_cached else "data_path"
-    source = f"--{flag} {getattr(args, flag)}"
-    if len(classes) > config.class_num:
-        raise UserError(f"{source} has {len(classes)} classes, --class_num is {config.class_num}")
-    if args.use_cached and tuple(dataset.latent_shape) != config.latent_shape:
+    if len(data.classes) > config.class_num:
         raise UserError(
-            f"{source} holds latents {tuple(dataset.latent_shape)}, the model expects "
-            f"{config.latent_shape}; see --img_size, --vae_stride and --vae_embed_dim"
+            f"{data.source} has {len(data.classes)} classes, --class_num is {config.class_num}"
         )
+    if isinstance(data.dataset, CachedLatents):
+        found = tuple(data.dataset.latent_shape)
+        if found != config.latent_shape:
+            raise UserError(
+                f"{data.source} holds latents {found}, the model expects {config.latent_shape}; "
+                "see --img_size, --vae_stride and --vae_embed_dim"
+            )
 
 
-def eval_settings(args, class_num: int) -> EvalSettings:
+def eval_settings(args: argparse.Namespace, class_num: int) -> EvalSettings:
     if args.num_images % class_num:
         raise UserError(
             f"--num_images {args.num_images} is not a multiple of --class_num {class_num}: "
@@ -233,54 +281,7 @@ def eval_settings(args, class_num: int) -> EvalSettings:
     )
 
 
-def restore(checkpoint, training: Run, epoch_steps: int) -> int:
-    """Load EMA, optimizer and scaler; return the step to go on from."""
-    saved = checkpoint.saved
-    names = set(dict(training.model.published_parameters()))
-    ema = checkpoint.weights("model_ema")
-    if set(ema) != names:
-        raise UserError(f"--resume {checkpoint.path}: 'model_ema' lacks parameters of the model")
-    training.ema.load_state_dict(ema)
-    if "optimizer" not in saved:
-        dist.print_main(f"{checkpoint.path} has no optimizer: weights only, from step 0")
-        return 0
-    training.optimizer.load_state_dict(saved["optimizer"])
-    if saved.get("scaler"):
-        training.scaler.load_state_dict(saved["scaler"])
-    step = saved.get("step", (saved.get("epoch", -1) + 1) * epoch_steps)
-    dist.print_main(f"resumed {checkpoint.path} at step {step}")
-    return step
-
-
-def make_loader(args, dataset, settings: TrainSettings, micro_batches: int, device) -> DataLoader:
-    sampler = MicroBatchSampler(
-        len(dataset),
-        args.batch_size,
-        micro_batches,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        seed=args.seed,
-        first_step=settings.first_step,
-        num_steps=settings.epochs * settings.steps_per_epoch - settings.first_step,
-    )
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-    )
-
-
-def describe(model, dataset, classes, global_batch: int, lr: float, settings) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
-    dist.print_main(
-        f"{parameters / 1e6:.1f} M parameters, {len(dataset)} images in {len(classes)} classes\n"
-        f"global batch {global_batch}, lr {lr:.3g}, {settings.steps_per_epoch} steps an epoch, "
-        f"{settings.epochs} epochs, output {settings.output_dir}"
-    )
-
-
-def plain(args) -> dict:
+def plain(args: argparse.Namespace) -> dict:
     """The flags as plain values, for the checkpoint."""
     return {key: value for key, value in vars(args).items() if key != "explicit"}
 

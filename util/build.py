@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import dataclass, replace
 
 from models.config import PUBLISHED_LATENT_SCALE, TokenBridgeConfig, default_channel_order, preset
 from models.tokenbridge import TokenBridge
@@ -10,17 +11,37 @@ from util.checkpoint import Checkpoint, load_vae
 from util.errors import UserError, as_user_error
 
 # Settings that may change from one use of the same weights to the next.
-BEHAVIOUR = (
-    "attn_dropout",
-    "proj_dropout",
-    "label_drop_prob",
-    "mask_ratio_min",
-    "head_input",
-)
+BEHAVIOUR = ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "head_input")
+# Settings that belong to the tokenizer's latents and can be measured.
+LATENT = ("latent_scale", "channel_order")
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """What the command line says of the model.
+
+    settings: of `TokenBridgeConfig`, the flags' defaults included; latent_scale and channel_order
+    only where they are not "auto". given: the names of those that were given.
+    """
+
+    settings: dict
+    given: frozenset[str]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "ModelFlags":
+        direct = ["img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num"]
+        direct += ["buffer_size", "quant_min", "quant_max", *BEHAVIOUR]
+        direct += [name for name in LATENT if getattr(args, name) != "auto"]
+        sizes = preset(args.model)
+        settings = {name: getattr(args, name) for name in direct}
+        given = {name for name in direct if name in args.explicit}
+        given |= set(sizes) if "model" in args.explicit else set()
+        given |= {"quant_levels"} if "quant_bits" in args.explicit else set()
+        return cls(sizes | settings | {"quant_levels": 2**args.quant_bits}, frozenset(given))
 
 
 def build_config(
-    args: argparse.Namespace,
+    flags: ModelFlags,
     checkpoint: Checkpoint | None,
     manifest: dict | None,
     vae: AutoencoderKL | None,
@@ -28,89 +49,63 @@ def build_config(
     """The model's settings.
 
     A checkpoint made here knows them: a flag that was given must agree with it, unless it only
-    changes behaviour. Otherwise they are the flags, with the latent scale and the channel order
-    of the cache's manifest or, for KL-16, the published ones.
+    changes behaviour. Otherwise they are the flags, completed by what is known of the latents.
     """
-    asked = _flag_settings(args)
-    saved = checkpoint.config.to_dict() if checkpoint and checkpoint.config else None
-    if saved is None:
-        if checkpoint is not None and "head_input" not in args.explicit:
-            asked["head_input"] = "published"  # as the released checkpoints were measured
-        asked |= _latent_geometry(args, manifest, vae)
-        asked |= _latent_settings(args, checkpoint, manifest, vae)
-        with as_user_error():
-            return TokenBridgeConfig(**asked)
-    given = _given_settings(args, asked)
-    for name, value in given.items():
-        if name not in BEHAVIOUR and value != saved[name]:
+    if checkpoint is not None and checkpoint.config is not None:
+        return _agreed_config(flags, checkpoint)
+    known = _known_latents(flags, checkpoint, manifest, vae)
+    if checkpoint is not None:
+        known["head_input"] = "published"  # as the released checkpoints were measured
+    settings = flags.settings | {k: v for k, v in known.items() if k not in flags.given}
+    missing = [f"--{name}" for name in LATENT if name not in settings]
+    if missing:
+        raise UserError(
+            f"--vae_path is not KL-16, so {' and '.join(missing)} must be given; or cache its "
+            "latents with main_cache.py, which measures them, and train with --use_cached"
+        )
+    with as_user_error():
+        return TokenBridgeConfig(**settings)
+
+
+def _agreed_config(flags: ModelFlags, checkpoint: Checkpoint) -> TokenBridgeConfig:
+    """The checkpoint's settings, with those flags that were given and may differ."""
+    saved = checkpoint.config
+    given = {name: value for name, value in flags.settings.items() if name in flags.given}
+    with as_user_error():
+        asked = replace(saved, **given)
+    for name in given:
+        found, wanted = getattr(saved, name), getattr(asked, name)
+        if name not in BEHAVIOUR and found != wanted:
             raise UserError(
-                f"--resume {checkpoint.path} has {name} {saved[name]}, but the flags say {value}; "
+                f"--resume {checkpoint.path} has {name} {found}, but the flags say {wanted}; "
                 "leave the flag out, or name another checkpoint"
             )
-    with as_user_error():
-        return TokenBridgeConfig.from_dict(saved | given)
+    return asked
 
 
-def _flag_settings(args: argparse.Namespace) -> dict:
-    """The settings that flags hold, but for the latent scale and the channel order."""
-    direct = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "buffer_size")
-    direct += ("quant_min", "quant_max", *BEHAVIOUR)
-    return {
-        **preset(args.model),
-        **{name: getattr(args, name) for name in direct},
-        "quant_levels": 2**args.quant_bits,
-    }
-
-
-def _given_settings(args: argparse.Namespace, asked: dict) -> dict:
-    """Those settings whose flags were given on the command line."""
-    names = {name for name in args.explicit if name in asked}
-    names |= set(preset(args.model)) if "model" in args.explicit else set()
-    names |= {"quant_levels"} if "quant_bits" in args.explicit else set()
-    given = {name: asked[name] for name in names}
-    if args.latent_scale != "auto":
-        given["latent_scale"] = args.latent_scale
-    if args.channel_order != "auto":
-        given["channel_order"] = list(args.channel_order)
-    return given
-
-
-def _latent_geometry(
-    args: argparse.Namespace, manifest: dict | None, vae: AutoencoderKL | None
-) -> dict:
-    """Channels and stride of the latents that are there, unless a flag says otherwise."""
-    found = {}
-    if manifest is not None:
-        channels, side, _ = manifest["latent_shape"]
-        found = {"vae_embed_dim": channels, "vae_stride": manifest["image_size"] // side}
-    elif vae is not None:
-        found = {"vae_embed_dim": vae.config["embed_dim"], "vae_stride": vae.stride}
-    return {name: value for name, value in found.items() if name not in args.explicit}
-
-
-def _latent_settings(
-    args: argparse.Namespace,
+def _known_latents(
+    flags: ModelFlags,
     checkpoint: Checkpoint | None,
     manifest: dict | None,
     vae: AutoencoderKL | None,
 ) -> dict:
-    """Latent scale and channel order: the flags', the manifest's, or KL-16's published ones."""
-    known = None
+    """Channels, stride, scale and channel order of the latents, as far as anything tells them.
+
+    A cache's manifest knows them all; a VAE its shape, and if it is KL-16 the published constants;
+    published checkpoints and caches, which say nothing, belong to KL-16.
+    """
     if manifest is not None:
-        known = {key: manifest[key] for key in ("latent_scale", "channel_order")}
-    elif checkpoint is not None or vae is None or vae.is_kl16:
-        known = {
-            "latent_scale": PUBLISHED_LATENT_SCALE,
-            "channel_order": default_channel_order(args.vae_embed_dim),
-        }
-    flags = {"latent_scale": args.latent_scale, "channel_order": args.channel_order}
-    missing = [f"--{name}" for name, value in flags.items() if value == "auto"]
-    if known is None and missing:
-        raise UserError(
-            f"--vae_path {args.vae_path} is not KL-16, so {' and '.join(missing)} must be given; "
-            "or cache its latents with main_cache.py, which measures them, and use --use_cached"
-        )
-    return {key: known[key] if value == "auto" else value for key, value in flags.items()}
+        channels, side, _ = manifest["latent_shape"]
+        known = {name: manifest[name] for name in LATENT}
+        return known | {"vae_embed_dim": channels, "vae_stride": manifest["image_size"] // side}
+    known = {}
+    if vae is not None:
+        known = {"vae_embed_dim": vae.config["embed_dim"], "vae_stride": vae.stride}
+    if checkpoint is not None or vae is None or vae.is_kl16:
+        channels = known.get("vae_embed_dim", flags.settings["vae_embed_dim"])
+        known["latent_scale"] = PUBLISHED_LATENT_SCALE
+        known["channel_order"] = default_channel_order(channels)
+    return known
 
 
 def build_model(
@@ -128,7 +123,7 @@ def build_model(
 
 
 def build_vae(args: argparse.Namespace) -> AutoencoderKL:
-    """The VAE of --vae_path, checked against --vae_embed_dim (if given) and --img_size."""
+    """The VAE of --vae_path, checked against --vae_embed_dim and --img_size where given."""
     given = "vae_embed_dim" in args.explicit
     vae = load_vae(args.vae_path, args.vae_embed_dim if given else None)
     if "img_size" in args.explicit and args.img_size % vae.stride:

@@ -49,6 +49,29 @@ class Checkpoint:
         with as_user_error(f"--resume {self.path}, {key!r}"):
             model.load_published(self.weights(key), head_input=model.config.head_input)
 
+    def load_training_state(
+        self, ema: EMA, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> int:
+        """Load all but the model itself; return how many epochs it has behind it.
+
+        The optimizer keeps the settings of this run's flags. A file with weights alone starts at 0.
+        """
+        with as_user_error(f"--resume {self.path}, 'model_ema'"):
+            ema.load_state_dict(self.weights("model_ema"))
+        if "optimizer" not in self.saved:
+            return 0
+        kept = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        with as_user_error(f"--resume {self.path}, 'optimizer'", (ValueError, KeyError, TypeError)):
+            optimizer.load_state_dict(self.saved["optimizer"])
+        for group, settings in zip(optimizer.param_groups, kept, strict=True):
+            group.update(settings)
+        if self.saved.get("scaler"):
+            scaler.load_state_dict(self.saved["scaler"])
+        epoch = self.saved.get("epoch")
+        if type(epoch) is not int:
+            raise UserError(f"--resume {self.path}: 'epoch' is {epoch!r}, not a whole number")
+        return epoch + 1
+
 
 def find_checkpoint(resume: str, output_dir: str, must_exist: bool) -> Path | None:
     """The checkpoint that --resume names, a folder or a file.

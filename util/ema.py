@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from models.vae import check_layout
+
 
 class EMA:
     """names, parameters: in the published names and order. The average starts at the parameters."""
@@ -27,7 +29,8 @@ class EMA:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """state: every parameter's average by its published name, shapes already checked."""
+        """state: every parameter's average by its published name. Raises ValueError on another."""
+        check_layout(state, self.state_dict())
         for name, average in zip(self.names, self.averages, strict=True):
             average.copy_(state[name])
 
