@@ -9,7 +9,7 @@ Letters: N images, C latent channels, K levels.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from models.config import PUBLISHED_LATENT_SCALE
 from models.quantizer import GaussianQuantizer
 from models.tokenizer import Tokenizer
-from models.vae import Posterior
+from models.vae import AutoencoderKL, Posterior
 from util import dist, metrics
 from util.args import (
     Parser,
@@ -35,7 +35,7 @@ from util.args import (
     positive_int,
 )
 from util.build import build_vae
-from util.data import ImageDataset, list_images
+from util.data import ImageDataset, collate_skipping, list_images
 from util.errors import UserError, as_user_error, run
 from util.files import atomic_write
 from util.images import Gallery, grid, psnr, save_png, to_uint8
@@ -43,6 +43,7 @@ from util.metrics import ImageFeatures, Inception
 
 ORIGINAL = "original"
 GRID_IMAGES = 8
+RECORDED = ("image_dir", "images_per_class", "img_size", "vae_path", "range", "posterior", "seed")
 
 
 def make_parser() -> Parser:
@@ -74,24 +75,36 @@ def make_parser() -> Parser:
     return parser
 
 
-@dataclass
 class Variant:
     """One way through the quantizer, and what is measured of it over this process's images.
 
     counts: [C, K] use of the levels. outside: [C] latent scalars beyond the range.
     """
 
-    bits: int
-    quantizer: GaussianQuantizer | None
-    features: ImageFeatures | None
-    gallery: Gallery
-    counts: Tensor | None = None
-    outside: Tensor | None = None
-    psnr_sum: float = 0.0
+    def __init__(
+        self,
+        name: str,
+        inception: Inception | None,
+        shown: list[int],
+        bits: int = -1,
+        quantizer: GaussianQuantizer | None = None,
+        channels: int = 0,
+    ):
+        self.name, self.bits, self.quantizer = name, bits, quantizer
+        self.features = ImageFeatures(inception) if inception is not None else None
+        self.gallery = Gallery(shown)
+        self.images, self.psnr_sum = 0, 0.0
+        self.device = torch.device("cpu")
+        if quantizer is not None:
+            self.counts = torch.zeros(channels, quantizer.levels, dtype=torch.int64)
+            self.outside = torch.zeros(channels, dtype=torch.int64)
 
-    @property
-    def name(self) -> str:
-        return "continuous" if self.quantizer is None else f"bits{self.bits}"
+    def to(self, device: torch.device) -> "Variant":
+        self.device = device
+        if self.quantizer is not None:
+            self.quantizer.to(device)
+            self.counts, self.outside = self.counts.to(device), self.outside.to(device)
+        return self
 
     def apply(self, latents: Tensor) -> Tensor:
         """latents: [N, C, h, w] scaled -> what the decoder gets, its levels counted."""
@@ -120,149 +133,150 @@ def entropy(counts: Tensor) -> Tensor:
 def main() -> None:
     args = make_parser().parse()
     device = dist.init(args.device, args.dist_url, args.dist_on_itp)
-    samples = choose_images(args)
+    samples = choose_images(args.image_dir, args.images_per_class)
     vae = build_vae(args)
-    tokenizer = Tokenizer(vae, choose_scale(args, vae)).to(device)
+    scale = known_scale(vae) if args.latent_scale == "auto" else args.latent_scale
+    tokenizer = Tokenizer(vae, scale).to(device)
     inception = metrics.prepare(args.fid_stats, args.inception_weights, device)
     shown = list(range(0, len(samples), -(-len(samples) // GRID_IMAGES)))
-    variants = make_variants(args, vae.config["embed_dim"], inception, shown, device)
-    original = Variant(0, None, new_features(inception), Gallery(shown))
+    original = Variant(ORIGINAL, inception, shown)
+    variants = [
+        quantized(bits, args.range, vae.config["embed_dim"], inception, shown).to(device)
+        for bits in dict.fromkeys(args.bits)
+    ]
     folder = Path(args.output_dir)
-    prepare_folders(folder, [ORIGINAL, *(v.name for v in variants)], len(samples))
+    prepare_folders(folder, [v.name for v in (original, *variants)], len(samples))
 
-    dataset = ImageDataset(samples, args.img_size, "next" if args.skip_bad_images else "raise")
-    for ids, images in batches(dataset, args):
-        latents = draw_latents(tokenizer, images.to(device), ids, args)
+    dataset = ImageDataset(samples, args.img_size, "drop" if args.skip_bad_images else "raise")
+    noise_seed = args.seed if args.posterior == "sample" else None
+    for ids, images in batches(dataset, args.batch_size, args.num_workers):
+        latents = draw_latents(tokenizer, images.to(device), ids, noise_seed)
         pixels = to_uint8(images)
-        keep(original, folder / ORIGINAL, ids, pixels)
+        keep(original, folder, ids, pixels, pixels)
         for variant in variants:
-            decoded = to_uint8(tokenizer.decode(variant.apply(latents))).cpu()
-            variant.psnr_sum += psnr(decoded, pixels).sum().item()
-            keep(variant, folder / variant.name, ids, decoded)
-    results = [summarise(variant, len(samples), original.features) for variant in variants]
+            decoded = tokenizer.decode(variant.apply(latents))
+            keep(variant, folder, ids, to_uint8(decoded).cpu(), pixels)
+    results = [summarise(variant, original.features) for variant in variants]
     rows = torch.cat([variant.gallery.gather() for variant in (original, *variants)])
     if dist.is_main():
-        save_png(grid(rows, columns=len(shown)), folder / "grid.png")
-        write_results(folder, args, tokenizer.latent_scale, samples, results)
+        save_png(grid(rows, columns=len(rows) // (1 + len(variants))), folder / "grid.png")
+        settings = {name: getattr(args, name) for name in RECORDED} | {"latent_scale": scale}
+        write_results(folder, settings, results)
     dist.barrier()
     dist.cleanup()
 
 
-def choose_images(args) -> list[tuple[str, int]]:
-    """(path, label) of the first `images_per_class` images of each class."""
-    inside = (Path(args.image_dir) / "train").is_dir()
-    images = list_images(args.image_dir, "train" if inside else "", flag="--image_dir")
+def choose_images(image_dir: str, per_class: int) -> list[tuple[str, int]]:
+    """(path, label) of the first images of each class, in train/CLASS/ if that is there."""
+    inside = (Path(image_dir) / "train").is_dir()
+    images = list_images(image_dir, "train" if inside else "", flag="--image_dir")
     by_class = groupby(images.samples, key=lambda sample: sample[1])
-    return [s for _, group in by_class for s in list(group)[: args.images_per_class]]
+    return [s for _, group in by_class for s in list(group)[:per_class]]
 
 
-def choose_scale(args, vae) -> float:
-    if args.latent_scale != "auto":
-        return args.latent_scale
+def known_scale(vae: AutoencoderKL) -> float:
     if not vae.is_kl16:
         raise UserError(
-            f"--vae_path {args.vae_path} is not KL-16: give its --latent_scale, 1 / std of its "
-            "latents (main_cache.py measures it and writes it to the cache's manifest.json)"
+            "--vae_path is not KL-16: give its --latent_scale, 1 / std of its latents "
+            "(main_cache.py measures it and writes it to the cache's manifest.json)"
         )
     return PUBLISHED_LATENT_SCALE
 
 
-def new_features(inception: Inception | None) -> ImageFeatures | None:
-    return ImageFeatures(inception) if inception is not None else None
-
-
-def make_variants(args, channels: int, inception, shown: list[int], device) -> list[Variant]:
-    variants = []
-    for bits in dict.fromkeys(args.bits):
-        variant = Variant(bits, None, new_features(inception), Gallery(shown))
-        if bits > 0:
-            with as_user_error(f"--bits {bits} --range {args.range}"):
-                variant.quantizer = GaussianQuantizer(2**bits, -args.range, args.range).to(device)
-            variant.counts = torch.zeros(channels, 2**bits, dtype=torch.int64, device=device)
-            variant.outside = torch.zeros(channels, dtype=torch.int64, device=device)
-        variants.append(variant)
-    return variants
+def quantized(
+    bits: int, limit: float, channels: int, inception: Inception | None, shown: list[int]
+) -> Variant:
+    """bits: -1 for none. limit: latents lie in [-limit, limit]."""
+    if bits < 0:
+        return Variant("continuous", inception, shown)
+    with as_user_error(f"--bits {bits} --range {limit}"):
+        quantizer = GaussianQuantizer(2**bits, -limit, limit)
+    return Variant(f"bits{bits}", inception, shown, bits, quantizer, channels)
 
 
 def prepare_folders(folder: Path, names: list[str], count: int) -> None:
     """Raise UserError if an earlier, larger run's images would be mixed with this one's."""
-    stale = [
-        path
-        for name in names
-        for path in (folder / name).glob("*.png")
-        if path.stem >= f"{count:05d}"
-    ]
+    found = (path for name in names for path in (folder / name).glob("*.png"))
+    stale = [path for path in found if not path.stem.isdigit() or int(path.stem) >= count]
     if stale:
         raise UserError(
             f"--output_dir {folder} holds images of another run ({stale[0].name}); "
             "remove them or name a new folder"
         )
+    dist.barrier()  # nobody writes before everybody has looked
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
-    dist.barrier()
 
 
-def batches(dataset: ImageDataset, args):
+def batches(
+    dataset: ImageDataset, batch_size: int, num_workers: int
+) -> Iterator[tuple[list[int], Tensor]]:
     """(ids, images [N, 3, H, W]) of this process: whole batches, the same for any process count."""
-    starts = range(0, len(dataset), args.batch_size)[dist.rank() :: dist.world_size()]
-    ids = [list(range(s, min(s + args.batch_size, len(dataset)))) for s in starts]
-    loader = DataLoader(dataset, batch_sampler=ids, num_workers=args.num_workers)
+    starts = range(0, len(dataset), batch_size)[dist.rank() :: dist.world_size()]
+    wanted = [list(range(s, min(s + batch_size, len(dataset)))) for s in starts]
+    loader = DataLoader(
+        dataset, batch_sampler=wanted, num_workers=num_workers, collate_fn=collate_skipping
+    )
     progress = tqdm(loader, desc="reconstructing", disable=not dist.is_main())
-    return zip(ids, (images for images, _ in progress), strict=True)
+    for ids, batch in zip(wanted, progress, strict=True):
+        if batch is not None:
+            yield [i for i in ids if not dataset.bad[i]], batch[0]
 
 
-def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], args) -> Tensor:
-    """Scaled latents [N, C, h, w]; the noise of image i is a function of (seed, i) alone."""
+def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int | None) -> Tensor:
+    """Scaled latents [N, C, h, w]: posterior means without a seed, else samples.
+
+    The noise of image i is a function of (seed, i) alone.
+    """
     posterior = tokenizer.posterior(images)
-    if args.posterior == "mode":
+    if seed is None:
         return tokenizer.mode(posterior)
     drawn = []
     for image_id, parameters in zip(ids, posterior.parameters, strict=True):
-        generator = torch.Generator(images.device).manual_seed(args.seed * 2**32 + image_id)
+        generator = torch.Generator(images.device).manual_seed(seed * 2**32 + image_id)
         drawn.append(tokenizer.sample(Posterior(parameters[None]), generator))
     return torch.cat(drawn)
 
 
-def keep(variant: Variant, folder: Path, ids: list[int], pixels: Tensor) -> None:
-    """Save and measure one batch. pixels: uint8 [N, 3, H, W]."""
+def keep(variant: Variant, folder: Path, ids: list[int], pixels: Tensor, original: Tensor) -> None:
+    """Save and measure one batch. pixels, original: uint8 [N, 3, H, W]."""
     for image_id, image in zip(ids, pixels, strict=True):
-        save_png(image, folder / f"{image_id:05d}.png")
+        save_png(image, folder / variant.name / f"{image_id:05d}.png")
+    variant.images += len(ids)
+    variant.psnr_sum += psnr(pixels, original).sum().item()
     variant.gallery.add(ids, pixels)
     if variant.features is not None:
         variant.features.add(ids, pixels)
 
 
-def summarise(variant: Variant, count: int, original: ImageFeatures | None) -> dict:
+def summarise(variant: Variant, original: ImageFeatures | None) -> dict:
     """The figures of one variant over all processes' images."""
-    psnr_sum = dist.all_reduce_sum(torch.tensor(variant.psnr_sum, dtype=torch.float64))
-    result = {"name": variant.name, "bits": variant.bits, "psnr": psnr_sum.item() / count}
+    sums = torch.tensor([variant.psnr_sum, variant.images], dtype=torch.float64)
+    psnr_sum, images = dist.all_reduce_sum(sums.to(variant.device)).tolist()
+    if not images:
+        raise UserError("none of the images can be read; see --image_dir")
+    result = {"name": variant.name, "images": int(images), "psnr": psnr_sum / images}
     if variant.quantizer is not None:
         counts = dist.all_reduce_sum(variant.counts)
-        per_channel = entropy(counts)
-        result["entropy_bits"] = per_channel.mean().item()
-        result["entropy_bits_by_channel"] = per_channel.tolist()
-        result["levels_used_by_channel"] = (counts > 0).sum(dim=1).tolist()
         outside = dist.all_reduce_sum(variant.outside)
-        result["out_of_range_share"] = (outside.sum() / counts.sum()).item()
+        per_channel = entropy(counts)
+        result |= {
+            "bits": variant.bits,
+            "entropy_bits": per_channel.mean().item(),
+            "entropy_bits_by_channel": per_channel.tolist(),
+            "levels_used_by_channel": (counts > 0).sum(dim=1).tolist(),
+            "out_of_range_share": (outside.sum() / counts.sum()).item(),
+        }
     if variant.features is not None:
         result |= variant.features.compute(reference=original)
     return result
 
 
-def write_results(folder: Path, args, scale: float, samples, results: list[dict]) -> None:
-    record = {
-        "images": len(samples),
-        "image_dir": args.image_dir,
-        "range": args.range,
-        "posterior": args.posterior,
-        "seed": args.seed,
-        "latent_scale": scale,
-        "results": results,
-    }
+def write_results(folder: Path, settings: dict, results: list[dict]) -> None:
     with atomic_write(folder / "results.json") as file:
-        file.write(json.dumps(record, indent=1).encode())
+        file.write(json.dumps(settings | {"results": results}, indent=1).encode())
     names = ", ".join([ORIGINAL, *(result["name"] for result in results)])
-    print(f"{len(samples)} images, rows of {folder / 'grid.png'}: {names}")
+    print(f"{results[0]['images']} images, rows of {folder / 'grid.png'}: {names}")
     for result in results:
         figures = {k: v for k, v in result.items() if isinstance(v, float)}
         print(f"{result['name']:>10}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))

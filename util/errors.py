@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
+# What the backends say on a process whose peer has left; the peer has said why.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 class UserError(ValueError):
@@ -36,4 +38,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         message = lines[-1].strip().removeprefix("util.errors.UserError: ")
         print(f"{sys.argv[0]}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
+    except RuntimeError as error:
+        if not any(phrase in str(error) for phrase in LOST_PEER):
+            raise
+        print(f"{sys.argv[0]}: stopped: another process ended first", file=sys.stderr, flush=True)
+        sys.exit(1)
     sys.exit(0)

@@ -37,9 +37,9 @@ class Gallery:
         self.kept |= {i: image for i, image in zip(ids, images, strict=True) if i in wanted}
 
     def gather(self) -> Tensor:
-        """All that are shown, in their order, on every process: uint8 [N, 3, H, W]."""
+        """Those that were made, in the order shown, on every process: uint8 [N, 3, H, W]."""
         kept = {i: image for part in dist.gather_objects(self.kept) for i, image in part.items()}
-        return torch.stack([kept[i] for i in self.shown])
+        return torch.stack([kept[i] for i in self.shown if i in kept])
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
