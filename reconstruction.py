@@ -157,10 +157,12 @@ def main() -> None:
             decoded = tokenizer.decode(variant.apply(latents))
             keep(variant, folder, ids, to_uint8(decoded).cpu(), pixels)
     results = [summarise(variant, original.features) for variant in variants]
+    images = sum(dist.gather_objects(original.images))
     rows = torch.cat([variant.gallery.gather() for variant in (original, *variants)])
     if dist.is_main():
         save_png(grid(rows, columns=len(rows) // (1 + len(variants))), folder / "grid.png")
         settings = {name: getattr(args, name) for name in RECORDED} | {"latent_scale": scale}
+        settings |= {"images": images}
         write_results(folder, settings, results)
     dist.barrier()
     dist.cleanup()
@@ -255,13 +257,12 @@ def summarise(variant: Variant, original: ImageFeatures | None) -> dict:
     psnr_sum, images = dist.all_reduce_sum(sums.to(variant.device)).tolist()
     if not images:
         raise UserError("none of the images can be read; see --image_dir")
-    result = {"name": variant.name, "images": int(images), "psnr": psnr_sum / images}
+    result = {"name": variant.name, "bits": variant.bits, "psnr": psnr_sum / images}
     if variant.quantizer is not None:
         counts = dist.all_reduce_sum(variant.counts)
         outside = dist.all_reduce_sum(variant.outside)
         per_channel = entropy(counts)
         result |= {
-            "bits": variant.bits,
             "entropy_bits": per_channel.mean().item(),
             "entropy_bits_by_channel": per_channel.tolist(),
             "levels_used_by_channel": (counts > 0).sum(dim=1).tolist(),
@@ -276,7 +277,7 @@ def write_results(folder: Path, settings: dict, results: list[dict]) -> None:
     with atomic_write(folder / "results.json") as file:
         file.write(json.dumps(settings | {"results": results}, indent=1).encode())
     names = ", ".join([ORIGINAL, *(result["name"] for result in results)])
-    print(f"{results[0]['images']} images, rows of {folder / 'grid.png'}: {names}")
+    print(f"{settings['images']} images, rows of {folder / 'grid.png'}: {names}")
     for result in results:
         figures = {k: v for k, v in result.items() if isinstance(v, float)}
         print(f"{result['name']:>10}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
