@@ -55,6 +55,7 @@ def make_parser() -> Parser:
     data.add_argument("--data_path", default="./data/imagenet", help="images in train/CLASS/")
     data.add_argument("--use_cached", action="store_true", help="read latents, not images")
     data.add_argument("--cached_path", default="", help="the cache that main_cache.py made")
+    data.add_argument("--no_flip", action="store_true", help="no mirror images (digits, text)")
     data.add_argument("--output_dir", default="./output_dir", help="checkpoints, logs and images")
     data.add_argument("--log_dir", default="", help="TensorBoard's folder; default: --output_dir")
     data.add_argument("--resume", default="", help="folder (or file) of a checkpoint to go on from")
@@ -118,7 +119,9 @@ def evaluate_checkpoint(
     check_vae(vae, config, args.vae_path)
     warn_other_vae(checkpoint, sha256(args.vae_path))
     settings = eval_settings(args, config.class_num)
-    inception = metrics.prepare(args.fid_stats, args.inception_weights, device)
+    inception = metrics.prepare(
+        args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
+    )
     key = "model_ema" if args.eval_weights == "ema" else "model"
     model = build_model(config, checkpoint, key).to(device)
     tokenizer = Tokenizer(vae, config.latent_scale).to(device)
@@ -143,7 +146,9 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     evaluation, inception = None, None
     if args.online_eval:
         evaluation = eval_settings(args, config.class_num)
-        inception = metrics.prepare(args.fid_stats, args.inception_weights, device)
+        inception = metrics.prepare(
+            args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
+        )
 
     micro_batches = args.accum_iter * dist.world_size()
     global_batch = args.batch_size * micro_batches
@@ -193,6 +198,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         rank=dist.rank(),
         world_size=dist.world_size(),
         seed=args.seed,
+        flip=not args.no_flip,
         first_step=settings.first_step,
         num_steps=max(0, args.epochs - first_epoch) * epoch_steps,
     )

@@ -137,7 +137,9 @@ def main() -> None:
     vae = build_vae(args)
     scale = known_scale(vae) if args.latent_scale == "auto" else args.latent_scale
     tokenizer = Tokenizer(vae, scale).to(device)
-    inception = metrics.prepare(args.fid_stats, args.inception_weights, device)
+    inception = metrics.prepare(
+        args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
+    )
     shown = list(range(0, len(samples), -(-len(samples) // GRID_IMAGES)))
     original = Variant(ORIGINAL, inception, shown)
     variants = [

@@ -295,3 +295,14 @@ def test_too_few_samples_for_a_step_are_refused():
         MicroBatchSampler(35, B, G, 0, 1, SEED, 0, 1)
     with pytest.raises(ValueError, match="5 processes"):
         MicroBatchSampler(N, B, G, 0, 5, SEED, 0, 1)
+
+
+def test_no_sample_is_mirrored_without_flip():
+    flags = {"rank": 0, "world_size": 1, "seed": 1, "first_step": 0, "num_steps": 20}
+    flips = {
+        wanted: {
+            flip for batch in MicroBatchSampler(64, 4, 2, flip=wanted, **flags) for _, flip in batch
+        }
+        for wanted in (True, False)
+    }
+    assert flips == {True: {True, False}, False: {False}}

@@ -144,6 +144,7 @@ def add_metric_flags(parser: Parser) -> None:
         "--fid_stats", help="npz with mu and sigma; default: fid_stats/adm_in256_stats.npz if there"
     )
     group.add_argument("--inception_weights", help="torch-fidelity's Inception weights, a file")
+    group.add_argument("--no_metrics", action="store_true", help="images only, no FID and IS")
 
 
 def add_model_flags(parser: Parser) -> None:

@@ -222,7 +222,7 @@ class MicroBatchSampler(Sampler[list[Key]]):
 
     With S steps an epoch, B samples a micro-batch and G = global_micro_batches, micro-batch j of
     step s is the B positions from ((s % S) * G + j) * B on in the order of epoch s // S. Process r
-    of W has j = r, r + W, ... < G, in this order.
+    of W has j = r, r + W, ... < G, in this order. flip: whether half of the samples are mirrored.
     Raises UserError if one global batch exceeds the samples; ValueError unless W divides G.
     """
 
@@ -236,6 +236,7 @@ class MicroBatchSampler(Sampler[list[Key]]):
         seed: int,
         first_step: int,
         num_steps: int,
+        flip: bool = True,
     ):
         if global_micro_batches % world_size:
             raise ValueError(
@@ -247,6 +248,7 @@ class MicroBatchSampler(Sampler[list[Key]]):
         self.global_micro_batches = global_micro_batches
         self.mine = range(rank, global_micro_batches, world_size)
         self.seed = seed
+        self.flip = flip
         self.steps = range(first_step, first_step + num_steps)
 
     def __len__(self) -> int:
@@ -258,6 +260,7 @@ class MicroBatchSampler(Sampler[list[Key]]):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
             if epoch != current_epoch:
                 order, flips = epoch_keys(self.num_samples, self.seed, epoch)
+                flips &= self.flip
                 current_epoch = epoch
             for j in self.mine:
                 start = (step_in_epoch * self.global_micro_batches + j) * self.batch_size

@@ -161,12 +161,14 @@ def _frechet(features: Tensor, stats: dict[str, np.ndarray]) -> float:
 
 
 def prepare(
-    fid_stats: str | None, inception_weights: str | None, device: torch.device
+    fid_stats: str | None, inception_weights: str | None, device: torch.device, wanted: bool = True
 ) -> Inception | None:
     """What can be measured here; what cannot is said in one line, with the remedy.
 
     Files are checked before the first image is made. fid_stats: None takes ADM's if it is there.
     """
+    if not wanted:
+        return None
     if fid_stats is None and ADM_STATISTICS.is_file():
         fid_stats = str(ADM_STATISTICS)
     stats = load_fid_statistics(fid_stats) if fid_stats is not None else None
