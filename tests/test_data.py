@@ -297,12 +297,7 @@ def test_too_few_samples_for_a_step_are_refused():
         MicroBatchSampler(N, B, G, 0, 5, SEED, 0, 1)
 
 
-def test_no_sample_is_mirrored_without_flip():
-    flags = {"rank": 0, "world_size": 1, "seed": 1, "first_step": 0, "num_steps": 20}
-    flips = {
-        wanted: {
-            flip for batch in MicroBatchSampler(64, 4, 2, flip=wanted, **flags) for _, flip in batch
-        }
-        for wanted in (True, False)
-    }
-    assert flips == {True: {True, False}, False: {False}}
+@pytest.mark.parametrize("flip,expected", [(True, {True, False}), (False, {False})])
+def test_half_of_the_samples_are_mirrored_or_none(flip, expected):
+    sampler = MicroBatchSampler(64, 4, 2, 0, 1, SEED, 0, 20, flip=flip)
+    assert {mirrored for batch in sampler for _, mirrored in batch} == expected
