@@ -132,7 +132,6 @@ def evaluate_checkpoint(
 
 def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> None:
     """Everything is built and checked before anything is written."""
-    torch.manual_seed(args.seed)  # the same initial weights on every process
     path = find_checkpoint(args.resume, args.output_dir, False) if args.resume else None
     checkpoint = load_checkpoint(path) if path else None
     vae = None if args.use_cached and not args.online_eval else build_vae(args)
@@ -154,6 +153,8 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     global_batch = args.batch_size * micro_batches
     epoch_steps = steps_per_epoch(len(data.dataset), args.batch_size, micro_batches)
     lr = args.lr if args.lr is not None else args.blr * global_batch / 256
+    # The same initial weights on every process, whatever was built before the model.
+    torch.manual_seed(args.seed)
     model = build_model(config, checkpoint, grad_checkpointing=args.grad_checkpointing).to(device)
     training = Run(
         model=model,
