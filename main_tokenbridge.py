@@ -36,7 +36,7 @@ from util.data import ImageDataset, MicroBatchSampler, list_images, steps_per_ep
 from util.device import Precision, resolve_precision
 from util.ema import EMA
 from util.errors import UserError, run
-from util.files import sha256
+from util.files import check_writable, sha256
 from util.latent_cache import CachedLatents, open_cache
 from util.log import TrainingLog
 from util.optim import LRSchedule, build_optimizer
@@ -102,6 +102,7 @@ def main() -> None:
     args = make_parser().parse()
     device = dist.init(args.device, args.dist_url, args.dist_on_itp)
     precision = resolve_precision(args.precision, device)
+    check_writable(args.output_dir, "--output_dir")
     dist.print_main(f"device {device.type}, precision {precision.name}")
     (evaluate_checkpoint if args.evaluate else train_model)(args, device, precision)
     dist.cleanup()
@@ -132,6 +133,7 @@ def evaluate_checkpoint(
 
 def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> None:
     """Everything is built and checked before anything is written."""
+    check_writable(args.log_dir or args.output_dir, "--log_dir")
     path = find_checkpoint(args.resume, args.output_dir, False) if args.resume else None
     checkpoint = load_checkpoint(path) if path else None
     vae = None if args.use_cached and not args.online_eval else build_vae(args)

@@ -37,7 +37,7 @@ from util.args import (
 from util.build import build_vae
 from util.data import ImageDataset, collate_skipping, list_images
 from util.errors import UserError, as_user_error, run
-from util.files import atomic_write
+from util.files import atomic_write, check_writable
 from util.images import Gallery, grid, psnr, save_png, to_uint8
 from util.metrics import ImageFeatures, Inception
 
@@ -133,6 +133,7 @@ def entropy(counts: Tensor) -> Tensor:
 def main() -> None:
     args = make_parser().parse()
     device = dist.init(args.device, args.dist_url, args.dist_on_itp)
+    check_writable(args.output_dir, "--output_dir")
     samples = choose_images(args.image_dir, args.images_per_class)
     vae = build_vae(args)
     scale = known_scale(vae) if args.latent_scale == "auto" else args.latent_scale

@@ -105,6 +105,7 @@ def save_checkpoint(
 ) -> Path:
     """Write checkpoint-last.pth, whole or not at all. progress: step, epoch and plain values."""
     path = folder / LAST
+    folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         torch.save(
             {

@@ -42,6 +42,14 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def check_writable(folder: str | Path, flag: str) -> None:
+    """Raise UserError, naming the flag, unless files can be put into a folder, made if need be."""
+    path = Path(folder).absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{flag} {folder}: cannot write into {existing}")
+
+
 def sha256(path: str | Path) -> str:
     """Hexadecimal digest of a file's content."""
     digest = hashlib.sha256()
