@@ -131,6 +131,9 @@ def train_step(
         loss += micro_loss.detach()
     run.scaler.unscale_(run.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip)
+    if run.scaler.is_enabled():
+        # Overflow is how the scaler finds its scale: it skips this step, which counts as 0.
+        grad_norm = grad_norm.nan_to_num(nan=0.0, posinf=0.0)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)

@@ -8,11 +8,13 @@ import math
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from util import dist
+from util.errors import UserError
 
 
 class TrainingLog:
@@ -33,8 +35,20 @@ class TrainingLog:
         self.every, self.images = every, images
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.count_skipped = count_skipped
-        self.writer = _summary_writer(folder)
+        self.folder = folder
         self._restart()
+
+    @cached_property
+    def writer(self):
+        """TensorBoard's on the main process, None elsewhere.
+
+        Made when there is something to write: a run that stops at its first image leaves no folder.
+        """
+        if not dist.is_main():
+            return None
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        return SummaryWriter(self.folder)
 
     def _restart(self) -> None:
         self.sums: Tensor | None = None
@@ -53,7 +67,7 @@ class TrainingLog:
     def flush(self, step: int, lr: float) -> None:
         """Write what was counted since the last time.
 
-        Raises FloatingPointError if the loss was not finite.
+        Raises UserError if a loss or a gradient was not finite.
         """
         if self.steps == 0:
             return
@@ -62,7 +76,6 @@ class TrainingLog:
         loss, grad_norm, waited, skipped = sums.tolist()
         elapsed = time.perf_counter() - self.started
         steps, processes = self.steps, dist.world_size()
-        self._restart()
         scalars = {
             "train/loss": loss / steps / processes,
             "train/lr": lr,
@@ -76,10 +89,16 @@ class TrainingLog:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step + 1)
             print(self._line(step, scalars, elapsed / steps), flush=True)
-        if not math.isfinite(scalars["train/loss"]):
-            raise FloatingPointError(
-                f"the loss is {scalars['train/loss']} between steps {step + 1 - steps} and {step}; "
-                "the last checkpoint is from before: resume it with a lower --blr or --precision"
+        self._check_finite(scalars, step)
+        self._restart()
+
+    def _check_finite(self, scalars: dict[str, float], step: int) -> None:
+        loss, grad_norm = scalars["train/loss"], scalars["train/grad_norm"]
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise UserError(
+                f"the loss is {loss} and the gradient norm {grad_norm} between steps "
+                f"{step + 2 - self.steps} and {step + 1}; the last checkpoint is from before: "
+                "resume it with a lower --blr or another --precision"
             )
 
     def _line(self, step: int, scalars: dict[str, float], seconds_per_step: float) -> str:
@@ -109,12 +128,3 @@ class TrainingLog:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
-
-
-def _summary_writer(folder: str):
-    """A TensorBoard writer on the main process, None elsewhere."""
-    if not dist.is_main():
-        return None
-    from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-    return SummaryWriter(folder)
