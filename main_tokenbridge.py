@@ -170,9 +170,8 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     )
     first_epoch = args.start_epoch
     if checkpoint is not None:
-        first_epoch = checkpoint.load_training_state(
-            training.ema, training.optimizer, training.scaler
-        )
+        done = checkpoint.load_training_state(training.ema, training.optimizer, training.scaler)
+        first_epoch = args.start_epoch if done is None else done
         dist.print_main(f"going on from {checkpoint.path} after epoch {first_epoch}")
     settings = TrainSettings(
         first_step=first_epoch * epoch_steps,

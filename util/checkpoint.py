@@ -51,26 +51,46 @@ class Checkpoint:
 
     def load_training_state(
         self, ema: EMA, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> int:
+    ) -> int | None:
         """Load all but the model itself; return how many epochs it has behind it.
 
-        The optimizer keeps the settings of this run's flags. A file with weights alone starts at 0.
+        None for a file with weights alone.
         """
         with as_user_error(f"--resume {self.path}, 'model_ema'"):
             ema.load_state_dict(self.weights("model_ema"))
         if "optimizer" not in self.saved:
-            return 0
-        kept = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        with as_user_error(f"--resume {self.path}, 'optimizer'", (ValueError, KeyError, TypeError)):
-            optimizer.load_state_dict(self.saved["optimizer"])
-        for group, settings in zip(optimizer.param_groups, kept, strict=True):
-            group.update(settings)
+            return None
+        damaged = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+        with as_user_error(f"--resume {self.path}, 'optimizer'", damaged):
+            load_moments(optimizer, self.saved["optimizer"])
         if self.saved.get("scaler"):
-            scaler.load_state_dict(self.saved["scaler"])
+            with as_user_error(f"--resume {self.path}, 'scaler'", damaged):
+                scaler.load_state_dict(self.saved["scaler"])
         epoch = self.saved.get("epoch")
         if type(epoch) is not int:
             raise UserError(f"--resume {self.path}: 'epoch' is {epoch!r}, not a whole number")
         return epoch + 1
+
+
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Load AdamW's moments and step counts; its settings stay those of this run's flags.
+
+    Raises ValueError unless they are of the same parameters in the same groups.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    numbers = [group["params"] for group in groups]
+    if [group["params"] for group in saved["param_groups"]] != numbers:
+        raise ValueError("its groups of parameters are those of another model")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, state in saved["state"].items():
+        expected = parameters[number].shape
+        for name in ("exp_avg", "exp_avg_sq"):
+            if state[name].shape != expected:
+                raise ValueError(
+                    f"{name} of parameter {number} is {tuple(state[name].shape)}, "
+                    f"not {tuple(expected)}"
+                )
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def find_checkpoint(resume: str, output_dir: str, must_exist: bool) -> Path | None:
