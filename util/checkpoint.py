@@ -132,7 +132,8 @@ def save_checkpoint(
                 "model": model.published_state_dict(),
                 "model_ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
+                # The published code scales in any precision and refuses an empty state.
+                "scaler": scaler.state_dict() or torch.amp.GradScaler("cpu").state_dict(),
                 "config": model.config.to_dict(),
                 **progress,
             },
