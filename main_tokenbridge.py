@@ -137,6 +137,8 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     path = find_checkpoint(args.resume, args.output_dir, False) if args.resume else None
     checkpoint = load_checkpoint(path) if path else None
     vae = None if args.use_cached and not args.online_eval else build_vae(args)
+    if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
+        args.img_size = checkpoint.config.img_size
     data = open_data(args)
     config = build_config(ModelFlags.of(args), checkpoint, data.manifest, vae)
     check_data(data, config)
@@ -249,8 +251,14 @@ def open_data(args: argparse.Namespace) -> TrainingData:
         return TrainingData(dataset, images.classes, source, sha256(args.vae_path))
     if not args.cached_path:
         raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
-    vae_matters = args.online_eval or "vae_path" in args.explicit
-    vae_sha256 = sha256(args.vae_path) if vae_matters and Path(args.vae_path).is_file() else None
+    vae_sha256 = None
+    if args.online_eval or "vae_path" in args.explicit:
+        if not Path(args.vae_path).is_file():
+            raise UserError(
+                f"--vae_path {args.vae_path}: no such file; leave the flag out to train on the "
+                "cache without a VAE"
+            )
+        vae_sha256 = sha256(args.vae_path)
     cache = open_cache(args.cached_path, args.img_size, vae_sha256)
     source = f"--cached_path {args.cached_path}"
     made_by = cache.manifest["vae_sha256"] if cache.manifest else vae_sha256
