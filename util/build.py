@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from models.config import PUBLISHED_LATENT_SCALE, TokenBridgeConfig, default_channel_order, preset
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
+from util import dist
 from util.checkpoint import Checkpoint, load_vae
 from util.errors import UserError, as_user_error
 
@@ -145,7 +146,7 @@ def check_vae(vae: AutoencoderKL, config: TokenBridgeConfig, path: str) -> None:
 def warn_other_vae(checkpoint: Checkpoint, vae_sha256: str) -> None:
     """Say so if the checkpoint was trained on another VAE's latents: its images will be wrong."""
     trained = checkpoint.saved.get("vae_sha256")
-    if trained and trained != vae_sha256:
+    if trained and trained != vae_sha256 and dist.is_main():
         print(
             f"warning: {checkpoint.path} was trained with another VAE file (sha256 {trained[:12]}, "
             f"this one {vae_sha256[:12]}); unless its weights are the same, all figures are wrong",
