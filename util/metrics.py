@@ -29,17 +29,20 @@ def published_weights() -> Path:
 
 
 def find_inception_weights(given: str | None) -> Path | None:
-    """The given file, checked; else the one downloaded earlier, or now by the main process.
+    """The given file, else the one downloaded earlier, or now by one process of each node; checked.
 
-    Returns None where there is none and none can be downloaded.
+    Returns None, on every process, if a node has none and cannot download it.
     """
-    if given is not None:
-        load_tensors(given, "--inception_weights")  # torch-fidelity would unpickle it unchecked
-        return Path(given)
-    if dist.is_main() and not published_weights().is_file():
-        _download_inception_weights()
-    dist.barrier()
-    return published_weights() if published_weights().is_file() else None
+    path = published_weights() if given is None else Path(given)
+    if given is None:
+        nodes = dist.gather_objects(socket.gethostname())
+        if nodes.index(nodes[dist.rank()]) == dist.rank() and not path.is_file():
+            _download_inception_weights()
+        dist.barrier()
+        if not all(dist.gather_objects(path.is_file())):
+            return None
+    load_tensors(path, "--inception_weights")  # torch-fidelity would unpickle it unchecked
+    return path
 
 
 def _download_inception_weights() -> None:
