@@ -120,12 +120,12 @@ def evaluate_checkpoint(
     check_vae(vae, config, args.vae_path)
     warn_other_vae(checkpoint, sha256(args.vae_path))
     settings = eval_settings(args, config.class_num)
-    inception = metrics.prepare(
-        args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
-    )
     key = "model_ema" if args.eval_weights == "ema" else "model"
     model = build_model(config, checkpoint, key).to(device)
     tokenizer = Tokenizer(vae, config.latent_scale).to(device)
+    inception = metrics.prepare(
+        args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
+    )
     dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
     folder = Path(args.output_dir) / settings.folder_name(args.eval_weights)
     evaluate(model, tokenizer, settings, folder, device, precision, inception)
@@ -146,12 +146,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         check_vae(vae, config, args.vae_path)
     if checkpoint is not None and data.vae_sha256:
         warn_other_vae(checkpoint, data.vae_sha256)
-    evaluation, inception = None, None
-    if args.online_eval:
-        evaluation = eval_settings(args, config.class_num)
-        inception = metrics.prepare(
-            args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
-        )
+    evaluation = eval_settings(args, config.class_num) if args.online_eval else None
 
     micro_batches = args.accum_iter * dist.world_size()
     global_batch = args.batch_size * micro_batches
@@ -160,6 +155,11 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     # The same initial weights on every process, whatever was built before the model.
     torch.manual_seed(args.seed)
     model = build_model(config, checkpoint, grad_checkpointing=args.grad_checkpointing).to(device)
+    inception = None
+    if args.online_eval:
+        inception = metrics.prepare(
+            args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
+        )
     training = Run(
         model=model,
         ema=EMA(model.published_parameters(), args.ema_rate),
