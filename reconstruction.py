@@ -32,6 +32,7 @@ from util.args import (
     add_vae_flags,
     bit_width_or_continuous,
     latent_scale,
+    positive_float,
     positive_int,
 )
 from util.build import build_vae
@@ -58,7 +59,7 @@ def make_parser() -> Parser:
         default=[6],
         help="a latent scalar; negative: not quantized",
     )
-    group.add_argument("--range", type=float, default=5.0, help="latents in [-range, range]")
+    group.add_argument("--range", type=positive_float, default=5.0, help="latents in [-range, range]")
     group.add_argument("--images_per_class", type=positive_int, default=50, help="the first ones")
     group.add_argument("--batch_size", type=positive_int, default=32, help="a process")
     group.add_argument(

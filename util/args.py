@@ -61,6 +61,20 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def positive_float(text: str) -> float:
+    value = non_negative_float(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return value
+
+
 def fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
@@ -89,7 +103,7 @@ def channel_order(text: str) -> str | tuple[int, ...]:
 
 
 def latent_scale(text: str) -> str | float:
-    return text if text == "auto" else float(text)
+    return text if text == "auto" else positive_float(text)
 
 
 def add_device_flags(parser: Parser) -> None:
@@ -156,8 +170,8 @@ def add_model_flags(parser: Parser) -> None:
     group.add_argument("--patch_size", type=positive_int, default=1, help="positions a token side")
     group.add_argument("--class_num", type=positive_int, default=1000, help="classes")
     group.add_argument("--quant_bits", type=bit_width, default=6, help="bits a latent scalar")
-    group.add_argument("--quant_min", type=float, default=-5.0, help="lowest scaled latent")
-    group.add_argument("--quant_max", type=float, default=5.0, help="highest scaled latent")
+    group.add_argument("--quant_min", type=finite_float, default=-5.0, help="lowest scaled latent")
+    group.add_argument("--quant_max", type=finite_float, default=5.0, help="highest scaled latent")
     group.add_argument(
         "--use_quantized_value",
         action="store_true",
