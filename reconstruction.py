@@ -59,7 +59,9 @@ def make_parser() -> Parser:
         default=[6],
         help="a latent scalar; negative: not quantized",
     )
-    group.add_argument("--range", type=positive_float, default=5.0, help="latents in [-range, range]")
+    group.add_argument(
+        "--range", type=positive_float, default=5.0, help="latents in [-range, range]"
+    )
     group.add_argument("--images_per_class", type=positive_int, default=50, help="the first ones")
     group.add_argument("--batch_size", type=positive_int, default=32, help="a process")
     group.add_argument(
