@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -241,7 +242,9 @@ def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int
         return tokenizer.mode(posterior)
     drawn = []
     for image_id, parameters in zip(ids, posterior.parameters, strict=True):
-        generator = torch.Generator(images.device).manual_seed(seed * 2**32 + image_id)
+        # 32 bits that depend on both numbers: a CPU's generator reads no more of its seed.
+        mixed = np.random.SeedSequence([seed, image_id]).generate_state(1)[0]
+        generator = torch.Generator(images.device).manual_seed(int(mixed))
         drawn.append(tokenizer.sample(Posterior(parameters[None]), generator))
     return torch.cat(drawn)
 

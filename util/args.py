@@ -54,6 +54,13 @@ def non_negative_int(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    value = non_negative_int(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} has more than 63 bits")
+    return value
+
+
 def non_negative_float(text: str) -> float:
     value = float(text)
     if not (math.isfinite(value) and value >= 0):
@@ -109,7 +116,7 @@ def latent_scale(text: str) -> str | float:
 def add_device_flags(parser: Parser) -> None:
     group = parser.add_argument_group("device")
     group.add_argument("--device", default="cuda", help="cuda, mps or cpu; what is there if absent")
-    group.add_argument("--seed", type=non_negative_int, default=1, help="of everything random")
+    group.add_argument("--seed", type=seed, default=1, help="of everything random")
 
 
 def add_precision_flag(parser: Parser) -> None:
