@@ -1,0 +1,153 @@
+"""Small inputs for the scripts, and the ways to call them: in this process or as processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_cache
+import main_tokenbridge
+from models.vae import AutoencoderKL
+from tests.conftest import ROOT
+from util.checkpoint import save_vae
+from util.errors import EXIT_USER_ERROR, run
+
+SIZE, CHANNELS, STRIDE = 16, 4, 4
+CLASSES = ("ant", "bee", "cat")
+IMAGES = 8  # of each class
+
+
+def make_inputs(folder: Path) -> Path:
+    """data/train/CLASS/0.png ..., vae.ckpt and cache/ for the tests to read, not to change."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (folder / "data" / "train" / name).mkdir(parents=True)
+        for i in range(IMAGES):
+            pixels = rng.integers(60 * label, 60 * label + 130, (SIZE, SIZE + i, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / "data" / "train" / name / f"{i}.png")
+    torch.manual_seed(0)
+    vae = AutoencoderKL(embed_dim=CHANNELS, ch_mult=(1, 1, 1), ch=32, num_res_blocks=1)
+    save_vae(folder / "vae.ckpt", vae)
+    call(main_cache.main, *flags(folder, CACHE_FLAGS, cached_path=folder / "cache"))
+    return folder
+
+
+COMMON = {"img_size": SIZE, "device": "cpu", "num_workers": 0}
+CACHE_FLAGS = {**COMMON, "vae_path": "vae.ckpt", "data_path": "data", "shard_size": 9}
+TRAIN_FLAGS = {
+    **COMMON,
+    **dict(model="tokenbridge_tiny", class_num=3, buffer_size=4),
+    **dict(use_cached=True, cached_path="cache", batch_size=4, accum_iter=2),
+    **dict(epochs=2, warmup_epochs=1, blr=1e-2, ema_rate=0.9),
+}
+EVALUATE_FLAGS = {
+    **{k: v for k, v in COMMON.items() if k != "img_size"},
+    **dict(evaluate=True, vae_path="vae.ckpt", num_images=12, eval_bsz=5, num_iter=4, cfg=2),
+}
+INPUTS = ("vae_path", "data_path", "cached_path", "image_dir")
+
+
+def flags(inputs: Path, *groups: dict, **changes) -> list[str]:
+    """A command line. True is a flag without a value; None and False leave it out.
+
+    Relative paths of inputs are those of `inputs`.
+    """
+    argv = []
+    for name, value in {k: v for g in (*groups, changes) for k, v in g.items()}.items():
+        if value is None or value is False:
+            continue
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        values = [inputs / v if name in INPUTS else v for v in values]
+        argv += [f"--{name}", *map(str, values)]
+    return argv
+
+
+def call(main: Callable[[], None], *argv: str) -> None:
+    """Run a script's main in this process, without the seconds that a new one takes."""
+    with mock.patch.object(sys, "argv", [f"{main.__module__}.py", *argv]):
+        main()
+
+
+def refused(capsys, main: Callable[[], None], *argv: str) -> str:
+    """Run a script as its file does and return the one line with which it refuses."""
+    capsys.readouterr()
+    script = f"{main.__module__}.py"
+    with mock.patch.object(sys, "argv", [script, *argv]), pytest.raises(SystemExit) as stop:
+        run(main)
+    assert stop.value.code == EXIT_USER_ERROR
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), lines
+    return lines[0]
+
+
+def train(inputs: Path, output: Path, **changes) -> dict:
+    """Train in this process; the checkpoint it leaves."""
+    call(main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, output_dir=output, **changes))
+    return load(output)
+
+
+def evaluate(inputs: Path, output: Path, resume: Path, **changes) -> dict[str, bytes]:
+    """Evaluate in this process; the images it writes, by name."""
+    argv = flags(inputs, EVALUATE_FLAGS, output_dir=output, resume=resume, **changes)
+    call(main_tokenbridge.main, *argv)
+    return images(output)
+
+
+def images(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(output.glob("*/images/*.png"))}
+
+
+def load(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint-last.pth", weights_only=True)
+
+
+def tensors(value, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors in a checkpoint, however deep they are."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    nested = [(k, v) for k, v in items if isinstance(v, dict | list | tuple | torch.Tensor)]
+    return {n: t for k, v in nested for n, t in tensors(v, f"{name}/{k}").items()}
+
+
+def assert_same_training(found: dict, expected: dict) -> None:
+    """Parameters, EMA and optimizer state are the same to the bit."""
+    found, expected = tensors(found), tensors(expected)
+    assert list(found) == list(expected)
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_together(*commands: list[str], env: list[dict] | None = None, timeout: int = 120):
+    """Start processes at once, wait for all; their (return code, stdout, stderr)."""
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            cwd=ROOT,
+            env=os.environ | settings | {k: str(v) for k, v in own.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for command, own in zip(commands, env or [{}] * len(commands), strict=True)
+    ]
+    try:
+        outputs = [process.communicate(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]

@@ -1,0 +1,314 @@
+"""Checkpoints travel between this project and the published code, and no save is ever half done."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.config import preset
+from models.tokenbridge import TokenBridge
+from models.vae import AutoencoderKL
+from tests.runs import (
+    CHANNELS,
+    SIZE,
+    STRIDE,
+    evaluate,
+    load,
+    make_inputs,
+    tensors,
+    train,
+)
+from util.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    load_vae,
+    save_checkpoint,
+    save_vae,
+)
+from util.ema import EMA
+from util.errors import UserError
+from util.files import atomic_write
+from util.optim import build_optimizer
+
+KEYS = ("model", "model_ema", "optimizer", "epoch", "scaler")  # of the published files, and args
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+
+
+def new_model(**changes) -> TokenBridge:
+    settings = dict(img_size=SIZE, vae_stride=STRIDE, vae_embed_dim=CHANNELS, class_num=3)
+    model = TokenBridge(**preset("tokenbridge_tiny"), buffer_size=4, **settings | changes)
+    with torch.no_grad():  # away from an initialisation in which the head ignores its input
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def published_optimizer(model: TokenBridge) -> torch.optim.AdamW:
+    """As the published code builds it: parameters in its own order, 1-D ones and biases first."""
+    layout = model.published_state_dict()
+    named = dict(model.published_parameters())
+    named = [(name, named[name]) for name in layout if name in named]
+    plain = [p for name, p in named if p.ndim == 1 or name.endswith(".bias")]
+    decayed = [p for name, p in named if not (p.ndim == 1 or name.endswith(".bias"))]
+    groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed}]
+    return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.02)
+
+
+def published_checkpoint(path: Path) -> tuple[TokenBridge, torch.optim.AdamW]:
+    """Write what the published code leaves after its second epoch, a Namespace in it."""
+    model = new_model()
+    optimizer = published_optimizer(model)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter) * 1e-3
+        optimizer.step()
+    ema = {name: p.detach() * 0.99 for name, p in model.published_parameters()}
+    saved = {
+        "model": model.published_state_dict(),
+        "model_ema": ema,
+        "optimizer": optimizer.state_dict(),
+        "epoch": 1,
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "args": Namespace(model="tokenbridge_tiny", lr=1e-4, resume="", gpu=0, distributed=True),
+    }
+    path.parent.mkdir(exist_ok=True)
+    torch.save(saved, path)
+    return model, optimizer
+
+
+def moments(optimizer: torch.optim.Optimizer, model: TokenBridge) -> dict[str, torch.Tensor]:
+    """Every parameter's moments and step count, by its published name."""
+    state = {name: optimizer.state[p] for name, p in model.published_parameters()}
+    return tensors(state)
+
+
+# --- from the published code to here
+
+
+# A published file says nothing of its latents; the scale is KL-16's unless a flag says otherwise.
+PUBLISHED = dict(model="tokenbridge_tiny", class_num=3, buffer_size=4, img_size=SIZE)
+PUBLISHED |= dict(vae_stride=STRIDE, vae_embed_dim=CHANNELS)
+
+
+def test_published_file_is_drawn_from_the_published_way(inputs, tmp_path):
+    published_checkpoint(tmp_path / "published" / "checkpoint-last.pth")
+
+    def draw(name: str, **changes) -> dict[str, bytes]:
+        settings = PUBLISHED | dict(temperature=0) | changes
+        return evaluate(inputs, tmp_path / name, tmp_path / "published", **settings)
+
+    default = draw("default")
+    assert default == draw("published_way", head_input="published")
+    assert default != draw("trained_way", head_input="trained")
+    assert default != draw("raw", eval_weights="model")
+
+
+def test_our_file_is_drawn_from_the_way_it_was_trained(inputs, tmp_path):
+    model = new_model()
+    write(tmp_path / "out", model)
+    settings = dict(vae_path="vae.ckpt", temperature=0)
+    default = evaluate(inputs, tmp_path / "a", tmp_path / "out", **settings)
+    for way, same in (("trained", True), ("published", False)):
+        other = evaluate(inputs, tmp_path / way, tmp_path / "out", head_input=way, **settings)
+        assert (other == default) == same
+
+
+def write(folder: Path, model: TokenBridge) -> dict:
+    """Save as training does, after two steps on random gradients; the file's content."""
+    ema = EMA(model.published_parameters(), 0.5)
+    optimizer = build_optimizer(model.published_parameters(), 1e-3, 0.02)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        ema.update()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    save_checkpoint(folder, model, ema, optimizer, scaler, epoch=1, step=2)
+    return load(folder) | {"moments": moments(optimizer, model)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_published_file_goes_on_training_at_its_next_epoch(inputs, tmp_path, capsys, precision):
+    """fp16 too: the scaler must meet an optimizer with the settings of this run, not the file's."""
+    published_checkpoint(tmp_path / "published.pth")
+    resume = tmp_path / "published.pth"
+    settings = dict(resume=resume, epochs=3, log_freq=1, weight_decay=0.5, precision=precision)
+    found = train(inputs, tmp_path / "out", **settings)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  step " in line]
+    assert len(lines) == 3 and "step 7/9" in lines[0]
+    assert found["epoch"] == 2 and found["config"]["head_input"] == "published"
+    assert found["optimizer"]["param_groups"][1]["weight_decay"] == 0.5
+    assert {s["step"].item() for s in found["optimizer"]["state"].values()} == {5.0}
+
+
+def test_moments_of_a_published_file_reach_their_parameters(tmp_path):
+    published, optimizer = published_checkpoint(tmp_path / "published.pth")
+    checkpoint = load_checkpoint(tmp_path / "published.pth")
+    model = new_model()
+    ema = EMA(model.published_parameters(), 0.9)
+    own = build_optimizer(model.published_parameters(), 1e-3, 0.05)
+    checkpoint.load_into(model, "model")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert checkpoint.load_training_state(ema, own, scaler) == 2
+    found, expected = moments(own, model), moments(optimizer, published)
+    assert len(found) == 3 * len(list(model.parameters())) and set(found) == set(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [g["weight_decay"] for g in own.param_groups] == [0.0, 0.05]
+    for name, parameter in model.published_parameters():
+        assert torch.equal(ema.state_dict()[name], parameter * 0.99)
+
+
+# --- from here to the published code
+
+
+def test_our_file_has_what_the_published_code_reads(tmp_path):
+    model = new_model()
+    saved = write(tmp_path, model)
+    assert set(KEYS) < set(saved) and type(saved["epoch"]) is int
+    other = TokenBridge(**saved["config"])
+    other.load_published(saved["model"])
+    assert list(saved["model"]) == list(other.published_state_dict())
+    assert list(saved["model_ema"]) == [name for name, _ in other.published_parameters()]
+    optimizer = published_optimizer(other)
+    optimizer.load_state_dict(saved["optimizer"])
+    found = moments(optimizer, other)
+    assert all(torch.equal(found[name], saved["moments"][name]) for name in saved["moments"])
+    torch.amp.GradScaler("cpu").load_state_dict(saved["scaler"])  # refuses an empty state
+
+
+def test_training_writes_what_save_checkpoint_writes(inputs, tmp_path):
+    saved = train(inputs, tmp_path / "out", epochs=1)
+    ours = {"config", "step", "args", "classes", "vae_sha256"}
+    assert set(saved) == {*KEYS, *ours}
+    assert saved["classes"] == ["ant", "bee", "cat"]
+    assert (saved["epoch"], saved["step"], saved["args"]["epochs"]) == (0, 3, 1)
+
+
+# --- what is refused
+
+
+def spoiled(tmp_path: Path, spoil) -> Path:
+    saved = write(tmp_path / "out", new_model())
+    spoil(saved)
+    torch.save(saved, tmp_path / "spoiled.pth")
+    return tmp_path / "spoiled.pth"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fragment"),
+    [
+        (lambda s: s.pop("model"), "'model'"),
+        (lambda s: s.pop("model_ema"), "'model_ema'"),
+        (lambda s: s["model_ema"].pop("z_proj.bias"), "z_proj.bias"),
+        (lambda s: s["model"].pop("mask_token"), "mask_token"),
+        (lambda s: s["model"].update(gain=torch.ones(1)), "gain"),
+        (lambda s: s["model_ema"].update({"z_proj.bias": torch.ones(1)}), "z_proj.bias is (1,)"),
+        (lambda s: s["model"].update(z_proj=1), "'model'"),
+        (lambda s: s["optimizer"]["param_groups"].pop(), "another model"),
+        (lambda s: s["optimizer"]["state"][5].update(exp_avg=torch.ones(1)), "parameter 5 is (1,)"),
+        (lambda s: s.update(optimizer=3), "'optimizer'"),
+        (lambda s: s.update(epoch="two"), "'epoch' is 'two'"),
+        (lambda s: s.update(config=[1]), "spoiled.pth"),
+        (lambda s: s["config"].update(wings=2), "wings"),
+    ],
+)
+def test_what_does_not_match_is_named_and_nothing_is_trained(inputs, tmp_path, spoil, fragment):
+    path = spoiled(tmp_path, spoil)
+    with pytest.raises(UserError) as error:
+        train(inputs, tmp_path / "new", resume=path)
+    message = str(error.value)
+    assert message.startswith(f"--resume {path}") and fragment in message and "\n" not in message
+    assert not (tmp_path / "new").exists()
+
+
+def test_checkpoint_is_found_by_its_folder_or_its_own_name(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert find_checkpoint(str(folder), str(folder), must_exist=False) is None
+    for resume, output, must_exist in (
+        (folder, tmp_path / "other", False),
+        (folder, folder, True),
+        (tmp_path / "rnu", folder, False),
+    ):
+        with pytest.raises(UserError, match=f"--resume {resume}"):
+            find_checkpoint(str(resume), str(output), must_exist)
+    path = folder / "checkpoint-last.pth"
+    path.touch()
+    for resume in (folder, path):
+        assert find_checkpoint(str(resume), "elsewhere", must_exist=True) == path
+
+
+# --- whole or absent
+
+
+def test_interrupted_save_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+    before = write(tmp_path, new_model())
+
+    def save_a_part(value, file):
+        file.write(b"PK\x03\x04 half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", save_a_part)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, new_model())
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-last.pth"]
+    assert torch.equal(load(tmp_path)["model"]["z_proj.bias"], before["model"]["z_proj.bias"])
+
+
+def test_file_takes_its_name_only_when_complete(tmp_path):
+    path = tmp_path / "file"
+    with atomic_write(path) as file:
+        file.write(b"all")
+        assert not path.exists()
+    assert path.read_bytes() == b"all" and list(tmp_path.iterdir()) == [path]
+
+
+# --- the VAE's file
+
+
+def small_vae(**changes) -> AutoencoderKL:
+    return AutoencoderKL(**dict(embed_dim=4, ch_mult=(1, 1), ch=32, num_res_blocks=1) | changes)
+
+
+def test_vae_file_round_trips_with_its_shape(tmp_path):
+    vae = small_vae()
+    save_vae(tmp_path / "vae.ckpt", vae)
+    found = load_vae(tmp_path / "vae.ckpt")
+    assert found.config == vae.config and not found.is_kl16
+    state = found.state_dict()
+    assert all(torch.equal(state[name], t) for name, t in vae.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        ({"state_dict": {}}, "'model'"),
+        ({"model": small_vae().state_dict()}, "of another shape"),
+        ({"model": small_vae().state_dict(), "config": {"wings": 2}}, "wings"),
+        ({"model": small_vae().state_dict(), "config": small_vae(embed_dim=3).config}, "conv_out"),
+    ],
+)
+def test_vae_file_of_another_kind_is_named(tmp_path, content, fragment):
+    torch.save(content, tmp_path / "vae.ckpt")
+    with pytest.raises(UserError) as error:
+        load_vae(tmp_path / "vae.ckpt")
+    message = str(error.value)
+    assert "--vae_path" in message and fragment in message and "\n" not in message
+
+
+def test_vae_with_other_channels_than_the_flag_is_refused(tmp_path):
+    save_vae(tmp_path / "vae.ckpt", small_vae())
+    with pytest.raises(UserError, match="--vae_embed_dim 16"):
+        load_vae(tmp_path / "vae.ckpt", 16)

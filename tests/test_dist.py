@@ -1,0 +1,217 @@
+"""Processes find their place, and together they compute what one computes alone.
+
+Run as a script, this file is one of two processes: see `main`.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine_tokenbridge import Run, TrainSettings, train_step
+from models.tokenizer import Tokenizer
+from tests.conftest import tiny_model
+from tests.runs import free_port, run_together
+from util import dist, metrics
+from util.data import MicroBatchSampler
+from util.device import resolve_precision
+from util.ema import EMA
+from util.errors import UserError
+
+BATCH, IMAGES = 2, 8
+
+
+class Recorder(torch.optim.SGD):
+    """Leaves the parameters alone and keeps the gradients it was given."""
+
+    def step(self, closure=None):
+        self.gradients = [p.grad.clone() for g in self.param_groups for p in g["params"]]
+
+
+def one_step(accum_iter: int) -> dict:
+    """The first training step of this process with dropout: losses and gradients."""
+    model = tiny_model(attn_dropout=0.1, proj_dropout=0.1, label_drop_prob=0.5).train()
+    losses = []
+    model.register_forward_hook(lambda _module, _inputs, loss: losses.append(loss.detach()))
+    micro_batches = accum_iter * dist.world_size()
+    place = dict(rank=dist.rank(), world_size=dist.world_size())
+    sampler = MicroBatchSampler(
+        IMAGES, BATCH, micro_batches, **place, seed=1, first_step=0, num_steps=1
+    )
+    moments = torch.randn(IMAGES, 12, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(IMAGES) % 3
+    numbers = (torch.tensor([index for index, _ in keys]) for keys in sampler)
+    device = torch.device("cpu")
+    optimizer = Recorder(model.parameters(), lr=1.0)
+    run = Run(
+        model=model,
+        ema=EMA(model.published_parameters(), 0.9),
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        tokenizer=Tokenizer(None, latent_scale=1.0),
+        device=device,
+        precision=resolve_precision("fp32", device),
+    )
+    settings = TrainSettings(
+        **dict(first_step=0, epochs=1, steps_per_epoch=1, accum_iter=accum_iter, grad_clip=1e9),
+        **dict(seed=1, cached=True, save_last_freq=1, eval_freq=1, output_dir=Path(), extras={}),
+    )
+    batches = ((moments[i], labels[i]) for i in numbers)
+    loss, norm, _ = train_step(run, dist.wrap(model, device), batches, 0, settings)
+    return {"losses": losses, "loss": loss, "norm": norm, "gradients": optimizer.gradients}
+
+
+def main(folder: Path) -> None:
+    """What one of two processes finds, in a file named by its rank."""
+    dist.init("cpu")
+    rank = dist.rank()
+    os.environ["TORCH_HOME"] = str(folder / f"home{rank}")
+    weights = metrics.published_weights()
+    if rank == 1:
+        weights.parent.mkdir(parents=True)
+        torch.save({}, weights)
+    dist.print_main("printed once")
+    found = {
+        "main": dist.is_main(),
+        "sum": dist.all_reduce_sum(torch.tensor([rank + 1.0, 10.0])),
+        "gathered": dist.gather_objects({"rank": rank}),
+        "steps": {accum_iter: one_step(accum_iter) for accum_iter in (1, 2)},
+        "weights": metrics.find_inception_weights(None),
+    }
+    dist.barrier()
+    dist.cleanup()
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[dict, dict, str]:
+    """What each of two gloo processes found, and what they printed."""
+    folder = tmp_path_factory.mktemp("pair")
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2}
+    offline = {"https_proxy": "http://127.0.0.1:9"}
+    env = [meeting | offline | {"RANK": rank, "LOCAL_RANK": rank} for rank in (0, 1)]
+    results = run_together(*[["-m", "tests.test_dist", folder]] * 2, env=env)
+    assert [code for code, _, _ in results] == [0, 0], results
+    found = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    return *found, "".join(stdout for _, stdout, _ in results)
+
+
+def test_two_processes_sum_gather_and_print_once(pair):
+    first, second, printed = pair
+    assert (first["main"], second["main"]) == (True, False)
+    for found in (first, second):
+        assert found["sum"].tolist() == [3.0, 20.0]
+        assert found["gathered"] == [{"rank": 0}, {"rank": 1}]
+    assert printed.count("printed once") == 1 and printed.count("2 processes") == 1
+
+
+@pytest.mark.parametrize("accum_iter", [1, 2])
+def test_two_processes_have_the_losses_and_gradients_of_one(pair, accum_iter):
+    """Micro-batch j is the same to the bit wherever it is; only the sum's order may differ."""
+    alone = one_step(2 * accum_iter)
+    steps = [found["steps"][accum_iter] for found in pair[:2]]
+    for j, loss in enumerate(alone["losses"]):
+        assert torch.equal(steps[j % 2]["losses"][j // 2], loss)
+    assert len(set(map(float, alone["losses"]))) == 2 * accum_iter
+    mean = (steps[0]["loss"] + steps[1]["loss"]) / 2
+    torch.testing.assert_close(mean, alone["loss"], rtol=1e-6, atol=0)
+    exact = accum_iter == 1  # two numbers have the same sum in either order
+    for step in steps:
+        assert_same(step["gradients"], alone["gradients"], exact)
+        assert_same([step["norm"]], [alone["norm"]], exact)
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor], exact: bool) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert b.abs().max() > 0
+        tolerance = dict(rtol=0, atol=0) if exact else dict(rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+def test_weights_on_one_node_alone_are_used_by_none(pair):
+    """Processes that disagree on whether to measure would wait for each other for ever."""
+    # Here both are on one node, so the download was tried once, by the first.
+    assert pair[0]["weights"] is None and pair[1]["weights"] is None
+
+
+def test_a_world_of_one_needs_nothing(capsys):
+    assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
+    assert dist.all_reduce_sum(torch.ones(2)).tolist() == [1.0, 1.0]
+    assert dist.gather_objects("a") == ["a"]
+    model = torch.nn.Linear(1, 1)
+    assert dist.wrap(model, torch.device("cpu")) is model
+    dist.barrier()
+    dist.print_main("here")
+    assert capsys.readouterr().out == "here\n"
+
+
+# --- launchers
+
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"}
+OPEN_MPI = {f"OMPI_COMM_WORLD_{k}": v for k, v in TORCHRUN.items() if k != "WORLD_SIZE"}
+OPEN_MPI["OMPI_COMM_WORLD_SIZE"] = "8"
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Set these variables, and none of any launcher's else."""
+
+    def set_only(variables: dict[str, str]) -> None:
+        for name in list(os.environ):
+            if name.startswith(("SLURM_", "OMPI_", "MASTER_")) or name in TORCHRUN:
+                monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_only
+
+
+@pytest.mark.parametrize(
+    ("variables", "itp", "expected"),
+    [
+        ({}, False, (0, 1, 0, "one process")),
+        (TORCHRUN, False, (3, 8, 1, "torchrun")),
+        (SLURM, False, (5, 8, 2, "Slurm")),
+        (SLURM | TORCHRUN, False, (3, 8, 1, "torchrun")),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, False, (0, 1, 0, "one process")),
+        (OPEN_MPI, True, (3, 8, 1, "Open MPI (--dist_on_itp)")),
+        (OPEN_MPI, False, (0, 1, 0, "one process")),
+    ],
+)
+def test_place_is_what_the_launcher_says(environment, variables, itp, expected):
+    environment(variables)
+    world = dist.detect_world(itp)
+    assert (world.rank, world.size, world.local_rank, world.launcher) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments", "fragment"),
+    [
+        ({}, {"dist_on_itp": True}, "OMPI_COMM_WORLD_RANK=None"),
+        (SLURM | {"SLURM_LOCALID": "x"}, {}, "SLURM_LOCALID='x'"),
+        (TORCHRUN, {}, "MASTER_ADDR and MASTER_PORT"),
+        (SLURM | {"SLURM_NODELIST": "node[1-2]", "PATH": ""}, {}, "node[1-2]"),
+        ({}, {"device": "tpu"}, "--device 'tpu'"),
+    ],
+)
+def test_what_cannot_start_says_why(environment, variables, arguments, fragment):
+    environment(variables)
+    with pytest.raises(UserError) as error:
+        dist.init(**{"device": "cpu"} | arguments)
+    assert fragment in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_device_is_replaced_and_that_is_said(environment, capsys, monkeypatch):
+    environment({})
+    monkeypatch.setattr("util.device._available", lambda: ["cpu"])
+    assert dist.init("cuda") == torch.device("cpu")
+    assert capsys.readouterr().err == "no cuda device here: running on cpu\n"
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,332 @@
+"""main_tokenbridge.py as a user calls it: however it is started, it trains and draws the same."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main_tokenbridge
+from tests.conftest import run_script
+from tests.runs import (
+    EVALUATE_FLAGS,
+    TRAIN_FLAGS,
+    assert_same_training,
+    evaluate,
+    flags,
+    free_port,
+    images,
+    load,
+    make_inputs,
+    run_together,
+    tensors,
+    train,
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory) -> Path:
+    """The output folder of two epochs in one process: six steps of two micro-batches."""
+    output = tmp_path_factory.mktemp("trained") / "out"
+    train(inputs, output)
+    return output
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path_factory):
+    """No Inception weights, neither this machine's own nor those of the network."""
+    offline(monkeypatch.setenv, tmp_path_factory.mktemp("torch"))
+
+
+def offline(set_variable, torch_home: Path) -> None:
+    set_variable("TORCH_HOME", str(torch_home))
+    for name in ("http_proxy", "https_proxy"):
+        set_variable(name, "http://127.0.0.1:9")  # the discard port, where nobody listens
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every TensorBoard scalar."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
+
+
+# --- one process, two, two nodes, Slurm, Open MPI
+
+
+def test_one_process_from_the_command_line(inputs, trained, tmp_path):
+    """And it trains on a third device-free way to start: a plain python, as the README says."""
+    result = run_script(
+        "main_tokenbridge.py", *flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out")
+    )
+    assert result.returncode == 0, result.stderr
+    assert "step 6/6" in result.stdout and "left 0:00:00" in result.stdout
+    assert_same_training(load(tmp_path / "out"), load(trained))
+
+
+def assert_trained_alike(found: dict, expected: dict) -> None:
+    """The same training but for the order in which gradients were summed."""
+    found, expected = tensors(found), tensors(expected)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_two_processes_train_as_one_and_only_one_writes(inputs, trained, tmp_path):
+    """Dropout on: every micro-batch has its own random numbers, whichever process has it."""
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", accum_iter=1, num_workers=1)
+    result = run_script(
+        "torchrun",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+        "main_tokenbridge.py",
+        *argv,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "2 processes (torchrun), backend gloo" in result.stdout
+    assert result.stdout.count("step 6/6") == result.stdout.count("saved") == 1
+    assert_trained_alike(load(tmp_path / "out"), load(trained))
+    found, expected = scalars(tmp_path / "out"), scalars(trained)
+    for tag in ("train/loss", "train/lr", "train/grad_norm"):
+        np.testing.assert_allclose(found[tag], expected[tag], rtol=1e-5)
+    written = sorted(path.name.split(".")[0] for path in (tmp_path / "out").iterdir())
+    assert written == ["checkpoint-last", "events"]
+
+
+def test_two_nodes_train_as_one(inputs, trained, tmp_path):
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", accum_iter=1)
+    port = free_port()
+    node = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    node += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    results = run_together(
+        *([*node, f"--node_rank={rank}", "main_tokenbridge.py", *argv] for rank in (0, 1))
+    )
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert "step 6/6" in results[0][1] and "step 6/6" not in results[1][1]
+    assert_trained_alike(load(tmp_path / "out"), load(trained))
+
+
+@pytest.mark.parametrize("launcher", ["Slurm", "Open MPI"])
+def test_other_launchers_train_as_one(inputs, trained, tmp_path, launcher):
+    argv = flags(
+        inputs,
+        TRAIN_FLAGS,
+        output_dir=tmp_path / "out",
+        accum_iter=1,
+        dist_on_itp=launcher == "Open MPI",
+    )
+    names = {
+        "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        "Open MPI": tuple(f"OMPI_COMM_WORLD_{x}" for x in ("RANK", "SIZE", "LOCAL_RANK")),
+    }[launcher]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    env = [meeting | dict(zip(names, (rank, 2, rank), strict=True)) for rank in (0, 1)]
+    results = run_together(*[["main_tokenbridge.py", *argv]] * 2, env=env)
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert f"2 processes ({launcher}" in results[0][1]
+    assert_trained_alike(load(tmp_path / "out"), load(trained))
+
+
+# --- going on
+
+
+def stop_after_first_epoch(monkeypatch, inputs: Path, output: Path, **changes) -> None:
+    """A run of two epochs, killed when the checkpoint of the first is there."""
+    save = main_tokenbridge.train.__globals__["save_checkpoint"]
+
+    def save_and_die(*args, **kwargs):
+        save(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(main_tokenbridge.train.__globals__, "save_checkpoint", save_and_die)
+        train(inputs, output, save_last_freq=1, **changes)
+
+
+def test_resumed_training_equals_uninterrupted(inputs, trained, tmp_path, monkeypatch):
+    stop_after_first_epoch(monkeypatch, inputs, tmp_path / "out")
+    assert load(tmp_path / "out")["epoch"] == 0
+    resumed = train(inputs, tmp_path / "out", resume=tmp_path / "out", num_workers=1)
+    assert resumed["epoch"] == 1 and resumed["step"] == 6
+    assert_same_training(resumed, load(trained))
+
+
+def test_published_command_names_its_output_before_there_is_a_checkpoint(
+    inputs, trained, tmp_path, capsys
+):
+    first = train(inputs, tmp_path / "out", resume=tmp_path / "out")
+    assert "resumed" not in capsys.readouterr().out
+    assert_same_training(first, load(trained))
+
+
+def test_resuming_on_another_global_batch_goes_on_at_the_next_epoch(
+    inputs, tmp_path, monkeypatch, capsys
+):
+    """Three steps an epoch before, six after: epoch 1 begins at step 6, its rate too."""
+    stop_after_first_epoch(monkeypatch, inputs, tmp_path / "out")
+    capsys.readouterr()
+    train(inputs, tmp_path / "out", resume=tmp_path / "out", accum_iter=1, log_freq=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  step " in line]
+    assert len(lines) == 6 and "step 7/12" in lines[0]
+
+
+def test_weights_alone_begin_at_start_epoch(inputs, trained, tmp_path, capsys):
+    saved = {key: value for key, value in load(trained).items() if key != "optimizer"}
+    torch.save(saved, tmp_path / "weights.pth")
+    capsys.readouterr()
+    resume = tmp_path / "weights.pth"
+    train(inputs, tmp_path / "out", resume=resume, start_epoch=1, log_freq=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  step " in line]
+    assert len(lines) == 3 and "step 4/6" in lines[0]
+
+
+def test_images_and_their_cached_latents_train_the_same_but_for_float16(inputs, trained, tmp_path):
+    """Without a cache the scale and order that it measured are named by flags."""
+    config = load(trained)["config"]
+    changes = {name: config[name] for name in ("latent_scale", "channel_order")}
+    changes["channel_order"] = ",".join(map(str, changes["channel_order"]))
+    from_images = dict(use_cached=False, cached_path=None, data_path="data", vae_path="vae.ckpt")
+    found = train(inputs, tmp_path / "out", **from_images, **changes)
+    assert found["config"] == config and found["vae_sha256"] == load(trained)["vae_sha256"]
+    loss, expected = (scalars(f)["train/loss"][-1][1] for f in (tmp_path / "out", trained))
+    assert loss == pytest.approx(expected, rel=1e-3)
+
+
+# --- ways to train
+
+
+def test_evaluating_while_training_changes_nothing_of_it(inputs, trained, tmp_path, capsys):
+    sampling = dict(vae_path="vae.ckpt", num_images=6, num_iter=2, eval_bsz=6, eval_freq=1, cfg=2)
+    found = train(inputs, tmp_path / "out", online_eval=True, **sampling)
+    assert_same_training(found, load(trained))
+    for epoch in (1, 2):
+        assert len(list((tmp_path / "out" / f"eval-epoch{epoch}" / "images").iterdir())) == 6
+    assert "FID and IS are not computed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_trains_with_full_precision_weights(inputs, trained, tmp_path, precision):
+    found = train(inputs, tmp_path / "out", precision=precision)
+    state = tensors({key: found[key] for key in ("model", "model_ema", "optimizer")})
+    assert {t.dtype for t in state.values()} == {torch.float32}
+    # Six steps: the scaler that is used has counted those without overflow.
+    assert (found["scaler"]["_growth_tracker"] > 0) == (precision == "fp16")
+    loss, expected = (scalars(f)["train/loss"][-1][1] for f in (tmp_path / "out", trained))
+    assert loss == pytest.approx(expected, rel=1e-2) and loss != expected
+
+
+def test_the_processor_trains_in_full_precision(inputs, tmp_path, capsys):
+    train(inputs, tmp_path / "out", epochs=1)
+    assert "device cpu, precision fp32" in capsys.readouterr().out
+
+
+def test_grad_checkpointing_trains_the_same(inputs, trained, tmp_path):
+    found = train(inputs, tmp_path / "out", grad_checkpointing=True)
+    assert_same_training(found, load(trained))
+
+
+def test_log_holds_all_figures(inputs, tmp_path, capsys):
+    """lr = blr * global batch / 256, warmed up over an epoch of three steps."""
+    train(inputs, tmp_path / "out", log_freq=1, log_dir=tmp_path / "logs")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["checkpoint-last.pth"]
+    found = scalars(tmp_path / "logs")
+    assert set(found) == {
+        *("train/loss", "train/lr", "train/grad_norm"),
+        *("speed/images_per_second", "speed/data_wait_percent"),
+    }
+    assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4, 5, 6]
+    lr = 1e-2 * 8 / 256
+    expected = [0, lr / 3, lr * 2 / 3, lr, lr * 0.75, lr * 0.25]
+    np.testing.assert_allclose([v for _, v in found["train/lr"]], expected, rtol=1e-5, atol=1e-12)
+    assert found["train/loss"][0][1] == pytest.approx(np.log(64), rel=0.3)
+
+
+def test_explicit_and_constant_rate(inputs, tmp_path):
+    train(inputs, tmp_path / "out", lr=1e-3, lr_schedule="constant", log_freq=1, warmup_epochs=0)
+    np.testing.assert_allclose([v for _, v in scalars(tmp_path / "out")["train/lr"]], 1e-3)
+
+
+def test_bad_images_are_skipped_counted_and_named(inputs, tmp_path, capfd):
+    data = shutil.copytree(inputs / "data", tmp_path / "data")
+    (data / "train" / "bee" / "3.png").write_bytes(b"broken")
+    settings = dict(use_cached=False, cached_path=None, data_path=data, vae_path="vae.ckpt")
+    settings |= dict(latent_scale=1.0, channel_order="0,1,2,3", skip_bad_images=True)
+    train(inputs, tmp_path / "out", num_workers=1, **settings)
+    captured = capfd.readouterr()
+    assert "skipped 1 images" in captured.out and captured.err.count("skipped: ") == 1
+    assert scalars(tmp_path / "out")["data/skipped_images"][-1][1] == 1
+
+
+def test_skip_bad_images_has_nothing_to_skip_in_a_cache(inputs, trained, tmp_path):
+    found = train(inputs, tmp_path / "out", skip_bad_images=True)
+    assert_same_training(found, load(trained))
+
+
+# --- evaluation
+
+
+@pytest.fixture(scope="module")
+def drawn(inputs, trained, tmp_path_factory) -> dict[str, bytes]:
+    """The images that one process draws of the trained model."""
+    with pytest.MonkeyPatch.context() as patch:
+        offline(patch.setenv, tmp_path_factory.mktemp("torch"))
+        return evaluate(inputs, tmp_path_factory.mktemp("drawn"), trained)
+
+
+def test_two_processes_draw_the_bytes_of_one(inputs, trained, drawn, tmp_path):
+    argv = flags(inputs, EVALUATE_FLAGS, resume=trained, output_dir=tmp_path)
+    result = run_script(
+        "torchrun",
+        "--nproc_per_node=2",
+        f"--master_port={free_port()}",
+        "main_tokenbridge.py",
+        *argv,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("FID and IS are not computed") == 1
+    assert len(drawn) == 12 and images(tmp_path) == drawn
+    (folder,) = tmp_path.iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == ["grid.png", "images", "metrics.json"]
+
+
+def test_one_process_draws_from_the_command_line(inputs, trained, drawn, tmp_path):
+    argv = flags(inputs, EVALUATE_FLAGS, resume=trained, output_dir=tmp_path)
+    result = run_script("main_tokenbridge.py", *argv)
+    assert result.returncode == 0, result.stderr
+    assert "--inception_weights" in result.stdout
+    assert images(tmp_path) == drawn
+
+
+def test_image_depends_on_the_seed_and_not_on_the_batch(inputs, trained, drawn, tmp_path):
+    """Other batches change rounding at most."""
+    other = evaluate(inputs, tmp_path / "batch", trained, eval_bsz=12)
+    evaluate(inputs, tmp_path / "seed", trained, seed=2)
+    read = {p.name: np.asarray(Image.open(p), int) for p in tmp_path.glob("batch/*/images/*.png")}
+    again = {p.name: np.asarray(Image.open(p), int) for p in tmp_path.glob("seed/*/images/*.png")}
+    assert list(other) == list(drawn)
+    first = evaluate(inputs, tmp_path / "first", trained)
+    assert first == drawn
+    for path in tmp_path.glob("first/*/images/*.png"):
+        pixels = np.asarray(Image.open(path), int)
+        assert np.abs(pixels - read[path.name]).max() <= 1
+        assert np.abs(pixels - again[path.name]).max() > 20
+
+
+def test_raw_weights_are_drawn_on_request(inputs, trained, drawn, tmp_path):
+    assert evaluate(inputs, tmp_path, trained, eval_weights="model") != drawn
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "ariter4-temp1-linearcfg2-image12-seed1-model"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_images_are_drawn_in_lower_precision(inputs, trained, drawn, tmp_path, precision):
+    found = evaluate(inputs, tmp_path, trained, precision=precision)
+    assert list(found) == list(drawn) and found != drawn
