@@ -1,0 +1,161 @@
+"""One optimizer step and one generated image, piece by piece."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine_tokenbridge import (
+    EvalSettings,
+    Run,
+    TrainSettings,
+    evaluate,
+    generate,
+    shown_ids,
+    train_step,
+)
+from models.sampler import sample_latents
+from models.tokenizer import Tokenizer
+from models.vae import AutoencoderKL
+from tests.conftest import tiny_model
+from util.device import Precision, resolve_precision
+from util.ema import EMA
+from util.images import to_uint8
+from util.optim import build_optimizer, seed_micro_batch
+
+CPU = torch.device("cpu")
+FP32 = resolve_precision("fp32", CPU)
+
+
+def new_run(precision: Precision = FP32, **changes) -> Run:
+    model = tiny_model(**changes).train()
+    return Run(
+        model=model,
+        ema=EMA(model.published_parameters(), 0.5),
+        optimizer=build_optimizer(model.published_parameters(), 1e-2, 0.02),
+        scaler=torch.amp.GradScaler("cpu", enabled=precision.needs_scaler),
+        tokenizer=Tokenizer(None, latent_scale=2.0),
+        device=CPU,
+        precision=precision,
+    )
+
+
+def settings(**changes) -> TrainSettings:
+    values = dict(first_step=0, epochs=1, steps_per_epoch=1, accum_iter=1, grad_clip=3.0, seed=1)
+    values |= dict(cached=True, save_last_freq=1, eval_freq=1, output_dir=Path(), extras={})
+    return TrainSettings(**values | changes)
+
+
+def micro_batches(count: int) -> list[list[torch.Tensor]]:
+    return [[torch.randn(2, 12, 4, 4), torch.tensor([0, 2])] for _ in range(count)]
+
+
+def step(run: Run, batches: Iterator, **changes) -> tuple[torch.Tensor, torch.Tensor, float]:
+    return train_step(run, run.model, batches, 4, settings(**changes))
+
+
+def test_accumulated_gradient_is_the_mean_of_the_micro_batches(monkeypatch):
+    batches = micro_batches(3)
+    run, reference = new_run(), new_run()
+    losses = []
+    for j, (moments, labels) in enumerate(batches):
+        seed_micro_batch(1, 4, j)
+        loss = reference.model(reference.tokenizer.from_moments(moments), labels)
+        (loss / 3).backward()
+        losses.append(loss.detach())
+    expected = [p.grad for p in reference.model.parameters()]
+    norm = torch.stack([g.norm() for g in expected]).norm()
+
+    seen = []
+    monkeypatch.setattr(
+        run.optimizer, "step", lambda: seen.extend(p.grad for p in run.model.parameters())
+    )
+    loss, found_norm, waited = step(run, iter(batches), accum_iter=3, grad_clip=1e9)
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    torch.testing.assert_close(found_norm, norm)
+    for gradient, other in zip(seen, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+    assert waited >= 0
+
+
+def test_gradients_are_clipped_after_their_norm_is_taken(monkeypatch):
+    run = new_run()
+    seen = []
+    monkeypatch.setattr(
+        run.optimizer, "step", lambda: seen.extend(p.grad.clone() for p in run.model.parameters())
+    )
+    _, norm, _ = step(run, iter(micro_batches(1)), grad_clip=0.01)
+    assert norm > 0.02
+    assert torch.stack([g.norm() for g in seen]).norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_step_moves_weights_and_average_and_forgets_gradients():
+    run = new_run()
+    before = [p.detach().clone() for p in run.ema.parameters]
+    step(run, iter(micro_batches(1)))
+    for old, parameter, average in zip(before, run.ema.parameters, run.ema.averages, strict=True):
+        assert not torch.equal(old, parameter) and parameter.grad is None
+        torch.testing.assert_close(average, (old + parameter) / 2)
+
+
+def test_overflow_in_fp16_skips_the_step_and_lowers_the_scale():
+    run = new_run(resolve_precision("fp16", CPU))
+    run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 2.0**120})
+    before = [p.detach().clone() for p in run.model.parameters()]
+    loss, norm, _ = step(run, iter(micro_batches(1)))
+    assert loss.isfinite() and norm == 0
+    assert all(map(torch.equal, before, run.model.parameters()))
+    assert run.scaler.get_scale() == 2.0**119
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+def test_loss_in_lower_precision_is_close(name):
+    batches = micro_batches(1)
+    exact, *_ = step(new_run(), iter(batches))
+    loss, norm, _ = step(new_run(resolve_precision(name, CPU)), iter(batches))
+    assert loss == pytest.approx(exact.item(), rel=0.02) and norm > 0
+    assert loss.dtype == torch.float32
+
+
+# --- evaluation
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    torch.manual_seed(0)
+    return Tokenizer(AutoencoderKL(6, (1, 1, 1), ch=32, num_res_blocks=1), latent_scale=0.5)
+
+
+EVALUATION = EvalSettings(
+    num_images=6, eval_bsz=4, num_iter=3, cfg=1.5, cfg_schedule="linear", temperature=1.0, seed=5
+)
+
+
+def test_images_are_those_of_the_sampler_class_by_class(tokenizer):
+    model = tiny_model()
+    images = generate(model, tokenizer, range(1, 5), EVALUATION, CPU, FP32)
+    labels = torch.tensor([0, 1, 1, 2])  # two images of each of three classes
+    chosen = dict(num_iter=3, cfg=1.5, seed=5, image_ids=[1, 2, 3, 4])
+    latents = sample_latents(model, labels, **chosen)
+    assert torch.equal(images, to_uint8(tokenizer.decode(latents)))
+    assert images.dtype == torch.uint8 and images.shape == (4, 3, 16, 16)
+
+
+def test_evaluation_leaves_the_model_in_training_mode_and_shows_a_grid(tokenizer, tmp_path):
+    model = tiny_model().train()
+    found, samples = evaluate(model, tokenizer, EVALUATION, tmp_path, CPU, FP32, None)
+    assert found == {} and model.training and model.head.training
+    assert samples.shape == (3, 2 * 18 + 2, 3 * 18 + 2)  # a column for each class
+    assert len(list((tmp_path / "images").iterdir())) == 6
+
+
+def test_first_look_has_a_column_for_each_of_the_first_classes():
+    assert shown_ids(num_images=6, class_num=3) == [0, 2, 4, 1, 3, 5]
+    large = shown_ids(num_images=50000, class_num=1000)
+    assert len(large) == 80 and large[:3] == [0, 50, 100] and large[10] == 1
+
+
+def test_folder_is_named_by_what_decides_the_images():
+    name = "ariter3-temp1-linearcfg1.5-image6-seed5-ema"
+    assert EVALUATION.folder_name("ema") == name
