@@ -25,6 +25,7 @@ from tests.runs import (
     tensors,
     train,
 )
+from util.checkpoint import load_vae, save_vae
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,6 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_one_process_from_the_command_line(inputs, trained, tmp_path):
-    """And it trains on a third device-free way to start: a plain python, as the README says."""
     result = run_script(
         "main_tokenbridge.py", *flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out")
     )
@@ -73,15 +73,12 @@ def test_one_process_from_the_command_line(inputs, trained, tmp_path):
     assert_same_training(load(tmp_path / "out"), load(trained))
 
 
-def assert_trained_alike(found: dict, expected: dict) -> None:
-    """The same training but for the order in which gradients were summed."""
-    found, expected = tensors(found), tensors(expected)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
 def test_two_processes_train_as_one_and_only_one_writes(inputs, trained, tmp_path):
-    """Dropout on: every micro-batch has its own random numbers, whichever process has it."""
+    """Dropout on: every micro-batch has its own random numbers, whichever process has it.
+
+    To the bit: the mean of two gradients is the same whoever adds them. Adam would make a visible
+    difference of any other: its first steps have the same length for the smallest gradients.
+    """
     argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", accum_iter=1, num_workers=1)
     result = run_script(
         "torchrun",
@@ -93,7 +90,7 @@ def test_two_processes_train_as_one_and_only_one_writes(inputs, trained, tmp_pat
     assert result.returncode == 0, result.stderr
     assert "2 processes (torchrun), backend gloo" in result.stdout
     assert result.stdout.count("step 6/6") == result.stdout.count("saved") == 1
-    assert_trained_alike(load(tmp_path / "out"), load(trained))
+    assert_same_training(load(tmp_path / "out"), load(trained))
     found, expected = scalars(tmp_path / "out"), scalars(trained)
     for tag in ("train/loss", "train/lr", "train/grad_norm"):
         np.testing.assert_allclose(found[tag], expected[tag], rtol=1e-5)
@@ -101,8 +98,9 @@ def test_two_processes_train_as_one_and_only_one_writes(inputs, trained, tmp_pat
     assert written == ["checkpoint-last", "events"]
 
 
-def test_two_nodes_train_as_one(inputs, trained, tmp_path):
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", accum_iter=1)
+def test_two_nodes_train_as_one_and_draw_together(inputs, trained, tmp_path):
+    sampling = dict(online_eval=True, vae_path="vae.ckpt", num_images=6, num_iter=2, eval_bsz=2)
+    argv = flags(inputs, TRAIN_FLAGS, sampling, output_dir=tmp_path / "out", accum_iter=1)
     port = free_port()
     node = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     node += ["--master_addr=127.0.0.1", f"--master_port={port}"]
@@ -111,7 +109,8 @@ def test_two_nodes_train_as_one(inputs, trained, tmp_path):
     )
     assert [code for code, _, _ in results] == [0, 0], results
     assert "step 6/6" in results[0][1] and "step 6/6" not in results[1][1]
-    assert_trained_alike(load(tmp_path / "out"), load(trained))
+    assert_same_training(load(tmp_path / "out"), load(trained))
+    assert len(list((tmp_path / "out" / "eval-epoch2" / "images").iterdir())) == 6
 
 
 @pytest.mark.parametrize("launcher", ["Slurm", "Open MPI"])
@@ -132,7 +131,7 @@ def test_other_launchers_train_as_one(inputs, trained, tmp_path, launcher):
     results = run_together(*[["main_tokenbridge.py", *argv]] * 2, env=env)
     assert [code for code, _, _ in results] == [0, 0], results
     assert f"2 processes ({launcher}" in results[0][1]
-    assert_trained_alike(load(tmp_path / "out"), load(trained))
+    assert_same_training(load(tmp_path / "out"), load(trained))
 
 
 # --- going on
@@ -157,6 +156,15 @@ def test_resumed_training_equals_uninterrupted(inputs, trained, tmp_path, monkey
     resumed = train(inputs, tmp_path / "out", resume=tmp_path / "out", num_workers=1)
     assert resumed["epoch"] == 1 and resumed["step"] == 6
     assert_same_training(resumed, load(trained))
+
+
+def test_checkpoint_knows_the_settings_it_was_trained_with(inputs, trained, tmp_path, monkeypatch):
+    """No flag of the model or of the images is needed, nor taken from its default."""
+    stop_after_first_epoch(monkeypatch, inputs, tmp_path / "out")
+    forgotten = dict.fromkeys(("model", "class_num", "buffer_size", "img_size"))
+    from_images = dict(use_cached=False, cached_path=None, data_path="data", vae_path="vae.ckpt")
+    resumed = train(inputs, tmp_path / "out", resume=tmp_path / "out", **forgotten, **from_images)
+    assert resumed["config"] == load(trained)["config"] and resumed["epoch"] == 1
 
 
 def test_published_command_names_its_output_before_there_is_a_checkpoint(
@@ -324,6 +332,16 @@ def test_raw_weights_are_drawn_on_request(inputs, trained, drawn, tmp_path):
     assert evaluate(inputs, tmp_path, trained, eval_weights="model") != drawn
     (folder,) = tmp_path.iterdir()
     assert folder.name == "ariter4-temp1-linearcfg2-image12-seed1-model"
+
+
+def test_another_vae_than_the_training_s_is_worth_a_warning(inputs, trained, tmp_path, capsys):
+    vae = load_vae(inputs / "vae.ckpt")
+    vae.decoder.conv_out.bias.data.add_(0.1)
+    save_vae(tmp_path / "vae.ckpt", vae)
+    evaluate(inputs, tmp_path / "own", trained)
+    assert "warning" not in capsys.readouterr().err
+    evaluate(inputs, tmp_path / "other", trained, vae_path=tmp_path / "vae.ckpt")
+    assert capsys.readouterr().err.count("trained with another VAE") == 1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
