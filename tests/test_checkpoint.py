@@ -268,11 +268,15 @@ def test_interrupted_save_leaves_the_checkpoint_before_it(tmp_path, monkeypatch)
 
 
 def test_file_takes_its_name_only_when_complete(tmp_path):
+    """Who is reading the old one goes on reading the old one: it is replaced, not overwritten."""
     path = tmp_path / "file"
-    with atomic_write(path) as file:
-        file.write(b"all")
-        assert not path.exists()
-    assert path.read_bytes() == b"all" and list(tmp_path.iterdir()) == [path]
+    path.write_bytes(b"old")
+    with path.open("rb") as reader:
+        with atomic_write(path) as file:
+            file.write(b"new")
+            assert path.read_bytes() == b"old"
+        assert path.read_bytes() == b"new" and reader.read() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- the VAE's file

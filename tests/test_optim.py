@@ -25,6 +25,12 @@ def test_no_weight_decay_on_vectors_and_biases():
     assert {"z_proj_ln.weight", "z_proj.bias"} <= {names[p] for p in plain["params"]}
 
 
+def test_bias_of_any_shape_is_not_decayed():
+    named = [(f"a.{name}", torch.nn.Parameter(torch.ones(2, 2))) for name in ("bias", "weight")]
+    plain, decayed = build_optimizer(named, 1e-3, 0.02).param_groups
+    assert plain["params"][0] is named[0][1] and decayed["params"][0] is named[1][1]
+
+
 def test_groups_keep_the_published_order():
     """It numbers the optimizer's state in a checkpoint."""
     model = tiny_model()
