@@ -9,12 +9,17 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_cache
 import main_tokenbridge
 from tests.conftest import run_script
 from tests.runs import (
+    CACHE_FLAGS,
+    CHANNELS,
     EVALUATE_FLAGS,
+    STRIDE,
     TRAIN_FLAGS,
     assert_same_training,
+    call,
     evaluate,
     flags,
     free_port,
@@ -113,25 +118,28 @@ def test_two_nodes_train_as_one_and_draw_together(inputs, trained, tmp_path):
     assert len(list((tmp_path / "out" / "eval-epoch2" / "images").iterdir())) == 6
 
 
-@pytest.mark.parametrize("launcher", ["Slurm", "Open MPI"])
-def test_other_launchers_train_as_one(inputs, trained, tmp_path, launcher):
-    argv = flags(
-        inputs,
-        TRAIN_FLAGS,
-        output_dir=tmp_path / "out",
-        accum_iter=1,
-        dist_on_itp=launcher == "Open MPI",
-    )
-    names = {
-        "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-        "Open MPI": tuple(f"OMPI_COMM_WORLD_{x}" for x in ("RANK", "SIZE", "LOCAL_RANK")),
-    }[launcher]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    env = [meeting | dict(zip(names, (rank, 2, rank), strict=True)) for rank in (0, 1)]
+def assert_two_train_as_one(inputs, trained, output, launcher: str, env: list[dict], **changes):
+    """Two plain processes that find each other by their environment."""
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=output, accum_iter=1, **changes)
     results = run_together(*[["main_tokenbridge.py", *argv]] * 2, env=env)
     assert [code for code, _, _ in results] == [0, 0], results
     assert f"2 processes ({launcher}" in results[0][1]
-    assert_same_training(load(tmp_path / "out"), load(trained))
+    assert_same_training(load(output), load(trained))
+
+
+def test_slurm_tasks_train_as_one(inputs, trained, tmp_path):
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SLURM_NTASKS": 2}
+    env = [meeting | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in (0, 1)]
+    assert_two_train_as_one(inputs, trained, tmp_path / "out", "Slurm", env)
+
+
+def test_open_mpi_ranks_train_as_one(inputs, trained, tmp_path):
+    """They meet at an address; and what is recomputed in backward is reduced all the same."""
+    names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE")]
+    env = [dict(zip(names, (rank, rank, 2), strict=True)) for rank in (0, 1)]
+    changes = dict(dist_on_itp=True, dist_url=f"tcp://127.0.0.1:{free_port()}")
+    changes |= dict(grad_checkpointing=True)
+    assert_two_train_as_one(inputs, trained, tmp_path / "out", "Open MPI", env, **changes)
 
 
 # --- going on
@@ -206,6 +214,19 @@ def test_images_and_their_cached_latents_train_the_same_but_for_float16(inputs, 
     assert found["config"] == config and found["vae_sha256"] == load(trained)["vae_sha256"]
     loss, expected = (scalars(f)["train/loss"][-1][1] for f in (tmp_path / "out", trained))
     assert loss == pytest.approx(expected, rel=1e-3)
+
+
+def test_published_cache_trains(inputs, tmp_path):
+    """CLASS/IMAGE.npz and nothing else: the scale is KL-16's, the channels those of the flags."""
+    cache = tmp_path / "cache"
+    call(main_cache.main, *flags(inputs, CACHE_FLAGS, cached_path=cache, format="npz"))
+    for path in cache.glob("*.json"):
+        path.unlink()
+    geometry = dict(vae_embed_dim=CHANNELS, vae_stride=STRIDE)
+    found = train(inputs, tmp_path / "out", cached_path=cache, **geometry)
+    config = found["config"]
+    assert config["latent_scale"] == 0.2325 and config["channel_order"] == [0, 1, 2, 3]
+    assert found["vae_sha256"] is None and scalars(tmp_path / "out")["train/loss"][-1][1] < 5
 
 
 # --- ways to train
