@@ -1,0 +1,131 @@
+"""Train a small KL VAE of the project's own class on a folder of images.
+
+loss = mean |decode(sample) - image| + kl_weight * mean KL per latent scalar
+The file it writes is the one that the scripts' --vae_path reads: a dict with the tensors
+(`model`) and the constructor's arguments (`config`).
+Letters: N images, S side in pixels, B batch.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.vae import AutoencoderKL
+from util.data import ImageDataset, list_images
+
+REPORT_EVERY = 50
+
+
+def load_part(data_path: Path, part: str, size: int) -> Tensor:
+    """All images of data_path/part/CLASS/, float32 [N, 3, S, S] in [-1, 1]."""
+    dataset = ImageDataset(list_images(data_path, part).samples, size)
+    return torch.stack([dataset[index][0] for index in range(len(dataset))])
+
+
+def batches(images: Tensor, batch_size: int, steps: int) -> Iterator[Tensor]:
+    """`steps` random batches [B, 3, S, S]; within an epoch no image comes twice."""
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < batch_size:
+            order = torch.randperm(len(images))
+        yield images[order[:batch_size]]
+        order = order[batch_size:]
+
+
+def train(
+    vae: AutoencoderKL,
+    images: Tensor,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    kl_weight: float,
+    precision: torch.dtype,
+) -> None:
+    """Train in place; prints the losses every 50 steps."""
+    optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    began = time.monotonic()
+    for step, batch in enumerate(batches(images, batch_size, steps), 1):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            posterior = vae.encode(batch)
+            decoded = vae.decode(posterior.sample())
+        distance = (decoded.float() - batch).abs().mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        (distance + kl_weight * kl).backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % REPORT_EVERY == 0 or step == steps:
+            left = (time.monotonic() - began) / step * (steps - step)
+            print(f"  step {step}/{steps}  L1 {distance:.4f}  KL {kl:.3f}  {left:.0f} s left")
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, images: Tensor) -> float:
+    """Of the posterior mean's reconstruction, in dB, over all pixels of [N, 3, S, S]."""
+    decoded = torch.cat([vae.decode(vae.encode(part).mode()) for part in images.split(64)])
+    error = (decoded.clamp(-1, 1) - images).square().mean()
+    return (10 * torch.log10(4 / error)).item()
+
+
+def fast_precision() -> torch.dtype:
+    """bfloat16 where this processor computes in it, else float32."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    has_bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data_path", type=Path, default=Path("output/demo/data"), help="has train/ and val/")
+    add("--output", type=Path, default=Path("output/demo/vae.ckpt"), help="file to write")
+    add("--img_size", type=int, default=32, help="pixels along a side")
+    add("--embed_dim", type=int, default=16, help="latent channels")
+    add("--ch", type=int, default=32, help="width of the finest level, a multiple of 32")
+    add("--ch_mult", type=int, nargs="+", default=[1, 1, 2, 2], help="width of each level / ch")
+    add("--num_res_blocks", type=int, default=1, help="residual blocks a level")
+    add("--steps", type=int, default=400, help="training steps")
+    add("--batch_size", type=int, default=64, help="images a step")
+    add("--lr", type=float, default=2e-3, help="highest learning rate of the one-cycle schedule")
+    add("--kl_weight", type=float, default=3e-3, help="of the mean KL per latent scalar")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the training")
+    add("--threads", type=int, default=2, help="CPU threads")
+    add("--seed", type=int, default=0, help="of everything random")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    known = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    vae = AutoencoderKL(
+        args.embed_dim, tuple(args.ch_mult), ch=args.ch, num_res_blocks=args.num_res_blocks
+    )
+    train(
+        vae,
+        load_part(args.data_path, "train", args.img_size),
+        steps=args.steps,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        kl_weight=args.kl_weight,
+        precision=known.get(args.precision) or fast_precision(),
+    )
+    vae.eval()
+    held_out = load_part(args.data_path, "val", args.img_size)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": vae.state_dict(), "config": vae.config}, args.output)
+    print(f"{args.output}: stride {vae.stride}, {psnr(vae, held_out):.1f} dB on held-out images")
+
+
+if __name__ == "__main__":
+    main()

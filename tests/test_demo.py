@@ -1,0 +1,186 @@
+"""The demo's own parts, small and short; `make demo` is the whole of it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.linalg import sqrtm
+from torch.utils.tensorboard import SummaryWriter
+
+from demo import classifier, digits, report
+from demo import train_vae as vae_training
+from models.vae import AutoencoderKL
+from tests.conftest import run_script
+from util.checkpoint import load_vae
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """All digits, as the demo writes them."""
+    folder = tmp_path_factory.mktemp("digits")
+    counts = digits.write_digits(folder, size=32, val_share=0.2, seed=0)
+    return folder, counts
+
+
+@pytest.fixture
+def few(data, tmp_path):
+    """Eight training and four held-out digits of each class."""
+    for part, count in (("train", 8), ("val", 4)):
+        for folder in sorted((data[0] / part).iterdir()):
+            kept = tmp_path / "data" / part / folder.name
+            kept.mkdir(parents=True)
+            for path in sorted(folder.iterdir())[:count]:
+                (kept / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "data"
+
+
+def test_digits_are_small_grey_images_in_class_folders(data):
+    folder, counts = data
+    assert counts == {"train": 1437, "val": 360}
+    for part, count in counts.items():
+        paths = sorted((folder / part).glob("*/*.png"))
+        assert len(paths) == count
+        assert {path.parent.name for path in paths} == set("0123456789")
+    with Image.open(paths[0]) as image:
+        assert (image.mode, image.size) == ("L", (32, 32))
+
+
+def test_split_is_disjoint_complete_stratified_and_seeded():
+    labels = np.repeat(np.arange(10), 50)
+    parts = digits.split(labels, 0.2, seed=3)
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(500))
+    assert np.bincount(labels[parts["val"]]).tolist() == [10] * 10
+    again, other = digits.split(labels, 0.2, seed=3), digits.split(labels, 0.2, seed=4)
+    assert np.array_equal(again["val"], parts["val"])
+    assert not np.array_equal(other["val"], parts["val"])
+
+
+def test_enlarging_keeps_black_and_white_and_is_smooth():
+    image = np.asarray(digits.enlarge(np.pad(np.full((4, 4), 16.0), 2), 32)).astype(int)
+    assert image[0, 0] == 0 and image[16, 16] == 255
+    assert np.abs(np.diff(image[16])).max() < 100  # repeated pixels would jump by 255
+
+
+def test_vae_file_is_read_by_the_scripts_loader(few, tmp_path):
+    command = ("demo/train_vae.py", "--data_path", few, "--output", tmp_path / "vae.ckpt")
+    result = run_script(*command, "--steps", 2, "--batch_size", 8, "--precision", "fp32")
+    assert result.returncode == 0, result.stderr
+    vae = load_vae(tmp_path / "vae.ckpt", 16)
+    assert vae.stride == 8
+    assert vae.encode(torch.zeros(1, 3, 32, 32)).mean.shape == (1, 16, 4, 4)
+    assert re.search(r"step 2/2 .* left\n.*stride 8, [0-9.]+ dB on held-out", result.stdout)
+
+
+def test_vae_training_is_a_function_of_the_seed():
+    images = torch.rand(6, 3, 8, 8) * 2 - 1
+    settings = {"batch_size": 4, "lr": 1e-3, "kl_weight": 1e-3, "precision": torch.float32}
+
+    def trained(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        vae = AutoencoderKL(4, (1, 1), ch=32, num_res_blocks=1)
+        vae_training.train(vae, images, steps=2, **settings)
+        return vae.state_dict()
+
+    a, b, c = trained(1), trained(1), trained(2)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_classifier_learns_and_frechet_distance_tells_sets_apart(few):
+    images, labels = classifier.labelled_images(few / "train")
+    model = classifier.train_classifier(images, labels, epochs=20)
+    assert (classifier.predict(model, images) == labels).float().mean() > 0.9
+    assert classifier.frechet_distance(model, images, images) == pytest.approx(0, abs=1e-4)
+    zeros, ones = images[labels == 0], images[labels == 1]
+    assert classifier.frechet_distance(model, zeros, ones) > 1
+
+
+def test_frechet_distance_equals_its_definition():
+    class Identity(torch.nn.Module):
+        def features(self, images):
+            return images
+
+    a, b = torch.randn(50, 4), torch.randn(60, 4) * 2 + 1
+    cov_a, cov_b = np.cov(a.T.double()), np.cov(b.T.double())
+    shift = (a.double().mean(0) - b.double().mean(0)).square().sum().item()
+    expected = shift + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    assert classifier.frechet_distance(Identity(), a, b) == pytest.approx(expected, rel=1e-6)
+
+
+def test_repeated_training_images_are_at_distance_zero():
+    train = torch.rand(6, 1, 8, 8)
+    assert classifier.nearest_distance(train[:3], train) == pytest.approx(0, abs=1e-3)
+    assert classifier.nearest_distance(train[:3] + 0.5, train) > 0.1
+
+
+@pytest.fixture
+def finished(few, tmp_path):
+    """Files as the demo's stages leave them: 20 'generated' digits, two of them mistaken."""
+    generated, reconstructed = tmp_path / "generated", tmp_path / "reconstruction"
+    real = sorted((few / "val").glob("*/*.png"))
+    for folder in (generated / "images", reconstructed / "original", reconstructed / "bits6"):
+        folder.mkdir(parents=True)
+        for i in range(20):
+            (folder / f"{i:05d}.png").write_bytes(real[2 * i].read_bytes())
+    settings = {"cfg": 2.0, "num_iter": 16}
+    record = {"images_per_class": 2, "settings": settings}
+    (generated / "metrics.json").write_text(json.dumps(record))
+    bits6 = {"name": "bits6", "bits": 6, "psnr": 31.25, "entropy_bits": 5.5}
+    bits6["out_of_range_share"] = 0.001
+    results = {"images": 20, "results": [bits6]}
+    (reconstructed / "results.json").write_text(json.dumps(results))
+    labels = [i // 2 for i in range(20)]
+    figures = {"images": 20, "frechet_to_train": 1.5, "nearest_training_image": 0.1}
+    scores = {
+        "held_out": figures | {"accuracy": 1.0, "labels": labels, "predictions": labels},
+        "generated": figures
+        | {"accuracy": 0.9, "labels": labels, "predictions": [9, 9, *labels[2:]]},
+    }
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    with SummaryWriter(str(tmp_path / "log")) as writer:
+        for step in (10, 20, 30):
+            writer.add_scalar("train/loss", 4 - step / 20, step)
+    (tmp_path / "timings.tsv").write_text("Make <digits>\t3\nTrain\t57\n")
+    return tmp_path
+
+
+def test_report_is_one_file_that_loads_nothing(finished, few):
+    output = finished / "report.html"
+    flags = {
+        "data_path": few,
+        "generated": finished / "generated",
+        "reconstructed": finished / "reconstruction",
+        "log_dir": finished / "log",
+        "scores": finished / "scores.json",
+        "timings": finished / "timings.tsv",
+        "output": output,
+    }
+    arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    result = run_script("demo/report.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    page = output.read_text()
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 10 * 2 + 2 + 2  # strips of classes, mistakes, reconstructions
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    for shown in (
+        "90.0%",
+        "1.50",
+        "31.2",
+        "1.0 min",
+        "Make &lt;digits&gt;",
+        "<polyline",
+        "cfg 2.0",
+    ):
+        assert shown in page, shown
+
+
+def test_curve_spans_its_box_from_first_to_last_value():
+    svg = report.curve([(0, 4.0), (50, 3.0), (100, 2.0)], "loss")
+    points = re.search(r'points="([^"]*)"', svg)[1].split()
+    right, bottom = report.LEFT + report.WIDTH, report.TOP + report.HEIGHT
+    assert points[0] == f"{report.LEFT:.1f},{report.TOP:.1f}"
+    assert points[-1] == f"{right:.1f},{bottom:.1f}"
