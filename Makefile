@@ -26,7 +26,7 @@ demo: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/run.sh
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
