@@ -40,9 +40,9 @@ stage 'Train the generator, on 2 processes' \
   torchrun --standalone --nproc_per_node=2 main_tokenbridge.py \
   --model tokenbridge_tiny --img_size 32 --class_num 10 --buffer_size 8 \
   --use_cached --cached_path "$demo/cache" --no_flip --num_workers 0 \
-  --quant_bits 3 --attn_dropout 0 --proj_dropout 0 \
-  --batch_size 16 --epochs 20 --warmup_epochs 1 --lr 1e-3 --ema_rate 0.98 \
-  --save_last_freq 10 --log_freq 20 --output_dir "$demo/model"
+  --quant_bits 4 --attn_dropout 0 --proj_dropout 0 \
+  --batch_size 16 --epochs 42 --warmup_epochs 2 --lr 2e-3 --ema_rate 0.99 \
+  --save_last_freq 14 --log_freq 22 --output_dir "$demo/model"
 
 # main_cache.py measured 1 / std of the latents; KL-16's is built in, any other must be given
 scale=$(python -c "import json; print(json.load(open('$demo/cache/manifest.json'))['latent_scale'])")

@@ -96,7 +96,7 @@ def parse_args() -> argparse.Namespace:
     add("--steps", type=int, default=400, help="training steps")
     add("--batch_size", type=int, default=64, help="images a step")
     add("--lr", type=float, default=2e-3, help="highest learning rate of the one-cycle schedule")
-    add("--kl_weight", type=float, default=3e-3, help="of the mean KL per latent scalar")
+    add("--kl_weight", type=float, default=1e-5, help="of the mean KL per latent scalar")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the training")
     add("--threads", type=int, default=2, help="CPU threads")
     add("--seed", type=int, default=0, help="of everything random")

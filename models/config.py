@@ -17,7 +17,7 @@ HEAD_INPUTS = ("trained", "published")
 
 # width and depth of encoder and decoder, heads; width, depth and heads of the channel head
 _SIZES = {
-    "tokenbridge_tiny": (128, 4, 4, 128, 2, 4),
+    "tokenbridge_tiny": (128, 2, 4, 64, 2, 4),
     "tokenbridge_base": (768, 12, 12, 768, 4, 8),
     "tokenbridge_large": (1024, 16, 16, 1024, 4, 8),
     "tokenbridge_huge": (1280, 20, 16, 1024, 6, 8),
