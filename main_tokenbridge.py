@@ -15,6 +15,7 @@ from engine_tokenbridge import EvalSettings, Run, TrainSettings, evaluate, train
 from models.config import TokenBridgeConfig
 from models.sampler import CFG_SCHEDULES
 from models.tokenizer import Tokenizer
+from models.vae import AutoencoderKL
 from util import dist, metrics
 from util.args import (
     Parser,
@@ -31,7 +32,7 @@ from util.args import (
     positive_int,
 )
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
-from util.checkpoint import find_checkpoint, load_checkpoint
+from util.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from util.data import ImageDataset, MicroBatchSampler, list_images, steps_per_epoch
 from util.device import Precision, resolve_precision
 from util.ema import EMA
@@ -134,47 +135,15 @@ def evaluate_checkpoint(
 def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> None:
     """Everything is built and checked before anything is written."""
     check_writable(args.log_dir or args.output_dir, "--log_dir")
-    path = find_checkpoint(args.resume, args.output_dir, False) if args.resume else None
-    checkpoint = load_checkpoint(path) if path else None
-    vae = None if args.use_cached and not args.online_eval else build_vae(args)
-    if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
-        args.img_size = checkpoint.config.img_size
-    data = open_data(args)
-    config = build_config(ModelFlags.of(args), checkpoint, data.manifest, vae)
-    check_data(data, config)
-    if vae is not None:
-        check_vae(vae, config, args.vae_path)
-    if checkpoint is not None and data.vae_sha256:
-        warn_other_vae(checkpoint, data.vae_sha256)
+    inputs = open_inputs(args)
+    data, config = inputs.data, inputs.config
     evaluation = eval_settings(args, config.class_num) if args.online_eval else None
-
     micro_batches = args.accum_iter * dist.world_size()
     global_batch = args.batch_size * micro_batches
     epoch_steps = steps_per_epoch(len(data.dataset), args.batch_size, micro_batches)
     lr = args.lr if args.lr is not None else args.blr * global_batch / 256
-    # The same initial weights on every process, whatever was built before the model.
-    torch.manual_seed(args.seed)
-    model = build_model(config, checkpoint, grad_checkpointing=args.grad_checkpointing).to(device)
-    inception = None
-    if args.online_eval:
-        inception = metrics.prepare(
-            args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
-        )
-    training = Run(
-        model=model,
-        ema=EMA(model.published_parameters(), args.ema_rate),
-        optimizer=build_optimizer(model.published_parameters(), lr, args.weight_decay),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
-        tokenizer=Tokenizer(vae, config.latent_scale).to(device),
-        device=device,
-        precision=precision,
-        inception=inception,
-    )
-    first_epoch = args.start_epoch
-    if checkpoint is not None:
-        done = checkpoint.load_training_state(training.ema, training.optimizer, training.scaler)
-        first_epoch = args.start_epoch if done is None else done
-        dist.print_main(f"going on from {checkpoint.path} after epoch {first_epoch}")
+    training = build_run(args, inputs, lr, device, precision)
+    first_epoch = restore(inputs.checkpoint, training, args.start_epoch)
     settings = TrainSettings(
         first_step=first_epoch * epoch_steps,
         epochs=args.epochs,
@@ -190,27 +159,10 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         evaluation=evaluation,
     )
     dist.print_main(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"{sum(p.numel() for p in training.model.parameters()) / 1e6:.1f} M parameters, "
         f"{len(data.dataset)} images in {len(data.classes)} classes\n"
         f"global batch {global_batch}, lr {lr:.3g}, {epoch_steps} steps an epoch, "
         f"{args.epochs} epochs, output {args.output_dir}"
-    )
-    sampler = MicroBatchSampler(
-        len(data.dataset),
-        args.batch_size,
-        micro_batches,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        seed=args.seed,
-        flip=not args.no_flip,
-        first_step=settings.first_step,
-        num_steps=max(0, args.epochs - first_epoch) * epoch_steps,
-    )
-    loader = DataLoader(
-        data.dataset,
-        batch_sampler=sampler,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
     )
     log = TrainingLog(
         args.log_dir or args.output_dir,
@@ -223,6 +175,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     schedule = LRSchedule(
         lr, args.min_lr, args.warmup_epochs, args.epochs, epoch_steps, args.lr_schedule
     )
+    loader = make_loader(args, data, settings, micro_batches, device)
     train(training, loader, schedule, log, settings)
 
 
@@ -239,6 +192,99 @@ class TrainingData:
     def count_skipped(self) -> int:
         """Unreadable images that this process has passed over so far."""
         return int(self.dataset.bad.sum()) if isinstance(self.dataset, ImageDataset) else 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a training starts from, read and checked against each other."""
+
+    checkpoint: Checkpoint | None
+    vae: AutoencoderKL | None  # None where cached latents make it unnecessary
+    data: TrainingData
+    config: TokenBridgeConfig
+
+
+def open_inputs(args: argparse.Namespace) -> Inputs:
+    path = find_checkpoint(args.resume, args.output_dir, False) if args.resume else None
+    checkpoint = load_checkpoint(path) if path else None
+    vae = None if args.use_cached and not args.online_eval else build_vae(args)
+    if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
+        args.img_size = checkpoint.config.img_size
+    data = open_data(args)
+    config = build_config(ModelFlags.of(args), checkpoint, data.manifest, vae)
+    check_data(data, config)
+    if vae is not None:
+        check_vae(vae, config, args.vae_path)
+    if checkpoint is not None and data.vae_sha256:
+        warn_other_vae(checkpoint, data.vae_sha256)
+    return Inputs(checkpoint, vae, data, config)
+
+
+def build_run(
+    args: argparse.Namespace,
+    inputs: Inputs,
+    lr: float,
+    device: torch.device,
+    precision: Precision,
+) -> Run:
+    # The same initial weights on every process, whatever was built before the model.
+    torch.manual_seed(args.seed)
+    model = build_model(
+        inputs.config, inputs.checkpoint, grad_checkpointing=args.grad_checkpointing
+    ).to(device)
+    inception = None
+    if args.online_eval:
+        inception = metrics.prepare(
+            args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
+        )
+    return Run(
+        model=model,
+        ema=EMA(model.published_parameters(), args.ema_rate),
+        optimizer=build_optimizer(model.published_parameters(), lr, args.weight_decay),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
+        tokenizer=Tokenizer(inputs.vae, inputs.config.latent_scale).to(device),
+        device=device,
+        precision=precision,
+        inception=inception,
+    )
+
+
+def restore(checkpoint: Checkpoint | None, training: Run, start_epoch: int) -> int:
+    """Load EMA, optimizer and scaler of a checkpoint; return the epoch to begin with."""
+    if checkpoint is None:
+        return start_epoch
+    done = checkpoint.load_training_state(training.ema, training.optimizer, training.scaler)
+    first_epoch = start_epoch if done is None else done
+    dist.print_main(f"going on from {checkpoint.path} after epoch {first_epoch}")
+    return first_epoch
+
+
+def make_loader(
+    args: argparse.Namespace,
+    data: TrainingData,
+    settings: TrainSettings,
+    micro_batches: int,
+    device: torch.device,
+) -> DataLoader:
+    """This process's micro-batches from the first step to the last."""
+    last_step = settings.epochs * settings.steps_per_epoch
+    sampler = MicroBatchSampler(
+        len(data.dataset),
+        args.batch_size,
+        micro_batches,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+        seed=args.seed,
+        flip=not args.no_flip,
+        first_step=settings.first_step,
+        num_steps=max(0, last_step - settings.first_step),
+    )
+    return DataLoader(
+        data.dataset,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+    )
 
 
 def open_data(args: argparse.Namespace) -> TrainingData:

@@ -1,6 +1,8 @@
 """The training log: means over its steps, figures in TensorBoard, and a stop at the first NaN."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,18 @@ from util.errors import UserError
 from util.log import TrainingLog
 
 
-def new_log(folder: Path, **changes) -> TrainingLog:
+@pytest.fixture
+def new_log(tmp_path) -> Iterator[Callable[..., TrainingLog]]:
+    """Makes logs and closes them: TensorBoard's thread must not outlive tmp_path."""
     settings = dict(every=2, images=10, total_steps=6, steps_per_epoch=3, count_skipped=lambda: 0)
-    return TrainingLog(str(folder), **settings | changes)
+    with ExitStack() as stack:
+
+        def make(folder: Path, **changes) -> TrainingLog:
+            log = TrainingLog(str(folder), **settings | changes)
+            stack.callback(log.close)
+            return log
+
+        yield make
 
 
 def step(log: TrainingLog, number: int, loss: float, norm: float = 1.0, waited: float = 0.0):
@@ -26,7 +37,7 @@ def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
 
 
-def test_figures_are_means_over_the_steps_between(tmp_path, capsys):
+def test_figures_are_means_over_the_steps_between(new_log, tmp_path, capsys):
     log = new_log(tmp_path)
     for number, (loss, norm) in enumerate([(1, 4), (2, 6), (5, 1)]):
         step(log, number, loss, norm)
@@ -41,7 +52,7 @@ def test_figures_are_means_over_the_steps_between(tmp_path, capsys):
     assert lines[1].startswith("epoch 1.00  step 3/6  loss 5.0000") and len(lines) == 2
 
 
-def test_speed_data_wait_and_time_left_follow_the_clock(tmp_path, monkeypatch, capsys):
+def test_speed_data_wait_and_time_left_follow_the_clock(new_log, tmp_path, monkeypatch, capsys):
     now = iter([0.0, 4.0, 4.0])  # made; read and made anew after two steps
     monkeypatch.setattr(time, "perf_counter", lambda: next(now))
     log = new_log(tmp_path, total_steps=62)
@@ -51,7 +62,7 @@ def test_speed_data_wait_and_time_left_follow_the_clock(tmp_path, monkeypatch, c
     assert "5.0 images/s" in line and "data wait 38 %" in line and "left 0:02:00" in line
 
 
-def test_nothing_is_read_from_the_device_between(tmp_path, monkeypatch):
+def test_nothing_is_read_from_the_device_between(new_log, tmp_path, monkeypatch):
     """Every step waiting for the device would cost more than the log is worth."""
     log = new_log(tmp_path, every=20)
     for name in ("item", "tolist", "__float__", "__bool__", "cpu"):
@@ -60,7 +71,7 @@ def test_nothing_is_read_from_the_device_between(tmp_path, monkeypatch):
         step(log, number, 1.0)
 
 
-def test_folder_is_made_with_the_first_figures(tmp_path):
+def test_folder_is_made_with_the_first_figures(new_log, tmp_path):
     log = new_log(tmp_path / "logs")
     step(log, 0, 1.0)
     assert not (tmp_path / "logs").exists()
@@ -68,13 +79,13 @@ def test_folder_is_made_with_the_first_figures(tmp_path):
     assert (tmp_path / "logs").exists()
 
 
-def test_nothing_since_the_last_time_is_nothing_to_write(tmp_path, capsys):
+def test_nothing_since_the_last_time_is_nothing_to_write(new_log, tmp_path, capsys):
     new_log(tmp_path / "logs").flush(0, 0.1)
     assert capsys.readouterr().out == "" and not (tmp_path / "logs").exists()
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf"))])
-def test_what_is_not_finite_stops_the_run_and_says_where(tmp_path, loss, norm):
+def test_what_is_not_finite_stops_the_run_and_says_where(new_log, tmp_path, loss, norm):
     log = new_log(tmp_path)
     step(log, 0, 1.0)
     step(log, 1, 1.0)
@@ -83,7 +94,7 @@ def test_what_is_not_finite_stops_the_run_and_says_where(tmp_path, loss, norm):
         step(log, 3, 1.0)
 
 
-def test_skipped_images_are_told_when_there_are_any(tmp_path, capsys):
+def test_skipped_images_are_told_when_there_are_any(new_log, tmp_path, capsys):
     skipped = iter([0, 3])
     log = new_log(tmp_path, every=1, count_skipped=lambda: next(skipped))
     step(log, 0, 1.0)
@@ -94,7 +105,7 @@ def test_skipped_images_are_told_when_there_are_any(tmp_path, capsys):
     assert read(tmp_path)["data/skipped_images"] == [(2, 3.0)]
 
 
-def test_further_figures_and_images(tmp_path):
+def test_further_figures_and_images(new_log, tmp_path):
     log = new_log(tmp_path)
     log.scalars({"eval/fid": 2.5}, 7)
     log.image("eval/samples", torch.zeros(3, 4, 4, dtype=torch.uint8), 7)
@@ -103,7 +114,7 @@ def test_further_figures_and_images(tmp_path):
     assert EventAccumulator(str(tmp_path)).Reload().Tags()["images"] == ["eval/samples"]
 
 
-def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
+def test_other_processes_write_nothing(new_log, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("util.dist.is_main", lambda: False)
     log = new_log(tmp_path / "logs", every=1)
     step(log, 0, 1.0)
