@@ -98,13 +98,11 @@ class Variant:
         self.features = ImageFeatures(inception) if inception is not None else None
         self.gallery = Gallery(shown)
         self.images, self.psnr_sum = 0, 0.0
-        self.device = torch.device("cpu")
         if quantizer is not None:
             self.counts = torch.zeros(channels, quantizer.levels, dtype=torch.int64)
             self.outside = torch.zeros(channels, dtype=torch.int64)
 
     def to(self, device: torch.device) -> "Variant":
-        self.device = device
         if self.quantizer is not None:
             self.quantizer.to(device)
             self.counts, self.outside = self.counts.to(device), self.outside.to(device)
@@ -262,14 +260,14 @@ def keep(variant: Variant, folder: Path, ids: list[int], pixels: Tensor, origina
 
 def summarise(variant: Variant, original: ImageFeatures | None) -> dict:
     """The figures of one variant over all processes' images."""
-    sums = torch.tensor([variant.psnr_sum, variant.images], dtype=torch.float64)
-    psnr_sum, images = dist.all_reduce_sum(sums.to(variant.device)).tolist()
+    parts = dist.gather_objects((variant.psnr_sum, variant.images))
+    psnr_sum, images = map(sum, zip(*parts, strict=True))
     if not images:
         raise UserError("none of the images can be read; see --image_dir")
     result = {"name": variant.name, "bits": variant.bits, "psnr": psnr_sum / images}
     if variant.quantizer is not None:
-        counts = dist.all_reduce_sum(variant.counts)
-        outside = dist.all_reduce_sum(variant.outside)
+        counts = dist.all_reduce_sum(variant.counts).cpu()
+        outside = dist.all_reduce_sum(variant.outside).cpu()
         per_channel = entropy(counts)
         result |= {
             "entropy_bits": per_channel.mean().item(),

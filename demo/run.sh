@@ -41,8 +41,8 @@ stage 'Train the generator, on 2 processes' \
   --model tokenbridge_tiny --img_size 32 --class_num 10 --buffer_size 8 \
   --use_cached --cached_path "$demo/cache" --no_flip --num_workers 0 \
   --quant_bits 4 --attn_dropout 0 --proj_dropout 0 \
-  --batch_size 16 --epochs 42 --warmup_epochs 2 --lr 2e-3 --ema_rate 0.99 \
-  --save_last_freq 14 --log_freq 22 --output_dir "$demo/model"
+  --batch_size 16 --epochs 56 --warmup_epochs 2 --lr 2e-3 --ema_rate 0.99 \
+  --save_last_freq 14 --log_freq 44 --output_dir "$demo/model"
 
 # main_cache.py measured 1 / std of the latents; KL-16's is built in, any other must be given
 scale=$(python -c "import json; print(json.load(open('$demo/cache/manifest.json'))['latent_scale'])")
@@ -55,7 +55,7 @@ stage 'Reconstruct held-out digits at several bit widths' \
 stage 'Generate digits, with guidance' \
   torchrun --standalone --nproc_per_node=2 main_tokenbridge.py --evaluate \
   --model tokenbridge_tiny --img_size 32 --vae_path "$demo/vae.ckpt" --resume "$demo/model" \
-  --num_images 360 --eval_bsz 90 --num_iter 16 --cfg 2.0 --temperature 1.0 --no_metrics \
+  --num_images 360 --eval_bsz 90 --num_iter 16 --cfg 2.0 --temperature 0.8 --no_metrics \
   --output_dir "$demo/generated"
 
 generated=("$demo"/generated/*/)
