@@ -40,7 +40,7 @@ from util.errors import UserError, run
 from util.files import check_writable, sha256
 from util.latent_cache import CachedLatents, open_cache
 from util.log import TrainingLog
-from util.optim import LRSchedule, build_optimizer
+from util.optim import BLR_BATCH, LRSchedule, build_optimizer
 
 
 def make_parser() -> Parser:
@@ -69,7 +69,10 @@ def make_parser() -> Parser:
     training.add_argument("--warmup_epochs", type=non_negative_float, default=100, help="from lr 0")
     training.add_argument("--lr", type=non_negative_float, help="the rate itself, not by --blr")
     training.add_argument(
-        "--blr", type=non_negative_float, default=1e-4, help="lr = blr * global batch / 256"
+        "--blr",
+        type=non_negative_float,
+        default=1e-4,
+        help=f"lr = blr * global batch/{BLR_BATCH}",
     )
     training.add_argument("--min_lr", type=non_negative_float, default=0.0, help="at the end")
     training.add_argument("--lr_schedule", choices=("cosine", "constant"), default="cosine")
@@ -141,7 +144,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     micro_batches = args.accum_iter * dist.world_size()
     global_batch = args.batch_size * micro_batches
     epoch_steps = steps_per_epoch(len(data.dataset), args.batch_size, micro_batches)
-    lr = args.lr if args.lr is not None else args.blr * global_batch / 256
+    lr = args.lr if args.lr is not None else args.blr * global_batch / BLR_BATCH
     training = build_run(args, inputs, lr, device, precision)
     first_epoch = restore(inputs.checkpoint, training, args.start_epoch)
     settings = TrainSettings(

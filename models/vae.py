@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+# The published VAE: 66,456,019 parameters, stride 16.
+KL16 = {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), "ch": 128, "num_res_blocks": 2}
 GROUPS = 32
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -195,7 +197,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The VAE. The defaults are KL-16: 66,456,019 parameters, stride 16.
+    """The VAE. The defaults are KL-16.
 
     embed_dim: C, latent channels. ch: width of the finest level, a multiple of 32.
     ch_mult: width multiplier of each level, finest first; the stride is 2^(levels - 1).
@@ -206,11 +208,11 @@ class AutoencoderKL(nn.Module):
 
     def __init__(
         self,
-        embed_dim: int = 16,
-        ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
+        embed_dim: int = KL16["embed_dim"],
+        ch_mult: tuple[int, ...] = KL16["ch_mult"],
         ckpt_path: str | Path | None = None,
-        ch: int = 128,
-        num_res_blocks: int = 2,
+        ch: int = KL16["ch"],
+        num_res_blocks: int = KL16["num_res_blocks"],
     ):
         super().__init__()
         if ch <= 0 or ch % GROUPS:
@@ -237,11 +239,7 @@ class AutoencoderKL(nn.Module):
     @property
     def is_kl16(self) -> bool:
         """Whether this is the published architecture, for which the published constants hold."""
-        return self.config == AutoencoderKL.published_config()
-
-    @staticmethod
-    def published_config() -> dict:
-        return {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), "ch": 128, "num_res_blocks": 2}
+        return self.config == KL16
 
     def encode(self, images: Tensor) -> Posterior:
         """images: [B, 3, H, W] in [-1, 1], sides multiples of the stride -> posterior [B, C, h, w].

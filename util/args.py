@@ -7,9 +7,11 @@ import argparse
 import math
 import sys
 
-from models.config import HEAD_INPUTS, PRESETS
+from models.config import HEAD_INPUTS, PRESETS, TokenBridgeConfig
 from util.device import PRECISIONS
 from util.errors import EXIT_USER_ERROR
+
+PUBLISHED = TokenBridgeConfig()  # whose values are the published defaults
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,11 +144,16 @@ def add_distributed_flags(parser: Parser) -> None:
 
 def add_vae_flags(parser: Parser) -> None:
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--img_size", type=positive_int, default=256, help="pixels")
+    group.add_argument("--img_size", type=positive_int, default=PUBLISHED.img_size, help="pixels")
     group.add_argument(
         "--vae_path", default="pretrained_models/vae/kl16.ckpt", help="weights of the VAE"
     )
-    group.add_argument("--vae_embed_dim", type=positive_int, default=16, help="latent channels")
+    group.add_argument(
+        "--vae_embed_dim",
+        type=positive_int,
+        default=PUBLISHED.vae_embed_dim,
+        help="latent channels",
+    )
 
 
 def add_loader_flags(parser: Parser) -> None:
@@ -173,22 +180,25 @@ def add_model_flags(parser: Parser) -> None:
         "model", "a checkpoint made here knows its own settings; a flag given must agree with it"
     )
     group.add_argument("--model", choices=PRESETS, default="tokenbridge_large", help="size")
-    group.add_argument("--vae_stride", type=positive_int, default=16, help="pixels a position")
-    group.add_argument("--patch_size", type=positive_int, default=1, help="positions a token side")
-    group.add_argument("--class_num", type=positive_int, default=1000, help="classes")
     group.add_argument("--quant_bits", type=bit_width, default=6, help="bits a latent scalar")
-    group.add_argument("--quant_min", type=finite_float, default=-5.0, help="lowest scaled latent")
-    group.add_argument("--quant_max", type=finite_float, default=5.0, help="highest scaled latent")
+    for name, kind, text in (
+        ("vae_stride", positive_int, "pixels a latent position"),
+        ("patch_size", positive_int, "latent positions a token, along one side"),
+        ("class_num", positive_int, "classes"),
+        ("quant_min", finite_float, "lowest scaled latent"),
+        ("quant_max", finite_float, "highest scaled latent"),
+        ("buffer_size", positive_int, "slots filled with the class"),
+        ("attn_dropout", fraction, "on attention weights"),
+        ("proj_dropout", fraction, "after projections"),
+        ("label_drop_prob", fraction, "share of labels dropped in training"),
+        ("mask_ratio_min", fraction, "least share of masked positions in training"),
+    ):
+        group.add_argument(f"--{name}", type=kind, default=getattr(PUBLISHED, name), help=text)
     group.add_argument(
         "--use_quantized_value",
         action="store_true",
         help="the encoder reads dequantized values; it always does, as published",
     )
-    group.add_argument("--buffer_size", type=positive_int, default=64, help="class slots")
-    group.add_argument("--attn_dropout", type=fraction, default=0.1, help="on attention weights")
-    group.add_argument("--proj_dropout", type=fraction, default=0.1, help="after projections")
-    group.add_argument("--label_drop_prob", type=fraction, default=0.1, help="class dropout")
-    group.add_argument("--mask_ratio_min", type=fraction, default=0.7, help="least share masked")
     group.add_argument(
         "--latent_scale",
         type=latent_scale,
@@ -204,6 +214,6 @@ def add_model_flags(parser: Parser) -> None:
     group.add_argument(
         "--head_input",
         choices=HEAD_INPUTS,
-        default="trained",
+        default=PUBLISHED.head_input,
         help="the sampler's first input to the head; checkpoints know theirs",
     )

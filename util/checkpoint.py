@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.config import TokenBridgeConfig
 from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
+from models.vae import KL16, AutoencoderKL
 from util.ema import EMA
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, load_tensors
@@ -151,8 +151,7 @@ def load_vae(path: str | Path, embed_dim: int | None = None) -> AutoencoderKL:
     saved = load_tensors(path, "--vae_path")
     if not isinstance(saved.get("model"), dict):
         raise UserError(f"--vae_path {path}: no state dict 'model' in it; kl16.ckpt has one")
-    published = AutoencoderKL.published_config()
-    config = saved.get("config", published | {"embed_dim": embed_dim or published["embed_dim"]})
+    config = saved.get("config", KL16 | {"embed_dim": embed_dim or KL16["embed_dim"]})
     with as_user_error(f"--vae_path {path}", (ValueError, TypeError, AttributeError)):
         vae = AutoencoderKL(**config)
         vae.load_published(saved["model"])

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 BETAS = (0.9, 0.95)
+BLR_BATCH = 256  # the global batch that a base learning rate stands for
 
 
 def build_optimizer(
