@@ -13,7 +13,7 @@ ARGS ?=
 help:
 	@echo 'TokenBridge'
 	@echo '  make demo   train on real handwritten digits and draw new ones; ends with a report'
-	@echo '              (about 8 minutes on 2 CPU cores)'
+	@echo '              (about 9 minutes on 2 CPU cores)'
 	@echo '  make test   run the tests (under 15 minutes on 2 CPU cores); ARGS="-k vae" picks some'
 	@echo '  make lint   check style and formatting'
 	@echo '  make lock   resolve requirements.lock and environment.yaml anew; ARGS=--upgrade'
