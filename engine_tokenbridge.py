@@ -7,6 +7,7 @@ evaluation: image numbers -> sampler -> VAE decoder -> PNG files, FID, IS
 import json
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from util.metrics import ImageFeatures, Inception
 from util.optim import LRSchedule, seed_micro_batch, set_lr
 
 GRID_ROWS, GRID_COLUMNS = 8, 10
+DECODE_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,12 @@ class EvalSettings:
     cfg_schedule: str
     temperature: float
     seed: int
+    weights: str = "ema"  # or "model", the raw ones
 
-    def folder_name(self, weights: str) -> str:
+    def folder_name(self) -> str:
         return (
             f"ariter{self.num_iter}-temp{self.temperature:g}-{self.cfg_schedule}cfg{self.cfg:g}"
-            f"-image{self.num_images}-seed{self.seed}-{weights}"
+            f"-image{self.num_images}-seed{self.seed}-{self.weights}"
         )
 
 
@@ -105,6 +108,7 @@ def train(
             # Reads the losses up to here, so that no checkpoint is written of a broken model.
             log.flush(step, lr)
             end_epoch(run, log, settings, epoch)
+            log.restart()  # saving and evaluating is not training time
     log.close()
 
 
@@ -159,7 +163,8 @@ def end_epoch(run: Run, log: TrainingLog, settings: TrainSettings, epochs_done: 
     if settings.evaluation and (last or epochs_done % settings.eval_freq == 0):
         step = epochs_done * settings.steps_per_epoch
         folder = settings.output_dir / f"eval-epoch{epochs_done}"
-        with run.ema.swapped_in():
+        averaged = settings.evaluation.weights == "ema"
+        with run.ema.swapped_in() if averaged else nullcontext():
             results, samples = evaluate(
                 run.model,
                 run.tokenizer,
@@ -170,7 +175,8 @@ def end_epoch(run: Run, log: TrainingLog, settings: TrainSettings, epochs_done: 
                 run.inception,
             )
         log.scalars({f"eval/{name}": value for name, value in results.items()}, step)
-        log.image("eval/samples", samples, step)
+        if samples is not None:
+            log.image("eval/samples", samples, step)
     dist.barrier()
 
 
@@ -182,16 +188,14 @@ def evaluate(
     device: torch.device,
     precision: Precision,
     inception: Inception | None,
-) -> tuple[dict[str, float], Tensor]:
+) -> tuple[dict[str, float], Tensor | None]:
     """Write the images into folder/images, a grid and metrics.json beside them.
 
     Each process takes whole batches, the same ones on any number of processes; image i depends on
     (seed, i) alone. inception: None if nothing can be measured.
-    Returns the metrics and the grid, uint8 [3, H, W].
+    Returns, on the main process, the metrics and the grid, uint8 [3, H, W].
     """
-    if dist.is_main():
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-    dist.barrier()
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     features = ImageFeatures(inception) if inception is not None else None
     gallery = Gallery(shown_ids(settings.num_images, model.config.class_num))
     starts = range(0, settings.num_images, settings.eval_bsz)[dist.rank() :: dist.world_size()]
@@ -205,8 +209,9 @@ def evaluate(
             if features is not None:
                 features.add(list(ids), images)
     results = features.compute() if features is not None else {}
-    samples = grid(gallery.gather(), min(model.config.class_num, GRID_COLUMNS))
-    if dist.is_main():
+    shown, samples = gallery.gather(), None
+    if shown is not None:
+        samples = grid(shown, min(model.config.class_num, GRID_COLUMNS))
         save_png(samples, folder / "grid.png")
         write_results(folder, settings, model, results)
     dist.barrier()
@@ -241,7 +246,9 @@ def generate(
             seed=settings.seed,
             image_ids=ids,
         )
-    return to_uint8(tokenizer.decode(latents)).cpu()
+    # The decoder's first-level maps of 256 images at 256 px would fill a GPU on their own.
+    parts = [to_uint8(tokenizer.decode(part)).cpu() for part in latents.split(DECODE_BATCH)]
+    return torch.cat(parts)
 
 
 def write_results(

@@ -156,6 +156,13 @@ def encode(vae: AutoencoderKL, images: Tensor) -> np.ndarray:
 
 
 def report(manifest: dict, path: str) -> None:
+    used, measured = manifest["latent_scale"], manifest["measured_latent_scale"]
+    if abs(measured / used - 1) > 0.1:
+        print(
+            f"warning: these latents ask for a scale of {measured:.4g}, the published one is "
+            f"{used:.4g}: another VAE than kl16.ckpt, or unusual images; see --latent_scale",
+            file=sys.stderr,
+        )
     for name in manifest["skipped"]:
         print(f"skipped {name}", file=sys.stderr)
     print(

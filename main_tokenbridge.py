@@ -29,6 +29,7 @@ from util.args import (
     fraction,
     non_negative_float,
     non_negative_int,
+    positive_float,
     positive_int,
 )
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
@@ -77,7 +78,7 @@ def make_parser() -> Parser:
     training.add_argument("--min_lr", type=non_negative_float, default=0.0, help="at the end")
     training.add_argument("--lr_schedule", choices=("cosine", "constant"), default="cosine")
     training.add_argument("--weight_decay", type=non_negative_float, default=0.02, help="AdamW's")
-    training.add_argument("--grad_clip", type=non_negative_float, default=3.0, help="largest norm")
+    training.add_argument("--grad_clip", type=positive_float, default=3.0, help="largest norm")
     training.add_argument("--ema_rate", type=fraction, default=0.9999, help="of the weights")
     training.add_argument(
         "--grad_checkpointing", action="store_true", help="less memory: recompute all blocks"
@@ -131,7 +132,8 @@ def evaluate_checkpoint(
         args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
     )
     dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
-    folder = Path(args.output_dir) / settings.folder_name(args.eval_weights)
+    checkpoint.release()
+    folder = Path(args.output_dir) / settings.folder_name()
     evaluate(model, tokenizer, settings, folder, device, precision, inception)
 
 
@@ -147,6 +149,15 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     lr = args.lr if args.lr is not None else args.blr * global_batch / BLR_BATCH
     training = build_run(args, inputs, lr, device, precision)
     first_epoch = restore(inputs.checkpoint, training, args.start_epoch)
+    check_agreement(
+        {
+            "first epoch (--resume)": first_epoch,
+            "number of images": len(data.dataset),
+            "classes": data.classes,
+            "settings of the model": config.to_dict(),
+            "learning rate": lr,
+        }
+    )
     settings = TrainSettings(
         first_step=first_epoch * epoch_steps,
         epochs=args.epochs,
@@ -218,8 +229,15 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
     check_data(data, config)
     if vae is not None:
         check_vae(vae, config, args.vae_path)
-    if checkpoint is not None and data.vae_sha256:
-        warn_other_vae(checkpoint, data.vae_sha256)
+    if checkpoint is not None:
+        if data.vae_sha256:
+            warn_other_vae(checkpoint, data.vae_sha256)
+        trained = checkpoint.saved.get("classes", data.classes)
+        if trained != data.classes:
+            raise UserError(
+                f"{data.source} has other classes than --resume {checkpoint.path} was trained on; "
+                "their labels would not mean the same"
+            )
     return Inputs(checkpoint, vae, data, config)
 
 
@@ -258,8 +276,24 @@ def restore(checkpoint: Checkpoint | None, training: Run, start_epoch: int) -> i
         return start_epoch
     done = checkpoint.load_training_state(training.ema, training.optimizer, training.scaler)
     first_epoch = start_epoch if done is None else done
+    checkpoint.release()
     dist.print_main(f"going on from {checkpoint.path} after epoch {first_epoch}")
     return first_epoch
+
+
+def check_agreement(facts: dict) -> None:
+    """Raise UserError, on all processes, unless all have found the same.
+
+    Nodes that see different folders would train different models together without a word.
+    """
+    found = dist.gather_objects(facts)
+    for name in facts:
+        differing = [rank for rank, other in enumerate(found) if other[name] != found[0][name]]
+        if differing:
+            raise UserError(
+                f"process {differing[0]} and process 0 have found different values: {name}; "
+                "--data_path, --cached_path and --resume must be the same folders on all nodes"
+            )
 
 
 def make_loader(
@@ -343,6 +377,7 @@ def eval_settings(args: argparse.Namespace, class_num: int) -> EvalSettings:
         cfg_schedule=args.cfg_schedule,
         temperature=args.temperature,
         seed=args.seed,
+        weights=args.eval_weights,
     )
 
 

@@ -163,9 +163,9 @@ def main() -> None:
             keep(variant, folder, ids, to_uint8(decoded).cpu(), pixels)
     results = [summarise(variant, original.features) for variant in variants]
     images = sum(dist.gather_objects(original.images))
-    rows = torch.cat([variant.gallery.gather() for variant in (original, *variants)])
+    rows = [variant.gallery.gather() for variant in (original, *variants)]
     if dist.is_main():
-        save_png(grid(rows, columns=len(rows) // (1 + len(variants))), folder / "grid.png")
+        save_png(grid(torch.cat(rows), columns=len(rows[0])), folder / "grid.png")
         settings = {name: getattr(args, name) for name in RECORDED} | {"latent_scale": scale}
         settings |= {"images": images}
         write_results(folder, settings, results)

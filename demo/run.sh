@@ -34,7 +34,8 @@ stage 'Train the autoencoder' \
 stage 'Cache the latents, on 2 processes' \
   torchrun --standalone --nproc_per_node=2 main_cache.py \
   --img_size 32 --vae_path "$demo/vae.ckpt" \
-  --data_path "$demo/data" --cached_path "$demo/cache" --num_workers 0
+  --data_path "$demo/data" --cached_path "$demo/cache" --shard_size 360 --num_workers 0 \
+  --device cpu
 
 stage 'Train the generator, on 2 processes' \
   torchrun --standalone --nproc_per_node=2 main_tokenbridge.py \
@@ -42,7 +43,7 @@ stage 'Train the generator, on 2 processes' \
   --use_cached --cached_path "$demo/cache" --no_flip --num_workers 0 \
   --quant_bits 4 --attn_dropout 0 --proj_dropout 0 \
   --batch_size 16 --epochs 56 --warmup_epochs 2 --lr 2e-3 --ema_rate 0.99 \
-  --save_last_freq 14 --log_freq 44 --output_dir "$demo/model"
+  --save_last_freq 14 --log_freq 44 --output_dir "$demo/model" --device cpu
 
 # main_cache.py measured 1 / std of the latents; KL-16's is built in, any other must be given
 scale=$(python -c "import json; print(json.load(open('$demo/cache/manifest.json'))['latent_scale'])")
@@ -50,13 +51,13 @@ stage 'Reconstruct held-out digits at several bit widths' \
   torchrun --standalone --nproc_per_node=2 reconstruction.py \
   --image_dir "$demo/data/val" --img_size 32 --vae_path "$demo/vae.ckpt" \
   --latent_scale "$scale" --bits "${bits[@]}" --range 5.0 --num_workers 0 --no_metrics \
-  --output_dir "$demo/reconstruction"
+  --output_dir "$demo/reconstruction" --device cpu
 
 stage 'Generate digits, with guidance' \
   torchrun --standalone --nproc_per_node=2 main_tokenbridge.py --evaluate \
   --model tokenbridge_tiny --img_size 32 --vae_path "$demo/vae.ckpt" --resume "$demo/model" \
   --num_images 360 --eval_bsz 90 --num_iter 16 --cfg 2.0 --temperature 0.5 --no_metrics \
-  --output_dir "$demo/generated"
+  --output_dir "$demo/generated" --device cpu
 
 generated=("$demo"/generated/*/)
 stage 'Judge them by a classifier of real digits' \

@@ -65,7 +65,7 @@ class Backbone(nn.Module):
         class_embedding: [B, D]. Returns [B, S + V, D].
         """
         x = self.z_proj(values)  # [B, L, D]
-        slots = class_embedding[:, None].expand(-1, self.num_slots, -1).to(x.dtype)
+        slots = class_embedding[:, None].expand(-1, self.num_slots, -1)
         x = torch.cat([slots, x], dim=1) + self.encoder_pos_embed_learned  # [B, S+L, D]
         x = self.z_proj_ln(x)
         slots, x = x.split([self.num_slots, values.shape[1]], dim=1)

@@ -71,7 +71,7 @@ class GaussianQuantizer(nn.Module):
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices: [...] integers in [0, K) -> [...] float32 latents in [low, high]."""
-        unit = (self.reconstruction_values[indices] + SPAN) / (2 * SPAN)
+        unit = (self.reconstruction_values[indices.long()] + SPAN) / (2 * SPAN)
         return unit * (self.high - self.low) + self.low
 
     def extra_repr(self) -> str:

@@ -7,6 +7,7 @@ Source: arXiv 2503.16430.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from models.backbone import Backbone, take
 from models.channel_head import ChannelHead
-from models.config import TokenBridgeConfig
+from models.config import PRESETS, TokenBridgeConfig, preset
 from models.masking import Mask, training_mask
 from models.patchify import patchify
 from models.quantizer import GaussianQuantizer
@@ -114,6 +115,11 @@ class TokenBridge(nn.Module):
             expected = getattr(self.quantizer, name).cpu()
             if name in state and not torch.allclose(state[name].cpu().float(), expected, atol=1e-4):
                 raise ValueError(f"the checkpoint's quantizer differs from this one in {name!r}")
+
+
+tokenbridge_tiny, tokenbridge_base, tokenbridge_large, tokenbridge_huge = (
+    partial(TokenBridge, **preset(name)) for name in PRESETS
+)
 
 
 def token_order(config: TokenBridgeConfig) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine_tokenbridge import Run, TrainSettings, train_step
+from main_tokenbridge import check_agreement
 from models.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.runs import free_port, run_together
@@ -211,6 +212,17 @@ def test_a_missing_device_is_replaced_and_that_is_said(environment, capsys, monk
     monkeypatch.setattr("util.device._available", lambda: ["cpu"])
     assert dist.init("cuda") == torch.device("cpu")
     assert capsys.readouterr().err == "no cuda device here: running on cpu\n"
+
+
+def test_processes_that_found_different_things_are_all_refused(monkeypatch):
+    """As when a node sees another output folder: every process stops, none trains alone."""
+    facts = [{"first epoch": 2, "classes": ["a"]}, {"first epoch": 0, "classes": ["a"]}]
+    monkeypatch.setattr(dist, "gather_objects", lambda own: facts)
+    for own in facts:
+        with pytest.raises(UserError, match="process 1 .* first epoch"):
+            check_agreement(own)
+    monkeypatch.setattr(dist, "gather_objects", lambda own: [own, own])
+    check_agreement(facts[0])
 
 
 if __name__ == "__main__":

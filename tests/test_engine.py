@@ -159,4 +159,4 @@ def test_first_look_has_a_column_for_each_of_the_first_classes():
 
 def test_folder_is_named_by_what_decides_the_images():
     name = "ariter3-temp1-linearcfg1.5-image6-seed5-ema"
-    assert EVALUATION.folder_name("ema") == name
+    assert EVALUATION.folder_name() == name

@@ -13,6 +13,7 @@ from PIL import Image
 import main_cache
 from models.vae import AutoencoderKL
 from tests.conftest import run_script
+from tests.runs import free_port
 from util.checkpoint import load_vae, save_vae
 from util.data import center_crop
 from util.errors import EXIT_USER_ERROR, run
@@ -128,7 +129,8 @@ def test_two_processes_write_the_bytes_of_one_and_either_goes_on(inputs, tmp_pat
     one, two = tmp_path / "one", tmp_path / "two"
     alone = run_script("main_cache.py", *flags(inputs, one))
     assert alone.returncode == 0, alone.stderr
-    launch = ("torchrun", "--nproc_per_node=2", "--master_port=29713", "main_cache.py")
+    port = free_port()
+    launch = ("torchrun", "--nproc_per_node=2", f"--master_port={port}", "main_cache.py")
     both = run_script(*launch, *flags(inputs, two, num_workers=1))
     assert both.returncode == 0, both.stderr
     assert len(list(one.glob("*.npy"))) == 4

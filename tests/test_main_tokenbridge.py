@@ -239,6 +239,10 @@ def test_evaluating_while_training_changes_nothing_of_it(inputs, trained, tmp_pa
     for epoch in (1, 2):
         assert len(list((tmp_path / "out" / f"eval-epoch{epoch}" / "images").iterdir())) == 6
     assert "FID and IS are not computed" in capsys.readouterr().out
+    raw = tmp_path / "raw"
+    train(inputs, raw, online_eval=True, eval_weights="model", **sampling)
+    grids = [(out / "eval-epoch2" / "grid.png").read_bytes() for out in (tmp_path / "out", raw)]
+    assert grids[0] != grids[1]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

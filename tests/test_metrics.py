@@ -133,7 +133,7 @@ def test_figures_do_not_depend_on_who_made_which_image(monkeypatch):
     ]
     assert parts[0].compute() != whole
     monkeypatch.setattr(
-        metrics.dist, "gather_objects", lambda value: [(part.ids, part.rows) for part in parts]
+        metrics.dist, "gather_to_main", lambda value: [(part.ids, part.rows) for part in parts]
     )
     assert parts[1].compute() == whole
 

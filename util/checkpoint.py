@@ -49,6 +49,11 @@ class Checkpoint:
         with as_user_error(f"--resume {self.path}, {key!r}"):
             model.load_published(self.weights(key), head_input=model.config.head_input)
 
+    def release(self) -> None:
+        """Let go of the tensors, which would stay in memory as long as the run."""
+        for key in ("model", "model_ema", "optimizer"):
+            self.saved.pop(key, None)
+
     def load_training_state(
         self, ema: EMA, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ) -> int | None:
@@ -126,6 +131,8 @@ def save_checkpoint(
     """Write checkpoint-last.pth, whole or not at all. progress: step, epoch and plain values."""
     path = folder / LAST
     folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(f".{LAST}.*.tmp"):  # of a process that was killed while saving
+        unfinished.unlink()
     with atomic_write(path) as file:
         torch.save(
             {

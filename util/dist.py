@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from util.device import resolve_device
 from util.errors import UserError
 
-TIMEOUT = timedelta(minutes=30)
+# Ranks wait for each other's last batch of an evaluation or shard of a cache, on a CPU for long.
+TIMEOUT = timedelta(hours=3)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,14 @@ def init(device: str = "cuda", dist_url: str = "env://", dist_on_itp: bool = Fal
     device: what the user asked for; if the machine lacks it, what it has is used, and said.
     """
     world = detect_world(dist_on_itp)
-    chosen = resolve_device(device, world.local_rank, quiet=world.rank > 0)
+    local_rank = world.local_rank
+    if world.launcher == "Slurm" and torch.cuda.is_available():
+        local_rank %= torch.cuda.device_count()  # --gpus-per-task shows each task its own alone
+    chosen = resolve_device(device, local_rank, quiet=world.rank > 0)
+    if chosen.type == "mps" and world.size > 1 and not device.startswith("mps"):
+        chosen = resolve_device("cpu")  # MPS serves one process, and nobody asked for it
+        if world.rank == 0:
+            print(f"{world.size} processes cannot share mps: running on cpu", flush=True)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if world.size == 1 or dist.is_initialized():
@@ -145,6 +153,15 @@ def gather_objects(value) -> list:
         return [value]
     values = [None] * world_size()
     dist.all_gather_object(values, value)
+    return values
+
+
+def gather_to_main(value) -> list | None:
+    """Every process's value, in the order of ranks, on the main process; None on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
     return values
 
 

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     Whatever interrupts the writing, `path` holds the old content or the new, never a part.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -36,9 +36,12 @@ class Gallery:
         wanted = set(self.shown)
         self.kept |= {i: image for i, image in zip(ids, images, strict=True) if i in wanted}
 
-    def gather(self) -> Tensor:
-        """Those that were made, in the order shown, on every process: uint8 [N, 3, H, W]."""
-        kept = {i: image for part in dist.gather_objects(self.kept) for i, image in part.items()}
+    def gather(self) -> Tensor | None:
+        """Those that were made, in the order shown, uint8 [N, 3, H, W]; on the main process."""
+        parts = dist.gather_to_main(self.kept)
+        if parts is None:
+            return None
+        kept = {i: image for part in parts for i, image in part.items()}
         return torch.stack([kept[i] for i in self.shown if i in kept])
 
 

@@ -36,7 +36,7 @@ class TrainingLog:
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.count_skipped = count_skipped
         self.folder = folder
-        self._restart()
+        self.restart()
 
     @cached_property
     def writer(self):
@@ -50,7 +50,8 @@ class TrainingLog:
 
         return SummaryWriter(self.folder)
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begin counting steps and time anew."""
         self.sums: Tensor | None = None
         self.steps, self.waited = 0, 0.0
         self.started = time.perf_counter()
@@ -88,9 +89,10 @@ class TrainingLog:
         if self.writer is not None:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step + 1)
+            self.writer.flush()
             print(self._line(step, scalars, elapsed / steps), flush=True)
         self._check_finite(scalars, step)
-        self._restart()
+        self.restart()
 
     def _check_finite(self, scalars: dict[str, float], step: int) -> None:
         loss, grad_norm = scalars["train/loss"], scalars["train/grad_norm"]

@@ -121,6 +121,7 @@ class ImageFeatures:
         self.inception = inception
         self.ids: list[int] = []
         self.rows: list[tuple[Tensor, Tensor]] = []
+        self.gathered, self.sorted = False, None
 
     def add(self, ids: list[int], images: Tensor) -> None:
         """images: uint8 [N, 3, H, W], numbered by ids."""
@@ -128,20 +129,33 @@ class ImageFeatures:
         self.rows.append(self.inception(images))
 
     def compute(self, reference: "ImageFeatures | None" = None) -> dict[str, float]:
-        """IS, FID where statistics were given, rFID against a reference; on every process."""
+        """IS, FID where statistics were given, rFID against a reference.
+
+        On the main process; empty on the others, which only hand over their features.
+        """
         from torch_fidelity.metric_isc import isc_features_to_metric
 
-        features, logits = self._gather()
+        gathered = [images.gather() for images in (self, reference) if images is not None]
+        if not dist.is_main():
+            return {}
+        features, logits = gathered[0]
         metrics = isc_features_to_metric(logits)
         if self.inception.stats is not None:
             metrics["fid"] = _frechet(features, self.inception.stats)
         if reference is not None:
-            metrics["rfid"] = _frechet(features, _statistics(reference._gather()[0]))
+            metrics["rfid"] = _frechet(features, _statistics(gathered[1][0]))
         return metrics
 
-    def _gather(self) -> tuple[Tensor, Tensor]:
-        """Features and logits in the order of the image numbers, on every process."""
-        parts = dist.gather_objects((self.ids, self.rows))
+    def gather(self) -> tuple[Tensor, Tensor] | None:
+        """Features and logits in the order of the image numbers, on the main process, once."""
+        if not self.gathered:
+            self.gathered = True
+            parts = dist.gather_to_main((self.ids, self.rows))
+            self.sorted = self._sort(parts) if parts is not None else None
+        return self.sorted
+
+    @staticmethod
+    def _sort(parts: list) -> tuple[Tensor, Tensor]:
         ids = torch.tensor([i for part_ids, _ in parts for i in part_ids])
         rows = [row for _, part_rows in parts for row in part_rows]
         order = ids.argsort()
