@@ -15,10 +15,11 @@ from util.errors import UserError
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write to that takes its name only when it is complete and on the disk.
 
     Whatever interrupts the writing, `path` holds the old content or the new, never a part.
+    durable: wait for the disk; without it a power cut may lose the file, but a kill does not.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -26,11 +27,13 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+    if durable:
+        _flush_folder(path.parent)
 
 
 def _flush_folder(folder: Path) -> None:
