@@ -52,7 +52,7 @@ class ChannelHead(nn.Module):
         self.channel_final = FinalNorm(width)
         self.channel_heads = nn.ModuleList(nn.Linear(width, levels) for _ in range(channels))
         self.apply(init_linear)
-        for part in (*self.channel_blocks, self.channel_final):
+        for part in (*self.channel_blocks, self.channel_final):  # adaLN-zero
             nn.init.zeros_(part.adaLN_modulation[1].weight)
 
     def forward(self, z: Tensor, indices: Tensor) -> Tensor:

@@ -60,11 +60,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def modulation(width: int, chunks: int) -> nn.Sequential:
-    """SiLU -> Linear(D -> chunks * D), the linear zero at initialisation (adaLN-zero)."""
-    layers = nn.Sequential(nn.SiLU(), nn.Linear(width, chunks * width))
-    nn.init.zeros_(layers[1].weight)
-    nn.init.zeros_(layers[1].bias)
-    return layers
+    """SiLU -> Linear(D -> chunks * D); the head makes the linear zero after its initialisation."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, chunks * width))
 
 
 class KVCache:

@@ -78,6 +78,14 @@ def test_one_process_from_the_command_line(inputs, trained, tmp_path):
     assert_same_training(load(tmp_path / "out"), load(trained))
 
 
+def on_two_processes(argv: list[str]):
+    """The result of main_tokenbridge.py under torchrun, which must succeed."""
+    launch = ("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}")
+    result = run_script(*launch, "main_tokenbridge.py", *argv)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 def test_two_processes_train_as_one_and_only_one_writes(inputs, trained, tmp_path):
     """Dropout on: every micro-batch has its own random numbers, whichever process has it.
 
@@ -85,14 +93,7 @@ def test_two_processes_train_as_one_and_only_one_writes(inputs, trained, tmp_pat
     difference of any other: its first steps have the same length for the smallest gradients.
     """
     argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", accum_iter=1, num_workers=1)
-    result = run_script(
-        "torchrun",
-        "--nproc_per_node=2",
-        f"--master_port={free_port()}",
-        "main_tokenbridge.py",
-        *argv,
-    )
-    assert result.returncode == 0, result.stderr
+    result = on_two_processes(argv)
     assert "2 processes (torchrun), backend gloo" in result.stdout
     assert result.stdout.count("step 6/6") == result.stdout.count("saved") == 1
     assert_same_training(load(tmp_path / "out"), load(trained))
@@ -316,14 +317,7 @@ def drawn(inputs, trained, tmp_path_factory) -> dict[str, bytes]:
 
 def test_two_processes_draw_the_bytes_of_one(inputs, trained, drawn, tmp_path):
     argv = flags(inputs, EVALUATE_FLAGS, resume=trained, output_dir=tmp_path)
-    result = run_script(
-        "torchrun",
-        "--nproc_per_node=2",
-        f"--master_port={free_port()}",
-        "main_tokenbridge.py",
-        *argv,
-    )
-    assert result.returncode == 0, result.stderr
+    result = on_two_processes(argv)
     assert result.stdout.count("FID and IS are not computed") == 1
     assert len(drawn) == 12 and images(tmp_path) == drawn
     (folder,) = tmp_path.iterdir()

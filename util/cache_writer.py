@@ -8,7 +8,6 @@ Letters: n images of a shard, b of a batch, C latent channels, h, w positions.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ import torch
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
 from util.errors import UserError, as_user_error
-from util.files import atomic_write, sha256
+from util.files import atomic_write, check_writable, sha256
 from util.latent_cache import (
     FORMAT_VERSION,
     MANIFEST,
@@ -86,11 +85,9 @@ class CacheWriter:
         self._check_folder()
 
     def _check_folder(self) -> None:
-        folder = self.folder.absolute()
-        existing = next(place for place in (folder, *folder.parents) if place.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UserError(f"--cached_path {self.folder}: cannot write into {existing}")
-        if existing != folder:
+        folder = self.folder
+        check_writable(folder, "--cached_path")
+        if not folder.exists():
             return
         visible = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
         if SETTINGS in visible:
