@@ -1,55 +1,24 @@
-"""The training loop and the evaluation.
+"""The training loop: loader -> latents -> loss -> gradients -> AdamW -> EMA -> log, checkpoint."""
 
-training:   loader -> latents -> loss -> gradients -> AdamW -> EMA -> log, checkpoint
-evaluation: image numbers -> sampler -> VAE decoder -> PNG files, FID, IS
-"""
-
-import json
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from models.sampler import evaluation_mode, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
 from util import dist
 from util.checkpoint import save_checkpoint
 from util.device import Precision
 from util.ema import EMA
-from util.files import atomic_write
-from util.images import Gallery, grid, save_png, to_uint8
+from util.evaluation import EvalSettings, evaluate
 from util.log import TrainingLog
-from util.metrics import ImageFeatures, Inception
+from util.metrics import Inception
 from util.optim import LRSchedule, seed_micro_batch, set_lr
-
-GRID_ROWS, GRID_COLUMNS = 8, 10
-DECODE_BATCH = 32
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """What decides the generated images. Image i is of class i // (num_images / classes)."""
-
-    num_images: int
-    eval_bsz: int
-    num_iter: int
-    cfg: float
-    cfg_schedule: str
-    temperature: float
-    seed: int
-    weights: str = "ema"  # or "model", the raw ones
-
-    def folder_name(self) -> str:
-        return (
-            f"ariter{self.num_iter}-temp{self.temperature:g}-{self.cfg_schedule}cfg{self.cfg:g}"
-            f"-image{self.num_images}-seed{self.seed}-{self.weights}"
-        )
 
 
 @dataclass(frozen=True)
@@ -178,90 +147,3 @@ def end_epoch(run: Run, log: TrainingLog, settings: TrainSettings, epochs_done: 
         if samples is not None:
             log.image("eval/samples", samples, step)
     dist.barrier()
-
-
-def evaluate(
-    model: TokenBridge,
-    tokenizer: Tokenizer,
-    settings: EvalSettings,
-    folder: Path,
-    device: torch.device,
-    precision: Precision,
-    inception: Inception | None,
-) -> tuple[dict[str, float], Tensor | None]:
-    """Write the images into folder/images, a grid and metrics.json beside them.
-
-    Each process takes whole batches, the same ones on any number of processes; image i depends on
-    (seed, i) alone. inception: None if nothing can be measured.
-    Returns, on the main process, the metrics and the grid, uint8 [3, H, W].
-    """
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    features = ImageFeatures(inception) if inception is not None else None
-    gallery = Gallery(shown_ids(settings.num_images, model.config.class_num))
-    starts = range(0, settings.num_images, settings.eval_bsz)[dist.rank() :: dist.world_size()]
-    with evaluation_mode(model):
-        for start in tqdm(starts, desc="generating", disable=not dist.is_main()):
-            ids = range(start, min(start + settings.eval_bsz, settings.num_images))
-            images = generate(model, tokenizer, ids, settings, device, precision)
-            for image_id, image in zip(ids, images, strict=True):
-                save_png(image, folder / "images" / f"{image_id:05d}.png")
-            gallery.add(ids, images)
-            if features is not None:
-                features.add(list(ids), images)
-    results = features.compute() if features is not None else {}
-    shown, samples = gallery.gather(), None
-    if shown is not None:
-        samples = grid(shown, min(model.config.class_num, GRID_COLUMNS))
-        save_png(samples, folder / "grid.png")
-        write_results(folder, settings, model, results)
-    dist.barrier()
-    return results, samples
-
-
-def shown_ids(num_images: int, class_num: int) -> list[int]:
-    """Images for a first look: a column for each of the first classes."""
-    per_class = num_images // class_num
-    rows, columns = range(min(per_class, GRID_ROWS)), range(min(class_num, GRID_COLUMNS))
-    return [c * per_class + k for k in rows for c in columns]
-
-
-def generate(
-    model: TokenBridge,
-    tokenizer: Tokenizer,
-    ids: range,
-    settings: EvalSettings,
-    device: torch.device,
-    precision: Precision,
-) -> Tensor:
-    """The images of those numbers, uint8 [N, 3, H, W], on the CPU."""
-    per_class = settings.num_images // model.config.class_num
-    with precision.autocast(device):
-        latents = sample_latents(
-            model,
-            torch.tensor([i // per_class for i in ids]),
-            num_iter=settings.num_iter,
-            cfg=settings.cfg,
-            cfg_schedule=settings.cfg_schedule,
-            temperature=settings.temperature,
-            seed=settings.seed,
-            image_ids=ids,
-        )
-    # The decoder's first-level maps of 256 images at 256 px would fill a GPU on their own.
-    parts = [to_uint8(tokenizer.decode(part)).cpu() for part in latents.split(DECODE_BATCH)]
-    return torch.cat(parts)
-
-
-def write_results(
-    folder: Path, settings: EvalSettings, model: TokenBridge, results: dict[str, float]
-) -> None:
-    record = {
-        "metrics": results,
-        "settings": asdict(settings),
-        "images_per_class": settings.num_images // model.config.class_num,
-        "model": model.config.to_dict(),
-    }
-    with atomic_write(folder / "metrics.json") as file:
-        file.write(json.dumps(record, indent=1).encode())
-    print(f"{settings.num_images} images in {folder}; a first look: {folder / 'grid.png'}")
-    for name, value in results.items():
-        print(f"{name}: {value:.4f}")

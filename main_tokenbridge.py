@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from engine_tokenbridge import EvalSettings, Run, TrainSettings, evaluate, train
+from engine_tokenbridge import Run, TrainSettings, train
 from models.config import TokenBridgeConfig
-from models.sampler import CFG_SCHEDULES
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from util import dist, metrics
@@ -38,6 +37,7 @@ from util.data import ImageDataset, MicroBatchSampler, list_images, steps_per_ep
 from util.device import Precision, resolve_precision
 from util.ema import EMA
 from util.errors import UserError, run
+from util.evaluation import add_evaluation_flags, eval_settings, evaluate_checkpoint
 from util.files import check_writable, sha256
 from util.latent_cache import CachedLatents, open_cache
 from util.log import TrainingLog
@@ -86,19 +86,7 @@ def make_parser() -> Parser:
     training.add_argument("--save_last_freq", type=positive_int, default=5, help="in epochs")
     training.add_argument("--log_freq", type=positive_int, default=20, help="in steps")
 
-    sampling = parser.add_argument_group("evaluation")
-    sampling.add_argument("--evaluate", action="store_true", help="generate images and stop")
-    sampling.add_argument("--online_eval", action="store_true", help="evaluate while training")
-    sampling.add_argument("--eval_freq", type=positive_int, default=40, help="in epochs")
-    sampling.add_argument("--eval_bsz", type=positive_int, default=64, help="images a batch")
-    sampling.add_argument("--num_images", type=positive_int, default=50000, help="in all")
-    sampling.add_argument("--num_iter", type=positive_int, default=256, help="iterations")
-    sampling.add_argument("--cfg", type=non_negative_float, default=1.0, help="guidance; 1 is none")
-    sampling.add_argument("--cfg_schedule", choices=CFG_SCHEDULES, default="linear")
-    sampling.add_argument("--temperature", type=non_negative_float, default=1.0, help="0: argmax")
-    sampling.add_argument(
-        "--eval_weights", choices=("ema", "model"), default="ema", help="averaged or raw weights"
-    )
+    add_evaluation_flags(parser)
     add_metric_flags(parser)
     return parser
 
@@ -111,30 +99,6 @@ def main() -> None:
     dist.print_main(f"device {device.type}, precision {precision.name}")
     (evaluate_checkpoint if args.evaluate else train_model)(args, device, precision)
     dist.cleanup()
-
-
-def evaluate_checkpoint(
-    args: argparse.Namespace, device: torch.device, precision: Precision
-) -> None:
-    """Load a checkpoint and generate; without one there is nothing to evaluate."""
-    if not args.resume:
-        raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
-    checkpoint = load_checkpoint(find_checkpoint(args.resume, args.output_dir, must_exist=True))
-    vae = build_vae(args)
-    config = build_config(ModelFlags.of(args), checkpoint, manifest=None, vae=vae)
-    check_vae(vae, config, args.vae_path)
-    warn_other_vae(checkpoint, sha256(args.vae_path))
-    settings = eval_settings(args, config.class_num)
-    key = "model_ema" if args.eval_weights == "ema" else "model"
-    model = build_model(config, checkpoint, key).to(device)
-    tokenizer = Tokenizer(vae, config.latent_scale).to(device)
-    inception = metrics.prepare(
-        args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
-    )
-    dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
-    checkpoint.release()
-    folder = Path(args.output_dir) / settings.folder_name()
-    evaluate(model, tokenizer, settings, folder, device, precision, inception)
 
 
 def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> None:
@@ -361,24 +325,6 @@ def check_data(data: TrainingData, config: TokenBridgeConfig) -> None:
                 f"{data.source} holds latents {found}, the model expects {config.latent_shape}; "
                 "see --img_size, --vae_stride and --vae_embed_dim"
             )
-
-
-def eval_settings(args: argparse.Namespace, class_num: int) -> EvalSettings:
-    if args.num_images % class_num:
-        raise UserError(
-            f"--num_images {args.num_images} is not a multiple of --class_num {class_num}: "
-            "every class gets the same number"
-        )
-    return EvalSettings(
-        num_images=args.num_images,
-        eval_bsz=args.eval_bsz,
-        num_iter=args.num_iter,
-        cfg=args.cfg,
-        cfg_schedule=args.cfg_schedule,
-        temperature=args.temperature,
-        seed=args.seed,
-        weights=args.eval_weights,
-    )
 
 
 def plain(args: argparse.Namespace) -> dict:
