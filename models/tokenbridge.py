@@ -51,18 +51,26 @@ class TokenBridge(nn.Module):
         mask: [B, L], true where masked, the same number in each row; drawn if None.
         Raises ValueError on other shapes.
         """
-        tokens = self._tokens(latents)
-        if mask is None:
-            minimum = self.config.mask_ratio_min
-            positions = training_mask(*tokens.shape[:2], minimum, latents.device)
-        else:
-            positions = Mask.from_bool(mask)
-        logits, targets = self._predict(tokens, labels, positions)
+        logits, targets = self._predict(self._tokens(latents), labels, self._mask(latents, mask))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def channel_losses(
+        self, latents: Tensor, labels: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The same for each channel on its own, [C] in natural order; their mean is the loss."""
+        logits, targets = self._predict(self._tokens(latents), labels, self._mask(latents, mask))
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        return losses.unflatten(0, targets.shape).mean(dim=0)
 
     def logits(self, latents: Tensor, labels: Tensor | None, mask: Tensor) -> Tensor:
         """Teacher-forced logits of the masked positions, row by row: [M, C, K], natural order."""
         return self._predict(self._tokens(latents), labels, Mask.from_bool(mask))[0]
+
+    def _mask(self, latents: Tensor, mask: Tensor | None) -> Mask:
+        if mask is not None:
+            return Mask.from_bool(mask)
+        config = self.config
+        return training_mask(len(latents), config.seq_len, config.mask_ratio_min, latents.device)
 
     def _tokens(self, latents: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, L, C*p*p]."""

@@ -224,3 +224,17 @@ def test_golden_weights_follow_the_formula():
     """The formula itself, on a value computed by hand from numpy's generator."""
     assert formula_weight("z_proj_ln.weight", (64,)).mean() == pytest.approx(1, abs=0.05)
     assert formula_weight("z_proj.bias", (64,)).abs().max() < 0.25
+
+
+def test_losses_of_the_channels_have_the_loss_as_their_mean():
+    model = tiny_model()
+    latents, labels = torch.randn(2, 6, 4, 4), torch.tensor([0, 2])
+    torch.manual_seed(3)
+    losses = model.channel_losses(latents, labels)
+    torch.manual_seed(3)
+    torch.testing.assert_close(losses.mean(), model(latents, labels))
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    expected = model.logits(latents, labels, mask)[:, 4].log_softmax(-1)
+    indices = model.quantizer.encode(latents)[:, 4].flatten()
+    found = model.channel_losses(latents, labels, mask)[4]
+    torch.testing.assert_close(found, -expected[torch.arange(32), indices].mean())
