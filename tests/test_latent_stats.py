@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from util.histogram import BINS
 from util.latent_stats import LatentStats
 
 SIDE = 8
@@ -107,5 +108,30 @@ def test_merged_parts_equal_the_whole_and_survive_json():
     torch.testing.assert_close(merged.sums, whole.sums, rtol=1e-12, atol=0)
     assert merged.latent_scale() == pytest.approx(whole.latent_scale(), rel=1e-12)
     assert merged.channel_order() == whole.channel_order()
+    assert torch.equal(merged.histogram.counts, whole.histogram.counts)
+    assert torch.equal(merged.histogram.exponents, whole.histogram.exponents)
     with pytest.raises(ValueError, match="do not mix"):
         merged + LatentStats.empty((3, SIDE, SIDE))
+
+
+def test_histogram_is_of_posterior_samples():
+    """Mean and std of the histogram are those of the samples: mean's variance + posterior's."""
+    stats = LatentStats.of(random_moments(400))
+    widths = stats.histogram.bin_widths()[:, None]
+    middles = (torch.arange(BINS) - BINS // 2 + 0.5) * widths
+    p = stats.histogram.counts / stats.histogram.counts.sum(dim=1, keepdim=True)
+    mean = (p * middles).sum(dim=1)
+    std = (p * (middles - mean[:, None]).square()).sum(dim=1).sqrt()
+    torch.testing.assert_close(mean, stats.channel_mean(), rtol=0.06, atol=0)
+    torch.testing.assert_close(std, stats.channel_std(), rtol=0.02, atol=0)
+
+
+def test_statistics_without_a_histogram_are_read_and_pass_it_on():
+    """Caches of earlier versions have none; a sum with a part of them would be of another whole."""
+    stats = LatentStats.of(random_moments(2))
+    values = stats.to_dict()
+    del values["histogram"]
+    earlier = LatentStats.from_dict(values)
+    assert earlier.histogram is None and "histogram" not in earlier.to_dict()
+    assert (stats + earlier).histogram is None and (earlier + stats).histogram is None
+    assert (stats + earlier).count == 4

@@ -225,6 +225,7 @@ class CacheWriter:
             "channel_mean": stats.channel_mean().tolist(),
             "channel_std": stats.channel_std().tolist(),
             "channel_low_frequency_share": stats.low_frequency_share().tolist(),
+            "histogram": stats.histogram.to_dict() if stats.histogram else None,
             "skipped": [name for sidecar in sidecars for name in sidecar["skipped"]],
             "shards": [
                 {

@@ -1,4 +1,4 @@
-"""What a tokenizer's latents tell about themselves: their scale and the order of their channels.
+"""What a tokenizer's latents tell about themselves: scale, channel order, distribution.
 
 latent_scale = 1 / std of posterior samples, over all images, channels and positions: it brings
 latents to unit variance. By the law of total variance, Var[sample] = Var[mean] + E[variance].
@@ -8,6 +8,8 @@ is the power of the 2-D spectra of its posterior means, after its mean over the 
 taken away. Low are the frequencies within a quarter of the sampling frequency (half of Nyquist)
 from zero. Zero itself counts: how the average of a channel varies between images is the lowest
 frequency there is; only the constant that all images share says nothing.
+
+histogram = the distribution of posterior samples in each channel, which calibrated levels fit.
 
 Letters: N latents, C channels, h, w positions.
 Source: arXiv 2503.16430, the Fourier analysis of KL-16's channels.
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from models.vae import Posterior
+from util.histogram import LatentHistogram, posterior_noise
 
 LOW_FREQUENCY = 0.25  # cycles per position; sampling frequency 1, Nyquist 0.5
 _ROWS = ("mean", "square", "variance", "low_power")
@@ -31,15 +34,18 @@ class LatentStats:
 
     sums: [4, C] float64, over images and positions: the posterior's mean, its square, the
     posterior's variance, and the power of the mean's low frequencies.
+    histogram: of a posterior sample of each, not scaled; None where a part of them has none.
     """
 
     latent_shape: tuple[int, int, int]
     count: int
     sums: Tensor
+    histogram: LatentHistogram | None = None
 
     @classmethod
     def empty(cls, latent_shape: tuple[int, int, int]) -> "LatentStats":
-        return cls(latent_shape, 0, torch.zeros(len(_ROWS), latent_shape[0], dtype=torch.float64))
+        sums = torch.zeros(len(_ROWS), latent_shape[0], dtype=torch.float64)
+        return cls(latent_shape, 0, sums, LatentHistogram.empty(latent_shape[0]))
 
     @classmethod
     def of(cls, moments: Tensor) -> "LatentStats":
@@ -48,23 +54,32 @@ class LatentStats:
         mean, variance = posterior.mean, posterior.std.square()
         power = torch.fft.fft2(mean).abs().square() * _low_frequencies(*mean.shape[2:])
         sums = torch.stack([x.sum(dim=(0, 2, 3)) for x in (mean, mean.square(), variance, power)])
-        return cls(tuple(mean.shape[1:]), len(mean), sums)
+        return cls(tuple(mean.shape[1:]), len(mean), sums, _histogram(moments, posterior))
 
     def __add__(self, other: "LatentStats") -> "LatentStats":
         if self.latent_shape != other.latent_shape:
             raise ValueError(f"latents of {self.latent_shape} and {other.latent_shape} do not mix")
-        return LatentStats(self.latent_shape, self.count + other.count, self.sums + other.sums)
+        both = self.histogram is not None and other.histogram is not None
+        return LatentStats(
+            self.latent_shape,
+            self.count + other.count,
+            self.sums + other.sums,
+            self.histogram + other.histogram if both else None,
+        )
 
     def to_dict(self) -> dict:
         """Plain values only, as a JSON file holds them."""
         rows = dict(zip(_ROWS, self.sums.tolist(), strict=True))
-        return {"latent_shape": list(self.latent_shape), "count": self.count, **rows}
+        values = {"latent_shape": list(self.latent_shape), "count": self.count, **rows}
+        return values | ({"histogram": self.histogram.to_dict()} if self.histogram else {})
 
     @classmethod
     def from_dict(cls, values: dict) -> "LatentStats":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; caches of earlier versions hold no histogram."""
         sums = torch.tensor([values[row] for row in _ROWS], dtype=torch.float64)
-        return cls(tuple(values["latent_shape"]), values["count"], sums)
+        kept = values.get("histogram")
+        histogram = LatentHistogram.from_dict(kept) if kept else None
+        return cls(tuple(values["latent_shape"]), values["count"], sums, histogram)
 
     @property
     def _per_channel(self) -> int:
@@ -102,6 +117,13 @@ class LatentStats:
         """Channels, largest share of low-frequency energy first; equal ones by their number."""
         share = self.low_frequency_share().round(decimals=9)  # equal up to rounding is equal
         return share.argsort(descending=True, stable=True).tolist()
+
+
+def _histogram(moments: Tensor, posterior: Posterior) -> LatentHistogram | None:
+    """moments: [N, 2C, h, w]. None where they are not finite: what is wrong then is said later."""
+    noise = [posterior_noise(of_latent) for of_latent in moments]
+    samples = posterior.mean + posterior.std * torch.stack(noise)
+    return LatentHistogram.of(samples) if samples.isfinite().all() else None
 
 
 def _low_frequencies(height: int, width: int) -> Tensor:
