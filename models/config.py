@@ -14,6 +14,8 @@ PUBLISHED_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 
 # What the head reads at its first position when it samples: see `ChannelHead.sample`.
 HEAD_INPUTS = ("trained", "published")
+# The published codebook, or one for each channel, fitted to the latents: see models/quantizer.py.
+QUANTIZERS = ("published", "calibrated")
 
 # width and depth of encoder and decoder, heads; width, depth and heads of the channel head
 _SIZES = {
@@ -32,6 +34,7 @@ class TokenBridgeConfig:
     channel_order: the order in which the head predicts the `vae_embed_dim` channels; None means
     the published order for 16 channels, else the natural one.
     head_input: "trained" or "published", the sampler's input at the head's first position.
+    quantizer: "published" or "calibrated"; quant_min and quant_max belong to the published one.
     Raises ValueError, naming the value, if the numbers do not fit together.
     """
 
@@ -61,6 +64,7 @@ class TokenBridgeConfig:
     channel_order: tuple[int, ...] | None = None
     latent_scale: float = PUBLISHED_LATENT_SCALE
     head_input: str = "trained"
+    quantizer: str = "published"
 
     def __post_init__(self):
         if self.channel_order is None:
@@ -76,6 +80,8 @@ class TokenBridgeConfig:
             )
         if self.head_input not in HEAD_INPUTS:
             raise ValueError(f"head_input {self.head_input!r} is not one of {HEAD_INPUTS}")
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer {self.quantizer!r} is not one of {QUANTIZERS}")
 
     def _check_grid(self):
         token_pixels = self.vae_stride * self.patch_size

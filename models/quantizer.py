@@ -1,9 +1,12 @@
-"""Dimension-wise post-training quantizer: every latent scalar on its own, nothing learnt.
+"""Dimension-wise post-training quantizers: every latent scalar on its own, nothing learnt.
 
-K levels of equal probability under N(0, 1): boundaries b_i = clamp(Phi^-1(i / K), -3, 3), levels
-v_i = E[n | b_i < n < b_{i+1}]. A scalar x in [low, high] maps to n = (x - low)/(high - low)*6 - 3,
-its index is the nearest v. The nearest level is found among the K - 1 midpoints by binary search,
-O(log K) a scalar and no [..., K] tensor of distances.
+published: K levels of equal probability under N(0, 1): boundaries b_i = clamp(Phi^-1(i/K), -3, 3),
+levels v_i = E[n | b_i < n < b_{i+1}]. A scalar x in [low, high] maps to n = (x - low)/(high - low)
+* 6 - 3, its index is the nearest v. The nearest level is found among the K - 1 midpoints by binary
+search, O(log K) a scalar and no [..., K] tensor of distances.
+calibrated: K levels of its own for each channel, fitted to the latents (models/calibration.py);
+searched in the same way.
+Letters: C latent channels, K levels, D scalars of a token: C, or C*p*p channel by channel.
 Source: arXiv 2503.16430, post-training quantization.
 """
 
@@ -12,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-# The codebook covers this many standard deviations to each side.
+# The published codebook covers this many standard deviations to each side.
 SPAN = 3.0
 
 
@@ -74,5 +77,102 @@ class GaussianQuantizer(nn.Module):
         unit = (self.reconstruction_values[indices.long()] + SPAN) / (2 * SPAN)
         return unit * (self.high - self.low) + self.low
 
+    def outside(self, x: Tensor) -> Tensor:
+        """x: [...] scaled latents -> bool [...], true where the range ends before them."""
+        return (x < self.low) | (x > self.high)
+
     def extra_repr(self) -> str:
         return f"levels={self.levels}, low={self.low}, high={self.high}"
+
+
+class CalibratedQuantizer(nn.Module):
+    """levels: K. channels: C. Its levels are set by `set_levels` or come with a state dict.
+
+    Buffers, in the published names: boundaries [C, K + 1], of which the first and the last are the
+    ends of the data that the levels were fitted to; reconstruction_values [C, K].
+    Raises ValueError if K is not in [2, 512].
+    """
+
+    boundaries: Tensor
+    reconstruction_values: Tensor
+
+    def __init__(self, levels: int, channels: int):
+        super().__init__()
+        if not 2 <= levels <= 512:
+            raise ValueError(f"{levels} levels are not between 2 and 512")
+        self.levels, self.channels = levels, channels
+        self.fitted = False
+        self.register_buffer("reconstruction_values", torch.full((channels, levels), torch.nan))
+        self.register_buffer("boundaries", torch.full((channels, levels + 1), torch.nan))
+
+    def set_levels(self, boundaries: Tensor, values: Tensor) -> None:
+        """boundaries: [C, K + 1]. values: [C, K]. Raises ValueError on what are no levels."""
+        shapes = tuple(boundaries.shape), tuple(values.shape)
+        expected = (self.channels, self.levels + 1), (self.channels, self.levels)
+        if shapes != expected:
+            raise ValueError(f"levels of shapes {shapes}, not {expected}")
+        self.load_state_dict({"boundaries": boundaries, "reconstruction_values": values})
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        tables = (self.boundaries, self.reconstruction_values)
+        finite = all(bool(table.isfinite().all()) for table in tables)
+        if finite and not all(bool((table.diff(dim=1) >= 0).all()) for table in tables):
+            raise ValueError("the levels of a calibrated quantizer are not in ascending order")
+        self.fitted = finite
+
+    def _check(self) -> None:
+        if not self.fitted:
+            raise ValueError(
+                "this calibrated quantizer has no levels yet: load a checkpoint or fit them"
+            )
+
+    def _by_channel(self, x: Tensor) -> Tensor:
+        """[..., D] -> [C, M], the M scalars of each channel in one row."""
+        if x.shape[-1] % self.channels:
+            raise ValueError(f"{x.shape[-1]} scalars a token are no multiple of {self.channels}")
+        return x.unflatten(-1, (self.channels, -1)).movedim(-2, 0).flatten(1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Index of the nearest level of its channel for every scalar; ties to the lower index.
+
+        x: [..., D] floating point, scaled latents, channel by channel (see `patchify`).
+        Returns [..., D] int64 in [0, K).
+        Raises ValueError if x is not floating point, or D no multiple of C.
+        """
+        self._check()
+        if not x.is_floating_point():
+            raise ValueError(f"expected floating-point latents, got {x.dtype}")
+        rows = self._by_channel(x.float()).contiguous()
+        found = torch.searchsorted(self.boundaries[:, 1:-1].contiguous(), rows)  # [C, M]
+        area = x.shape[-1] // self.channels
+        found = found.reshape(self.channels, *x.shape[:-1], area)
+        return found.movedim(0, -2).flatten(-2)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """indices: [..., D] integers in [0, K) -> [..., D] float32 latents."""
+        self._check()
+        channel = torch.arange(indices.shape[-1], device=indices.device) * self.channels
+        offsets = channel // indices.shape[-1] * self.levels  # of each scalar's own codebook
+        return self.reconstruction_values.flatten()[indices.long() + offsets]
+
+    def outside(self, x: Tensor) -> Tensor:
+        """x: [..., D] scaled latents -> bool [..., D], true beyond the data fitted to."""
+        self._check()
+        low, high = (
+            self.boundaries[:, end].repeat_interleave(x.shape[-1] // self.channels)
+            for end in (0, -1)
+        )
+        return (x < low) | (x > high)
+
+    def extra_repr(self) -> str:
+        return f"levels={self.levels}, channels={self.channels}"
+
+
+def build_quantizer(
+    kind: str, levels: int, low: float, high: float, channels: int
+) -> GaussianQuantizer | CalibratedQuantizer:
+    """The quantizer of that name; a calibrated one has no range but its levels', set later."""
+    if kind == "calibrated":
+        return CalibratedQuantizer(levels, channels)
+    return GaussianQuantizer(levels, low, high)

@@ -18,7 +18,7 @@ from models.channel_head import ChannelHead
 from models.config import PRESETS, TokenBridgeConfig, preset
 from models.masking import Mask, training_mask
 from models.patchify import patchify
-from models.quantizer import GaussianQuantizer
+from models.quantizer import build_quantizer
 from models.vae import check_layout
 
 
@@ -41,7 +41,13 @@ class TokenBridge(nn.Module):
             levels=config.quant_levels,
             order=token_order(config),
         )
-        self.quantizer = GaussianQuantizer(config.quant_levels, config.quant_min, config.quant_max)
+        self.quantizer = build_quantizer(
+            config.quantizer,
+            config.quant_levels,
+            config.quant_min,
+            config.quant_max,
+            config.vae_embed_dim,
+        )
         self.backbone.grad_checkpointing = self.head.grad_checkpointing = grad_checkpointing
 
     def forward(self, latents: Tensor, labels: Tensor | None, mask: Tensor | None = None) -> Tensor:
@@ -109,6 +115,7 @@ class TokenBridge(nn.Module):
         from the published code, whose sampler fed it the published way.
         Raises ValueError, naming the tensors, unless all of them match.
         """
+        self._check_kind(state)
         own = self.state_dict()
         names = _published_names(own)
         buffers = [name for name, _ in self.named_buffers() if name in own]
@@ -118,7 +125,28 @@ class TokenBridge(nn.Module):
         self.load_state_dict(own | {names[name]: tensor for name, tensor in state.items()})
         self.config = replace(self.config, head_input=head_input)
 
+    def _check_kind(self, state: dict[str, Tensor]) -> None:
+        """Levels are one table in the published layout, one a channel if they are calibrated."""
+        found = state.get("reconstruction_values")
+        if found is None:
+            if not self.fitted:
+                raise ValueError("it holds no levels, and this model's calibrated ones are not set")
+            return
+        kind = "calibrated" if found.dim() == 2 else "published"
+        if kind != self.config.quantizer:
+            raise ValueError(
+                f"its quantizer is the {kind} one, this model's the {self.config.quantizer} one; "
+                "see --quantizer"
+            )
+
+    @property
+    def fitted(self) -> bool:
+        """Whether its levels are known: the published ones always are."""
+        return getattr(self.quantizer, "fitted", True)
+
     def _check_codebook(self, state: dict[str, Tensor]) -> None:
+        if not self.fitted:
+            return  # nothing to differ from: the state brings the levels
         for name in ("boundaries", "reconstruction_values"):
             expected = getattr(self.quantizer, name).cpu()
             if name in state and not torch.allclose(state[name].cpu().float(), expected, atol=1e-4):

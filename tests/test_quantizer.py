@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.quantizer import GaussianQuantizer
+from models.patchify import patchify
+from models.quantizer import CalibratedQuantizer, GaussianQuantizer
 from tests.conftest import golden, relative_error
 
 CASES = [(4, -5, 5), (5, -5, 5), (6, -5, 5), (8, -5, 5), (6, -3, 3)]
@@ -91,3 +92,111 @@ def test_impossible_settings_are_refused(wrong):
 def test_integers_are_refused():
     with pytest.raises(ValueError, match="int64"):
         GaussianQuantizer().encode(torch.zeros(3, dtype=torch.int64))
+
+
+def test_outside_is_beyond_the_range():
+    quantizer = GaussianQuantizer(4, -2.0, 3.0)
+    x = torch.tensor([-2.5, -2.0, 0.0, 3.0, 3.5])
+    assert quantizer.outside(x).tolist() == [True, False, False, False, True]
+
+
+# --- calibrated: a codebook for each channel
+
+
+def calibrated(channels: int = 3, levels: int = 8) -> CalibratedQuantizer:
+    """Levels at random, other ones for each channel."""
+    quantizer = CalibratedQuantizer(levels, channels)
+    values = torch.randn(channels, levels).sort(dim=1).values
+    inner = (values[:, 1:] + values[:, :-1]) / 2
+    ends = torch.full((channels, 1), 4.0)
+    quantizer.set_levels(torch.cat([-ends, inner, ends], dim=1), values)
+    return quantizer
+
+
+def brute_force(quantizer: CalibratedQuantizer, x: torch.Tensor) -> torch.Tensor:
+    """x: [..., C] -> index of the nearest value by distance."""
+    return (x[..., None] - quantizer.reconstruction_values).abs().argmin(dim=-1)
+
+
+@pytest.mark.parametrize("shape", [(3,), (7, 3), (2, 5, 3), (2, 0, 3)])
+def test_each_channel_takes_the_nearest_of_its_own_levels(shape):
+    quantizer = calibrated()
+    x = torch.randn(shape)
+    indices = quantizer.encode(x)
+    assert torch.equal(indices, brute_force(quantizer, x))
+    expected = torch.stack(
+        [quantizer.reconstruction_values[c, indices[..., c]] for c in range(3)], dim=-1
+    )
+    assert torch.equal(quantizer.decode(indices), expected)
+    assert torch.equal(quantizer.encode(expected), indices)
+
+
+def test_patches_hold_each_channels_scalars_next_to_each_other():
+    """p = 2: a scalar's codebook is its channel's, wherever it lies in the patch."""
+    quantizer, latents = calibrated(), torch.randn(2, 3, 4, 6)
+    whole = quantizer.encode(latents.movedim(1, -1)).movedim(-1, 1)
+    tokens = patchify(latents, 2)
+    assert torch.equal(quantizer.encode(tokens), patchify(whole, 2))
+    values = quantizer.decode(whole.movedim(1, -1)).movedim(-1, 1)
+    assert torch.equal(quantizer.decode(patchify(whole, 2)), patchify(values, 2))
+    assert torch.equal(quantizer.outside(tokens * 3), (tokens * 3).abs() > 4)
+
+
+def test_ends_of_the_data_are_each_channels_own():
+    quantizer = calibrated(channels=2, levels=2)
+    boundaries = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 3.0]])
+    quantizer.set_levels(boundaries, torch.tensor([[-0.5, 0.5], [-1.0, 1.0]]))
+    x = torch.tensor([[-1.5, -1.5], [1.0, 2.9], [1.1, 3.1]])
+    assert quantizer.outside(x).tolist() == [[True, False], [False, False], [True, True]]
+    assert quantizer.encode(torch.tensor([0.0, 0.0])).tolist() == [0, 0]  # ties go down
+
+
+def test_calibrated_search_makes_nothing_as_large_as_all_distances():
+    x, sizes = torch.randn(4, 16, 3), []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    quantizer = calibrated(levels=64)
+    tables = quantizer.boundaries.numel()
+    with Record():
+        quantizer.decode(quantizer.encode(x))
+    assert max(sizes) <= max(x.numel(), tables)
+
+
+def test_without_levels_nothing_is_quantized():
+    quantizer = CalibratedQuantizer(8, 3)
+    for use in (quantizer.encode, quantizer.outside):
+        with pytest.raises(ValueError, match="no levels"):
+            use(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="no levels"):
+        quantizer.decode(torch.zeros(2, 3, dtype=torch.int64))
+    quantizer.load_state_dict(quantizer.state_dict())  # its empty tables are still none
+    assert not quantizer.fitted
+
+
+def test_a_state_dict_carries_the_levels():
+    quantizer, other = calibrated(), CalibratedQuantizer(8, 3)
+    other.load_state_dict(quantizer.state_dict())
+    x = torch.randn(10, 3)
+    assert torch.equal(other.encode(x), quantizer.encode(x))
+
+
+def test_what_are_no_levels_is_refused():
+    quantizer = CalibratedQuantizer(2, 1)
+    boundaries, values = torch.tensor([[-1.0, 0.0, 1.0]]), torch.tensor([[-0.5, 0.5]])
+    for wrong in ((boundaries[0], values), (boundaries, values[:, :1])):
+        with pytest.raises(ValueError, match="shapes"):
+            quantizer.set_levels(*wrong)
+    with pytest.raises(ValueError, match="ascending"):
+        quantizer.set_levels(boundaries, values.flip(1))
+    quantizer.set_levels(boundaries, values)
+    with pytest.raises(ValueError, match="int64"):
+        quantizer.encode(torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match="513"):
+        CalibratedQuantizer(513, 1)
+    with pytest.raises(ValueError, match="3 scalars a token are no multiple of 2"):
+        calibrated(channels=2).encode(torch.zeros(3))

@@ -5,6 +5,7 @@ import torch
 
 from models.config import TokenBridgeConfig, preset
 from models.masking import Mask, random_orders
+from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from tests.conftest import (
     formula_weight,
@@ -238,3 +239,57 @@ def test_losses_of_the_channels_have_the_loss_as_their_mean():
     indices = model.quantizer.encode(latents)[:, 4].flatten()
     found = model.channel_losses(latents, labels, mask)[4]
     torch.testing.assert_close(found, -expected[torch.arange(32), indices].mean())
+
+
+# --- a calibrated quantizer
+
+
+def calibrated_model(**changes):
+    """tiny_model with levels of its own for each channel."""
+    model = tiny_model(quantizer="calibrated", **changes)
+    values = torch.randn(6, 8).sort(dim=1).values
+    inner = (values[:, 1:] + values[:, :-1]) / 2
+    model.quantizer.set_levels(torch.cat([inner[:, :1] - 9, inner, inner[:, -1:] + 9], 1), values)
+    return model
+
+
+def test_calibrated_levels_travel_with_the_weights():
+    model, other = calibrated_model(), tiny_model(quantizer="calibrated")
+    state = model.published_state_dict()
+    assert list(state) == list(tiny_model().published_state_dict())  # the layout's names and order
+    other.load_published(state)
+    latents, labels, mask = torch.randn(2, 6, 4, 4), torch.tensor([0, 1]), torch.rand(2, 16) < 2
+    assert torch.equal(other(latents, labels, mask), model(latents, labels, mask))
+    samples = sample_latents(other, labels, num_iter=2, head_input="trained")
+    for channel in range(6):
+        used = set(samples[:, channel].flatten().tolist())
+        assert used <= set(model.quantizer.reconstruction_values[channel].tolist())
+
+
+def test_averaged_weights_without_levels_need_them_set_before():
+    model = calibrated_model()
+    parameters = {name: p.detach() for name, p in model.published_parameters()}
+    with pytest.raises(ValueError, match="holds no levels"):
+        tiny_model(quantizer="calibrated").load_published(parameters)
+    model.load_published(parameters)
+
+
+def test_weights_of_one_quantizer_are_refused_by_the_other():
+    published, calibrated = tiny_model(), calibrated_model()
+    for model, state in ((published, calibrated), (calibrated, published)):
+        with pytest.raises(ValueError, match="its quantizer is the .*; see --quantizer"):
+            model.load_published(state.published_state_dict())
+    other = calibrated.published_state_dict()
+    other["boundaries"] = other["boundaries"] + 1
+    with pytest.raises(ValueError, match="differs from this one in 'boundaries'"):
+        calibrated.load_published(other)
+
+
+def test_calibrated_patches_predict_and_sample():
+    model = calibrated_model(patch_size=2)
+    loss = model(torch.randn(2, 6, 4, 4), torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.isfinite()
+    samples = sample_latents(model, torch.tensor([2]), num_iter=2)
+    used = set(samples[0, 5].flatten().tolist())
+    assert used <= set(model.quantizer.reconstruction_values[5].tolist())

@@ -1,0 +1,139 @@
+"""Fitted levels against closed forms, against the published ones, and on awkward data."""
+
+import pytest
+import torch
+from torch.special import ndtr
+
+from models.calibration import cut, fit_levels
+from models.quantizer import SPAN, GaussianQuantizer
+from util.histogram import LatentHistogram
+
+
+def normal_counts(bins: int = 8192, limit: float = 8.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A histogram of N(0, 1) without noise. The counts need not be whole."""
+    mass = ndtr(torch.linspace(-limit, limit, bins + 1, dtype=torch.float64)).diff()
+    return 1e10 * mass[None], torch.tensor([2 * limit / bins]).double()
+
+
+def fit(latents: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """latents: [C, N]."""
+    histogram = LatentHistogram.of(latents.T[:, :, None, None])
+    return fit_levels(histogram.counts, histogram.bin_widths(), levels)
+
+
+def cost(x: torch.Tensor, values: torch.Tensor) -> tuple[float, float]:
+    """Brute force over all levels. x: [N], values: [K] -> mean squared error, entropy in bits."""
+    distance, index = (x[:, None] - values).abs().min(dim=1)
+    p = torch.bincount(index, minlength=len(values)) / len(x)
+    return distance.square().mean().item(), -torch.special.xlogy(p, p).sum().item() / 0.6931472
+
+
+def published_values(levels: int, limit: float = 5.0) -> torch.Tensor:
+    return GaussianQuantizer(levels).reconstruction_values.double() / SPAN * limit
+
+
+def normal_cost(values: torch.Tensor) -> tuple[float, float]:
+    """Under N(0, 1), by its distribution function; error cell by cell, entropy from its masses."""
+    inner = (values[1:] + values[:-1]) / 2
+    edges = torch.cat([torch.tensor([-40.0]), inner, torch.tensor([40.0])]).double()
+    density = torch.exp(-edges.square() / 2) / (2 * torch.pi) ** 0.5
+    mass = torch.where(edges[:-1] > 0, ndtr(-edges[:-1]) - ndtr(-edges[1:]), ndtr(edges).diff())
+    first = -density.diff()
+    second = mass - (edges * density).diff()
+    error = (second - 2 * values * first + values.square() * mass).sum().item()
+    return error, -torch.special.xlogy(mass, mass).sum().item() / 0.6931472
+
+
+@pytest.mark.parametrize("bits", range(1, 10))
+def test_on_normal_data_error_falls_and_entropy_rises_at_every_width(bits):
+    """Where the published levels are all but the best: the hardest case there is."""
+    boundaries, values = fit_levels(*normal_counts(), levels=2**bits)
+    fitted, published = normal_cost(values[0]), normal_cost(published_values(2**bits))
+    assert fitted[0] < published[0] if bits > 1 else fitted[0] <= published[0]
+    assert fitted[1] > published[1] if bits > 1 else fitted[1] == pytest.approx(1)
+    assert torch.allclose(values, -values.flip(1), atol=1e-6)  # as symmetric as the data
+
+
+def test_two_levels_are_the_means_of_the_halves_of_a_normal():
+    boundaries, values = fit_levels(*normal_counts(), levels=2)
+    assert values[0].tolist() == pytest.approx([-0.797885, 0.797885], abs=1e-4)  # sqrt(2 / pi)
+    assert boundaries[0, 1].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_an_exponent_of_one_third_has_lloyd_and_maxs_error():
+    """Max 1960, table I: least mean squared error of 4 and 16 levels for N(0, 1)."""
+    for levels, least in ((4, 0.1175), (16, 0.009497)):
+        _, values = fit_levels(*normal_counts(), levels, exponent=1 / 3)
+        assert least * 0.9999 < normal_cost(values[0])[0] < least * 1.03
+
+
+def test_cut_finds_the_quantiles():
+    """Of mass 1/2 at [0, 1) and 1/2 at [1, 3), spread evenly; none of it at [3, 9)."""
+    points = cut(torch.tensor([0.0, 1.0, 3.0, 9.0]), torch.tensor([2.0, 2.0, 0.0]), 4)
+    assert points.tolist() == pytest.approx([0.5, 1.0, 2.0])
+
+
+def test_more_even_use_costs_error():
+    found = [normal_cost(fit_levels(*normal_counts(), 64, a)[1][0]) for a in (1 / 3, 0.5, 0.8)]
+    errors, entropies = zip(*found, strict=True)
+    assert list(errors) == sorted(errors) and list(entropies) == sorted(entropies)
+    assert entropies[-1] > 5.95
+
+
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_channels_of_other_shapes_gain_on_data_not_fitted_to(bits):
+    """Narrow, wide, shifted, skewed and two-peaked channels: each gets a codebook of its own."""
+    n = 40_000
+    normal = torch.randn(5, n, dtype=torch.float64)
+    peaks = normal[4] * 0.2 + torch.where(torch.rand(n) < 0.3, 2.0, -1.0)
+    skewed = normal[3].exp().clamp(max=4.9)
+    x = torch.stack([normal[0] * 0.3, normal[1] * 1.4, normal[2] * 0.5 + 2, skewed, peaks])
+    x = x.clamp(-5, 5)
+    _, values = fit(x[:, ::2], 2**bits)
+    published = published_values(2**bits)
+    fitted_costs = [cost(*pair) for pair in zip(x[:, 1::2], values, strict=True)]
+    published_costs = [cost(channel, published) for channel in x[:, 1::2]]
+    for (error, entropy), (published_error, published_entropy) in zip(
+        fitted_costs, published_costs, strict=True
+    ):
+        assert error < published_error
+        # A channel wider than the published codebook was made for gives evenness for error.
+        assert entropy > published_entropy - 0.25
+    fitted, published = torch.tensor(fitted_costs), torch.tensor(published_costs)
+    assert fitted[:, 0].mean() < 0.8 * published[:, 0].mean()
+    assert fitted[:, 1].mean() > published[:, 1].mean() + 0.3
+
+
+def test_a_scale_of_the_data_scales_the_levels():
+    x = torch.randn(1, 5000)
+    histogram = LatentHistogram.of(x.T[:, :, None, None])
+    _, values = fit_levels(histogram.counts, histogram.bin_widths(), 16)
+    _, halved = fit_levels(histogram.counts, histogram.bin_widths(0.5), 16)
+    torch.testing.assert_close(halved, values / 2)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.full((1, 50), 1.25),  # a channel that says nothing
+        torch.tensor([[0.0] * 99 + [1000.0]]),  # one value far out
+        torch.tensor([[-3.0, 3.0] * 20]),  # nothing in between
+        torch.zeros(1, 3),
+        torch.randn(1, 5) * 1e-6,
+    ],
+)
+def test_awkward_data_still_has_ascending_finite_levels(x):
+    boundaries, values = fit(x, 512)
+    for table in (boundaries, values):
+        assert table.isfinite().all() and (table.diff(dim=1) >= 0).all()
+    assert (values >= boundaries[:, :-1]).all() and (values <= boundaries[:, 1:]).all()
+    assert boundaries[0, 0] <= x.min() and x.max() <= boundaries[0, -1]
+    error, _ = cost(x[0].double(), values[0])
+    assert error < 0.02 * x.abs().max().item() ** 2 + 1e-12
+
+
+def test_a_channel_without_data_is_refused():
+    with pytest.raises(ValueError, match="without any latents"):
+        fit_levels(LatentHistogram.empty(2).counts, torch.ones(2), 4)
+    with pytest.raises(ValueError, match="1 levels"):
+        fit_levels(*normal_counts(), levels=1)
