@@ -31,7 +31,15 @@ from util.args import (
     positive_float,
     positive_int,
 )
-from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
+from util.build import (
+    ModelFlags,
+    build_config,
+    build_model,
+    build_vae,
+    calibrated_levels,
+    check_vae,
+    warn_other_vae,
+)
 from util.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from util.data import ImageDataset, MicroBatchSampler, list_images, steps_per_epoch
 from util.device import Precision, resolve_precision
@@ -215,7 +223,10 @@ def build_run(
     # The same initial weights on every process, whatever was built before the model.
     torch.manual_seed(args.seed)
     model = build_model(
-        inputs.config, inputs.checkpoint, grad_checkpointing=args.grad_checkpointing
+        inputs.config,
+        inputs.checkpoint,
+        grad_checkpointing=args.grad_checkpointing,
+        levels=new_levels(args, inputs),
     ).to(device)
     inception = None
     if args.online_eval:
@@ -231,6 +242,22 @@ def build_run(
         device=device,
         precision=precision,
         inception=inception,
+    )
+
+
+def new_levels(
+    args: argparse.Namespace, inputs: Inputs
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Those of a calibrated quantizer at the start of a training; a checkpoint brings its own."""
+    config = inputs.config
+    if config.quantizer == "published" or inputs.checkpoint is not None:
+        return None
+    return calibrated_levels(
+        args.cached_path,
+        config.quant_levels,
+        config.latent_scale,
+        config.vae_embed_dim,
+        inputs.data.vae_sha256,
     )
 
 

@@ -7,7 +7,7 @@ import argparse
 import math
 import sys
 
-from models.config import HEAD_INPUTS, PRESETS, TokenBridgeConfig
+from models.config import HEAD_INPUTS, PRESETS, QUANTIZERS, TokenBridgeConfig
 from util.device import PRECISIONS
 from util.errors import EXIT_USER_ERROR
 
@@ -175,12 +175,22 @@ def add_metric_flags(parser: Parser) -> None:
     group.add_argument("--no_metrics", action="store_true", help="images only, no FID and IS")
 
 
+def add_quantizer_flag(group) -> None:
+    group.add_argument(
+        "--quantizer",
+        choices=QUANTIZERS,
+        default=PUBLISHED.quantizer,
+        help="the levels: published, or calibrated to each channel of --cached_path's latents",
+    )
+
+
 def add_model_flags(parser: Parser) -> None:
     group = parser.add_argument_group(
         "model", "a checkpoint made here knows its own settings; a flag given must agree with it"
     )
     group.add_argument("--model", choices=PRESETS, default="tokenbridge_large", help="size")
     group.add_argument("--quant_bits", type=bit_width, default=6, help="bits a latent scalar")
+    add_quantizer_flag(group)
     for name, kind, text in (
         ("vae_stride", positive_int, "pixels a latent position"),
         ("patch_size", positive_int, "latent positions a token, along one side"),

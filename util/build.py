@@ -4,12 +4,17 @@ import argparse
 import sys
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
+from models.calibration import fit_levels
 from models.config import PUBLISHED_LATENT_SCALE, TokenBridgeConfig, default_channel_order, preset
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from util import dist
 from util.checkpoint import Checkpoint, load_vae
 from util.errors import UserError, as_user_error
+from util.histogram import LatentHistogram
+from util.latent_cache import open_cache
 
 # Settings that may change from one use of the same weights to the next.
 BEHAVIOUR = ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "head_input")
@@ -31,7 +36,7 @@ class ModelFlags:
     @classmethod
     def of(cls, args: argparse.Namespace) -> "ModelFlags":
         direct = ["img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num"]
-        direct += ["buffer_size", "quant_min", "quant_max", *BEHAVIOUR]
+        direct += ["buffer_size", "quant_min", "quant_max", "quantizer", *BEHAVIOUR]
         direct += [name for name in LATENT if getattr(args, name) != "auto"]
         sizes = preset(args.model)
         settings = {name: getattr(args, name) for name in direct}
@@ -56,6 +61,11 @@ def build_config(
         return _agreed_config(flags, checkpoint)
     known = _known_latents(flags, checkpoint, manifest, vae)
     if checkpoint is not None:
+        if flags.settings["quantizer"] == "calibrated":
+            raise UserError(
+                f"--quantizer calibrated, but --resume {checkpoint.path} was made by the published "
+                "code, which has the published one; leave the flag out"
+            )
         known["head_input"] = "published"  # as the released checkpoints were measured
     settings = flags.settings | {k: v for k, v in known.items() if k not in flags.given}
     missing = [f"--{name}" for name in LATENT if name not in settings]
@@ -114,13 +124,50 @@ def build_model(
     checkpoint: Checkpoint | None,
     weights: str = "model",
     grad_checkpointing: bool = False,
+    levels: tuple[Tensor, Tensor] | None = None,
 ) -> TokenBridge:
-    """A model, with the checkpoint's weights under that key if there is a checkpoint."""
+    """A model, with the checkpoint's weights under that key if there is a checkpoint.
+
+    levels: of a calibrated quantizer, where no checkpoint brings them (see `calibrated_levels`).
+    """
     with as_user_error():
         model = TokenBridge(**config.to_dict(), grad_checkpointing=grad_checkpointing)
+    if levels is not None:
+        model.quantizer.set_levels(*levels)
     if checkpoint is not None:
+        if config.quantizer == "calibrated":  # averaged weights come without buffers
+            with as_user_error(f"--resume {checkpoint.path}", (ValueError, KeyError)):
+                kept = checkpoint.weights("model")
+                model.quantizer.set_levels(kept["boundaries"], kept["reconstruction_values"])
         checkpoint.load_into(model, weights)
     return model
+
+
+def calibrated_levels(
+    cached_path: str, levels: int, scale: float, channels: int, vae_sha256: str | None
+) -> tuple[Tensor, Tensor]:
+    """Boundaries [C, K + 1] and values [C, K] that fit a cache's latents times scale; float32.
+
+    Raises UserError unless the cache is of this VAE and knows how its latents are distributed.
+    """
+    if not cached_path:
+        raise UserError(
+            "--quantizer calibrated needs --cached_path, a cache of main_cache.py: its levels are "
+            "fitted to the latents' distribution, which the cache knows"
+        )
+    manifest = open_cache(cached_path, vae_sha256=vae_sha256).manifest
+    if manifest is None or not manifest.get("histogram"):
+        raise UserError(
+            f"--cached_path {cached_path} does not say how its latents are distributed, which "
+            "--quantizer calibrated needs; make a new cache with this version's main_cache.py"
+        )
+    with as_user_error(f"--cached_path {cached_path}: manifest.json is damaged"):
+        histogram = LatentHistogram.from_dict(manifest["histogram"])
+        if len(histogram.counts) != channels:
+            raise ValueError(f"a histogram of {len(histogram.counts)} channels, not {channels}")
+        fitted = fit_levels(histogram.counts, histogram.bin_widths(scale), levels)
+    boundaries, values = (table.float() for table in fitted)
+    return boundaries, values
 
 
 def build_vae(args: argparse.Namespace) -> AutoencoderKL:

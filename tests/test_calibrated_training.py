@@ -1,0 +1,145 @@
+"""A calibrated quantizer from a cache's statistics into training, checkpoints and sampling."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import main_tokenbridge
+from models.calibration import fit_levels
+from tests.runs import (
+    CHANNELS,
+    EVALUATE_FLAGS,
+    TRAIN_FLAGS,
+    assert_same_training,
+    evaluate,
+    flags,
+    load,
+    make_inputs,
+    refused,
+    train,
+)
+from util.histogram import LatentHistogram, posterior_noise
+from util.latent_cache import open_cache
+
+BITS = 3
+CALIBRATED = {"quantizer": "calibrated", "quant_bits": BITS}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    train(inputs, output, **CALIBRATED)
+    return output
+
+
+def test_levels_are_those_of_the_caches_latents(inputs, trained):
+    """Sampled and counted here once more, over all images and mirror images at once."""
+    cache = open_cache(inputs / "cache")
+    keys = [(i, flip) for i in range(len(cache)) for flip in (False, True)]
+    moments = torch.stack([cache[key][0] for key in keys]).double()
+    mean, logvar = moments.chunk(2, dim=1)
+    noise = torch.stack([posterior_noise(m) for m in moments])
+    samples = mean + (logvar.clamp(-30, 20) / 2).exp() * noise
+    histogram = LatentHistogram.of(samples)
+    scale = cache.manifest["latent_scale"]
+    boundaries, values = fit_levels(histogram.counts, histogram.bin_widths(scale), 2**BITS)
+    state = load(trained)
+    assert state["config"]["quantizer"] == "calibrated"
+    torch.testing.assert_close(state["model"]["reconstruction_values"], values.float())
+    torch.testing.assert_close(state["model"]["boundaries"], boundaries.float())
+    assert values.shape == (CHANNELS, 2**BITS)
+
+
+def test_resumed_training_keeps_its_levels(inputs, trained, tmp_path):
+    """The cache need not say them again, nor need the flag."""
+    own, output = shutil.copytree(inputs, tmp_path / "own"), tmp_path / "out"
+    train(own, output, epochs=1, **CALIBRATED)
+    forget_histogram(own / "cache")
+    found, expected = train(own, output, resume=output), load(trained)
+    assert found["epoch"] == expected["epoch"]
+    for name in ("reconstruction_values", "boundaries"):
+        assert torch.equal(found["model"][name], expected["model"][name])
+
+
+def forget_histogram(cache: Path) -> None:
+    """As a cache of an earlier version is."""
+    path = cache / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["histogram"]
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_samples_are_drawn_without_another_flag(inputs, trained, tmp_path, weights):
+    drawn = evaluate(inputs, tmp_path, trained, eval_weights=weights, no_metrics=True)
+    assert len(drawn) == 12
+
+
+def test_training_on_images_takes_the_levels_of_a_cache_of_the_same_vae(inputs, trained, tmp_path):
+    on_images = {"use_cached": None, "data_path": "data", "vae_path": "vae.ckpt"}
+    on_images |= {"latent_scale": open_cache(inputs / "cache").manifest["latent_scale"]}
+    on_images |= {"channel_order": "0,1,2,3", "epochs": 1}
+    found = train(inputs, tmp_path, **CALIBRATED, **on_images)
+    expected = load(trained)["model"]["reconstruction_values"]
+    assert torch.equal(found["model"]["reconstruction_values"], expected)
+
+
+def refuse(capsys, inputs: Path, output: Path, **changes) -> str:
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=output, **changes)
+    line = refused(capsys, main_tokenbridge.main, *argv)
+    assert not output.exists()
+    return line
+
+
+def test_what_has_no_distribution_is_refused(inputs, tmp_path, capsys):
+    own = shutil.copytree(inputs, tmp_path / "own")
+    forget_histogram(own / "cache")
+    line = refuse(capsys, own, tmp_path / "out", **CALIBRATED)
+    assert "does not say how its latents are distributed" in line and "main_cache.py" in line
+    published = tmp_path / "published" / "ant"
+    published.mkdir(parents=True)
+    moments = np.zeros((2 * CHANNELS, 4, 4), np.float32)
+    np.savez(published / "0.npz", moments=moments, moments_flip=moments)
+    changes = CALIBRATED | {"cached_path": tmp_path / "published", "class_num": 1, "batch_size": 1}
+    changes |= {"accum_iter": 1, "vae_stride": 4, "vae_embed_dim": CHANNELS}
+    assert "--quantizer calibrated needs" in refuse(capsys, inputs, tmp_path / "out", **changes)
+    damaged = json.loads((inputs / "cache" / "manifest.json").read_text())
+    damaged["histogram"]["counts"] = "AAAA"
+    (own / "cache" / "manifest.json").write_text(json.dumps(damaged))
+    line = refuse(capsys, own, tmp_path / "out", **CALIBRATED)
+    assert "manifest.json is damaged" in line
+
+
+def test_images_without_a_cache_have_no_distribution(inputs, tmp_path, capsys):
+    on_images = {"use_cached": None, "cached_path": None, "data_path": "data"}
+    on_images |= {"vae_path": "vae.ckpt", "latent_scale": 1, "channel_order": "0,1,2,3"}
+    line = refuse(capsys, inputs, tmp_path / "out", **CALIBRATED | on_images)
+    assert "--quantizer calibrated needs --cached_path" in line
+
+
+def test_a_checkpoint_of_the_other_quantizer_is_refused(inputs, trained, tmp_path, capsys):
+    published = tmp_path / "published"
+    train(inputs, published, epochs=1, quant_bits=BITS)
+    for resume, asked in ((trained, "published"), (published, "calibrated")):
+        argv = flags(inputs, EVALUATE_FLAGS, output_dir=tmp_path / "out", resume=resume)
+        line = refused(capsys, main_tokenbridge.main, *argv, "--quantizer", asked)
+        assert f"but the flags say {asked}" in line
+    weights = {key: load(published)[key] for key in ("model", "model_ema")}
+    torch.save(weights, tmp_path / "weights.pth")
+    argv = flags(inputs, EVALUATE_FLAGS, output_dir=tmp_path / "out")
+    argv += ["--resume", str(tmp_path / "weights.pth"), "--quantizer", "calibrated"]
+    line = refused(capsys, main_tokenbridge.main, *argv)
+    assert "was made by the published code" in line
+
+
+def test_two_trainings_with_the_same_seed_are_the_same(inputs, trained, tmp_path):
+    assert_same_training(train(inputs, tmp_path, **CALIBRATED), load(trained))
