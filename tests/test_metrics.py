@@ -1,4 +1,4 @@
-"""FID and IS are torch-fidelity's own, and what cannot be measured is said in one line."""
+"""The figures are torch-fidelity's own, and what cannot be measured is said in one line."""
 
 import json
 import shutil
@@ -8,32 +8,24 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from PIL import Image
 from scipy.linalg import sqrtm
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from tests.runs import evaluate, make_inputs, train
-from util import metrics
+from tests.measures import FEATURES, PIXELS, save_model, save_random_inception
+from tests.runs import evaluate, make_inputs
+from util import extractor, jackknife, metrics
 from util.errors import UserError
-from util.metrics import ImageFeatures
+from util.extractor import WEIGHTS_FILE, Extractor, published_weights
+from util.features import batch_ranges, folder_batches
+from util.metrics import ImageFeatures, Measure
+from util.reference import Reference
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Random weights of torch-fidelity's network, in the form of its own file."""
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:  # the constructor wants a file of weights
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        patch.setattr(torch, "load", lambda *args, **kwargs: None)
-        network = FeatureExtractorInceptionV3("random", ["2048"], "none")
-    for parameter in network.parameters():
-        if parameter.ndim > 1:  # the default initialisation forgets the image on its way
-            torch.nn.init.kaiming_normal_(parameter)
-    network.fc.weight.mul_(50)
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(network.state_dict(), path)
-    return path
+    return save_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
 @pytest.fixture(autouse=True)
@@ -42,100 +34,175 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
 
 
-def test_evaluation_measures_what_torch_fidelity_measures(weights, tmp_path):
-    """On the folder of PNG files, against statistics of another folder."""
+def save_noise(folder: Path, count: int, seed: int, side: int = 16) -> Path:
+    """A folder of PNG files, each of its own brightness."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    for i in range(count):
+        pixels = rng.integers(0, rng.integers(40, 256), (side, side, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:05d}.png")
+    return folder
+
+
+def fidelity(first: Path, second: Path, **settings) -> dict[str, float]:
+    """torch-fidelity's own figures of two folders."""
+    return torch_fidelity.calculate_metrics(
+        **dict(input1=str(first), input2=str(second), cuda=False, cache=False, verbose=False),
+        **dict(isc=True, fid=True, kid=True, prc=True, save_cpu_ram=True),
+        **settings,
+    )
+
+
+def test_inception_figures_of_an_evaluation_are_those_of_its_png_files(weights, tmp_path, capsys):
     inputs = make_inputs(tmp_path / "inputs")
-    train(inputs, tmp_path / "out", epochs=1)
-    reference = tmp_path / "reference"
-    reference.mkdir()
-    for i, path in enumerate(sorted((inputs / "data").rglob("*0.png"))):
-        shutil.copy(path, reference / f"{i}.png")
-    network = metrics.load_extractor(weights, CPU)
-    features = torch.cat(
-        [
-            network(torch_fidelity.datasets.ImagesPathDataset([str(path)])[0][None])[0]
-            for path in sorted(reference.iterdir())
-        ]
-    ).numpy()
-    stats = tmp_path / "stats.npz"
-    np.savez(stats, mu=features.mean(axis=0), sigma=np.cov(features, rowvar=False))
-
-    evaluate(
-        inputs, tmp_path / "eval", tmp_path / "out", inception_weights=weights, fid_stats=stats
-    )
-    (folder,) = (tmp_path / "eval").iterdir()
-    found = json.loads((folder / "metrics.json").read_text())["metrics"]
-    expected = torch_fidelity.calculate_metrics(
-        **dict(input1=str(folder / "images"), input2=str(reference), cuda=False, cache=False),
-        **dict(isc=True, fid=True, verbose=False, save_cpu_ram=True),
+    reference = save_noise(tmp_path / "reference", 11, seed=1)
+    settings = dict(inception_weights=weights, fid_reference=reference, keep_images=True)
+    evaluate(inputs, tmp_path / "eval", save_model(tmp_path / "model"), **settings)
+    (folder,) = (tmp_path / "eval").glob("ariter*")
+    found = json.loads((folder / "metrics.json").read_text())
+    expected = fidelity(
+        folder / "images",
+        reference,
+        feature_extractor="inception-v3-compat",
         feature_extractor_weights_path=str(weights),
+        kid_subset_size=11,
     )
-    fid = expected["frechet_inception_distance"]
-    mean, std = (expected[f"inception_score_{name}"] for name in ("mean", "std"))
-    assert fid > 1 and mean - 1 > 1e-4 and std > 1e-4
-    assert found["fid"] == pytest.approx(fid, rel=1e-4)
-    assert found["inception_score_mean"] - 1 == pytest.approx(mean - 1, rel=1e-2)
-    assert found["inception_score_std"] == pytest.approx(std, rel=1e-2)
+    expected["fid"] = expected.pop("frechet_inception_distance")
+    assert expected["fid"] > 1 and expected["inception_score_mean"] > 1.001
+    assert found["metrics"] == pytest.approx(expected, rel=1e-4)
+    assert found["metric_settings"] == {"kid_subset_size": 11}
+    told = capsys.readouterr()
+    assert f"FID-12: {found['metrics']['fid']:.4f}" in told.out
+    assert "12 images are not more than the 2048 features: the covariance is singular" in told.err
+    assert found["files"]["extractor"]["sha256"] == found["measured"]["weights_sha256"]
 
 
-# --- the arithmetic, on features of four numbers
+# --- the arithmetic, with an extractor of nine features
 
 
-class Stub:
-    """An Inception whose features and logits are the pixels."""
-
-    def __init__(self, stats: dict | None = None):
-        self.stats = stats
-
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = images.flatten(1).float()
-        return pixels, pixels / 50
+def pixels_measure(reference: Reference | None = None) -> Measure:
+    return Measure(Extractor("pixels", None, CPU), reference or Reference(None, {}))
 
 
-def collect(images: torch.Tensor, batches: list[list[int]], stats=None) -> ImageFeatures:
-    features = ImageFeatures(Stub(stats))
-    for ids in batches:
-        features.add(ids, images[ids])
-    return features
+def images_of(folder: Path) -> torch.Tensor:
+    files = sorted(folder.iterdir())
+    ((_, ids, images),) = folder_batches(files, 16, batch_ranges(len(files), 1000), [0])
+    assert ids == list(range(len(files)))
+    return images
 
 
-def random_images(count: int, top: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, top, (count, 4, 1, 1), generator=generator, dtype=torch.uint8)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("folders")
+    return save_noise(root / "first", 43, seed=0), save_noise(root / "second", 37, seed=1)
 
 
-def frechet(x: np.ndarray, y: np.ndarray) -> float:
+def test_figures_equal_torch_fidelity_s_whoever_made_which_image(folders, monkeypatch, tmp_path):
+    first, second = folders
+    measure = metrics.compare_with_folder(pixels_measure(), second, 16, tmp_path)
+    images = images_of(first)
+    parts = [ImageFeatures(measure) for _ in range(3)]
+    for number, ids in enumerate(batch_ranges(43, 5)):
+        parts[number % 3].add(list(ids), images[list(ids)])
+    gathered = [(part.ids, part.rows) for part in parts]
+    monkeypatch.setattr(metrics.dist, "gather_to_main", lambda value: gathered)
+    found = parts[0].compute()
+    expected = fidelity(first, second, feature_extractor="pixels", kid_subset_size=37)
+    for theirs, (_, ours) in metrics.NAMES.items():
+        assert found.pop(ours) == pytest.approx(expected.pop(theirs), rel=1e-5), ours
+    error = found.pop("frechet_distance_standard_error")
+    assert 0 < error < 10
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert 0.1 < found["precision"] <= 1
+
+
+def definition(x: np.ndarray, y: np.ndarray) -> float:
     """|mu_x - mu_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^1/2), of features [N, D]."""
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     difference = x.mean(axis=0) - y.mean(axis=0)
     return difference @ difference + np.trace(a + b - 2 * sqrtm(a @ b)).real
 
 
-def test_distances_are_frechets():
-    images, reference = random_images(40, 200), random_images(30, 256, seed=1)
-    x, y = (t.flatten(1).numpy().astype(float) for t in (images, reference))
+def features_of(folder: Path) -> np.ndarray:
+    return pixels_measure().extractor(images_of(folder))["mixed"].double().numpy()
+
+
+def test_distances_are_frechets(folders):
+    x, y = map(features_of, folders)
     stats = {"mu": y.mean(axis=0), "sigma": np.cov(y, rowvar=False)}
-    other = collect(reference, [list(range(30))])
-    found = collect(images, [list(range(40))], stats).compute(reference=other)
-    assert found["fid"] == pytest.approx(frechet(x, y), rel=1e-6)
-    assert found["rfid"] == pytest.approx(frechet(x, y), rel=1e-6)
-    alone = collect(images, [list(range(40))]).compute()
-    assert set(alone) == {"inception_score_mean", "inception_score_std"}
+    own, other = (ImageFeatures(pixels_measure(Reference(stats, {}))) for _ in range(2))
+    own.add(list(range(43)), images_of(folders[0]))
+    other.add(list(range(37)), images_of(folders[1]))
+    found = own.compute(reference=other)
+    assert found["frechet_distance"] == pytest.approx(definition(x, y), rel=1e-4)
+    assert found["rfid"] == pytest.approx(definition(x, y), rel=1e-4)
 
 
-def test_figures_do_not_depend_on_who_made_which_image(monkeypatch):
-    """IS is taken over splits of the images in their order."""
-    images = random_images(40, 256)
-    whole = collect(images, [list(range(40))]).compute()
-    parts = [
-        collect(images, [[30, 31], list(range(5))]),
-        collect(images, [list(range(5, 30)), list(range(32, 40))]),
-    ]
-    assert parts[0].compute() != whole
-    monkeypatch.setattr(
-        metrics.dist, "gather_to_main", lambda value: [(part.ids, part.rows) for part in parts]
-    )
-    assert parts[1].compute() == whole
+def test_replicates_are_the_figures_without_a_group_and_of_each_split(folders):
+    x, y = map(features_of, folders)
+    stats = {"mu": y.mean(axis=0), "sigma": np.cov(y, rowvar=False)}
+    found = jackknife.fid_replicates(torch.from_numpy(x), stats)
+    kept = [np.arange(43) % 10 != group for group in range(10)]
+    assert found == pytest.approx([definition(x[rows], y) for rows in kept], rel=1e-6)
+    assert jackknife.fid_replicates(torch.from_numpy(x[:10]), stats) is None  # 9 features
+
+    logits = torch.from_numpy(x)
+    whole = torch_fidelity.metric_isc.isc_features_to_metric(logits)
+    splits = jackknife.is_replicates(logits)
+    assert np.mean(splits) == pytest.approx(whole["inception_score_mean"], rel=1e-9)
+    assert np.std(splits) == pytest.approx(whole["inception_score_std"], rel=1e-6)
+
+
+def test_jackknife_error_of_a_mean_is_the_known_one():
+    """Of the mean of N numbers it is s / sqrt(N), where every group is one number."""
+    values = np.random.default_rng(0).normal(size=10)
+    replicates = [np.delete(values, i).mean() for i in range(10)]
+    expected = values.std(ddof=1) / np.sqrt(10)
+    assert jackknife.fid_error(replicates) == pytest.approx(expected)
+    assert jackknife.is_error(list(values)) == pytest.approx(expected)
+
+
+# --- what the numbers would mean
+
+
+def warnings_of(count: int, measure: Measure) -> list[str]:
+    images = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8)
+    return metrics.score(measure.extractor(images), measure).warnings
+
+
+def test_too_few_images_are_warned_about():
+    stats = {"mu": np.zeros(FEATURES), "sigma": np.eye(FEATURES)}
+    measure = pixels_measure(Reference(stats, {}))
+    few, enough = warnings_of(FEATURES, measure), warnings_of(FEATURES + 1, measure)
+    assert any("9 images are not more than the 9 features" in w and "singular" in w for w in few)
+    assert any("IS is not computed: 9 images" in w for w in few) and enough == []
+    assert "FID-5000" in metrics._few_images(5000, 2048, inception=True)[0]
+    assert metrics._few_images(50000, 2048, inception=True) == []
+
+
+def test_small_references_are_warned_about(folders, tmp_path, capsys):
+    small = save_noise(tmp_path / "small", 9, seed=3, side=12)
+    metrics.compare_with_folder(pixels_measure(), small, 16, tmp_path / "cache")
+    told = capsys.readouterr().out
+    assert "9 of 9 images looked at are smaller than 16 px" in told
+    assert "9 images are not more than the 9 features" in told
+    metrics.compare_with_folder(pixels_measure(), folders[1], 16, tmp_path / "cache")
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_reference_features_are_made_once_for_the_same_images(folders, tmp_path, monkeypatch):
+    folder = shutil.copytree(folders[1], tmp_path / "images")
+    first = metrics.compare_with_folder(pixels_measure(), folder, 16, tmp_path / "cache")
+    seen = []
+    measure = pixels_measure()
+    monkeypatch.setattr(measure.extractor.network, "forward", seen.append)
+    again = metrics.compare_with_folder(measure, folder, 16, tmp_path / "cache")
+    assert torch.equal(again.reference.features["mixed"], first.reference.features["mixed"])
+    assert not seen
+    (folder / "00003.png").unlink()
+    other = metrics.compare_with_folder(pixels_measure(), folder, 16, tmp_path / "cache")
+    assert len(other.reference.features["mixed"]) == 36
+    assert other.identity() != first.identity()
 
 
 # --- what is missing
@@ -146,11 +213,11 @@ def test_missing_weights_and_statistics_are_said_in_one_line_each(weights, capsy
     assert metrics.prepare(None, None, CPU) is None
     captured = capsys.readouterr()
     told = [line for line in captured.out.splitlines() if "not computed" in line]
-    assert len(told) == 1 and metrics.WEIGHTS_FILE in told[0] and "--inception_weights" in told[0]
+    assert len(told) == 1 and WEIGHTS_FILE in told[0] and "--inception_weights" in told[0]
     assert len(captured.err.splitlines()) == 1
-    inception = metrics.prepare(None, str(weights), CPU)
+    measure = metrics.prepare(None, str(weights), CPU)
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 1 and "--fid_stats" in told[0] and inception.stats is None
+    assert len(told) == 1 and "--fid_stats" in told[0] and measure.stats is None
 
 
 def test_metrics_may_be_unwanted(capsys):
@@ -159,13 +226,13 @@ def test_metrics_may_be_unwanted(capsys):
 
 
 def test_weights_downloaded_earlier_are_found_and_checked(weights):
-    place = metrics.published_weights()
+    place = published_weights()
     place.parent.mkdir(parents=True)
     shutil.copy(weights, place)
-    assert metrics.find_inception_weights(None) == place
+    assert extractor.find_inception_weights(None) == place
     place.write_bytes(place.read_bytes()[:1000])
     with pytest.raises(UserError, match="--inception_weights .*damaged"):
-        metrics.find_inception_weights(None)
+        extractor.find_inception_weights(None)
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
@@ -175,33 +242,25 @@ def test_weights_of_another_network_are_refused(tmp_path):
     assert "other.pth" in str(error.value) and "\n" not in str(error.value)
 
 
-def save_stats(path: Path, **arrays) -> Path:
-    np.savez(path, **arrays)
-    return path
-
-
-def test_statistics_are_read(tmp_path):
-    mu, sigma = np.arange(2048, dtype=np.float32), np.eye(2048, dtype=np.float32)
-    found = metrics.load_fid_statistics(save_stats(tmp_path / "s.npz", mu=mu, sigma=sigma, n=3))
-    assert set(found) == {"mu", "sigma"} and found["mu"].dtype == np.float64
-    np.testing.assert_array_equal(found["mu"], mu)
-
-
 @pytest.mark.parametrize(
-    "make",
+    ("name", "fragment"),
     [
-        lambda path: None,
-        lambda path: path.write_bytes(b"<html>"),
-        lambda path: path.write_bytes(b"PK\x03\x04"),
-        lambda path: path.write_bytes(b""),
-        lambda path: save_stats(path, mu=np.zeros(2048)),
-        lambda path: save_stats(path, mu=np.zeros(64), sigma=np.eye(64)),
-        lambda path: save_stats(path, mu=np.array([{}]), sigma=np.eye(2)),
+        ("nothing", "'nothing'"),
+        ("no.such.module:pixels", "cannot import 'no.such.module'"),
+        ("tests.measures:nothing", "'nothing'"),
     ],
 )
-def test_bad_statistics_are_refused_in_one_line(tmp_path, make):
-    path = tmp_path / "stats.npz"
-    make(path)
+def test_unknown_extractors_are_refused_in_one_line(name, fragment):
     with pytest.raises(UserError) as error:
-        metrics.load_fid_statistics(path)
-    assert str(error.value).startswith(f"--fid_stats {path}: ") and "\n" not in str(error.value)
+        metrics.prepare(None, None, CPU, feature_extractor=name)
+    line = str(error.value)
+    assert line.startswith(f"--feature_extractor {name}") and fragment in line and "\n" not in line
+
+
+def test_extractor_is_named_by_its_module_and_digested_by_its_tensors():
+    measure = metrics.prepare(None, None, CPU, feature_extractor=PIXELS, folder_follows=True)
+    assert measure.extractor.name == "pixels"
+    assert measure.extractor.layers == dict(isc="logits", fid="mixed", kid="mixed", prc="mixed")
+    before = measure.extractor.weights_sha256
+    measure.extractor.network.mixed[0, 0] += 1
+    assert extractor.digest(measure.extractor.network) != before

@@ -1,153 +1,212 @@
-"""FID and Inception Score through torch-fidelity's own network and its own arithmetic.
+"""FID, IS, KID, precision and recall: torch-fidelity's network and torch-fidelity's arithmetic.
 
-Letters: N images.
-Source: Heusel et al., arXiv 1706.08500 (FID); Salimans et al., arXiv 1606.03498 (IS).
+    images -> Extractor -> features [N, D] of each layer, in image order -> figures
+
+The figures are those of `torch_fidelity.calculate_metrics` on the PNG files of the same images,
+with its default splits, order, subsets and seeds.
+Letters: N images, D features.
+Source: Heusel et al., arXiv 1706.08500 (FID); Salimans et al., arXiv 1606.03498 (IS); Binkowski
+et al., arXiv 1801.01401 (KID); Kynkaanniemi et al., arXiv 1904.06991 (precision and recall).
 """
 
-import socket
-import sys
-import zipfile
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from util import dist
-from util.errors import UserError
-from util.files import load_tensors
+from util.extractor import INCEPTION, Extractor, load_extractor
+from util.features import FeatureStore, folder_features, upsampled
+from util.jackknife import fid_error, fid_replicates, is_replicates
+from util.reference import (
+    ADM_STATISTICS,
+    Reference,
+    check_statistics,
+    list_folder,
+    listing_digest,
+    load_fid_statistics,
+)
 
-ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
-FEATURES, LOGITS = "2048", "logits_unbiased"
-FEATURE_COUNT = 2048
-WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
+FULL_COUNT = 50000  # images of the FID that papers report
+ISC_SPLITS = 10
+KID_SUBSET = 1000
+REFERENCE_BATCH = 64
+PRC_IN_MEMORY = 20000  # above, distances are computed in parts: 50,000 x 50,000 fill 10 GB
+# Names of the figures: with Inception, and with another network, where FID is not FID.
+NAMES = {
+    "frechet_inception_distance": ("fid", "frechet_distance"),
+    "kernel_inception_distance_mean": ("kernel_inception_distance_mean", "kernel_distance_mean"),
+    "kernel_inception_distance_std": ("kernel_inception_distance_std", "kernel_distance_std"),
+    "inception_score_mean": ("inception_score_mean", "score_mean"),
+    "inception_score_std": ("inception_score_std", "score_std"),
+}
 
 
-def published_weights() -> Path:
-    """Where torch-fidelity keeps the Inception weights it downloads."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+@dataclass
+class Measure:
+    """The extractor and what its features are compared with."""
+
+    extractor: Extractor
+    reference: Reference
+
+    @property
+    def stats(self) -> dict[str, np.ndarray] | None:
+        """The statistics that FID is the distance to, if there are any."""
+        return self.reference.stats
+
+    def identity(self) -> dict:
+        """What decides the figures of given images, as plain values."""
+        digests = {k: v for k, v in self.reference.record.items() if k.endswith("sha256")}
+        return self.extractor.identity() | {"reference": digests}
 
 
-def find_inception_weights(given: str | None) -> Path | None:
-    """The given file, else the one downloaded earlier, or now by one process of each node; checked.
+Inception = Measure  # its name where only FID and IS are measured
 
-    Returns None, on every process, if a node has none and cannot download it.
+
+@dataclass
+class Scores:
+    """figures by name; what their numbers would mean, where that is not what a reader expects.
+
+    replicates: {"fid": [G], "inception_score": [G]}, see util/jackknife.py; where they can be had.
     """
-    path = published_weights() if given is None else Path(given)
-    if given is None:
-        nodes = dist.gather_objects(socket.gethostname())
-        if nodes.index(nodes[dist.rank()]) == dist.rank() and not path.is_file():
-            _download_inception_weights()
-        dist.barrier()
-        if not all(dist.gather_objects(path.is_file())):
-            return None
-    load_tensors(path, "--inception_weights")  # torch-fidelity would unpickle it unchecked
-    return path
+
+    figures: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    replicates: dict[str, list[float]] = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
 
 
-def _download_inception_weights() -> None:
-    """To torch-fidelity's own place, its digest checked. Without a network: absent."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+def score(features: dict[str, Tensor], measure: Measure) -> Scores:
+    """All figures that can be had. features: {layer: [N, D]} in the order of image numbers."""
+    layers, inception = measure.extractor.layers, measure.extractor.is_inception
+    found = Scores()
+    if "isc" in layers:
+        _inception_score(features[layers["isc"]], found)
+    if "fid" in layers and measure.stats is not None:
+        own = features[layers["fid"]]
+        found.figures["frechet_inception_distance"] = frechet(statistics(own), measure.stats)
+        found.warnings += _few_images(*own.shape, inception)
+        replicates = fid_replicates(own, measure.stats)
+        if replicates is not None:
+            found.replicates["fid"] = replicates
+            found.figures["fid_standard_error"] = fid_error(replicates)
+    if measure.reference.features is not None:
+        _kid(features, measure, found)
+        _precision_recall(features, measure, found)
+    named = {name: pair[0 if inception else 1] for name, pair in NAMES.items()}
+    if not inception:
+        named["fid_standard_error"] = "frechet_distance_standard_error"
+    found.figures = {named.get(name, name): value for name, value in found.figures.items()}
+    return found
 
-    waiting = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # a firewall that swallows packets must not stop an evaluation
-    try:
-        torch.hub.load_state_dict_from_url(
-            URL_INCEPTION_V3, progress=True, check_hash=True, weights_only=True
+
+def _inception_score(logits: Tensor, found: Scores) -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    if len(logits) < ISC_SPLITS:
+        found.warnings.append(
+            f"IS is not computed: {len(logits)} images are fewer than its {ISC_SPLITS} splits"
         )
-    except (OSError, RuntimeError) as error:
-        print(f"no Inception weights from the network ({error})", file=sys.stderr, flush=True)
-    finally:
-        socket.setdefaulttimeout(waiting)
+        return
+    found.figures |= isc_features_to_metric(logits)
+    found.replicates["inception_score"] = is_replicates(logits)
 
 
-def load_extractor(weights: Path, device: torch.device) -> nn.Module:
-    """torch-fidelity's Inception network: uint8 [N, 3, H, W] -> (features, logits)."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+def _few_images(count: int, width: int, inception: bool) -> list[str]:
+    if count <= width:
+        return [
+            f"{count} images are not more than the {width} features: the covariance is singular "
+            "and FID far too large; compare it with nothing but the same number of images"
+        ]
+    if inception and count != FULL_COUNT:
+        return [
+            f"this is FID-{count}: FID falls with the number of images, so it is not comparable "
+            "with the FID-50K of papers"
+        ]
+    return []
 
-    try:
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat",
-            [FEATURES, LOGITS],
-            feature_extractor_weights_path=str(weights),
+
+def statistics(features: Tensor) -> dict[str, np.ndarray]:
+    """mu and sigma of [N, D], float64."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    found = fid_features_to_statistics(features)
+    return {key: value.astype(np.float64) for key, value in found.items()}
+
+
+def frechet(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+
+    return next(iter(fid_statistics_to_metric(first, second, False).values()))
+
+
+def _kid(features: dict[str, Tensor], measure: Measure, found: Scores) -> None:
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    layer = measure.extractor.layers.get("kid")
+    if layer is None:
+        return
+    own, other = features[layer], measure.reference.features[layer]
+    subset = min(KID_SUBSET, len(own), len(other))
+    if subset < 2:
+        found.warnings.append("KID is not computed: it needs two images on each side")
+        return
+    if subset < KID_SUBSET:
+        found.warnings.append(
+            f"KID is of subsets of {subset} images, not {KID_SUBSET}: its standard deviation is "
+            "not comparable with others'"
         )
-    except (RuntimeError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"--inception_weights {weights}: not torch-fidelity's Inception network ({first}); "
-            f"it needs {WEIGHTS_FILE}"
-        ) from error
-    return network.to(device)
+    found.settings["kid_subset_size"] = subset
+    found.figures |= kid_features_to_metric(own, other, kid_subset_size=subset, verbose=False)
 
 
-def load_fid_statistics(path: str | Path) -> dict[str, np.ndarray]:
-    """mu [2048] and sigma [2048, 2048], float64, of an npz file as ADM's.
+def _precision_recall(features: dict[str, Tensor], measure: Measure, found: Scores) -> None:
+    from torch_fidelity.metric_prc import prc_features_to_metric
 
-    Raises UserError, naming --fid_stats, on a damaged file or other shapes.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            stats = {key: np.asarray(file[key], dtype=np.float64) for key in ("mu", "sigma")}
-    except FileNotFoundError as error:
-        raise UserError(f"--fid_stats {path}: no such file") from error
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"--fid_stats {path}: not an npz file with mu and sigma ({error})"
-        ) from error
-    shapes = {key: value.shape for key, value in stats.items()}
-    if shapes != {"mu": (FEATURE_COUNT,), "sigma": (FEATURE_COUNT, FEATURE_COUNT)}:
-        raise UserError(f"--fid_stats {path}: shapes {shapes} are not those of Inception features")
-    return stats
-
-
-class Inception:
-    """The network and, where they were given, the reference statistics of FID."""
-
-    def __init__(self, weights: Path, stats: dict[str, np.ndarray] | None, device: torch.device):
-        self.network = load_extractor(weights, device)
-        self.stats, self.device = stats, device
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images: uint8 [N, 3, H, W] -> features [N, 2048] and logits [N, 1008], on the CPU."""
-        features, logits = self.network(images.to(self.device))
-        return features.cpu(), logits.cpu()
+    layer = measure.extractor.layers.get("prc")
+    if layer is None:
+        return
+    own, other = features[layer], measure.reference.features[layer]
+    if min(len(own), len(other)) < 4:  # the third neighbour beside itself
+        found.warnings.append("precision and recall need four images on each side")
+        return
+    in_parts = max(len(own), len(other)) > PRC_IN_MEMORY
+    found.figures |= prc_features_to_metric(own, other, save_cpu_ram=in_parts, verbose=False)
 
 
 class ImageFeatures:
     """Collects the features of this process's images; computes the metrics of everybody's."""
 
-    def __init__(self, inception: Inception):
-        self.inception = inception
+    def __init__(self, measure: Measure):
+        self.measure = measure
         self.ids: list[int] = []
-        self.rows: list[tuple[Tensor, Tensor]] = []
+        self.rows: list[dict[str, Tensor]] = []
         self.gathered, self.sorted = False, None
 
     def add(self, ids: list[int], images: Tensor) -> None:
         """images: uint8 [N, 3, H, W], numbered by ids."""
         self.ids += ids
-        self.rows.append(self.inception(images))
+        self.rows.append(self.measure.extractor(images))
 
     def compute(self, reference: "ImageFeatures | None" = None) -> dict[str, float]:
-        """IS, FID where statistics were given, rFID against a reference.
+        """All figures that `score` finds, and rFID against a reference.
 
         On the main process; empty on the others, which only hand over their features.
         """
-        from torch_fidelity.metric_isc import isc_features_to_metric
-
         gathered = [images.gather() for images in (self, reference) if images is not None]
         if not dist.is_main():
             return {}
-        features, logits = gathered[0]
-        metrics = isc_features_to_metric(logits)
-        if self.inception.stats is not None:
-            metrics["fid"] = _frechet(features, self.inception.stats)
+        figures = score(gathered[0], self.measure).figures
         if reference is not None:
-            metrics["rfid"] = _frechet(features, _statistics(gathered[1][0]))
-        return metrics
+            layer = self.measure.extractor.layers["fid"]
+            own, other = (statistics(features[layer]) for features in gathered)
+            figures["rfid"] = frechet(own, other)
+        return figures
 
-    def gather(self) -> tuple[Tensor, Tensor] | None:
-        """Features and logits in the order of the image numbers, on the main process, once."""
+    def gather(self) -> dict[str, Tensor] | None:
+        """{layer: [N, D]} in the order of the image numbers, on the main process, once."""
         if not self.gathered:
             self.gathered = True
             parts = dist.gather_to_main((self.ids, self.rows))
@@ -155,50 +214,89 @@ class ImageFeatures:
         return self.sorted
 
     @staticmethod
-    def _sort(parts: list) -> tuple[Tensor, Tensor]:
-        ids = torch.tensor([i for part_ids, _ in parts for i in part_ids])
+    def _sort(parts: list) -> dict[str, Tensor]:
+        order = torch.tensor([i for part_ids, _ in parts for i in part_ids]).argsort()
         rows = [row for _, part_rows in parts for row in part_rows]
-        order = ids.argsort()
-        features = torch.cat([features for features, _ in rows])
-        logits = torch.cat([logits for _, logits in rows])
-        return features[order], logits[order]
-
-
-def _statistics(features: Tensor) -> dict[str, np.ndarray]:
-    from torch_fidelity.metric_fid import fid_features_to_statistics
-
-    found = fid_features_to_statistics(features)
-    return {key: value.astype(np.float64) for key, value in found.items()}
-
-
-def _frechet(features: Tensor, stats: dict[str, np.ndarray]) -> float:
-    from torch_fidelity.metric_fid import fid_statistics_to_metric
-
-    return next(iter(fid_statistics_to_metric(_statistics(features), stats, False).values()))
+        return {layer: torch.cat([row[layer] for row in rows])[order] for layer in rows[0]}
 
 
 def prepare(
-    fid_stats: str | None, inception_weights: str | None, device: torch.device, wanted: bool = True
-) -> Inception | None:
+    fid_stats: str | None,
+    inception_weights: str | None,
+    device: torch.device,
+    wanted: bool = True,
+    feature_extractor: str = INCEPTION,
+    size: int | None = None,
+    folder_follows: bool = False,
+) -> Measure | None:
     """What can be measured here; what cannot is said in one line, with the remedy.
 
-    Files are checked before the first image is made. fid_stats: None takes ADM's if it is there.
+    Files are checked before the first image is made. fid_stats: None takes ADM's if it is there
+    and the extractor is Inception. size: of the images, so that another one is noticed.
+    folder_follows: `compare_with_folder` will give the reference, so none is missing.
     """
     if not wanted:
         return None
-    if fid_stats is None and ADM_STATISTICS.is_file():
+    inception = feature_extractor == INCEPTION
+    if fid_stats is None and inception and not folder_follows and ADM_STATISTICS.is_file():
         fid_stats = str(ADM_STATISTICS)
-    stats = load_fid_statistics(fid_stats) if fid_stats is not None else None
-    weights = find_inception_weights(inception_weights)
-    if weights is None:
-        dist.print_main(
-            f"FID and IS are not computed: no Inception weights; put torch-fidelity's "
-            f"{WEIGHTS_FILE} at {published_weights()} or name it with --inception_weights"
-        )
+    stats = None
+    if fid_stats is not None and inception:  # before the weights, which may be a download
+        stats = load_fid_statistics(fid_stats)
+    extractor = load_extractor(feature_extractor, inception_weights, device)
+    if extractor is None:
         return None
+    if fid_stats is None:
+        if not folder_follows:
+            dist.print_main(
+                "FID is not computed: no statistics; put ADM's adm_in256_stats.npz into fid_stats/ "
+                "or name an npz file with mu and sigma with --fid_stats"
+            )
+        return Measure(extractor, Reference(None, {}))
     if stats is None:
+        stats = load_fid_statistics(fid_stats, extractor.width("fid", size))
+    identity = extractor.identity() | {"layer": extractor.layers["fid"]}
+    record, warnings = check_statistics(fid_stats, identity, size, len(stats["mu"]))
+    for warning in warnings:
+        dist.print_main(f"warning: {warning}")
+    return Measure(extractor, Reference(stats, record))
+
+
+def compare_with_folder(
+    measure: Measure,
+    folder: str | Path,
+    size: int,
+    cache: Path,
+    num_workers: int = 0,
+    skip_bad: bool = False,
+) -> Measure:
+    """The same measure with a folder of real images as its reference; all processes take part.
+
+    FID stays the distance to the file of statistics if there is one. cache: a folder for the
+    features, which a restart finds again. Raises UserError if there are no images.
+    """
+    files = list_folder(folder)
+    extractor = measure.extractor
+    key = listing_digest(Path(folder), files)
+    smaller = dist.gather_objects(upsampled(files, size) if dist.is_main() else None)[0]
+    if smaller:
         dist.print_main(
-            "FID is not computed: no statistics; put ADM's adm_in256_stats.npz into fid_stats/ "
-            "or name an npz file with mu and sigma with --fid_stats"
+            f"warning: --fid_reference {folder}: {smaller} and are enlarged: figures measure the "
+            "blur of that too"
         )
-    return Inception(weights, stats, device)
+    name = f"{extractor.name}-{extractor.weights_sha256[:12]}-{size}px-{key[:12]}"
+    features = folder_features(
+        extractor, files, size, FeatureStore(cache / name), REFERENCE_BATCH, num_workers, skip_bad
+    )
+    record = {"fid_reference": str(folder), "images": len(files), "listing_sha256": key}
+    stats = measure.stats
+    if stats is None and features is not None:
+        own = features[extractor.layers["fid"]]
+        if len(own) <= own.shape[1]:
+            print(
+                f"warning: --fid_reference {folder}: {len(own)} images are not more than the "
+                f"{own.shape[1]} features: their covariance is singular and FID far too large",
+                flush=True,
+            )
+        stats = statistics(own)
+    return Measure(extractor, Reference(stats, measure.reference.record | record, features))

@@ -1,0 +1,159 @@
+"""Features of images, batch by batch: files of them that a restart finds, and folders of images.
+
+A batch is a fixed range of image numbers, whoever works on it. Its features are one file, whole
+or absent; what is there already is not done again, on whatever number of processes.
+Letters: N images, D features, S side in pixels.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from util import dist
+from util.data import ImageDataset, collate_skipping
+from util.errors import UserError
+from util.extractor import Extractor
+from util.files import atomic_write
+from util.images import to_uint8
+
+SHARED_WAIT = 60.0  # seconds until a file of another node is seen on a network file system
+LOOKED_AT = 1000  # images of a folder whose size is looked at
+
+
+def batch_ranges(count: int, batch_size: int) -> list[range]:
+    """Image numbers 0..count-1 in batches of fixed composition."""
+    starts = range(0, count, batch_size)
+    return [range(start, min(start + batch_size, count)) for start in starts]
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """A folder with one npz file a batch: ids [n] and the features of each layer [n, D]."""
+
+    folder: Path
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"batch-{number:06d}.npz"
+
+    def missing(self, batches: Iterable[int]) -> set[int]:
+        """Those numbers of batches that have no file."""
+        found = {path.name for path in self.folder.glob("batch-*.npz")}
+        return {number for number in batches if self.path(number).name not in found}
+
+    def write(self, number: int, ids: list[int], features: dict[str, Tensor]) -> None:
+        """features: {layer: [n, D]} of the images of those numbers."""
+        arrays = {layer: tensor.numpy() for layer, tensor in features.items()}
+        with atomic_write(self.path(number)) as file:
+            np.savez(file, ids=np.array(ids, dtype=np.int64), **arrays)
+
+    def load(self, batches: list[range]) -> dict[str, Tensor]:
+        """{layer: [N, D]} of all batches in the order of image numbers.
+
+        Raises UserError if a file is missing or not that of its batch.
+        """
+        wait_for([self.path(number) for number in range(len(batches))])
+        parts = [self._read(number, ids) for number, ids in enumerate(batches)]
+        parts = [part for part in parts if part]  # a batch may hold unreadable images alone
+        if not parts:
+            raise UserError(f"{self.folder}: none of the images could be read")
+        return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+
+    def _read(self, number: int, ids: range) -> dict[str, Tensor]:
+        path = self.path(number)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            stored = arrays.pop("ids").tolist()
+        except Exception as error:  # a damaged file can make the reader fail in any way
+            raise UserError(f"{path} is damaged ({error}); remove it and start again") from error
+        if not set(stored) <= set(ids):
+            raise UserError(f"{path} is not of images {ids.start} to {ids.stop - 1}; remove it")
+        return {layer: torch.from_numpy(array) for layer, array in arrays.items()}
+
+
+def wait_for(paths: list[Path], seconds: float = SHARED_WAIT) -> None:
+    """Until this process sees files that others have written.
+
+    Raises UserError if they do not appear: the processes do not share the folder.
+    """
+    deadline = time.monotonic() + seconds
+    while missing := [path for path in paths if not path.exists()]:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{missing[0]} and {len(missing) - 1} other files that other processes wrote are "
+                "not here; --output_dir must be one folder that all nodes share"
+            )
+        time.sleep(0.5)
+
+
+def folder_batches(
+    files: list[Path],
+    size: int,
+    batches: list[range],
+    wanted: Iterable[int],
+    num_workers: int = 0,
+    skip_bad: bool = False,
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """(number, ids, images uint8 [n, 3, S, S]) of this process's share of the wanted batches.
+
+    Images are cropped as the training's are. skip_bad: leave out unreadable ones.
+    """
+    mine = sorted(wanted)[dist.rank() :: dist.world_size()]
+    dataset = ImageDataset([(str(f), 0) for f in files], size, "drop" if skip_bad else "raise")
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[list(batches[number]) for number in mine],
+        num_workers=num_workers,
+        collate_fn=collate_skipping,
+        generator=torch.Generator(),  # else it would draw from the global one, which is training's
+    )
+    progress = tqdm(loader, desc="real images", disable=not (mine and dist.is_main()))
+    for number, batch in zip(mine, progress, strict=True):
+        kept = [i for i in batches[number] if not dataset.bad[i]]
+        images = to_uint8(batch[0]) if batch is not None else torch.empty(0, 3, size, size)
+        yield number, kept, images.to(torch.uint8)
+
+
+def folder_features(
+    extractor: Extractor,
+    files: list[Path],
+    size: int,
+    store: FeatureStore,
+    batch_size: int,
+    num_workers: int = 0,
+    skip_bad: bool = False,
+) -> dict[str, Tensor] | None:
+    """{layer: [N, D]} of a folder's images, made by all processes; on the main one, else None."""
+    batches = batch_ranges(len(files), batch_size)
+    store.folder.mkdir(parents=True, exist_ok=True)
+    missing = dist.gather_objects(store.missing(range(len(batches))))[0]  # as the main one sees it
+    shares = folder_batches(files, size, batches, missing, num_workers, skip_bad)
+    for number, ids, images in shares:
+        store.write(number, ids, extractor(images) if ids else {})
+    dist.barrier()
+    return store.load(batches) if dist.is_main() else None
+
+
+def upsampled(files: list[Path], size: int) -> str | None:
+    """In words, how many of a folder's images are smaller than S, of those looked at; or None."""
+    looked = files[:: max(1, len(files) // LOOKED_AT)]
+    smaller = sum(1 for path in looked if _shorter_side(path) < size)
+    if not smaller:
+        return None
+    return f"{smaller} of {len(looked)} images looked at are smaller than {size} px"
+
+
+def _shorter_side(path: Path) -> int:
+    try:
+        with Image.open(path) as image:
+            return min(image.size)
+    except (OSError, ValueError):
+        return 2**31  # reading it in full says what is wrong with it

@@ -1,0 +1,38 @@
+"""Where a figure comes from: digests of tensors, versions of the software, the git revision."""
+
+import hashlib
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy")
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 of a network's tensors: their names, types, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(memoryview(flat.view(torch.uint8).numpy()))
+    return found.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def git_revision() -> str | None:
+    """The commit of this code, "-dirty" after it if files differ; None outside a clone."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
