@@ -8,7 +8,8 @@ from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from tests.conftest import tiny_model
 from util.device import resolve_precision
-from util.evaluation import EvalSettings, evaluate, generate, shown_ids
+from util.evaluation import EvalSettings, evaluate, generate
+from util.evaluation_results import shown_ids
 from util.images import to_uint8
 
 CPU = torch.device("cpu")

@@ -1,10 +1,24 @@
-"""Evaluation: image numbers -> sampler -> VAE decoder -> PNG files, FID, IS."""
+"""Evaluation: image numbers -> sampler -> VAE decoder -> uint8 -> PNG files, features -> figures.
+
+    for each batch k of image numbers, unless it was done before:
+        images = round and clip (decode (sample (seed, numbers)))   on the process whose turn it is
+        images/*.png, features/.../batch-k.npz
+    figures of all features in image order, on the main process
+
+A batch holds the same image numbers on any number of processes, so nothing depends on their
+number, and a run that was stopped goes on with the batches that are missing.
+"""
 
 import argparse
-import json
-from dataclasses import asdict, dataclass
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -12,39 +26,55 @@ from tqdm import tqdm
 from models.sampler import CFG_SCHEDULES, evaluation_mode, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
-from util import dist, metrics
+from util import dist
 from util.args import Parser, non_negative_float, positive_int
-from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
-from util.checkpoint import find_checkpoint, load_checkpoint
 from util.device import Precision
 from util.errors import UserError
-from util.files import atomic_write, sha256
-from util.images import Gallery, grid, save_png, to_uint8
-from util.metrics import ImageFeatures, Inception
+from util.evaluation_folder import EvaluationFolder, plain, read_png
+from util.evaluation_results import finish, tell
+from util.extractor import INCEPTION
+from util.features import FeatureStore
+from util.images import to_uint8
+from util.metrics import Measure
+from util.provenance import digest
 
-GRID_ROWS, GRID_COLUMNS = 8, 10
 DECODE_BATCH = 32
+SWEPT = ("num_iter", "cfg", "temperature")
 
 
 def add_evaluation_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("evaluation")
-    group.add_argument("--evaluate", action="store_true", help="generate images and stop")
-    group.add_argument("--online_eval", action="store_true", help="evaluate while training")
-    group.add_argument("--eval_freq", type=positive_int, default=40, help="in epochs")
-    group.add_argument("--eval_bsz", type=positive_int, default=64, help="images a batch")
-    group.add_argument("--num_images", type=positive_int, default=50000, help="in all")
-    group.add_argument("--num_iter", type=positive_int, default=256, help="iterations")
-    group.add_argument("--cfg", type=non_negative_float, default=1.0, help="guidance; 1 is none")
-    group.add_argument("--cfg_schedule", choices=CFG_SCHEDULES, default="linear")
-    group.add_argument("--temperature", type=non_negative_float, default=1.0, help="0: argmax")
-    group.add_argument(
-        "--eval_weights", choices=("ema", "model"), default="ema", help="averaged or raw weights"
+    group = parser.add_argument_group(
+        "evaluation", "several values of num_iter, cfg or temperature: all combinations, compared"
+    )
+    add = group.add_argument
+    add("--evaluate", action="store_true", help="generate images, measure them and stop")
+    add("--online_eval", action="store_true", help="evaluate while training")
+    add("--eval_freq", type=positive_int, default=40, help="in epochs")
+    add("--eval_bsz", type=positive_int, default=64, help="images a batch")
+    add("--num_images", type=positive_int, default=50000, help="in all")
+    add("--num_iter", type=positive_int, nargs="+", default=[256], help="iterations")
+    add("--cfg", type=non_negative_float, nargs="+", default=[1.0], help="guidance; 1 is none")
+    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear")
+    add("--temperature", type=non_negative_float, nargs="+", default=[1.0], help="0: argmax")
+    weights = ("ema", "model")
+    add("--eval_weights", choices=weights, default="ema", help="averaged or raw weights")
+    add("--keep_images", action="store_true", help="keep the PNG files once they are measured")
+    add("--save_npz", action="store_true", help="all images as samples.npz, for ADM's evaluator")
+    add("--fid_reference", help="folder of real images: FID, KID, precision and recall against it")
+    add(
+        "--feature_extractor",
+        default=INCEPTION,
+        help="registered with torch-fidelity, or MODULE:NAME, where MODULE registers NAME; "
+        "--inception_weights are its weights",
     )
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What decides the generated images. Image i is of class i // (num_images / classes)."""
+    """What decides the generated images. Image i is of class i // (num_images / classes).
+
+    keep_images, save_npz: what becomes of them.
+    """
 
     num_images: int
     eval_bsz: int
@@ -54,6 +84,8 @@ class EvalSettings:
     temperature: float
     seed: int
     weights: str = "ema"  # or "model", the raw ones
+    keep_images: bool = False
+    save_npz: bool = False
 
     def folder_name(self) -> str:
         return (
@@ -61,47 +93,48 @@ class EvalSettings:
             f"-image{self.num_images}-seed{self.seed}-{self.weights}"
         )
 
+    def of_images(self) -> dict:
+        """Those that decide the images."""
+        kept = asdict(self)
+        return {k: v for k, v in kept.items() if k not in ("keep_images", "save_npz")}
 
-def eval_settings(args: argparse.Namespace, class_num: int) -> EvalSettings:
+
+def sweep_settings(args: argparse.Namespace, class_num: int) -> list[EvalSettings]:
+    """All combinations of --num_iter, --cfg and --temperature, each once, in that order."""
     if args.num_images % class_num:
         raise UserError(
             f"--num_images {args.num_images} is not a multiple of --class_num {class_num}: "
             "every class gets the same number"
         )
-    return EvalSettings(
+    common = EvalSettings(
         num_images=args.num_images,
         eval_bsz=args.eval_bsz,
-        num_iter=args.num_iter,
-        cfg=args.cfg,
+        num_iter=args.num_iter[0],
+        cfg=args.cfg[0],
         cfg_schedule=args.cfg_schedule,
-        temperature=args.temperature,
+        temperature=args.temperature[0],
         seed=args.seed,
         weights=args.eval_weights,
+        keep_images=args.keep_images,
+        save_npz=args.save_npz,
     )
+    values = product(*(dict.fromkeys(getattr(args, name)) for name in SWEPT))
+    points = [replace(common, **dict(zip(SWEPT, point, strict=True))) for point in values]
+    if len({point.folder_name() for point in points}) < len(points):
+        raise UserError(
+            f"two of --cfg {args.cfg} or of --temperature {args.temperature} are too close: "
+            "folders are named by six digits"
+        )
+    return points
 
 
-def evaluate_checkpoint(
-    args: argparse.Namespace, device: torch.device, precision: Precision
-) -> None:
-    """Load a checkpoint and generate; without one there is nothing to evaluate."""
-    if not args.resume:
-        raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
-    checkpoint = load_checkpoint(find_checkpoint(args.resume, args.output_dir, must_exist=True))
-    vae = build_vae(args)
-    config = build_config(ModelFlags.of(args), checkpoint, manifest=None, vae=vae)
-    check_vae(vae, config, args.vae_path)
-    warn_other_vae(checkpoint, sha256(args.vae_path))
-    settings = eval_settings(args, config.class_num)
-    key = "model_ema" if args.eval_weights == "ema" else "model"
-    model = build_model(config, checkpoint, key).to(device)
-    tokenizer = Tokenizer(vae, config.latent_scale).to(device)
-    inception = metrics.prepare(
-        args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
-    )
-    dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
-    checkpoint.release()
-    folder = Path(args.output_dir) / settings.folder_name()
-    evaluate(model, tokenizer, settings, folder, device, precision, inception)
+def eval_settings(args: argparse.Namespace, class_num: int) -> EvalSettings:
+    """Those of an evaluation during training: one point."""
+    points = sweep_settings(args, class_num)
+    if len(points) > 1:
+        swept = ", ".join(f"--{name}" for name in SWEPT if len(getattr(args, name)) > 1)
+        raise UserError(f"--online_eval takes one value, not several: {swept}; see --evaluate")
+    return points[0]
 
 
 def evaluate(
@@ -111,42 +144,133 @@ def evaluate(
     folder: Path,
     device: torch.device,
     precision: Precision,
-    inception: Inception | None,
+    measure: Measure | None,
+    record: dict | None = None,
+    training: bool = False,
 ) -> tuple[dict[str, float], Tensor | None]:
-    """Write the images into folder/images, a grid and metrics.json beside them.
+    """Generate what the folder lacks, measure it, write grid.png and metrics.json.
 
-    Each process takes whole batches, the same ones on any number of processes; image i depends on
-    (seed, i) alone. inception: None if nothing can be measured.
-    Returns, on the main process, the metrics and the grid, uint8 [3, H, W].
+    Image i depends on (seed, i) alone. The global random state is left as it was. measure: None
+    if nothing can be measured. record: further facts for metrics.json. training: if the folder is
+    another evaluation's, take a new one beside it, where else a UserError says so: a training
+    must not end there.
+    Returns, on the main process, the figures and the grid, uint8 [3, H, W].
     """
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    features = ImageFeatures(inception) if inception is not None else None
-    gallery = Gallery(shown_ids(settings.num_images, model.config.class_num))
-    starts = range(0, settings.num_images, settings.eval_bsz)[dist.rank() :: dist.world_size()]
-    with evaluation_mode(model):
-        for start in tqdm(starts, desc="generating", disable=not dist.is_main()):
-            ids = range(start, min(start + settings.eval_bsz, settings.num_images))
-            images = generate(model, tokenizer, ids, settings, device, precision)
-            for image_id, image in zip(ids, images, strict=True):
-                save_png(image, folder / "images" / f"{image_id:05d}.png")
-            gallery.add(ids, images)
-            if features is not None:
-                features.add(list(ids), images)
-    results = features.compute() if features is not None else {}
-    shown, samples = gallery.gather(), None
-    if shown is not None:
-        samples = grid(shown, min(model.config.class_num, GRID_COLUMNS))
-        save_png(samples, folder / "grid.png")
-        write_results(folder, settings, model, results)
+    started = time.monotonic()
+    identity = image_identity(model, tokenizer, settings, device, precision)
+    place = EvaluationFolder(folder, settings.num_images, settings.eval_bsz)
+    if training:
+        place = place.free_beside(identity)
+    place.claim(identity)
+    facts = identity | {"measured": measure.identity() if measure is not None else None}
+    if not dist.gather_objects(finished(place, settings, facts["measured"]))[0]:
+        with evaluation_mode(model), unchanged_randomness():
+            draw(model, tokenizer, settings, place, device, precision, measure)
+            dist.barrier()
+            if dist.is_main():
+                facts |= {"processes": dist.world_size(), "seconds": time.monotonic() - started}
+                finish(place, settings, model.config, measure, facts | (record or {}))
+    results, samples = {}, None
+    if dist.is_main():
+        results, samples = place.record()["metrics"], read_png(place.grid)
+        tell(place)
     dist.barrier()
     return results, samples
 
 
-def shown_ids(num_images: int, class_num: int) -> list[int]:
-    """Images for a first look: a column for each of the first classes."""
-    per_class = num_images // class_num
-    rows, columns = range(min(per_class, GRID_ROWS)), range(min(class_num, GRID_COLUMNS))
-    return [c * per_class + k for k in rows for c in columns]
+def image_identity(
+    model: TokenBridge,
+    tokenizer: Tokenizer,
+    settings: EvalSettings,
+    device: torch.device,
+    precision: Precision,
+) -> dict:
+    """All that decides the images, as plain values.
+
+    Raises UserError unless all processes have the same.
+    """
+    identity = plain(
+        {
+            "settings": settings.of_images(),
+            "precision": precision.name,
+            "device": device.type,
+            "weights_sha256": digest(model),
+            "vae_weights_sha256": digest(tokenizer),
+            "latent_scale": tokenizer.latent_scale,
+            "model": model.config.to_dict(),
+        }
+    )
+    for rank, other in enumerate(dist.gather_objects(identity)):
+        if other != identity:
+            raise UserError(
+                f"processes {dist.rank()} and {rank} would draw different images; --resume and "
+                "--vae_path must be the same files on all nodes"
+            )
+    return identity
+
+
+def finished(place: EvaluationFolder, settings: EvalSettings, measured: dict | None) -> bool:
+    """Whether an earlier run has left all that this one is asked for."""
+    before = place.record()
+    if before is None or before["measured"] != measured or not place.grid.is_file():
+        return False
+    if settings.save_npz and not place.samples.is_file():
+        return False
+    return not (settings.keep_images and place.without_images())
+
+
+def draw(
+    model: TokenBridge,
+    tokenizer: Tokenizer,
+    settings: EvalSettings,
+    place: EvaluationFolder,
+    device: torch.device,
+    precision: Precision,
+    measure: Measure | None,
+) -> None:
+    """This process's share of the batches that lack images or features."""
+    store = None
+    if measure is not None:
+        store = place.features(**measure.extractor.identity())
+        store.folder.mkdir(parents=True, exist_ok=True)
+    undrawn, unmeasured = dist.gather_objects(missing(place, store, settings))[0]
+    todo = sorted(undrawn | unmeasured)
+    if len(todo) < len(place.batches):
+        done = len(place.batches) - len(todo)
+        dist.print_main(f"{place.path}: {done} of {len(place.batches)} batches are there already")
+    mine = todo[dist.rank() :: dist.world_size()]
+    for number in tqdm(mine, desc="generating", disable=not (mine and dist.is_main())):
+        dist.beat(f"generating batch {number + 1} of {len(place.batches)}")
+        ids = place.batches[number]
+        if number in undrawn:
+            images = generate(model, tokenizer, ids, settings, device, precision)
+            place.write_images(ids, images)
+        else:
+            images = place.read_images(ids)
+        if number in unmeasured:
+            store.write(number, list(ids), measure.extractor(images))
+
+
+def missing(
+    place: EvaluationFolder, store: FeatureStore | None, settings: EvalSettings
+) -> tuple[set[int], set[int]]:
+    """Numbers of the batches that lack images, and of those that lack features."""
+    undrawn = place.without_images()
+    unmeasured = store.missing(range(len(place.batches))) if store is not None else set()
+    wanted = settings.keep_images or (settings.save_npz and not place.samples.is_file())
+    if place.images_were_removed() and store is not None and not wanted:
+        undrawn &= unmeasured  # where there are features, nobody needs the images any more
+    return undrawn, unmeasured
+
+
+@contextmanager
+def unchanged_randomness() -> Iterator[None]:
+    """Leave every global random generator as it was: a training goes on with them."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():  # the CPU's and all GPUs'
+        yield
+    random.setstate(python)
+    np.random.set_state(arrays)
 
 
 def generate(
@@ -173,19 +297,3 @@ def generate(
     # The decoder's first-level maps of 256 images at 256 px would fill a GPU on their own.
     parts = [to_uint8(tokenizer.decode(part)).cpu() for part in latents.split(DECODE_BATCH)]
     return torch.cat(parts)
-
-
-def write_results(
-    folder: Path, settings: EvalSettings, model: TokenBridge, results: dict[str, float]
-) -> None:
-    record = {
-        "metrics": results,
-        "settings": asdict(settings),
-        "images_per_class": settings.num_images // model.config.class_num,
-        "model": model.config.to_dict(),
-    }
-    with atomic_write(folder / "metrics.json") as file:
-        file.write(json.dumps(record, indent=1).encode())
-    print(f"{settings.num_images} images in {folder}; a first look: {folder / 'grid.png'}")
-    for name, value in results.items():
-        print(f"{name}: {value:.4f}")

@@ -1,0 +1,250 @@
+"""An evaluation that was killed goes on, on another number of processes too, to the same end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+
+from tests.conftest import ROOT
+from tests.measures import PIXELS, save_model
+from tests.runs import EVALUATE_FLAGS, SIZE, evaluate, flags, free_port, make_inputs
+from util import evaluation
+from util.data import center_crop, read_image
+from util.errors import UserError
+from util.evaluation_folder import read_png
+
+IMAGES, BATCH = 180, 4
+SETTINGS = dict(num_images=IMAGES, eval_bsz=BATCH, feature_extractor=PIXELS, keep_images=True)
+SETTINGS |= dict(num_workers=0, save_npz=True, num_iter=16)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    save_model(folder / "model")
+    return folder
+
+
+def settings_of(inputs: Path, **changes) -> dict:
+    return SETTINGS | {"fid_reference": inputs / "data"} | changes
+
+
+def run_here(inputs: Path, output: Path, **changes) -> Path:
+    """Evaluate in this process; the folder of the evaluation."""
+    evaluate(inputs, output, inputs / "model", **settings_of(inputs, **changes))
+    (folder,) = output.glob("ariter*")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory) -> Path:
+    """The folder of one process that nothing has disturbed."""
+    return run_here(inputs, tmp_path_factory.mktemp("whole"))
+
+
+SMALL = dict(num_images=24, num_iter=4)
+
+
+@pytest.fixture(scope="module")
+def small(inputs, tmp_path_factory) -> Path:
+    """The same of fewer images, where it does not matter how long it takes."""
+    return run_here(inputs, tmp_path_factory.mktemp("small"), **SMALL)
+
+
+def start(inputs: Path, output: Path, processes: int, **changes) -> subprocess.Popen:
+    argv = flags(inputs, EVALUATE_FLAGS, settings_of(inputs, **changes), output_dir=output)
+    argv += ["--resume", str(inputs / "model")]
+    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    launch += [f"--master_port={free_port()}"]
+    command = [sys.executable, *(launch if processes > 1 else []), "main_tokenbridge.py", *argv]
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | env, start_new_session=True, **pipes
+    )
+
+
+def kill_after(process: subprocess.Popen, output: Path, batches: int) -> None:
+    """kill -9 of all its processes once that many batches are done."""
+    deadline = time.monotonic() + 120
+    while len(list(output.glob("ariter*/features/*/batch-*.npz"))) < batches:
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.01)
+    for pid in [process.pid, *descendants(process.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def descendants(pid: int) -> list[int]:
+    """torchrun's workers are in sessions of their own: no signal to a group reaches them."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
+    pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
+    found = [pid]
+    for parent in found:
+        found += [child for child, its_parent in pairs if its_parent == parent]
+    return found[1:]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files but those that tell of the run: its time and its versions."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    own = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {name: data for name, data in own.items() if name != "metrics.json"}
+
+
+def figures(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 1)])
+def test_killed_run_ends_as_an_undisturbed_one(inputs, whole, tmp_path, before, after):
+    kill_after(start(inputs, tmp_path, before), tmp_path, batches=3)
+    (folder,) = tmp_path.glob("ariter*")
+    assert not (folder / "metrics.json").exists()
+    done = {path: path.stat().st_mtime_ns for path in folder.rglob("batch-*.npz")}
+    (folder / "images" / ".00000.png.abc.tmp").write_bytes(b"left behind")
+    process = start(inputs, tmp_path, after)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert f"{len(done)} of 45 batches are there already" in printed
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert content(folder) == content(whole)
+    found, expected = figures(folder), figures(whole)
+    for name in ("metrics", "replicates", "warnings", "measured", "weights_sha256"):
+        assert found[name] == expected[name]
+    assert (found["processes"], expected["processes"]) == (after, 1)
+
+
+def test_figures_are_those_of_torch_fidelity_on_the_folder(inputs, whole, tmp_path):
+    flat = tmp_path / "reference"
+    flat.mkdir()
+    for i, path in enumerate(sorted((inputs / "data").rglob("*.png"), key=str)):
+        center_crop(read_image(path), SIZE).save(flat / f"{i:03d}.png")
+    expected = torch_fidelity.calculate_metrics(
+        **dict(input1=str(whole / "images"), input2=str(flat), cuda=False, cache=False),
+        **dict(isc=True, fid=True, kid=True, prc=True, verbose=False, save_cpu_ram=True),
+        **dict(feature_extractor="pixels", kid_subset_size=24),
+    )
+    found = figures(whole)["metrics"]
+    assert found["frechet_distance"] == pytest.approx(
+        expected["frechet_inception_distance"], rel=1e-4
+    )
+    assert found["score_mean"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    assert found["score_std"] == pytest.approx(expected["inception_score_std"], rel=1e-4)
+    assert found["kernel_distance_mean"] == pytest.approx(
+        expected["kernel_inception_distance_mean"], rel=1e-4
+    )
+    assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
+
+
+def test_array_for_adm_holds_the_images_and_labels_in_order(whole):
+    with np.load(whole / "samples.npz") as file:
+        assert file.files == ["arr_0", "arr_1"]
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (IMAGES, 16, 16, 3) and images.dtype == np.uint8
+    for i in (0, 7, 179):
+        shown = read_png(whole / "images" / f"{i:05d}.png").permute(1, 2, 0)
+        assert np.array_equal(images[i], shown)
+    assert labels.tolist() == [i // 60 for i in range(IMAGES)] and labels.dtype == np.int64
+
+
+def test_finished_run_is_not_done_again(inputs, whole, monkeypatch):
+    before = content(whole), figures(whole)
+    monkeypatch.setattr(evaluation, "draw", lambda *_: pytest.fail("drawn again"))
+    run_here(inputs, whole.parent)
+    assert (content(whole), figures(whole)) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        (dict(eval_bsz=5), "settings.eval_bsz 4 (now 5)"),
+        (dict(precision="bf16"), "precision fp32 (now bf16)"),
+        (dict(head_input="published"), "model.head_input trained (now published)"),
+    ],
+)
+def test_folder_of_other_settings_is_refused(inputs, whole, changes, fragment):
+    before = content(whole)
+    with pytest.raises(UserError) as error:
+        run_here(inputs, whole.parent, **changes)
+    line = str(error.value)
+    assert fragment in line and str(whole) in line and "--output_dir" in line and "\n" not in line
+    assert content(whole) == before
+
+
+def test_folder_of_another_checkpoint_is_refused(inputs, whole, tmp_path):
+    other = save_model(tmp_path / "model", seed=1)
+    with pytest.raises(UserError, match="weights_sha256 "):
+        evaluate(inputs, whole.parent, other, **settings_of(inputs))
+
+
+def test_images_of_unknown_settings_are_refused(inputs, tmp_path):
+    folder = tmp_path / "ariter16-temp1-linearcfg2-image180-seed1-ema" / "images"
+    folder.mkdir(parents=True)
+    (folder / "00000.png").write_bytes(b"somebody's")
+    with pytest.raises(UserError, match="holds images of unknown settings"):
+        run_here(inputs, tmp_path)
+    assert (folder / "00000.png").read_bytes() == b"somebody's"
+
+
+def test_measured_images_are_removed_and_measured_again_without_them(inputs, small, tmp_path):
+    """The features stay: another reference needs no image."""
+    asked = SMALL | dict(keep_images=None, save_npz=None)
+    folder = run_here(inputs, tmp_path, **asked)
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["features", "grid.png", "metrics.json", "settings.json", "statistics.npz"]
+    assert figures(folder)["images"] == "removed"
+    stats = small / "statistics.npz"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "generate", lambda *_: pytest.fail("drawn again"))
+        run_here(inputs, tmp_path, fid_reference=None, fid_stats=stats, **asked)
+    assert figures(folder)["metrics"]["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert not (folder / "images").exists()
+    run_here(inputs, tmp_path, **SMALL)  # images and array are asked for after all
+    assert content(folder) == content(small)
+
+
+def test_images_that_nothing_measured_are_kept(inputs, small, tmp_path, capsys):
+    folder = run_here(
+        inputs, tmp_path, no_metrics=True, **SMALL | dict(keep_images=None, save_npz=None)
+    )
+    assert "images kept in" in capsys.readouterr().out
+    kept = {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
+    assert kept == {path.name: path.read_bytes() for path in (small / "images").iterdir()}
+    run_here(
+        inputs, tmp_path, **SMALL | dict(keep_images=None)
+    )  # measured from the files; still kept
+    assert figures(folder)["metrics"] == figures(small)["metrics"]
+    assert len(list((folder / "images").iterdir())) == 24
+
+
+def test_nothing_is_removed_before_the_figures_are_written(inputs, tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("util.evaluation_results.write_json", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_here(inputs, tmp_path, **SMALL | dict(keep_images=None))
+    (folder,) = tmp_path.glob("ariter*")
+    assert len(list((folder / "images").glob("*.png"))) == 24
+
+
+def test_random_state_is_left_as_it_was(inputs, tmp_path):
+    """The extractor of these tests draws from the global generator."""
+    torch.manual_seed(7)
+    np.random.seed(7)
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(7)
+    np.random.seed(7)
+    with evaluation.unchanged_randomness():
+        torch.rand(5), np.random.rand(5)
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])

@@ -1,0 +1,100 @@
+"""The end of an evaluation, on the main process: figures, grid.png, samples.npz, metrics.json."""
+
+import sys
+from datetime import datetime, timezone
+
+import numpy as np
+
+from models.config import TokenBridgeConfig
+from util import dist, metrics
+from util.evaluation_folder import EvaluationFolder, write_json, write_samples
+from util.features import wait_for
+from util.images import grid, save_png
+from util.metrics import Measure, Scores
+from util.provenance import git_revision, versions
+from util.reference import write_statistics
+
+GRID_ROWS, GRID_COLUMNS = 8, 10
+
+
+def finish(
+    place: EvaluationFolder,
+    settings,
+    config: TokenBridgeConfig,
+    measure: Measure | None,
+    facts: dict,
+) -> None:
+    """Write everything; metrics.json last, which says that the evaluation is finished.
+
+    settings: an EvalSettings. facts: what metrics.json is to hold besides, as plain values.
+    """
+    per_class = place.count // config.class_num
+    keep = measure is None or settings.keep_images
+    before = place.record()
+    if before is not None and before["images"] == "kept":
+        keep = True  # somebody asked for them
+    if settings.save_npz and not place.samples.is_file():
+        labels = np.arange(place.count) // per_class
+        write_samples(place, labels, config.img_size, dist.beat)
+    if not place.grid.is_file():
+        shown = shown_ids(place.count, config.class_num)
+        wait_for([place.image(i) for i in shown])
+        columns = min(config.class_num, GRID_COLUMNS)
+        save_png(grid(place.read_images(shown), columns), place.grid)
+    scores = measured(place, measure, config.img_size) if measure is not None else Scores()
+    record = {
+        "metrics": scores.figures,
+        "warnings": scores.warnings,
+        "images": "kept" if keep else "removed",
+        "images_per_class": per_class,
+        **facts,
+        "reference": measure.reference.record if measure is not None else None,
+        "metric_settings": scores.settings,
+        "replicates": scores.replicates,
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_json(place.metrics, record)
+
+
+def measured(place: EvaluationFolder, measure: Measure, size: int) -> Scores:
+    """The figures of all features; their mean and covariance are left as statistics.npz."""
+    extractor = measure.extractor
+    features = place.features(**extractor.identity()).load(place.batches)
+    dist.beat("computing the figures")
+    scores = metrics.score(features, measure)
+    if "fid" in extractor.layers:
+        layer = extractor.layers["fid"]
+        stats = metrics.statistics(features[layer])
+        facts = extractor.identity() | {"layer": layer, "count": place.count, "img_size": size}
+        write_statistics(place.path / "statistics.npz", stats, facts)
+    return scores
+
+
+def tell(place: EvaluationFolder) -> None:
+    """What was found, and what became of the images: they go only where all else is written."""
+    record = place.record()
+    if place.images_were_removed():
+        place.remove_images()
+        fate = "removed, they are measured (--keep_images keeps them)"
+    else:
+        fate = f"kept in {place.path / 'images'}"
+    print(f"{place.count} images {fate}; a first look: {place.grid}")
+    for name, value in record["metrics"].items():
+        shown = f"{name.upper()}-{count_name(place.count)}" if name == "fid" else name
+        print(f"{shown}: {value:.4f}")
+    for warning in record["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def count_name(count: int) -> str:
+    """50000 -> "50K", as papers write it."""
+    return f"{count // 1000}K" if count % 1000 == 0 else str(count)
+
+
+def shown_ids(num_images: int, class_num: int) -> list[int]:
+    """Images for a first look: a column for each of the first classes."""
+    per_class = num_images // class_num
+    rows, columns = range(min(per_class, GRID_ROWS)), range(min(class_num, GRID_COLUMNS))
+    return [c * per_class + k for k in rows for c in columns]
