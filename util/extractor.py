@@ -176,9 +176,7 @@ def metric_layers(name: str) -> dict[str, str]:
     network, layers = FEATURE_EXTRACTORS_REGISTRY[name], {}
     for metric in METRICS:
         try:
-            declared = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric(
-                metric
-            )
+            declared = network.get_default_feature_layer_for_metric(metric)
         except KeyError:
             declared = None  # a network without, say, logits
         if declared is not None:
