@@ -11,13 +11,13 @@ PUBLISHED = {
     main_tokenbridge: {
         **dict(batch_size=16, epochs=400, model="tokenbridge_large", img_size=256),
         **dict(vae_path="pretrained_models/vae/kl16.ckpt", vae_embed_dim=16, vae_stride=16),
-        **dict(patch_size=1, num_iter=256, num_images=50000, cfg=1.0, cfg_schedule="linear"),
+        **dict(patch_size=1, num_iter=[256], num_images=50000, cfg=[1.0], cfg_schedule="linear"),
         **dict(label_drop_prob=0.1, eval_freq=40, save_last_freq=5, online_eval=False),
         **dict(evaluate=False, eval_bsz=64, quant_bits=6, quant_min=-5.0, quant_max=5.0),
         **dict(use_quantized_value=False, weight_decay=0.02, grad_checkpointing=False),
         **dict(lr=None, blr=1e-4, min_lr=0.0, lr_schedule="cosine", warmup_epochs=100),
         **dict(ema_rate=0.9999, mask_ratio_min=0.7, grad_clip=3.0, attn_dropout=0.1),
-        **dict(proj_dropout=0.1, buffer_size=64, temperature=1.0, data_path="./data/imagenet"),
+        **dict(proj_dropout=0.1, buffer_size=64, temperature=[1.0], data_path="./data/imagenet"),
         **dict(class_num=1000, output_dir="./output_dir", device="cuda", seed=1, resume=""),
         **dict(start_epoch=0, num_workers=10, pin_mem=True, world_size=1, local_rank=-1),
         **dict(dist_on_itp=False, dist_url="env://", use_cached=False, cached_path=""),
@@ -72,7 +72,7 @@ def test_commands_of_the_published_readme_are_understood():
     args = main_tokenbridge.make_parser().parse(TRAINING.split())
     assert (args.blr, args.quant_min, args.resume) == (5e-5, -5.0, "OUT")
     args = main_tokenbridge.make_parser().parse(EVALUATION.split())
-    assert args.evaluate and args.cfg == 3.45
+    assert args.evaluate and args.cfg == [3.45]
     assert args.explicit == {
         *("model", "eval_bsz", "num_images", "num_iter", "cfg", "quant_bits", "cfg_schedule"),
         *("temperature", "output_dir", "resume", "data_path", "evaluate"),

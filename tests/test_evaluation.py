@@ -1,5 +1,9 @@
 """Generated images, and what an evaluation leaves behind."""
 
+import random
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -7,10 +11,16 @@ from models.sampler import sample_latents
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from tests.conftest import tiny_model
+from tests.measures import Pixels  # noqa: F401  registers the extractor "pixels"
 from util.device import resolve_precision
+from util.ema import EMA
+from util.errors import UserError
 from util.evaluation import EvalSettings, evaluate, generate
 from util.evaluation_results import shown_ids
+from util.extractor import Extractor
 from util.images import to_uint8
+from util.metrics import Measure
+from util.reference import Reference
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)
@@ -25,6 +35,7 @@ def tokenizer() -> Tokenizer:
 EVALUATION = EvalSettings(
     num_images=6, eval_bsz=4, num_iter=3, cfg=1.5, cfg_schedule="linear", temperature=1.0, seed=5
 )
+ENOUGH = replace(EVALUATION, num_images=12)  # for the ten splits of the score
 
 
 def test_images_are_those_of_the_sampler_class_by_class(tokenizer):
@@ -54,3 +65,35 @@ def test_first_look_has_a_column_for_each_of_the_first_classes():
 def test_folder_is_named_by_what_decides_the_images():
     name = "ariter3-temp1-linearcfg1.5-image6-seed5-ema"
     assert EVALUATION.folder_name() == name
+
+
+def test_training_goes_on_as_if_it_had_not_been_evaluated(tokenizer, tmp_path):
+    """Weights, averages and every random generator, to the bit; the extractor draws from one."""
+    model = tiny_model(proj_dropout=0.1).train()
+    ema = EMA(model.published_parameters(), 0.5)
+    for average in ema.averages:
+        average.add_(torch.randn_like(average))
+    states = (torch.get_rng_state, np.random.get_state, random.getstate)
+    kept = [tensor.clone() for tensor in (*model.state_dict().values(), *ema.averages)]
+    before = [state() for state in states]
+    measure = Measure(Extractor("pixels", None, CPU), Reference(None, {}))
+    with ema.swapped_in():
+        averaged, _ = evaluate(model, tokenizer, ENOUGH, tmp_path / "a", CPU, FP32, measure)
+    raw, _ = evaluate(model, tokenizer, ENOUGH, tmp_path / "b", CPU, FP32, measure)
+    assert averaged["score_mean"] != raw["score_mean"]
+    after = [state() for state in states]
+    assert torch.equal(before[0], after[0]) and before[2] == after[2]
+    assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    now = (*model.state_dict().values(), *ema.averages)
+    assert all(map(torch.equal, kept, now)) and model.training
+
+
+def test_evaluation_while_training_takes_another_folder_where_a_script_refuses(tokenizer, tmp_path):
+    folder, model = tmp_path / "eval-epoch2", tiny_model()
+    for cfg in (1.5, 2.0, 1.5, 3.0):
+        settings = replace(EVALUATION, cfg=cfg)
+        evaluate(model, tokenizer, settings, folder, CPU, FP32, None, training=True)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["eval-epoch2", "eval-epoch2-2", "eval-epoch2-3"]
+    with pytest.raises(UserError, match="settings.cfg 1.5 .now 4.0."):
+        evaluate(model, tokenizer, replace(EVALUATION, cfg=4.0), folder, CPU, FP32, None)

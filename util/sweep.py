@@ -1,8 +1,16 @@
-"""Evaluate a checkpoint at every combination of the sampling settings, and compare them."""
+"""Evaluate a checkpoint at every combination of the sampling settings, and compare them.
+
+Image i is made of the same noise at every point of a sweep, so that points are compared in pairs:
+the error of a difference comes from the replicates of both (util/jackknife.py) and is smaller
+than the errors of the two figures would tell.
+"""
 
 import argparse
+import csv
+import io
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from models.tokenizer import Tokenizer
@@ -11,9 +19,23 @@ from util.build import ModelFlags, build_config, build_model, build_vae, check_v
 from util.checkpoint import find_checkpoint
 from util.device import Precision
 from util.errors import UserError
-from util.evaluation import evaluate, sweep_settings
-from util.files import sha256
+from util.evaluation import SWEPT, EvalSettings, evaluate, sweep_settings
+from util.evaluation_folder import read_json, read_png
+from util.files import atomic_write, sha256
+from util.images import save_png
+from util.jackknife import fid_error, is_error
 from util.metrics import Measure
+
+# The figures that are drawn, and their standard errors where there are any.
+PLOTTED = {
+    "fid": "fid_standard_error",
+    "frechet_distance": "frechet_distance_standard_error",
+    "inception_score_mean": None,
+    "score_mean": None,
+    "precision": None,
+    "recall": None,
+}
+SHOWN = 8  # images of each point in sweep_images.png
 
 
 def evaluate_checkpoint(
@@ -35,9 +57,15 @@ def evaluate_checkpoint(
     dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
     record = files_record(args, checkpoint.path) if dist.is_main() else {}
     checkpoint.release()
-    for settings in points:
-        folder = Path(args.output_dir) / settings.folder_name()
+    output = Path(args.output_dir)
+    for done, settings in enumerate(points, start=1):
+        if len(points) > 1:
+            dist.print_main(f"{done} of {len(points)}: {settings.folder_name()}")
+        folder = output / settings.folder_name()
         evaluate(model, tokenizer, settings, folder, device, precision, measure, record)
+        if len(points) > 1 and dist.is_main():
+            write_sweep(output, points[:done], config.img_size)
+    dist.barrier()
 
 
 def prepare_measure(args: argparse.Namespace, size: int, device: torch.device) -> Measure | None:
@@ -67,3 +95,92 @@ def files_record(args: argparse.Namespace, checkpoint: Path) -> dict:
     return {
         "files": {name: {"path": str(p), "sha256": sha256(p)} for name, p in named.items()},
     }
+
+
+def write_sweep(output: Path, points: list[EvalSettings], side: int) -> None:
+    """sweep.csv, sweep.png and sweep_images.png of the points that are done."""
+    records = [read_json(output / point.folder_name() / "metrics.json") for point in points]
+    rows = compared([sweep_row(point, found) for point, found in zip(points, records, strict=True)])
+    names = dict.fromkeys(name for row in rows for name in row if name != "replicates")
+    names = [*(name for name in names if name != "folder"), "folder"]
+    text = io.StringIO()
+    table = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    with atomic_write(output / "sweep.csv") as file:
+        file.write(text.getvalue().encode())
+    save_png(first_images(output, points, side), output / "sweep_images.png")
+    if any(records[0]["metrics"]):
+        plot_sweep(rows, output / "sweep.png")
+
+
+def sweep_row(point: EvalSettings, record: dict) -> dict:
+    """One line of the table; `replicates` are not for the file."""
+    settings = {name: getattr(point, name) for name in SWEPT}
+    own = {"folder": point.folder_name(), "replicates": record["replicates"]}
+    return settings | record["metrics"] | own
+
+
+def compared(rows: list[dict]) -> list[dict]:
+    """The rows with their difference from the best one and its standard error.
+
+    The best has the lowest Frechet distance, or, where none was computed, the highest score.
+    """
+    distance = next((name for name in ("fid", "frechet_distance") if name in rows[0]), None)
+    score = next((name for name in ("inception_score_mean", "score_mean") if name in rows[0]), None)
+    if distance is None and score is None:
+        return rows
+    best = min(rows, key=lambda row: row[distance] if distance else -row[score])
+    pairs = ((distance, "fid", fid_error), (score, "inception_score", is_error))
+    for row in rows:
+        row["best"] = int(row is best)
+        for name, replicates, error in pairs:
+            if name is None:
+                continue
+            row[f"{name}_difference"] = row[name] - best[name]
+            own, other = (found["replicates"].get(replicates) for found in (row, best))
+            if own and other:
+                row[f"{name}_difference_error"] = error(np.subtract(own, other).tolist())
+    return rows
+
+
+def first_images(output: Path, points: list[EvalSettings], side: int) -> torch.Tensor:
+    """The same images at every point, a row for each: uint8 [3, H, W]."""
+    rows = [read_png(output / point.folder_name() / "grid.png") for point in points]
+    height, width = side + 4, min(rows[0].shape[2], SHOWN * (side + 2) + 2)  # grid() pads by two
+    return torch.cat([row[:, :height, :width] for row in rows], dim=1)
+
+
+def plot_sweep(rows: list[dict], path: Path) -> None:
+    """Each figure over the setting with the most values; a line for each choice of the others."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{path.name} is not drawn: pip install matplotlib", flush=True)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [name for name in rows[0] if name in PLOTTED]
+    axis = max(SWEPT, key=lambda name: len({row[name] for row in rows}))
+    others = [name for name in SWEPT if len({r[name] for r in rows}) > 1 and name != axis]
+    lines: dict[str, list[dict]] = {}
+    for row in rows:
+        label = ", ".join(f"{name} {row[name]:g}" for name in others)
+        lines.setdefault(label, []).append(row)
+    figure, panels = pyplot.subplots(
+        1, len(shown), figsize=(4.2 * len(shown), 3.4), squeeze=False, layout="constrained"
+    )
+    for panel, name in zip(panels[0], shown, strict=True):
+        for label, line in lines.items():
+            line = sorted(line, key=lambda row: row[axis])
+            errors = [row.get(PLOTTED[name], 0) for row in line]
+            x, y = ([row[key] for row in line] for key in (axis, name))
+            panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, label=label)
+        panel.set(xlabel=axis, ylabel=name.removesuffix("_mean").replace("_", " "))
+        panel.grid(alpha=0.3)
+    if others:
+        panels[0][0].legend(fontsize="small")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,157 @@
+"""Several values of a sampling setting: one load, one table, a comparison in pairs."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.measures import PIXELS, save_model
+from tests.runs import SIZE, evaluate, make_inputs
+from util import sweep
+from util.errors import UserError
+from util.evaluation import EvalSettings, eval_settings
+from util.evaluation_folder import read_png
+
+CFG, TEMPERATURE = [1.0, 3.0, 2.0], [0.5, 1.0]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    save_model(folder / "model")
+    return folder
+
+
+def run(inputs: Path, output: Path, **changes) -> Path:
+    settings = dict(cfg=CFG, temperature=TEMPERATURE, num_images=30, eval_bsz=10)
+    settings |= dict(feature_extractor=PIXELS, fid_reference=inputs / "data", num_workers=0)
+    evaluate(inputs, output, inputs / "model", **settings | changes)
+    return output
+
+
+@pytest.fixture(scope="module")
+def swept(inputs, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The output folder, and what was built on the way."""
+    built, output = mock.Mock(), tmp_path_factory.mktemp("swept")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("build_model", "build_vae", "prepare_measure"):
+            watched = mock.Mock(wraps=getattr(sweep, name))
+            built.attach_mock(watched, name)
+            patch.setattr(sweep, name, watched)
+        run(inputs, output)
+    return output, [name for name, _, _ in built.mock_calls]
+
+
+def table(output: Path) -> list[dict[str, str]]:
+    with open(output / "sweep.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def records(output: Path) -> list[dict]:
+    """metrics.json of each row of the table."""
+    return [
+        json.loads((output / row["folder"] / "metrics.json").read_text()) for row in table(output)
+    ]
+
+
+def test_every_combination_is_a_row_and_everything_is_loaded_once(swept):
+    output, built = swept
+    assert built == ["build_vae", "build_model", "prepare_measure"]
+    rows = table(output)
+    points = [(float(row["cfg"]), float(row["temperature"])) for row in rows]
+    assert points == [(cfg, temperature) for cfg in CFG for temperature in TEMPERATURE]
+    for row, record in zip(rows, records(output), strict=True):
+        assert record["settings"]["cfg"] == float(row["cfg"])
+        for name, value in record["metrics"].items():
+            assert float(row[name]) == value
+    with Image.open(output / "sweep.png") as image:
+        assert image.width > image.height > 100
+
+
+def test_points_are_those_of_single_evaluations(swept, inputs, tmp_path):
+    run(inputs, tmp_path, cfg=3.0, temperature=0.5)
+    (folder,) = tmp_path.glob("ariter*")
+    alone = json.loads((folder / "metrics.json").read_text())
+    (row,) = (r for r in table(swept[0]) if (r["cfg"], r["temperature"]) == ("3.0", "0.5"))
+    assert float(row["frechet_distance"]) == alone["metrics"]["frechet_distance"]
+    assert row["folder"] == folder.name and not (tmp_path / "sweep.csv").exists()
+
+
+def test_differences_are_from_the_best_and_their_errors_from_pairs(swept):
+    rows, found = table(swept[0]), records(swept[0])
+    distances = [record["metrics"]["frechet_distance"] for record in found]
+    best = int(np.argmin(distances))
+    assert [int(row["best"]) for row in rows] == [int(k == best) for k in range(len(rows))]
+    for row, record in zip(rows, found, strict=True):
+        difference = record["metrics"]["frechet_distance"] - min(distances)
+        assert float(row["frechet_distance_difference"]) == pytest.approx(difference)
+        pairs = np.subtract(record["replicates"]["fid"], found[best]["replicates"]["fid"])
+        expected = np.sqrt(0.9 * ((pairs - pairs.mean()) ** 2).sum())
+        assert float(row["frechet_distance_difference_error"]) == pytest.approx(expected)
+        pairs = np.subtract(
+            record["replicates"]["inception_score"], found[best]["replicates"]["inception_score"]
+        )
+        expected = pairs.std(ddof=1) / np.sqrt(10)
+        assert float(row["score_mean_difference_error"]) == pytest.approx(expected)
+
+
+def test_rows_of_the_first_look_are_the_same_images_at_every_point(swept):
+    output, _ = swept
+    shown = np.asarray(Image.open(output / "sweep_images.png"))
+    height = SIZE + 4
+    assert shown.shape == (6 * height, 3 * (SIZE + 2) + 2, 3)
+    for k, row in enumerate(table(output)):
+        first = read_png(output / row["folder"] / "grid.png")[:, :height]
+        assert np.array_equal(shown[k * height : (k + 1) * height], first.permute(1, 2, 0))
+
+
+def test_finished_points_are_not_drawn_again(swept, inputs, monkeypatch):
+    before = (swept[0] / "sweep.csv").read_text()
+    monkeypatch.setattr("util.evaluation.generate", lambda *_: pytest.fail("drawn again"))
+    run(inputs, swept[0])
+    assert (swept[0] / "sweep.csv").read_text() == before
+
+
+def test_sweep_without_matplotlib_says_what_is_missing(swept, inputs, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run(inputs, swept[0], cfg=[1.0, 3.0], temperature=0.5)
+    assert "pip install matplotlib" in capsys.readouterr().out
+    assert len(table(swept[0])) == 2
+
+
+@pytest.mark.parametrize("figures", [{}, {"inception_score_mean": 2.0}])
+def test_best_is_of_what_was_measured(figures):
+    rows = [figures | {"cfg": cfg, "replicates": {}} for cfg in (1.0, 2.0)]
+    if figures:
+        rows[1]["inception_score_mean"] = 3.0
+        assert [row["best"] for row in sweep.compared(rows)] == [0, 1]
+        assert rows[0]["inception_score_mean_difference"] == -1.0
+    else:
+        assert sweep.compared(rows) == rows and "best" not in rows[0]
+
+
+def test_evaluation_while_training_takes_one_point(inputs):
+    args = sweep_args(cfg=[1.0, 2.0], temperature=[0.5])
+    with pytest.raises(UserError, match="--online_eval takes one value, not several: --cfg"):
+        eval_settings(args, class_num=3)
+    found = eval_settings(sweep_args(cfg=[2.0], temperature=[0.5]), class_num=3)
+    assert isinstance(found, EvalSettings) and (found.cfg, found.temperature) == (2.0, 0.5)
+
+
+def sweep_args(**changes):
+    from main_tokenbridge import make_parser
+
+    args = make_parser().parse(["--num_images", "6"])
+    vars(args).update(changes)
+    return args
+
+
+def test_values_that_would_share_a_folder_are_refused():
+    with pytest.raises(UserError, match="too close"):
+        sweep.sweep_settings(sweep_args(cfg=[1.0000001, 1.0000002]), class_num=3)
+    assert len(sweep.sweep_settings(sweep_args(cfg=[1.0, 1.0, 2.0]), class_num=3)) == 2
