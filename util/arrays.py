@@ -1,0 +1,99 @@
+"""npy and npz files that nobody vouches for: no pickle, no size believed, every checksum read.
+
+numpy's own readers allocate what a header claims before they find the file short, and where it
+claims less than there is, they stop before the checksum of a zip entry. Here a header must account
+for every byte. What is wrong with a file is told by an exception of any kind, as zipfile and numpy
+do too: callers catch them all and name the file.
+"""
+
+import io
+import math
+import mmap
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+try:
+    import resource
+except ImportError:  # not a Unix, which has no such limit
+    resource = None
+
+SPARE_FILES = 512  # for data loaders, sockets, logs and libraries
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading, unbuffered. Opening a pipe would wait for its other end."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError("there is no regular file of that name")
+    return open(path, "rb", buffering=0)
+
+
+def map_npy(path: str | Path) -> np.ndarray:
+    """The array of an npy file, mapped into memory: read where it is touched, never written.
+
+    As long as it lives it takes one of the process's open files.
+    """
+    with open_regular(path) as file:
+        shape, dtype, order = _read_header(file, os.fstat(file.fileno()).st_size)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.ndarray(shape, dtype, mapped, offset=file.tell(), order=order)
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process map that many files, beside those it has open and may need.
+
+    Raises ValueError if the system does not allow as many.
+    """
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed, unlimited = count + SPARE_FILES, resource.RLIM_INFINITY
+    if soft == unlimited or soft >= needed:
+        return
+    if hard != unlimited and hard < needed:
+        raise ValueError(f"{count} files must be open at once, ulimit -n allows {hard}; raise it")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def read_npz(path: str | Path, names: Iterable[str], max_bytes: int) -> list[np.ndarray]:
+    """The arrays of these names, each of at most max_bytes; others in the file are not read."""
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        return [_read_entry(archive, f"{name}.npy", max_bytes) for name in names]
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str, max_bytes: int) -> np.ndarray:
+    entry = archive.getinfo(name)
+    if entry.file_size > max_bytes:
+        raise ValueError(f"{name} unpacks to more than {max_bytes} bytes")
+    # What numpy writes; other methods unpack a whole block before its size can be seen.
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed by method {entry.compress_type}")
+    with archive.open(entry) as file:
+        content = file.read(entry.file_size)  # to its end, where zipfile compares the checksum
+    if len(content) != entry.file_size:
+        raise ValueError(f"{name} ends after {len(content)} bytes of {entry.file_size}")
+    file = io.BytesIO(content)
+    shape, dtype, order = _read_header(file, len(content))
+    return np.ndarray(shape, dtype, content, offset=file.tell(), order=order)
+
+
+def _read_header(file: BinaryIO, size: int) -> tuple[tuple[int, ...], np.dtype, str]:
+    """Shape, dtype and order of the array that fills the rest of a file of that size."""
+    version = np.lib.format.read_magic(file)
+    if version not in _HEADERS:
+        raise ValueError(f"npy version {version} is unknown")
+    shape, fortran_order, dtype = _HEADERS[version](file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are never unpickled")
+    claimed, there = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if claimed != there or min(shape, default=0) < 0:
+        raise ValueError(f"{dtype} {shape} takes {claimed} bytes, but {there} are there")
+    return shape, dtype, "F" if fortran_order else "C"
