@@ -1,0 +1,113 @@
+"""Two jobs never work in one folder, and a killed one leaves it free."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from util import lock
+from util.errors import UserError
+from util.lock import only_job_in
+
+HOLD = """
+import os, sys, time
+from util.lock import only_job_in
+with only_job_in(sys.argv[1], "--flag"):
+    print(os.fork() if "fork" in sys.argv else 0, flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def holder(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, int]]:
+    """Another process that holds the lock, and one that it forked."""
+    command = [sys.executable, "-c", HOLD, str(folder), *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process, int(process.stdout.readline())
+        finally:
+            process.kill()
+
+
+def test_a_second_job_is_refused_and_told_of_the_first(tmp_path):
+    with holder(tmp_path) as (first, _):
+        with pytest.raises(UserError) as error, only_job_in(tmp_path, "--flag"):
+            pass
+        line = str(error.value)
+        assert f"--flag {tmp_path} is in use" in line and f"process {first.pid} on" in line
+        assert (tmp_path / ".lock").exists()  # the first job's, not touched
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        with only_job_in(tmp_path, "--flag"):
+            pass
+
+
+def test_a_process_that_the_killed_one_forked_does_not_hold_it(tmp_path):
+    with holder(tmp_path, "fork") as (first, child):
+        try:
+            first.kill()
+            first.wait()
+            os.kill(child, 0)  # is alive
+            with only_job_in(tmp_path, "--flag"):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_nothing_is_left_of_a_job_that_wrote_nothing(tmp_path):
+    folder = tmp_path / "new" / "cache"
+    with pytest.raises(ZeroDivisionError), only_job_in(folder, "--flag"):
+        assert folder.is_dir()
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_job_wrote_stays_and_so_does_an_empty_folder_of_before(tmp_path):
+    with only_job_in(tmp_path, "--flag"):
+        pass
+    assert tmp_path.is_dir()
+    with only_job_in(tmp_path / "new", "--flag"):
+        (tmp_path / "new" / "mine").touch()
+    assert os.listdir(tmp_path / "new") == ["mine"]
+
+
+def test_a_lock_on_a_file_that_its_last_holder_removed_is_taken_anew(tmp_path, monkeypatch):
+    calls = []
+    original = lock._lock
+
+    def late(descriptor, *args):
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(descriptor)
+        original(descriptor, *args)
+
+    monkeypatch.setattr(lock, "_lock", late)
+    with only_job_in(tmp_path, "--flag"):
+        assert len(calls) == 2 and (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys, number):
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    with only_job_in(tmp_path, "--flag"):
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--flag {tmp_path}" in line and "no locks" in line
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match="--flag .*file/cache: cannot write"),
+        only_job_in(tmp_path / "file" / "cache", "--flag"),
+    ):
+        pass
