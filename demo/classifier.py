@@ -1,8 +1,13 @@
 """Judge generated images: a small classifier of real images, its accuracy, a Frechet distance.
 
+python demo/classifier.py train --output classifier.pth
+python demo/classifier.py judge --classifier classifier.pth --generated FOLDER --stats TRAIN.npz
+
 Trained on real training images alone, the classifier gives the share of generated images that it
 takes for the class they were asked to show, and a feature space for a Frechet distance. That
-distance is not FID: FID is the one in the features of the Inception network.
+distance is not FID: FID is the one in the features of the Inception network. It is computed by
+`main_tokenbridge.py --evaluate --feature_extractor demo.classifier:digits`: importing this module
+registers the extractor `digits` with torch-fidelity.
 Letters: N images, S side in pixels, F = 64 penultimate features.
 """
 
@@ -16,7 +21,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import register_feature_extractor
 
+from util.extractor import Extractor
+from util.files import atomic_write, load_tensors
+from util.metrics import frechet, statistics
+from util.reference import load_fid_statistics
+
+EXTRACTOR = "digits"
 FEATURES = 64
 BATCH = 64
 
@@ -43,10 +56,56 @@ class Classifier(nn.Module):
         return self.output(F.dropout(self.features(images), 0.3, self.training))
 
 
+class DigitFeatures(FeatureExtractorBase):
+    """The classifier as torch-fidelity knows networks: `features` for distances, `logits` for IS.
+
+    feature_extractor_weights_path: the file of `save_classifier`.
+    """
+
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path, **_):
+        super().__init__(name, features_list)
+        if feature_extractor_weights_path is None:
+            raise ValueError("it is trained, not downloaded: demo/classifier.py train")
+        saved = load_tensors(feature_extractor_weights_path, "--inception_weights")
+        self.model = Classifier(saved["side"], saved["classes"])
+        self.model.load_state_dict(saved["model"])
+        self.model.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """images: uint8 [N, 3, S, S] -> features [N, F] and logits [N, classes], as requested."""
+        features = self.model.features(grey(images))
+        found = {"features": features, "logits": self.model.output(features)}
+        return tuple(found[layer] for layer in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "features"
+
+
+register_feature_extractor(EXTRACTOR, DigitFeatures)
+
+
+def save_classifier(path: Path, model: Classifier, side: int, classes: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        torch.save({"side": side, "classes": classes, "model": model.state_dict()}, file)
+
+
 def load_images(paths: list[Path]) -> Tensor:
-    """Image files of one size -> grey, float32 [N, 1, S, S] in [0, 1]."""
-    grey = [np.asarray(Image.open(path).convert("L")) for path in paths]
-    return torch.from_numpy(np.stack(grey))[:, None].float() / 255
+    """Image files of one size -> uint8 [N, 3, S, S]."""
+    pixels = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+
+
+def grey(images: Tensor) -> Tensor:
+    """uint8 [N, 3, S, S] -> float32 [N, 1, S, S] in [0, 1], in Pillow's whole numbers."""
+    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32, device=images.device)
+    summed = (images.int() * weights[:, None, None]).sum(dim=1, keepdim=True, dtype=torch.int32)
+    return (summed + 2**15 >> 16).float() / 255
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -80,27 +139,6 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int = 30, seed: int
     return model.eval()
 
 
-@torch.no_grad()
-def predict(model: Classifier, images: Tensor) -> Tensor:
-    """The class that the model takes each of [N, 1, S, S] for: [N] int64."""
-    return model(images).argmax(1)
-
-
-@torch.no_grad()
-def frechet_distance(model: Classifier, first: Tensor, second: Tensor) -> float:
-    """Squared Frechet distance of Gaussians fitted to two sets' penultimate features. Not FID.
-
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)); first, second: [N, 1, S, S] in [0, 1].
-    """
-    a, b = (model.features(images).double() for images in (first, second))
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # C1 C2 is similar to a positive semidefinite matrix: the trace of its root needs only the
-    # eigenvalues, and their small negative parts are rounding
-    eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)
-    trace = cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + trace).item()
-
-
 def nearest_distance(images: Tensor, references: Tensor) -> float:
     """Mean over images of the root mean square pixel difference to the nearest reference.
 
@@ -125,20 +163,25 @@ def generated_images(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def judge(
-    model: Classifier,
-    train: tuple[Tensor, Tensor],
+    extractor: Extractor,
+    stats: dict[str, np.ndarray],
+    train: Tensor,
     held_out: tuple[Tensor, Tensor],
     generated: tuple[Tensor, Tensor],
 ) -> dict:
-    """All figures about generated images, each beside the same figure of held-out ones."""
+    """All figures about generated images, each beside the same figure of held-out ones.
+
+    stats: mu and sigma of the training images' features. train: their pixels.
+    """
     figures = {}
     for name, (images, labels) in (("held_out", held_out), ("generated", generated)):
-        predictions = predict(model, images)
+        found = extractor(images)
+        predictions = found["logits"].argmax(dim=1)
         figures[name] = {
             "images": len(images),
             "accuracy": (predictions == labels).double().mean().item(),
-            "frechet_to_train": frechet_distance(model, train[0], images),
-            "nearest_training_image": nearest_distance(images, train[0]),
+            "frechet_to_train": frechet(statistics(found["features"]), stats),
+            "nearest_training_image": nearest_distance(grey(images), grey(train)),
             "labels": labels.tolist(),
             "predictions": predictions.tolist(),
         }
@@ -146,25 +189,37 @@ def judge(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--data_path", type=Path, default=Path("output/demo/data"), help="has train/ and val/")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    formatter, root = argparse.ArgumentDefaultsHelpFormatter, Path("output/demo")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", formatter_class=formatter, help="on real images")
+    judge = commands.add_parser("judge", formatter_class=formatter, help="generated images")
+    for command in (train, judge):
+        command.add_argument("--data_path", type=Path, default=root / "data", help="train/, val/")
+    train.add_argument("--output", type=Path, default=root / "classifier.pth", help="to write")
+    train.add_argument("--epochs", type=int, default=30, help="over the training images")
+    train.add_argument("--seed", type=int, default=0, help="of all that is random")
+    add = judge.add_argument
+    add("--classifier", type=Path, default=root / "classifier.pth", help="that `train` wrote")
+    add("--stats", type=Path, default=root / "digits.npz", help="of the training images' features")
     add("--generated", type=Path, required=True, help="folder that --evaluate wrote")
-    add("--output", type=Path, default=Path("output/demo/scores.json"), help="file to write")
-    add("--epochs", type=int, default=30, help="of the classifier's training")
-    add("--seed", type=int, default=0, help="of the classifier's training")
+    add("--output", type=Path, default=root / "scores.json", help="file to write")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    train, held_out = (labelled_images(args.data_path / part) for part in ("train", "val"))
-    began = time.monotonic()
-    model = train_classifier(*train, epochs=args.epochs, seed=args.seed)
-    print(f"classifier trained on {len(train[0])} images in {time.monotonic() - began:.0f} s")
-    figures = judge(model, train, held_out, generated_images(args.generated))
+    train = labelled_images(args.data_path / "train")
+    if args.command == "train":
+        began = time.monotonic()
+        model = train_classifier(grey(train[0]), train[1], epochs=args.epochs, seed=args.seed)
+        save_classifier(args.output, model, train[0].shape[-1], int(train[1].max()) + 1)
+        print(f"{args.output}: {len(train[0])} images in {time.monotonic() - began:.0f} s")
+        return
+    extractor = Extractor(EXTRACTOR, args.classifier, torch.device("cpu"))
+    stats = load_fid_statistics(args.stats, FEATURES)
+    held_out = labelled_images(args.data_path / "val")
+    figures = judge(extractor, stats, train[0], held_out, generated_images(args.generated))
     args.output.write_text(json.dumps(figures) + "\n")
     for name, found in figures.items():
         print(

@@ -53,16 +53,27 @@ stage 'Reconstruct held-out digits at several bit widths' \
   --latent_scale "$scale" --bits "${bits[@]}" --range 5.0 --num_workers 0 --no_metrics \
   --output_dir "$demo/reconstruction" --device cpu
 
-stage 'Generate digits, with guidance' \
+stage 'Train a classifier of real digits, the judge' \
+  python demo/classifier.py train --data_path "$demo/data" --output "$demo/classifier.pth"
+
+# FID's arithmetic in the classifier's features: Inception's weights are a download
+stage 'Statistics of the training digits, in its features' \
+  python -m util.fid_stats --image_dir "$demo/data/train" --img_size 32 --num_workers 0 \
+  --feature_extractor demo.classifier:digits --inception_weights "$demo/classifier.pth" \
+  --output "$demo/digits.npz" --device cpu
+
+stage 'Generate digits, with guidance, and measure them' \
   torchrun --standalone --nproc_per_node=2 main_tokenbridge.py --evaluate \
   --model tokenbridge_tiny --img_size 32 --vae_path "$demo/vae.ckpt" --resume "$demo/model" \
-  --num_images 360 --eval_bsz 90 --num_iter 16 --cfg 2.0 --temperature 0.5 --no_metrics \
+  --num_images 360 --eval_bsz 90 --num_iter 16 --cfg 2.0 --temperature 0.5 \
+  --feature_extractor demo.classifier:digits --inception_weights "$demo/classifier.pth" \
+  --fid_stats "$demo/digits.npz" --keep_images \
   --output_dir "$demo/generated" --device cpu
 
-generated=("$demo"/generated/*/)
-stage 'Judge them by a classifier of real digits' \
-  python demo/classifier.py --data_path "$demo/data" --generated "${generated[0]}" \
-  --output "$demo/scores.json"
+generated=("$demo"/generated/ariter*/)
+stage 'Judge them by the classifier' \
+  python demo/classifier.py judge --data_path "$demo/data" --classifier "$demo/classifier.pth" \
+  --stats "$demo/digits.npz" --generated "${generated[0]}" --output "$demo/scores.json"
 
 stage 'Report' \
   python demo/report.py --data_path "$demo/data" --generated "${generated[0]}" \
