@@ -6,9 +6,11 @@ python main_cache.py --cached_path CACHE --verify
 Stopped or killed, the same command goes on where it was, on any number of processes.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -27,11 +29,13 @@ from util.args import (
     positive_int,
 )
 from util.build import build_vae
+from util.cache_files import DTYPES, FORMATS, MAX_SHARD_SIZE
 from util.cache_writer import Batch, CacheSettings, CacheWriter, list_digest
 from util.data import ImageDataset, ImageList, collate_skipping, list_images
 from util.errors import UserError, run
 from util.files import sha256
-from util.latent_cache import DTYPES, FORMATS, verify
+from util.latent_cache import verify
+from util.lock import only_job_in
 
 
 def make_parser() -> Parser:
@@ -52,9 +56,16 @@ def make_parser() -> Parser:
     cache.add_argument(
         "--dtype", choices=DTYPES, help="of the moments [float16; float32 with --format npz]"
     )
-    cache.add_argument("--shard_size", type=positive_int, default=4096, help="images a shard")
+    cache.add_argument("--shard_size", type=shard_size, default=4096, help="images a shard")
     cache.add_argument("--verify", action="store_true", help="only check an existing cache")
     return parser
+
+
+def shard_size(text: str) -> int:
+    value = positive_int(text)
+    if value > MAX_SHARD_SIZE:
+        raise argparse.ArgumentTypeError(f"{text} is more than {MAX_SHARD_SIZE}: it fills memory")
+    return value
 
 
 def main() -> None:
@@ -85,14 +96,15 @@ def write_cache(args, device: torch.device) -> None:
     settings = cache_settings(args, vae, images.classes, list_digest(names, labels))
     writer = CacheWriter(args.cached_path, settings, names, labels)
 
-    # One process says what is to be done, so that all agree; then each takes every W-th shard.
-    pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]
-    dist.print_main(f"{len(pending)} of {writer.num_shards} shards to write")
-    encode_shards(args, device, vae, images, writer, pending[dist.rank() :: dist.world_size()])
-    dist.barrier()
-    if dist.is_main():
-        report(writer.write_manifest(published_constants=vae.is_kl16), args.cached_path)
-    dist.barrier()
+    with only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext():
+        # One process says what is to be done, so that all agree; each takes every W-th shard.
+        pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]
+        dist.print_main(f"{len(pending)} of {writer.num_shards} shards to write")
+        encode_shards(args, device, vae, images, writer, pending[dist.rank() :: dist.world_size()])
+        dist.barrier()
+        if dist.is_main():
+            report(writer.write_manifest(published_constants=vae.is_kl16), args.cached_path)
+        dist.barrier()
 
 
 def cache_settings(args, vae: AutoencoderKL, classes: list[str], images_sha256: str):

@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import pickle
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
 from util import cache_writer
+from util.arrays import allow_open_files
+from util.cache_files import json_digest
 from util.cache_writer import CacheSettings, CacheWriter, list_digest
+from util.data import MicroBatchSampler
 from util.errors import UserError
-from util.latent_cache import open_cache, verify
+from util.latent_cache import as_one_batch, open_cache, verify
 from util.latent_stats import LatentStats
 
 C, H, W = 3, 4, 5
@@ -63,6 +69,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+def rewrite(path: Path, **changes) -> None:
+    """Change a JSON file as somebody would who knows its checksum; None removes an entry."""
+    value = {k: v for k, v in (json.loads(path.read_text()) | changes).items() if v is not None}
+    value["checksum"] = json_digest({k: v for k, v in value.items() if k != "checksum"})
+    path.write_text(json.dumps(value))
+
+
 def complaint(action, *args, **kwargs) -> str:
     with pytest.raises(UserError) as error:
         action(*args, **kwargs)
@@ -87,6 +100,23 @@ def test_float32_caches_give_back_every_number(tmp_path, form):
     assert torch.equal(cache[3][0], cache[(3, False)][0])
     with pytest.raises(IndexError):
         cache[10]
+
+
+@FORMS
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_are_the_items_to_the_bit_in_the_stored_dtype(tmp_path, form, num_workers):
+    stored = torch.float16 if form == "npy" else torch.float32
+    fill(tmp_path, format=form, dtype=str(stored).removeprefix("torch."))
+    cache = open_cache(tmp_path)
+    keys = list(MicroBatchSampler(10, 3, 1, 0, 1, seed=0, first_step=0, num_steps=5))
+    loader = DataLoader(cache, batch_sampler=keys, collate_fn=as_one_batch, num_workers=num_workers)
+    for (moments, labels), chosen in zip(loader, keys, strict=True):
+        assert moments.dtype == stored and moments.shape == (3, 2 * C, H, W)
+        assert labels.dtype == torch.int64 and labels.tolist() == [LABELS[i] for i, _ in chosen]
+        expected = MOMENTS[[i for i, _ in chosen], [int(flip) for _, flip in chosen]]
+        assert torch.equal(moments, torch.from_numpy(expected).to(stored))
+        for view, key in zip(moments, chosen, strict=True):
+            assert torch.equal(view.float(), cache[key][0])
 
 
 def test_float16_shards_are_rounded_and_half_as_large(tmp_path):
@@ -248,7 +278,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, form, monkeypatch):
     writer.write_shard(0, batches(writer.missing(0)))
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(cache_writer.np, "save" if form == "npy" else "savez", full)
+        where = (cache_writer, "write_array") if form == "npy" else (cache_writer.np, "savez")
+        patch.setattr(*where, full)
         assert "No space left" in complaint(writer.write_shard, 1, batches(writer.missing(1)))
     assert contents(tmp_path) == before
     assert fill(tmp_path, format=form) == [4, 5, 6, 7, 8, 9]
@@ -340,32 +371,159 @@ def test_damaged_npz_files_are_named_and_never_unpickled(tmp_path, monkeypatch):
         np.savez(path, **arrays)
         assert "3.png.npz" in complaint(lambda: cache[3])
     path.write_bytes(whole)
-    monkeypatch.setattr("util.latent_cache.MAX_NPZ_BYTES", 100)
+    monkeypatch.setattr("util.cache_files.MAX_NPZ_BYTES", 100)
     assert "unpacks to more than 100 bytes" in complaint(lambda: cache[3])
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
-    for name in ("../../etc/passwd", "/etc/passwd", "ant/../../x"):
-        fill(tmp_path / "cache", format="npz")
-        sidecar = tmp_path / "cache" / "shard-00000.json"
-        sidecar.write_text(sidecar.read_text().replace("ant/0.png", name))
-        assert "leads out of the folder" in complaint(open_cache, tmp_path / "cache")
-        shutil.rmtree(tmp_path / "cache")
+    fill(tmp_path, format="npz")
+    sidecar = tmp_path / "shard-00000.json"
+    names = json.loads(sidecar.read_text())["names"]
+    for name in ("../../etc/passwd", "/etc/passwd", "ant/../../x", "..", "a\0b", "", "../" * 9999):
+        rewrite(sidecar, names=[name, *names[1:]])
+        assert "leads out of the folder" in complaint(open_cache, tmp_path)
+        assert "leads out of the folder" in complaint(writer_for(tmp_path, format="npz").pending)
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(tmp_path):
+    cache, outside = tmp_path / "cache", tmp_path / "outside"
+    fill(cache, format="npz")
+    (cache / "bee" / "0.png.npz").rename(tmp_path / "0.npz")
+    (cache / "bee" / "0.png.npz").symlink_to(tmp_path / "0.npz")
+    assert "symbolic link" in complaint(lambda: open_cache(cache)[5])
+    assert "symbolic link" in complaint(verify, cache)
+    (cache / "ant").rename(outside)
+    (cache / "ant").symlink_to(outside)
+    assert "a link on the way to 'ant/" in complaint(open_cache, cache)
+
+
+def test_nothing_is_written_through_a_link_that_leads_out(tmp_path):
+    cache, outside = tmp_path / "cache", tmp_path / "outside"
+    writer = writer_for(cache, format="npz")
+    cache.mkdir()
+    outside.mkdir()
+    (cache / "ant").symlink_to(outside)
+    assert "a link on the way" in complaint(writer.write_shard, 0, batches([0, 1, 2, 3]))
+    assert contents(outside) == {}
+
+
+def test_links_in_a_published_cache_are_its_users_own(tmp_path):
+    fill(tmp_path / "all", format="npz")
+    (tmp_path / "subset").mkdir()
+    (tmp_path / "subset" / "bee").symlink_to(tmp_path / "all" / "bee")
+    cache = open_cache(tmp_path / "subset")
+    assert cache.classes == ["bee"] and len(cache) == 5
+    np.testing.assert_array_equal(cache[4][0].numpy(), MOMENTS[9, 0])
+
+
+@FORMS
+def test_a_wrong_bit_is_named_when_it_is_read(tmp_path, form):
+    fill(tmp_path, format=form)
+    cache = open_cache(tmp_path)
+    name = "shard-00001.npy" if form == "npy" else "bee/2.png.npz"
+    content = bytearray((tmp_path / name).read_bytes())
+    if form == "npy":
+        content[-1] ^= 1  # of image 7's mirror image
+        (tmp_path / name).write_bytes(content)
+    else:  # another file, whose own checksum is right
+        shutil.copy(tmp_path / "bee" / "1.png.npz", tmp_path / name)
+    assert name in complaint(lambda: open_cache(tmp_path)[(7, True)])
+    assert name in complaint(lambda: cache.__getitems__([(1, False), (7, True)]))
+    assert torch.equal(cache[(8, True)][0], torch.from_numpy(MOMENTS[8, 1]))
+
+
+def test_no_character_of_the_json_files_can_change(tmp_path):
+    fill(tmp_path)
+    cache = open_cache(tmp_path)
+    rng = np.random.default_rng(0)
+    for name in ("manifest.json", "shard-00002.json"):
+        whole = (tmp_path / name).read_bytes()
+        for position in rng.choice(len(whole), 150, replace=False):
+            content = bytearray(whole)
+            content[position] ^= 1 << int(rng.integers(8))
+            (tmp_path / name).write_bytes(content)
+            try:
+                found = open_cache(tmp_path)
+            except UserError:
+                continue
+            # Another white space, say; what is said must be the same.
+            assert found.manifest == cache.manifest and (found.crcs == cache.crcs).all()
+        (tmp_path / name).write_bytes(whole)
+
+
+def test_shards_of_one_cache_cannot_change_places(tmp_path):
+    fill(tmp_path)
+    first, second = tmp_path / "shard-00000.json", tmp_path / "shard-00001.json"
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    assert "belongs to another place" in complaint(open_cache, tmp_path)
+
+
+def test_another_format_version_is_named(tmp_path):
+    fill(tmp_path)
+    for name in ("manifest.json", "settings.json"):
+        rewrite(tmp_path / name, format_version=1)
+    for action in (open_cache, writer_for):
+        message = complaint(action, tmp_path)
+        assert "format version 1, this program reads 2" in message
+
+
+def test_lost_settings_are_no_hindrance_to_go_on(tmp_path):
+    fill(tmp_path)
+    before = contents(tmp_path)
+    (tmp_path / "settings.json").write_bytes(b"")
+    assert "settings.json" in complaint(writer_for, tmp_path)
+    (tmp_path / "settings.json").unlink()
+    assert "other settings" in complaint(writer_for(tmp_path, image_size=32).pending)
+    (tmp_path / "shard-00001.json").unlink()
+    assert fill(tmp_path) == [4, 5, 6, 7]
+    assert contents(tmp_path) == before
 
 
 def test_a_senseless_manifest_is_refused_in_one_line(tmp_path):
     fill(tmp_path)
     path = tmp_path / "manifest.json"
-    manifest = json.loads(path.read_text())
+    whole = path.read_text()
+    manifest = json.loads(whole)
     needed = ("format", "dtype", "classes", "latent_shape", "latent_scale", "channel_order")
     for key in (*needed, "shards", "count", "format_version", "cache_id", "image_size"):
-        for value in (None, -1, "x", [], {}, [1.5], float("nan"), True):
-            path.write_text(json.dumps(manifest | {key: value}))
+        for value in (None, -1, "x", [], {}, [1.5], True, 10**30, [10**30] * 3, [{}]):
+            path.write_text(whole)
+            rewrite(path, **{key: value})
             complaint(open_cache, tmp_path)
-        path.write_text(json.dumps({k: v for k, v in manifest.items() if k != key}))
-        assert "manifest.json" in complaint(open_cache, tmp_path)
-    for text in ("", "{", "[]", "[" * 100_000, "\udcff"):
+    for text in ("", "{", "[]", "[" * 100_000, "\udcff", '{"count": NaN}', whole + "x"):
         path.write_bytes(text.encode(errors="surrogateescape"))
         assert "manifest.json" in complaint(open_cache, tmp_path)
-    path.write_text(json.dumps(manifest))
+    path.write_text(json.dumps(manifest))  # spaced in another way
     assert len(open_cache(tmp_path)) == 10
+
+
+def test_json_that_would_fill_memory_is_refused(tmp_path, monkeypatch):
+    fill(tmp_path)
+    monkeypatch.setattr("util.cache_files.MAX_JSON_BYTES", 100)
+    assert "larger than 100 bytes" in complaint(open_cache, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "shard-00001.json", "shard-00001.npy"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, name):
+    fill(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert name in complaint(open_cache, tmp_path) and "regular file" in complaint(verify, tmp_path)
+
+
+# --- as many shards as there may be
+
+
+def test_more_shards_than_open_files_are_allowed_raise_the_limit(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fill(tmp_path, shard_size=1)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+        assert len(open_cache(tmp_path)) == 10
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 10 + 100
+        with pytest.raises(ValueError, match="ulimit -n"):
+            allow_open_files(hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -13,7 +13,8 @@ from PIL import Image
 import main_cache
 from models.vae import AutoencoderKL
 from tests.conftest import run_script
-from tests.runs import free_port
+from tests.runs import free_port, run_together
+from tests.test_lock import holder
 from util.checkpoint import load_vae, save_vae
 from util.data import center_crop
 from util.errors import EXIT_USER_ERROR, run
@@ -177,6 +178,29 @@ def test_verify_tells_a_sound_cache_from_a_damaged_one(inputs, tmp_path, call, c
     assert "shard-00002" in refused("--cached_path", str(tmp_path), "--verify")
 
 
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(inputs, tmp_path, call):
+    """A limit on file sizes stands for the disk; the settings still fit, no shard does."""
+    cache, argv = tmp_path / "cache", flags(inputs, tmp_path / "cache", device="cpu")
+    code = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    ((code, _, stderr),) = run_together(["-c", code, "main_cache.py", *argv])
+    errors = [line for line in stderr.splitlines() if "error" in line.lower()]
+    assert code == 2 and "Traceback" not in stderr and len(errors) == 1, stderr
+    assert f"--cached_path {cache}: cannot write" in errors[0] and "too large" in errors[0]
+    assert set(contents(cache)) == {"settings.json"}
+    call(*argv)
+    call(*flags(inputs, tmp_path / "at_once"))
+    assert contents(cache) == contents(tmp_path / "at_once")
+
+
+def test_a_second_job_in_the_same_folder_is_refused(inputs, tmp_path, refused):
+    with holder(tmp_path / "cache") as (first, _):
+        line = refused(*flags(inputs, tmp_path / "cache"))
+    assert "--cached_path" in line and f"process {first.pid} on" in line
+
+
 # --- what is refused, in one line and before anything is written
 
 
@@ -190,6 +214,7 @@ def test_verify_tells_a_sound_cache_from_a_damaged_one(inputs, tmp_path, call, c
         ({"img_size": 15}, ["--img_size", "15"]),
         ({"format": "npz", "dtype": "float16"}, ["--dtype", "float16"]),
         ({"shard_size": 0}, ["--shard_size"]),
+        ({"shard_size": 10**6}, ["--shard_size", "fills memory"]),
         ({"batch_sizes": 2}, ["--batch_sizes"]),
     ],
 )

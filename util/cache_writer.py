@@ -1,36 +1,42 @@
 """Writing a latent cache: what it will hold, its shards one by one, and at the end the manifest.
 
-The files are those that `util.latent_cache` describes and reads. Settings come first, as soon as
-there is something to write; a shard is whole with its .json file, the cache with manifest.json.
+The files are those that `util.cache_files` describes. Settings come first, as soon as there is
+something to write; a shard is whole with its .json file, the cache with manifest.json.
 Letters: n images of a shard, b of a batch, C latent channels, h, w positions.
 """
 
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
-from util.errors import UserError, as_user_error
-from util.files import atomic_write, check_writable, sha256
-from util.latent_cache import (
+from util.cache_files import (
     FORMAT_VERSION,
     MANIFEST,
     NPZ_NAMES,
     SETTINGS,
+    check_inside,
     load_shard,
     npz_path,
     read_json,
     read_sidecar,
     shard_digest,
     shard_path,
+    unreadable,
+    view_crc,
+    write_json,
 )
+from util.errors import UserError, as_user_error
+from util.files import atomic_write, check_writable, sha256
 from util.latent_stats import LatentStats
 
 STATS_IMAGES = 256  # images a step of the statistics, to bound its memory
@@ -92,7 +98,8 @@ class CacheWriter:
         visible = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
         if SETTINGS in visible:
             self._check_settings(read_json(folder / SETTINGS))
-        elif visible:
+        # Without settings, every shard still says what it belongs to.
+        elif visible and not any(folder.glob("shard-*.json")):
             raise UserError(
                 f"--cached_path {self.folder} holds other files already ({visible[0]}); "
                 "name a folder that is new or was begun by main_cache.py"
@@ -118,8 +125,10 @@ class CacheWriter:
     def pending(self) -> list[int]:
         """The shards still to be written, after removing what killed processes left unfinished.
 
-        For one process alone to call, before any of them writes.
+        For one process alone to call, before any of them writes. Raises UserError if the folder
+        has been filled with something else in the meantime.
         """
+        self._check_folder()
         for unfinished in self.folder.rglob(".*.tmp"):
             unfinished.unlink()
         return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
@@ -129,8 +138,8 @@ class CacheWriter:
             return False
         kept = read_sidecar(self.folder, shard, self.settings.cache_id)["names"]
         if self.settings.format == "npz":
-            return all(npz_path(self.folder, name).exists() for name in kept)
-        return shard_path(self.folder, shard, ".npy").exists()
+            return all(os.path.isfile(npz_path(self.folder, name)) for name in kept)
+        return os.path.isfile(shard_path(self.folder, shard, ".npy"))
 
     def _images(self, shard: int) -> range:
         start = shard * self.settings.shard_size
@@ -141,7 +150,7 @@ class CacheWriter:
         if self.settings.format == "npy":
             return list(self._images(shard))
         files = {i: npz_path(self.folder, self.names[i]) for i in self._images(shard)}
-        return [i for i, file in files.items() if not file.exists()]
+        return [i for i, file in files.items() if not os.path.isfile(file)]
 
     def write_shard(self, shard: int, batches: Iterable[Batch]) -> None:
         """Write a shard from batches of the images in `missing`, without the unreadable ones.
@@ -154,11 +163,13 @@ class CacheWriter:
         moments = load_shard(self.folder, form, shard, names)
         sidecar = {
             "cache_id": self.settings.cache_id,
+            "shard": shard,
             "sha256": shard_digest(self.folder, form, shard, moments),
             "statistics": _statistics(moments),
             "skipped": [self.names[i] for i in sorted(set(self._images(shard)) - set(kept))],
             "names": names,
             "labels": [self.labels[i] for i in kept],
+            "crc32": [view_crc(view) for image in moments for view in image],
         }
         with self._writing():
             write_json(shard_path(self.folder, shard, ".json"), sidecar)
@@ -169,20 +180,21 @@ class CacheWriter:
             kept += images
             parts.append(self._stored(moments))
         with self._writing(), atomic_write(shard_path(self.folder, shard, ".npy")) as file:
-            np.save(file, np.concatenate(parts[1:] or parts))
+            write_array(file, np.concatenate(parts[1:] or parts))
         return kept
 
     def _write_npzs(self, shard: int, batches: Iterable[Batch]) -> list[int]:
         for images, moments in batches:
             for i, of_image in zip(images, self._stored(moments), strict=True):
                 with self._writing():
+                    check_inside(self.folder, [self.names[i]])
                     write_npz(npz_path(self.folder, self.names[i]), of_image)
         return sorted(set(self._images(shard)) - set(self.missing(shard)))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Says first, and only when there is something to write, what the folder is filled with."""
-        with as_user_error(f"--cached_path {self.folder}: cannot write", (OSError,)):
+        with as_user_error(f"--cached_path {self.folder}: cannot write", (OSError, ValueError)):
             if not (self.folder / SETTINGS).exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_json(self.folder / SETTINGS, self.settings.to_dict())
@@ -206,7 +218,8 @@ class CacheWriter:
         """
         folder, cache_id = self.folder, self.settings.cache_id
         sidecars = [read_sidecar(folder, shard, cache_id) for shard in range(self.num_shards)]
-        parts = [LatentStats.from_dict(s["statistics"]) for s in sidecars if s["names"]]
+        with as_user_error(unreadable(folder / "shard-*.json"), (Exception,)):
+            parts = [LatentStats.from_dict(s["statistics"]) for s in sidecars if s["names"]]
         if not parts:
             raise UserError(f"none of the {len(self.names)} images can be read; see --data_path")
         stats = sum(parts[1:], parts[0])
@@ -250,9 +263,11 @@ def _statistics(moments: np.ndarray) -> dict | None:
     return sum(parts[1:], parts[0]).to_dict() if parts else None
 
 
-def write_json(path: Path, value: dict) -> None:
-    with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=1) + "\n").encode())
+def write_array(file: BinaryIO, array: np.ndarray) -> None:
+    """As np.save, which on a full disk only says how many numbers it could not write."""
+    header = np.lib.format.header_data_from_array_1_0(array)
+    np.lib.format.write_array_header_1_0(file, header)
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def write_npz(path: Path, moments: np.ndarray) -> None:
