@@ -9,6 +9,7 @@ import sys
 
 from models.config import HEAD_INPUTS, PRESETS, QUANTIZERS, TokenBridgeConfig
 from util.device import PRECISIONS
+from util.dist import NO_PROGRESS
 from util.errors import EXIT_USER_ERROR
 
 PUBLISHED = TokenBridgeConfig()  # whose values are the published defaults
@@ -140,6 +141,12 @@ def add_distributed_flags(parser: Parser) -> None:
     )
     group.add_argument("--dist_on_itp", action="store_true", help="started by Open MPI")
     group.add_argument("--dist_url", default="env://", help="where the processes meet")
+    group.add_argument(
+        "--dist_timeout",
+        type=positive_float,
+        default=NO_PROGRESS,
+        help="seconds without any progress after which all processes stop and say who holds them",
+    )
 
 
 def add_vae_flags(parser: Parser) -> None:

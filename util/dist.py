@@ -5,21 +5,32 @@ else asks whether a run is distributed. Launchers: none, torchrun, Slurm, Open M
 """
 
 import os
+import socket
 import subprocess
+import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from util import stop
 from util.device import resolve_device
 from util.errors import UserError
+from util.watchdog import FINISHED, Watchdog
 
 # Ranks wait for each other's last batch of an evaluation or shard of a cache, on a CPU for long.
+# That somebody hangs is for the watchdog to see, which knows who makes progress.
 TIMEOUT = timedelta(hours=3)
+NO_PROGRESS = 600.0  # seconds; the default of --dist_timeout
+_watchdog: Watchdog | None = None  # of this process, if there are others
+_finishers: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True)
@@ -71,10 +82,16 @@ def _slurm_master() -> str:
     return listed.stdout.split()[0]
 
 
-def init(device: str = "cuda", dist_url: str = "env://", dist_on_itp: bool = False) -> torch.device:
+def init(
+    device: str = "cuda",
+    dist_url: str = "env://",
+    dist_on_itp: bool = False,
+    timeout: float = NO_PROGRESS,
+) -> torch.device:
     """Join the other processes, if there are any, and return this process's device.
 
     device: what the user asked for; if the machine lacks it, what it has is used, and said.
+    timeout: seconds without progress of any process after which all stop.
     """
     world = detect_world(dist_on_itp)
     local_rank = world.local_rank
@@ -108,11 +125,66 @@ def init(device: str = "cuda", dist_url: str = "env://", dist_on_itp: bool = Fal
         device_id=chosen if chosen.type == "cuda" else None,
     )
     print_main(f"{world.size} processes ({world.launcher}), backend {dist.get_backend()}")
+    _start_watchdog(dist_url, timeout)
     return chosen
+
+
+def _start_watchdog(dist_url: str, timeout: float) -> None:
+    global _watchdog
+    host = urlsplit(dist_url).hostname or os.environ.get("MASTER_ADDR", "127.0.0.1")
+    # A store of its own, served by the main process: the launcher's may outlive or predate a run.
+    served = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if is_main() else None
+    name = f"process {rank()} (pid {os.getpid()} on {socket.gethostname()})"
+    found = gather_objects((name, served.port if served else None))
+    store = served or dist.TCPStore(host, found[0][1], is_master=False)
+    names = [name for name, _ in found]
+    _watchdog = Watchdog(store, rank(), names, timeout, lambda lost: end(f"stopped: {lost}", 1))
+    barrier()  # everybody has told the store of itself
+    _watchdog.start()
+
+
+def beat(doing: str) -> None:
+    """Tell the others that this process makes progress: once a batch, in every long loop.
+
+    Also where a signal that asks the process to stop is noticed at the latest.
+    """
+    stop.check()
+    if _watchdog is not None:
+        _watchdog.beat(doing)
+
+
+def say_goodbye(why: str) -> None:
+    """Tell the others why this process ends."""
+    if _watchdog is not None:
+        _watchdog.say_goodbye(why)
+
+
+def who_is_lost() -> str:
+    """Whose connection broke, in words."""
+    return _watchdog.who_is_lost() if _watchdog is not None else "another process ended first"
+
+
+def end(why: str, code: int) -> NoReturn:
+    """End this process at once, a checkpoint that is being written apart: print why, and go.
+
+    Not by an exception: what is left of the backend would only fail once more.
+    """
+    print(f"{sys.argv[0]}: {why}", file=sys.stderr, flush=True)
+    for finish in _finishers:
+        finish()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def before_exit(finish: Callable[[], None]) -> None:
+    """Have this done if the process must end because another one is lost."""
+    _finishers.append(finish)
 
 
 def cleanup() -> None:
     if dist.is_initialized():
+        barrier()
+        say_goodbye(FINISHED)
         dist.destroy_process_group()
 
 
@@ -147,6 +219,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The largest of every process's values, in place, the same on all."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def gather_objects(value) -> list:
     """Every process's value, in the order of ranks, on every process."""
     if not dist.is_initialized():
@@ -166,11 +245,23 @@ def gather_to_main(value) -> list | None:
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with its gradients averaged over processes; the model itself in a world of one."""
+    """The model with its gradients summed over processes; the model itself in a world of one."""
     if not dist.is_initialized():
         return model
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    wrapped.register_comm_hook(None, _sum_gradients)
+    return wrapped
+
+
+def _sum_gradients(_state, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The sum, where DDP would divide by the number of processes, which changes nothing but bits:
+
+    a micro-batch's gradient is then the same on any number of processes, and they may have
+    unequal shares of the micro-batches.
+    """
+    reduced = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return reduced.then(lambda future: future.value()[0])
 
 
 def keep_gradients_local(model: nn.Module, active: bool):

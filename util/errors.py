@@ -9,8 +9,12 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import NoReturn
 
+from util import stop
+
 EXIT_USER_ERROR = 2
-# What the backends say on a process whose peer has left; the peer has said why.
+EXIT_LOST_PEER = 1
+EXIT_STOPPED = 75  # "try again" (EX_TEMPFAIL of sysexits.h): the same command goes on
+# What the backends say on a process whose peer has left.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
@@ -23,24 +27,39 @@ def as_user_error(context: str = "", catch: tuple[type[Exception], ...] = (Value
     """Re-raise what a library says of the user's own values as a UserError, with its context."""
     try:
         yield
+    except stop.Stopped:
+        raise
     except catch as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{context}: {message}" if context else message) from error
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
+    """Run a script's main and end the process.
+
+    A UserError becomes one line on stderr and exit code 2; a signal, after which the same command
+    goes on where it was, one line and exit code 75; a lost process, its name and exit code 1.
+    """
+    from util import dist  # which raises UserErrors itself
+
+    code, line = 0, None
     try:
+        stop.install()
         main()
     except UserError as error:
         # A DataLoader worker re-raises with its traceback inside the message: keep the last line.
         lines = str(error).strip().splitlines() or ["unknown error"]
         message = lines[-1].strip().removeprefix("util.errors.UserError: ")
-        print(f"{sys.argv[0]}: error: {message}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        code, line = EXIT_USER_ERROR, f"error: {message}"
+        dist.say_goodbye(f"stopped with an error: {message}")
+    except stop.Stopped as signal:
+        code, line = EXIT_STOPPED, f"stopped by {signal}; start the same command again to go on"
+        dist.say_goodbye(f"was stopped by {signal}")
     except RuntimeError as error:
         if not any(phrase in str(error) for phrase in LOST_PEER):
+            dist.say_goodbye(f"failed: {type(error).__name__}")
             raise
-        print(f"{sys.argv[0]}: stopped: another process ended first", file=sys.stderr, flush=True)
-        sys.exit(1)
-    sys.exit(0)
+        dist.end(f"stopped: {dist.who_is_lost()}", EXIT_LOST_PEER)
+    if line is not None:
+        print(f"{sys.argv[0]}: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)
