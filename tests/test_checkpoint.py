@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine_tokenbridge import Run, TrainSettings, training_state
 from models.config import preset
 from models.tokenbridge import TokenBridge
+from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from tests.runs import (
     CHANNELS,
@@ -19,17 +21,17 @@ from tests.runs import (
     tensors,
     train,
 )
-from util.checkpoint import (
-    find_checkpoint,
-    load_checkpoint,
-    load_vae,
-    save_checkpoint,
-    save_vae,
-)
+from util.agreement import Agreement
+from util.checkpoint import LAST, find_checkpoint, load_checkpoint, load_vae, save_vae
+from util.device import resolve_precision
 from util.ema import EMA
 from util.errors import UserError
 from util.files import atomic_write
 from util.optim import build_optimizer
+from util.plan import Plan, Schedule
+from util.saver import write_checkpoint
+
+CPU = torch.device("cpu")
 
 KEYS = ("model", "model_ema", "optimizer", "epoch", "scaler")  # of the published files, and args
 
@@ -126,16 +128,34 @@ def test_our_file_is_drawn_from_the_way_it_was_trained(inputs, tmp_path):
 
 def write(folder: Path, model: TokenBridge) -> dict:
     """Save as training does, after two steps on random gradients; the file's content."""
-    ema = EMA(model.published_parameters(), 0.5)
-    optimizer = build_optimizer(model.published_parameters(), 1e-3, 0.02)
+    run = new_run(model)
+    ema, optimizer = run.ema, run.optimizer
     for _ in range(2):
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
         ema.update()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    save_checkpoint(folder, model, ema, optimizer, scaler, epoch=1, step=2)
+    write_checkpoint(folder / LAST, training_state(run, 2, SETTINGS))
     return load(folder) | {"moments": moments(optimizer, model)}
+
+
+SETTINGS = TrainSettings(
+    **dict(plan=Plan(Schedule(4, 1, images=4, seed=1), 0), epochs=2, grad_clip=3.0, max_skipped=1),
+    **dict(cached=True, eval_freq=1, output_dir=Path(), extras={}),
+)
+
+
+def new_run(model: TokenBridge) -> Run:
+    return Run(
+        model=model,
+        ema=EMA(model.published_parameters(), 0.5),
+        optimizer=build_optimizer(model.published_parameters(), 1e-3, 0.02),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        agreement=Agreement(CPU),
+        tokenizer=Tokenizer(None, 1.0),
+        device=CPU,
+        precision=resolve_precision("fp32", CPU),
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -160,7 +180,8 @@ def test_moments_of_a_published_file_reach_their_parameters(tmp_path):
     own = build_optimizer(model.published_parameters(), 1e-3, 0.05)
     checkpoint.load_into(model, "model")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    assert checkpoint.load_training_state(ema, own, scaler) == 2
+    assert checkpoint.load_training_state(ema, own, scaler)
+    assert checkpoint.whole_number("epoch") == 1
     found, expected = moments(own, model), moments(optimizer, published)
     assert len(found) == 3 * len(list(model.parameters())) and set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -187,9 +208,9 @@ def test_our_file_has_what_the_published_code_reads(tmp_path):
     torch.amp.GradScaler("cpu").load_state_dict(saved["scaler"])  # refuses an empty state
 
 
-def test_training_writes_what_save_checkpoint_writes(inputs, tmp_path):
+def test_training_adds_what_the_published_files_lack(inputs, tmp_path):
     saved = train(inputs, tmp_path / "out", epochs=1)
-    ours = {"config", "step", "args", "classes", "vae_sha256"}
+    ours = {"config", "step", "schedule", "skipped_steps", "args", "classes", "vae_sha256"}
     assert set(saved) == {*KEYS, *ours}
     assert saved["classes"] == ["ant", "bee", "cat"]
     assert (saved["epoch"], saved["step"], saved["args"]["epochs"]) == (0, 3, 1)
@@ -218,7 +239,9 @@ def spoiled(tmp_path: Path, spoil) -> Path:
         (lambda s: s["optimizer"]["param_groups"].pop(), "another model"),
         (lambda s: s["optimizer"]["state"][5].update(exp_avg=torch.ones(1)), "parameter 5 is (1,)"),
         (lambda s: s.update(optimizer=3), "'optimizer'"),
-        (lambda s: s.update(epoch="two"), "'epoch' is 'two'"),
+        (lambda s: s.update(step="two"), "'step' is 'two'"),
+        (lambda s: (s.pop("schedule"), s.update(epoch="two")), "'epoch' is 'two'"),
+        (lambda s: s["schedule"].update(images="all"), "'schedule'"),
         (lambda s: s.update(config=[1]), "spoiled.pth"),
         (lambda s: s["config"].update(wings=2), "wings"),
     ],
@@ -243,10 +266,11 @@ def test_checkpoint_is_found_by_its_folder_or_its_own_name(tmp_path):
     ):
         with pytest.raises(UserError, match=f"--resume {resume}"):
             find_checkpoint(str(resume), str(output), must_exist)
-    path = folder / "checkpoint-last.pth"
-    path.touch()
+    path = folder / LAST
+    torch.save({"epoch": 1}, path)
     for resume in (folder, path):
-        assert find_checkpoint(str(resume), "elsewhere", must_exist=True) == path
+        found = find_checkpoint(str(resume), "elsewhere", must_exist=True)
+        assert found.path == path and found.saved == {"epoch": 1}
 
 
 # --- whole or absent

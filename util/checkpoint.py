@@ -1,10 +1,15 @@
 """Checkpoints and VAE files, in the published form, and how a `--resume` finds them.
 
 A checkpoint is a dict with the published keys `model`, `model_ema` (parameters only),
-`optimizer`, `epoch`, `scaler`, and ours: `step`, `config` (the model's settings), `classes`,
-`vae_sha256`, `args`. It is read by the published code, and the published code's are read here.
+`optimizer`, `epoch`, `scaler`, and ours: `step`, `schedule` (what a step is made of), `config`
+(the model's settings), `classes`, `vae_sha256`, `args`. It is read by the published code, and the
+published code's are read here. `util.saver` writes them.
 """
 
+import os
+import re
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +19,13 @@ from torch import Tensor
 from models.config import TokenBridgeConfig
 from models.tokenbridge import TokenBridge
 from models.vae import KL16, AutoencoderKL
+from util import dist
 from util.ema import EMA
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, load_tensors
 
 LAST = "checkpoint-last.pth"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -56,25 +63,26 @@ class Checkpoint:
 
     def load_training_state(
         self, ema: EMA, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> int | None:
-        """Load all but the model itself; return how many epochs it has behind it.
-
-        None for a file with weights alone.
-        """
+    ) -> bool:
+        """Load all but the model itself; false for a file with weights alone."""
         with as_user_error(f"--resume {self.path}, 'model_ema'"):
             ema.load_state_dict(self.weights("model_ema"))
         if "optimizer" not in self.saved:
-            return None
+            return False
         damaged = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
         with as_user_error(f"--resume {self.path}, 'optimizer'", damaged):
             load_moments(optimizer, self.saved["optimizer"])
         if self.saved.get("scaler"):
             with as_user_error(f"--resume {self.path}, 'scaler'", damaged):
                 scaler.load_state_dict(self.saved["scaler"])
-        epoch = self.saved.get("epoch")
-        if type(epoch) is not int:
-            raise UserError(f"--resume {self.path}: 'epoch' is {epoch!r}, not a whole number")
-        return epoch + 1
+        return True
+
+    def whole_number(self, name: str) -> int:
+        """`epoch`, `step`, ... as the file has it. Raises UserError if it is none."""
+        value = self.saved.get(name)
+        if type(value) is not int:
+            raise UserError(f"--resume {self.path}: {name!r} is {value!r}, not a whole number")
+        return value
 
 
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -98,55 +106,110 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
-def find_checkpoint(resume: str, output_dir: str, must_exist: bool) -> Path | None:
-    """The checkpoint that --resume names, a folder or a file.
+def load_checkpoint(path: Path, remedy: str = "") -> Checkpoint:
+    """Read a checkpoint, its checksums compared, without executing anything in it.
 
-    None if --resume is the output folder of a run that has not saved yet: the published commands
-    name it from the first start on. Raises UserError if it is missing anywhere else.
+    remedy: what else to say to the user of a damaged one.
     """
+    try:
+        return Checkpoint(path, load_tensors(path, "--resume"))
+    except UserError as error:
+        raise UserError(f"{error}{remedy}") from error
+
+
+def find_checkpoint(resume: str, output_dir: str, must_exist: bool) -> Checkpoint | None:
+    """The checkpoint that --resume names: a folder, a file, or "auto", the newest whole one of
+    --output_dir.
+
+    None if there is none yet in the output folder of the run, which the published commands name
+    from the first start on. Raises UserError if it is missing anywhere else, or damaged.
+    """
+    folder = Path(output_dir)
+    if resume == AUTO:
+        found = newest_whole(folder)
+        if found is None and must_exist:
+            raise UserError(f"--resume auto: no whole checkpoint in --output_dir {output_dir}")
+        return found
     path = Path(resume)
     if path.is_file():
-        return path
-    if (path / LAST).is_file():
-        return path / LAST
-    if not must_exist and path.resolve() == Path(output_dir).resolve():
-        return None
+        return load_checkpoint(path)
+    if path.resolve() == folder.resolve():
+        # Killed between a checkpoint and its second name, a run has a newer one than LAST.
+        newest = saved_in(folder)[:1]
+        if newest:
+            return load_checkpoint(newest[0], "; --resume auto takes the newest whole one")
+        if not must_exist:
+            return None
+    elif (path / LAST).is_file():
+        return load_checkpoint(path / LAST)
     what = f"holds no {LAST}" if path.is_dir() else "does not exist"
     raise UserError(f"--resume {resume} {what}; name a folder with a {LAST}, or a .pth file")
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint without executing anything in it."""
-    return Checkpoint(path, load_tensors(path, "--resume"))
+def saved_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first; a file that has several names once."""
+    steps = sorted(folder.glob("checkpoint-step*.pth"), reverse=True)
+    others = [folder / LAST, *sorted(folder.glob("checkpoint-epoch*.pth"), reverse=True)]
+    kept: list[Path] = []
+    for path in (*steps, *others):
+        if path.is_file() and not any(path.samefile(other) for other in kept):
+            kept.append(path)
+    return kept
 
 
-def save_checkpoint(
-    folder: Path,
-    model: TokenBridge,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    **progress,
-) -> Path:
-    """Write checkpoint-last.pth, whole or not at all. progress: step, epoch and plain values."""
-    path = folder / LAST
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(f".{LAST}.*.tmp"):  # of a process that was killed while saving
-        unfinished.unlink()
-    with atomic_write(path) as file:
-        torch.save(
-            {
-                "model": model.published_state_dict(),
-                "model_ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                # The published code scales in any precision and refuses an empty state.
-                "scaler": scaler.state_dict() or torch.amp.GradScaler("cpu").state_dict(),
-                "config": model.config.to_dict(),
-                **progress,
-            },
-            file,
-        )
-    return path
+def newest_whole(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read; damaged ones are named and set aside.
+
+    The main process chooses, so that all take the same.
+    """
+    found, failed = None, None
+    if dist.is_main():
+        for path in saved_in(folder):
+            try:
+                found = load_checkpoint(path)
+                break
+            except UserError as error:
+                failed = error
+                aside = path.with_name(path.name + ".damaged")
+                os.replace(path, aside)
+                print(f"{error}; set aside as {aside.name}", file=sys.stderr, flush=True)
+        if found is not None:
+            give_name(found.path, folder / LAST)
+    path = dist.gather_objects(found.path if found else None)[0]
+    if any(dist.gather_objects(failed is not None and found is None)):
+        raise UserError(f"--resume auto: all checkpoints in {folder} are damaged; see above")
+    if path is None or found is not None:
+        return found
+    return load_checkpoint(path)
+
+
+def give_name(path: Path, name: Path) -> None:
+    """Let a whole file have a second name, at once and without a copy where links exist."""
+    if name.exists() and name.samefile(path):
+        return
+    temporary = name.with_name(f".{name.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, temporary)
+    os.replace(temporary, name)
+
+
+def refuse_other_run(output_dir: str, checkpoint: Checkpoint | None) -> None:
+    """Raise UserError if a run would write over the checkpoints of another one."""
+    found = saved_in(Path(output_dir))
+    if not found:
+        return
+    if checkpoint is not None and checkpoint.path.parent.samefile(output_dir):
+        newest = re.fullmatch(r"checkpoint-step(\d+)\.pth", found[0].name)
+        if newest is None or checkpoint.saved.get("step", 0) >= int(newest[1]):
+            return
+    begun = "from scratch" if checkpoint is None else f"from {checkpoint.path}"
+    raise UserError(
+        f"--output_dir {output_dir} holds {found[0].name}, which a run {begun} would replace; pass "
+        "--resume auto to go on with it, name another folder, or move its checkpoints away"
+    )
 
 
 def load_vae(path: str | Path, embed_dim: int | None = None) -> AutoencoderKL:

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import os
 import secrets
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import BinaryIO
 import torch
 
 from util.errors import UserError
+from util.stop import Stopped
 
 
 @contextmanager
@@ -63,6 +65,22 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def _check_records(path: Path) -> None:
+    """Compare the checksum (CRC-32) that torch.save gives each record of a file; torch does not.
+
+    Files of torch before 1.6 are no zip archives and have none.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        packed = [r.filename for r in archive.infolist() if r.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise ValueError(f"{packed[0]} is compressed, which torch.save never does")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"wrong checksum of {damaged}")
+
+
 def load_tensors(path: str | Path, flag: str) -> dict:
     """Read a dict of tensors and plain values; nothing in the file is ever executed.
 
@@ -73,8 +91,11 @@ def load_tensors(path: str | Path, flag: str) -> dict:
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     try:
+        _check_records(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Stopped:
+        raise
     except Exception as error:  # a damaged file can make the reader fail in any way
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else ""
         raise UserError(

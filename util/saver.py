@@ -1,0 +1,199 @@
+"""Saving checkpoints while training goes on: copied to host memory, written in the background.
+
+    OUTPUT/checkpoint-step00001200.pth   the last --keep_checkpoints of these stay
+    OUTPUT/checkpoint-epoch0040.pth      milestones (--save_every), never removed
+    OUTPUT/checkpoint-last.pth           the newest; another name of the same file
+
+A file takes its name when it is whole and on the disk, so each of these is whole whatever
+happens; only the main process writes.
+"""
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from util import dist
+from util.checkpoint import LAST, give_name
+from util.errors import UserError
+from util.files import atomic_write
+
+EXIT_GRACE = 20.0  # seconds that a process which must end gives a checkpoint being written
+
+
+@dataclass(frozen=True)
+class SaveSettings:
+    """When a checkpoint is due (0: never), and how many stay."""
+
+    folder: Path
+    last_freq: int = 5  # epochs
+    milestones: int = 0  # epochs
+    steps: int = 0
+    minutes: float = 0.0
+    keep: int = 2
+
+
+class HostCopy:
+    """Copies a nested dict of tensors into host memory that is kept for the next time."""
+
+    def __init__(self):
+        self.buffers: dict[tuple, Tensor] = {}
+
+    def __call__(self, state: dict) -> dict:
+        copied = self._copy(state, ())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # all copies at once, not one by one
+        return copied
+
+    def _copy(self, value, path: tuple):
+        if isinstance(value, dict):
+            return {key: self._copy(entry, (*path, key)) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(entry, (*path, i)) for i, entry in enumerate(value))
+        if not isinstance(value, Tensor):
+            return value
+        buffer = self.buffers.get(path)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            self.buffers[path] = buffer
+        return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
+
+
+class CarefulFile:
+    """A file whose failure to write is raised by `check`, not in the middle of torch.save.
+
+    torch's writer ends the process if it cannot finish its archive.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.error = file, None
+
+    def write(self, data) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """torch.save asks for it; `atomic_write` does it."""
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+class CheckpointSaver:
+    """`due` says whether to save, `save` does it, `close` waits for the last one.
+
+    A failure to write is reported, training goes on, and what was saved before stays.
+    """
+
+    def __init__(self, settings: SaveSettings, steps_per_epoch: int, first_step: int):
+        self.settings, self.steps_per_epoch = settings, steps_per_epoch
+        self.copy = HostCopy()
+        self.writing: threading.Thread | None = None
+        self.failure: str | None = None
+        self.saved_step = first_step  # the newest that was handed over, or the run began with
+        self.saved_at = time.monotonic()
+        dist.before_exit(lambda: self.wait(EXIT_GRACE))
+
+    def due(self, step: int, last: bool = False) -> bool:
+        """Whether to save after so many steps. While a file is being written, steps and minutes
+        wait for it; the ends of epochs do not.
+        """
+        settings = self.settings
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if last or (position == 0 and (epoch % settings.last_freq == 0 or self._milestone(step))):
+            return True
+        if not dist.is_main() or (self.writing is not None and self.writing.is_alive()):
+            return False
+        since = step - self.saved_step
+        late = settings.minutes and time.monotonic() - self.saved_at > 60 * settings.minutes
+        return bool(late or (settings.steps and since >= settings.steps))
+
+    def _milestone(self, step: int) -> bool:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return (
+            position == 0
+            and bool(self.settings.milestones)
+            and (epoch % self.settings.milestones == 0)
+        )
+
+    def save(self, step: int, state: Callable[[], dict]) -> None:
+        """state: makes the dict to save; its tensors are copied before this returns."""
+        if not dist.is_main() or step == self.saved_step:
+            return
+        self.wait()
+        began = time.monotonic()
+        copied = self.copy(state())
+        stalled = time.monotonic() - began
+        self.saved_step, self.saved_at = step, time.monotonic()
+        self.writing = threading.Thread(target=self._write, args=(step, copied, stalled))
+        self.writing.start()
+
+    def _write(self, step: int, state: dict, stalled: float) -> None:
+        path = self.settings.folder / f"checkpoint-step{step:08d}.pth"
+        began = time.monotonic()
+        try:
+            broken = [name for name, t in state["model"].items() if not t.isfinite().all()]
+            if broken:
+                raise ValueError(f"the weights are not finite any more ({broken[0]})")
+            write_checkpoint(path, state)
+            give_name(path, self.settings.folder / LAST)
+            if self._milestone(step):
+                epoch = step // self.steps_per_epoch
+                give_name(path, self.settings.folder / f"checkpoint-epoch{epoch:04d}.pth")
+            self._remove_old(path)
+        except Exception as error:  # nobody else would hear of it, and training need not end
+            self.failure = f"checkpoint of step {step} was not saved: {error}"
+            print(
+                f"{self.failure}; training goes on, earlier ones stay", file=sys.stderr, flush=True
+            )
+            return
+        self.failure = None
+        print(
+            f"saved {path.name} (training waited {stalled:.2f} s, "
+            f"written in {time.monotonic() - began:.2f} s)",
+            flush=True,
+        )
+
+    def _remove_old(self, newest: Path) -> None:
+        older = sorted(
+            p for p in newest.parent.glob("checkpoint-step*.pth") if p.name < newest.name
+        )
+        for path in older[: max(0, len(older) + 1 - self.settings.keep)]:
+            path.unlink()
+
+    def wait(self, timeout: float = math.inf) -> None:
+        """Until the file that is being written is on the disk, or for so many seconds."""
+        deadline = time.monotonic() + timeout
+        while self.writing is not None and self.writing.is_alive() and time.monotonic() < deadline:
+            self.writing.join(1.0)
+            if timeout == math.inf:
+                dist.beat("writing a checkpoint")
+
+    def close(self) -> None:
+        """Raises UserError if the newest checkpoint could not be written."""
+        self.wait()
+        if self.failure:
+            raise UserError(f"{self.failure}; what was saved before is whole: --resume auto")
+
+
+def write_checkpoint(path: Path, state: dict) -> None:
+    """Write a file whole or not at all, after removing what killed processes have left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for unfinished in path.parent.glob(".checkpoint-*.tmp"):
+        unfinished.unlink()
+    with atomic_write(path) as file:
+        careful = CarefulFile(file)
+        torch.save(state, careful)
+        careful.check()
