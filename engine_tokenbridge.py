@@ -1,4 +1,8 @@
-"""The training loop: loader -> latents -> loss -> gradients -> AdamW -> EMA -> log, checkpoint."""
+"""The training loop: loader -> latents -> loss -> gradients -> AdamW -> EMA -> log, checkpoint.
+
+A step sums the gradients of G micro-batches, shared by the processes, and divides by G. Whatever
+a step does, all processes do alike: skip it, save after it, end after it.
+"""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -11,32 +15,37 @@ from torch import Tensor, nn
 
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
-from util import dist
-from util.checkpoint import save_checkpoint
+from util import dist, stop
+from util.agreement import Agreement
+from util.debug import Reload, write_dump
 from util.device import Precision
 from util.ema import EMA
+from util.errors import UserError
 from util.evaluation import EvalSettings, evaluate
-from util.log import TrainingLog
+from util.log import StepResult, TrainingLog
 from util.metrics import Inception
-from util.optim import LRSchedule, seed_micro_batch, set_lr
+from util.optim import LRSchedule, guarded_step, seed_micro_batch, set_lr
+from util.plan import Plan
+from util.saver import CheckpointSaver
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """What the loop needs to know beside its objects. Epochs and steps count from 0."""
 
-    first_step: int
+    plan: Plan
     epochs: int
-    steps_per_epoch: int
-    accum_iter: int
     grad_clip: float
-    seed: int
+    max_skipped: int
     cached: bool
-    save_last_freq: int
     eval_freq: int
     output_dir: Path
     extras: dict  # plain values that every checkpoint carries
     evaluation: EvalSettings | None = None  # given: evaluate while training
+
+    @property
+    def last_step(self) -> int:
+        return self.epochs * self.plan.schedule.steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class Run:
     ema: EMA
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    agreement: Agreement
     tokenizer: Tokenizer
     device: torch.device
     precision: Precision
@@ -56,94 +66,157 @@ class Run:
 def train(
     run: Run,
     loader: Iterable[list[Tensor]],
+    reload: Reload,
     schedule: LRSchedule,
     log: TrainingLog,
+    saver: CheckpointSaver,
     settings: TrainSettings,
 ) -> None:
-    """loader: this process's micro-batches from the first step on, `accum_iter` a step."""
+    """loader: this process's micro-batches from the first step on. reload: any of them again.
+
+    Raises Stopped, everything saved, if any process is asked to stop.
+    """
     run.model.train()
     wrapped = dist.wrap(run.model, run.device)
     batches = iter(loader)
-    steps = range(settings.first_step, settings.epochs * settings.steps_per_epoch)
+    steps = range(settings.plan.first_step, settings.last_step)
     if not steps:
         dist.print_main(f"nothing to train: step {steps.start} is the end of --epochs")
-    for step in steps:
-        lr = schedule(step)
-        set_lr(run.optimizer, lr)
-        loss, grad_norm, waited = train_step(run, wrapped, batches, step, settings)
-        log.step(step, lr, loss, grad_norm, waited)
-        epoch, position = divmod(step + 1, settings.steps_per_epoch)
-        if position == 0:
-            # Reads the losses up to here, so that no checkpoint is written of a broken model.
-            log.flush(step, lr)
-            end_epoch(run, log, settings, epoch)
-            log.restart()  # saving and evaluating is not training time
+    with stop.deferred():
+        for step in steps:
+            lr = schedule(step)
+            set_lr(run.optimizer, lr)
+            result = train_step(run, wrapped, batches, step, settings)
+            status = run.agreement.conclude(result.skipped)
+            log.step(step, lr, result)
+            if status.in_a_row >= settings.max_skipped:
+                give_up(run, reload, saver, step, settings)
+            save_and_evaluate(run, log, saver, step + 1, lr, status.stop, settings)
+            if status.stop:
+                saver.close()
+                log.close()
+                dist.cleanup()  # nobody leaves before everything is saved
+                raise stop.acknowledge()
+        saver.close()
     log.close()
 
 
 def train_step(
     run: Run, wrapped: nn.Module, batches: Iterator, step: int, settings: TrainSettings
-) -> tuple[Tensor, Tensor, float]:
-    """One optimizer step.
-
-    Returns this process's mean loss, the gradient norm before clipping, and the seconds waited
-    for data.
-    """
+) -> StepResult:
+    """One optimizer step, from gradients that are the same on any number of processes."""
+    schedule = settings.plan.schedule
+    mine = range(dist.rank(), schedule.micro_batches, dist.world_size())
     loss, waited = torch.zeros((), device=run.device), 0.0
-    for i in range(settings.accum_iter):
+    finite = torch.ones((), dtype=torch.bool, device=run.device)
+    to_latents = run.tokenizer.from_moments if settings.cached else run.tokenizer.encode
+    for j in mine:
+        dist.beat(f"step {step + 1}: waiting for data")
         started = time.perf_counter()
         batch, labels = (x.to(run.device, non_blocking=True) for x in next(batches))
         waited += time.perf_counter() - started
-        seed_micro_batch(settings.seed, step, i * dist.world_size() + dist.rank())
-        to_latents = run.tokenizer.from_moments if settings.cached else run.tokenizer.encode
+        dist.beat(f"step {step + 1}: forward")
+        seed_micro_batch(schedule.seed, step, j)
         latents = to_latents(batch)
-        with dist.keep_gradients_local(wrapped, active=i + 1 < settings.accum_iter):
+        with dist.keep_gradients_local(wrapped, active=j != mine[-1]):
             with run.precision.autocast(run.device):
-                micro_loss = wrapped(latents, labels) / settings.accum_iter
+                micro_loss = wrapped(latents, labels) / schedule.micro_batches
+            dist.beat(f"step {step + 1}: backward")
             run.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
+        finite &= micro_loss.detach().isfinite() & latents.isfinite().all()
     run.scaler.unscale_(run.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip)
-    if run.scaler.is_enabled():
-        # Overflow is how the scaler finds its scale: it skips this step, which counts as 0.
-        grad_norm = grad_norm.nan_to_num(nan=0.0, posinf=0.0)
-    run.scaler.step(run.optimizer)
+    skipped = run.agreement.vote(finite) | ~grad_norm.isfinite()
+    guarded_step(run.optimizer, skipped.float())
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    run.ema.update()
-    return loss, grad_norm, waited
+    run.ema.update(skipped.float())
+    return StepResult(loss, grad_norm, skipped, waited)
 
 
-def end_epoch(run: Run, log: TrainingLog, settings: TrainSettings, epochs_done: int) -> None:
-    """Save and evaluate where it is due. Only the main process writes checkpoints."""
-    last = epochs_done == settings.epochs
-    if (last or epochs_done % settings.save_last_freq == 0) and dist.is_main():
-        path = save_checkpoint(
-            settings.output_dir,
+def save_and_evaluate(
+    run: Run,
+    log: TrainingLog,
+    saver: CheckpointSaver,
+    done: int,
+    lr: float,
+    stopping: bool,
+    settings: TrainSettings,
+) -> None:
+    """What is due after so many steps. An evaluation can be stopped at once, so it saves first."""
+    epoch, position = divmod(done, settings.plan.schedule.steps_per_epoch)
+    last = done == settings.last_step
+    evaluates = position == 0 and settings.evaluation is not None and not stopping
+    evaluates = evaluates and (last or epoch % settings.eval_freq == 0)
+    if stopping or saver.due(done, last or evaluates):
+        if position == 0 or stopping:
+            log.flush(done - 1, lr)
+        saver.save(done, lambda: training_state(run, done, settings))
+    if evaluates:
+        with stop.immediate():
+            evaluate_online(run, log, done, epoch, settings)
+        log.restart()  # evaluating is not training time
+
+
+def training_state(run: Run, done: int, settings: TrainSettings) -> dict:
+    """What a checkpoint holds after so many steps: see `util.checkpoint`."""
+    schedule = settings.plan.schedule
+    return {
+        "model": run.model.published_state_dict(),
+        "model_ema": run.ema.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        # The published code scales in any precision and refuses an empty state.
+        "scaler": run.scaler.state_dict() or torch.amp.GradScaler("cpu").state_dict(),
+        "config": run.model.config.to_dict(),
+        "epoch": done // schedule.steps_per_epoch - 1,  # the published meaning: the last whole one
+        "step": done,
+        "schedule": schedule.to_dict(),
+        "skipped_steps": run.agreement.skipped(),
+        **settings.extras,
+    }
+
+
+def give_up(
+    run: Run, reload: Reload, saver: CheckpointSaver, step: int, settings: TrainSettings
+) -> None:
+    """Leave what it takes to find out why step after step was skipped; raises UserError."""
+    schedule = settings.plan.schedule
+    path = write_dump(
+        settings.output_dir / f"debug-step{step + 1:08d}.pth",
+        run.model,
+        run.tokenizer,
+        run.precision,
+        reload,
+        schedule.seed,
+        step,
+        range(dist.rank(), schedule.micro_batches, dist.world_size()),
+        settings.cached,
+    )
+    saver.wait()
+    raise UserError(
+        f"loss or gradient of {settings.max_skipped} steps in a row was not finite, up to step "
+        f"{step + 1} (--max_skipped); look into it with --debug_dump {path}, then resume an "
+        "earlier checkpoint with a lower --blr or another --precision"
+    )
+
+
+def evaluate_online(
+    run: Run, log: TrainingLog, step: int, epoch: int, settings: TrainSettings
+) -> None:
+    folder = settings.output_dir / f"eval-epoch{epoch}"
+    averaged = settings.evaluation.weights == "ema"
+    with run.ema.swapped_in() if averaged else nullcontext():
+        results, samples = evaluate(
             run.model,
-            run.ema,
-            run.optimizer,
-            run.scaler,
-            epoch=epochs_done - 1,  # the published meaning: the last epoch that is complete
-            step=epochs_done * settings.steps_per_epoch,
-            **settings.extras,
+            run.tokenizer,
+            settings.evaluation,
+            folder,
+            run.device,
+            run.precision,
+            run.inception,
         )
-        print(f"saved {path} after epoch {epochs_done}", flush=True)
-    if settings.evaluation and (last or epochs_done % settings.eval_freq == 0):
-        step = epochs_done * settings.steps_per_epoch
-        folder = settings.output_dir / f"eval-epoch{epochs_done}"
-        averaged = settings.evaluation.weights == "ema"
-        with run.ema.swapped_in() if averaged else nullcontext():
-            results, samples = evaluate(
-                run.model,
-                run.tokenizer,
-                settings.evaluation,
-                folder,
-                run.device,
-                run.precision,
-                run.inception,
-            )
-        log.scalars({f"eval/{name}": value for name, value in results.items()}, step)
-        if samples is not None:
-            log.image("eval/samples", samples, step)
+    log.scalars({f"eval/{name}": value for name, value in results.items()}, step)
+    if samples is not None:
+        log.image("eval/samples", samples, step)
     dist.barrier()

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
 from engine_tokenbridge import Run, TrainSettings, train
 from models.config import TokenBridgeConfig
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
-from util import dist, metrics
+from util import dist, stop
+from util.agreement import Agreement
 from util.args import (
     Parser,
     add_device_flags,
@@ -40,16 +42,20 @@ from util.build import (
     check_vae,
     warn_other_vae,
 )
-from util.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
-from util.data import ImageDataset, MicroBatchSampler, list_images, steps_per_epoch
-from util.device import Precision, resolve_precision
+from util.checkpoint import Checkpoint, find_checkpoint, refuse_other_run
+from util.data import ImageDataset, Key, MicroBatchSampler, list_images
+from util.debug import Reload, replay
+from util.device import Precision, resolve_device, resolve_precision
 from util.ema import EMA
 from util.errors import UserError, run
-from util.evaluation import add_evaluation_flags, eval_settings, evaluate_checkpoint
+from util.evaluation import add_evaluation_flags, eval_settings
 from util.files import check_writable, sha256
 from util.latent_cache import CachedLatents, open_cache
 from util.log import TrainingLog
 from util.optim import BLR_BATCH, LRSchedule, build_optimizer
+from util.plan import make_plan
+from util.saver import CheckpointSaver, SaveSettings
+from util.sweep import evaluate_checkpoint, prepare_measure
 
 
 def make_parser() -> Parser:
@@ -68,11 +74,21 @@ def make_parser() -> Parser:
     data.add_argument("--no_flip", action="store_true", help="no mirror images (digits, text)")
     data.add_argument("--output_dir", default="./output_dir", help="checkpoints, logs and images")
     data.add_argument("--log_dir", default="", help="TensorBoard's folder; default: --output_dir")
-    data.add_argument("--resume", default="", help="folder (or file) of a checkpoint to go on from")
+    data.add_argument(
+        "--resume",
+        default="",
+        help="folder or file of a checkpoint; auto: the newest whole one of --output_dir, if any",
+    )
+    data.add_argument("--debug_dump", help="replay a step that went wrong, from its file, and stop")
 
     training = parser.add_argument_group("training")
     training.add_argument("--batch_size", type=positive_int, default=16, help="a micro-batch")
     training.add_argument("--accum_iter", type=positive_int, default=1, help="of these, a step")
+    training.add_argument(
+        "--global_batch",
+        type=positive_int,
+        help="samples a step, whatever the number of processes; sets the accumulation",
+    )
     training.add_argument("--epochs", type=positive_int, default=400, help="in all")
     training.add_argument("--start_epoch", type=non_negative_int, default=0, help="to begin with")
     training.add_argument("--warmup_epochs", type=non_negative_float, default=100, help="from lr 0")
@@ -91,8 +107,24 @@ def make_parser() -> Parser:
     training.add_argument(
         "--grad_checkpointing", action="store_true", help="less memory: recompute all blocks"
     )
-    training.add_argument("--save_last_freq", type=positive_int, default=5, help="in epochs")
     training.add_argument("--log_freq", type=positive_int, default=20, help="in steps")
+    training.add_argument(
+        "--max_skipped",
+        type=positive_int,
+        default=20,
+        help="steps in a row whose numbers are not finite, after which the run stops",
+    )
+
+    saving = parser.add_argument_group("checkpoints", "written in the background; 0 is never")
+    saving.add_argument("--save_last_freq", type=positive_int, default=5, help="in epochs")
+    saving.add_argument("--save_steps", type=non_negative_int, default=0, help="in steps, besides")
+    saving.add_argument(
+        "--save_minutes", type=non_negative_float, default=30.0, help="in minutes, besides"
+    )
+    saving.add_argument("--keep_checkpoints", type=positive_int, default=2, help="the last ones")
+    saving.add_argument(
+        "--save_every", type=non_negative_int, default=0, help="epochs between those that all stay"
+    )
 
     add_evaluation_flags(parser)
     add_metric_flags(parser)
@@ -101,7 +133,10 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse()
-    device = dist.init(args.device, args.dist_url, args.dist_on_itp)
+    if args.debug_dump:
+        replay(args.debug_dump, resolve_device(args.device))
+        return
+    device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
     precision = resolve_precision(args.precision, device)
     check_writable(args.output_dir, "--output_dir")
     dist.print_main(f"device {device.type}, precision {precision.name}")
@@ -115,54 +150,87 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     inputs = open_inputs(args)
     data, config = inputs.data, inputs.config
     evaluation = eval_settings(args, config.class_num) if args.online_eval else None
-    micro_batches = args.accum_iter * dist.world_size()
-    global_batch = args.batch_size * micro_batches
-    epoch_steps = steps_per_epoch(len(data.dataset), args.batch_size, micro_batches)
-    lr = args.lr if args.lr is not None else args.blr * global_batch / BLR_BATCH
+    plan = make_plan(args, inputs.checkpoint, len(data.dataset), dist.world_size())
+    batches = plan.schedule
+    lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
     training = build_run(args, inputs, lr, device, precision)
-    first_epoch = restore(inputs.checkpoint, training, args.start_epoch)
+    restore(inputs.checkpoint, training)
     check_agreement(
         {
-            "first epoch (--resume)": first_epoch,
+            "first step (--resume)": plan.first_step,
             "number of images": len(data.dataset),
             "classes": data.classes,
             "settings of the model": config.to_dict(),
+            "micro-batches of a step": batches.to_dict(),
             "learning rate": lr,
         }
     )
     settings = TrainSettings(
-        first_step=first_epoch * epoch_steps,
+        plan=plan,
         epochs=args.epochs,
-        steps_per_epoch=epoch_steps,
-        accum_iter=args.accum_iter,
         grad_clip=args.grad_clip,
-        seed=args.seed,
+        max_skipped=args.max_skipped,
         cached=args.use_cached,
-        save_last_freq=args.save_last_freq,
         eval_freq=args.eval_freq,
         output_dir=Path(args.output_dir),
         extras={"classes": data.classes, "vae_sha256": data.vae_sha256, "args": plain(args)},
         evaluation=evaluation,
     )
-    dist.print_main(
-        f"{sum(p.numel() for p in training.model.parameters()) / 1e6:.1f} M parameters, "
-        f"{len(data.dataset)} images in {len(data.classes)} classes\n"
-        f"global batch {global_batch}, lr {lr:.3g}, {epoch_steps} steps an epoch, "
-        f"{args.epochs} epochs, output {args.output_dir}"
-    )
+    dist.print_main(describe(args, training, data, settings, lr))
     log = TrainingLog(
         args.log_dir or args.output_dir,
         every=args.log_freq,
-        images=global_batch,
-        total_steps=args.epochs * epoch_steps,
-        steps_per_epoch=epoch_steps,
+        images=batches.global_batch,
+        total_steps=settings.last_step,
+        steps_per_epoch=batches.steps_per_epoch,
         count_skipped=data.count_skipped,
+        first_step=plan.first_step,
     )
     schedule = LRSchedule(
-        lr, args.min_lr, args.warmup_epochs, args.epochs, epoch_steps, args.lr_schedule
+        lr,
+        args.min_lr,
+        args.warmup_epochs,
+        args.epochs,
+        batches.steps_per_epoch,
+        args.lr_schedule,
     )
-    loader = make_loader(args, data, settings, micro_batches, device)
-    train(training, loader, schedule, log, settings)
+    loader, reload = make_loader(args, data, settings, device)
+    saver = CheckpointSaver(save_settings(args), batches.steps_per_epoch, plan.first_step)
+    train(training, loader, reload, schedule, log, saver, settings)
+
+
+def describe(
+    args: argparse.Namespace,
+    training: Run,
+    data: "TrainingData",
+    settings: TrainSettings,
+    lr: float,
+) -> str:
+    """What a user should see before a run of weeks begins."""
+    plan, batches = settings.plan, settings.plan.schedule
+    parameters = sum(p.numel() for p in training.model.parameters()) / 1e6
+    lines = [
+        f"{parameters:.1f} M parameters, {batches.images} images in {len(data.classes)} classes",
+        f"global batch {batches.global_batch} ({batches.micro_batches} x {batches.batch_size} on "
+        f"{dist.world_size()} processes), lr {lr:.3g}, {batches.steps_per_epoch} steps an epoch, "
+        f"{args.epochs} epochs, output {args.output_dir}",
+    ]
+    if plan.note:
+        lines.append(f"note: {plan.note}")
+    if plan.first_step:
+        lines.append(f"going on after step {plan.first_step}")
+    return "\n".join(lines)
+
+
+def save_settings(args: argparse.Namespace) -> SaveSettings:
+    return SaveSettings(
+        folder=Path(args.output_dir),
+        last_freq=args.save_last_freq,
+        milestones=args.save_every,
+        steps=args.save_steps,
+        minutes=args.save_minutes,
+        keep=args.keep_checkpoints,
+    )
 
 
 @dataclass(frozen=True)
@@ -191,8 +259,9 @@ class Inputs:
 
 
 def open_inputs(args: argparse.Namespace) -> Inputs:
-    path = find_checkpoint(args.resume, args.output_dir, False) if args.resume else None
-    checkpoint = load_checkpoint(path) if path else None
+    resume, output_dir = args.resume, args.output_dir
+    checkpoint = find_checkpoint(resume, output_dir, must_exist=False) if resume else None
+    refuse_other_run(output_dir, checkpoint)
     vae = None if args.use_cached and not args.online_eval else build_vae(args)
     if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
         args.img_size = checkpoint.config.img_size
@@ -230,14 +299,13 @@ def build_run(
     ).to(device)
     inception = None
     if args.online_eval:
-        inception = metrics.prepare(
-            args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
-        )
+        inception = prepare_measure(args, inputs.config.img_size, device)
     return Run(
         model=model,
         ema=EMA(model.published_parameters(), args.ema_rate),
         optimizer=build_optimizer(model.published_parameters(), lr, args.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
+        agreement=Agreement(device, skipped_before(inputs.checkpoint)),
         tokenizer=Tokenizer(inputs.vae, inputs.config.latent_scale).to(device),
         device=device,
         precision=precision,
@@ -245,9 +313,12 @@ def build_run(
     )
 
 
-def new_levels(
-    args: argparse.Namespace, inputs: Inputs
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def skipped_before(checkpoint: Checkpoint | None) -> int:
+    known = checkpoint is not None and "skipped_steps" in checkpoint.saved
+    return checkpoint.whole_number("skipped_steps") if known else 0
+
+
+def new_levels(args: argparse.Namespace, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
     """Those of a calibrated quantizer at the start of a training; a checkpoint brings its own."""
     config = inputs.config
     if config.quantizer == "published" or inputs.checkpoint is not None:
@@ -261,15 +332,13 @@ def new_levels(
     )
 
 
-def restore(checkpoint: Checkpoint | None, training: Run, start_epoch: int) -> int:
-    """Load EMA, optimizer and scaler of a checkpoint; return the epoch to begin with."""
+def restore(checkpoint: Checkpoint | None, training: Run) -> None:
+    """Load EMA, optimizer and scaler of a checkpoint."""
     if checkpoint is None:
-        return start_epoch
-    done = checkpoint.load_training_state(training.ema, training.optimizer, training.scaler)
-    first_epoch = start_epoch if done is None else done
+        return
+    checkpoint.load_training_state(training.ema, training.optimizer, training.scaler)
     checkpoint.release()
-    dist.print_main(f"going on from {checkpoint.path} after epoch {first_epoch}")
-    return first_epoch
+    dist.print_main(f"loaded {checkpoint.path}")
 
 
 def check_agreement(facts: dict) -> None:
@@ -288,31 +357,34 @@ def check_agreement(facts: dict) -> None:
 
 
 def make_loader(
-    args: argparse.Namespace,
-    data: TrainingData,
-    settings: TrainSettings,
-    micro_batches: int,
-    device: torch.device,
-) -> DataLoader:
-    """This process's micro-batches from the first step to the last."""
-    last_step = settings.epochs * settings.steps_per_epoch
+    args: argparse.Namespace, data: TrainingData, settings: TrainSettings, device: torch.device
+) -> tuple[DataLoader, Reload]:
+    """This process's micro-batches from the first step to the last, and any of them by number."""
+    plan, batches = settings.plan, settings.plan.schedule
     sampler = MicroBatchSampler(
         len(data.dataset),
-        args.batch_size,
-        micro_batches,
+        batches.batch_size,
+        batches.micro_batches,
         rank=dist.rank(),
         world_size=dist.world_size(),
-        seed=args.seed,
+        seed=batches.seed,
         flip=not args.no_flip,
-        first_step=settings.first_step,
-        num_steps=max(0, last_step - settings.first_step),
+        first_step=plan.first_step,
+        num_steps=max(0, settings.last_step - plan.first_step),
     )
-    return DataLoader(
+    loader = DataLoader(
         data.dataset,
         batch_sampler=sampler,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
+        worker_init_fn=stop.ignore_in_worker,
     )
+
+    def reload(step: int, micro_batch: int) -> tuple[list[Key], Tensor, Tensor]:
+        keys = sampler.keys(step, micro_batch)
+        return keys, *default_collate([data.dataset[key] for key in keys])
+
+    return loader, reload
 
 
 def open_data(args: argparse.Namespace) -> TrainingData:

@@ -293,8 +293,8 @@ def test_too_few_samples_for_a_step_are_refused():
     assert steps_per_epoch(36, B, G) == 1
     with pytest.raises(UserError, match="35 samples .* 36 .*--batch_size"):
         MicroBatchSampler(35, B, G, 0, 1, SEED, 0, 1)
-    with pytest.raises(ValueError, match="5 processes"):
-        MicroBatchSampler(N, B, G, 0, 5, SEED, 0, 1)
+    with pytest.raises(ValueError, match=f"{G + 1} processes"):
+        MicroBatchSampler(N, B, G, 0, G + 1, SEED, 0, 1)
 
 
 @pytest.mark.parametrize("flip,expected", [(True, {True, False}), (False, {False})])

@@ -16,11 +16,13 @@ from main_tokenbridge import check_agreement
 from models.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.runs import free_port, run_together
-from util import dist, metrics
+from util import dist, extractor
+from util.agreement import Agreement
 from util.data import MicroBatchSampler
 from util.device import resolve_precision
 from util.ema import EMA
 from util.errors import UserError
+from util.plan import Plan, Schedule
 
 BATCH, IMAGES = 2, 8
 
@@ -32,12 +34,11 @@ class Recorder(torch.optim.SGD):
         self.gradients = [p.grad.clone() for g in self.param_groups for p in g["params"]]
 
 
-def one_step(accum_iter: int) -> dict:
+def one_step(micro_batches: int) -> dict:
     """The first training step of this process with dropout: losses and gradients."""
     model = tiny_model(attn_dropout=0.1, proj_dropout=0.1, label_drop_prob=0.5).train()
     losses = []
     model.register_forward_hook(lambda _module, _inputs, loss: losses.append(loss.detach()))
-    micro_batches = accum_iter * dist.world_size()
     place = dict(rank=dist.rank(), world_size=dist.world_size())
     sampler = MicroBatchSampler(
         IMAGES, BATCH, micro_batches, **place, seed=1, first_step=0, num_steps=1
@@ -52,17 +53,24 @@ def one_step(accum_iter: int) -> dict:
         ema=EMA(model.published_parameters(), 0.9),
         optimizer=optimizer,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
+        agreement=Agreement(device),
         tokenizer=Tokenizer(None, latent_scale=1.0),
         device=device,
         precision=resolve_precision("fp32", device),
     )
+    schedule = Schedule(BATCH, micro_batches, IMAGES, seed=1)
     settings = TrainSettings(
-        **dict(first_step=0, epochs=1, steps_per_epoch=1, accum_iter=accum_iter, grad_clip=1e9),
-        **dict(seed=1, cached=True, save_last_freq=1, eval_freq=1, output_dir=Path(), extras={}),
+        **dict(plan=Plan(schedule, 0), epochs=1, grad_clip=1e9, max_skipped=1),
+        **dict(cached=True, eval_freq=1, output_dir=Path(), extras={}),
     )
     batches = ((moments[i], labels[i]) for i in numbers)
-    loss, norm, _ = train_step(run, dist.wrap(model, device), batches, 0, settings)
-    return {"losses": losses, "loss": loss, "norm": norm, "gradients": optimizer.gradients}
+    found = train_step(run, dist.wrap(model, device), batches, 0, settings)
+    return {
+        "losses": losses,
+        "loss": found.loss,
+        "norm": found.grad_norm,
+        "gradients": optimizer.gradients,
+    }
 
 
 def main(folder: Path) -> None:
@@ -70,7 +78,7 @@ def main(folder: Path) -> None:
     dist.init("cpu")
     rank = dist.rank()
     os.environ["TORCH_HOME"] = str(folder / f"home{rank}")
-    weights = metrics.published_weights()
+    weights = extractor.published_weights()
     if rank == 1:
         weights.parent.mkdir(parents=True)
         torch.save({}, weights)
@@ -79,8 +87,8 @@ def main(folder: Path) -> None:
         "main": dist.is_main(),
         "sum": dist.all_reduce_sum(torch.tensor([rank + 1.0, 10.0])),
         "gathered": dist.gather_objects({"rank": rank}),
-        "steps": {accum_iter: one_step(accum_iter) for accum_iter in (1, 2)},
-        "weights": metrics.find_inception_weights(None),
+        "steps": {count: one_step(count) for count in (2, 3, 4)},
+        "weights": extractor.find_inception_weights(None),
     }
     dist.barrier()
     dist.cleanup()
@@ -109,17 +117,20 @@ def test_two_processes_sum_gather_and_print_once(pair):
     assert printed.count("printed once") == 1 and printed.count("2 processes") == 1
 
 
-@pytest.mark.parametrize("accum_iter", [1, 2])
-def test_two_processes_have_the_losses_and_gradients_of_one(pair, accum_iter):
-    """Micro-batch j is the same to the bit wherever it is; only the sum's order may differ."""
-    alone = one_step(2 * accum_iter)
-    steps = [found["steps"][accum_iter] for found in pair[:2]]
+@pytest.mark.parametrize("micro_batches", [2, 3, 4])
+def test_two_processes_have_the_losses_and_gradients_of_one(pair, micro_batches):
+    """Micro-batch j is the same to the bit wherever it is; only the sum's order may differ.
+
+    Of three micro-batches, one process has two and the other one.
+    """
+    alone = one_step(micro_batches)
+    steps = [found["steps"][micro_batches] for found in pair[:2]]
     for j, loss in enumerate(alone["losses"]):
         assert torch.equal(steps[j % 2]["losses"][j // 2], loss)
-    assert len(set(map(float, alone["losses"]))) == 2 * accum_iter
-    mean = (steps[0]["loss"] + steps[1]["loss"]) / 2
+    assert len(set(map(float, alone["losses"]))) == micro_batches
+    mean = steps[0]["loss"] + steps[1]["loss"]
     torch.testing.assert_close(mean, alone["loss"], rtol=1e-6, atol=0)
-    exact = accum_iter == 1  # two numbers have the same sum in either order
+    exact = micro_batches == 2  # two numbers have the same sum in either order
     for step in steps:
         assert_same(step["gradients"], alone["gradients"], exact)
         assert_same([step["norm"]], [alone["norm"]], exact)

@@ -1,4 +1,4 @@
-"""The training log: means over its steps, figures in TensorBoard, and a stop at the first NaN."""
+"""The training log: means over its steps, figures in TensorBoard, and what was skipped."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,8 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from util.errors import UserError
-from util.log import TrainingLog
+from util.log import StepResult, TrainingLog
 
 
 @pytest.fixture
@@ -27,8 +26,16 @@ def new_log(tmp_path) -> Iterator[Callable[..., TrainingLog]]:
         yield make
 
 
-def step(log: TrainingLog, number: int, loss: float, norm: float = 1.0, waited: float = 0.0):
-    log.step(number, 0.5, torch.tensor(loss), torch.tensor(norm), waited)
+def step(
+    log: TrainingLog,
+    number: int,
+    loss: float,
+    norm: float = 1.0,
+    waited: float = 0.0,
+    skipped: bool = False,
+):
+    result = StepResult(torch.tensor(loss), torch.tensor(norm), torch.tensor(skipped), waited)
+    log.step(number, 0.5, result)
 
 
 def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -85,13 +92,43 @@ def test_nothing_since_the_last_time_is_nothing_to_write(new_log, tmp_path, caps
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf"))])
-def test_what_is_not_finite_stops_the_run_and_says_where(new_log, tmp_path, loss, norm):
+def test_skipped_steps_are_told_and_not_in_the_means(new_log, tmp_path, capsys, loss, norm):
+    log = new_log(tmp_path, every=3)
+    step(log, 0, 2.0, 4.0)
+    step(log, 1, loss, norm, skipped=True)
+    step(log, 2, 3.0, 5.0)
+    log.close()
+    found = read(tmp_path)
+    assert found["train/loss"] == [(3, 2.5)] and found["train/grad_norm"] == [(3, 4.5)]
+    assert found["train/skipped_steps"] == [(3, 1.0)]
+    assert capsys.readouterr().out.splitlines()[0].endswith("skipped steps 1")
+
+
+def test_only_skipped_steps_have_no_loss(new_log, tmp_path, capsys):
     log = new_log(tmp_path)
-    step(log, 0, 1.0)
-    step(log, 1, 1.0)
-    step(log, 2, loss, norm)
-    with pytest.raises(UserError, match="between steps 3 and 4; .*--blr or another --precision"):
-        step(log, 3, 1.0)
+    for number in (0, 1):
+        step(log, number, float("nan"), skipped=True)
+    log.close()
+    assert "train/loss" not in read(tmp_path) and "loss nan" in capsys.readouterr().out
+
+
+def test_resumed_log_hides_what_a_killed_run_wrote_later(new_log, tmp_path):
+    log = new_log(tmp_path, every=1)
+    for number in range(4):
+        step(log, number, 1.0)
+    log.close()
+    resumed = new_log(tmp_path, every=1, first_step=2)
+    step(resumed, 2, 5.0)
+    resumed.close()
+    assert read(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 5.0)]
+
+
+def test_figures_stand_at_the_same_steps_wherever_a_run_began(new_log, tmp_path):
+    log = new_log(tmp_path, every=2, first_step=1)
+    for number in (1, 2, 3):
+        step(log, number, float(number))
+    log.close()
+    assert read(tmp_path)["train/loss"] == [(2, 1.0), (4, 2.5)]
 
 
 def test_skipped_images_are_told_when_there_are_any(new_log, tmp_path, capsys):
@@ -100,7 +137,7 @@ def test_skipped_images_are_told_when_there_are_any(new_log, tmp_path, capsys):
     step(log, 0, 1.0)
     step(log, 1, 1.0)
     first, second = capsys.readouterr().out.splitlines()
-    assert "skipped" not in first and second.endswith("skipped 3 images")
+    assert "skipped" not in first and second.endswith("skipped images 3")
     log.close()
     assert read(tmp_path)["data/skipped_images"] == [(2, 3.0)]
 

@@ -223,7 +223,7 @@ class MicroBatchSampler(Sampler[list[Key]]):
     With S steps an epoch, B samples a micro-batch and G = global_micro_batches, micro-batch j of
     step s is the B positions from ((s % S) * G + j) * B on in the order of epoch s // S. Process r
     of W has j = r, r + W, ... < G, in this order. flip: whether half of the samples are mirrored.
-    Raises UserError if one global batch exceeds the samples; ValueError unless W divides G.
+    Raises UserError if one global batch exceeds the samples; ValueError if W exceeds G.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class MicroBatchSampler(Sampler[list[Key]]):
         num_steps: int,
         flip: bool = True,
     ):
-        if global_micro_batches % world_size:
+        if world_size > global_micro_batches:
             raise ValueError(
                 f"{world_size} processes cannot share {global_micro_batches} micro-batches"
             )
@@ -250,19 +250,21 @@ class MicroBatchSampler(Sampler[list[Key]]):
         self.seed = seed
         self.flip = flip
         self.steps = range(first_step, first_step + num_steps)
+        self._epoch = None  # whose order is at hand
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.mine)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        current_epoch = None
-        for step in self.steps:
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            if epoch != current_epoch:
-                order, flips = epoch_keys(self.num_samples, self.seed, epoch)
-                flips &= self.flip
-                current_epoch = epoch
-            for j in self.mine:
-                start = (step_in_epoch * self.global_micro_batches + j) * self.batch_size
-                chosen = slice(start, start + self.batch_size)
-                yield list(zip(order[chosen].tolist(), flips[chosen].tolist(), strict=True))
+        return (self.keys(step, j) for step in self.steps for j in self.mine)
+
+    def keys(self, step: int, j: int) -> list[Key]:
+        """What micro-batch j of a step holds."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order, self._flips = epoch_keys(self.num_samples, self.seed, epoch)
+            self._flips &= self.flip
+        start = (step_in_epoch * self.global_micro_batches + j) * self.batch_size
+        chosen = slice(start, start + self.batch_size)
+        return list(zip(self._order[chosen].tolist(), self._flips[chosen].tolist(), strict=True))

@@ -7,6 +7,7 @@ once, and written by the main process.
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 
@@ -14,13 +15,27 @@ import torch
 from torch import Tensor
 
 from util import dist
-from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, on this process; 0-d tensors on the device.
+
+    loss: this process's part of the global batch's mean. grad_norm: before clipping, of all.
+    skipped: bool, the same on all. waited: seconds for data.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+    waited: float
 
 
 class TrainingLog:
     """images: samples of one global step. total_steps, steps_per_epoch: of the whole run.
 
     count_skipped: how many unreadable images this process has passed over so far.
+    first_step: what TensorBoard knows of later steps is of a run that was killed, and is hidden.
     """
 
     def __init__(
@@ -31,11 +46,12 @@ class TrainingLog:
         total_steps: int,
         steps_per_epoch: int,
         count_skipped: Callable[[], int],
+        first_step: int = 0,
     ):
         self.every, self.images = every, images
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.count_skipped = count_skipped
-        self.folder = folder
+        self.folder, self.first_step = folder, first_step
         self.restart()
 
     @cached_property
@@ -48,7 +64,8 @@ class TrainingLog:
             return None
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        return SummaryWriter(self.folder)
+        purge = self.first_step + 1 if self.first_step else None
+        return SummaryWriter(self.folder, purge_step=purge)
 
     def restart(self) -> None:
         """Begin counting steps and time anew."""
@@ -56,64 +73,58 @@ class TrainingLog:
         self.steps, self.waited = 0, 0.0
         self.started = time.perf_counter()
 
-    def step(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor, waited: float) -> None:
-        """Count one step. loss, grad_norm: 0-d on the device. waited: seconds spent on data."""
-        values = torch.stack([loss.detach().float(), grad_norm.detach().float()])
+    def step(self, step: int, lr: float, result: StepResult) -> None:
+        """Count one step, and write at every multiple of `every`."""
+        values = torch.stack([result.loss, result.grad_norm]).float()
+        # A skipped step has no loss; what was not finite must not spoil the mean of the others.
+        values = torch.where(result.skipped, 0.0, values)
+        values = torch.cat([values, (~result.skipped).float()[None]])
         self.sums = values if self.sums is None else self.sums + values
         self.steps += 1
-        self.waited += waited
-        if self.steps == self.every:
+        self.waited += result.waited
+        if (step + 1) % self.every == 0:
             self.flush(step, lr)
 
     def flush(self, step: int, lr: float) -> None:
-        """Write what was counted since the last time.
-
-        Raises UserError if a loss or a gradient was not finite.
-        """
+        """Write what was counted since the last time."""
         if self.steps == 0:
             return
         extra = self.sums.new_tensor([self.waited, self.count_skipped()])
         sums = dist.all_reduce_sum(torch.cat([self.sums, extra]))
-        loss, grad_norm, waited, skipped = sums.tolist()
+        loss, grad_norm, taken, waited, unreadable = sums.tolist()
         elapsed = time.perf_counter() - self.started
-        steps, processes = self.steps, dist.world_size()
+        processes = dist.world_size()
+        taken /= processes  # the same steps on all processes
         scalars = {
-            "train/loss": loss / steps / processes,
             "train/lr": lr,
-            "train/grad_norm": grad_norm / steps / processes,
-            "speed/images_per_second": self.images * steps / elapsed,
+            "speed/images_per_second": self.images * self.steps / elapsed,
             "speed/data_wait_percent": 100 * waited / processes / elapsed,
         }
-        if skipped:
-            scalars["data/skipped_images"] = skipped
+        if taken:
+            scalars["train/loss"] = loss / taken
+            scalars["train/grad_norm"] = grad_norm / taken / processes
+        if taken < self.steps:
+            scalars["train/skipped_steps"] = self.steps - taken
+        if unreadable:
+            scalars["data/skipped_images"] = unreadable
         if self.writer is not None:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step + 1)
             self.writer.flush()
-            print(self._line(step, scalars, elapsed / steps), flush=True)
-        self._check_finite(scalars, step)
+            print(self._line(step, scalars, elapsed / self.steps), flush=True)
         self.restart()
-
-    def _check_finite(self, scalars: dict[str, float], step: int) -> None:
-        loss, grad_norm = scalars["train/loss"], scalars["train/grad_norm"]
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise UserError(
-                f"the loss is {loss} and the gradient norm {grad_norm} between steps "
-                f"{step + 2 - self.steps} and {step + 1}; the last checkpoint is from before: "
-                "resume it with a lower --blr or another --precision"
-            )
 
     def _line(self, step: int, scalars: dict[str, float], seconds_per_step: float) -> str:
         done = step + 1
         left = timedelta(seconds=round((self.total_steps - done) * seconds_per_step))
-        skipped = scalars.get("data/skipped_images")
+        notes = {"train/skipped_steps": "skipped steps", "data/skipped_images": "skipped images"}
         return (
             f"epoch {done / self.steps_per_epoch:.2f}  step {done}/{self.total_steps}  "
-            f"loss {scalars['train/loss']:.4f}  lr {scalars['train/lr']:.2e}  "
-            f"grad {scalars['train/grad_norm']:.2f}  "
+            f"loss {scalars.get('train/loss', math.nan):.4f}  lr {scalars['train/lr']:.2e}  "
+            f"grad {scalars.get('train/grad_norm', math.nan):.2f}  "
             f"{scalars['speed/images_per_second']:.1f} images/s  "
             f"data wait {scalars['speed/data_wait_percent']:.0f} %  left {left}"
-            + (f"  skipped {skipped:.0f} images" if skipped else "")
+            + "".join(f"  {text} {scalars[n]:.0f}" for n, text in notes.items() if n in scalars)
         )
 
     def scalars(self, values: dict[str, float], step: int) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 BETAS = (0.9, 0.95)
 BLR_BATCH = 256  # the global batch that a base learning rate stands for
@@ -53,6 +53,18 @@ class LRSchedule:
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def guarded_step(optimizer: torch.optim.AdamW, skipped: Tensor) -> None:
+    """optimizer.step() that changes nothing where skipped, a 0-d float on the device, is 1.
+
+    The fused kernels read it themselves, as they do for a gradient scaler, so nobody waits.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, skipped
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
 
 
 def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:

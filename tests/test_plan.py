@@ -1,0 +1,77 @@
+"""Which micro-batches make a step, and with which step a run begins."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from util.checkpoint import Checkpoint
+from util.errors import UserError
+from util.plan import Schedule, make_plan
+
+IMAGES = 100
+
+
+def arguments(**given) -> Namespace:
+    defaults = dict(batch_size=4, accum_iter=1, global_batch=None, seed=1, start_epoch=0)
+    return Namespace(**defaults | given, explicit=set(given))
+
+
+def checkpoint(step: int = 30, **changes) -> Checkpoint:
+    schedule = dict(batch_size=4, micro_batches=6, images=IMAGES, seed=7) | changes
+    return Checkpoint(Path("x.pth"), {"optimizer": {}, "step": step, "schedule": schedule})
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "micro_batches"),
+    [
+        ({}, 3, 3),
+        (dict(accum_iter=2), 3, 6),
+        (dict(global_batch=48), 4, 12),
+        (dict(global_batch=48), 5, 12),  # three of them, or two
+        (dict(global_batch=48, accum_iter=3), 4, 12),
+    ],
+)
+def test_global_batch_is_that_of_the_flags(given, processes, micro_batches):
+    plan = make_plan(arguments(**given), None, IMAGES, processes)
+    assert plan.schedule == Schedule(4, micro_batches, IMAGES, 1)
+    assert plan.first_step == 0 and plan.schedule.global_batch == 4 * micro_batches
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4, 6])
+def test_resumed_run_keeps_its_schedule_on_any_number_of_processes(processes):
+    plan = make_plan(arguments(), checkpoint(), IMAGES, processes)
+    assert plan.schedule == Schedule(4, 6, IMAGES, 7)
+    assert plan.first_step == 30 and plan.note is None
+
+
+def test_another_schedule_goes_on_at_the_same_epoch_and_says_so():
+    plan = make_plan(arguments(global_batch=8, seed=9), checkpoint(), IMAGES, 1)
+    assert plan.schedule.steps_per_epoch == 12  # were 4
+    assert plan.first_step == 90
+    assert "micro_batches 2 (was 6), seed 9 (was 7)" in plan.note and "epoch, 7.50" in plan.note
+
+
+def test_published_file_begins_at_its_next_epoch():
+    published = Checkpoint(Path("x.pth"), {"optimizer": {}, "epoch": 4})
+    assert make_plan(arguments(), published, IMAGES, 1).first_step == 5 * 25
+    weights = Checkpoint(Path("x.pth"), {"model": {}})
+    assert make_plan(arguments(start_epoch=2), weights, IMAGES, 1).first_step == 2 * 25
+
+
+@pytest.mark.parametrize(
+    ("given", "resumed", "processes", "fragment"),
+    [
+        (dict(global_batch=50), None, 1, "--global_batch 50 is not a multiple of --batch_size 4"),
+        (dict(global_batch=8), None, 3, "3 processes cannot share the 2 micro-batches"),
+        (dict(global_batch=8, accum_iter=2), None, 2, "leave --accum_iter out"),
+        ({}, checkpoint(), 7, "7 processes cannot share the 6"),
+        (dict(batch_size=101), None, 1, "100 samples do not fill"),
+        ({}, checkpoint(images="all"), 1, "'schedule'"),
+        ({}, checkpoint(step="two"), 1, "'step' is 'two'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(given, resumed, processes, fragment):
+    with pytest.raises(UserError) as error:
+        make_plan(arguments(**given), resumed, IMAGES, processes).schedule.steps_per_epoch  # noqa: B018
+    assert fragment in str(error.value) and "\n" not in str(error.value)
