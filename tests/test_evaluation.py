@@ -10,15 +10,16 @@ import torch
 from models.sampler import sample_latents
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
-from tests.conftest import tiny_model
+from tests.conftest import run_script, tiny_model
 from tests.measures import Pixels  # noqa: F401  registers the extractor "pixels"
+from tools import compare_images
 from util.device import resolve_precision
 from util.ema import EMA
 from util.errors import UserError
 from util.evaluation import EvalSettings, evaluate, generate
 from util.evaluation_results import shown_ids
 from util.extractor import Extractor
-from util.images import to_uint8
+from util.images import save_png, to_uint8
 from util.metrics import Measure
 from util.reference import Reference
 
@@ -97,3 +98,17 @@ def test_evaluation_while_training_takes_another_folder_where_a_script_refuses(t
     assert names == ["eval-epoch2", "eval-epoch2-2", "eval-epoch2-3"]
     with pytest.raises(UserError, match="settings.cfg 1.5 .now 4.0."):
         evaluate(model, tokenizer, replace(EVALUATION, cfg=4.0), folder, CPU, FP32, None)
+
+
+def test_comparison_counts_the_images_that_differ(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    for number, change in enumerate((0, 1, 20)):
+        changed = image.clone()
+        changed[0, 0, 0] += change
+        for folder, shown in ((first, image), (second, changed)):
+            folder.mkdir(exist_ok=True)
+            save_png(shown, folder / f"{number}.png")
+    assert compare_images.differences(first, second).tolist() == [0, 1, 20]
+    result = run_script("tools/compare_images.py", first, second)
+    assert "3 images: 2 differ at all, 1 by more than 8 levels" in result.stdout

@@ -244,7 +244,7 @@ def test_random_state_is_left_as_it_was(inputs, tmp_path):
     expected = torch.rand(3), np.random.rand(3)
     torch.manual_seed(7)
     np.random.seed(7)
-    with evaluation.unchanged_randomness():
+    with evaluation.unchanged_randomness(torch.device("cpu")):
         torch.rand(5), np.random.rand(5)
     assert torch.equal(torch.rand(3), expected[0])
     assert np.array_equal(np.random.rand(3), expected[1])

@@ -163,8 +163,9 @@ def evaluate(
         place = place.free_beside(identity)
     place.claim(identity)
     facts = identity | {"measured": measure.identity() if measure is not None else None}
-    if not dist.gather_objects(finished(place, settings, facts["measured"]))[0]:
-        with evaluation_mode(model), unchanged_randomness():
+    done = finished(place, settings, facts["measured"]) if dist.is_main() else None
+    if not dist.gather_objects(done)[0]:
+        with evaluation_mode(model), unchanged_randomness(device):
             draw(model, tokenizer, settings, place, device, precision, measure)
             dist.barrier()
             if dist.is_main():
@@ -233,7 +234,8 @@ def draw(
     if measure is not None:
         store = place.features(**measure.extractor.identity())
         store.folder.mkdir(parents=True, exist_ok=True)
-    undrawn, unmeasured = dist.gather_objects(missing(place, store, settings))[0]
+    lacking = missing(place, store, settings) if dist.is_main() else None
+    undrawn, unmeasured = dist.gather_objects(lacking)[0]  # all as the main process sees it
     todo = sorted(undrawn | unmeasured)
     if len(todo) < len(place.batches):
         done = len(place.batches) - len(todo)
@@ -264,10 +266,10 @@ def missing(
 
 
 @contextmanager
-def unchanged_randomness() -> Iterator[None]:
+def unchanged_randomness(device: torch.device) -> Iterator[None]:
     """Leave every global random generator as it was: a training goes on with them."""
     python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():  # the CPU's and all GPUs'
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # and the CPU's
         yield
     random.setstate(python)
     np.random.set_state(arrays)

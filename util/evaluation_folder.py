@@ -11,6 +11,7 @@ All files are whole or absent, so whatever is there counts.
 """
 
 import json
+import socket
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from util import dist
 from util.errors import UserError
-from util.features import FeatureStore, batch_ranges
+from util.features import FeatureStore, batch_ranges, wait_for
 from util.files import atomic_write
 from util.images import save_png
 
@@ -82,6 +83,7 @@ class EvaluationFolder:
                 unfinished.unlink()
             write_json(self.path / "settings.json", identity)
         dist.barrier()
+        wait_for([self.path / "settings.json"])  # or the processes do not share the folder
 
     def free_beside(self, identity: dict) -> "EvaluationFolder":
         """This folder, or the first of NAME-2, NAME-3, ... that is not another evaluation's."""
@@ -135,6 +137,21 @@ class EvaluationFolder:
         for path in (self.path / "images").glob("*.png"):
             path.unlink()
         (self.path / "images").rmdir()
+
+
+def check_shared(folder: Path) -> None:
+    """Raise UserError unless all nodes see one folder: now, and not at the first evaluation."""
+    if len(set(dist.gather_objects(socket.gethostname()))) == 1:
+        return
+    seen = folder / ".seen-by-all-nodes"
+    if dist.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        seen.touch()
+    dist.barrier()
+    wait_for([seen])
+    dist.barrier()
+    if dist.is_main():
+        seen.unlink()
 
 
 def write_samples(

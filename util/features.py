@@ -88,8 +88,8 @@ def wait_for(paths: list[Path], seconds: float = SHARED_WAIT) -> None:
     while missing := [path for path in paths if not path.exists()]:
         if time.monotonic() > deadline:
             raise UserError(
-                f"{missing[0]} and {len(missing) - 1} other files that other processes wrote are "
-                "not here; --output_dir must be one folder that all nodes share"
+                f"{missing[0]}, which another process wrote, is not here (missing: {len(missing)} "
+                "files); --output_dir must be one folder that all nodes share"
             )
         time.sleep(0.5)
 
@@ -134,9 +134,12 @@ def folder_features(
     """{layer: [N, D]} of a folder's images, made by all processes; on the main one, else None."""
     batches = batch_ranges(len(files), batch_size)
     store.folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in store.folder.glob(".*.tmp") if dist.is_main() else ():
+        unfinished.unlink()  # of a process that was killed
     missing = dist.gather_objects(store.missing(range(len(batches))))[0]  # as the main one sees it
     shares = folder_batches(files, size, batches, missing, num_workers, skip_bad)
     for number, ids, images in shares:
+        dist.beat(f"features of batch {number + 1} of {len(batches)} of real images")
         store.write(number, ids, extractor(images) if ids else {})
     dist.barrier()
     return store.load(batches) if dist.is_main() else None

@@ -33,7 +33,7 @@ FULL_COUNT = 50000  # images of the FID that papers report
 ISC_SPLITS = 10
 KID_SUBSET = 1000
 REFERENCE_BATCH = 64
-PRC_IN_MEMORY = 20000  # above, distances are computed in parts: 50,000 x 50,000 fill 10 GB
+PRC_IN_MEMORY = 10000  # above, distances are computed in parts: 50,000 x 50,000 fill 10 GB
 # Names of the figures: with Inception, and with another network, where FID is not FID.
 NAMES = {
     "frechet_inception_distance": ("fid", "frechet_distance"),

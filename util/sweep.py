@@ -20,7 +20,7 @@ from util.checkpoint import find_checkpoint
 from util.device import Precision
 from util.errors import UserError
 from util.evaluation import SWEPT, EvalSettings, evaluate, sweep_settings
-from util.evaluation_folder import read_json, read_png
+from util.evaluation_folder import check_shared, read_json, read_png
 from util.files import atomic_write, sha256
 from util.images import save_png
 from util.jackknife import fid_error, is_error
@@ -70,6 +70,7 @@ def evaluate_checkpoint(
 
 def prepare_measure(args: argparse.Namespace, size: int, device: torch.device) -> Measure | None:
     """What the flags ask to measure of images of that size; all processes take part."""
+    check_shared(Path(args.output_dir))
     follows = args.fid_reference is not None
     measure = metrics.prepare(
         args.fid_stats,
