@@ -38,6 +38,7 @@ from util.build import (
     build_config,
     build_model,
     build_vae,
+    cache_histogram,
     calibrated_levels,
     check_vae,
     warn_other_vae,
@@ -323,13 +324,8 @@ def new_levels(args: argparse.Namespace, inputs: Inputs) -> tuple[Tensor, Tensor
     config = inputs.config
     if config.quantizer == "published" or inputs.checkpoint is not None:
         return None
-    return calibrated_levels(
-        args.cached_path,
-        config.quant_levels,
-        config.latent_scale,
-        config.vae_embed_dim,
-        inputs.data.vae_sha256,
-    )
+    histogram = cache_histogram(args.cached_path, config.vae_embed_dim, inputs.data.vae_sha256)
+    return calibrated_levels(histogram, config.quant_levels, config.latent_scale)
 
 
 def restore(checkpoint: Checkpoint | None, training: Run) -> None:

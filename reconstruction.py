@@ -3,13 +3,15 @@
 python reconstruction.py --bits 6 --range 5.0 --image_dir IMAGENET
 torchrun --nproc_per_node=8 reconstruction.py --bits -1 4 6 8 --image_dir IMAGENET
 
-images -> posterior sample x latent scale -> quantizer -> decoder -> PNG, PSNR, FID, IS
-A negative number of bits is the continuous VAE, without quantization.
+images -> posterior sample x latent scale -> quantizer -> decoder -> PNG, PSNR, SSIM, FID, IS
+A negative number of bits is the continuous VAE, without quantization. Stopped or killed, the same
+command goes on where it was, on any number of processes, and more --bits may join later.
 Letters: N images, C latent channels, K levels.
 """
 
-import json
+import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -20,32 +22,48 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models.config import PUBLISHED_LATENT_SCALE
-from models.quantizer import GaussianQuantizer
+from models.quantizer import build_quantizer
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL, Posterior
-from util import dist, metrics
+from util import dist, metrics, stop
 from util.args import (
     Parser,
     add_device_flags,
     add_distributed_flags,
     add_loader_flags,
     add_metric_flags,
+    add_quantizer_flag,
     add_vae_flags,
     bit_width_or_continuous,
     latent_scale,
     positive_float,
     positive_int,
 )
-from util.build import build_vae
-from util.data import ImageDataset, collate_skipping, list_images
+from util.build import build_vae, cache_histogram, calibrated_levels
+from util.cache_writer import list_digest
+from util.data import ImageDataset, ImageList, collate_skipping, list_images
 from util.errors import UserError, as_user_error, run
-from util.files import atomic_write, check_writable
-from util.images import Gallery, grid, psnr, save_png, to_uint8
-from util.metrics import ImageFeatures, Inception
+from util.extractor import INCEPTION
+from util.files import check_writable, sha256
+from util.images import to_uint8
+from util.latent_cache import open_cache
+from util.metrics import Measure, frechet, score, statistics
+from util.reconstruction_folder import ReconstructionFolder
+from util.reconstruction_report import tell, write_grid, write_results
+from util.variants import (
+    CONTINUOUS,
+    ORIGINAL,
+    QUANTIZED,
+    SSIM_LEAST,
+    Variant,
+    fidelity,
+    summarise,
+)
 
-ORIGINAL = "original"
 GRID_IMAGES = 8
-RECORDED = ("image_dir", "images_per_class", "img_size", "vae_path", "range", "posterior", "seed")
+RECORDED = ("image_dir", "images_per_class", "vae_path")  # for the reader of results.json alone
+# What decides the images, beside the list of them and the VAE.
+SETTINGS = ("img_size", "posterior", "batch_size")
 
 
 def make_parser() -> Parser:
@@ -63,171 +81,204 @@ def make_parser() -> Parser:
     group.add_argument(
         "--range", type=positive_float, default=5.0, help="latents in [-range, range]"
     )
+    add_quantizer_flag(group)
     group.add_argument("--images_per_class", type=positive_int, default=50, help="the first ones")
     group.add_argument("--batch_size", type=positive_int, default=32, help="a process")
     group.add_argument(
         "--posterior", choices=("sample", "mode"), default="sample", help="the latent taken"
     )
     group.add_argument(
-        "--latent_scale", type=latent_scale, default="auto", help="1 / std; auto: KL-16's"
+        "--latent_scale",
+        type=latent_scale,
+        default="auto",
+        help="1 / std; auto: the one of --cached_path, or KL-16's",
+    )
+    group.add_argument(
+        "--cached_path", default="", help="a cache of main_cache.py's, for scale and levels"
     )
     add_vae_flags(parser)
     add_loader_flags(parser)
     add_metric_flags(parser)
+    parser.add_argument(
+        "--feature_extractor",
+        default=INCEPTION,
+        help="registered with torch-fidelity, or MODULE:NAME, where MODULE registers NAME",
+    )
     add_device_flags(parser)
     add_distributed_flags(parser)
     return parser
-
-
-class Variant:
-    """One way through the quantizer, and what is measured of it over this process's images.
-
-    counts: [C, K] use of the levels. outside: [C] latent scalars beyond the range.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        inception: Inception | None,
-        shown: list[int],
-        bits: int = -1,
-        quantizer: GaussianQuantizer | None = None,
-        channels: int = 0,
-    ):
-        self.name, self.bits, self.quantizer = name, bits, quantizer
-        self.features = ImageFeatures(inception) if inception is not None else None
-        self.gallery = Gallery(shown)
-        self.images, self.psnr_sum = 0, 0.0
-        if quantizer is not None:
-            self.counts = torch.zeros(channels, quantizer.levels, dtype=torch.int64)
-            self.outside = torch.zeros(channels, dtype=torch.int64)
-
-    def to(self, device: torch.device) -> "Variant":
-        if self.quantizer is not None:
-            self.quantizer.to(device)
-            self.counts, self.outside = self.counts.to(device), self.outside.to(device)
-        return self
-
-    def apply(self, latents: Tensor) -> Tensor:
-        """latents: [N, C, h, w] scaled -> what the decoder gets, its levels counted."""
-        if self.quantizer is None:
-            return latents
-        indices = self.quantizer.encode(latents)
-        self.counts += level_counts(indices, self.quantizer.levels)
-        self.outside += (latents.abs() > self.quantizer.high).sum(dim=(0, 2, 3))
-        return self.quantizer.decode(indices)
-
-
-def level_counts(indices: Tensor, levels: int) -> Tensor:
-    """indices: [N, C, h, w] -> how often each channel takes each level: [C, K] int64."""
-    channels = indices.shape[1]
-    offsets = torch.arange(channels, device=indices.device)[:, None, None] * levels
-    counts = torch.bincount((indices + offsets).flatten(), minlength=channels * levels)
-    return counts.reshape(channels, levels)
-
-
-def entropy(counts: Tensor) -> Tensor:
-    """counts: [C, K] -> entropy of each channel's levels in bits: [C]."""
-    p = counts.double() / counts.sum(dim=1, keepdim=True)
-    return -torch.special.xlogy(p, p).sum(dim=1) / torch.log(torch.tensor(2.0).double())
 
 
 def main() -> None:
     args = make_parser().parse()
     device = dist.init(args.device, args.dist_url, args.dist_on_itp)
     check_writable(args.output_dir, "--output_dir")
-    samples = choose_images(args.image_dir, args.images_per_class)
+    if args.img_size < SSIM_LEAST:
+        raise UserError(f"--img_size {args.img_size}: SSIM needs {SSIM_LEAST} px at least")
+    images = choose_images(args.image_dir, args.images_per_class)
     vae = build_vae(args)
-    scale = known_scale(vae) if args.latent_scale == "auto" else args.latent_scale
+    vae_sha256 = sha256(args.vae_path)
+    scale = find_scale(args, vae, vae_sha256)
     tokenizer = Tokenizer(vae, scale).to(device)
-    inception = metrics.prepare(
-        args.fid_stats, args.inception_weights, device, wanted=not args.no_metrics
+    variants, level_settings = make_variants(args, vae.config["embed_dim"], scale, vae_sha256)
+    measure = metrics.prepare(
+        args.fid_stats,
+        args.inception_weights,
+        device,
+        wanted=not args.no_metrics,
+        feature_extractor=args.feature_extractor,
+        size=args.img_size,
     )
-    shown = list(range(0, len(samples), -(-len(samples) // GRID_IMAGES)))
-    original = Variant(ORIGINAL, inception, shown)
-    variants = [
-        quantized(bits, args.range, vae.config["embed_dim"], inception, shown).to(device)
-        for bits in dict.fromkeys(args.bits)
-    ]
-    folder = Path(args.output_dir)
-    prepare_folders(folder, [v.name for v in (original, *variants)], len(samples))
-
-    dataset = ImageDataset(samples, args.img_size, "drop" if args.skip_bad_images else "raise")
+    folder = ReconstructionFolder(
+        Path(args.output_dir), len(images.samples), args.batch_size, features_name(measure)
+    )
+    settings = image_settings(args, images, vae_sha256, scale) | level_settings
+    folder.claim(settings, [ORIGINAL, *(variant.name for variant in variants)])
+    for variant in variants:
+        if variant.quantizer is not None:
+            variant.quantizer.to(device)
+    dataset = ImageDataset(
+        images.samples, args.img_size, "drop" if args.skip_bad_images else "raise"
+    )
     noise_seed = args.seed if args.posterior == "sample" else None
-    for ids, images in batches(dataset, args.batch_size, args.num_workers):
-        latents = draw_latents(tokenizer, images.to(device), ids, noise_seed)
-        pixels = to_uint8(images)
-        keep(original, folder, ids, pixels, pixels)
-        for variant in variants:
-            decoded = tokenizer.decode(variant.apply(latents))
-            keep(variant, folder, ids, to_uint8(decoded).cpu(), pixels)
-    results = [summarise(variant, original.features) for variant in variants]
-    images = sum(dist.gather_objects(original.images))
-    rows = [variant.gallery.gather() for variant in (original, *variants)]
+    reconstruct(folder, dataset, tokenizer, variants, measure, noise_seed, args.num_workers)
+    dist.barrier()
     if dist.is_main():
-        save_png(grid(torch.cat(rows), columns=len(rows[0])), folder / "grid.png")
-        settings = {name: getattr(args, name) for name in RECORDED} | {"latent_scale": scale}
-        settings |= {"images": images}
-        write_results(folder, settings, results)
+        settings |= {name: getattr(args, name) for name in RECORDED}
+        finish(folder, dataset, tokenizer, variants, measure, noise_seed, settings)
     dist.barrier()
     dist.cleanup()
 
 
-def choose_images(image_dir: str, per_class: int) -> list[tuple[str, int]]:
-    """(path, label) of the first images of each class, in train/CLASS/ if that is there."""
+def choose_images(image_dir: str, per_class: int) -> ImageList:
+    """The first images of each class, in train/CLASS/ if that is there."""
     inside = (Path(image_dir) / "train").is_dir()
     images = list_images(image_dir, "train" if inside else "", flag="--image_dir")
     by_class = groupby(images.samples, key=lambda sample: sample[1])
-    return [s for _, group in by_class for s in list(group)[:per_class]]
+    chosen = [sample for _, group in by_class for sample in list(group)[:per_class]]
+    return ImageList(images.root, images.classes, chosen)
 
 
-def known_scale(vae: AutoencoderKL) -> float:
+def find_scale(args, vae: AutoencoderKL, vae_sha256: str) -> float:
+    """Of the latents: as given, as the cache says, or KL-16's."""
+    if args.latent_scale != "auto":
+        return args.latent_scale
+    manifest = open_cache(args.cached_path, None, vae_sha256).manifest if args.cached_path else None
+    if manifest is not None:
+        return manifest["latent_scale"]
     if not vae.is_kl16:
         raise UserError(
-            "--vae_path is not KL-16: give its --latent_scale, 1 / std of its latents "
-            "(main_cache.py measures it and writes it to the cache's manifest.json)"
+            "--vae_path is not KL-16: give its --latent_scale, 1 / std of its latents, or the "
+            "--cached_path of a cache whose manifest.json has it (main_cache.py measures it)"
         )
     return PUBLISHED_LATENT_SCALE
 
 
-def quantized(
-    bits: int, limit: float, channels: int, inception: Inception | None, shown: list[int]
-) -> Variant:
-    """bits: -1 for none. limit: latents lie in [-limit, limit]."""
-    if bits < 0:
-        return Variant("continuous", inception, shown)
-    with as_user_error(f"--bits {bits} --range {limit}"):
-        quantizer = GaussianQuantizer(2**bits, -limit, limit)
-    return Variant(f"bits{bits}", inception, shown, bits, quantizer, channels)
+def make_variants(args, channels: int, scale: float, vae_sha256: str) -> tuple[list[Variant], dict]:
+    """One for each of --bits, and what decides their levels beside the bits, as plain values."""
+    levels_of, settings = None, {"quantizer": args.quantizer, "range": args.range}
+    if args.quantizer == "calibrated":
+        histogram = cache_histogram(args.cached_path, channels, vae_sha256)
+        levels_of = partial(calibrated_levels, histogram, scale=scale)
+        settings = {"quantizer": args.quantizer, "histogram_sha256": histogram.digest()}
+    variants = []
+    for bits in dict.fromkeys(args.bits):
+        if bits < 0:
+            variants.append(Variant(CONTINUOUS))
+            continue
+        with as_user_error(f"--bits {bits} --range {args.range}"):
+            quantizer = build_quantizer(args.quantizer, 2**bits, -args.range, args.range, channels)
+        if levels_of is not None:
+            quantizer.set_levels(*levels_of(2**bits))
+        variants.append(Variant(f"{QUANTIZED}{bits}", quantizer))
+    return variants, settings
 
 
-def prepare_folders(folder: Path, names: list[str], count: int) -> None:
-    """Raise UserError if an earlier, larger run's images would be mixed with this one's."""
-    found = (path for name in names for path in (folder / name).glob("*.png"))
-    stale = [path for path in found if not path.stem.isdigit() or int(path.stem) >= count]
-    if stale:
-        raise UserError(
-            f"--output_dir {folder} holds images of another run ({stale[0].name}); "
-            "remove them or name a new folder"
-        )
-    dist.barrier()  # nobody writes before everybody has looked
-    for name in names:
-        (folder / name).mkdir(parents=True, exist_ok=True)
+def image_settings(args, images: ImageList, vae_sha256: str, scale: float) -> dict:
+    """All that decides the images beside their levels, as plain values."""
+    names = [str(Path(path).relative_to(images.root)) for path, _ in images.samples]
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {
+        "count": len(names),
+        "images_sha256": list_digest(names, [label for _, label in images.samples]),
+        "vae_sha256": vae_sha256,
+        "latent_scale": scale,
+    }
+    return settings | ({"seed": args.seed} if args.posterior == "sample" else {})
 
 
-def batches(
-    dataset: ImageDataset, batch_size: int, num_workers: int
-) -> Iterator[tuple[list[int], Tensor]]:
-    """(ids, images [N, 3, H, W]) of this process: whole batches, the same for any process count."""
-    starts = range(0, len(dataset), batch_size)[dist.rank() :: dist.world_size()]
-    wanted = [list(range(s, min(s + batch_size, len(dataset)))) for s in starts]
+def features_name(measure: Measure | None) -> str | None:
+    if measure is None:
+        return None
+    identity = measure.extractor.identity()
+    return f"{identity['extractor']}-{identity['weights_sha256'][:12]}"
+
+
+def reconstruct(
+    folder: ReconstructionFolder,
+    dataset: ImageDataset,
+    tokenizer: Tokenizer,
+    variants: list[Variant],
+    measure: Measure | None,
+    noise_seed: int | None,
+    num_workers: int,
+) -> None:
+    """This process's share of the batches that some variant lacks."""
+    names = [ORIGINAL, *(variant.name for variant in variants)]
+    # As the main process sees them, so that all agree.
+    missing = dist.gather_objects({name: folder.missing(name) for name in names})[0]
+    wanted = sorted(set().union(*missing.values()))
+    if len(wanted) < len(folder.batches):
+        done = len(folder.batches) - len(wanted)
+        dist.print_main(f"{folder.path}: {done} of {len(folder.batches)} batches are there already")
+    mine = wanted[dist.rank() :: dist.world_size()]
     loader = DataLoader(
-        dataset, batch_sampler=wanted, num_workers=num_workers, collate_fn=collate_skipping
+        dataset,
+        batch_sampler=[list(folder.batches[number]) for number in mine],
+        num_workers=num_workers,
+        collate_fn=collate_skipping,
+        worker_init_fn=stop.ignore_in_worker,
     )
-    progress = tqdm(loader, desc="reconstructing", disable=not dist.is_main())
-    for ids, batch in zip(wanted, progress, strict=True):
-        if batch is not None:
-            yield [i for i in ids if not dataset.bad[i]], batch[0]
+    progress = tqdm(loader, desc="reconstructing", disable=not (mine and dist.is_main()))
+    for number, batch in zip(mine, progress, strict=True):
+        dist.beat(f"reconstructing batch {number + 1} of {len(folder.batches)}")
+        lacking = [name for name in names if number in missing[name]]
+        ids = [i for i in folder.batches[number] if not dataset.bad[i]]
+        if batch is None:  # none of its images can be read
+            for name in lacking:
+                folder.write(name, number, [], torch.empty(0), {}, {})
+            continue
+        decoded = decode_batch(tokenizer, variants, lacking, batch[0], ids, noise_seed)
+        for name, pixels, record in decoded:
+            features = measure.extractor(pixels) if measure is not None else {}
+            folder.write(name, number, ids, pixels, record, features)
+
+
+def decode_batch(
+    tokenizer: Tokenizer,
+    variants: list[Variant],
+    lacking: list[str],
+    images: Tensor,
+    ids: list[int],
+    noise_seed: int | None,
+) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+    """(name, pixels uint8 [N, 3, H, W], record) of the crops and variants that are lacking.
+
+    images: [N, 3, H, W] in [-1, 1], numbered by ids.
+    """
+    original = to_uint8(images)
+    if ORIGINAL in lacking:
+        yield ORIGINAL, original, {}
+    wanted = [variant for variant in variants if variant.name in lacking]
+    if not wanted:
+        return
+    device = next(tokenizer.parameters()).device
+    latents = draw_latents(tokenizer, images.to(device), ids, noise_seed)
+    for variant in wanted:
+        values, record = variant.apply(latents)
+        pixels = to_uint8(tokenizer.decode(values))
+        record |= fidelity(pixels, original.to(device))
+        yield variant.name, pixels.cpu(), record
 
 
 def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int | None) -> Tensor:
@@ -247,47 +298,54 @@ def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int
     return torch.cat(drawn)
 
 
-def keep(variant: Variant, folder: Path, ids: list[int], pixels: Tensor, original: Tensor) -> None:
-    """Save and measure one batch. pixels, original: uint8 [N, 3, H, W]."""
-    for image_id, image in zip(ids, pixels, strict=True):
-        save_png(image, folder / variant.name / f"{image_id:05d}.png")
-    variant.images += len(ids)
-    variant.psnr_sum += psnr(pixels, original).sum().item()
-    variant.gallery.add(ids, pixels)
-    if variant.features is not None:
-        variant.features.add(ids, pixels)
-
-
-def summarise(variant: Variant, original: ImageFeatures | None) -> dict:
-    """The figures of one variant over all processes' images."""
-    parts = dist.gather_objects((variant.psnr_sum, variant.images))
-    psnr_sum, images = map(sum, zip(*parts, strict=True))
-    if not images:
+def finish(
+    folder: ReconstructionFolder,
+    dataset: ImageDataset,
+    tokenizer: Tokenizer,
+    variants: list[Variant],
+    measure: Measure | None,
+    noise_seed: int | None,
+    settings: dict,
+) -> None:
+    """Figures of all variants in the folder and a look at a few images; on the main process."""
+    kept = folder.kept(ORIGINAL)
+    if not kept:
         raise UserError("none of the images can be read; see --image_dir")
-    result = {"name": variant.name, "bits": variant.bits, "psnr": psnr_sum / images}
-    if variant.quantizer is not None:
-        counts = dist.all_reduce_sum(variant.counts).cpu()
-        outside = dist.all_reduce_sum(variant.outside).cpu()
-        per_channel = entropy(counts)
-        result |= {
-            "entropy_bits": per_channel.mean().item(),
-            "entropy_bits_by_channel": per_channel.tolist(),
-            "levels_used_by_channel": (counts > 0).sum(dim=1).tolist(),
-            "out_of_range_share": (outside.sum() / counts.sum()).item(),
-        }
-    if variant.features is not None:
-        result |= variant.features.compute(reference=original)
-    return result
+    asked = [variant.name for variant in variants]
+    names = asked + [name for name in folder.variants() if name not in asked]
+    results = measured(folder, names, measure)
+    settings |= {"images": len(kept), "measured": measure.identity() if measure else None}
+    write_results(folder.path, settings, results)
+    shown = kept[:: -(-len(kept) // GRID_IMAGES)]
+    rows = {name: folder.read_images(name, shown) for name in (ORIGINAL, *names)}
+    if CONTINUOUS not in rows:  # what the quantizer starts from is always there to compare
+        images, plain = torch.stack([dataset[i][0] for i in shown]), Variant(CONTINUOUS)
+        decoded = decode_batch(tokenizer, [plain], [CONTINUOUS], images, shown, noise_seed)
+        rows[CONTINUOUS] = next(decoded)[1]
+    order = [ORIGINAL, CONTINUOUS, *(name for name in names if name != CONTINUOUS)]
+    write_grid(folder.path, [rows[name] for name in order])
+    tell(folder.path, len(kept), order, results)
 
 
-def write_results(folder: Path, settings: dict, results: list[dict]) -> None:
-    with atomic_write(folder / "results.json") as file:
-        file.write(json.dumps(settings | {"results": results}, indent=1).encode())
-    names = ", ".join([ORIGINAL, *(result["name"] for result in results)])
-    print(f"{settings['images']} images, rows of {folder / 'grid.png'}: {names}")
+def measured(folder: ReconstructionFolder, names: list[str], measure: Measure | None) -> list[dict]:
+    """The figures of each variant, those of the features included where there are any."""
+    results = [summarise(name, folder.records(name).load(folder.batches)) for name in names]
+    if measure is None:
+        return results
+    layer, crops, warnings = measure.extractor.layers.get("fid"), None, []
+    if layer is not None:
+        crops = statistics(folder.features(ORIGINAL).load(folder.batches)[layer])
     for result in results:
-        figures = {k: v for k, v in result.items() if isinstance(v, float)}
-        print(f"{result['name']:>10}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+        dist.beat(f"measuring {result['name']}")
+        features = folder.features(result["name"]).load(folder.batches)
+        scores = score(features, measure)
+        result |= scores.figures
+        if crops is not None:
+            result["rfid"] = frechet(statistics(features[layer]), crops)
+        warnings += scores.warnings
+    for warning in dict.fromkeys(warnings):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return results
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """A calibrated quantizer from a cache's statistics into training, checkpoints and sampling."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tests.runs import (
     refused,
     train,
 )
+from util.cache_files import read_json, write_json
 from util.histogram import LatentHistogram, posterior_noise
 from util.latent_cache import open_cache
 
@@ -73,9 +73,7 @@ def test_resumed_training_keeps_its_levels(inputs, trained, tmp_path):
 def forget_histogram(cache: Path) -> None:
     """As a cache of an earlier version is."""
     path = cache / "manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["histogram"]
-    path.write_text(json.dumps(manifest))
+    write_json(path, read_json(path) | {"histogram": None})
 
 
 @pytest.mark.parametrize("weights", ["ema", "model"])
@@ -112,9 +110,9 @@ def test_what_has_no_distribution_is_refused(inputs, tmp_path, capsys):
     changes = CALIBRATED | {"cached_path": tmp_path / "published", "class_num": 1, "batch_size": 1}
     changes |= {"accum_iter": 1, "vae_stride": 4, "vae_embed_dim": CHANNELS}
     assert "--quantizer calibrated needs" in refuse(capsys, inputs, tmp_path / "out", **changes)
-    damaged = json.loads((inputs / "cache" / "manifest.json").read_text())
+    damaged = read_json(inputs / "cache" / "manifest.json")
     damaged["histogram"]["counts"] = "AAAA"
-    (own / "cache" / "manifest.json").write_text(json.dumps(damaged))
+    write_json(own / "cache" / "manifest.json", damaged)
     line = refuse(capsys, own, tmp_path / "out", **CALIBRATED)
     assert "manifest.json is damaged" in line
 

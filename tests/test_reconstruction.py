@@ -1,22 +1,30 @@
 """reconstruction.py against brute force, on one process and two, with and without bad images."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 
 import reconstruction
+from models.calibration import fit_levels
 from models.quantizer import gaussian_levels
 from tests.conftest import run_script
+from tests.measures import PIXELS
 from tests.runs import CHANNELS, COMMON, SIZE, STRIDE, call, flags, free_port, make_inputs
+from util import metrics
 from util.checkpoint import load_vae
 from util.data import ImageDataset, list_images
 from util.errors import UserError
+from util.histogram import LatentHistogram
 from util.images import psnr, to_uint8
+from util.reconstruction_folder import ReconstructionFolder
+from util.variants import ssim
 
 SCALE, RANGE, BITS = 4.0, 2.0, (2, 6)  # some scaled posterior means lie outside the range
 VARIANTS = ("original", "continuous", *(f"bits{bits}" for bits in BITS))
@@ -150,10 +158,7 @@ def test_first_images_of_each_class_are_taken(inputs, done, tmp_path):
     reconstruct(inputs, tmp_path, images_per_class=2, bits=[-1])
     chosen = pixels(done / "original")[[0, 1, 8, 9, 16, 17]]
     assert np.array_equal(pixels(tmp_path / "original"), chosen)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
-        "continuous",
-        "original",
-    ]
+    assert {path.parent.name for path in tmp_path.glob("*/*.png")} == {"original", "continuous"}
 
 
 def test_seed_moves_samples_but_not_modes(inputs, done, tmp_path):
@@ -169,13 +174,220 @@ def test_seed_moves_samples_but_not_modes(inputs, done, tmp_path):
     assert not np.array_equal(one, two) and not np.array_equal(one, mode_one)
 
 
-def test_images_of_a_larger_run_are_not_mixed_in(inputs, tmp_path):
-    reconstruct(inputs, tmp_path, bits=[-1])
-    reconstruct(inputs, tmp_path, bits=[-1])  # the same run may be repeated
-    before = files(tmp_path)
-    with pytest.raises(UserError, match="--output_dir .* another run"):
-        reconstruct(inputs, tmp_path, bits=[-1], images_per_class=2)
-    assert files(tmp_path) == before
+# --- one folder, one run
+
+
+@pytest.mark.parametrize(
+    "changes,fragment",
+    [
+        ({"images_per_class": 2}, "count 24 (now 6)"),
+        ({"seed": 2}, "seed 1 (now 2)"),
+        ({"posterior": "mode"}, "posterior sample (now mode)"),
+        ({"range": 3.0}, "range 2.0 (now 3.0)"),
+        ({"latent_scale": 1.0}, "latent_scale 4.0 (now 1.0)"),
+        ({"img_size": 20}, "img_size 16 (now 20)"),
+        ({"batch_size": 4}, "batch_size 5 (now 4)"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_mixed_in(inputs, done, tmp_path, changes, fragment):
+    folder = shutil.copytree(done, tmp_path / "done")
+    before = contents(folder)
+    with pytest.raises(UserError) as error:
+        reconstruct(inputs, folder, **changes)
+    assert "--output_dir" in str(error.value) and fragment in str(error.value)
+    assert contents(folder) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_images_of_unknown_settings_are_not_mixed_in(inputs, done, tmp_path):
+    folder = shutil.copytree(done, tmp_path / "done")
+    (folder / "settings.json").unlink()
+    with pytest.raises(UserError, match="holds images of unknown settings"):
+        reconstruct(inputs, folder)
+
+
+def test_a_finished_run_is_not_done_again(inputs, done, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(done, tmp_path / "done")
+    monkeypatch.setattr(reconstruction, "draw_latents", None)  # would fail if called
+    reconstruct(inputs, folder)
+    assert "5 of 5 batches are there already" in capsys.readouterr().out
+    assert results(folder) == results(done)
+
+
+def test_more_bits_join_later_and_stand_beside_the_others(inputs, done, tmp_path):
+    reconstruct(inputs, tmp_path, bits=[2])
+    reconstruct(inputs, tmp_path, bits=[-1, 6])
+    found, expected = results(tmp_path)["results"], results(done)["results"]
+    assert [r["name"] for r in found] == ["continuous", "bits6", "bits2"]
+    assert {r["name"]: r for r in found} == {r["name"]: r for r in expected}
+    for name in VARIANTS:
+        assert np.array_equal(pixels(tmp_path / name), pixels(done / name))
+
+
+@pytest.mark.parametrize("stopped_after,processes", [(1, 1), (6, 2), (13, 1)])
+def test_killed_anywhere_it_goes_on_with_any_processes(
+    inputs, done, tmp_path, monkeypatch, stopped_after, processes
+):
+    """The same bytes and figures as undisturbed."""
+    write, count = ReconstructionFolder.write, 0
+
+    def write_some(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count > stopped_after:
+            raise KeyboardInterrupt
+        write(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ReconstructionFolder, "write", write_some)
+        reconstruct(inputs, tmp_path)
+    unfinished = tmp_path / "original" / ".00003.png.ab.tmp"
+    unfinished.write_bytes(b"of a killed process")
+    assert not (tmp_path / "results.json").exists()
+    if processes == 1:
+        reconstruct(inputs, tmp_path)
+    else:
+        launch = ("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}")
+        argv = flags(inputs, FLAGS, output_dir=tmp_path)
+        result = run_script(*launch, "reconstruction.py", *argv)
+        assert result.returncode == 0, result.stderr
+    assert files(tmp_path) == files(done) and results(tmp_path) == results(done)
+    assert not unfinished.exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["bits2/00007.png", "records/bits2/batch-000001.npz", "original/00007.png"]
+)
+def test_what_is_missing_is_made_again(inputs, done, tmp_path, path):
+    folder = shutil.copytree(done, tmp_path / "done")
+    (folder / path).unlink()
+    reconstruct(inputs, folder)
+    assert files(folder) == files(done) and results(folder) == results(done)
+
+
+def test_an_empty_image_or_a_damaged_record_is_made_again(inputs, done, tmp_path):
+    """A power cut may leave a file that has its name but not its content."""
+    folder = shutil.copytree(done, tmp_path / "done")
+    (folder / "bits2" / "00007.png").write_bytes(b"")
+    reconstruct(inputs, folder)
+    (folder / "bits2" / "00007.png").unlink()
+    (folder / "records" / "bits2" / "batch-000001.npz").write_bytes(b"damaged")
+    reconstruct(inputs, folder)
+    assert files(folder) == files(done) and results(folder) == results(done)
+
+
+# --- what is measured
+
+
+def test_ssim_equals_brute_force():
+    """Window by window: weighted means, variances, covariance; edges mirrored as torchmetrics has
+    it, constants 0.01 and 0.03 as the paper has them."""
+    image = torch.randint(0, 256, (2, 3, 13, 14), dtype=torch.uint8)
+    other = (image.int() + torch.randint(-30, 31, image.shape)).clamp(0, 255).to(torch.uint8)
+    line = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(line, line) / np.outer(line, line).sum()
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    a, b = (
+        np.pad(t.double().numpy(), ((0, 0), (0, 0), (5, 5), (5, 5)), "reflect")
+        for t in (image, other)
+    )
+    for i, found in enumerate(ssim(image, other)):
+        values = []
+        for channel, top, left in np.ndindex(3, 13, 14):
+            x, y = (t[i, channel, top : top + 11, left : left + 11] for t in (a, b))
+            mx, my = (window * x).sum(), (window * y).sum()
+            vx, vy = (window * x * x).sum() - mx**2, (window * y * y).sum() - my**2
+            upper = (2 * mx * my + c1) * (2 * ((window * x * y).sum() - mx * my) + c2)
+            values.append(upper / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+        assert found.item() == pytest.approx(np.mean(values), rel=1e-9)
+    assert ssim(image, image).tolist() == pytest.approx([1, 1])
+
+
+def test_a_csv_row_for_each_variant_and_a_plot(done):
+    rows = list(csv.DictReader((done / "results.csv").open()))
+    expected = {r["name"]: r for r in results(done)["results"]}
+    assert [row["name"] for row in rows] == ["bits2", "bits6", "continuous"]
+    for row in rows:
+        scalars = {k: v for k, v in expected[row["name"]].items() if not isinstance(v, list)}
+        assert {k: v for k, v in row.items() if v} == {k: str(v) for k, v in scalars.items()}
+    with Image.open(done / "quality.png") as plot:
+        assert plot.width > plot.height > 200
+
+
+def test_the_grid_shows_the_continuous_images_even_if_not_asked_for(inputs, done, tmp_path):
+    reconstruct(inputs, tmp_path, bits=[2, 6])
+    found, expected = (np.asarray(Image.open(f / "grid.png"), dtype=int) for f in (tmp_path, done))
+    assert np.abs(found - expected).max() <= 1  # another batch rounds otherwise
+    assert not (tmp_path / "continuous").exists()
+    assert [r["name"] for r in results(tmp_path)["results"]] == ["bits2", "bits6"]
+
+
+def test_figures_of_features_are_those_of_the_images(inputs, tmp_path):
+    """Begun without them, measured later, on two processes: features of the very PNG files."""
+    reconstruct(inputs, tmp_path)
+    measuring = {"feature_extractor": PIXELS, "no_metrics": False}
+    argv = flags(inputs, FLAGS, output_dir=tmp_path, **measuring)
+    launch = ("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}")
+    result = run_script(*launch, "reconstruction.py", *argv)
+    assert result.returncode == 0, result.stderr
+    measure = metrics.prepare(None, None, torch.device("cpu"), feature_extractor=PIXELS)
+    features = {}
+    for name in VARIANTS:
+        images = torch.from_numpy(pixels(tmp_path / name)).permute(0, 3, 1, 2).to(torch.uint8)
+        features[name] = measure.extractor(images)
+    for found in results(tmp_path)["results"]:
+        own, crops = (
+            features[found["name"]]["mixed"].double(),
+            features["original"]["mixed"].double(),
+        )
+        covariances = np.cov(own.T.numpy()), np.cov(crops.T.numpy())
+        root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+        expected = (own.mean(0) - crops.mean(0)).square().sum().item()
+        expected += np.trace(covariances[0] + covariances[1] - 2 * root)
+        assert found["rfid"] == pytest.approx(expected, rel=1e-3)
+        assert found["score_mean"] >= 1
+    assert "rfid" in (tmp_path / "results.csv").read_text().splitlines()[0]
+
+
+@torch.no_grad()
+def test_calibrated_levels_are_the_caches(inputs, done, tmp_path):
+    """--cached_path knows the scale, too; nearest levels by brute force, channel by channel."""
+    changes = {"cached_path": "cache", "latent_scale": None, "posterior": "mode", "bits": [3]}
+    reconstruct(inputs, tmp_path / "out", quantizer="calibrated", **changes)
+    manifest = json.loads((inputs / "cache" / "manifest.json").read_text())
+    histogram = LatentHistogram.from_dict(manifest["histogram"])
+    scale = manifest["latent_scale"]
+    _, values = fit_levels(histogram.counts, histogram.bin_widths(scale), 8)
+    vae = load_vae(inputs / "vae.ckpt").eval()
+    dataset = ImageDataset(list_images(inputs / "data").samples, SIZE)
+    latents = vae.encode(torch.stack([image for image, _ in dataset])).mean * scale
+    levels = values.float()[None, :, None, None]  # [1, C, 1, 1, K]
+    indices = (latents[..., None] - levels).abs().argmin(dim=-1)
+    quantized = torch.stack([values[c].float()[indices[:, c]] for c in range(CHANNELS)], dim=1)
+    expected = to_uint8(vae.decode(quantized / scale).clamp(-1, 1)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(pixels(tmp_path / "out" / "bits3") - expected.astype(int)).max() <= 1
+    error = (quantized - latents).square().mean(dim=(0, 2, 3)).tolist()
+    found = results(tmp_path / "out")["results"][0]
+    assert found["latent_mse_by_channel"] == pytest.approx(error, rel=1e-4)
+    assert results(tmp_path / "out")["latent_scale"] == scale
+    with pytest.raises(UserError, match="quantizer calibrated .now published"):
+        reconstruct(inputs, tmp_path / "out", **changes)
+    with pytest.raises(UserError, match="needs --cached_path"):
+        reconstruct(inputs, tmp_path / "new", quantizer="calibrated")
+
+
+def test_calibrated_levels_have_less_error_and_more_even_use(inputs, tmp_path):
+    for kind in ("published", "calibrated"):
+        changes = {"cached_path": "cache", "latent_scale": None, "bits": [2, 4], "range": 5}
+        reconstruct(inputs, tmp_path / kind, quantizer=kind, **changes)
+    both = (results(tmp_path / kind)["results"] for kind in ("published", "calibrated"))
+    for published, calibrated in zip(*both, strict=True):
+        assert calibrated["latent_mse"] < published["latent_mse"]
+        assert calibrated["entropy_bits"] > published["entropy_bits"]
+        assert calibrated["out_of_range_share"] < 0.01
 
 
 def test_kl16_is_the_vae_whose_scale_is_known(inputs, tmp_path):

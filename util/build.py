@@ -143,12 +143,10 @@ def build_model(
     return model
 
 
-def calibrated_levels(
-    cached_path: str, levels: int, scale: float, channels: int, vae_sha256: str | None
-) -> tuple[Tensor, Tensor]:
-    """Boundaries [C, K + 1] and values [C, K] that fit a cache's latents times scale; float32.
+def cache_histogram(cached_path: str, channels: int, vae_sha256: str | None) -> LatentHistogram:
+    """The distribution of a cache's latents, not scaled, which --quantizer calibrated fits.
 
-    Raises UserError unless the cache is of this VAE and knows how its latents are distributed.
+    Raises UserError unless the cache is of this VAE and knows it.
     """
     if not cached_path:
         raise UserError(
@@ -165,6 +163,14 @@ def calibrated_levels(
         histogram = LatentHistogram.from_dict(manifest["histogram"])
         if len(histogram.counts) != channels:
             raise ValueError(f"a histogram of {len(histogram.counts)} channels, not {channels}")
+    return histogram
+
+
+def calibrated_levels(
+    histogram: LatentHistogram, levels: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Boundaries [C, K + 1] and values [C, K], float32, that fit latents multiplied by scale."""
+    with as_user_error("--quantizer calibrated"):
         fitted = fit_levels(histogram.counts, histogram.bin_widths(scale), levels)
     boundaries, values = (table.float() for table in fitted)
     return boundaries, values

@@ -67,6 +67,11 @@ class LatentHistogram:
         """[C] float64, of the latents multiplied by scale; the edge in the middle is zero."""
         return torch.exp2(self.exponents.double()) * (2 * scale / BINS)
 
+    def digest(self) -> str:
+        """SHA-256 of all it says."""
+        arrays = (self.exponents.numpy(), self.counts.numpy())
+        return hashlib.sha256(b"".join(a.astype("<i8").tobytes() for a in arrays)).hexdigest()
+
     def to_dict(self) -> dict:
         """Plain values, as a JSON file holds them: most counts are zero and pack well."""
         packed = zlib.compress(self.counts.numpy().astype("<i8").tobytes(), 9)

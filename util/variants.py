@@ -1,0 +1,103 @@
+"""Ways through the quantizer, and what is measured of one batch that went through.
+
+    latents -> quantizer (or none) -> decoder -> pixels
+    PSNR and SSIM of each image against its crop, use of the levels, error of the latents
+Letters: N images of a batch, C latent channels, h, w positions, K levels.
+Source: Wang et al. 2004 (SSIM), by torchmetrics with its defaults: Gaussian window of 11 px, edges
+mirrored.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from models.quantizer import CalibratedQuantizer, GaussianQuantizer
+from util.images import psnr
+
+ORIGINAL, CONTINUOUS, QUANTIZED = "original", "continuous", "bits"
+SSIM_LEAST = 6  # pixels a side: 5 of them are mirrored
+
+
+@dataclass(frozen=True)
+class Variant:
+    """name: of its folder, "continuous" or "bits6". quantizer: None without one."""
+
+    name: str
+    quantizer: GaussianQuantizer | CalibratedQuantizer | None = None
+
+    def apply(self, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """latents: [N, C, h, w] scaled -> what the decoder gets, and facts of the batch.
+
+        counts: [1, C, K] int64, use of the levels. outside: [1, C] int64, scalars beyond the range
+        of the quantizer. squared_error: [1, C] float64, summed over images and positions.
+        """
+        if self.quantizer is None:
+            return latents, {}
+        scalars = latents.movedim(1, -1)  # [N, h, w, C]
+        indices = self.quantizer.encode(scalars)
+        values = self.quantizer.decode(indices)
+        error = (values - scalars).square().sum(dim=(1, 2))  # [N, C]; on MPS there are no doubles
+        facts = {
+            "counts": level_counts(indices, self.quantizer.levels),
+            "outside": self.quantizer.outside(scalars).sum(dim=(0, 1, 2)),
+            "squared_error": error.cpu().double().sum(dim=0),
+        }
+        return values.movedim(-1, 1), {name: fact.cpu()[None] for name, fact in facts.items()}
+
+
+def level_counts(indices: Tensor, levels: int) -> Tensor:
+    """indices: [..., C] -> how often each channel takes each level: [C, K] int64."""
+    channels = indices.shape[-1]
+    offsets = torch.arange(channels, device=indices.device) * levels
+    counts = torch.bincount((indices + offsets).flatten(), minlength=channels * levels)
+    return counts.reshape(channels, levels)
+
+
+def entropy(counts: Tensor) -> Tensor:
+    """counts: [C, K] -> entropy of each channel's levels in bits: [C]."""
+    p = counts.double() / counts.sum(dim=1, keepdim=True)
+    return -torch.special.xlogy(p, p).sum(dim=1) / torch.log(torch.tensor(2.0).double())
+
+
+def fidelity(pixels: Tensor, original: Tensor) -> dict[str, Tensor]:
+    """Of each image against its crop, uint8 [N, 3, H, W]: psnr in dB and ssim, [N] float64."""
+    return {"psnr": psnr(pixels.cpu(), original.cpu()), "ssim": ssim(pixels, original).cpu()}
+
+
+def ssim(pixels: Tensor, original: Tensor) -> Tensor:
+    """Structural similarity of uint8 images [N, 3, H, W] on the scale of 0 to 255: [N]."""
+    precise = torch.float32 if pixels.device.type == "mps" else torch.float64  # MPS has no doubles
+    found = structural_similarity_index_measure(
+        pixels.to(precise), original.to(precise), data_range=255.0, reduction="none"
+    )
+    return found.reshape(-1)
+
+
+def summarise(name: str, records: dict[str, Tensor]) -> dict:
+    """The figures of a variant. records: what was measured of its batches, one after the other."""
+    result = {
+        "name": name,
+        "bits": -1 if name == CONTINUOUS else int(name.removeprefix(QUANTIZED)),
+        "images": len(records["psnr"]),
+        "psnr": records["psnr"].double().mean().item(),
+        "ssim": records["ssim"].double().mean().item(),
+    }
+    if "counts" not in records:
+        return result
+    counts, outside = records["counts"].sum(dim=0), records["outside"].sum(dim=0)
+    scalars = counts.sum(dim=1)  # of each channel
+    error = records["squared_error"].sum(dim=0) / scalars
+    per_channel, shares = entropy(counts), outside / scalars
+    used = (counts > 0).sum(dim=1)
+    return result | {
+        "latent_mse": error.mean().item(),
+        "entropy_bits": per_channel.mean().item(),
+        "levels_used": used.double().mean().item(),
+        "out_of_range_share": shares.double().mean().item(),
+        "latent_mse_by_channel": error.tolist(),
+        "entropy_bits_by_channel": per_channel.tolist(),
+        "levels_used_by_channel": used.tolist(),
+        "out_of_range_share_by_channel": shares.tolist(),
+    }
