@@ -1,0 +1,61 @@
+"""Commands in the documentation are understood by the scripts they call."""
+
+import re
+import shlex
+
+import pytest
+
+import main_cache
+import main_tokenbridge
+import reconstruction
+from tests.conftest import ROOT
+from util import fid_stats
+
+PARSERS = {
+    "main_tokenbridge.py": main_tokenbridge.make_parser,
+    "main_cache.py": main_cache.make_parser,
+    "reconstruction.py": reconstruction.make_parser,
+    "util.fid_stats": fid_stats.make_parser,
+}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The command lines in blocks marked as bash, continued lines joined, comments left out."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
+    found = next((i for i, word in enumerate(words) if word in PARSERS), None)
+    return (words[found], words[found + 1 :]) if found is not None else None
+
+
+CALLS = [
+    pytest.param(*call, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, words in enumerate(commands(page.read_text()))
+    if (call := script_and_flags(words))
+]
+
+
+@pytest.mark.parametrize(("script", "flags"), CALLS)
+def test_command_is_understood(script, flags):
+    args = PARSERS[script]().parse(flags)
+    assert args.explicit or not flags
+
+
+def test_commands_are_found():
+    """A page whose commands were overlooked would pass."""
+    text = "```bash\n# a comment\ntorchrun \\\n  main_cache.py --seed 3 # why\n```\n"
+    assert script_and_flags(*commands(text)) == ("main_cache.py", ["--seed", "3"])
+    scripts = [call.values[0] for call in CALLS]
+    assert len(scripts) >= 5 and set(scripts) == set(PARSERS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_within_the_project_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if not re.match(r"[a-z]+:", target):
+            assert (page.parent / target).exists(), target
