@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models.vae import AutoencoderKL
-from util import dist
+from util import dist, stop
 from util.args import (
     Parser,
     add_device_flags,
@@ -139,6 +139,7 @@ def encode_shards(
         collate_fn=collate_skipping,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
+        worker_init_fn=stop.ignore_in_worker,
     )
     loaded = iter(loader)
     bar = tqdm(total=sum(map(len, order)), unit="img", disable=None if dist.is_main() else True)
@@ -150,6 +151,7 @@ def encode_shards(
                 kept = [i for i in batch if not dataset.bad[i]]
                 yield kept, encode(vae, readable[0].to(device, non_blocking=True))
             bar.update(len(batch))
+            dist.beat("caching")
 
     with bar:
         for shard in shards:

@@ -51,7 +51,7 @@ from util.ema import EMA
 from util.errors import UserError, run
 from util.evaluation import add_evaluation_flags, eval_settings
 from util.files import check_writable, sha256
-from util.latent_cache import CachedLatents, open_cache
+from util.latent_cache import CachedLatents, as_one_batch, open_cache
 from util.log import TrainingLog
 from util.optim import BLR_BATCH, LRSchedule, build_optimizer
 from util.plan import make_plan
@@ -371,6 +371,7 @@ def make_loader(
     loader = DataLoader(
         data.dataset,
         batch_sampler=sampler,
+        collate_fn=as_one_batch if args.use_cached else None,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
         worker_init_fn=stop.ignore_in_worker,
@@ -394,13 +395,13 @@ def open_data(args: argparse.Namespace) -> TrainingData:
     if not args.cached_path:
         raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
     vae_sha256 = None
-    if args.online_eval or "vae_path" in args.explicit:
-        if not Path(args.vae_path).is_file():
-            raise UserError(
-                f"--vae_path {args.vae_path}: no such file; leave the flag out to train on the "
-                "cache without a VAE"
-            )
+    if Path(args.vae_path).is_file() and (args.online_eval or "vae_path" in args.explicit):
         vae_sha256 = sha256(args.vae_path)
+    elif "vae_path" in args.explicit:
+        dist.print_main(
+            f"--vae_path {args.vae_path}: no such file; training on cached latents needs none, but "
+            "whether they are this VAE's is not checked"
+        )
     cache = open_cache(args.cached_path, args.img_size, vae_sha256)
     source = f"--cached_path {args.cached_path}"
     made_by = cache.manifest["vae_sha256"] if cache.manifest else vae_sha256

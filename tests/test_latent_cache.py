@@ -103,20 +103,23 @@ def test_float32_caches_give_back_every_number(tmp_path, form):
 
 
 @FORMS
+@pytest.mark.parametrize("collate_fn", [None, as_one_batch])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_batches_are_the_items_to_the_bit_in_the_stored_dtype(tmp_path, form, num_workers):
+def test_batches_are_the_items_to_the_bit_in_the_stored_dtype(
+    tmp_path, form, num_workers, collate_fn
+):
     stored = torch.float16 if form == "npy" else torch.float32
     fill(tmp_path, format=form, dtype=str(stored).removeprefix("torch."))
     cache = open_cache(tmp_path)
     keys = list(MicroBatchSampler(10, 3, 1, 0, 1, seed=0, first_step=0, num_steps=5))
-    loader = DataLoader(cache, batch_sampler=keys, collate_fn=as_one_batch, num_workers=num_workers)
+    loader = DataLoader(cache, batch_sampler=keys, num_workers=num_workers, collate_fn=collate_fn)
     for (moments, labels), chosen in zip(loader, keys, strict=True):
         assert moments.dtype == stored and moments.shape == (3, 2 * C, H, W)
         assert labels.dtype == torch.int64 and labels.tolist() == [LABELS[i] for i, _ in chosen]
         expected = MOMENTS[[i for i, _ in chosen], [int(flip) for _, flip in chosen]]
         assert torch.equal(moments, torch.from_numpy(expected).to(stored))
-        for view, key in zip(moments, chosen, strict=True):
-            assert torch.equal(view.float(), cache[key][0])
+        for view, label, key in zip(moments, labels, chosen, strict=True):
+            assert torch.equal(view, cache[key][0]) and label == cache[key][1]
 
 
 def test_float16_shards_are_rounded_and_half_as_large(tmp_path):

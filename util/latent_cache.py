@@ -6,6 +6,7 @@ Letters: N images, B batch, C latent channels, h, w positions.
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -37,18 +38,33 @@ from util.data import Key, parse_key
 from util.errors import UserError, as_user_error
 from util.files import sha256
 
-LatentBatch = tuple[Tensor, Tensor]  # moments [B, 2C, h, w] as stored, labels int64 [B]
+
+class LatentBatch(Sequence):
+    """Items of a CachedLatents, (moments, label) each, that lie in one tensor.
+
+    moments: [B, 2C, h, w] as stored. labels: int64 [B].
+    """
+
+    def __init__(self, moments: Tensor, labels: Tensor):
+        self.moments, self.labels = moments, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        return self.moments[position], int(self.labels[position])
 
 
-def as_one_batch(batch: LatentBatch) -> LatentBatch:
-    """The `collate_fn` of a DataLoader of latents: they come as one batch already."""
-    return batch
+def as_one_batch(batch: LatentBatch) -> tuple[Tensor, Tensor]:
+    """A `collate_fn`: what torch's own would put together item by item is together already."""
+    return batch.moments, batch.labels
 
 
 class CachedLatents(Dataset):
-    """dataset[(index, flip)] -> (moments float32 [2C, h, w], label); a plain index is not flipped.
+    """dataset[(index, flip)] -> (moments [2C, h, w], label); a plain index is not flipped.
 
-    A DataLoader asks for whole batches (`__getitems__`) and needs `collate_fn=as_one_batch`.
+    Moments are handed over as they are stored: float16 is half the bytes between processes, and
+    `Tokenizer.from_moments` widens them on the device.
     classes: their names, by label. latent_shape: (C, h, w). dtype: of the stored moments.
     manifest: what `main_cache.py` wrote about the cache (scale, channel order, VAE, ...); None for
     a published one, which says nothing.
@@ -65,14 +81,10 @@ class CachedLatents(Dataset):
         return len(self.labels)
 
     def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
-        moments, labels = self.__getitems__([key])
-        return moments[0].float(), int(labels[0])
+        return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: list[Key | int]) -> LatentBatch:
-        """One tensor in the stored dtype: half the bytes between processes, widened on the device.
-
-        Raises UserError, naming the file, if one is damaged.
-        """
+        """A whole batch, as a DataLoader asks for it. Raises UserError, naming a damaged file."""
         channels, height, width = self.latent_shape
         moments = torch.empty(len(keys), 2 * channels, height, width, dtype=self.dtype)
         views, chosen = moments.numpy(), []
@@ -82,7 +94,7 @@ class CachedLatents(Dataset):
             if self.crcs is not None and view_crc(view) != self.crcs[index, int(flip)]:
                 raise UserError(f"{self._complaint(index)}: wrong checksum")
             chosen.append(index)
-        return moments, torch.from_numpy(self.labels[chosen])
+        return LatentBatch(moments, torch.from_numpy(self.labels[chosen]))
 
     def _read(self, index: int, flip: bool) -> np.ndarray:
         """[2C, h, w] of the stored dtype."""
