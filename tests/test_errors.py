@@ -122,7 +122,7 @@ def has(line: str, *fragments) -> bool:
         ({"latent_scale": -1}, ["latent_scale", "-1"]),
         ({"device": "tpu"}, ["--device", "tpu"]),
         ({"dist_on_itp": True}, ["--dist_on_itp", "OMPI_COMM_WORLD_RANK"]),
-        ({"vae_path": "/nowhere.ckpt"}, ["--vae_path", "/nowhere.ckpt"]),
+        ({"vae_path": "other.ckpt"}, ["--cached_path", "another VAE", "--vae_path"]),
         ({"online_eval": True, "num_images": 6}, ["--vae_path", "kl16.ckpt"]),
         ({"online_eval": True, "vae_path": "vae.ckpt", "num_images": 7}, ["--num_images 7", "3"]),
     ],

@@ -10,6 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_cache
+from models.vae import AutoencoderKL
 from tests.conftest import run_script
 from tests.runs import (
     CACHE_FLAGS,
@@ -216,6 +217,19 @@ def test_images_and_their_cached_latents_train_the_same_but_for_float16(inputs, 
     assert found["config"] == config and found["vae_sha256"] == load(trained)["vae_sha256"]
     loss, expected = (scalars(f)["train/loss"][-1][1] for f in (tmp_path / "out", trained))
     assert loss == pytest.approx(expected, rel=1e-3)
+
+
+def test_training_from_a_cache_never_loads_the_vae(inputs, trained, tmp_path, capsys, monkeypatch):
+    def loaded(*args, **kwargs):
+        raise AssertionError("a VAE was built")
+
+    monkeypatch.setattr(AutoencoderKL, "__init__", loaded)
+    monkeypatch.setattr("util.checkpoint.load_vae", loaded)
+    monkeypatch.setattr("util.build.load_vae", loaded)
+    for name, said in (("/nowhere.ckpt", True), ("vae.ckpt", False)):
+        found = train(inputs, tmp_path / Path(name).stem, vae_path=name)
+        assert_same_training(found, load(trained))
+        assert ("/nowhere.ckpt: no such file" in capsys.readouterr().out) == said
 
 
 def test_published_cache_trains(inputs, tmp_path):
