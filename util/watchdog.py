@@ -92,7 +92,7 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self._stopping.wait(self.poll):
             self._exchange()
-            lost = self.find_dead(SURELY_DEAD) or self.find_hung()
+            lost = self.find_dead(min(SURELY_DEAD, self.timeout)) or self.find_hung()
             if lost and not self._stopping.is_set():
                 # The main thread waits in a collective that nothing else interrupts.
                 return self.end(lost)

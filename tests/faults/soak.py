@@ -1,0 +1,76 @@
+"""Do harm to training, saving and caching, many times; print what became of it.
+
+python -m tests.faults.soak             the long form, `make soak`
+python -m tests.faults.soak --short     once each, as the tests do
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tests.faults import caching, training
+from tests.faults.harness import Row
+from tests.runs import make_inputs
+
+HEAD = ("fault", "injected", "survived", "steps lost", "bytes lost", "result")
+
+
+def scenarios(inputs: Path, folder: Path, kills: int, seed: int) -> list[Callable[[], Row]]:
+    """kills: of a training; the rest follows from it."""
+    few = max(1, kills // 8)
+    return [
+        partial(training.kill_training, inputs, folder, kills, seed),
+        partial(training.kill_saving, inputs, folder, max(1, kills // 2), seed),
+        partial(caching.kill_caching, folder, max(1, kills // 2), seed),
+        partial(training.terminate, inputs, folder, max(3, kills // 4), seed),
+        partial(training.full_disk, inputs, folder),
+        partial(training.damaged_newest, inputs, folder, few, seed),
+        partial(training.kill_worker, inputs, folder, few, seed),
+        partial(training.kill_node, inputs, folder),
+        partial(training.hang, inputs, folder),
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    total = Row(
+        "all",
+        sum(row.injected for row in rows),
+        sum(row.survived for row in rows),
+        sum(row.steps_lost for row in rows),
+        sum(row.bytes_lost for row in rows),
+    )
+    cells = [HEAD, *(row.cells() for row in (*rows, total))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i in (0, len(HEAD) - 1) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=32, help="of a training")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--short", action="store_true", help="once each")
+    args = parser.parse_args()
+    rows, began = [], time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        inputs = make_inputs(folder / "inputs")
+        for scenario in scenarios(inputs, folder, 1 if args.short else args.kills, args.seed):
+            rows.append(scenario())
+            print(f"{rows[-1].fault}: {rows[-1].result}", flush=True)
+    print(f"\n{table(rows)}\n\nseed {args.seed}, {time.monotonic() - began:.0f} s")
+    return 0 if all(row.survived == row.injected > 0 for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

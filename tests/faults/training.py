@@ -1,0 +1,300 @@
+"""What can happen to a training run: each scenario harms one, lets it go on, and compares its end
+with that of a run that nothing happened to, to the bit.
+
+The runs have two micro-batches a step, whose gradients have the same sum in either order, so one
+process and two end with the same bits.
+"""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from tests.faults.harness import Job, Row, last_step, resumed_step, send
+from tests.runs import TRAIN_FLAGS, flags, free_port, load, tensors
+from util.checkpoint import load_checkpoint
+from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+
+SCRIPT = "main_tokenbridge.py"
+STEPS_PER_EPOCH = 3
+SIGTERM_GRACE = 30.0  # seconds until a run must have saved and ended
+LOSS_GRACE = 60.0  # the same, for noticing that a process has gone
+
+
+class Training:
+    """One run in its folder, started as often as need be."""
+
+    def __init__(self, inputs: Path, output: Path, steps: int, **changes):
+        self.inputs, self.output, self.steps = inputs, output, steps
+        self.changes = dict(
+            **dict(epochs=-(-steps // STEPS_PER_EPOCH), log_freq=1, save_steps=2, num_workers=0),
+            **dict(accum_iter=None, global_batch=8, resume="auto"),
+        )
+        self.changes |= changes
+        self.log = output.with_suffix(".log")
+
+    def start(self, processes: int = 1, restarts: int = 0, limit: int | None = None, **env) -> Job:
+        argv = flags(self.inputs, TRAIN_FLAGS, output_dir=self.output, **self.changes)
+        launch = []
+        if processes > 1:
+            launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+            launch += [f"--master_port={free_port()}", f"--max-restarts={restarts}"]
+        return Job(*launch, SCRIPT, *argv, log=self.log, limit=limit, **env)
+
+    def finish(self, processes: int = 1) -> str:
+        """Let it go on to its end; what it printed."""
+        job = self.start(processes)
+        code = job.end()
+        assert code == 0, job.printed()[-2000:]
+        return job.printed()
+
+    def same_end_as(self, other: "Training") -> bool:
+        found, expected = (tensors(load(run.output)) for run in (self, other))
+        return list(found) == list(expected) and all(
+            torch.equal(found[name], expected[name]) for name in expected
+        )
+
+    def damaged_bytes(self) -> int:
+        """Size of the checkpoints that cannot be read."""
+        damaged = 0
+        for path in self.output.glob("checkpoint-*.pth"):
+            try:
+                load_checkpoint(path)
+            except UserError:
+                damaged += path.stat().st_size
+        return damaged
+
+    def saving(self) -> bool:
+        return any(self.output.glob(".checkpoint-*.tmp"))
+
+
+def note(row: Row, run: Training, job: Job, following: str) -> None:
+    """Count what a fault has cost. following: what the next start printed."""
+    row.steps_lost += max(0, last_step(job.printed()) - resumed_step(following))
+    row.bytes_lost += run.damaged_bytes()
+
+
+def judge(row: Row, run: Training, reference: Training) -> Row:
+    same = run.same_end_as(reference)
+    row.survived = row.injected if same else 0
+    row.result = "ends with the same bits" if same else "ENDS DIFFERENTLY"
+    return row
+
+
+def undisturbed(inputs: Path, folder: Path, steps: int) -> Training:
+    run = Training(inputs, folder / f"undisturbed{steps}", steps)
+    if not run.output.exists():
+        run.finish()
+    return run
+
+
+def kill_training(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
+    """kill -9 at random moments, on one process and two in turn."""
+    steps, rng = 8 * kills, random.Random(seed)
+    reference = undisturbed(inputs, folder, steps)
+    run = Training(inputs, folder / "killed", steps)
+    row, before = Row("kill -9 while training, 1 and 2 processes"), None
+    while row.injected < kills:
+        job = run.start(processes=1 + row.injected % 2)
+        if rng.random() < 0.8:
+            job.wait_for(lambda job=job: last_step(job.printed()))
+        time.sleep(rng.uniform(0, 1))
+        ended = not job.running
+        job.kill()
+        if before is not None and resumed_step(job.printed()):
+            note(row, run, before, job.printed())
+        if ended:
+            break
+        row.injected += 1
+        before = job if last_step(job.printed()) else before
+    following = run.finish()
+    if before is not None:
+        note(row, run, before, following)
+    return judge(row, run, reference)
+
+
+def kill_saving(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
+    """kill -9 while a checkpoint is being written."""
+    rng = random.Random(seed)
+    reference = undisturbed(inputs, folder, 8 * kills)
+    run = Training(inputs, folder / "killed_saving", 8 * kills, save_steps=1)
+    row = Row("kill -9 while saving")
+    for _ in range(kills):
+        job = run.start()
+        enough = rng.randrange(1, 6)
+        job.wait_for(lambda job=job, n=enough: job.printed().count("saved checkpoint") >= n)
+        if not job.wait_for(run.saving):
+            break
+        job.kill()
+        row.injected += 1
+        following = run.start()
+        following.wait_for(lambda job=following: "going on after" in job.printed())
+        following.kill()
+        note(row, run, job, following.printed())
+    run.finish()
+    return judge(row, run, reference)
+
+
+def terminate(inputs: Path, folder: Path, signals: int, seed: int) -> Row:
+    """A signal to a process, or to one worker of torchrun: saved, exit code 75, nothing lost."""
+    rng, steps = random.Random(seed), 20 * signals
+    reference = undisturbed(inputs, folder, steps)
+    run = Training(inputs, folder / "terminated", steps, save_steps=0)
+    row, right = Row("SIGTERM, SIGUSR1, SIGINT"), 0
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    for i in range(signals):
+        processes = 1 + i % 2
+        job = run.start(processes)
+        job.wait_for(lambda job=job: last_step(job.printed()))
+        time.sleep(rng.uniform(0, 0.3))
+        if not job.running:
+            break
+        asked = time.monotonic()
+        # Under torchrun one of the workers is enough: they agree.
+        target = job.workers(SCRIPT)[i // 2 % 2] if processes > 1 else job.process.pid
+        send(target, numbers[i % 3])
+        code = job.end(SIGTERM_GRACE)
+        row.injected += 1
+        right += code == EXIT_STOPPED or (processes > 1 and "exitcode  : 75" in job.printed())
+        assert time.monotonic() - asked < SIGTERM_GRACE
+        following = run.start()
+        following.wait_for(lambda job=following: "going on after" in job.printed())
+        following.kill()
+        note(row, run, job, following.printed())
+    run.finish()
+    judge(row, run, reference)
+    row.survived = min(row.survived, right)
+    return row
+
+
+def full_disk(inputs: Path, folder: Path) -> Row:
+    """No checkpoint can be written: reported, training goes on, the one before stays."""
+    reference = undisturbed(inputs, folder, 24)
+    run = Training(inputs, folder / "full", 24)
+    job = run.start()
+    job.wait_for(lambda: "saved checkpoint" in job.printed())
+    job.kill()
+    kept = load(run.output)["step"]
+    row = Row("full disk (file-size limit)", injected=1)
+    limited = run.start(limit=200_000)
+    code, printed = limited.end(), limited.printed()
+    went_on = "was not saved: [Errno 27]" in printed and last_step(printed) == 24
+    stayed = load(run.output)["step"] == kept and not any(run.output.glob(".checkpoint*"))
+    following = run.finish()
+    row.bytes_lost = run.damaged_bytes()
+    row.steps_lost = max(0, kept - resumed_step(following))
+    judge(row, run, reference)
+    if not (went_on and stayed and code == EXIT_USER_ERROR):
+        row.survived, row.result = 0, f"exit code {code}: {printed[-300:]}"
+    return row
+
+
+def damaged_newest(inputs: Path, folder: Path, times: int, seed: int) -> Row:
+    """A byte of the newest checkpoint changes, or its end is missing: the one before is taken."""
+    rng = random.Random(seed)
+    reference = undisturbed(inputs, folder, 24)
+    run = Training(inputs, folder / "damaged", 24)
+    row = Row("newest checkpoint damaged")
+    for i in range(times):
+        job = run.start()
+        job.wait_for(lambda job=job: job.printed().count("saved checkpoint") >= 2)
+        job.kill()
+        steps = sorted(run.output.glob("checkpoint-step*.pth"))
+        if len(steps) < 2:
+            break
+        spoil(steps[-1], rng, cut=i % 2 == 1)
+        row.injected += 1
+        following = run.start()
+        following.wait_for(lambda job=following: "set aside as" in job.printed())
+        following.wait_for(lambda job=following: "going on after" in job.printed())
+        following.kill()
+        note(row, run, job, following.printed())
+    run.finish()
+    return judge(row, run, reference)
+
+
+def spoil(path: Path, rng: random.Random, cut: bool) -> None:
+    """In place, so that all names of the file see it."""
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        if cut:
+            file.truncate(rng.randrange(size))
+            return
+        # The weights and moments make up nearly all of the middle; padding could be hit outside.
+        file.seek(rng.randrange(size // 4, size // 2))
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 0xFF]))
+
+
+def kill_worker(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
+    """A worker of torchrun dies: --max-restarts goes on by itself."""
+    rng, steps = random.Random(seed), 30 * kills
+    reference = undisturbed(inputs, folder, steps)
+    run = Training(inputs, folder / "worker", steps)
+    row = Row("worker killed under torchrun --max-restarts")
+    job = run.start(processes=2, restarts=kills + 1)
+    for _ in range(kills):
+        seen = len(job.printed())
+        job.wait_for(lambda seen=seen: last_step(job.printed()[seen:]))
+        time.sleep(rng.uniform(0, 0.3))
+        at = last_step(job.printed()[seen:])
+        victims = job.workers(SCRIPT)
+        if not victims:
+            break
+        seen = len(job.printed())
+        send(rng.choice(victims), signal.SIGKILL)
+        row.injected += 1
+        job.wait_for(lambda seen=seen: "going on after" in job.printed()[seen:])
+        row.steps_lost += max(0, at - resumed_step(job.printed()[seen:]))
+        row.bytes_lost += run.damaged_bytes()
+    assert job.end() == 0, job.printed()[-2000:]
+    return judge(row, run, reference)
+
+
+def kill_node(inputs: Path, folder: Path) -> Row:
+    """Two nodes on loopback, one dies: the other ends and names it; started again, both go on."""
+    reference = undisturbed(inputs, folder, 60)
+    run = Training(inputs, folder / "nodes", 60)
+    row = Row("one of two nodes dies", injected=1)
+    argv = flags(run.inputs, TRAIN_FLAGS, output_dir=run.output, **run.changes)
+
+    def start() -> list[Job]:
+        port = free_port()
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
+        return [
+            Job(SCRIPT, *argv, log=run.output.with_suffix(f".{rank}.log"), RANK=rank, **meeting)
+            for rank in (0, 1)
+        ]
+
+    first, second = start()
+    first.wait_for(lambda: last_step(first.printed()) > 3)
+    second.kill()
+    code = first.end(LOSS_GRACE)
+    named = "stopped: process 1 (pid " in first.printed()
+    again = start()
+    codes = [job.end() for job in again]
+    note(row, run, first, again[0].printed())
+    judge(row, run, reference)
+    if code != 1 or not named or codes != [0, 0]:
+        row.survived, row.result = 0, f"exit code {code}, {first.printed()[-300:]}"
+    return row
+
+
+def hang(inputs: Path, folder: Path) -> Row:
+    """A process stands still (SIGSTOP): the others end within --dist_timeout and name it."""
+    run = Training(inputs, folder / "hang", 3000, dist_timeout=8)
+    row = Row("a process hangs", injected=1)
+    job = run.start(processes=2)
+    job.wait_for(lambda: last_step(job.printed()) > 3)
+    victim = job.workers(SCRIPT)[1]
+    send(victim, signal.SIGSTOP)
+    noticed = job.wait_for(lambda: "main_tokenbridge.py: stopped: " in job.printed(), LOSS_GRACE)
+    row.survived = int(noticed and f"process 1 (pid {victim}" in job.printed())
+    job.kill()
+    row.bytes_lost = run.damaged_bytes()
+    row.result = "named within the time-out" if row.survived else job.printed()[-300:]
+    return row
