@@ -124,7 +124,7 @@ def init(
         timeout=TIMEOUT,
         device_id=chosen if chosen.type == "cuda" else None,
     )
-    print_main(f"{world.size} processes ({world.launcher}), backend {dist.get_backend()}")
+    print_main(f"{world.size} processes ({world.launcher}), backend {backend()}")
     _start_watchdog(dist_url, timeout)
     return chosen
 
@@ -194,6 +194,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def backend() -> str:
+    """What carries the processes' messages: nccl, gloo, or none in a world of one."""
+    return dist.get_backend() if dist.is_initialized() else "none"
 
 
 def is_main() -> bool:
