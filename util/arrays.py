@@ -63,10 +63,12 @@ def allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def read_npz(path: str | Path, names: Iterable[str], max_bytes: int) -> list[np.ndarray]:
-    """The arrays of these names, each of at most max_bytes; others in the file are not read."""
+def read_npz(path: str | Path, names: Iterable[str], max_bytes: int) -> dict[str, np.ndarray]:
+    """Those arrays of these names that are there, each of at most max_bytes; no others are read."""
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-        return [_read_entry(archive, f"{name}.npy", max_bytes) for name in names]
+        there = set(archive.namelist())
+        wanted = [name for name in names if f"{name}.npy" in there]
+        return {name: _read_entry(archive, f"{name}.npy", max_bytes) for name in wanted}
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str, max_bytes: int) -> np.ndarray:

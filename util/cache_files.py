@@ -18,7 +18,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -130,7 +130,7 @@ def check_inside(folder: Path, names: list[str]) -> None:
 
 
 def read_moments(
-    path: str | Path, names: Iterable[str] = NPZ_NAMES, links: bool = False
+    path: str | Path, names: Sequence[str] = NPZ_NAMES, links: bool = False
 ) -> np.ndarray:
     """[len(names), 2C, h, w] float32, of an npz file. Raises UserError, naming the file.
 
@@ -140,7 +140,10 @@ def read_moments(
     with as_user_error(unreadable(path), (Exception,)):
         if not links and os.path.islink(path):
             raise ValueError("it is a symbolic link")
-        arrays = read_npz(path, names, MAX_NPZ_BYTES)
+        found = read_npz(path, names, MAX_NPZ_BYTES)
+        if set(found) != set(names):
+            raise ValueError(f"it holds no {' and '.join(sorted(set(names) - set(found)))}")
+        arrays = [found[name] for name in names]
         for array in arrays:
             if array.ndim != 3 or len(array) % 2 or array.dtype.kind != "f" or not array.size:
                 raise ValueError(f"it holds {array.dtype} {array.shape}, not floats [2C, h, w]")

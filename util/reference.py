@@ -8,7 +8,6 @@ Letters: N images, D features.
 
 import hashlib
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +16,13 @@ import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util.errors import UserError
+from util.arrays import read_npz
+from util.errors import UserError, as_user_error
 from util.files import atomic_write, sha256
 
 ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256
+MAX_STATISTICS_BYTES = 1 << 28  # of sigma: 5792 features in float64
 # Written by `util.fid_stats` beside mu and sigma; files of others have none of them.
 RECORDED = ("count", "img_size", "extractor", "layer", "weights_sha256")
 
@@ -63,20 +64,14 @@ def _read(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of an npz file or of torch-fidelity's .pt; mu and sigma in float64."""
     if not Path(path).is_file():
         raise UserError(f"--fid_stats {path}: no such file")
-    try:
+    # A damaged file can make its reader fail in any way.
+    with as_user_error(f"--fid_stats {path}: not an npz file with mu and sigma", (Exception,)):
         if Path(path).suffix in (".pt", ".pth"):
             found = _read_pt(path)
-        else:
-            with np.load(path, allow_pickle=False) as file:
-                kept = ("mu", "sigma", *RECORDED)  # ADM's files hold 10,000 images besides
-                found = {key: file[key] for key in file.files if key in kept}
+        else:  # ADM's files hold 10,000 images besides
+            found = read_npz(path, ("mu", "sigma", *RECORDED), MAX_STATISTICS_BYTES)
         wide = {k: np.asarray(found[k], dtype=np.float64) for k in ("mu", "sigma") if k in found}
         return found | wide
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"--fid_stats {path}: not an npz file with mu and sigma ({reason})"
-        ) from error
 
 
 def _read_pt(path: str | Path) -> dict[str, np.ndarray]:
