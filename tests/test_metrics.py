@@ -264,3 +264,10 @@ def test_extractor_is_named_by_its_module_and_digested_by_its_tensors():
     before = measure.extractor.weights_sha256
     measure.extractor.network.mixed[0, 0] += 1
     assert extractor.digest(measure.extractor.network) != before
+
+
+def test_deviation_of_kid_is_left_out_where_every_subset_is_the_whole(folders, tmp_path):
+    measure = metrics.compare_with_folder(pixels_measure(), folders[1], 16, tmp_path)
+    features = {name: rows + 0.1 for name, rows in measure.reference.features.items()}
+    found = metrics.score(features, measure)
+    assert "kernel_distance_mean" in found.figures and "kernel_distance_std" not in found.figures
