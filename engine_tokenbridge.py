@@ -23,7 +23,7 @@ from util.ema import EMA
 from util.errors import UserError
 from util.evaluation import EvalSettings, evaluate
 from util.log import StepResult, TrainingLog
-from util.metrics import Inception
+from util.metrics import Measure
 from util.optim import LRSchedule, guarded_step, seed_micro_batch, set_lr
 from util.plan import Plan
 from util.saver import CheckpointSaver
@@ -60,7 +60,7 @@ class Run:
     tokenizer: Tokenizer
     device: torch.device
     precision: Precision
-    inception: Inception | None = None  # of the evaluation while training
+    inception: Measure | None = None  # of the evaluation while training
 
 
 def train(
@@ -215,6 +215,7 @@ def evaluate_online(
             run.device,
             run.precision,
             run.inception,
+            training=True,
         )
     log.scalars({f"eval/{name}": value for name, value in results.items()}, step)
     if samples is not None:

@@ -62,9 +62,6 @@ class Measure:
         return self.extractor.identity() | {"reference": digests}
 
 
-Inception = Measure  # its name where only FID and IS are measured
-
-
 @dataclass
 class Scores:
     """figures by name; what their numbers would mean, where that is not what a reader expects.
