@@ -9,13 +9,14 @@ import main_cache
 import main_tokenbridge
 import reconstruction
 from tests.conftest import ROOT
-from util import fid_stats
+from util import doctor, fid_stats
 
 PARSERS = {
     "main_tokenbridge.py": main_tokenbridge.make_parser,
     "main_cache.py": main_cache.make_parser,
     "reconstruction.py": reconstruction.make_parser,
     "util.fid_stats": fid_stats.make_parser,
+    "util.doctor": doctor.make_parser,
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
