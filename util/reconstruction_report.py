@@ -82,4 +82,4 @@ def tell(folder: Path, images: int, rows: list[str], results: list[dict]) -> Non
     print(f"{images} images, rows of {folder / 'grid.png'}: {', '.join(rows)}")
     for result in results:
         figures = {k: v for k, v in result.items() if isinstance(v, float)}
-        print(f"{result['name']:>10}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+        print(f"{result['name']:>10}  " + "  ".join(f"{k} {v:.5g}" for k, v in figures.items()))
