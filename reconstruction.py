@@ -341,7 +341,8 @@ def measured(folder: ReconstructionFolder, names: list[str], measure: Measure | 
         scores = score(features, measure)
         result |= scores.figures
         if crops is not None:
-            result["rfid"] = frechet(statistics(features[layer]), crops)
+            name = "rfid" if measure.extractor.is_inception else "reconstruction_frechet_distance"
+            result[name] = frechet(statistics(features[layer]), crops)
         warnings += scores.warnings
     for warning in dict.fromkeys(warnings):
         print(f"warning: {warning}", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ PANELS = (
     ("psnr", "PSNR (dB)"),
     ("ssim", "SSIM"),
     ("rfid", "rFID"),
+    ("reconstruction_frechet_distance", "Fréchet distance to the crops"),
     ("fid", "FID"),
     ("inception_score_mean", "Inception Score"),
     ("entropy_bits", "entropy (bits of a latent scalar)"),
