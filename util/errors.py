@@ -59,7 +59,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         if not any(phrase in str(error) for phrase in LOST_PEER):
             dist.say_goodbye(f"failed: {type(error).__name__}")
             raise
-        dist.end(f"stopped: {dist.who_is_lost()}", EXIT_LOST_PEER)
+        with stop.deferred():  # torchrun asks the others to end before they have found out why
+            dist.end(f"stopped: {dist.who_is_lost()}", EXIT_LOST_PEER)
     if line is not None:
         print(f"{sys.argv[0]}: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
