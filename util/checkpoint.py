@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.config import TokenBridgeConfig
 from models.tokenbridge import TokenBridge
-from models.vae import KL16, AutoencoderKL
+from models.vae import KL16, AutoencoderKL, check_layout
 from util import dist
 from util.ema import EMA
 from util.errors import UserError, as_user_error
@@ -26,6 +26,7 @@ from util.files import atomic_write, load_tensors
 
 LAST = "checkpoint-last.pth"
 AUTO = "auto"
+MAX_VAE_SIZE = 4096  # of any setting of a VAE; a file that claims more is not built
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ def newest_whole(folder: Path) -> Checkpoint | None:
                 os.replace(path, aside)
                 print(f"{error}; set aside as {aside.name}", file=sys.stderr, flush=True)
         if found is not None:
-            give_name(found.path, folder / LAST)
+            with as_user_error(f"--output_dir {folder}: cannot write", (OSError,)):
+                give_name(found.path, folder / LAST)
     path = dist.gather_objects(found.path if found else None)[0]
     if any(dist.gather_objects(failed is not None and found is None)):
         raise UserError(f"--resume auto: all checkpoints in {folder} are damaged; see above")
@@ -222,13 +224,35 @@ def load_vae(path: str | Path, embed_dim: int | None = None) -> AutoencoderKL:
     if not isinstance(saved.get("model"), dict):
         raise UserError(f"--vae_path {path}: no state dict 'model' in it; kl16.ckpt has one")
     config = saved.get("config", KL16 | {"embed_dim": embed_dim or KL16["embed_dim"]})
-    with as_user_error(f"--vae_path {path}", (ValueError, TypeError, AttributeError)):
+    damaged = (ValueError, TypeError, AttributeError, RuntimeError)
+    with as_user_error(f"--vae_path {path}", damaged):
+        _check_vae(config, saved["model"], os.path.getsize(path))
         vae = AutoencoderKL(**config)
         vae.load_published(saved["model"])
     if embed_dim not in (None, vae.config["embed_dim"]):
         found = vae.config["embed_dim"]
         raise UserError(f"--vae_embed_dim {embed_dim}, but --vae_path {path} has {found} channels")
     return vae
+
+
+def _check_vae(config: dict, state: dict[str, Tensor], size: int) -> None:
+    """Raise ValueError unless the tensors are those of the settings, before they are given memory.
+
+    size: of the file in bytes, of which every number in it takes at least one.
+    """
+    unknown = set(config) - set(KL16) if isinstance(config, dict) else {type(config).__name__}
+    if unknown:
+        raise ValueError(f"'config' is no dict of {', '.join(KL16)}: {str(unknown.pop())[:40]!r}")
+    merged = KL16 | config
+    levels = tuple(merged.pop("ch_mult"))
+    sensible = all(type(n) is int and 0 < n <= MAX_VAE_SIZE for n in (*merged.values(), *levels))
+    if not (sensible and levels) or len(levels) * merged["num_res_blocks"] > len(state):
+        raise ValueError("'config' has sizes that this VAE has not")
+    with torch.device("meta"):
+        layout = AutoencoderKL(**config).state_dict()
+    check_layout(state, layout)
+    if sum(tensor.numel() for tensor in layout.values()) > size:
+        raise ValueError("its tensors claim more numbers than it holds")
 
 
 def save_vae(path: str | Path, vae: AutoencoderKL) -> None:

@@ -2,8 +2,10 @@
 
 import argparse
 import hashlib
+import io
 import os
 import secrets
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +16,8 @@ import torch
 
 from util.errors import UserError
 from util.stop import Stopped
+
+DIRECTORY = 0x10  # among a zip record's attributes
 
 
 @contextmanager
@@ -65,20 +69,25 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _check_records(path: Path) -> None:
-    """Compare the checksum (CRC-32) that torch.save gives each record of a file; torch does not.
+def _checked(path: Path) -> Path | BinaryIO:
+    """The file for torch.load, once the checksum (CRC-32) of each record, which torch does not
+    compare, is right.
 
-    Files of torch before 1.6 are no zip archives and have none.
+    Files of torch before 1.6 are no zip archives and have none. They come as their bytes, beyond
+    which a damaged length in them cannot make the reader reserve memory.
     """
     if not zipfile.is_zipfile(path):
-        return
+        return io.BytesIO(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
-        packed = [r.filename for r in archive.infolist() if r.compress_type != zipfile.ZIP_STORED]
-        if packed:
-            raise ValueError(f"{packed[0]} is compressed, which torch.save never does")
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{record.filename} is compressed, which torch.save never does")
+            if record.external_attr & DIRECTORY:  # torch would leave its memory as it finds it
+                raise ValueError(f"{record.filename} is marked as a folder")
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"wrong checksum of {damaged}")
+    return path
 
 
 def load_tensors(path: str | Path, flag: str) -> dict:
@@ -91,9 +100,9 @@ def load_tensors(path: str | Path, flag: str) -> dict:
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     try:
-        _check_records(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch wonders about in a damaged file
+            saved = torch.load(_checked(path), map_location="cpu", weights_only=True)
     except Stopped:
         raise
     except Exception as error:  # a damaged file can make the reader fail in any way
