@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from util import stop
@@ -118,7 +119,7 @@ def init(
             raise UserError(f"--dist_url env:// needs {' and '.join(missing)} in the environment")
     dist.init_process_group(
         backend="nccl" if chosen.type == "cuda" else "gloo",
-        init_method=dist_url,
+        store=_meet(dist_url, world),
         rank=world.rank,
         world_size=world.size,
         timeout=TIMEOUT,
@@ -127,6 +128,16 @@ def init(
     print_main(f"{world.size} processes ({world.launcher}), backend {backend()}")
     _start_watchdog(dist_url, timeout)
     return chosen
+
+
+def _meet(dist_url: str, world: World) -> dist.Store:
+    """The store in which the processes find each other's addresses.
+
+    With --master_addr, torchrun --max-restarts keeps one store for all attempts: without a prefix
+    of its own a process might find the address of one that has died, and wait for it.
+    """
+    store, _, _ = next(rendezvous(dist_url, world.rank, world.size, timeout=TIMEOUT))
+    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _start_watchdog(dist_url: str, timeout: float) -> None:

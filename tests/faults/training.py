@@ -239,7 +239,7 @@ def kill_worker(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
     job = run.start(processes=2, restarts=kills + 1)
     for _ in range(kills):
         seen = len(job.printed())
-        job.wait_for(lambda seen=seen: last_step(job.printed()[seen:]))
+        job.wait_for(lambda seen=seen: "saved checkpoint" in job.printed()[seen:])
         time.sleep(rng.uniform(0, 0.3))
         at = last_step(job.printed()[seen:])
         victims = job.workers(SCRIPT)
@@ -248,7 +248,8 @@ def kill_worker(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
         seen = len(job.printed())
         send(rng.choice(victims), signal.SIGKILL)
         row.injected += 1
-        job.wait_for(lambda seen=seen: "going on after" in job.printed()[seen:])
+        if not job.wait_for(lambda seen=seen: "going on after" in job.printed()[seen:]):
+            break
         row.steps_lost += max(0, at - resumed_step(job.printed()[seen:]))
         row.bytes_lost += run.damaged_bytes()
     assert job.end() == 0, job.printed()[-2000:]
