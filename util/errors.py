@@ -14,6 +14,7 @@ from util import stop
 EXIT_USER_ERROR = 2
 EXIT_LOST_PEER = 1
 EXIT_STOPPED = 75  # "try again" (EX_TEMPFAIL of sysexits.h): the same command goes on
+LONGEST = 500  # characters of what a library says, which may quote a damaged file
 # What the backends say on a process whose peer has left.
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
@@ -31,6 +32,8 @@ def as_user_error(context: str = "", catch: tuple[type[Exception], ...] = (Value
         raise
     except catch as error:
         message = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, UserError):
+            message = message[:LONGEST]
         raise UserError(f"{context}: {message}" if context else message) from error
 
 

@@ -83,6 +83,7 @@ class LatentHistogram:
     @classmethod
     def from_dict(cls, values: dict) -> "LatentHistogram":
         """The inverse of `to_dict`. Raises ValueError if that is not what it is."""
+        wrong = (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, zlib.error)
         try:
             exponents = torch.tensor([int(e) for e in values["exponents"]])
             packed = base64.b64decode(values["counts"], validate=True)
@@ -90,7 +91,7 @@ class LatentHistogram:
             unpacked = zlib.decompressobj().decompress(packed, size + 1)
             counts = torch.from_numpy(np.frombuffer(unpacked, "<i8").astype(np.int64))
             counts = counts.reshape(len(exponents), BINS)
-        except (KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
+        except wrong as error:
             raise ValueError(f"no histogram of latents ({error})") from error
         if (counts < 0).any() or (exponents < MIN_EXPONENT).any() or (exponents > 1000).any():
             raise ValueError("no histogram of latents (counts or exponents out of range)")
