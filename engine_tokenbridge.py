@@ -26,7 +26,7 @@ from util.log import StepResult, TrainingLog
 from util.metrics import Measure
 from util.optim import LRSchedule, guarded_step, seed_micro_batch, set_lr
 from util.plan import Plan
-from util.saver import CheckpointSaver
+from util.saver import EXIT_GRACE, CheckpointSaver
 
 
 @dataclass(frozen=True)
@@ -82,23 +82,27 @@ def train(
     steps = range(settings.plan.first_step, settings.last_step)
     if not steps:
         dist.print_main(f"nothing to train: step {steps.start} is the end of --epochs")
-    with stop.deferred():
-        for step in steps:
-            lr = schedule(step)
-            set_lr(run.optimizer, lr)
-            result = train_step(run, wrapped, batches, step, settings)
-            status = run.agreement.conclude(result.skipped)
-            log.step(step, lr, result)
-            if status.in_a_row >= settings.max_skipped:
-                give_up(run, reload, saver, step, settings)
-            save_and_evaluate(run, log, saver, step + 1, lr, status.stop, settings)
-            if status.stop:
-                saver.close()
-                log.close()
-                dist.cleanup()  # nobody leaves before everything is saved
-                raise stop.acknowledge()
-        saver.close()
-    log.close()
+    try:
+        with stop.deferred():
+            if evaluation_due(steps.start, settings) and not evaluated(steps.start, settings):
+                evaluate_online(run, log, steps.start, settings)  # it was stopped before its end
+            for step in steps:
+                lr = schedule(step)
+                set_lr(run.optimizer, lr)
+                result = train_step(run, wrapped, batches, step, settings)
+                status = run.agreement.conclude(result.skipped)
+                log.step(step, lr, result)
+                if status.in_a_row >= settings.max_skipped:
+                    give_up(run, reload, step, settings)
+                save_and_evaluate(run, log, saver, step + 1, lr, status.stop, settings)
+                if status.stop:
+                    saver.close()
+                    dist.cleanup()  # nobody leaves before everything is saved
+                    raise stop.acknowledge()
+            saver.close()
+    finally:
+        saver.wait(EXIT_GRACE)
+        log.close()
 
 
 def train_step(
@@ -145,18 +149,30 @@ def save_and_evaluate(
     settings: TrainSettings,
 ) -> None:
     """What is due after so many steps. An evaluation can be stopped at once, so it saves first."""
-    epoch, position = divmod(done, settings.plan.schedule.steps_per_epoch)
-    last = done == settings.last_step
-    evaluates = position == 0 and settings.evaluation is not None and not stopping
-    evaluates = evaluates and (last or epoch % settings.eval_freq == 0)
-    if stopping or saver.due(done, last or evaluates):
-        if position == 0 or stopping:
+    at_epoch_end = done % settings.plan.schedule.steps_per_epoch == 0
+    evaluates = evaluation_due(done, settings) and not stopping
+    if stopping or saver.due(done, last=evaluates or done == settings.last_step):
+        if at_epoch_end or stopping:
             log.flush(done - 1, lr)
         saver.save(done, lambda: training_state(run, done, settings))
     if evaluates:
-        with stop.immediate():
-            evaluate_online(run, log, done, epoch, settings)
-        log.restart()  # evaluating is not training time
+        evaluate_online(run, log, done, settings)
+
+
+def evaluation_due(done: int, settings: TrainSettings) -> bool:
+    epoch, position = divmod(done, settings.plan.schedule.steps_per_epoch)
+    wanted = settings.evaluation is not None and done > 0 and position == 0
+    return wanted and (done == settings.last_step or epoch % settings.eval_freq == 0)
+
+
+def evaluated(done: int, settings: TrainSettings) -> bool:
+    """Whether the evaluation after so many steps has its figures, on all processes alike."""
+    found = (evaluation_folder(done, settings) / "metrics.json").exists()
+    return dist.gather_objects(found)[0]
+
+
+def evaluation_folder(done: int, settings: TrainSettings) -> Path:
+    return settings.output_dir / f"eval-epoch{done // settings.plan.schedule.steps_per_epoch}"
 
 
 def training_state(run: Run, done: int, settings: TrainSettings) -> dict:
@@ -177,9 +193,7 @@ def training_state(run: Run, done: int, settings: TrainSettings) -> dict:
     }
 
 
-def give_up(
-    run: Run, reload: Reload, saver: CheckpointSaver, step: int, settings: TrainSettings
-) -> None:
+def give_up(run: Run, reload: Reload, step: int, settings: TrainSettings) -> None:
     """Leave what it takes to find out why step after step was skipped; raises UserError."""
     schedule = settings.plan.schedule
     path = write_dump(
@@ -193,7 +207,6 @@ def give_up(
         range(dist.rank(), schedule.micro_batches, dist.world_size()),
         settings.cached,
     )
-    saver.wait()
     raise UserError(
         f"loss or gradient of {settings.max_skipped} steps in a row was not finite, up to step "
         f"{step + 1} (--max_skipped); look into it with --debug_dump {path}, then resume an "
@@ -201,23 +214,21 @@ def give_up(
     )
 
 
-def evaluate_online(
-    run: Run, log: TrainingLog, step: int, epoch: int, settings: TrainSettings
-) -> None:
-    folder = settings.output_dir / f"eval-epoch{epoch}"
+def evaluate_online(run: Run, log: TrainingLog, done: int, settings: TrainSettings) -> None:
     averaged = settings.evaluation.weights == "ema"
-    with run.ema.swapped_in() if averaged else nullcontext():
+    with stop.immediate(), run.ema.swapped_in() if averaged else nullcontext():
         results, samples = evaluate(
             run.model,
             run.tokenizer,
             settings.evaluation,
-            folder,
+            evaluation_folder(done, settings),
             run.device,
             run.precision,
             run.inception,
             training=True,
         )
-    log.scalars({f"eval/{name}": value for name, value in results.items()}, step)
+    log.scalars({f"eval/{name}": value for name, value in results.items()}, done)
     if samples is not None:
-        log.image("eval/samples", samples, step)
+        log.image("eval/samples", samples, done)
     dist.barrier()
+    log.restart()  # evaluating is not training time

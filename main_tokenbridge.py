@@ -5,7 +5,6 @@ torchrun --nproc_per_node=8 main_tokenbridge.py --evaluate --resume FOLDER --cfg
 """
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,9 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from engine_tokenbridge import Run, TrainSettings, train
-from models.config import TokenBridgeConfig
 from models.tokenizer import Tokenizer
-from models.vae import AutoencoderKL
 from util import dist, stop
 from util.agreement import Agreement
 from util.args import (
@@ -33,25 +30,17 @@ from util.args import (
     positive_float,
     positive_int,
 )
-from util.build import (
-    ModelFlags,
-    build_config,
-    build_model,
-    build_vae,
-    cache_histogram,
-    calibrated_levels,
-    check_vae,
-    warn_other_vae,
-)
-from util.checkpoint import Checkpoint, find_checkpoint, refuse_other_run
-from util.data import ImageDataset, Key, MicroBatchSampler, list_images
+from util.build import build_model, cache_histogram, calibrated_levels
+from util.checkpoint import Checkpoint
+from util.data import Key, MicroBatchSampler
 from util.debug import Reload, replay
 from util.device import Precision, resolve_device, resolve_precision
 from util.ema import EMA
-from util.errors import UserError, run
+from util.errors import run
 from util.evaluation import add_evaluation_flags, eval_settings
-from util.files import check_writable, sha256
-from util.latent_cache import CachedLatents, as_one_batch, open_cache
+from util.files import check_writable
+from util.inputs import Inputs, TrainingData, check_agreement, open_inputs
+from util.latent_cache import as_one_batch
 from util.log import TrainingLog
 from util.optim import BLR_BATCH, LRSchedule, build_optimizer
 from util.plan import make_plan
@@ -203,7 +192,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
 def describe(
     args: argparse.Namespace,
     training: Run,
-    data: "TrainingData",
+    data: TrainingData,
     settings: TrainSettings,
     lr: float,
 ) -> str:
@@ -232,55 +221,6 @@ def save_settings(args: argparse.Namespace) -> SaveSettings:
         minutes=args.save_minutes,
         keep=args.keep_checkpoints,
     )
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The training set and what is known of it. source: the flag and its value, for messages."""
-
-    dataset: ImageDataset | CachedLatents
-    classes: list[str]
-    source: str
-    vae_sha256: str | None
-    manifest: dict | None = None
-
-    def count_skipped(self) -> int:
-        """Unreadable images that this process has passed over so far."""
-        return int(self.dataset.bad.sum()) if isinstance(self.dataset, ImageDataset) else 0
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a training starts from, read and checked against each other."""
-
-    checkpoint: Checkpoint | None
-    vae: AutoencoderKL | None  # None where cached latents make it unnecessary
-    data: TrainingData
-    config: TokenBridgeConfig
-
-
-def open_inputs(args: argparse.Namespace) -> Inputs:
-    resume, output_dir = args.resume, args.output_dir
-    checkpoint = find_checkpoint(resume, output_dir, must_exist=False) if resume else None
-    refuse_other_run(output_dir, checkpoint)
-    vae = None if args.use_cached and not args.online_eval else build_vae(args)
-    if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
-        args.img_size = checkpoint.config.img_size
-    data = open_data(args)
-    config = build_config(ModelFlags.of(args), checkpoint, data.manifest, vae)
-    check_data(data, config)
-    if vae is not None:
-        check_vae(vae, config, args.vae_path)
-    if checkpoint is not None:
-        if data.vae_sha256:
-            warn_other_vae(checkpoint, data.vae_sha256)
-        trained = checkpoint.saved.get("classes", data.classes)
-        if trained != data.classes:
-            raise UserError(
-                f"{data.source} has other classes than --resume {checkpoint.path} was trained on; "
-                "their labels would not mean the same"
-            )
-    return Inputs(checkpoint, vae, data, config)
 
 
 def build_run(
@@ -337,21 +277,6 @@ def restore(checkpoint: Checkpoint | None, training: Run) -> None:
     dist.print_main(f"loaded {checkpoint.path}")
 
 
-def check_agreement(facts: dict) -> None:
-    """Raise UserError, on all processes, unless all have found the same.
-
-    Nodes that see different folders would train different models together without a word.
-    """
-    found = dist.gather_objects(facts)
-    for name in facts:
-        differing = [rank for rank, other in enumerate(found) if other[name] != found[0][name]]
-        if differing:
-            raise UserError(
-                f"process {differing[0]} and process 0 have found different values: {name}; "
-                "--data_path, --cached_path and --resume must be the same folders on all nodes"
-            )
-
-
 def make_loader(
     args: argparse.Namespace, data: TrainingData, settings: TrainSettings, device: torch.device
 ) -> tuple[DataLoader, Reload]:
@@ -382,45 +307,6 @@ def make_loader(
         return keys, *default_collate([data.dataset[key] for key in keys])
 
     return loader, reload
-
-
-def open_data(args: argparse.Namespace) -> TrainingData:
-    """The images of --data_path, or the latents of --cached_path."""
-    if not args.use_cached:
-        images = list_images(args.data_path)
-        on_bad = "next" if args.skip_bad_images else "raise"
-        dataset = ImageDataset(images.samples, args.img_size, on_bad)
-        source = f"--data_path {args.data_path}"
-        return TrainingData(dataset, images.classes, source, sha256(args.vae_path))
-    if not args.cached_path:
-        raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
-    vae_sha256 = None
-    if Path(args.vae_path).is_file() and (args.online_eval or "vae_path" in args.explicit):
-        vae_sha256 = sha256(args.vae_path)
-    elif "vae_path" in args.explicit:
-        dist.print_main(
-            f"--vae_path {args.vae_path}: no such file; training on cached latents needs none, but "
-            "whether they are this VAE's is not checked"
-        )
-    cache = open_cache(args.cached_path, args.img_size, vae_sha256)
-    source = f"--cached_path {args.cached_path}"
-    made_by = cache.manifest["vae_sha256"] if cache.manifest else vae_sha256
-    return TrainingData(cache, cache.classes, source, made_by, cache.manifest)
-
-
-def check_data(data: TrainingData, config: TokenBridgeConfig) -> None:
-    """Raise UserError unless classes and latents fit the model."""
-    if len(data.classes) > config.class_num:
-        raise UserError(
-            f"{data.source} has {len(data.classes)} classes, --class_num is {config.class_num}"
-        )
-    if isinstance(data.dataset, CachedLatents):
-        found = tuple(data.dataset.latent_shape)
-        if found != config.latent_shape:
-            raise UserError(
-                f"{data.source} holds latents {found}, the model expects {config.latent_shape}; "
-                "see --img_size, --vae_stride and --vae_embed_dim"
-            )
 
 
 def plain(args: argparse.Namespace) -> dict:

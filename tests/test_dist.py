@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from engine_tokenbridge import Run, TrainSettings, train_step
-from main_tokenbridge import check_agreement
 from models.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.runs import free_port, run_together
@@ -22,6 +21,7 @@ from util.data import MicroBatchSampler
 from util.device import resolve_precision
 from util.ema import EMA
 from util.errors import UserError
+from util.inputs import check_agreement
 from util.plan import Plan, Schedule
 
 BATCH, IMAGES = 2, 8

@@ -10,6 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_cache
+import main_tokenbridge
 from models.vae import AutoencoderKL
 from tests.conftest import run_script
 from tests.runs import (
@@ -30,7 +31,8 @@ from tests.runs import (
     tensors,
     train,
 )
-from util.checkpoint import load_vae, save_vae
+from util import stop
+from util.checkpoint import load_checkpoint, load_vae, save_vae
 from util.saver import CheckpointSaver
 
 
@@ -259,6 +261,22 @@ def test_evaluating_while_training_changes_nothing_of_it(inputs, trained, tmp_pa
     train(inputs, raw, online_eval=True, eval_weights="model", **sampling)
     grids = [(out / "eval-epoch2" / "grid.png").read_bytes() for out in (tmp_path / "out", raw)]
     assert grids[0] != grids[1]
+
+
+def test_evaluation_that_was_stopped_is_made_up_for(inputs, tmp_path, monkeypatch):
+    sampling = dict(online_eval=True, eval_freq=1, vae_path="vae.ckpt", no_metrics=True)
+    sampling |= dict(num_images=6, num_iter=2, eval_bsz=2, resume="auto")
+
+    def stopped(*_args, **_kwargs):
+        raise stop.Stopped("SIGTERM")
+
+    with monkeypatch.context() as patch, pytest.raises(stop.Stopped):
+        patch.setitem(main_tokenbridge.train.__globals__, "evaluate", stopped)
+        train(inputs, tmp_path / "out", **sampling)
+    assert load_checkpoint(tmp_path / "out" / "checkpoint-step00000003.pth")  # saved before
+    train(inputs, tmp_path / "out", **sampling)
+    for epoch in (1, 2):
+        assert (tmp_path / "out" / f"eval-epoch{epoch}" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -139,5 +139,5 @@ class TrainingLog:
             self.writer.add_image(name, image, step)
 
     def close(self) -> None:
-        if self.writer is not None:
+        if self.__dict__.get("writer") is not None:  # asking for it would make its folder
             self.writer.close()
