@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint lock clean
+.PHONY: help demo test soak lint lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +15,7 @@ help:
 	@echo '  make demo   train on real handwritten digits and draw new ones; ends with a report'
 	@echo '              (about 9 minutes on 2 CPU cores)'
 	@echo '  make test   run the tests (under 15 minutes on 2 CPU cores); ARGS="-k vae" picks some'
+	@echo '  make soak   do harm to training, saving and caching, over 50 times; prints a table'
 	@echo '  make lint   check style and formatting'
 	@echo '  make lock   resolve requirements.lock and environment.yaml anew; ARGS=--upgrade'
 	@echo '  make clean  remove the demo output and caches, keep .venv'
@@ -27,6 +28,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+soak: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
