@@ -39,6 +39,10 @@ def one_step(micro_batches: int) -> dict:
     model = tiny_model(attn_dropout=0.1, proj_dropout=0.1, label_drop_prob=0.5).train()
     losses = []
     model.register_forward_hook(lambda _module, _inputs, loss: losses.append(loss.detach()))
+    parts: dict[str, list[Tensor]] = {}  # the gradient of each micro-batch, before they are summed
+    for name, parameter in model.named_parameters():
+        parts[name] = []
+        parameter.register_hook(parts[name].append)
     place = dict(rank=dist.rank(), world_size=dist.world_size())
     sampler = MicroBatchSampler(
         IMAGES, BATCH, micro_batches, **place, seed=1, first_step=0, num_steps=1
@@ -70,6 +74,7 @@ def one_step(micro_batches: int) -> dict:
         "loss": found.loss,
         "norm": found.grad_norm,
         "gradients": optimizer.gradients,
+        "parts": parts,
     }
 
 

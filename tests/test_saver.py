@@ -11,6 +11,7 @@ import torch
 from util import saver as saver_module
 from util.checkpoint import LAST, find_checkpoint, load_checkpoint, refuse_other_run
 from util.errors import UserError
+from util.inputs import open_checkpoint
 from util.saver import CheckpointSaver, HostCopy, SaveSettings, write_checkpoint
 
 STEPS = 4  # an epoch
@@ -252,3 +253,32 @@ def test_a_run_does_not_write_over_another_one(tmp_path):
     write_some(tmp_path / "other", [9])
     with pytest.raises(UserError, match="from .*other"):
         refuse_other_run(str(folder), load_checkpoint(tmp_path / "other" / LAST))
+
+
+# --- which run a command goes on with
+
+
+def test_attempts_of_torchrun_go_on_with_their_own_run(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert open_checkpoint("", str(folder)) is None  # lost before it had saved
+    write_some(folder)
+    for resume in ("", "auto", str(folder)):
+        assert open_checkpoint(resume, str(folder)).saved["step"] == 3
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(UserError, match="from scratch"):
+        open_checkpoint("", str(folder))
+
+
+def test_command_that_began_from_another_run_goes_on_with_its_own(tmp_path):
+    """Restarted, it must not begin from there once more."""
+    pretrained, folder = tmp_path / "pretrained", tmp_path / "run"
+    write_some(pretrained, [9])
+    assert open_checkpoint(str(pretrained), str(folder)).saved["step"] == 9
+    saver = new_saver(folder, steps=1)
+    saver.save(12, lambda: state(12) | {"args": {"resume": str(pretrained)}})
+    saver.close()
+    assert open_checkpoint(str(pretrained), str(folder)).saved["step"] == 12
+    write_some(tmp_path / "third", [5])
+    with pytest.raises(UserError, match="from .*third"):
+        open_checkpoint(str(tmp_path / "third"), str(folder))

@@ -78,6 +78,11 @@ class Checkpoint:
                 scaler.load_state_dict(self.saved["scaler"])
         return True
 
+    def argument(self, name: str):
+        """A flag of the run that wrote it; None if it does not say."""
+        args = self.saved.get("args")
+        return args.get(name) if isinstance(args, dict) else None
+
     def whole_number(self, name: str) -> int:
         """`epoch`, `step`, ... as the file has it. Raises UserError if it is none."""
         value = self.saved.get(name)

@@ -29,6 +29,7 @@ from util.watchdog import FINISHED, Watchdog
 # Ranks wait for each other's last batch of an evaluation or shard of a cache, on a CPU for long.
 # That somebody hangs is for the watchdog to see, which knows who makes progress.
 TIMEOUT = timedelta(hours=3)
+ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # torchrun counts the restarts of --max-restarts in it
 NO_PROGRESS = 600.0  # seconds; the default of --dist_timeout
 _watchdog: Watchdog | None = None  # of this process, if there are others
 _finishers: list[Callable[[], None]] = []
@@ -137,7 +138,12 @@ def _meet(dist_url: str, world: World) -> dist.Store:
     of its own a process might find the address of one that has died, and wait for it.
     """
     store, _, _ = next(rendezvous(dist_url, world.rank, world.size, timeout=TIMEOUT))
-    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(f"attempt{os.environ.get(ATTEMPT, 0)}", store)
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started this run again, after it lost a worker."""
+    return os.environ.get(ATTEMPT, "0") != "0"
 
 
 def _start_watchdog(dist_url: str, timeout: float) -> None:

@@ -10,7 +10,7 @@ from models.config import TokenBridgeConfig
 from models.vae import AutoencoderKL
 from util import dist
 from util.build import ModelFlags, build_config, build_vae, check_vae, warn_other_vae
-from util.checkpoint import Checkpoint, find_checkpoint, refuse_other_run
+from util.checkpoint import AUTO, Checkpoint, find_checkpoint, refuse_other_run, saved_in
 from util.data import ImageDataset, list_images
 from util.errors import UserError
 from util.files import sha256
@@ -42,10 +42,26 @@ class Inputs:
     config: TokenBridgeConfig
 
 
-def open_inputs(args: argparse.Namespace) -> Inputs:
-    resume, output_dir = args.resume, args.output_dir
+def open_checkpoint(resume: str, output_dir: str) -> Checkpoint | None:
+    """The checkpoint to begin with, if any.
+
+    A command that is started again goes on with its own run: every attempt of torchrun
+    --max-restarts after the first, and one whose --resume names where the run came from.
+    """
+    begun = dist.gather_objects(bool(saved_in(Path(output_dir))))[0]
+    if begun and dist.is_restarted():
+        resume = AUTO
+    elif begun and resume and resume != AUTO and not Path(resume).is_relative_to(output_dir):
+        own = find_checkpoint(AUTO, output_dir, must_exist=False)
+        if own is not None and own.argument("resume") == resume:
+            return own
     checkpoint = find_checkpoint(resume, output_dir, must_exist=False) if resume else None
     refuse_other_run(output_dir, checkpoint)
+    return checkpoint
+
+
+def open_inputs(args: argparse.Namespace) -> Inputs:
+    checkpoint = open_checkpoint(args.resume, args.output_dir)
     vae = None if args.use_cached and not args.online_eval else build_vae(args)
     if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
         args.img_size = checkpoint.config.img_size

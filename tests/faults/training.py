@@ -234,7 +234,7 @@ def kill_worker(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
     """A worker of torchrun dies: --max-restarts goes on by itself."""
     rng, steps = random.Random(seed), 30 * kills
     reference = undisturbed(inputs, folder, steps)
-    run = Training(inputs, folder / "worker", steps)
+    run = Training(inputs, folder / "worker", steps, resume=None)
     row = Row("worker killed under torchrun --max-restarts")
     job = run.start(processes=2, restarts=kills + 1)
     for _ in range(kills):

@@ -1,0 +1,75 @@
+"""One to four processes train the same model.
+
+Run as a script, this file is one of several processes: see `main`.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import TRAIN_FLAGS, flags, free_port, load, make_inputs, run_together, tensors
+from tests.test_dist import one_step
+from util import dist
+
+MICRO_BATCHES = 4
+WORLDS = (2, 3, 4)  # three processes share four micro-batches as 2, 1 and 1
+
+
+def main(folder: Path) -> None:
+    dist.init("cpu")
+    found = one_step(MICRO_BATCHES)
+    torch.save(found, folder / f"{dist.world_size()}-{dist.rank()}.pt")
+    dist.cleanup()
+
+
+def environments(size: int) -> list[dict]:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": size}
+    return [meeting | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_gradient_of_each_micro_batch_is_the_same_to_the_bit(tmp_path, size):
+    command = ["-m", "tests.test_elastic", tmp_path]
+    results = run_together(*[command] * size, env=environments(size))
+    assert [code for code, _, _ in results] == [0] * size, results
+    alone = one_step(MICRO_BATCHES)
+    for rank in range(size):
+        found = torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=True)
+        mine = range(rank, MICRO_BATCHES, size)
+        assert sum(map(bool, alone["parts"].values())) > 50
+        for name, gradients in alone["parts"].items():
+            parts = found["parts"][name]
+            assert len(parts) == len(gradients) // MICRO_BATCHES * len(mine)
+            for part, j in zip(parts, mine, strict=False):  # some parameters have no part in a step
+                assert torch.equal(part, gradients[j]), (name, j)
+        for part, whole in zip(found["gradients"], alone["gradients"], strict=True):
+            torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-7)  # the order of a sum
+
+
+def test_run_begun_on_two_processes_goes_on_with_three(tmp_path):
+    """Dropout on; what remains of the difference is the order of sums, which AdamW enlarges."""
+    inputs = make_inputs(tmp_path / "inputs")
+    settings = dict(batch_size=2, accum_iter=None, global_batch=8, save_last_freq=1, resume="auto")
+
+    def go_on(name: str, size: int, epochs: int) -> dict:
+        output = tmp_path / name
+        argv = flags(inputs, TRAIN_FLAGS, settings, output_dir=output, epochs=epochs)
+        argv += ["--lr_schedule", "constant"]  # so that two epochs are the beginning of four
+        env = environments(size) if size > 1 else [{}]
+        results = run_together(*[["main_tokenbridge.py", *argv]] * size, env=env)
+        assert [code for code, _, _ in results] == [0] * size, results
+        return load(output)
+
+    go_on("elastic", 2, epochs=1)
+    found = go_on("elastic", 3, epochs=2)
+    expected = go_on("alone", 1, epochs=2)
+    assert (found["step"], found["schedule"]) == (expected["step"], expected["schedule"])
+    found, expected = tensors(found["model"]), tensors(expected["model"])
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
