@@ -9,6 +9,7 @@ processes that share the work.
 """
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -31,6 +32,12 @@ Key = tuple[int, bool]  # (index of the sample, whether it is flipped left to ri
 # What the extensions in IMG_EXTENSIONS stand for, and what such files are in truth now and then.
 # Pillow tries no other format: some of them start programs (EPS runs Ghostscript).
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+# A progressive JPEG may come in any number of scans of a few bytes, each a pass over the whole
+# image. Encoders make some ten; 100 is libtiff's limit, too.
+MAX_SCANS = 100
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not a byte or restart of a scan
+JPEG_START, JPEG_END, JPEG_SCAN = 0xD8, 0xD9, 0xDA
+JPEG_SEQUENTIAL = (0xC0, 0xC1, 0xC9)  # of which every scan names every block
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,8 @@ def read_image(path: str | Path) -> Image.Image:
     """The image in a file as 8-bit RGB, upright as its EXIF orientation says.
 
     16-bit grey is scaled to 8 bits, transparent parts are laid on white, other modes are converted.
-    Raises UserError, naming the file, if it is damaged, too large (Pillow's MAX_IMAGE_PIXELS), no
-    image, or holds numbers without a fixed range (32-bit pixels).
+    Raises UserError, naming the file, if it is damaged, too large (Pillow's MAX_IMAGE_PIXELS), of
+    too many scans, no image, or holds numbers without a fixed range (32-bit pixels).
     """
     remedy = "mend or remove it, or pass --skip_bad_images"
     # Pillow's readers meet a damaged file with nearly any exception, so all of them count.
@@ -75,11 +82,31 @@ def read_image(path: str | Path) -> Image.Image:
         if not os.path.isfile(path):
             # Opening a pipe would wait for its other end.
             raise FileNotFoundError("there is no regular file of that name")
+        _check_scans(path)
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # at metadata that nobody needs
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
+
+
+def _check_scans(path: str | Path) -> None:
+    """Raise ValueError if a file is a JPEG of more scans than MAX_SCANS."""
+    with open(path, "rb") as file:
+        if file.read(2) != bytes((0xFF, JPEG_START)):
+            return
+        content = file.read()
+    position, scans = 0, 0
+    while found := JPEG_MARKER.search(content, position):
+        marker, position = content[found.end() - 1], found.end()
+        if marker == JPEG_END or marker in JPEG_SEQUENTIAL:
+            return
+        scans += marker == JPEG_SCAN
+        if scans > MAX_SCANS:
+            raise ValueError(f"a JPEG of more than {MAX_SCANS} scans would take minutes")
+        if marker != JPEG_START:
+            position += int.from_bytes(content[position : position + 2], "big")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -69,7 +69,7 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _checked(path: Path) -> Path | BinaryIO:
+def checked_archive(path: Path) -> Path | BinaryIO:
     """The file for torch.load, once the checksum (CRC-32) of each record, which torch does not
     compare, is right.
 
@@ -80,7 +80,8 @@ def _checked(path: Path) -> Path | BinaryIO:
         return io.BytesIO(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
         for record in archive.infolist():
-            if record.compress_type != zipfile.ZIP_STORED:
+            stored = record.compress_type == zipfile.ZIP_STORED
+            if not stored or record.file_size != record.compress_size:
                 raise ValueError(f"{record.filename} is compressed, which torch.save never does")
             if record.external_attr & DIRECTORY:  # torch would leave its memory as it finds it
                 raise ValueError(f"{record.filename} is marked as a folder")
@@ -102,7 +103,7 @@ def load_tensors(path: str | Path, flag: str) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch wonders about in a damaged file
-            saved = torch.load(_checked(path), map_location="cpu", weights_only=True)
+            saved = torch.load(checked_archive(path), map_location="cpu", weights_only=True)
     except Stopped:
         raise
     except Exception as error:  # a damaged file can make the reader fail in any way

@@ -18,7 +18,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.arrays import read_npz
 from util.errors import UserError, as_user_error
-from util.files import atomic_write, sha256
+from util.files import atomic_write, checked_archive, sha256
 
 ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256
@@ -70,8 +70,14 @@ def _read(path: str | Path) -> dict[str, np.ndarray]:
             found = _read_pt(path)
         else:  # ADM's files hold 10,000 images besides
             found = read_npz(path, ("mu", "sigma", *RECORDED), MAX_STATISTICS_BYTES)
-        wide = {k: np.asarray(found[k], dtype=np.float64) for k in ("mu", "sigma") if k in found}
+        wide = {k: _wide(found[k]) for k in ("mu", "sigma") if k in found}
         return found | wide
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"numbers of type {array.dtype}")
+    return array.astype(np.float64)
 
 
 def _read_pt(path: str | Path) -> dict[str, np.ndarray]:
@@ -82,7 +88,7 @@ def _read_pt(path: str | Path) -> dict[str, np.ndarray]:
     names = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
     try:
         with torch.serialization.safe_globals([*allowed, *((rebuild, name) for name in names)]):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(checked_archive(Path(path)), map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if not isinstance(saved, dict):
@@ -107,7 +113,8 @@ def _defect(mu: np.ndarray, sigma: np.ndarray) -> str | None:
 def statistics_record(path: str | Path) -> dict:
     """What a file says of itself, as plain values: the names in RECORDED that it has."""
     found = _read(path)
-    return {name: np.asarray(found[name]).item() for name in RECORDED if name in found}
+    with as_user_error(f"--fid_stats {path}: what it says of itself is no single value"):
+        return {name: found[name].item() for name in RECORDED if name in found}
 
 
 def check_statistics(
