@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.config import TokenBridgeConfig
 from models.vae import AutoencoderKL
 from tests.fuzz.harness import damaged, fuzz, outcome, repacked, seeds
 from util.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_vae, save_vae
@@ -51,6 +52,7 @@ def path(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("checkpoints") / "checkpoint.pth"
 
 
+CONFIG = TokenBridgeConfig().to_dict()
 ZIPPED, LEGACY = saved_bytes(SAVED), saved_bytes(SAVED, legacy=True)
 
 
@@ -190,3 +192,21 @@ def test_a_folder_of_anything_gives_a_whole_checkpoint_or_says_what_is_wrong(
         assert same(found.saved, SAVED)
     elif resume == "auto" and entries.get("checkpoint-last.pth") != "folder":
         assert "whole" not in entries.values()
+
+
+values = st.one_of(
+    sizes,
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(sizes, max_size=3),
+    st.lists(sizes, max_size=3).map(tuple),
+    st.dictionaries(st.text(max_size=3), sizes, max_size=2),
+)
+
+
+@fuzz(200)
+@given(st.dictionaries(st.sampled_from(sorted(CONFIG)) | st.text(max_size=5), values) | values)
+def test_settings_of_any_kind_are_refused_or_a_configuration(path, changes):
+    config = CONFIG | changes if isinstance(changes, dict) else changes
+    found = outcome(lambda: Checkpoint(path, {"config": config}).config)
+    assert isinstance(found, UserError | TokenBridgeConfig)
