@@ -149,6 +149,20 @@ def test_unreadable_image_is_left_out_and_no_other_takes_its_place(inputs, done,
     assert results(tmp_path / "out")["images"] == 23
 
 
+def test_batches_of_unreadable_images_are_done_once_and_shown_nowhere(inputs, tmp_path, capsys):
+    """They are among those that grid.png shows where all can be read."""
+    data = shutil.copytree(inputs / "data", tmp_path / "data")
+    for name in ("0.png", "3.png"):
+        (data / "train" / "ant" / name).write_bytes(b"broken")
+    settings = dict(image_dir=data, skip_bad_images=True, batch_size=1)
+    reconstruct(inputs, tmp_path / "out", **settings)
+    assert "skipped: " in capsys.readouterr().err
+    reconstruct(inputs, tmp_path / "out", **settings)
+    told = capsys.readouterr()
+    assert "24 of 24 batches are there already" in told.out
+    assert "22 images, rows of" in told.out and "skipped: " not in told.err
+
+
 def test_folder_of_classes_will_do(inputs, done, tmp_path):
     reconstruct(inputs, tmp_path, image_dir=inputs / "data" / "train")
     assert files(tmp_path) == files(done)

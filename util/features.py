@@ -7,6 +7,7 @@ Letters: N images, D features, S side in pixels.
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +19,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util import dist
+from util.arrays import read_npz
 from util.data import ImageDataset, collate_skipping
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 from util.extractor import Extractor
 from util.files import atomic_write
 from util.images import to_uint8
 
 SHARED_WAIT = 60.0  # seconds until a file of another node is seen on a network file system
+MAX_IDS_BYTES = 1 << 24
 LOOKED_AT = 1000  # images of a folder whose size is looked at
 
 
@@ -68,15 +71,23 @@ class FeatureStore:
 
     def _read(self, number: int, ids: range) -> dict[str, Tensor]:
         path = self.path(number)
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+        with _told_if_damaged(path), np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
             stored = arrays.pop("ids").tolist()
-        except Exception as error:  # a damaged file can make the reader fail in any way
-            raise UserError(f"{path} is damaged ({error}); remove it and start again") from error
         if not set(stored) <= set(ids):
             raise UserError(f"{path} is not of images {ids.start} to {ids.stop - 1}; remove it")
         return {layer: torch.from_numpy(array) for layer, array in arrays.items()}
+
+    def ids(self, number: int) -> list[int]:
+        """Numbers of the images in a batch's file: all that could be read."""
+        path = self.path(number)
+        with _told_if_damaged(path):
+            return read_npz(path, ["ids"], MAX_IDS_BYTES)["ids"].tolist()
+
+
+def _told_if_damaged(path: Path) -> AbstractContextManager:
+    """A damaged file can make its reader fail in any way."""
+    return as_user_error(f"{path} is damaged, remove it and start again", (Exception,))
 
 
 def wait_for(paths: list[Path], seconds: float = SHARED_WAIT) -> None:

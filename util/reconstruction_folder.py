@@ -21,16 +21,13 @@ import torch
 from torch import Tensor
 
 from util import dist
-from util.arrays import read_npz
 from util.errors import UserError
 from util.evaluation_folder import brief, flat, plain, read_json, read_png, write_json
 from util.features import FeatureStore, batch_ranges, wait_for
 from util.images import save_png
-from util.stop import Stopped
 from util.variants import ORIGINAL
 
 THREADS = 8  # that write PNG files
-MAX_IDS_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -108,24 +105,22 @@ class ReconstructionFolder:
         here = {name for name, size in sizes.items() if size}  # a power cut may leave empty files
         for number in set(numbers) - lacking:
             absent = {i for i in self.batches[number] if self.image(variant, i).name not in here}
-            if absent and absent & self._kept(variant, number):
+            if absent and absent & self._recorded(variant, number):
                 lacking.add(number)
         return lacking
 
-    def _kept(self, variant: str, number: int) -> set[int]:
-        """Numbers of the images in a batch's record: all that could be read."""
-        path = self.records(variant).path(number)
+    def _recorded(self, variant: str, number: int) -> set[int]:
+        """Numbers of the images in a batch's record; all of the batch if it is damaged."""
         try:
-            return set(read_npz(path, ["ids"], MAX_IDS_BYTES)[0].tolist())
-        except Stopped:
-            raise
-        except Exception:  # a damaged file can make the reader fail in any way
-            return set(self.batches[number])  # done again
+            return set(self.records(variant).ids(number))
+        except UserError:
+            return set(self.batches[number])
 
     def kept(self, variant: str) -> list[int]:
         """Numbers of the images that could be read, in order, once all batches are done."""
-        wait_for([self.records(variant).path(number) for number in range(len(self.batches))])
-        return sorted(i for k in range(len(self.batches)) for i in self._kept(variant, k))
+        records, numbers = self.records(variant), range(len(self.batches))
+        wait_for([records.path(number) for number in numbers])
+        return sorted(i for number in numbers for i in records.ids(number))
 
     def write(
         self,
