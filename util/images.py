@@ -1,6 +1,5 @@
 """Generated images on their way to a file: rounding, PNG, grids, PSNR."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from util import dist
 from util.files import atomic_write
 
 
@@ -23,27 +21,6 @@ def save_png(image: Tensor | np.ndarray, path: str | Path) -> None:
     # Waiting for the disk 50,000 times would take longer than some of the images.
     with atomic_write(path, durable=False) as file:
         Image.fromarray(np.moveaxis(np.asarray(image), 0, -1)).save(file, format="PNG")
-
-
-class Gallery:
-    """Keeps the images of a few numbers, whichever process makes them, to show them together."""
-
-    def __init__(self, shown: list[int]):
-        self.shown = shown
-        self.kept: dict[int, Tensor] = {}
-
-    def add(self, ids: Iterable[int], images: Tensor) -> None:
-        """images: uint8 [N, 3, H, W], numbered by ids."""
-        wanted = set(self.shown)
-        self.kept |= {i: image for i, image in zip(ids, images, strict=True) if i in wanted}
-
-    def gather(self) -> Tensor | None:
-        """Those that were made, in the order shown, uint8 [N, 3, H, W]; on the main process."""
-        parts = dist.gather_to_main(self.kept)
-        if parts is None:
-            return None
-        kept = {i: image for part in parts for i, image in part.items()}
-        return torch.stack([kept[i] for i in self.shown if i in kept])
 
 
 def grid(images: Tensor, columns: int) -> Tensor:
