@@ -333,7 +333,7 @@ def measured(folder: ReconstructionFolder, names: list[str], measure: Measure | 
     if measure is None:
         return results
     layer, crops, warnings = measure.extractor.layers.get("fid"), None, []
-    if layer is not None:
+    if layer is not None and results[0]["images"] > 1:  # a covariance takes two
         crops = statistics(folder.features(ORIGINAL).load(folder.batches)[layer])
     for result in results:
         dist.beat(f"measuring {result['name']}")

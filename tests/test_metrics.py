@@ -11,13 +11,13 @@ import torch_fidelity
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from tests.measures import FEATURES, PIXELS, save_model, save_random_inception
+from tests.measures import FEATURES, PIXELS, Pixels, save_model, save_random_inception
 from tests.runs import evaluate, make_inputs
 from util import extractor, jackknife, metrics
 from util.errors import UserError
 from util.extractor import WEIGHTS_FILE, Extractor, published_weights
-from util.features import batch_ranges, folder_batches
-from util.metrics import ImageFeatures, Measure
+from util.features import FeatureStore, batch_ranges, folder_batches
+from util.metrics import Measure
 from util.reference import Reference
 
 CPU = torch.device("cpu")
@@ -97,16 +97,15 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     return save_noise(root / "first", 43, seed=0), save_noise(root / "second", 37, seed=1)
 
 
-def test_figures_equal_torch_fidelity_s_whoever_made_which_image(folders, monkeypatch, tmp_path):
+def test_figures_equal_torch_fidelity_s_whichever_batch_came_first(folders, tmp_path):
     first, second = folders
     measure = metrics.compare_with_folder(pixels_measure(), second, 16, tmp_path)
-    images = images_of(first)
-    parts = [ImageFeatures(measure) for _ in range(3)]
-    for number, ids in enumerate(batch_ranges(43, 5)):
-        parts[number % 3].add(list(ids), images[list(ids)])
-    gathered = [(part.ids, part.rows) for part in parts]
-    monkeypatch.setattr(metrics.dist, "gather_to_main", lambda value: gathered)
-    found = parts[0].compute()
+    images, batches = images_of(first), batch_ranges(43, 5)
+    store = FeatureStore(tmp_path)
+    for number in torch.randperm(len(batches)).tolist():
+        ids = list(batches[number])
+        store.write(number, ids, measure.extractor(images[ids]))
+    found = metrics.score(store.load(batches), measure).figures
     expected = fidelity(first, second, feature_extractor="pixels", kid_subset_size=37)
     for theirs, (_, ours) in metrics.NAMES.items():
         assert found.pop(ours) == pytest.approx(expected.pop(theirs), rel=1e-5), ours
@@ -130,12 +129,11 @@ def features_of(folder: Path) -> np.ndarray:
 def test_distances_are_frechets(folders):
     x, y = map(features_of, folders)
     stats = {"mu": y.mean(axis=0), "sigma": np.cov(y, rowvar=False)}
-    own, other = (ImageFeatures(pixels_measure(Reference(stats, {}))) for _ in range(2))
-    own.add(list(range(43)), images_of(folders[0]))
-    other.add(list(range(37)), images_of(folders[1]))
-    found = own.compute(reference=other)
+    measure = pixels_measure(Reference(stats, {}))
+    found = metrics.score(measure.extractor(images_of(folders[0])), measure).figures
     assert found["frechet_distance"] == pytest.approx(definition(x, y), rel=1e-4)
-    assert found["rfid"] == pytest.approx(definition(x, y), rel=1e-4)
+    own, other = (metrics.statistics(torch.from_numpy(features)) for features in (x, y))
+    assert metrics.frechet(own, other) == pytest.approx(definition(x, y), rel=1e-4)
 
 
 def test_replicates_are_the_figures_without_a_group_and_of_each_split(folders):
@@ -178,6 +176,35 @@ def test_too_few_images_are_warned_about():
     assert any("IS is not computed: 9 images" in w for w in few) and enough == []
     assert "FID-5000" in metrics._few_images(5000, 2048, inception=True)[0]
     assert metrics._few_images(50000, 2048, inception=True) == []
+    assert any("a covariance takes two images" in w for w in warnings_of(1, measure))
+
+
+def test_reference_counts_the_images_that_could_be_read(folders, tmp_path):
+    folder = shutil.copytree(folders[1], tmp_path / "images")
+    for path in list(folder.iterdir())[:3]:
+        path.write_bytes(b"broken")
+    found = metrics.compare_with_folder(
+        pixels_measure(), folder, 16, tmp_path / "cache", skip_bad=True
+    )
+    assert found.reference.record["images"] == 34
+
+
+def test_reference_of_one_image_is_refused(tmp_path):
+    single = save_noise(tmp_path / "single", 1, seed=0)
+    with pytest.raises(UserError, match="--fid_reference .*two images"):
+        metrics.compare_with_folder(pixels_measure(), single, 16, tmp_path / "cache")
+
+
+def test_extractor_without_a_layer_for_fid_still_has_its_score(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Pixels, "get_default_feature_layer_for_metric", staticmethod({"isc": "logits"}.__getitem__)
+    )
+    measure = metrics.compare_with_folder(pixels_measure(), folders[1], 16, tmp_path)
+    found = metrics.score(measure.extractor(images_of(folders[0])), measure).figures
+    assert list(found) == ["score_mean", "score_std"]
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(FEATURES), sigma=np.eye(FEATURES))
+    with pytest.raises(UserError, match="--fid_stats .*no layer for a Frechet distance"):
+        metrics.prepare(str(tmp_path / "stats.npz"), None, CPU, feature_extractor=PIXELS)
 
 
 def test_small_references_are_warned_about(folders, tmp_path, capsys):

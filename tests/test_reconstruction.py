@@ -163,6 +163,19 @@ def test_batches_of_unreadable_images_are_done_once_and_shown_nowhere(inputs, tm
     assert "22 images, rows of" in told.out and "skipped: " not in told.err
 
 
+def test_one_image_is_enough(inputs, tmp_path):
+    """For everything but a covariance."""
+    folder = tmp_path / "data" / "ant"
+    folder.mkdir(parents=True)
+    shutil.copy(inputs / "data" / "train" / "ant" / "0.png", folder)
+    settings = dict(image_dir=tmp_path / "data", no_metrics=None, feature_extractor=PIXELS)
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(9), sigma=np.eye(9))
+    reconstruct(inputs, tmp_path / "out", **settings, fid_stats=tmp_path / "stats.npz")
+    for result in results(tmp_path / "out")["results"]:
+        assert result["images"] == 1 and result["psnr"] > 5
+        assert not {name for name in result if "distance" in name}
+
+
 def test_folder_of_classes_will_do(inputs, done, tmp_path):
     reconstruct(inputs, tmp_path, image_dir=inputs / "data" / "train")
     assert files(tmp_path) == files(done)

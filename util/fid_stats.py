@@ -96,7 +96,12 @@ def main() -> None:
     extractor = load_extractor(args.feature_extractor, args.inception_weights, device)
     if extractor is None:
         raise UserError("statistics need the extractor's weights: name a file, --inception_weights")
-    layer = extractor.layers["fid"]
+    layer = extractor.layers.get("fid")
+    if layer is None:
+        raise UserError(
+            f"--feature_extractor {args.feature_extractor} declares no layer for a Frechet "
+            "distance, so statistics of it are of no use"
+        )
     moments = measure(extractor, layer, files, args)
     if moments is not None:
         width = len(moments.first)

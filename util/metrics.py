@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from util import dist
+from util.errors import UserError
 from util.extractor import INCEPTION, Extractor, load_extractor
 from util.features import FeatureStore, folder_features, upsampled
 from util.jackknife import fid_error, fid_replicates, is_replicates
@@ -82,13 +83,7 @@ def score(features: dict[str, Tensor], measure: Measure) -> Scores:
     if "isc" in layers:
         _inception_score(features[layers["isc"]], found)
     if "fid" in layers and measure.stats is not None:
-        own = features[layers["fid"]]
-        found.figures["frechet_inception_distance"] = frechet(statistics(own), measure.stats)
-        found.warnings += _few_images(*own.shape, inception)
-        replicates = fid_replicates(own, measure.stats)
-        if replicates is not None:
-            found.replicates["fid"] = replicates
-            found.figures["fid_standard_error"] = fid_error(replicates)
+        _frechet_distance(features[layers["fid"]], measure.stats, inception, found)
     if measure.reference.features is not None:
         _kid(features, measure, found)
         _precision_recall(features, measure, found)
@@ -109,6 +104,20 @@ def _inception_score(logits: Tensor, found: Scores) -> None:
         return
     found.figures |= isc_features_to_metric(logits)
     found.replicates["inception_score"] = is_replicates(logits)
+
+
+def _frechet_distance(
+    own: Tensor, stats: dict[str, np.ndarray], inception: bool, found: Scores
+) -> None:
+    if len(own) < 2:
+        found.warnings.append("no Frechet distance is computed: a covariance takes two images")
+        return
+    found.figures["frechet_inception_distance"] = frechet(statistics(own), stats)
+    found.warnings += _few_images(*own.shape, inception)
+    replicates = fid_replicates(own, stats)
+    if replicates is not None:
+        found.replicates["fid"] = replicates
+        found.figures["fid_standard_error"] = fid_error(replicates)
 
 
 def _few_images(count: int, width: int, inception: bool) -> list[str]:
@@ -176,50 +185,6 @@ def _precision_recall(features: dict[str, Tensor], measure: Measure, found: Scor
     found.figures |= prc_features_to_metric(own, other, save_cpu_ram=in_parts, verbose=False)
 
 
-class ImageFeatures:
-    """Collects the features of this process's images; computes the metrics of everybody's."""
-
-    def __init__(self, measure: Measure):
-        self.measure = measure
-        self.ids: list[int] = []
-        self.rows: list[dict[str, Tensor]] = []
-        self.gathered, self.sorted = False, None
-
-    def add(self, ids: list[int], images: Tensor) -> None:
-        """images: uint8 [N, 3, H, W], numbered by ids."""
-        self.ids += ids
-        self.rows.append(self.measure.extractor(images))
-
-    def compute(self, reference: "ImageFeatures | None" = None) -> dict[str, float]:
-        """All figures that `score` finds, and rFID against a reference.
-
-        On the main process; empty on the others, which only hand over their features.
-        """
-        gathered = [images.gather() for images in (self, reference) if images is not None]
-        if not dist.is_main():
-            return {}
-        figures = score(gathered[0], self.measure).figures
-        if reference is not None:
-            layer = self.measure.extractor.layers["fid"]
-            own, other = (statistics(features[layer]) for features in gathered)
-            figures["rfid"] = frechet(own, other)
-        return figures
-
-    def gather(self) -> dict[str, Tensor] | None:
-        """{layer: [N, D]} in the order of the image numbers, on the main process, once."""
-        if not self.gathered:
-            self.gathered = True
-            parts = dist.gather_to_main((self.ids, self.rows))
-            self.sorted = self._sort(parts) if parts is not None else None
-        return self.sorted
-
-    @staticmethod
-    def _sort(parts: list) -> dict[str, Tensor]:
-        order = torch.tensor([i for part_ids, _ in parts for i in part_ids]).argsort()
-        rows = [row for _, part_rows in parts for row in part_rows]
-        return {layer: torch.cat([row[layer] for row in rows])[order] for layer in rows[0]}
-
-
 def prepare(
     fid_stats: str | None,
     inception_weights: str | None,
@@ -253,6 +218,11 @@ def prepare(
                 "or name an npz file with mu and sigma with --fid_stats"
             )
         return Measure(extractor, Reference(None, {}))
+    if "fid" not in extractor.layers:
+        raise UserError(
+            f"--fid_stats {fid_stats}: --feature_extractor {feature_extractor} declares no layer "
+            "for a Frechet distance; leave --fid_stats out"
+        )
     if stats is None:
         stats = load_fid_statistics(fid_stats, extractor.width("fid", size))
     identity = extractor.identity() | {"layer": extractor.layers["fid"]}
@@ -273,7 +243,7 @@ def compare_with_folder(
     """The same measure with a folder of real images as its reference; all processes take part.
 
     FID stays the distance to the file of statistics if there is one. cache: a folder for the
-    features, which a restart finds again. Raises UserError if there are no images.
+    features, which a restart finds again. Raises UserError if there are too few.
     """
     files = list_folder(folder)
     extractor = measure.extractor
@@ -288,10 +258,14 @@ def compare_with_folder(
     features = folder_features(
         extractor, files, size, FeatureStore(cache / name), REFERENCE_BATCH, num_workers, skip_bad
     )
-    record = {"fid_reference": str(folder), "images": len(files), "listing_sha256": key}
+    record = {"fid_reference": str(folder), "listing_sha256": key}
     stats = measure.stats
-    if stats is None and features is not None:
+    if features is not None:
+        record["images"] = len(next(iter(features.values())))  # those that could be read
+    if features is not None and stats is None and "fid" in extractor.layers:
         own = features[extractor.layers["fid"]]
+        if len(own) < 2:
+            raise UserError(f"--fid_reference {folder}: a covariance takes two images")
         if len(own) <= own.shape[1]:
             print(
                 f"warning: --fid_reference {folder}: {len(own)} images are not more than the "
