@@ -22,7 +22,7 @@ from models.vae import KL16, AutoencoderKL, check_layout
 from util import dist
 from util.ema import EMA
 from util.errors import UserError, as_user_error
-from util.files import atomic_write, load_tensors
+from util.files import atomic_write, flush_folder, load_tensors
 
 LAST = "checkpoint-last.pth"
 AUTO = "auto"
@@ -201,6 +201,7 @@ def give_name(path: Path, name: Path) -> None:
     except OSError:  # a file system without links
         shutil.copyfile(path, temporary)
     os.replace(temporary, name)
+    flush_folder(name.parent)
 
 
 def refuse_other_run(output_dir: str, checkpoint: Checkpoint | None) -> None:

@@ -39,10 +39,10 @@ def atomic_write(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     if durable:
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     """Put the new name itself on the disk; where folders cannot be opened, the system does it."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
