@@ -16,7 +16,7 @@ from models.quantizer import GaussianQuantizer
 from models.vae import AutoencoderKL
 from tests.conftest import run_script
 from tests.measures import PIXELS, save_random_inception
-from tests.runs import CHANNELS, CLASSES, COMMON, flags, free_port, make_inputs, train
+from tests.runs import CHANNELS, CLASSES, COMMON, SIZE, flags, free_port, make_inputs, train
 from util import doctor, doctor_checks
 from util.cache_files import read_json, write_json
 from util.checkpoint import load_vae, save_vae
@@ -209,6 +209,10 @@ def test_quantizer_figures_are_those_of_the_latents(inputs):
         p = counts[counts > 0] / counts.sum()
         bits.append(-(p * p.log2()).sum().item())
     assert f"entropy {min(bits):.2f} to {max(bits):.2f} of 3 bits" in finding.text
+    assert finding.by_channel["entropy_bits"] == pytest.approx(bits, abs=0.02)
+    found = doctor_checks.latents(person).by_channel
+    assert found["std"] == pytest.approx(samples.movedim(1, 0).flatten(1).std(dim=1), rel=1e-3)
+    assert found["mean"] == pytest.approx(samples.mean(dim=(0, 2, 3)), abs=1e-3)
 
 
 # --- data, cache, checkpoint
@@ -300,6 +304,19 @@ def test_fid_statistics(inputs, tmp_path, monkeypatch):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(9), sigma=np.eye(9))
     found = check("FID statistics", inputs, fid_stats=tmp_path / "stats.npz", **wanted)
     assert_found(found, FAILURE, "2048 features")
+
+
+def test_fid_statistics_are_of_the_named_extractor_and_the_size(inputs, tmp_path):
+    wanted = dict(no_metrics=None, feature_extractor=PIXELS, fid_stats=tmp_path / "stats.npz")
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(9), sigma=np.eye(9), img_size=SIZE, count=9)
+    assert_found(check("FID statistics", inputs, **wanted), WARNING, "not checked", "weights")
+    torch.save({}, tmp_path / "weights.pth")
+    wanted["inception_weights"] = tmp_path / "weights.pth"
+    found = check("FID statistics", inputs, **wanted)
+    assert_found(found, WARNING, "9 features, sha256", "9 images, not more than the 9 features")
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(9), sigma=np.eye(9), img_size=2 * SIZE)
+    found = check("FID statistics", inputs, **wanted)
+    assert_found(found, FAILURE, f"images of {2 * SIZE} px", "util.fid_stats")
 
 
 def test_feature_weights(inputs, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ Letters: N images, C latent channels, h, w positions, K levels, B bins.
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,11 @@ from util.data import center_crop, list_images, read_image
 from util.device import resolve_precision
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown, judged
 from util.errors import UserError
-from util.extractor import INCEPTION, Extractor, published_weights, registered_name
-from util.files import load_tensors, sha256
+from util.extractor import INCEPTION, published_weights, registered_name
 from util.histogram import BINS, LatentHistogram
 from util.images import psnr, to_uint8
 from util.latent_cache import open_cache
-from util.reference import ADM_STATISTICS, load_fid_statistics
+from util.reference import ADM_STATISTICS, check_statistics, load_fid_statistics
 from util.variants import entropy
 
 # KL-16 reconstructs ImageNet's validation images at 24.1 dB, with a standard deviation of 4.2 dB
@@ -37,6 +37,7 @@ LEAST_PSNR = 18.0
 # Of unit-variance latents. KL-16's channels differ; far beyond these, scale or VAE is another one.
 STD_OF_ALL, STD_OF_CHANNEL, MEAN_OF_CHANNEL = (0.9, 1.1), (0.5, 2.0), 1.0
 MOST_SATURATED, MOST_UNUSED_BITS = 0.001, 1.0
+INCEPTION_FEATURES = 2048
 ROOM = 2.0  # times the checkpoints' size, below which the space is called little
 
 
@@ -154,15 +155,15 @@ def latents(patient: Patient) -> Finding:
         f"{std.min():.2f} to {std.max():.2f}, mean {mean.min():.2f} to {mean.max():.2f}"
     )
     problems = [] if STD_OF_ALL[0] <= total <= STD_OF_ALL[1] else ["std is not near 1"]
-    wide = [
-        c for c, s in enumerate(std.tolist()) if not STD_OF_CHANNEL[0] <= s <= STD_OF_CHANNEL[1]
-    ]
+    low, high = STD_OF_CHANNEL
+    wide = [c for c, s in enumerate(std.tolist()) if not low <= s <= high]
     shifted = [c for c, m in enumerate(mean.tolist()) if abs(m) > MEAN_OF_CHANNEL]
     problems += [f"std of channels {wide} is far from 1"] if wide else []
     problems += [f"mean of channels {shifted} is far from 0"] if shifted else []
-    return judged(
+    found = judged(
         problems, text, "check --vae_path and --latent_scale; --quantizer calibrated adapts"
     )
+    return replace(found, by_channel={"mean": mean.tolist(), "std": std.tolist()})
 
 
 def _middles(histogram: LatentHistogram, scale: float) -> Tensor:
@@ -193,7 +194,8 @@ def quantizer(patient: Patient) -> Finding:
     problems = [f"channels {poor} use less than half of the levels"] if poor else []
     problems += [f"channels {saturated} saturate"] if saturated else []
     remedy = "check --latent_scale, --quant_min and --quant_max, or pass --quantizer calibrated"
-    return judged(problems, text, remedy)
+    shares = {"entropy_bits": bits.tolist(), "out_of_range_share": outside.tolist()}
+    return replace(judged(problems, text, remedy), by_channel=shares)
 
 
 def _calibrated(patient: Patient, histogram: LatentHistogram, levels: int, channels: int):
@@ -287,31 +289,43 @@ def fid_statistics(patient: Patient) -> Finding:
     args, given = patient.args, patient.args.fid_stats
     if args.no_metrics:
         return Finding(OK, "not wanted: --no_metrics")
-    path = given or (str(ADM_STATISTICS) if ADM_STATISTICS.is_file() else None)
+    name = registered_name(args.feature_extractor)
+    inception = name == INCEPTION
+    path = given or (str(ADM_STATISTICS) if inception and ADM_STATISTICS.is_file() else None)
     if path is None:
-        if getattr(args, "fid_reference", None):
+        if args.fid_reference:
             return Finding(OK, f"taken from --fid_reference {args.fid_reference}")
         remedy = "put ADM's adm_in256_stats.npz into fid_stats/, or name a file with --fid_stats"
         return Finding(WARNING, "no statistics, so FID cannot be computed", remedy)
-    features = len(load_fid_statistics(path)["mu"])
-    return Finding(OK, f"{path}, {features} features, sha256 {sha256(path)}")
+    try:
+        extractor = patient.extractor
+    except UserError:
+        raise Unknown("it needs the extractor") from None
+    if extractor is None and not inception:
+        raise Unknown(f"it needs a file of {name}'s weights, --inception_weights")
+    identity, features = {"extractor": name}, INCEPTION_FEATURES
+    if extractor is not None:
+        features = extractor.width("fid", args.img_size)
+        identity = extractor.identity() | {"layer": extractor.layers["fid"]}
+    load_fid_statistics(path, features)
+    record, doubts = check_statistics(path, identity, patient.config.img_size, features)
+    text = f"{path}, {features} features, sha256 {record['fid_stats_sha256']}"
+    return judged(doubts, text, "python -m util.fid_stats makes statistics of your own images")
 
 
 def feature_weights(patient: Patient) -> Finding:
     args = patient.args
     if args.no_metrics:
         return Finding(OK, "not wanted: --no_metrics")
-    name = registered_name(args.feature_extractor)
-    if name != INCEPTION and not args.inception_weights:
-        return Finding(OK, f"{name} finds its own weights")
-    path = Path(args.inception_weights) if args.inception_weights else published_weights()
-    if not path.is_file() and not args.inception_weights:
+    found = patient.extractor
+    if found is None and registered_name(args.feature_extractor) != INCEPTION:
+        return Finding(OK, f"{args.feature_extractor} finds its own weights")
+    path = args.inception_weights or published_weights()
+    if found is None:
         remedy = f"put torch-fidelity's file at {path}, or name it with --inception_weights"
         return Finding(WARNING, "no Inception weights here; they would be downloaded", remedy)
-    load_tensors(path, "--inception_weights")
-    extractor = Extractor(name, path, torch.device("cpu"))
-    widths = {metric: extractor.width(metric) for metric in extractor.layers}
-    return Finding(OK, f"{path}, features {widths}, sha256 {extractor.weights_sha256}")
+    widths = {metric: found.width(metric, args.img_size) for metric in found.layers}
+    return Finding(OK, f"{path}, features {widths}, sha256 {found.weights_sha256}")
 
 
 def disk_space(patient: Patient) -> Finding:

@@ -5,7 +5,7 @@ and for all others Unknown.
 """
 
 import argparse
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from util.build import ModelFlags, build_config, build_vae
 from util.checkpoint import AUTO, Checkpoint, find_checkpoint, load_checkpoint, saved_in
 from util.data import ImageDataset, ImageList, list_images
 from util.errors import UserError
-from util.files import sha256
+from util.extractor import INCEPTION, Extractor, published_weights, registered_name
+from util.files import load_tensors, sha256
 from util.histogram import LatentHistogram
 from util.latent_cache import CachedLatents, open_cache
 
@@ -33,12 +34,16 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """text: what was found, with its values. remedy: what helps, if anything has to."""
+    """text: what was found, with its values. remedy: what helps, if anything has to.
+
+    by_channel: figures of every channel by name, for --json; the text has their extremes.
+    """
 
     state: str
     text: str
     remedy: str = ""
     name: str = ""
+    by_channel: dict[str, list[float]] = field(default_factory=dict)
 
     def named(self, name: str) -> "Finding":
         return replace(self, name=name)
@@ -104,6 +109,17 @@ class Patient:
             return list_images(self.args.data_path)
         except UserError:
             raise Unknown("it needs the images of --data_path") from None
+
+    @cached_property
+    def extractor(self) -> Extractor | None:
+        """None where its weights are not at hand: nothing is downloaded here."""
+        given = self.args.inception_weights
+        name = registered_name(self.args.feature_extractor)
+        path = Path(given) if given else published_weights() if name == INCEPTION else None
+        if path is None or not (given or path.is_file()):
+            return None
+        load_tensors(path, "--inception_weights")
+        return Extractor(name, path, torch.device("cpu"))
 
     @cached_property
     def found_checkpoint(self) -> Checkpoint | None:
