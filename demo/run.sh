@@ -45,12 +45,11 @@ stage 'Train the generator, on 2 processes' \
   --batch_size 16 --epochs 56 --warmup_epochs 2 --lr 2e-3 --ema_rate 0.99 \
   --save_last_freq 14 --log_freq 44 --output_dir "$demo/model" --device cpu
 
-# main_cache.py measured 1 / std of the latents; KL-16's is built in, any other must be given
-scale=$(python -c "import json; print(json.load(open('$demo/cache/manifest.json'))['latent_scale'])")
+# main_cache.py measured 1 / std of the latents; KL-16's is built in, any other comes from a cache
 stage 'Reconstruct held-out digits at several bit widths' \
   torchrun --standalone --nproc_per_node=2 reconstruction.py \
   --image_dir "$demo/data/val" --img_size 32 --vae_path "$demo/vae.ckpt" \
-  --latent_scale "$scale" --bits "${bits[@]}" --range 5.0 --num_workers 0 --no_metrics \
+  --cached_path "$demo/cache" --bits "${bits[@]}" --range 5.0 --num_workers 0 --no_metrics \
   --output_dir "$demo/reconstruction" --device cpu
 
 stage 'Train a classifier of real digits, the judge' \

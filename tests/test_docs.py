@@ -47,6 +47,17 @@ def test_command_is_understood(script, flags):
     assert args.explicit or not flags
 
 
+def test_commands_of_the_demo_are_understood():
+    """Their flags; what the shell puts in for its variables does not matter but for numbers."""
+    text = (ROOT / "demo" / "run.sh").read_text().replace("\\\n", " ")
+    lines = (line for line in text.splitlines() if line.startswith("stage "))
+    words = [shlex.split(line.replace('"${bits[@]}"', "-1 4")) for line in lines]
+    calls = [call for line in words if (call := script_and_flags(line))]
+    assert {script for script, _ in calls} == set(PARSERS) - {"util.doctor"}
+    for script, flags in calls:
+        PARSERS[script]().parse(flags)
+
+
 def test_commands_are_found():
     """A page whose commands were overlooked would pass."""
     text = "```bash\n# a comment\ntorchrun \\\n  main_cache.py --seed 3 # why\n```\n"
