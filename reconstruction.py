@@ -130,7 +130,10 @@ def main() -> None:
         size=args.img_size,
     )
     folder = ReconstructionFolder(
-        Path(args.output_dir), len(images.samples), args.batch_size, features_name(measure)
+        Path(args.output_dir),
+        len(images.samples),
+        args.batch_size,
+        measure.extractor.label if measure is not None else None,
     )
     settings = image_settings(args, images, vae_sha256, scale) | level_settings
     folder.claim(settings, [ORIGINAL, *(variant.name for variant in variants)])
@@ -205,13 +208,6 @@ def image_settings(args, images: ImageList, vae_sha256: str, scale: float) -> di
         "latent_scale": scale,
     }
     return settings | ({"seed": args.seed} if args.posterior == "sample" else {})
-
-
-def features_name(measure: Measure | None) -> str | None:
-    if measure is None:
-        return None
-    identity = measure.extractor.identity()
-    return f"{identity['extractor']}-{identity['weights_sha256'][:12]}"
 
 
 def reconstruct(

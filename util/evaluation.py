@@ -232,7 +232,7 @@ def draw(
     """This process's share of the batches that lack images or features."""
     store = None
     if measure is not None:
-        store = place.features(**measure.extractor.identity())
+        store = place.features(measure.extractor)
         store.folder.mkdir(parents=True, exist_ok=True)
     lacking = missing(place, store, settings) if dist.is_main() else None
     undrawn, unmeasured = dist.gather_objects(lacking)[0]  # all as the main process sees it

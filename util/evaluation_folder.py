@@ -26,6 +26,7 @@ from torch import Tensor
 
 from util import dist
 from util.errors import UserError
+from util.extractor import Extractor
 from util.features import FeatureStore, batch_ranges, wait_for
 from util.files import atomic_write
 from util.images import save_png
@@ -59,11 +60,10 @@ class EvaluationFolder:
         return batch_ranges(self.count, self.batch_size)
 
     def image(self, number: int) -> Path:
-        digits = max(5, len(str(self.count - 1)))  # names sort as numbers do
-        return self.path / "images" / f"{number:0{digits}d}.png"
+        return self.path / "images" / image_name(number, self.count)
 
-    def features(self, extractor: str, weights_sha256: str) -> FeatureStore:
-        return FeatureStore(self.path / "features" / f"{extractor}-{weights_sha256[:12]}")
+    def features(self, extractor: Extractor) -> FeatureStore:
+        return FeatureStore(self.path / "features" / extractor.label)
 
     # --- whose it is
 
@@ -96,16 +96,7 @@ class EvaluationFolder:
 
     def conflict(self, identity: dict) -> str | None:
         """Why these images cannot be put into the folder, or None."""
-        if not (self.path / "settings.json").is_file():
-            if any((self.path / "images").glob("*.png")):
-                return "holds images of unknown settings"
-            return None
-        before, now = flat(read_json(self.path / "settings.json")), flat(plain(identity))
-        differing = [key for key in before | now if before.get(key) != now.get(key)]
-        if not differing:
-            return None
-        told = (f"{key} {brief(before.get(key))} (now {brief(now.get(key))})" for key in differing)
-        return f"was begun with {', '.join(told)}"
+        return conflict(self.path, identity, "images/*.png")
 
     # --- what is in it
 
@@ -137,6 +128,26 @@ class EvaluationFolder:
         for path in (self.path / "images").glob("*.png"):
             path.unlink()
         (self.path / "images").rmdir()
+
+
+def conflict(folder: Path, settings: dict, images: str) -> str | None:
+    """Why images of these settings cannot be put into a folder, or None; what differs is named.
+
+    settings: plain values. images: the pattern of the files that its settings.json must explain.
+    """
+    if not (folder / "settings.json").is_file():
+        return "holds images of unknown settings" if any(folder.glob(images)) else None
+    before, now = flat(read_json(folder / "settings.json")), flat(plain(settings))
+    differing = [key for key in before | now if before.get(key) != now.get(key)]
+    if not differing:
+        return None
+    told = (f"{key} {brief(before.get(key))} (now {brief(now.get(key))})" for key in differing)
+    return f"was begun with {', '.join(told)}"
+
+
+def image_name(number: int, count: int) -> str:
+    """00000.png: names of that many images sort as their numbers do."""
+    return f"{number:0{max(5, len(str(count - 1)))}d}.png"
 
 
 def check_shared(folder: Path) -> None:

@@ -61,7 +61,7 @@ def finish(
 def measured(place: EvaluationFolder, measure: Measure, size: int) -> Scores:
     """The figures of all features; their mean and covariance are left as statistics.npz."""
     extractor = measure.extractor
-    features = place.features(**extractor.identity()).load(place.batches)
+    features = place.features(extractor).load(place.batches)
     dist.beat("computing the figures")
     scores = metrics.score(features, measure)
     if "fid" in extractor.layers:

@@ -100,6 +100,11 @@ class Extractor:
         blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
         return self(blank)[self.layers[metric]].shape[1]
 
+    @property
+    def label(self) -> str:
+        """Of the folders in which features of this network are kept."""
+        return f"{self.name}-{self.weights_sha256[:12]}"
+
     def identity(self) -> dict[str, str]:
         """What two sets of features must share to be compared."""
         return {"extractor": self.name, "weights_sha256": self.weights_sha256}

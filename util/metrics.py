@@ -254,7 +254,7 @@ def compare_with_folder(
             f"warning: --fid_reference {folder}: {smaller} and are enlarged: figures measure the "
             "blur of that too"
         )
-    name = f"{extractor.name}-{extractor.weights_sha256[:12]}-{size}px-{key[:12]}"
+    name = f"{extractor.label}-{size}px-{key[:12]}"
     features = folder_features(
         extractor, files, size, FeatureStore(cache / name), REFERENCE_BATCH, num_workers, skip_bad
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from util import dist
 from util.errors import UserError
-from util.evaluation_folder import brief, flat, plain, read_json, read_png, write_json
+from util.evaluation_folder import conflict, image_name, plain, read_png, write_json
 from util.features import FeatureStore, batch_ranges, wait_for
 from util.images import save_png
 from util.variants import ORIGINAL
@@ -48,8 +48,7 @@ class ReconstructionFolder:
         return batch_ranges(self.count, self.batch_size)
 
     def image(self, variant: str, number: int) -> Path:
-        digits = max(5, len(str(self.count - 1)))  # names sort as numbers do
-        return self.path / variant / f"{number:0{digits}d}.png"
+        return self.path / variant / image_name(number, self.count)
 
     def records(self, variant: str) -> FeatureStore:
         return FeatureStore(self.path / "records" / variant)
@@ -66,7 +65,7 @@ class ReconstructionFolder:
         Raises UserError, on all processes, if the folder was begun with others.
         """
         settings = plain(settings)
-        problem = self._conflict(settings) if dist.is_main() else None
+        problem = conflict(self.path, settings, "*/*.png") if dist.is_main() else None
         problem = dist.gather_objects(problem)[0]
         if problem:
             raise UserError(
@@ -82,18 +81,6 @@ class ReconstructionFolder:
                 unfinished.unlink()
             write_json(self.path / "settings.json", settings)
         dist.barrier()
-
-    def _conflict(self, settings: dict) -> str | None:
-        if not (self.path / "settings.json").is_file():
-            if any(self.path.glob("*/*.png")):
-                return "holds images of unknown settings"
-            return None
-        before, now = flat(read_json(self.path / "settings.json")), flat(settings)
-        differing = [key for key in before | now if before.get(key) != now.get(key)]
-        if not differing:
-            return None
-        told = (f"{key} {brief(before.get(key))} (now {brief(now.get(key))})" for key in differing)
-        return f"was begun with {', '.join(told)}"
 
     def missing(self, variant: str) -> set[int]:
         """Numbers of the batches that are not done: their record, features or images lack."""
