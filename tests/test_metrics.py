@@ -275,6 +275,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
         ("nothing", "'nothing'"),
         ("no.such.module:pixels", "cannot import 'no.such.module'"),
         ("tests.measures:nothing", "'nothing'"),
+        ("..measures:pixels", "'..measures' is relative"),
     ],
 )
 def test_unknown_extractors_are_refused_in_one_line(name, fragment):

@@ -161,6 +161,8 @@ def registered_name(given: str, flag: str = "--feature_extractor") -> str:
 
     module, _, name = given.rpartition(":")
     if module:
+        if module.startswith("."):
+            raise UserError(f"{flag} {given}: {module!r} is relative; name the module in full")
         try:
             importlib.import_module(module)
         except ImportError as error:
