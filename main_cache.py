@@ -128,7 +128,7 @@ def encode_shards(
     args, device, vae: AutoencoderKL, images: ImageList, writer: CacheWriter, shards: list[int]
 ) -> None:
     """Encode and write these shards; one loader for all of them, so that its workers never rest."""
-    batches = {shard: split(writer.missing(shard), args.batch_size) for shard in shards}
+    batches = {shard: unfinished(writer, shard, args.batch_size) for shard in shards}
     order = [batch for shard in shards for batch in batches[shard]]
     dataset = ImageDataset(
         images.samples, args.img_size, "drop" if args.skip_bad_images else "raise"
@@ -158,8 +158,14 @@ def encode_shards(
             writer.write_shard(shard, encoded(shard))
 
 
-def split(items: list[int], size: int) -> list[list[int]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+def unfinished(writer: CacheWriter, shard: int, size: int) -> list[list[int]]:
+    """The batches of a shard in which images are missing, divided as if none were there.
+
+    How a VAE rounds depends on the batch: whoever goes on must get the bits of who began.
+    """
+    images, missing = writer.images(shard), set(writer.missing(shard))
+    batches = [list(images[i : i + size]) for i in range(0, len(images), size)]
+    return [batch for batch in batches if not missing.isdisjoint(batch)]
 
 
 @torch.inference_mode()

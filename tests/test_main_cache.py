@@ -149,6 +149,21 @@ def test_two_processes_write_the_bytes_of_one_and_either_goes_on(inputs, tmp_pat
             assert (two / name).stat().st_mtime_ns == before[name]
 
 
+def test_missing_npz_files_get_the_bits_of_an_undisturbed_run(inputs, tmp_path, call, capsys):
+    """Encoded alone, an image is rounded in another way than in its batch."""
+    form = dict(format="npz", shard_size=5, batch_size=4)
+    call(*flags(inputs, tmp_path, **form))
+    before, stamps = contents(tmp_path), {}
+    for name in ("manifest.json", "shard-00000.json", "ant/1.png.npz", "ant/4.png.npz"):
+        (tmp_path / name).unlink()
+    for path in tmp_path.rglob("*.npz"):
+        stamps[path] = path.stat().st_mtime_ns
+    call(*flags(inputs, tmp_path, **form))
+    assert "1 of 2 shards" in capsys.readouterr().out
+    assert contents(tmp_path) == before
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+
+
 def test_a_whole_cache_is_not_encoded_again(inputs, tmp_path, call, monkeypatch, capsys):
     call(*flags(inputs, tmp_path))
     before = contents(tmp_path)

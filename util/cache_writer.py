@@ -141,19 +141,20 @@ class CacheWriter:
             return all(os.path.isfile(npz_path(self.folder, name)) for name in kept)
         return os.path.isfile(shard_path(self.folder, shard, ".npy"))
 
-    def _images(self, shard: int) -> range:
+    def images(self, shard: int) -> range:
+        """Numbers of the images that a shard stands for."""
         start = shard * self.settings.shard_size
         return range(start, min(start + self.settings.shard_size, len(self.names)))
 
     def missing(self, shard: int) -> list[int]:
         """Numbers of the images that must be encoded to write a pending shard."""
         if self.settings.format == "npy":
-            return list(self._images(shard))
-        files = {i: npz_path(self.folder, self.names[i]) for i in self._images(shard)}
+            return list(self.images(shard))
+        files = {i: npz_path(self.folder, self.names[i]) for i in self.images(shard)}
         return [i for i, file in files.items() if not os.path.isfile(file)]
 
     def write_shard(self, shard: int, batches: Iterable[Batch]) -> None:
-        """Write a shard from batches of the images in `missing`, without the unreadable ones.
+        """Write a shard from batches that hold the images in `missing`, but for unreadable ones.
 
         Raises UserError if the disk refuses, or if values do not fit the dtype.
         """
@@ -166,7 +167,7 @@ class CacheWriter:
             "shard": shard,
             "sha256": shard_digest(self.folder, form, shard, moments),
             "statistics": _statistics(moments),
-            "skipped": [self.names[i] for i in sorted(set(self._images(shard)) - set(kept))],
+            "skipped": [self.names[i] for i in sorted(set(self.images(shard)) - set(kept))],
             "names": names,
             "labels": [self.labels[i] for i in kept],
             "crc32": [view_crc(view) for image in moments for view in image],
@@ -184,12 +185,15 @@ class CacheWriter:
         return kept
 
     def _write_npzs(self, shard: int, batches: Iterable[Batch]) -> list[int]:
+        missing = set(self.missing(shard))
         for images, moments in batches:
             for i, of_image in zip(images, self._stored(moments), strict=True):
+                if i not in missing:
+                    continue
                 with self._writing():
                     check_inside(self.folder, [self.names[i]])
                     write_npz(npz_path(self.folder, self.names[i]), of_image)
-        return sorted(set(self._images(shard)) - set(self.missing(shard)))
+        return sorted(set(self.images(shard)) - set(self.missing(shard)))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
