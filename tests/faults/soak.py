@@ -57,7 +57,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=32, help="of a training")
+    parser.add_argument("--kills", type=int, default=26, help="of a training")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--short", action="store_true", help="once each")
     args = parser.parse_args()
