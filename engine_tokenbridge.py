@@ -149,11 +149,11 @@ def save_and_evaluate(
     settings: TrainSettings,
 ) -> None:
     """What is due after so many steps. An evaluation can be stopped at once, so it saves first."""
-    at_epoch_end = done % settings.plan.schedule.steps_per_epoch == 0
     evaluates = evaluation_due(done, settings) and not stopping
-    if stopping or saver.due(done, last=evaluates or done == settings.last_step):
-        if at_epoch_end or stopping:
-            log.flush(done - 1, lr)
+    ends = stopping or evaluates or done == settings.last_step or saver.ends_epoch(done)
+    if ends:
+        log.flush(done - 1, lr)  # for all processes: that the clock asks to save, one alone knows
+    if ends or saver.due(done):
         saver.save(done, lambda: training_state(run, done, settings))
     if evaluates:
         evaluate_online(run, log, done, settings)

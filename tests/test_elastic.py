@@ -71,5 +71,15 @@ def test_run_begun_on_two_processes_goes_on_with_three(tmp_path):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
 
 
+def test_processes_agree_where_a_save_by_steps_meets_the_end_of_an_epoch(tmp_path):
+    """The main process alone knows of that save; what all do there must not depend on it."""
+    inputs = make_inputs(tmp_path / "inputs")
+    settings = dict(accum_iter=1, save_steps=3, save_last_freq=5, dist_timeout=20)  # 3 an epoch
+    argv = flags(inputs, TRAIN_FLAGS, settings, output_dir=tmp_path / "out")
+    results = run_together(*[["main_tokenbridge.py", *argv]] * 2, env=environments(2))
+    assert [code for code, _, _ in results] == [0] * 2, results
+    assert "saved checkpoint-step00000003.pth" in results[0][1] + results[1][1]
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

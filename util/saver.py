@@ -106,13 +106,17 @@ class CheckpointSaver:
         self.saved_at = time.monotonic()
         dist.before_exit(lambda: self.wait(EXIT_GRACE))
 
-    def due(self, step: int, last: bool = False) -> bool:
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch ends there after which to save, on all processes alike."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return position == 0 and (epoch % self.settings.last_freq == 0 or self._milestone(step))
+
+    def due(self, step: int) -> bool:
         """Whether to save after so many steps. While a file is being written, steps and minutes
-        wait for it; the ends of epochs do not.
+        wait for it; the ends of epochs do not. Of steps and minutes, the main process decides.
         """
         settings = self.settings
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if last or (position == 0 and (epoch % settings.last_freq == 0 or self._milestone(step))):
+        if self.ends_epoch(step):
             return True
         if not dist.is_main() or (self.writing is not None and self.writing.is_alive()):
             return False
