@@ -1,4 +1,4 @@
-"""What a cache's files say is checked before it is believed, and no name leads out of the folder."""
+"""What a cache's files say is checked before it is believed; no name leads out of the folder."""
 
 import json
 import os
