@@ -85,6 +85,23 @@ def test_milestone_outlives_its_step(tmp_path):
     assert load_checkpoint(tmp_path / "checkpoint-epoch0001.pth").saved["step"] == 4
 
 
+def test_run_that_goes_on_at_a_smaller_step_is_not_thrown_back(tmp_path):
+    """As after a change to a larger global batch, whose epochs have fewer steps."""
+    save_all(new_saver(tmp_path, steps=1), [99, 100])
+    save_all(new_saver(tmp_path, first_step=50, steps=1), [51])
+    for resume in (str(tmp_path), "auto"):
+        assert find_checkpoint(resume, str(tmp_path), must_exist=True).saved["step"] == 51
+
+
+def test_copies_of_checkpoints_with_other_names_are_left_alone(tmp_path):
+    mine = ("checkpoint-step00000001-good.pth", "checkpoint-step00000009_old.pth")
+    for name in mine:
+        (tmp_path / name).write_bytes(b"mine")
+    save_all(new_saver(tmp_path, steps=1, keep=1), [2, 3])
+    assert names(tmp_path) == sorted([*mine, LAST, "checkpoint-step00000003.pth"])
+    assert find_checkpoint("auto", str(tmp_path), must_exist=True).saved["step"] == 3
+
+
 # --- beside the training
 
 
@@ -224,8 +241,9 @@ def test_auto_without_any_whole_one_stops(tmp_path, capsys):
     write_some(tmp_path, [1])
     for name in names(tmp_path):
         damage(tmp_path / name)
-    with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
-        find_checkpoint("auto", str(tmp_path), must_exist=False)
+    for _attempt in range(3):  # those of torchrun's --max-restarts, too
+        with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
+            find_checkpoint("auto", str(tmp_path), must_exist=False)
     assert find_checkpoint("auto", str(tmp_path / "new"), must_exist=False) is None
     with pytest.raises(UserError, match="no whole checkpoint"):
         find_checkpoint("auto", str(tmp_path / "new"), must_exist=True)

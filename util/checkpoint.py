@@ -26,6 +26,9 @@ from util.files import atomic_write, flush_folder, load_tensors
 
 LAST = "checkpoint-last.pth"
 AUTO = "auto"
+# Names that training gives; a copy beside them, such as -good.pth, is its owner's.
+STEP_FILES = f"checkpoint-step{'[0-9]' * 8}.pth"
+EPOCH_FILES = f"checkpoint-epoch{'[0-9]' * 4}.pth"
 MAX_VAE_SIZE = 4096  # of any setting of a VAE; a file that claims more is not built
 
 
@@ -154,8 +157,8 @@ def find_checkpoint(resume: str, output_dir: str, must_exist: bool) -> Checkpoin
 
 def saved_in(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first; a file that has several names once."""
-    steps = sorted(folder.glob("checkpoint-step*.pth"), reverse=True)
-    others = [folder / LAST, *sorted(folder.glob("checkpoint-epoch*.pth"), reverse=True)]
+    steps = sorted(folder.glob(STEP_FILES), reverse=True)
+    others = [folder / LAST, *sorted(folder.glob(EPOCH_FILES), reverse=True)]
     kept: list[Path] = []
     for path in (*steps, *others):
         if path.is_file() and not any(path.samefile(other) for other in kept):
@@ -168,14 +171,13 @@ def newest_whole(folder: Path) -> Checkpoint | None:
 
     The main process chooses, so that all take the same.
     """
-    found, failed = None, None
+    found = None
     if dist.is_main():
         for path in saved_in(folder):
             try:
                 found = load_checkpoint(path)
                 break
             except UserError as error:
-                failed = error
                 aside = path.with_name(path.name + ".damaged")
                 os.replace(path, aside)
                 print(f"{error}; set aside as {aside.name}", file=sys.stderr, flush=True)
@@ -183,8 +185,13 @@ def newest_whole(folder: Path) -> Checkpoint | None:
             with as_user_error(f"--output_dir {folder}: cannot write", (OSError,)):
                 give_name(found.path, folder / LAST)
     path = dist.gather_objects(found.path if found else None)[0]
-    if any(dist.gather_objects(failed is not None and found is None)):
-        raise UserError(f"--resume auto: all checkpoints in {folder} are damaged; see above")
+    # Those set aside before count: the next attempt must not begin from scratch without a word.
+    lost = dist.is_main() and found is None and any(folder.glob("checkpoint-*.pth.damaged"))
+    if any(dist.gather_objects(lost)):
+        raise UserError(
+            f"--resume auto: all checkpoints in {folder} are damaged (NAME.damaged); mend one and "
+            "give it its name back, or name another --output_dir"
+        )
     if path is None or found is not None:
         return found
     return load_checkpoint(path)

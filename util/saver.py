@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from util import dist
-from util.checkpoint import LAST, give_name
+from util.checkpoint import LAST, STEP_FILES, give_name
 from util.errors import UserError
 from util.files import atomic_write
 
@@ -171,10 +171,12 @@ class CheckpointSaver:
         )
 
     def _remove_old(self, newest: Path) -> None:
-        older = sorted(
-            p for p in newest.parent.glob("checkpoint-step*.pth") if p.name < newest.name
-        )
-        for path in older[: max(0, len(older) + 1 - self.settings.keep)]:
+        others = sorted(p for p in newest.parent.glob(STEP_FILES) if p.name != newest.name)
+        older = [p for p in others if p.name < newest.name]
+        # With a larger global batch a run goes on at a smaller step: files of the steps before
+        # would be taken for newer ones, at every restart.
+        replaced = others[len(older) :]
+        for path in (*replaced, *older[: max(0, len(older) + 1 - self.settings.keep)]):
             path.unlink()
 
     def wait(self, timeout: float = math.inf) -> None:
