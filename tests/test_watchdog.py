@@ -136,6 +136,24 @@ def test_thread_ends_its_process_with_the_reason():
     dogs[0].join(10)
 
 
+def test_main_process_lets_the_others_read_who_is_lost_before_its_store_ends():
+    board, ended = Board(), []
+
+    def end(rank: int, why: str) -> None:
+        ended.append((rank, why))
+        if rank == 0:  # and its store with it
+            board.multi_get = board.set = None
+
+    ends = [lambda why, rank=rank: end(rank, why) for rank in range(3)]
+    dogs = [Watchdog(board, r, NAMES, 50.0, ends[r], poll=p) for r, p in enumerate((0.4, 0.5, 1))]
+    for dog in dogs[:2]:
+        dog.start()
+    dogs[2].say_goodbye("was stopped by SIGKILL")
+    for dog in dogs[:2]:
+        dog.join(10)
+    assert sorted(ended) == [(r, "process 2 (c) was stopped by SIGKILL") for r in (0, 1)]
+
+
 def test_broken_connection_waits_for_the_name_of_the_dead(monkeypatch):
     board = Board()
     dogs = [Watchdog(board, r, NAMES[:2], 50.0, print, poll=0.01) for r in range(2)]

@@ -86,14 +86,24 @@ class Watchdog(threading.Thread):
         self.goodbye = why
         self._stopping.set()
         self._publish()
-        if self.rank == 0 and why != FINISHED:
-            time.sleep(2 * self.poll)  # the store ends with this process: let the others read it
+        if why != FINISHED:
+            self.linger()
+
+    def linger(self) -> None:
+        """The store ends with the main process: let the others read first what it has read, or
+        they would name the main process.
+        """
+        if self.rank == 0:
+            time.sleep(2 * self.poll)
 
     def run(self) -> None:
         while not self._stopping.wait(self.poll):
             self._exchange()
             lost = self.find_dead(min(SURELY_DEAD, self.timeout)) or self.find_hung()
             if lost and not self._stopping.is_set():
+                self.linger()
+                if self._stopping.is_set():
+                    return  # asked to stop, too
                 # The main thread waits in a collective that nothing else interrupts.
                 return self.end(lost)
 
@@ -155,6 +165,7 @@ class Watchdog(threading.Thread):
         while time.monotonic() < deadline:
             found = self.find_dead(PROBABLY_DEAD)
             if found:
+                self.linger()
                 return found
             time.sleep(self.poll / 2)
         return "another process ended first"
