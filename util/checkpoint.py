@@ -22,7 +22,7 @@ from models.vae import KL16, AutoencoderKL, check_layout
 from util import dist
 from util.ema import EMA
 from util.errors import UserError, as_user_error
-from util.files import atomic_write, flush_folder, load_tensors
+from util.files import atomic_write, flush_file, flush_folder, load_tensors
 
 LAST = "checkpoint-last.pth"
 AUTO = "auto"
@@ -207,6 +207,7 @@ def give_name(path: Path, name: Path) -> None:
         os.link(path, temporary)
     except OSError:  # a file system without links
         shutil.copyfile(path, temporary)
+        flush_file(temporary)
     os.replace(temporary, name)
     flush_folder(name.parent)
 

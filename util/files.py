@@ -42,6 +42,12 @@ def atomic_write(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
         flush_folder(path.parent)
 
 
+def flush_file(path: Path) -> None:
+    """Put a file that something else has written on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def flush_folder(folder: Path) -> None:
     """Put the new name itself on the disk; where folders cannot be opened, the system does it."""
     if os.name == "posix":
