@@ -75,7 +75,7 @@ def main() -> None:
     if args.verify:
         verify_cache(args.cached_path)
     else:
-        device = dist.init(args.device, args.dist_url, args.dist_on_itp)
+        device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
         write_cache(args, device)
         dist.cleanup()
 

@@ -111,7 +111,7 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse()
-    device = dist.init(args.device, args.dist_url, args.dist_on_itp)
+    device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
     check_writable(args.output_dir, "--output_dir")
     if args.img_size < SSIM_LEAST:
         raise UserError(f"--img_size {args.img_size}: SSIM needs {SSIM_LEAST} px at least")

@@ -3,18 +3,23 @@
 Run as a script, this file is one of two processes: see `main`.
 """
 
+import inspect
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+import main_cache
+import main_tokenbridge
+import reconstruction
 from engine_tokenbridge import Run, TrainSettings, train_step
 from models.tokenizer import Tokenizer
 from tests.conftest import tiny_model
-from tests.runs import free_port, run_together
+from tests.runs import call, free_port, run_together
 from util import dist, extractor
 from util.agreement import Agreement
 from util.data import MicroBatchSampler
@@ -239,6 +244,22 @@ def test_processes_that_found_different_things_are_all_refused(monkeypatch):
             check_agreement(own)
     monkeypatch.setattr(dist, "gather_objects", lambda own: [own, own])
     check_agreement(facts[0])
+
+
+@pytest.mark.parametrize("script", [main_cache, main_tokenbridge, reconstruction])
+def test_every_script_minds_the_timeout(script, tmp_path, monkeypatch):
+    given = {}
+
+    def init(*args, **names):
+        given.update(inspect.signature(dist.init).bind(*args, **names).arguments)
+        raise UserError("enough")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="enough"):
+        patch.setattr(script, "dist", mock.Mock(wraps=dist, init=init))
+        argv = ["--dist_timeout", "77"]
+        argv += ["--cached_path", str(tmp_path)] if script is main_cache else []
+        call(script.main, *argv)
+    assert given["timeout"] == 77
 
 
 if __name__ == "__main__":
