@@ -121,6 +121,10 @@ def test_resumed_log_hides_what_a_killed_run_wrote_later(new_log, tmp_path):
     step(resumed, 2, 5.0)
     resumed.close()
     assert read(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 5.0)]
+    anew = new_log(tmp_path, every=1)  # killed before its first checkpoint
+    step(anew, 0, 7.0)
+    anew.close()
+    assert read(tmp_path)["train/loss"] == [(1, 7.0)]
 
 
 def test_figures_stand_at_the_same_steps_wherever_a_run_began(new_log, tmp_path):

@@ -64,8 +64,7 @@ class TrainingLog:
             return None
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        purge = self.first_step + 1 if self.first_step else None
-        return SummaryWriter(self.folder, purge_step=purge)
+        return SummaryWriter(self.folder, purge_step=self.first_step + 1)
 
     def restart(self) -> None:
         """Begin counting steps and time anew."""
