@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from util import files
 from util import saver as saver_module
 from util.checkpoint import LAST, find_checkpoint, load_checkpoint, refuse_other_run
 from util.errors import UserError
@@ -243,6 +244,20 @@ def test_damaged_one_is_refused_with_the_remedy(tmp_path):
     damage(tmp_path / "checkpoint-step00000003.pth")
     with pytest.raises(UserError, match="step00000003.pth: damaged.*--resume auto"):
         find_checkpoint(str(tmp_path), str(tmp_path), must_exist=False)
+
+
+def test_a_file_that_is_out_of_reach_is_not_set_aside(tmp_path, monkeypatch):
+    """Going on from the one before would lose what is there."""
+    write_some(tmp_path)
+    before = names(tmp_path)
+
+    def stale(_path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(files, "checked_archive", stale)
+    with pytest.raises(UserError, match="step00000003.pth.*Stale file handle"):
+        find_checkpoint("auto", str(tmp_path), must_exist=False)
+    assert names(tmp_path) == before
 
 
 def test_auto_without_any_whole_one_stops(tmp_path, capsys):

@@ -6,6 +6,7 @@ A checkpoint is a dict with the published keys `model`, `model_ema` (parameters 
 published code's are read here. `util.saver` writes them.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -29,6 +30,15 @@ AUTO = "auto"
 # Names that training gives; a copy beside them, such as -good.pth, is its owner's.
 STEP_FILES = f"checkpoint-step{'[0-9]' * 8}.pth"
 EPOCH_FILES = f"checkpoint-epoch{'[0-9]' * 4}.pth"
+# Of a network's file system, of permissions and limits; not of what a file holds.
+OUT_OF_REACH = (
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+)
 MAX_VAE_SIZE = 4096  # of any setting of a VAE; a file that claims more is not built
 
 
@@ -178,6 +188,8 @@ def newest_whole(folder: Path) -> Checkpoint | None:
                 found = load_checkpoint(path)
                 break
             except UserError as error:
+                if is_out_of_reach(error):
+                    raise
                 aside = path.with_name(path.name + ".damaged")
                 os.replace(path, aside)
                 print(f"{error}; set aside as {aside.name}", file=sys.stderr, flush=True)
@@ -195,6 +207,12 @@ def newest_whole(folder: Path) -> Checkpoint | None:
     if path is None or found is not None:
         return found
     return load_checkpoint(path)
+
+
+def is_out_of_reach(error: UserError) -> bool:
+    """Whether `load_checkpoint` failed where the file may be whole: tomorrow it can be read."""
+    causes = (error.__cause__, getattr(error.__cause__, "__cause__", None))
+    return any(isinstance(cause, OSError) and cause.errno in OUT_OF_REACH for cause in causes)
 
 
 def give_name(path: Path, name: Path) -> None:
