@@ -66,7 +66,7 @@ def test_too_many_skipped_steps_leave_a_dump_that_replays(inputs, tmp_path, caps
 
 
 def test_dump_names_the_samples_that_are_not_finite(inputs, tmp_path, capsys):
-    """In a published cache, which has no checksums; the loss does not tell, as levels are finite."""
+    """In a published cache, without checksums; the loss does not tell, as levels are finite."""
     cache, broken = tmp_path / "cache", np.full((8, 4, 4), np.inf, np.float32)
     for name in CLASSES:
         (cache / name).mkdir(parents=True)
