@@ -93,7 +93,7 @@ def train(
                 status = run.agreement.conclude(result.skipped)
                 log.step(step, lr, result)
                 if status.in_a_row >= settings.max_skipped:
-                    give_up(run, reload, step, settings)
+                    give_up(run, reload, step - run.agreement.lag, settings)
                 save_and_evaluate(run, log, saver, step + 1, lr, status.stop, settings)
                 if status.stop:
                     saver.close()

@@ -5,6 +5,7 @@ torchrun --nproc_per_node=8 main_tokenbridge.py --evaluate --resume FOLDER --cfg
 """
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ from util.evaluation import add_evaluation_flags, eval_settings
 from util.files import check_writable
 from util.inputs import Inputs, TrainingData, check_agreement, open_inputs
 from util.latent_cache import as_one_batch
+from util.lock import only_job_in
 from util.log import TrainingLog
 from util.optim import BLR_BATCH, LRSchedule, build_optimizer
 from util.plan import make_plan
@@ -186,7 +188,8 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     )
     loader, reload = make_loader(args, data, settings, device)
     saver = CheckpointSaver(save_settings(args), batches.steps_per_epoch, plan.first_step)
-    train(training, loader, reload, schedule, log, saver, settings)
+    with only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext():
+        train(training, loader, reload, schedule, log, saver, settings)
 
 
 def describe(

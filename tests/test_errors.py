@@ -15,6 +15,7 @@ import main_tokenbridge
 import reconstruction
 from models.vae import AutoencoderKL
 from tests.conftest import assert_user_error, run_script
+from tests.faults.harness import Job
 from tests.runs import (
     EVALUATE_FLAGS,
     TRAIN_FLAGS,
@@ -339,6 +340,15 @@ def test_loss_that_is_not_finite_stops_before_the_checkpoint(inputs, tmp_path, c
     line = refused(capsys, main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, **settings))
     assert has(line, "2 steps in a row", "--debug_dump", "--blr", "--precision")
     assert not list((tmp_path / "new").glob("checkpoint-*"))
+
+
+def test_second_training_in_one_folder_is_refused(inputs, tmp_path):
+    """As a job that is queued again while it still runs: they would prune each other's files."""
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "new", epochs=500, log_freq=1)
+    with Job("main_tokenbridge.py", *argv, log=tmp_path / "log") as first:
+        first.wait_for(lambda: "step 1/" in first.printed())
+        second = run_script("main_tokenbridge.py", *argv, "--resume", "auto")
+    assert_user_error(second, f"--output_dir {tmp_path / 'new'} is in use by another job")
 
 
 # --- as a user sees it

@@ -135,9 +135,14 @@ def _meet(dist_url: str, world: World) -> dist.Store:
     """The store in which the processes find each other's addresses.
 
     With --master_addr, torchrun --max-restarts keeps one store for all attempts: without a prefix
-    of its own a process might find the address of one that has died, and wait for it.
+    of its own a process might find the address of one that has died, and wait for it. Where
+    torchrun finds its nodes by itself (--rdzv_id), each attempt has a new store, and nodes may
+    count the attempts differently.
     """
     store, _, _ = next(rendezvous(dist_url, world.rank, world.size, timeout=TIMEOUT))
+    one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    if not one_node and os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none":
+        return store
     return dist.PrefixStore(f"attempt{os.environ.get(ATTEMPT, 0)}", store)
 
 

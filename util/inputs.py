@@ -48,10 +48,13 @@ def open_checkpoint(resume: str, output_dir: str) -> Checkpoint | None:
     A command that is started again goes on with its own run: every attempt of torchrun
     --max-restarts after the first, and one whose --resume names where the run came from.
     """
-    begun = dist.gather_objects(bool(saved_in(Path(output_dir))))[0]
-    if begun and dist.is_restarted():
+    folder = Path(output_dir).resolve()
+    begun = dist.gather_objects(bool(saved_in(folder)))[0]
+    elsewhere = resume not in ("", AUTO) and not Path(resume).resolve().is_relative_to(folder)
+    # Nodes may count restarts differently: one that lost no worker of its own has none.
+    if begun and any(dist.gather_objects(dist.is_restarted())):
         resume = AUTO
-    elif begun and resume and resume != AUTO and not Path(resume).is_relative_to(output_dir):
+    elif begun and elsewhere:
         own = find_checkpoint(AUTO, output_dir, must_exist=False)
         if own is not None and own.argument("resume") == resume:
             return own

@@ -68,6 +68,12 @@ class Job:
             length = -1 if self.ends_at is None else self.ends_at - self.begins_at
             return file.read(length).decode(errors="replace")
 
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.kill()
+
     @property
     def running(self) -> bool:
         return self.process.poll() is None

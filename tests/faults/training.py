@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -58,13 +59,14 @@ class Training:
         )
 
     def damaged_bytes(self) -> int:
-        """Size of the checkpoints that cannot be read."""
+        """Size of the checkpoints that cannot be read, and were not removed meanwhile."""
         damaged = 0
         for path in self.output.glob("checkpoint-*.pth"):
-            try:
-                load_checkpoint(path)
-            except UserError:
-                damaged += path.stat().st_size
+            with suppress(FileNotFoundError):
+                try:
+                    load_checkpoint(path)
+                except (UserError, FileNotFoundError):
+                    damaged += path.stat().st_size
         return damaged
 
     def saving(self) -> bool:
