@@ -20,7 +20,9 @@ HOLD = """
 import os, sys, time
 from util.lock import only_job_in
 with only_job_in(sys.argv[1], "--flag"):
-    print(os.fork() if "fork" in sys.argv else 0, flush=True)
+    child = os.fork() if "fork" in sys.argv else -1
+    if child:  # two that print could print into each other's line
+        print(child, flush=True)
     time.sleep(60)
 """
 
