@@ -73,6 +73,14 @@ def make_parser() -> Parser:
     )
     data.add_argument("--debug_dump", help="replay a step that went wrong, from its file, and stop")
 
+    add_training_flags(parser)
+    add_saving_flags(parser)
+    add_evaluation_flags(parser)
+    add_metric_flags(parser)
+    return parser
+
+
+def add_training_flags(parser: Parser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--batch_size", type=positive_int, default=16, help="a micro-batch")
     training.add_argument("--accum_iter", type=positive_int, default=1, help="of these, a step")
@@ -107,6 +115,8 @@ def make_parser() -> Parser:
         help="steps in a row whose numbers are not finite, after which the run stops",
     )
 
+
+def add_saving_flags(parser: Parser) -> None:
     saving = parser.add_argument_group("checkpoints", "written in the background; 0 is never")
     saving.add_argument("--save_last_freq", type=positive_int, default=5, help="in epochs")
     saving.add_argument("--save_steps", type=non_negative_int, default=0, help="in steps, besides")
@@ -117,10 +127,6 @@ def make_parser() -> Parser:
     saving.add_argument(
         "--save_every", type=non_negative_int, default=0, help="epochs between those that all stay"
     )
-
-    add_evaluation_flags(parser)
-    add_metric_flags(parser)
-    return parser
 
 
 def main() -> None:

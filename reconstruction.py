@@ -11,6 +11,7 @@ Letters: N images, C latent channels, K levels.
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -43,7 +44,6 @@ from util.build import build_vae, cache_histogram, calibrated_levels
 from util.cache_writer import list_digest
 from util.data import ImageDataset, ImageList, collate_skipping, list_images
 from util.errors import UserError, as_user_error, run
-from util.extractor import INCEPTION
 from util.files import check_writable, sha256
 from util.images import to_uint8
 from util.latent_cache import open_cache
@@ -99,11 +99,6 @@ def make_parser() -> Parser:
     add_vae_flags(parser)
     add_loader_flags(parser)
     add_metric_flags(parser)
-    parser.add_argument(
-        "--feature_extractor",
-        default=INCEPTION,
-        help="registered with torch-fidelity, or MODULE:NAME, where MODULE registers NAME",
-    )
     add_device_flags(parser)
     add_distributed_flags(parser)
     return parser
@@ -121,14 +116,7 @@ def main() -> None:
     scale = find_scale(args, vae, vae_sha256)
     tokenizer = Tokenizer(vae, scale).to(device)
     variants, level_settings = make_variants(args, vae.config["embed_dim"], scale, vae_sha256)
-    measure = metrics.prepare(
-        args.fid_stats,
-        args.inception_weights,
-        device,
-        wanted=not args.no_metrics,
-        feature_extractor=args.feature_extractor,
-        size=args.img_size,
-    )
+    measure = metrics.prepare_by_flags(args, args.img_size, device)
     folder = ReconstructionFolder(
         Path(args.output_dir),
         len(images.samples),
@@ -144,11 +132,11 @@ def main() -> None:
         images.samples, args.img_size, "drop" if args.skip_bad_images else "raise"
     )
     noise_seed = args.seed if args.posterior == "sample" else None
-    reconstruct(folder, dataset, tokenizer, variants, measure, noise_seed, args.num_workers)
+    work = Work(folder, dataset, tokenizer, variants, measure, noise_seed)
+    reconstruct(work, args.num_workers)
     dist.barrier()
     if dist.is_main():
-        settings |= {name: getattr(args, name) for name in RECORDED}
-        finish(folder, dataset, tokenizer, variants, measure, noise_seed, settings)
+        finish(work, settings | {name: getattr(args, name) for name in RECORDED})
     dist.barrier()
     dist.cleanup()
 
@@ -210,17 +198,22 @@ def image_settings(args, images: ImageList, vae_sha256: str, scale: float) -> di
     return settings | ({"seed": args.seed} if args.posterior == "sample" else {})
 
 
-def reconstruct(
-    folder: ReconstructionFolder,
-    dataset: ImageDataset,
-    tokenizer: Tokenizer,
-    variants: list[Variant],
-    measure: Measure | None,
-    noise_seed: int | None,
-    num_workers: int,
-) -> None:
+@dataclass(frozen=True)
+class Work:
+    """What is reconstructed, how, and where it goes. noise_seed: None takes posterior means."""
+
+    folder: ReconstructionFolder
+    dataset: ImageDataset
+    tokenizer: Tokenizer
+    variants: list[Variant]
+    measure: Measure | None
+    noise_seed: int | None
+
+
+def reconstruct(work: Work, num_workers: int) -> None:
     """This process's share of the batches that some variant lacks."""
-    names = [ORIGINAL, *(variant.name for variant in variants)]
+    folder, dataset, measure = work.folder, work.dataset, work.measure
+    names = [ORIGINAL, *(variant.name for variant in work.variants)]
     # As the main process sees them, so that all agree.
     missing = dist.gather_objects({name: folder.missing(name) for name in names})[0]
     wanted = sorted(set().union(*missing.values()))
@@ -244,19 +237,14 @@ def reconstruct(
             for name in lacking:
                 folder.write(name, number, [], torch.empty(0), {}, {})
             continue
-        decoded = decode_batch(tokenizer, variants, lacking, batch[0], ids, noise_seed)
+        decoded = decode_batch(work, work.variants, lacking, batch[0], ids)
         for name, pixels, record in decoded:
             features = measure.extractor(pixels) if measure is not None else {}
             folder.write(name, number, ids, pixels, record, features)
 
 
 def decode_batch(
-    tokenizer: Tokenizer,
-    variants: list[Variant],
-    lacking: list[str],
-    images: Tensor,
-    ids: list[int],
-    noise_seed: int | None,
+    work: Work, variants: list[Variant], lacking: list[str], images: Tensor, ids: list[int]
 ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
     """(name, pixels uint8 [N, 3, H, W], record) of the crops and variants that are lacking.
 
@@ -268,11 +256,11 @@ def decode_batch(
     wanted = [variant for variant in variants if variant.name in lacking]
     if not wanted:
         return
-    device = next(tokenizer.parameters()).device
-    latents = draw_latents(tokenizer, images.to(device), ids, noise_seed)
+    device = next(work.tokenizer.parameters()).device
+    latents = draw_latents(work.tokenizer, images.to(device), ids, work.noise_seed)
     for variant in wanted:
         values, record = variant.apply(latents)
-        pixels = to_uint8(tokenizer.decode(values))
+        pixels = to_uint8(work.tokenizer.decode(values))
         record |= fidelity(pixels, original.to(device))
         yield variant.name, pixels.cpu(), record
 
@@ -294,20 +282,13 @@ def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int
     return torch.cat(drawn)
 
 
-def finish(
-    folder: ReconstructionFolder,
-    dataset: ImageDataset,
-    tokenizer: Tokenizer,
-    variants: list[Variant],
-    measure: Measure | None,
-    noise_seed: int | None,
-    settings: dict,
-) -> None:
+def finish(work: Work, settings: dict) -> None:
     """Figures of all variants in the folder and a look at a few images; on the main process."""
+    folder, measure = work.folder, work.measure
     kept = folder.kept(ORIGINAL)
     if not kept:
         raise UserError("none of the images can be read; see --image_dir")
-    asked = [variant.name for variant in variants]
+    asked = [variant.name for variant in work.variants]
     names = asked + [name for name in folder.variants() if name not in asked]
     results = measured(folder, names, measure)
     settings |= {"images": len(kept), "measured": measure.identity() if measure else None}
@@ -315,8 +296,8 @@ def finish(
     shown = kept[:: -(-len(kept) // GRID_IMAGES)]
     rows = {name: folder.read_images(name, shown) for name in (ORIGINAL, *names)}
     if CONTINUOUS not in rows:  # what the quantizer starts from is always there to compare
-        images, plain = torch.stack([dataset[i][0] for i in shown]), Variant(CONTINUOUS)
-        decoded = decode_batch(tokenizer, [plain], [CONTINUOUS], images, shown, noise_seed)
+        images, plain = torch.stack([work.dataset[i][0] for i in shown]), Variant(CONTINUOUS)
+        decoded = decode_batch(work, [plain], [CONTINUOUS], images, shown)
         rows[CONTINUOUS] = next(decoded)[1]
     order = [ORIGINAL, CONTINUOUS, *(name for name in names if name != CONTINUOUS)]
     write_grid(folder.path, [rows[name] for name in order])

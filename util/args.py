@@ -11,6 +11,7 @@ from models.config import HEAD_INPUTS, PRESETS, QUANTIZERS, TokenBridgeConfig
 from util.device import PRECISIONS
 from util.dist import NO_PROGRESS
 from util.errors import EXIT_USER_ERROR
+from util.extractor import INCEPTION
 
 PUBLISHED = TokenBridgeConfig()  # whose values are the published defaults
 
@@ -178,8 +179,19 @@ def add_metric_flags(parser: Parser) -> None:
     group.add_argument(
         "--fid_stats", help="npz with mu and sigma; default: fid_stats/adm_in256_stats.npz if there"
     )
-    group.add_argument("--inception_weights", help="torch-fidelity's Inception weights, a file")
     group.add_argument("--no_metrics", action="store_true", help="images only, no FID and IS")
+    add_extractor_flags(group)
+
+
+def add_extractor_flags(group) -> None:
+    group.add_argument(
+        "--feature_extractor",
+        default=INCEPTION,
+        help="registered with torch-fidelity, or MODULE:NAME, where MODULE registers NAME",
+    )
+    group.add_argument(
+        "--inception_weights", help="of the extractor, torch-fidelity's Inception or other; a file"
+    )
 
 
 def add_quantizer_flag(group) -> None:

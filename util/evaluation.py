@@ -32,7 +32,6 @@ from util.device import Precision
 from util.errors import UserError
 from util.evaluation_folder import EvaluationFolder, plain, read_png
 from util.evaluation_results import finish, tell
-from util.extractor import INCEPTION
 from util.features import FeatureStore
 from util.images import to_uint8
 from util.metrics import Measure
@@ -61,12 +60,6 @@ def add_evaluation_flags(parser: Parser) -> None:
     add("--keep_images", action="store_true", help="keep the PNG files once they are measured")
     add("--save_npz", action="store_true", help="all images as samples.npz, for ADM's evaluator")
     add("--fid_reference", help="folder of real images: FID, KID, precision and recall against it")
-    add(
-        "--feature_extractor",
-        default=INCEPTION,
-        help="registered with torch-fidelity, or MODULE:NAME, where MODULE registers NAME; "
-        "--inception_weights are its weights",
-    )
 
 
 @dataclass(frozen=True)

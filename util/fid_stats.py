@@ -19,11 +19,12 @@ from util.args import (
     Parser,
     add_device_flags,
     add_distributed_flags,
+    add_extractor_flags,
     add_loader_flags,
     positive_int,
 )
 from util.errors import UserError, run
-from util.extractor import INCEPTION, Extractor, load_extractor
+from util.extractor import Extractor, load_extractor
 from util.features import batch_ranges, folder_batches, upsampled
 from util.files import check_writable
 from util.reference import list_folder, write_statistics
@@ -37,12 +38,7 @@ def make_parser() -> Parser:
     add("--output", default="fid_stats/statistics.npz", help="the file to write")
     add("--img_size", type=positive_int, default=256, help="pixels, as of the generated images")
     add("--batch_size", type=positive_int, default=64, help="images a batch")
-    add("--inception_weights", help="weights of the extractor, a file")
-    add(
-        "--feature_extractor",
-        default=INCEPTION,
-        help="registered with torch-fidelity, or MODULE:NAME, where MODULE registers NAME",
-    )
+    add_extractor_flags(group)
     add_loader_flags(parser)
     add_device_flags(parser)
     add_distributed_flags(parser)

@@ -9,6 +9,7 @@ Source: Heusel et al., arXiv 1706.08500 (FID); Salimans et al., arXiv 1606.03498
 et al., arXiv 1801.01401 (KID); Kynkaanniemi et al., arXiv 1904.06991 (precision and recall).
 """
 
+import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -183,6 +184,21 @@ def _precision_recall(features: dict[str, Tensor], measure: Measure, found: Scor
         return
     in_parts = max(len(own), len(other)) > PRC_IN_MEMORY
     found.figures |= prc_features_to_metric(own, other, save_cpu_ram=in_parts, verbose=False)
+
+
+def prepare_by_flags(
+    args: argparse.Namespace, size: int, device: torch.device, folder_follows: bool = False
+) -> Measure | None:
+    """`prepare` for scripts with `util.args.add_metric_flags`."""
+    return prepare(
+        args.fid_stats,
+        args.inception_weights,
+        device,
+        wanted=not args.no_metrics,
+        feature_extractor=args.feature_extractor,
+        size=size,
+        folder_follows=folder_follows,
+    )
 
 
 def prepare(

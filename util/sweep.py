@@ -72,15 +72,7 @@ def prepare_measure(args: argparse.Namespace, size: int, device: torch.device) -
     """What the flags ask to measure of images of that size; all processes take part."""
     check_shared(Path(args.output_dir))
     follows = args.fid_reference is not None
-    measure = metrics.prepare(
-        args.fid_stats,
-        args.inception_weights,
-        device,
-        wanted=not args.no_metrics,
-        feature_extractor=args.feature_extractor,
-        size=size,
-        folder_follows=follows,
-    )
+    measure = metrics.prepare_by_flags(args, size, device, folder_follows=follows)
     if measure is None or not follows:
         return measure
     cache = Path(args.output_dir) / "reference_features"
