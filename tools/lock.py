@@ -24,7 +24,7 @@ CONDA_PYTHON = "3.11"
 LOCK_HEADER = f"""\
 # The exact versions that the tests ran with, for Python {OLDEST_PYTHON} and newer.
 # Made by `make lock` (uv pip compile --universal) from pyproject.toml; not edited by hand.
-# A constraints file: pip install -c requirements.lock -e ".[demo,dev]"
+# A constraints file: pip install -c requirements.lock -e ".[demo,app,diffusers,dev]"
 """
 ENVIRONMENT = """\
 # Made by `make lock` from pyproject.toml and requirements.lock; not edited by hand.
