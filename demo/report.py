@@ -10,7 +10,6 @@ import base64
 import io
 import json
 import math
-import os
 import platform
 from html import escape
 from importlib.metadata import version
@@ -20,6 +19,8 @@ from string import Template
 import numpy as np
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from util.provenance import cores, processor
 
 TEMPLATE = Path(__file__).with_name("report.template.html")
 SHOWN = 8  # images of a class, real and generated
@@ -166,15 +167,9 @@ def timings_table(timings: list[tuple[str, float]]) -> str:
 
 def machine() -> str:
     """Processor, cores and versions in one line."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        named = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = named[0].split(":", 1)[1].strip() if named else cpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     system = f"{platform.system()}, Python {platform.python_version()}"
-    return escape(f"{cpu}, {cores} cores, {system}, {versions}")
+    return escape(f"{processor()}, {cores()} cores, {system}, {versions}")
 
 
 def cards(scores: dict, timings: list[tuple[str, float]]) -> str:

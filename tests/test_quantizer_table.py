@@ -11,6 +11,7 @@ from tests.conftest import ROOT
 from tests.runs import make_inputs
 from tools import quantizer_table
 from util.errors import UserError
+from util.page import END, begin, write_between
 
 
 def rows(text: str) -> list[list[float]]:
@@ -30,7 +31,7 @@ def test_the_pages_table_shows_less_error_and_more_even_use_at_every_width():
 def test_table_and_figure_are_written_between_the_marks(tmp_path, monkeypatch, capsys):
     inputs = make_inputs(tmp_path)
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{quantizer_table.BEGIN}\nold\n{quantizer_table.END}\nafter\n")
+    page.write_text(f"before\n{begin(quantizer_table.MARK)}\nold\n{END}\nafter\n")
     monkeypatch.setattr(quantizer_table, "POINTS", 2**12)
     argv = ["--cached_path", inputs / "cache", "--bits", 2, 5]
     argv += ["--page", page, "--figure", tmp_path / "figure.png"]
@@ -49,5 +50,5 @@ def test_a_page_without_the_marks_is_left_alone(tmp_path):
     page: Path = tmp_path / "page.md"
     page.write_text("nothing here\n")
     with pytest.raises(UserError, match="no place for the table"):
-        quantizer_table.write_between(page, ["table"])
+        write_between(page, quantizer_table.MARK, ["table"])
     assert page.read_text() == "nothing here\n"

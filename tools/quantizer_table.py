@@ -23,10 +23,12 @@ from util.errors import UserError, run
 from util.files import atomic_write
 from util.histogram import LatentHistogram, posterior_noise
 from util.latent_cache import open_cache
+from util.page import write_between
+from util.provenance import processor
 from util.variants import entropy, level_counts
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- tools/quantizer_table.py: begin -->", "<!-- end -->"
+MARK = "tools/quantizer_table.py"  # of the place in the page
 POINTS = 2**22  # of N(0, 1)
 LIMIT = 5.0  # the published range
 EXPONENTS = (1 / 3, EXPONENT, 0.5, 0.7, 1.0)
@@ -132,19 +134,10 @@ def exponent_table(data: list[Data], bits: int) -> list[str]:
 
 def provenance() -> str:
     return (
-        f"Measured by `tools/quantizer_table.py` on one thread of {processor()}, "
-        f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}."
+        f"Measured by `tools/quantizer_table.py` on one thread of {processor()} "
+        f"({platform.machine()}), {platform.system()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}."
     )
-
-
-def processor() -> str:
-    """Its maker's name for it where Linux knows it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'a processor'} ({platform.machine()})"
 
 
 def draw(path: Path, results: dict[str, dict[int, tuple[Cost, Cost]]]) -> None:
@@ -162,17 +155,6 @@ def draw(path: Path, results: dict[str, dict[int, tuple[Cost, Cost]]]) -> None:
     left.legend(fontsize="x-small")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
-
-
-def write_between(path: Path, lines: list[str]) -> None:
-    """Replace what stands between the marks of a page."""
-    text = path.read_text()
-    if text.count(BEGIN) != 1 or END not in text.split(BEGIN)[1]:
-        raise UserError(f"--page {path} has no place for the table: {BEGIN} ... {END}")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END, 1)[1]
-    with atomic_write(path) as file:
-        file.write("\n".join([before + BEGIN, "", *lines, END + after]).encode())
 
 
 def main() -> None:
@@ -194,7 +176,7 @@ def main() -> None:
         lines += table(d, rows)
     lines += [*exponent_table(data, 6), provenance(), ""]
     print("\n".join(lines))
-    write_between(args.page, lines)
+    write_between(args.page, MARK, lines)
     draw(args.figure, results)
 
 

@@ -1,6 +1,8 @@
-"""Where a figure comes from: digests of tensors, versions of the software, the git revision."""
+"""Where a figure comes from: digests of tensors, machine, versions, git revision."""
 
 import hashlib
+import os
+import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,23 @@ def digest(network: nn.Module) -> str:
 
 def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
+
+
+def processor() -> str:
+    """Its maker's name for it where Linux knows it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def git_revision() -> str | None:

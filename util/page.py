@@ -1,0 +1,24 @@
+"""Pages whose tables a command writes: what stands between two marks is replaced."""
+
+from pathlib import Path
+
+from util.errors import UserError
+from util.files import atomic_write
+
+END = "<!-- end -->"
+
+
+def begin(mark: str) -> str:
+    """The line after which the lines of that mark stand, up to END."""
+    return f"<!-- {mark}: begin -->"
+
+
+def write_between(path: Path, mark: str, lines: list[str]) -> None:
+    """Replace what stands between the marks of a page. Raises UserError if it has no such place."""
+    text, start = path.read_text(), begin(mark)
+    if text.count(start) != 1 or END not in text.split(start)[1]:
+        raise UserError(f"--page {path} has no place for the table: {start} ... {END}")
+    before, rest = text.split(start)
+    after = rest.split(END, 1)[1]
+    with atomic_write(path) as file:
+        file.write("\n".join([before + start, "", *lines, END + after]).encode())
