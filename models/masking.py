@@ -6,6 +6,7 @@ Source: MAR, arXiv 2406.11838, section 3; arXiv 2503.16430.
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -56,6 +57,19 @@ def draw_mask_ratio(minimum: float) -> float:
     quantile = mass + (0.5 - mass) * torch.rand((), dtype=torch.float64)
     ratio = MASK_RATIO_MEAN + MASK_RATIO_STD * torch.special.ndtri(quantile).item()
     return min(max(ratio, minimum), 1.0)
+
+
+def masked_counts(length: int, minimum: float) -> list[tuple[int, float]]:
+    """How many positions `training_mask` masks, and with which probability: (M, P(M))."""
+    normal = NormalDist(MASK_RATIO_MEAN, MASK_RATIO_STD)
+    below, mass = normal.cdf(minimum), normal.cdf(1.0) - normal.cdf(minimum)
+    if mass == 0:
+        return [(length, 1.0)]
+    reached = [
+        (m, min(max((normal.cdf(m / length) - below) / mass, 0.0), 1.0)) for m in range(length + 1)
+    ]
+    steps = zip(reached, reached[1:], strict=False)
+    return [(m, now - before) for (_, before), (m, now) in steps if now > before]
 
 
 def training_mask(batch: int, length: int, minimum: float, device: torch.device | str) -> Mask:
