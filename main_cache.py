@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from models.vae import AutoencoderKL
+from models.vae import VAE
 from util import dist, stop
 from util.args import (
     Parser,
@@ -107,7 +107,7 @@ def write_cache(args, device: torch.device) -> None:
         dist.barrier()
 
 
-def cache_settings(args, vae: AutoencoderKL, classes: list[str], images_sha256: str):
+def cache_settings(args, vae: VAE, classes: list[str], images_sha256: str):
     dtype = args.dtype or ("float16" if args.format == "npy" else "float32")
     if args.format == "npz" and dtype != "float32":
         raise UserError(f"--dtype {dtype}: the published form (--format npz) is float32")
@@ -125,7 +125,7 @@ def cache_settings(args, vae: AutoencoderKL, classes: list[str], images_sha256: 
 
 
 def encode_shards(
-    args, device, vae: AutoencoderKL, images: ImageList, writer: CacheWriter, shards: list[int]
+    args, device, vae: VAE, images: ImageList, writer: CacheWriter, shards: list[int]
 ) -> None:
     """Encode and write these shards; one loader for all of them, so that its workers never rest."""
     batches = {shard: unfinished(writer, shard, args.batch_size) for shard in shards}
@@ -169,7 +169,7 @@ def unfinished(writer: CacheWriter, shard: int, size: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def encode(vae: AutoencoderKL, images: Tensor) -> np.ndarray:
+def encode(vae: VAE, images: Tensor) -> np.ndarray:
     """images: [B, 3, H, W] -> moments [B, 2, 2C, h, w] of them and of their mirror images."""
     views = [vae.encode(view).parameters for view in (images, images.flip(-1))]
     return torch.stack(views, dim=1).float().cpu().numpy()

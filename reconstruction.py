@@ -25,7 +25,7 @@ from tqdm import tqdm
 from models.config import PUBLISHED_LATENT_SCALE
 from models.quantizer import build_quantizer
 from models.tokenizer import Tokenizer
-from models.vae import AutoencoderKL, Posterior
+from models.vae import VAE, Posterior
 from util import dist, metrics, stop
 from util.args import (
     Parser,
@@ -115,7 +115,7 @@ def main() -> None:
     vae_sha256 = sha256(args.vae_path)
     scale = find_scale(args, vae, vae_sha256)
     tokenizer = Tokenizer(vae, scale).to(device)
-    variants, level_settings = make_variants(args, vae.config["embed_dim"], scale, vae_sha256)
+    variants, level_settings = make_variants(args, vae.channels, scale, vae_sha256)
     measure = metrics.prepare_by_flags(args, args.img_size, device)
     folder = ReconstructionFolder(
         Path(args.output_dir),
@@ -150,7 +150,7 @@ def choose_images(image_dir: str, per_class: int) -> ImageList:
     return ImageList(images.root, images.classes, chosen)
 
 
-def find_scale(args, vae: AutoencoderKL, vae_sha256: str) -> float:
+def find_scale(args, vae: VAE, vae_sha256: str) -> float:
     """Of the latents: as given, as the cache says, or KL-16's."""
     if args.latent_scale != "auto":
         return args.latent_scale

@@ -8,13 +8,13 @@ Letters: B batch, C latent channels, h, w latent positions.
 import torch
 from torch import Tensor, nn
 
-from models.vae import AutoencoderKL, Posterior
+from models.vae import VAE, Posterior
 
 
 class Tokenizer(nn.Module):
     """latent_scale: 1 / std of the VAE's latents (published: posterior sample x 0.2325)."""
 
-    def __init__(self, vae: AutoencoderKL | None, latent_scale: float):
+    def __init__(self, vae: VAE | None, latent_scale: float):
         super().__init__()
         self.vae = vae.eval().requires_grad_(False) if vae is not None else None
         self.latent_scale = latent_scale

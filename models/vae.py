@@ -50,6 +50,39 @@ class Posterior:
         return 0.5 * terms.sum(dim=(1, 2, 3))
 
 
+class VAE(nn.Module):
+    """All that the rest of the program knows of an autoencoder, whatever network it is.
+
+    config: its settings, plain values. channels: C. stride: S, image pixels per latent position
+    along one side. is_kl16: whether the published constants of `models.config` hold for it.
+    """
+
+    is_kl16 = False
+
+    def __init__(self, config: dict, channels: int, stride: int):
+        super().__init__()
+        self.config, self.channels, self.stride = config, channels, stride
+
+    def encode(self, images: Tensor) -> Posterior:
+        """images: [B, 3, H, W] in [-1, 1], sides multiples of the stride -> posterior [B, C, h, w].
+
+        Raises ValueError on other sizes.
+        """
+        if images.shape[-1] % self.stride or images.shape[-2] % self.stride:
+            raise ValueError(
+                f"image sides {tuple(images.shape[-2:])} are not multiples of stride {self.stride}"
+            )
+        return Posterior(self.moments(images))
+
+    def moments(self, images: Tensor) -> Tensor:
+        """images: [B, 3, H, W] in [-1, 1] -> [B, 2C, h, w], mean and log-variance."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents: [B, C, h, w], unscaled -> images [B, 3, H, W], about [-1, 1], not clamped."""
+        raise NotImplementedError
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(GROUPS, channels, eps=1e-6)
 
@@ -196,7 +229,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class AutoencoderKL(nn.Module):
+class AutoencoderKL(VAE):
     """The VAE. The defaults are KL-16.
 
     embed_dim: C, latent channels. ch: width of the finest level, a multiple of 32.
@@ -214,15 +247,15 @@ class AutoencoderKL(nn.Module):
         ch: int = KL16["ch"],
         num_res_blocks: int = KL16["num_res_blocks"],
     ):
-        super().__init__()
         if ch <= 0 or ch % GROUPS:
             raise ValueError(f"ch {ch} is not a multiple of {GROUPS}, the group norms' groups")
-        self.config = {
+        config = {
             "embed_dim": embed_dim,
             "ch_mult": tuple(ch_mult),
             "ch": ch,
             "num_res_blocks": num_res_blocks,
         }
+        super().__init__(config, channels=embed_dim, stride=2 ** (len(ch_mult) - 1))
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, embed_dim)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, embed_dim)
         self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, kernel_size=1)
@@ -232,28 +265,14 @@ class AutoencoderKL(nn.Module):
             self.load_published(saved["model"])
 
     @property
-    def stride(self) -> int:
-        """Image pixels per latent position, along one side."""
-        return 2 ** (len(self.config["ch_mult"]) - 1)
-
-    @property
     def is_kl16(self) -> bool:
-        """Whether this is the published architecture, for which the published constants hold."""
+        """Whether this is the published architecture."""
         return self.config == KL16
 
-    def encode(self, images: Tensor) -> Posterior:
-        """images: [B, 3, H, W] in [-1, 1], sides multiples of the stride -> posterior [B, C, h, w].
-
-        Raises ValueError on other sizes.
-        """
-        if images.shape[-1] % self.stride or images.shape[-2] % self.stride:
-            raise ValueError(
-                f"image sides {tuple(images.shape[-2:])} are not multiples of stride {self.stride}"
-            )
-        return Posterior(self.quant_conv(self.encoder(images)))
+    def moments(self, images: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(images))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: [B, C, h, w], unscaled -> images [B, 3, H, W], about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(latents))
 
     def load_published(self, state: dict[str, Tensor]) -> None:

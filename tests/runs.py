@@ -17,8 +17,8 @@ import main_cache
 import main_tokenbridge
 from models.vae import AutoencoderKL
 from tests.conftest import ROOT
-from util.checkpoint import save_vae
 from util.errors import EXIT_USER_ERROR, run
+from util.vae_files import save_vae
 
 SIZE, CHANNELS, STRIDE = 16, 4, 4
 CLASSES = ("ant", "bee", "cat")

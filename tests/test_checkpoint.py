@@ -22,7 +22,7 @@ from tests.runs import (
     train,
 )
 from util.agreement import Agreement
-from util.checkpoint import LAST, find_checkpoint, load_checkpoint, load_vae, save_vae
+from util.checkpoint import LAST, find_checkpoint, load_checkpoint
 from util.device import resolve_precision
 from util.ema import EMA
 from util.errors import UserError
@@ -30,6 +30,7 @@ from util.files import atomic_write
 from util.optim import build_optimizer
 from util.plan import Plan, Schedule
 from util.saver import write_checkpoint
+from util.vae_files import load_vae, save_vae
 
 CPU = torch.device("cpu")
 

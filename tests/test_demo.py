@@ -15,9 +15,9 @@ from models.vae import AutoencoderKL
 from tests.conftest import run_script
 from tests.runs import call
 from util import fid_stats, metrics
-from util.checkpoint import load_vae
 from util.errors import UserError
 from util.metrics import frechet, statistics
+from util.vae_files import load_vae
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from tests.measures import PIXELS, save_random_inception
 from tests.runs import CHANNELS, CLASSES, COMMON, SIZE, flags, free_port, make_inputs, train
 from util import doctor, doctor_checks
 from util.cache_files import read_json, write_json
-from util.checkpoint import load_vae, save_vae
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient
 from util.histogram import posterior_noise
+from util.vae_files import load_vae, save_vae
 
 GOOD = {
     **COMMON,

@@ -28,9 +28,9 @@ from tests.runs import (
     run_together,
     train,
 )
-from util.checkpoint import save_vae
 from util.errors import UserError, as_user_error, run
 from util.files import load_tensors
+from util.vae_files import save_vae
 
 
 @pytest.fixture(scope="module")

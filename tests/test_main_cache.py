@@ -15,10 +15,10 @@ from models.vae import AutoencoderKL
 from tests.conftest import run_script
 from tests.runs import free_port, run_together
 from tests.test_lock import holder
-from util.checkpoint import load_vae, save_vae
 from util.data import center_crop
 from util.errors import EXIT_USER_ERROR, run
 from util.latent_cache import open_cache
+from util.vae_files import load_vae, save_vae
 
 SIZE = 16
 

@@ -32,8 +32,9 @@ from tests.runs import (
     train,
 )
 from util import stop
-from util.checkpoint import load_checkpoint, load_vae, save_vae
+from util.checkpoint import load_checkpoint
 from util.saver import CheckpointSaver
+from util.vae_files import load_vae, save_vae
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +227,7 @@ def test_training_from_a_cache_never_loads_the_vae(inputs, trained, tmp_path, ca
         raise AssertionError("a VAE was built")
 
     monkeypatch.setattr(AutoencoderKL, "__init__", loaded)
-    monkeypatch.setattr("util.checkpoint.load_vae", loaded)
+    monkeypatch.setattr("util.vae_files.load_vae", loaded)
     monkeypatch.setattr("util.build.load_vae", loaded)
     for name, said in (("/nowhere.ckpt", True), ("vae.ckpt", False)):
         found = train(inputs, tmp_path / Path(name).stem, vae_path=name)

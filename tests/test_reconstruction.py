@@ -18,12 +18,12 @@ from tests.conftest import run_script
 from tests.measures import PIXELS
 from tests.runs import CHANNELS, COMMON, SIZE, STRIDE, call, flags, free_port, make_inputs
 from util import metrics
-from util.checkpoint import load_vae
 from util.data import ImageDataset, list_images
 from util.errors import UserError
 from util.histogram import LatentHistogram
 from util.images import psnr, to_uint8
 from util.reconstruction_folder import ReconstructionFolder
+from util.vae_files import load_vae
 from util.variants import ssim
 
 SCALE, RANGE, BITS = 4.0, 2.0, (2, 6)  # some scaled posterior means lie outside the range

@@ -9,12 +9,13 @@ from torch import Tensor
 from models.calibration import fit_levels
 from models.config import PUBLISHED_LATENT_SCALE, TokenBridgeConfig, default_channel_order, preset
 from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
+from models.vae import VAE
 from util import dist
-from util.checkpoint import Checkpoint, load_vae
+from util.checkpoint import Checkpoint
 from util.errors import UserError, as_user_error
 from util.histogram import LatentHistogram
 from util.latent_cache import open_cache
+from util.vae_files import load_vae
 
 # Settings that may change from one use of the same weights to the next.
 BEHAVIOUR = ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "head_input")
@@ -50,7 +51,7 @@ def build_config(
     flags: ModelFlags,
     checkpoint: Checkpoint | None,
     manifest: dict | None,
-    vae: AutoencoderKL | None,
+    vae: VAE | None,
 ) -> TokenBridgeConfig:
     """The model's settings.
 
@@ -98,7 +99,7 @@ def _known_latents(
     flags: ModelFlags,
     checkpoint: Checkpoint | None,
     manifest: dict | None,
-    vae: AutoencoderKL | None,
+    vae: VAE | None,
 ) -> dict:
     """Channels, stride, scale and channel order of the latents, as far as anything tells them.
 
@@ -111,7 +112,7 @@ def _known_latents(
         return known | {"vae_embed_dim": channels, "vae_stride": manifest["image_size"] // side}
     known = {}
     if vae is not None:
-        known = {"vae_embed_dim": vae.config["embed_dim"], "vae_stride": vae.stride}
+        known = {"vae_embed_dim": vae.channels, "vae_stride": vae.stride}
     if checkpoint is not None or vae is None or vae.is_kl16:
         channels = known.get("vae_embed_dim", flags.settings["vae_embed_dim"])
         known["latent_scale"] = PUBLISHED_LATENT_SCALE
@@ -176,7 +177,7 @@ def calibrated_levels(
     return boundaries, values
 
 
-def build_vae(args: argparse.Namespace) -> AutoencoderKL:
+def build_vae(args: argparse.Namespace) -> VAE:
     """The VAE of --vae_path, checked against --vae_embed_dim and --img_size where given."""
     given = "vae_embed_dim" in args.explicit
     vae = load_vae(args.vae_path, args.vae_embed_dim if given else None)
@@ -185,9 +186,9 @@ def build_vae(args: argparse.Namespace) -> AutoencoderKL:
     return vae
 
 
-def check_vae(vae: AutoencoderKL, config: TokenBridgeConfig, path: str) -> None:
+def check_vae(vae: VAE, config: TokenBridgeConfig, path: str) -> None:
     """Raise UserError unless the VAE makes latents of the model's shape."""
-    found = (vae.config["embed_dim"], vae.stride)
+    found = (vae.channels, vae.stride)
     expected = (config.vae_embed_dim, config.vae_stride)
     if found != expected:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Checkpoints and VAE files, in the published form, and how a `--resume` finds them.
+"""Checkpoints in the published form, and how a `--resume` finds them.
 
 A checkpoint is a dict with the published keys `model`, `model_ema` (parameters only),
 `optimizer`, `epoch`, `scaler`, and ours: `step`, `schedule` (what a step is made of), `config`
@@ -19,11 +19,10 @@ from torch import Tensor
 
 from models.config import TokenBridgeConfig
 from models.tokenbridge import TokenBridge
-from models.vae import KL16, AutoencoderKL, check_layout
 from util import dist
 from util.ema import EMA
 from util.errors import UserError, as_user_error
-from util.files import atomic_write, flush_file, flush_folder, load_tensors
+from util.files import flush_file, flush_folder, load_tensors
 
 LAST = "checkpoint-last.pth"
 AUTO = "auto"
@@ -39,7 +38,6 @@ OUT_OF_REACH = (
     errno.EMFILE,
     errno.ENFILE,
 )
-MAX_VAE_SIZE = 4096  # of any setting of a VAE; a file that claims more is not built
 
 
 @dataclass(frozen=True)
@@ -244,50 +242,3 @@ def refuse_other_run(output_dir: str, checkpoint: Checkpoint | None) -> None:
         f"--output_dir {output_dir} holds {found[0].name}, which a run {begun} would replace; pass "
         "--resume auto to go on with it, name another folder, or move its checkpoints away"
     )
-
-
-def load_vae(path: str | Path, embed_dim: int | None = None) -> AutoencoderKL:
-    """Read a VAE: kl16.ckpt, or a file of the same form that also holds its `config`.
-
-    embed_dim: the channels it must have; None takes those of the file, or KL-16's.
-    Raises UserError, naming --vae_path, unless every tensor matches.
-    """
-    saved = load_tensors(path, "--vae_path")
-    if not isinstance(saved.get("model"), dict):
-        raise UserError(f"--vae_path {path}: no state dict 'model' in it; kl16.ckpt has one")
-    config = saved.get("config", KL16 | {"embed_dim": embed_dim or KL16["embed_dim"]})
-    damaged = (ValueError, TypeError, AttributeError, RuntimeError)
-    with as_user_error(f"--vae_path {path}", damaged):
-        _check_vae(config, saved["model"], os.path.getsize(path))
-        vae = AutoencoderKL(**config)
-        vae.load_published(saved["model"])
-    if embed_dim not in (None, vae.config["embed_dim"]):
-        found = vae.config["embed_dim"]
-        raise UserError(f"--vae_embed_dim {embed_dim}, but --vae_path {path} has {found} channels")
-    return vae
-
-
-def _check_vae(config: dict, state: dict[str, Tensor], size: int) -> None:
-    """Raise ValueError unless the tensors are those of the settings, before they are given memory.
-
-    size: of the file in bytes, of which every number in it takes at least one.
-    """
-    unknown = set(config) - set(KL16) if isinstance(config, dict) else {type(config).__name__}
-    if unknown:
-        raise ValueError(f"'config' is no dict of {', '.join(KL16)}: {str(unknown.pop())[:40]!r}")
-    merged = KL16 | config
-    levels = tuple(merged.pop("ch_mult"))
-    sensible = all(type(n) is int and 0 < n <= MAX_VAE_SIZE for n in (*merged.values(), *levels))
-    if not (sensible and levels) or len(levels) * merged["num_res_blocks"] > len(state):
-        raise ValueError("'config' has sizes that this VAE has not")
-    with torch.device("meta"):
-        layout = AutoencoderKL(**config).state_dict()
-    check_layout(state, layout)
-    if sum(tensor.numel() for tensor in layout.values()) > size:
-        raise ValueError("its tensors claim more numbers than it holds")
-
-
-def save_vae(path: str | Path, vae: AutoencoderKL) -> None:
-    """Write a VAE with its configuration, as `load_vae` reads it."""
-    with atomic_write(path) as file:
-        torch.save({"model": vae.state_dict(), "config": vae.config}, file)

@@ -14,7 +14,7 @@ import torch
 from models.config import TokenBridgeConfig
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
-from models.vae import AutoencoderKL
+from models.vae import VAE
 from util.build import ModelFlags, build_config, build_vae
 from util.checkpoint import AUTO, Checkpoint, find_checkpoint, load_checkpoint, saved_in
 from util.data import ImageDataset, ImageList, list_images
@@ -77,14 +77,14 @@ class Patient:
         return sha256(self.args.vae_path) if Path(self.args.vae_path).is_file() else None
 
     @cached_property
-    def vae_or_error(self) -> AutoencoderKL | UserError:
+    def vae_or_error(self) -> VAE | UserError:
         try:
             return build_vae(self.args).eval()
         except UserError as error:
             return error
 
     @property
-    def vae(self) -> AutoencoderKL:
+    def vae(self) -> VAE:
         if isinstance(self.vae_or_error, UserError):
             raise Unknown("it needs the VAE")
         return self.vae_or_error
@@ -166,7 +166,7 @@ class Patient:
         chosen = samples[:: max(1, len(samples) // MEASURED_IMAGES)][:MEASURED_IMAGES]
         tokenizer = Tokenizer(self.vae, 1.0).to(self.device)
         dataset = ImageDataset(chosen, self.args.img_size, "drop")
-        histogram = LatentHistogram.empty(self.vae.config["embed_dim"])
+        histogram = LatentHistogram.empty(self.vae.channels)
         for item in (dataset[i] for i in range(len(dataset))):
             if item is not None:
                 generator = torch.Generator(self.device).manual_seed(self.args.seed)

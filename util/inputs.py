@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.config import TokenBridgeConfig
-from models.vae import AutoencoderKL
+from models.vae import VAE
 from util import dist
 from util.build import ModelFlags, build_config, build_vae, check_vae, warn_other_vae
 from util.checkpoint import AUTO, Checkpoint, find_checkpoint, refuse_other_run, saved_in
@@ -37,7 +37,7 @@ class Inputs:
     """What a training starts from, read and checked against each other."""
 
     checkpoint: Checkpoint | None
-    vae: AutoencoderKL | None  # None where cached latents make it unnecessary
+    vae: VAE | None  # None where cached latents make it unnecessary
     data: TrainingData
     config: TokenBridgeConfig
 

@@ -16,7 +16,7 @@ from PIL import Image
 from models.vae import AutoencoderKL
 from tests.faults.harness import Job, Row, send
 from tests.runs import free_port
-from util.checkpoint import save_vae
+from util.vae_files import save_vae
 
 SCRIPT = "tests/faults/count_cache.py"
 SIZE, IMAGES, SHARD = 16, 60, 4

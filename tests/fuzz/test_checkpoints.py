@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from models.config import TokenBridgeConfig
 from models.vae import AutoencoderKL
 from tests.fuzz.harness import damaged, fuzz, outcome, repacked, seeds
-from util.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, load_vae, save_vae
+from util.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from util.errors import UserError
+from util.vae_files import load_vae, save_vae
 
 SAVED = {
     "model": {"a.weight": torch.arange(40.0).view(8, 5), "a.bias": torch.ones(8, dtype=torch.half)},
