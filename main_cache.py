@@ -21,7 +21,6 @@ from tqdm import tqdm
 from models.vae import VAE
 from util import dist, stop
 from util.args import (
-    Parser,
     add_device_flags,
     add_distributed_flags,
     add_loader_flags,
@@ -36,28 +35,28 @@ from util.errors import UserError, run
 from util.files import sha256
 from util.latent_cache import verify
 from util.lock import only_job_in
+from util.parser import Parser
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
+    add = parser.add_argument_group("cache").add_argument
+    add("--data_path", default="./data/imagenet", metavar="FOLDER", help="images in train/CLASS/")
+    add("--cached_path", default="", metavar="FOLDER", help="to write, or to go on with")
+    add("--batch_size", type=positive_int, default=128, help="images a batch")
+    add("--format", choices=FORMATS, default="npy", help="shards, or the published CLASS/IMAGE.npz")
+    add(
+        "--dtype",
+        choices=DTYPES,
+        help="of the moments; default: float16, and float32 with --format npz",
+    )
+    add("--shard_size", type=shard_size, default=4096, help="images a shard")
+    add("--verify", action="store_true", help="only check an existing cache")
     add_vae_flags(parser)
     add_loader_flags(parser)
     add_device_flags(parser)
     add_distributed_flags(parser)
     parser.set_defaults(seed=0)
-
-    cache = parser.add_argument_group("cache")
-    cache.add_argument("--data_path", default="./data/imagenet", help="images in train/CLASS/")
-    cache.add_argument("--cached_path", default="", help="folder to write, or to go on with")
-    cache.add_argument("--batch_size", type=positive_int, default=128, help="images a process")
-    cache.add_argument(
-        "--format", choices=FORMATS, default="npy", help="shards, or the published CLASS/IMAGE.npz"
-    )
-    cache.add_argument(
-        "--dtype", choices=DTYPES, help="of the moments [float16; float32 with --format npz]"
-    )
-    cache.add_argument("--shard_size", type=shard_size, default=4096, help="images a shard")
-    cache.add_argument("--verify", action="store_true", help="only check an existing cache")
     return parser
 
 

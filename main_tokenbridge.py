@@ -17,7 +17,6 @@ from models.tokenizer import Tokenizer
 from util import dist, stop
 from util.agreement import Agreement
 from util.args import (
-    Parser,
     add_device_flags,
     add_distributed_flags,
     add_loader_flags,
@@ -25,11 +24,6 @@ from util.args import (
     add_model_flags,
     add_precision_flag,
     add_vae_flags,
-    fraction,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_int,
 )
 from util.build import build_model, cache_histogram, calibrated_levels
 from util.checkpoint import Checkpoint
@@ -45,88 +39,26 @@ from util.latent_cache import as_one_batch
 from util.lock import only_job_in
 from util.log import TrainingLog
 from util.optim import BLR_BATCH, LRSchedule, build_optimizer
+from util.parser import Parser
 from util.plan import make_plan
 from util.saver import CheckpointSaver, SaveSettings
 from util.sweep import evaluate_checkpoint, prepare_measure
+from util.training_args import add_data_flags, add_saving_flags, add_training_flags
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
+    add_data_flags(parser)
     add_model_flags(parser)
     add_vae_flags(parser)
-    add_loader_flags(parser)
-    add_device_flags(parser)
-    add_precision_flag(parser)
-    add_distributed_flags(parser)
-
-    data = parser.add_argument_group("data and output")
-    data.add_argument("--data_path", default="./data/imagenet", help="images in train/CLASS/")
-    data.add_argument("--use_cached", action="store_true", help="read latents, not images")
-    data.add_argument("--cached_path", default="", help="the cache that main_cache.py made")
-    data.add_argument("--no_flip", action="store_true", help="no mirror images (digits, text)")
-    data.add_argument("--output_dir", default="./output_dir", help="checkpoints, logs and images")
-    data.add_argument("--log_dir", default="", help="TensorBoard's folder; default: --output_dir")
-    data.add_argument(
-        "--resume",
-        default="",
-        help="folder or file of a checkpoint; auto: the newest whole one of --output_dir, if any",
-    )
-    data.add_argument("--debug_dump", help="replay a step that went wrong, from its file, and stop")
-
     add_training_flags(parser)
     add_saving_flags(parser)
     add_evaluation_flags(parser)
     add_metric_flags(parser)
+    add_loader_flags(parser)
+    add_precision_flag(add_device_flags(parser))
+    add_distributed_flags(parser)
     return parser
-
-
-def add_training_flags(parser: Parser) -> None:
-    training = parser.add_argument_group("training")
-    training.add_argument("--batch_size", type=positive_int, default=16, help="a micro-batch")
-    training.add_argument("--accum_iter", type=positive_int, default=1, help="of these, a step")
-    training.add_argument(
-        "--global_batch",
-        type=positive_int,
-        help="samples a step, whatever the number of processes; sets the accumulation",
-    )
-    training.add_argument("--epochs", type=positive_int, default=400, help="in all")
-    training.add_argument("--start_epoch", type=non_negative_int, default=0, help="to begin with")
-    training.add_argument("--warmup_epochs", type=non_negative_float, default=100, help="from lr 0")
-    training.add_argument("--lr", type=non_negative_float, help="the rate itself, not by --blr")
-    training.add_argument(
-        "--blr",
-        type=non_negative_float,
-        default=1e-4,
-        help=f"lr = blr * global batch/{BLR_BATCH}",
-    )
-    training.add_argument("--min_lr", type=non_negative_float, default=0.0, help="at the end")
-    training.add_argument("--lr_schedule", choices=("cosine", "constant"), default="cosine")
-    training.add_argument("--weight_decay", type=non_negative_float, default=0.02, help="AdamW's")
-    training.add_argument("--grad_clip", type=positive_float, default=3.0, help="largest norm")
-    training.add_argument("--ema_rate", type=fraction, default=0.9999, help="of the weights")
-    training.add_argument(
-        "--grad_checkpointing", action="store_true", help="less memory: recompute all blocks"
-    )
-    training.add_argument("--log_freq", type=positive_int, default=20, help="in steps")
-    training.add_argument(
-        "--max_skipped",
-        type=positive_int,
-        default=20,
-        help="steps in a row whose numbers are not finite, after which the run stops",
-    )
-
-
-def add_saving_flags(parser: Parser) -> None:
-    saving = parser.add_argument_group("checkpoints", "written in the background; 0 is never")
-    saving.add_argument("--save_last_freq", type=positive_int, default=5, help="in epochs")
-    saving.add_argument("--save_steps", type=non_negative_int, default=0, help="in steps, besides")
-    saving.add_argument(
-        "--save_minutes", type=non_negative_float, default=30.0, help="in minutes, besides"
-    )
-    saving.add_argument("--keep_checkpoints", type=positive_int, default=2, help="the last ones")
-    saving.add_argument(
-        "--save_every", type=non_negative_int, default=0, help="epochs between those that all stay"
-    )
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ python reconstruction.py --bits 6 --range 5.0 --image_dir IMAGENET
 torchrun --nproc_per_node=8 reconstruction.py --bits -1 4 6 8 --image_dir IMAGENET
 
 images -> posterior sample x latent scale -> quantizer -> decoder -> PNG, PSNR, SSIM, FID, IS
+
 A negative number of bits is the continuous VAE, without quantization. Stopped or killed, the same
 command goes on where it was, on any number of processes, and more --bits may join later.
 Letters: N images, C latent channels, K levels.
@@ -28,7 +29,6 @@ from models.tokenizer import Tokenizer
 from models.vae import VAE, Posterior
 from util import dist, metrics, stop
 from util.args import (
-    Parser,
     add_device_flags,
     add_distributed_flags,
     add_loader_flags,
@@ -48,6 +48,7 @@ from util.files import check_writable, sha256
 from util.images import to_uint8
 from util.latent_cache import open_cache
 from util.metrics import Measure, frechet, score, statistics
+from util.parser import Parser
 from util.reconstruction_folder import ReconstructionFolder
 from util.reconstruction_report import tell, write_grid, write_results
 from util.variants import (
@@ -67,23 +68,30 @@ SETTINGS = ("img_size", "posterior", "batch_size")
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     group = parser.add_argument_group("reconstruction")
-    group.add_argument("--image_dir", default="./data/imagenet", help="train/CLASS/ or CLASS/")
-    group.add_argument("--output_dir", default="quantization_results", help="images and results")
+    group.add_argument(
+        "--image_dir", default="./data/imagenet", metavar="FOLDER", help="train/CLASS/ or CLASS/"
+    )
+    group.add_argument(
+        "--output_dir", default="quantization_results", metavar="FOLDER", help="images and results"
+    )
     group.add_argument(
         "--bits",
         type=bit_width_or_continuous,
         nargs="+",
         default=[6],
+        metavar="N",
         help="a latent scalar; negative: not quantized",
     )
     group.add_argument(
         "--range", type=positive_float, default=5.0, help="latents in [-range, range]"
     )
     add_quantizer_flag(group)
-    group.add_argument("--images_per_class", type=positive_int, default=50, help="the first ones")
-    group.add_argument("--batch_size", type=positive_int, default=32, help="a process")
+    group.add_argument(
+        "--images_per_class", type=positive_int, default=50, help="of each class, the first"
+    )
+    group.add_argument("--batch_size", type=positive_int, default=32, help="images a batch")
     group.add_argument(
         "--posterior", choices=("sample", "mode"), default="sample", help="the latent taken"
     )
@@ -91,10 +99,14 @@ def make_parser() -> Parser:
         "--latent_scale",
         type=latent_scale,
         default="auto",
-        help="1 / std; auto: the one of --cached_path, or KL-16's",
+        metavar="X",
+        help="1 / std of the latents; auto: the one of --cached_path, or KL-16's",
     )
     group.add_argument(
-        "--cached_path", default="", help="a cache of main_cache.py's, for scale and levels"
+        "--cached_path",
+        default="",
+        metavar="FOLDER",
+        help="a cache of main_cache.py's, for scale and levels",
     )
     add_vae_flags(parser)
     add_loader_flags(parser)

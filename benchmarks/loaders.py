@@ -23,12 +23,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from util.args import Parser, positive_int
+from util.args import positive_int
 from util.cache_files import FORMATS
 from util.cache_writer import CacheSettings, CacheWriter, list_digest
 from util.data import MicroBatchSampler
 from util.errors import run
 from util.latent_cache import CachedLatents, as_one_batch, open_cache
+from util.parser import Parser
 
 CHANNELS, SIDE = 16, 16  # of the latents of a 256 px image
 IMAGES_A_CLASS = 512
@@ -36,7 +37,7 @@ WARM_UP = 4  # batches, until the worker is there and its queue is full
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--images", type=positive_int, default=4096, help="in each cache")
     parser.add_argument("--batch_size", type=positive_int, default=64, help="samples a batch")
     parser.add_argument("--batches", type=positive_int, default=64, help="timed in one repeat")

@@ -5,6 +5,7 @@ import pytest
 import main_cache
 import main_tokenbridge
 import reconstruction
+from util import doctor, fid_stats
 from util.errors import EXIT_USER_ERROR
 
 PUBLISHED = {
@@ -43,15 +44,40 @@ def test_published_flags_have_the_published_defaults(script):
     assert args["explicit"] == set()
 
 
-@SCRIPTS
-def test_help_explains_every_flag(script, capsys):
-    parser = script.make_parser()
+HELPFUL = pytest.mark.parametrize(
+    "tool", [*PUBLISHED, fid_stats, doctor], ids=lambda tool: tool.__name__
+)
+
+
+def help_of(tool, capsys, monkeypatch) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        parser.parse(["--help"])
+        tool.make_parser().parse(["--help"])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+@HELPFUL
+def test_help_explains_every_flag_in_80_columns(tool, capsys, monkeypatch):
+    text = help_of(tool, capsys, monkeypatch)
+    for action in tool.make_parser()._actions:
+        assert action.option_strings[0] in text and action.help, action
+    choices = [line for line in text.splitlines() if "{" in line]  # argparse does not break them
+    assert max(len(line) for line in text.splitlines() if line not in choices) <= 80
+    assert not any(word in text for word in ("None", "True", "False", "()", "[[", "Letters:"))
+
+
+@HELPFUL
+def test_help_puts_every_flag_into_a_group_with_its_default(tool, capsys, monkeypatch):
+    text = " ".join(help_of(tool, capsys, monkeypatch).split())
+    parser = tool.make_parser()
+    ungrouped = parser._optionals._group_actions
+    assert [action.dest for action in ungrouped] == ["help"]
     for action in parser._actions:
-        assert action.option_strings[0] in text and (action.help or action.choices), action
+        if action.nargs != 0 and action.default not in (None, ""):
+            values = action.default if isinstance(action.default, list) else [action.default]
+            shown = " ".join(map(str, values))
+            assert f"{' '.join(action.help.split())} [{shown}]" in text, action
 
 
 TRAINING = """
@@ -119,3 +145,17 @@ def test_wrong_values_get_one_line(argv, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == EXIT_USER_ERROR
     assert len(lines) == 1 and " error: " in lines[0] and argv[0] in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["--epoch", "3"], "did you mean --epochs?"),
+        (["--batchsize=3"], "did you mean --batch_size?"),
+        (["--output-dir", "x"], "did you mean --output_dir?"),
+    ],
+)
+def test_a_mistyped_flag_gets_the_one_that_was_meant(argv, hint, capsys):
+    with pytest.raises(SystemExit):
+        main_tokenbridge.make_parser().parse(argv)
+    assert hint in capsys.readouterr().err

@@ -1,47 +1,18 @@
-"""Command lines: a parser that answers in one line, and the flag groups that scripts share.
+"""Command lines: types of values, and the flag groups that scripts share.
 
 Names and defaults are those of the published scripts.
 """
 
 import argparse
 import math
-import sys
 
 from models.config import HEAD_INPUTS, PRESETS, QUANTIZERS, TokenBridgeConfig
 from util.device import PRECISIONS
 from util.dist import NO_PROGRESS
-from util.errors import EXIT_USER_ERROR
 from util.extractor import INCEPTION
+from util.parser import Parser
 
 PUBLISHED = TokenBridgeConfig()  # whose values are the published defaults
-
-
-class Parser(argparse.ArgumentParser):
-    """--help shows defaults; a wrong flag gets one line and exit code 2."""
-
-    def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,  # a prefix that works today is ambiguous tomorrow
-        )
-
-    def error(self, message: str):
-        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-
-    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Like parse_args, with `explicit`: the names of the flags that were given."""
-        args = self.parse_args(argv)
-        given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for action in self._actions:
-            if action.option_strings and action.dest != "help":
-                kept = {"nargs": action.nargs} if action.nargs != 0 else {"action": "store_true"}
-                given.add_argument(
-                    *action.option_strings, dest=action.dest, default=argparse.SUPPRESS, **kept
-                )
-        args.explicit = set(vars(given.parse_known_args(argv)[0]))
-        return args
 
 
 def positive_int(text: str) -> int:
@@ -117,14 +88,21 @@ def latent_scale(text: str) -> str | float:
     return text if text == "auto" else positive_float(text)
 
 
-def add_device_flags(parser: Parser) -> None:
+def add_device_flags(parser: Parser):
+    """The group, for further flags."""
     group = parser.add_argument_group("device")
-    group.add_argument("--device", default="cuda", help="cuda, mps or cpu; what is there if absent")
+    group.add_argument(
+        "--device",
+        default="cuda",
+        metavar="NAME",
+        help="cuda, mps or cpu; what the machine has instead is used, and said",
+    )
     group.add_argument("--seed", type=seed, default=1, help="of everything random")
+    return group
 
 
-def add_precision_flag(parser: Parser) -> None:
-    parser.add_argument(
+def add_precision_flag(group) -> None:
+    group.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="auto",
@@ -141,7 +119,7 @@ def add_distributed_flags(parser: Parser) -> None:
         "--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher; not read"
     )
     group.add_argument("--dist_on_itp", action="store_true", help="started by Open MPI")
-    group.add_argument("--dist_url", default="env://", help="where the processes meet")
+    group.add_argument("--dist_url", default="env://", metavar="URL", help="where they meet")
     group.add_argument(
         "--dist_timeout",
         type=positive_float,
@@ -152,9 +130,14 @@ def add_distributed_flags(parser: Parser) -> None:
 
 def add_vae_flags(parser: Parser) -> None:
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--img_size", type=positive_int, default=PUBLISHED.img_size, help="pixels")
     group.add_argument(
-        "--vae_path", default="pretrained_models/vae/kl16.ckpt", help="weights of the VAE"
+        "--img_size", type=positive_int, default=PUBLISHED.img_size, help="pixels, of a side"
+    )
+    group.add_argument(
+        "--vae_path",
+        default="pretrained_models/vae/kl16.ckpt",
+        metavar="PATH",
+        help="weights of the VAE",
     )
     group.add_argument(
         "--vae_embed_dim",
@@ -166,8 +149,10 @@ def add_vae_flags(parser: Parser) -> None:
 
 def add_loader_flags(parser: Parser) -> None:
     group = parser.add_argument_group("loader")
-    group.add_argument("--num_workers", type=non_negative_int, default=10, help="a process")
-    group.add_argument("--pin_mem", action="store_true", default=True, help="page-locked batches")
+    group.add_argument("--num_workers", type=non_negative_int, default=10, help="of each process")
+    group.add_argument(
+        "--pin_mem", action="store_true", default=True, help="page-locked batches (default)"
+    )
     group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="pageable ones")
     group.add_argument(
         "--skip_bad_images", action="store_true", help="count and skip unreadable images"
@@ -177,7 +162,9 @@ def add_loader_flags(parser: Parser) -> None:
 def add_metric_flags(parser: Parser) -> None:
     group = parser.add_argument_group("metrics")
     group.add_argument(
-        "--fid_stats", help="npz with mu and sigma; default: fid_stats/adm_in256_stats.npz if there"
+        "--fid_stats",
+        metavar="FILE",
+        help="npz with mu and sigma; default: fid_stats/adm_in256_stats.npz if there",
     )
     group.add_argument("--no_metrics", action="store_true", help="images only, no FID and IS")
     add_extractor_flags(group)
@@ -187,10 +174,13 @@ def add_extractor_flags(group) -> None:
     group.add_argument(
         "--feature_extractor",
         default=INCEPTION,
+        metavar="NAME",
         help="registered with torch-fidelity, or MODULE:NAME, where MODULE registers NAME",
     )
     group.add_argument(
-        "--inception_weights", help="of the extractor, torch-fidelity's Inception or other; a file"
+        "--inception_weights",
+        metavar="FILE",
+        help="of the extractor, torch-fidelity's Inception or other",
     )
 
 
@@ -232,12 +222,14 @@ def add_model_flags(parser: Parser) -> None:
         "--latent_scale",
         type=latent_scale,
         default="auto",
+        metavar="X",
         help="1 / std of the latents; auto: the cache's, or the published one for KL-16",
     )
     group.add_argument(
         "--channel_order",
         type=channel_order,
         default="auto",
+        metavar="ORDER",
         help="order of the head's channels, as 8,1,10...; auto: the cache's, or the published one",
     )
     group.add_argument(

@@ -14,9 +14,9 @@ from contextlib import nullcontext, redirect_stdout
 
 from main_tokenbridge import make_parser as training_parser
 from util import dist, doctor_checks, stop
-from util.args import Parser
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown
 from util.errors import UserError, run
+from util.parser import Parser
 
 CHECKS: dict[str, Callable[[Patient], Finding | list[Finding]]] = {
     "device": doctor_checks.device,
@@ -39,7 +39,7 @@ WORST = (FAILURE, WARNING, OK)
 
 def make_parser() -> Parser:
     parser = training_parser()
-    parser.description = __doc__.splitlines()[0]
+    parser.description = __doc__
     group = parser.add_argument_group("doctor")
     group.add_argument("--photo", help="a natural photograph; default: those of scikit-learn")
     group.add_argument("--json", action="store_true", help="one JSON object on stdout")

@@ -27,7 +27,7 @@ from models.sampler import CFG_SCHEDULES, evaluation_mode, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
 from util import dist
-from util.args import Parser, non_negative_float, positive_int
+from util.args import non_negative_float, positive_int
 from util.device import Precision
 from util.errors import UserError
 from util.evaluation_folder import EvaluationFolder, plain, read_png
@@ -35,6 +35,7 @@ from util.evaluation_results import finish, tell
 from util.features import FeatureStore
 from util.images import to_uint8
 from util.metrics import Measure
+from util.parser import Parser
 from util.provenance import digest
 
 DECODE_BATCH = 32
@@ -48,18 +49,22 @@ def add_evaluation_flags(parser: Parser) -> None:
     add = group.add_argument
     add("--evaluate", action="store_true", help="generate images, measure them and stop")
     add("--online_eval", action="store_true", help="evaluate while training")
-    add("--eval_freq", type=positive_int, default=40, help="in epochs")
+    add("--eval_freq", type=positive_int, default=40, help="epochs between two, while training")
     add("--eval_bsz", type=positive_int, default=64, help="images a batch")
     add("--num_images", type=positive_int, default=50000, help="in all")
-    add("--num_iter", type=positive_int, nargs="+", default=[256], help="iterations")
+    add("--num_iter", type=positive_int, nargs="+", default=[256], help="iterations an image")
     add("--cfg", type=non_negative_float, nargs="+", default=[1.0], help="guidance; 1 is none")
-    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear")
+    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="of the guidance")
     add("--temperature", type=non_negative_float, nargs="+", default=[1.0], help="0: argmax")
     weights = ("ema", "model")
     add("--eval_weights", choices=weights, default="ema", help="averaged or raw weights")
     add("--keep_images", action="store_true", help="keep the PNG files once they are measured")
     add("--save_npz", action="store_true", help="all images as samples.npz, for ADM's evaluator")
-    add("--fid_reference", help="folder of real images: FID, KID, precision and recall against it")
+    add(
+        "--fid_reference",
+        metavar="FOLDER",
+        help="real images: FID, KID, precision and recall against them",
+    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ python -m util.fid_stats --image_dir IMAGENET/train --output fid_stats/in256.npz
 torchrun --nproc_per_node=8 -m util.fid_stats --image_dir IMAGENET/train
 
 images -> centre crop, as for training -> features -> mu [D], sigma [D, D]
+
 The features are summed up and not kept, so a folder may hold millions of images.
 """
 
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from util import dist
 from util.args import (
-    Parser,
     add_device_flags,
     add_distributed_flags,
     add_extractor_flags,
@@ -27,15 +27,21 @@ from util.errors import UserError, run
 from util.extractor import Extractor, load_extractor
 from util.features import batch_ranges, folder_batches, upsampled
 from util.files import check_writable
+from util.parser import Parser
 from util.reference import list_folder, write_statistics
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     group = parser.add_argument_group("statistics")
     add = group.add_argument
-    add("--image_dir", default="./data/imagenet/train", help="images, in folders or not")
-    add("--output", default="fid_stats/statistics.npz", help="the file to write")
+    add(
+        "--image_dir",
+        default="./data/imagenet/train",
+        metavar="FOLDER",
+        help="images, in folders or not",
+    )
+    add("--output", default="fid_stats/statistics.npz", metavar="FILE", help="to write")
     add("--img_size", type=positive_int, default=256, help="pixels, as of the generated images")
     add("--batch_size", type=positive_int, default=64, help="images a batch")
     add_extractor_flags(group)

@@ -1,0 +1,116 @@
+"""A command line that answers in one line, with a --help that fits 80 columns.
+
+The groups of flags are in util/args.py and util/training_args.py.
+"""
+
+import argparse
+import difflib
+import re
+import sys
+import textwrap
+from collections.abc import Iterable
+
+from util.errors import EXIT_USER_ERROR
+
+COMMANDS = ("python ", "torchrun ")  # how a paragraph of examples begins
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Defaults where there are any, one placeholder a flag, and no wall of flags on top."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Paragraphs are filled anew; of a paragraph of commands, each stays one."""
+        filled = []
+        for paragraph in text.strip().split("\n\n"):
+            commands = paragraph.startswith(COMMANDS)
+            parts = paragraph.splitlines() if commands else [" ".join(paragraph.split())]
+            for part in parts:
+                if commands:
+                    part = re.sub(r"(--\w+) (?!-)", "\\1\0", part)  # a flag stays with its value
+                lines = textwrap.wrap(part, width - len(indent) - 6, break_long_words=False)
+                filled.append((" \\\n    " if commands else "\n").join(lines).replace("\0", " "))
+            filled.append("")
+        return textwrap.indent("\n".join(filled).rstrip(), indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.nargs == 0 or action.default in (None, "", argparse.SUPPRESS):
+            return text  # a switch is off, a flag without a value says so itself
+        default = action.default if isinstance(action.default, list) else [action.default]
+        shown = " ".join(map(str, default)).replace("%", "%%")
+        return f"{text} [{shown}]".strip()
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kind = getattr(action.type, "__name__", "")
+        if "int" in kind or isinstance(action.default, int):
+            return "N"
+        if "float" in kind or isinstance(action.default, float):
+            return "X"
+        return action.dest.upper()
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """As Python 3.13 does: the placeholder once, whatever the number of spellings."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        values = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {values}"
+
+    def _format_usage(self, usage, actions, groups, prefix) -> str:
+        """What must be given; all the rest is below, explained."""
+        if usage is None:
+            actions = list(actions)
+            needed = [a for a in actions if a.required or not a.option_strings]
+            flags = " [flags]" if len(needed) < len(actions) else ""
+            text = super()._format_usage(None, needed, [], prefix)
+            return f"{text.rstrip()}{flags}\n\n"
+        return super()._format_usage(usage, actions, groups, prefix)
+
+
+class Parser(argparse.ArgumentParser):
+    """--help shows defaults; a wrong flag gets one line and exit code 2.
+
+    description: the script's docstring; what it says of letters is for readers of the code.
+    """
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description.partition("\nLetters:")[0],
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,  # a prefix that works today is ambiguous tomorrow
+        )
+
+    def error(self, message: str):
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Like parse_args, with `explicit`: the names of the flags that were given."""
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.error(f"unknown: {' '.join(unknown)}{self._hint(unknown)}")
+        args.explicit = self._given(argv)
+        return args
+
+    def _given(self, argv: list[str] | None) -> set[str]:
+        given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for action in self._actions:
+            if action.option_strings and action.dest != "help":
+                kept = {"nargs": action.nargs} if action.nargs != 0 else {"action": "store_true"}
+                given.add_argument(
+                    *action.option_strings, dest=action.dest, default=argparse.SUPPRESS, **kept
+                )
+        return set(vars(given.parse_known_args(argv)[0]))
+
+    def _hint(self, unknown: list[str]) -> str:
+        """The flag that may have been meant."""
+        flag = next((word.split("=")[0] for word in unknown if word.startswith("--")), None)
+        return did_you_mean(flag, self._option_string_actions) if flag is not None else ""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?", or nothing where no known name is like it."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
