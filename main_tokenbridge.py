@@ -34,6 +34,8 @@ from util.ema import EMA
 from util.errors import run
 from util.evaluation import add_evaluation_flags, eval_settings
 from util.files import check_writable
+from util.flops import training_step
+from util.hardware import Meter, peak_flops
 from util.inputs import Inputs, TrainingData, check_agreement, open_inputs
 from util.latent_cache import as_one_batch
 from util.lock import only_job_in
@@ -114,6 +116,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         total_steps=settings.last_step,
         steps_per_epoch=batches.steps_per_epoch,
         count_skipped=data.count_skipped,
+        meter=Meter(training_step(config).total, device, peak_flops(device, precision)),
         first_step=plan.first_step,
     )
     schedule = LRSchedule(

@@ -65,7 +65,7 @@ def test_forward_of_each_part(model):
 
 
 def test_attention_and_adaln_are_told_apart(model):
-    """By the products' names: batched ones are attention, the head's modulations are its largest."""
+    """Batched products are attention; those inside the modulations are adaLN."""
     values, classes, mask = inputs(model, 11)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.head(*head_inputs(model, 11))
@@ -127,7 +127,7 @@ def test_masked_counts_are_the_frequencies_of_the_draws():
 
 @pytest.mark.parametrize("minimum", [0.0, 0.5, 0.7, 1.0])
 def test_masked_counts_have_the_mean_of_the_truncated_normal(minimum):
-    """Its closed form, mu + sigma (phi(a) - phi(0)) / (Phi(0) - Phi(a)); ceil adds half a position."""
+    """mu + sigma (phi(a) - phi(0)) / (Phi(0) - Phi(a)); rounding up adds half a position."""
     length = 4096
     mean = sum(m * p for m, p in masked_counts(length, minimum)) / length
     a = (minimum - 1) / 0.25

@@ -9,13 +9,18 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from util.device import Precision
+from util.hardware import HARDWARE, Meter, find_hardware, peak_flops, peak_memory, readable
 from util.log import StepResult, TrainingLog
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def new_log(tmp_path) -> Iterator[Callable[..., TrainingLog]]:
     """Makes logs and closes them: TensorBoard's thread must not outlive tmp_path."""
     settings = dict(every=2, images=10, total_steps=6, steps_per_epoch=3, count_skipped=lambda: 0)
+    settings |= dict(meter=Meter(flops=2e9, device=CPU))
     with ExitStack() as stack:
 
         def make(folder: Path, **changes) -> TrainingLog:
@@ -67,6 +72,110 @@ def test_speed_data_wait_and_time_left_follow_the_clock(new_log, tmp_path, monke
     step(log, 1, 1.0, waited=0.5)
     line = capsys.readouterr().out
     assert "5.0 images/s" in line and "data wait 38 %" in line and "left 0:02:00" in line
+
+
+def test_share_of_the_peak_follows_the_clock(new_log, tmp_path, monkeypatch, capsys):
+    """Two steps of 10 images and 2 GFLOP each in 4 s are 10 GFLOP/s, half of it on each of two."""
+    now = iter([0.0, 4.0, 4.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr("util.dist.world_size", lambda: 2)
+    monkeypatch.setattr("util.log.peak_memory", lambda device: 3 * 2**29)
+    log = new_log(tmp_path, meter=Meter(flops=2e9, device=CPU, peak=2e10))
+    for number in (0, 1):
+        step(log, number, 1.0)
+    log.close()
+    found = read(tmp_path)
+    assert found["speed/tflops_per_device"] == [(2, pytest.approx(0.005))]
+    assert found["speed/percent_of_peak"] == [(2, 25.0)]
+    assert found["speed/memory_gib"] == [(2, 1.5)]
+    line = capsys.readouterr().out
+    assert "images/s  5 GFLOP/s (25 %)  1.5 GiB  data wait" in line and line.count("\n") == 1
+
+
+def test_without_a_known_peak_there_is_no_share(new_log, tmp_path, capsys):
+    log = new_log(tmp_path, every=1)
+    step(log, 0, 1.0)
+    log.close()
+    assert "FLOP/s  " in capsys.readouterr().out
+    assert "speed/percent_of_peak" not in read(tmp_path)
+
+
+def test_memory_is_that_of_the_process_with_most(new_log, tmp_path, monkeypatch):
+    monkeypatch.setattr("util.dist.all_reduce_max", lambda tensor: tensor.fill_(2**31))
+    log = new_log(tmp_path, every=1)
+    step(log, 0, 1.0)
+    log.close()
+    assert read(tmp_path)["speed/memory_gib"] == [(1, 2.0)]
+
+
+def test_line_of_a_large_run_fits_a_terminal(new_log, tmp_path, monkeypatch, capsys):
+    now = iter([0.0, 27.0, 27.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    meter = Meter(flops=2.2e11, device=CPU, peak=989e12)
+    sizes = dict(every=20, images=2048, total_steps=250_000, steps_per_epoch=625)
+    log = new_log(tmp_path, meter=meter, **sizes)
+    for number in range(123_440, 123_460):
+        step(log, number, 3.1234)
+    line = capsys.readouterr().out
+    assert "1517 images/s  334 TFLOP/s (34 %)" in line and "left 47 h" in line
+    assert len(line) <= 140
+
+
+def test_a_process_knows_its_peak_memory():
+    """At least the interpreter and torch; in bytes, so neither too little nor absurdly much."""
+    held = torch.ones(2**24)
+    assert held.nbytes < peak_memory(CPU) < 2**37
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100-PCIe"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("Tesla V100-SXM2-32GB", "V100"),
+    ],
+)
+def test_devices_are_known_by_the_names_that_torch_gives(name, key):
+    assert find_hardware(name) is HARDWARE[key]
+    assert sum(find_hardware(name) is hardware for hardware in HARDWARE.values()) == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA GH200 480GB",
+        "NVIDIA GB200",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce GTX 1080",
+        "AMD Instinct MI300X",
+    ],
+)
+def test_relatives_and_slices_have_no_known_peak(name):
+    assert find_hardware(name) is None
+
+
+def test_peaks_are_those_of_the_precision(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100-SXM2-16GB")
+    found = {
+        name: peak_flops(torch.device("cuda"), Precision(name, None))
+        for name in ("bf16", "fp16", "fp32")
+    }
+    assert found == {"bf16": None, "fp16": 125e12, "fp32": 15.7e12}
+    assert peak_flops(CPU, Precision("fp32", None)) is None
+
+
+def test_figures_are_readable():
+    assert readable(3.974e14, "FLOP/s") == "397 TFLOP/s"
+    assert readable(0.0, "B") == "0 B" and readable(999.6, "B") == "1 KB"
+    assert readable(1.5e20, "FLOP") == "150 EFLOP"
 
 
 def test_nothing_is_read_from_the_device_between(new_log, tmp_path, monkeypatch):

@@ -310,6 +310,7 @@ def test_log_holds_all_figures(inputs, tmp_path, capsys):
     assert set(found) == {
         *("train/loss", "train/lr", "train/grad_norm"),
         *("speed/images_per_second", "speed/data_wait_percent"),
+        *("speed/tflops_per_device", "speed/memory_gib"),
     }
     assert [step for step, _ in found["train/loss"]] == [1, 2, 3, 4, 5, 6]
     lr = 1e-2 * 8 / 256

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from util import dist
+from util.hardware import Meter, peak_memory, readable
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class TrainingLog:
     """images: samples of one global step. total_steps, steps_per_epoch: of the whole run.
 
     count_skipped: how many unreadable images this process has passed over so far.
+    meter: what an image costs, and the device.
     first_step: what TensorBoard knows of later steps is of a run that was killed, and is hidden.
     """
 
@@ -46,11 +48,12 @@ class TrainingLog:
         total_steps: int,
         steps_per_epoch: int,
         count_skipped: Callable[[], int],
+        meter: Meter,
         first_step: int = 0,
     ):
         self.every, self.images = every, images
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.count_skipped = count_skipped
+        self.count_skipped, self.meter = count_skipped, meter
         self.folder, self.first_step = folder, first_step
         self.restart()
 
@@ -91,6 +94,8 @@ class TrainingLog:
         extra = self.sums.new_tensor([self.waited, self.count_skipped()])
         sums = dist.all_reduce_sum(torch.cat([self.sums, extra]))
         loss, grad_norm, taken, waited, unreadable = sums.tolist()
+        memory = self.sums.new_tensor([peak_memory(self.meter.device)])
+        memory = dist.all_reduce_max(memory).item()
         elapsed = time.perf_counter() - self.started
         processes = dist.world_size()
         taken /= processes  # the same steps on all processes
@@ -99,6 +104,7 @@ class TrainingLog:
             "speed/images_per_second": self.images * self.steps / elapsed,
             "speed/data_wait_percent": 100 * waited / processes / elapsed,
         }
+        scalars |= self.meter.figures(scalars["speed/images_per_second"], processes, memory)
         if taken:
             scalars["train/loss"] = loss / taken
             scalars["train/grad_norm"] = grad_norm / taken / processes
@@ -115,13 +121,19 @@ class TrainingLog:
 
     def _line(self, step: int, scalars: dict[str, float], seconds_per_step: float) -> str:
         done = step + 1
-        left = timedelta(seconds=round((self.total_steps - done) * seconds_per_step))
+        seconds = round((self.total_steps - done) * seconds_per_step)
+        left = timedelta(seconds=seconds) if seconds < 86400 else f"{seconds / 3600:.0f} h"
+        work = readable(scalars["speed/tflops_per_device"] * 1e12, "FLOP/s")
+        if "speed/percent_of_peak" in scalars:
+            work += f" ({scalars['speed/percent_of_peak']:.0f} %)"
+        speed = scalars["speed/images_per_second"]
         notes = {"train/skipped_steps": "skipped steps", "data/skipped_images": "skipped images"}
         return (
             f"epoch {done / self.steps_per_epoch:.2f}  step {done}/{self.total_steps}  "
             f"loss {scalars.get('train/loss', math.nan):.4f}  lr {scalars['train/lr']:.2e}  "
             f"grad {scalars.get('train/grad_norm', math.nan):.2f}  "
-            f"{scalars['speed/images_per_second']:.1f} images/s  "
+            f"{speed:.{0 if speed >= 100 else 1}f} images/s  {work}  "
+            f"{scalars['speed/memory_gib']:.1f} GiB  "
             f"data wait {scalars['speed/data_wait_percent']:.0f} %  left {left}"
             + "".join(f"  {text} {scalars[n]:.0f}" for n, text in notes.items() if n in scalars)
         )
