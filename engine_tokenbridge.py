@@ -113,6 +113,7 @@ def train_step(
     mine = range(dist.rank(), schedule.micro_batches, dist.world_size())
     loss, waited = torch.zeros((), device=run.device), 0.0
     finite = torch.ones((), dtype=torch.bool, device=run.device)
+    grad_scale = run.scaler.scale(torch.full((), 1 / schedule.micro_batches, device=run.device))
     to_latents = run.tokenizer.from_moments if settings.cached else run.tokenizer.encode
     for j in mine:
         dist.beat(f"step {step + 1}: waiting for data")
@@ -124,7 +125,8 @@ def train_step(
         latents = to_latents(batch)
         with dist.keep_gradients_local(wrapped, active=j != mine[-1]):
             with run.precision.autocast(run.device):
-                micro_loss = wrapped(latents, labels) / schedule.micro_batches
+                loss_of_batch = wrapped(latents, labels, grad_scale=grad_scale)
+                micro_loss = loss_of_batch / schedule.micro_batches
             dist.beat(f"step {step + 1}: backward")
             run.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()

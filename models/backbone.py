@@ -2,7 +2,8 @@
 
 The encoder sees the class slots and the visible tokens only; the decoder sees mask tokens in
 place of the others.
-Letters: B batch, L positions, V visible, S class slots (`buffer_size`), D width, C token scalars.
+Letters: B batch, L positions, V visible, n wanted, S class slots (`buffer_size`), D width,
+C token scalars.
 Source: MAR, arXiv 2406.11838; arXiv 2503.16430.
 """
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import TokenBridgeConfig
-from models.layers import LayerNorm, call, init_linear, learned, vit_block
+from models.layers import Block, LayerNorm, call, init_linear, learned, take
 from models.masking import Mask
 
 
@@ -33,13 +34,13 @@ class Backbone(nn.Module):
         self.z_proj = nn.Linear(config.token_dim, width)
         self.z_proj_ln = LayerNorm(width)
         self.encoder_blocks = nn.ModuleList(
-            vit_block(width, config.encoder_num_heads, config.mlp_ratio, *dropout)
+            Block(width, config.encoder_num_heads, config.mlp_ratio, *dropout)
             for _ in range(config.encoder_depth)
         )
         self.encoder_norm = LayerNorm(width)
         self.decoder_embed = nn.Linear(width, out_width)
         self.decoder_blocks = nn.ModuleList(
-            vit_block(out_width, config.decoder_num_heads, config.mlp_ratio, *dropout)
+            Block(out_width, config.decoder_num_heads, config.mlp_ratio, *dropout)
             for _ in range(config.decoder_depth)
         )
         self.decoder_norm = LayerNorm(out_width)
@@ -74,24 +75,25 @@ class Backbone(nn.Module):
             x = call(block, x, recompute=self.grad_checkpointing)
         return self.encoder_norm(x)
 
-    def decode(self, encoded: Tensor, mask: Mask) -> Tensor:
-        """encoded: [B, S + V, D] -> z [B, L, D], the condition of every position."""
+    def decode(self, encoded: Tensor, mask: Mask, positions: Tensor) -> Tensor:
+        """encoded: [B, S + V, D] -> z [B, n, D], the conditions of the positions [B, n].
+
+        The last block computes those alone: nobody reads the others.
+        """
         x = self.decoder_embed(encoded)
         slots, visible = x.split([self.num_slots, mask.visible.shape[1]], dim=1)
         length = self.output_pos_embed.shape[1]
         x = self.mask_token.to(x.dtype).expand(x.shape[0], length, -1)
         x = x.scatter(1, mask.visible[..., None].expand_as(visible), visible)
         x = torch.cat([slots, x], dim=1) + self.decoder_pos_embed_learned  # [B, S+L, D]
-        for block in self.decoder_blocks:
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
             x = call(block, x, recompute=self.grad_checkpointing)
-        x = self.decoder_norm(x)[:, self.num_slots :]
-        return x + self.output_pos_embed
+        x = call(last, x, positions + self.num_slots, recompute=self.grad_checkpointing)
+        return self.decoder_norm(x) + self.output_pos_embed[0, positions]
 
-    def forward(self, values: Tensor, class_embedding: Tensor, mask: Mask) -> Tensor:
-        """values: [B, L, C], class_embedding: [B, D] -> z [B, L, D]."""
-        return self.decode(self.encode(values, class_embedding, mask), mask)
-
-
-def take(x: Tensor, positions: Tensor) -> Tensor:
-    """x: [B, L, D], positions: [B, V] -> [B, V, D]: those positions of each row."""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+    def forward(
+        self, values: Tensor, class_embedding: Tensor, mask: Mask, positions: Tensor
+    ) -> Tensor:
+        """values: [B, L, C], class_embedding: [B, D] -> z of the positions [B, n]: [B, n, D]."""
+        return self.decode(self.encode(values, class_embedding, mask), mask, positions)

@@ -8,15 +8,36 @@ Letters: M positions, T channels of a token (C*p*p), K levels, D width.
 Source: arXiv 2503.16430, dimension-wise autoregressive prediction.
 """
 
+import math
+from collections.abc import Generator
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from models.chunks import chunked_loss, cross_entropies
 from models.config import HEAD_INPUTS
-from models.layers import AdaLNBlock, FinalNorm, KVCache, LayerNorm, call, init_linear, learned
+from models.layers import (
+    AdaLNBlock,
+    FinalNorm,
+    KVCache,
+    LayerNorm,
+    call,
+    init_linear,
+    joined_modulations,
+    learned,
+)
+
+# Rows (positions x channels) that the head works on at once: enough to keep the device busy.
+CHUNK_ROWS = {"cpu": 4096}
+CHUNK_ROWS_ELSEWHERE = 16384
 
 
 class ChannelHead(nn.Module):
-    """cond_dim: width of the condition z. levels: K. order: a permutation of the T channels."""
+    """cond_dim: width of the condition z. levels: K. order: a permutation of the T channels.
+
+    chunk: positions worked on at once; None is chosen by the device, 0 is all of them.
+    """
 
     order: Tensor
     inverse_order: Tensor
@@ -33,6 +54,8 @@ class ChannelHead(nn.Module):
     ):
         super().__init__()
         self.grad_checkpointing = False
+        self.chunk: int | None = None
+        self.levels = levels
         channels = len(order)
         self.channel_embed = learned(1, channels, width)
         self.timesteps_embeddings = learned(1, channels, width)
@@ -62,15 +85,55 @@ class ChannelHead(nn.Module):
         the indices of channels before it in `order`.
         Returns [M, T, K], natural order.
         """
-        cond = self.condition_proj(z)  # [M, D]
         indices = indices[:, self.order]
-        x = torch.stack([self._token(cond, indices, i) for i in range(len(self.order))], dim=1)
-        c = cond[:, None] + self.timesteps_embeddings  # [M, T, D]
-        for block in self.channel_blocks:
-            x = call(block, x, c, recompute=self.grad_checkpointing)
-        x = self.channel_final(self.channel_norm(x), c)
-        logits = torch.stack([head(x[:, i]) for i, head in enumerate(self.channel_heads)], dim=1)
-        return logits[:, self.inverse_order]
+        cond = self.condition_proj(z)  # [M, D]
+        *modulations, final = self._modulations(cond[:, None] + self.timesteps_embeddings)
+        x = self._tokens(cond, indices)
+        for block, modulation in zip(self.channel_blocks, modulations, strict=True):
+            x = call(block, x, modulation, recompute=self.grad_checkpointing)
+        x = self.channel_final(self.channel_norm(x), final)
+        weight = torch.stack([head.weight for head in self.channel_heads])  # [T, K, D]
+        bias = torch.stack([head.bias for head in self.channel_heads])
+        logits = torch.baddbmm(bias[:, None], x.transpose(0, 1), weight.transpose(1, 2))
+        return logits[self.inverse_order].transpose(0, 1)
+
+    def losses(self, z: Tensor, indices: Tensor) -> Tensor:
+        """Cross-entropy, in nats, of every index: [M, T], natural order.
+
+        z: [M, cond_dim]. indices: [M, T] int64, natural order.
+        With gradients it keeps all that backward needs of all positions; `loss` does not.
+        """
+        parts = zip(*(x.tensor_split(self._pieces(z)) for x in (z, indices)), strict=True)
+        return torch.cat([cross_entropies(self(*part), part[1]) for part in parts])
+
+    def loss(self, z: Tensor, indices: Tensor, grad_scale: Tensor | float = 1.0) -> Tensor:
+        """The mean of `losses`, of which gradients can be taken.
+
+        Works through the positions in chunks, each forward and backward at once, so that its
+        memory does not grow with their number: see `models.chunks`, also for grad_scale.
+        """
+        return chunked_loss(self, z, indices, self._pieces(z), grad_scale)
+
+    def _pieces(self, z: Tensor) -> int:
+        """The number of chunks to work in."""
+        chunk = self.chunk
+        if chunk is None:
+            rows = CHUNK_ROWS.get(z.device.type, CHUNK_ROWS_ELSEWHERE)
+            chunk = max(1, rows // len(self.order))
+        return max(1, math.ceil(len(z) / chunk)) if chunk else 1
+
+    def _tokens(self, cond: Tensor, indices: Tensor) -> Tensor:
+        """The inputs of all channels [M, T, D], in head order, given the indices [M, T]."""
+        inputs = [cond[:, None]]
+        if len(self.token_embeddings) > 0:
+            table = torch.cat([embedding.weight for embedding in self.token_embeddings])
+            places = torch.arange(len(self.token_embeddings), device=cond.device) * self.levels
+            inputs.append(F.embedding(indices[:, :-1] + places, table))  # [M, T - 1, D]
+        return torch.cat(inputs, dim=1) + self.channel_embed
+
+    def _modulations(self, c: Tensor) -> tuple[Tensor, ...]:
+        """c: [..., D] -> those of every block, [..., 6 D], and of the final norm, [..., 2 D]."""
+        return joined_modulations(c, [*self.channel_blocks, self.channel_final])
 
     @torch.no_grad()
     def sample(
@@ -86,32 +149,40 @@ class ChannelHead(nn.Module):
         """
         if head_input not in HEAD_INPUTS:
             raise ValueError(f"head_input {head_input!r} is not one of {HEAD_INPUTS}")
-        cond = self.condition_proj(z)
+        parts = zip(*(x.tensor_split(self._pieces(z)) for x in (z, uniforms)), strict=True)
+        return torch.cat([self._sample(*part, temperature, head_input) for part in parts])
+
+    def _sample(self, z: Tensor, uniforms: Tensor, temperature: float, head_input: str) -> Tensor:
         uniforms = uniforms[:, self.order]
-        caches = [KVCache(len(self.order)) for _ in self.channel_blocks]
-        indices = torch.empty(uniforms.shape, dtype=torch.int64, device=z.device)
+        steps = self.steps(z, head_input)
+        logits = next(steps)
+        indices = []
         for i in range(len(self.order)):
-            logits = self.step(i, cond, indices, caches, head_input)
-            indices[:, i] = inverse_cdf(logits, uniforms[:, i], temperature)
-        return indices[:, self.inverse_order]
+            indices.append(inverse_cdf(logits, uniforms[:, i], temperature))
+            if i + 1 < len(self.order):
+                logits = steps.send(indices[i])
+        return torch.stack(indices, dim=1)[:, self.inverse_order]
 
-    def step(
-        self, i: int, cond: Tensor, indices: Tensor, caches: list[KVCache], head_input: str
-    ) -> Tensor:
-        """Logits [M, K] of the i-th channel in head order, given indices[:, :i] in head order."""
-        c = (cond + self.timesteps_embeddings[:, i])[:, None]  # [M, 1, D]
-        x = self._token(cond, indices, i)[:, None]
-        if i == 0 and head_input == "published":
-            x = x + self.timesteps_embeddings[:, :1]
-        for block, cache in zip(self.channel_blocks, caches, strict=True):
-            x = block(x, c, cache)
-        x = self.channel_final(self.channel_norm(x), c)
-        return self.channel_heads[i](x[:, 0])
+    def steps(self, z: Tensor, head_input: str) -> Generator[Tensor, Tensor, None]:
+        """Yields the logits [M, K] of one channel after the other, in head order.
 
-    def _token(self, cond: Tensor, indices: Tensor, i: int) -> Tensor:
-        """The i-th input [M, D], in head order: the condition, or the previous channel's index."""
-        token = cond if i == 0 else self.token_embeddings[i - 1](indices[:, i - 1])
-        return token + self.channel_embed[:, i]
+        Each is sent the indices [M] drawn for the one before. No prefix is computed twice, and
+        the modulations, which know no index, are one product for all channels.
+        """
+        cond = self.condition_proj(z)
+        c = cond + self.timesteps_embeddings[0, :, None]  # [T, M, D]
+        modulations = self._modulations(c)
+        like = modulations[-1][0, :, : cond.shape[1]]
+        caches = [KVCache(like, block.attn.heads, len(self.order)) for block in self.channel_blocks]
+        token = c[0] if head_input == "published" else cond
+        for i, head in enumerate(self.channel_heads):
+            x = (token + self.channel_embed[:, i])[:, None]  # [M, 1, D]
+            *blocks, final = (part[i][:, None] for part in modulations)
+            for block, modulation, cache in zip(self.channel_blocks, blocks, caches, strict=True):
+                x = block(x, modulation, cache.at(i))
+            drawn = yield head(self.channel_final(self.channel_norm(x), final)[:, 0])
+            if i + 1 < len(self.order):
+                token = self.token_embeddings[i](drawn)
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:

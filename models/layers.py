@@ -1,7 +1,7 @@
-"""Transformer blocks: the backbone's (timm's ViT block) and the channel head's (adaLN-zero).
+"""Transformer blocks: the backbone's (pre-norm ViT) and the channel head's (adaLN-zero).
 
-Letters: N sequences, T positions, D width, H heads, d = D / H.
-Source: DiT, arXiv 2212.09748 (adaLN-zero); MAR, arXiv 2406.11838 (backbone).
+Letters: N sequences, T positions, R of them wanted, D width, H heads, d = D / H.
+Source: ViT, arXiv 2010.11929; MAR, arXiv 2406.11838 (backbone); DiT, arXiv 2212.09748 (adaLN-zero).
 """
 
 from collections.abc import Callable
@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from timm.layers import Mlp
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -17,17 +16,9 @@ from torch.utils.checkpoint import checkpoint
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
-def vit_block(width: int, heads: int, mlp_ratio: float, attn_drop: float, proj_drop: float):
-    """timm's pre-norm block, [N, T, D] -> [N, T, D]."""
-    return Block(
-        width,
-        heads,
-        mlp_ratio=mlp_ratio,
-        qkv_bias=True,
-        norm_layer=LayerNorm,
-        attn_drop=attn_drop,
-        proj_drop=proj_drop,
-    )
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """x: [N, T, D], positions: [N, R] -> [N, R, D]: those positions of each sequence."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def call(block: Callable, *args, recompute: bool) -> Tensor:
@@ -65,22 +56,75 @@ def modulation(width: int, chunks: int) -> nn.Sequential:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, in buffers allocated once: [N, H, T, d]."""
+    """Keys and values of up to T positions [N, H, T, d], of which those so far are seen.
 
-    def __init__(self, length: int):
-        self.length, self.filled = length, 0
-        self.keys = self.values = None
+    The place of the next one is a tensor and no shape changes from one to the next, so that a
+    compiled step is the same graph for all.
+    """
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v: [N, H, 1, d] of the next position -> all so far, [N, H, t, d]."""
-        if self.keys is None:
-            n, heads, _, d = k.shape
-            self.keys = k.new_empty(n, heads, self.length, d)
-            self.values = v.new_empty(n, heads, self.length, d)
-        self.keys[:, :, self.filled] = k[:, :, 0]
-        self.values[:, :, self.filled] = v[:, :, 0]
-        self.filled += 1
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+    def __init__(self, like: Tensor, heads: int, length: int):
+        """like: [N, D], of the dtype and on the device that keys and values will have."""
+        n, width = like.shape
+        self.keys = like.new_zeros(n, heads, length, width // heads)
+        self.values = torch.zeros_like(self.keys)
+        self.places = torch.arange(length, device=like.device)
+
+    def at(self, i: int) -> "Past":
+        """The place of position i: what a step at that position is given."""
+        return self.keys, self.values, self.places[i : i + 1], self.places <= i
+
+
+# Keys and values [N, H, T, d], the next position [1], and which ones are seen then [T].
+Past = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of the backbone: every position sees all."""
+
+    def __init__(self, width: int, heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
+        super().__init__()
+        self.heads, self.attn_drop = heads, attn_drop
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """x: [N, T, D] -> [N, T, D], or, with wanted [N, R], only those positions [N, R, D]."""
+        if wanted is None:
+            q, k, v = split_heads(self.qkv(x), 3, self.heads)
+        else:
+            width = x.shape[-1]
+            weights = self.qkv.weight.split([width, 2 * width])
+            biases = self.qkv.bias.split([width, 2 * width])
+            (q,) = split_heads(F.linear(take(x, wanted), weights[0], biases[0]), 1, self.heads)
+            k, v = split_heads(F.linear(x, weights[1], biases[1]), 2, self.heads)
+        dropout = self.attn_drop if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
+    """[N, T, parts * D] -> [parts, N, H, T, d]."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+class Block(nn.Module):
+    """The backbone's pre-norm block."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, attn_drop: float, proj_drop: float
+    ):
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attn = Attention(width, heads, attn_drop, proj_drop)
+        self.norm2 = LayerNorm(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio), drop=proj_drop)
+
+    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """x: [N, T, D] -> [N, T, D], or, with wanted [N, R], only those positions [N, R, D]."""
+        attended = self.attn(self.norm1(x), wanted)
+        x = (x if wanted is None else take(x, wanted)) + attended
+        return x + self.mlp(self.norm2(x))
 
 
 class CausalAttention(nn.Module):
@@ -94,20 +138,28 @@ class CausalAttention(nn.Module):
         self.k_norm = LayerNorm(width // heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x: [N, T, D]; with a cache T = 1, the position after those the cache holds."""
-        n, t, d = x.shape
-        qkv = self.qkv(x).reshape(n, t, 3, self.heads, d // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x [N, H, T, d]
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        """x: [N, T, D]; with a past T = 1, the position that follows."""
+        q, k, v = split_heads(self.qkv(x), 3, self.heads)  # [N, H, T, d] each
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if cache is not None:
-            k, v = cache.append(k, v)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
-        return self.proj(out.transpose(1, 2).reshape(n, t, d))
+        if past is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            keys, values, place, seen = past
+            keys.index_copy_(2, place, k)
+            values.index_copy_(2, place, v)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[None])
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class AdaLNBlock(nn.Module):
-    """Causal attention and MLP, each shifted, scaled and gated by the condition."""
+    """Causal attention and MLP, each shifted, scaled and gated by a modulation.
+
+    The modulation is this block's `adaLN_modulation` of the condition; whoever calls computes it,
+    for all blocks in one product (see `joined_modulations`).
+    """
+
+    chunks = 6
 
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -115,24 +167,35 @@ class AdaLNBlock(nn.Module):
         self.attn = CausalAttention(width, heads)
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.adaLN_modulation = modulation(width, 6)
+        self.adaLN_modulation = modulation(width, self.chunks)
 
-    def forward(self, x: Tensor, c: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x, c: [N, T, D] -> [N, T, D]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), cache)
+    def forward(self, x: Tensor, modulations: Tensor, past: Past | None = None) -> Tensor:
+        """x: [N, T, D], modulations: [N, T, 6 D] -> [N, T, D]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations.chunk(self.chunks, dim=-1)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), past)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalNorm(nn.Module):
-    """A norm without weights of its own, modulated by the condition; chunks scale, then shift."""
+    """A norm without weights of its own, modulated; chunks scale, then shift."""
+
+    chunks = 2
 
     def __init__(self, width: int):
         super().__init__()
         self.norm_final = LayerNorm(width, elementwise_affine=False)
-        self.adaLN_modulation = modulation(width, 2)
+        self.adaLN_modulation = modulation(width, self.chunks)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x, c: [N, T, D] -> [N, T, D]."""
-        scale, shift = self.adaLN_modulation(c).chunk(2, dim=-1)
+    def forward(self, x: Tensor, modulations: Tensor) -> Tensor:
+        """x: [N, T, D], modulations: [N, T, 2 D] -> [N, T, D]."""
+        scale, shift = modulations.chunk(self.chunks, dim=-1)
         return modulate(self.norm_final(x), shift, scale)
+
+
+def joined_modulations(c: Tensor, parts: list[AdaLNBlock | FinalNorm]) -> tuple[Tensor, ...]:
+    """The modulations of all parts from the condition c [..., D], as one product."""
+    linears = [part.adaLN_modulation[1] for part in parts]
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = torch.cat([linear.bias for linear in linears])
+    joined = F.linear(F.silu(c), weight, bias)
+    return joined.split([linear.out_features for linear in linears], dim=-1)

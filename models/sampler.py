@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.backbone import take
+from models.layers import take
 from models.masking import Mask, mask_schedule
 from models.patchify import unpatchify
 from models.tokenbridge import TokenBridge
@@ -85,9 +85,10 @@ def sample_latents(
                 continue
             positions = orders[:, after:before]  # [B, n], uncovered in this iteration
             scale = guidance_scale(cfg, cfg_schedule, config.seq_len, m)
-            z = _conditions(model, values, labels, Mask.from_orders(orders, before), scale)
+            mask = Mask.from_orders(orders, before)
+            z = _conditions(model, values, labels, mask, positions, scale)
             indices = model.head.sample(
-                take(z, positions).flatten(0, 1),
+                z.flatten(0, 1),
                 take(uniforms, positions).flatten(0, 1),
                 temperature,
                 head_input or config.head_input,
@@ -98,15 +99,23 @@ def sample_latents(
 
 
 def _conditions(
-    model: TokenBridge, values: Tensor, labels: Tensor | None, mask: Mask, scale: float
+    model: TokenBridge,
+    values: Tensor,
+    labels: Tensor | None,
+    mask: Mask,
+    positions: Tensor,
+    scale: float,
 ) -> Tensor:
-    """z [B, L, D]; with guidance, both halves in one pass: z_uncond + g (z_cond - z_uncond)."""
+    """z of the positions [B, n], [B, n, D]; with guidance, both halves in one pass:
+
+    z_uncond + g (z_cond - z_uncond).
+    """
     batch, backbone = len(values), model.backbone
     if labels is None or scale == 1:
-        return backbone(values, backbone.class_embedding(labels, batch), mask)
+        return backbone(values, backbone.class_embedding(labels, batch), mask, positions)
     classes = [backbone.class_embedding(choice, batch) for choice in (labels, None)]
     doubled = Mask(mask.masked.repeat(2, 1), mask.visible.repeat(2, 1))
-    z = backbone(values.repeat(2, 1, 1), torch.cat(classes), doubled)
+    z = backbone(values.repeat(2, 1, 1), torch.cat(classes), doubled, positions.repeat(2, 1))
     cond, uncond = z.chunk(2)
     return uncond + scale * (cond - uncond)
 

@@ -11,11 +11,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from models.backbone import Backbone, take
+from models.backbone import Backbone
 from models.channel_head import ChannelHead
 from models.config import PRESETS, TokenBridgeConfig, preset
+from models.layers import take
 from models.masking import Mask, training_mask
 from models.patchify import patchify
 from models.quantizer import build_quantizer
@@ -26,9 +26,13 @@ class TokenBridge(nn.Module):
     """Keyword arguments: the fields of `TokenBridgeConfig`.
 
     grad_checkpointing: recompute the blocks of encoder, decoder and channel head in backward.
+    head_chunk: masked positions that the head works on at once; None is chosen by the device, 0
+    is all of them.
     """
 
-    def __init__(self, *, grad_checkpointing: bool = False, **kwargs):
+    def __init__(
+        self, *, grad_checkpointing: bool = False, head_chunk: int | None = None, **kwargs
+    ):
         super().__init__()
         self.config = config = TokenBridgeConfig(**kwargs)
         self.backbone = Backbone(config)
@@ -49,28 +53,55 @@ class TokenBridge(nn.Module):
             config.vae_embed_dim,
         )
         self.backbone.grad_checkpointing = self.head.grad_checkpointing = grad_checkpointing
+        self.head.chunk = head_chunk
 
-    def forward(self, latents: Tensor, labels: Tensor | None, mask: Tensor | None = None) -> Tensor:
+    def compile_blocks(self) -> None:
+        """Compile every block by itself; blocks of a kind share their graphs.
+
+        Sizes are symbolic, so that the number of graphs does not depend on how many positions
+        are masked, nor on the number of blocks, iterations or channels.
+        """
+        parts = (self.backbone.encoder_blocks, self.backbone.decoder_blocks)
+        for block in (*parts[0], *parts[1], *self.head.channel_blocks):
+            block.compile(dynamic=True)
+
+    def forward(
+        self,
+        latents: Tensor,
+        labels: Tensor | None,
+        mask: Tensor | None = None,
+        grad_scale: Tensor | float = 1.0,
+    ) -> Tensor:
         """Mean cross-entropy, in nats, over all masked positions and channels.
 
         latents: [B, C, H, W] scaled. labels: [B] int64, or None for no class.
         mask: [B, L], true where masked, the same number in each row; drawn if None.
+        grad_scale: what backward will multiply the loss by (see `models.chunks`).
         Raises ValueError on other shapes.
         """
-        logits, targets = self._predict(self._tokens(latents), labels, self._mask(latents, mask))
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        return self.head.loss(*self._predicted(latents, labels, mask), grad_scale)
 
     def channel_losses(
         self, latents: Tensor, labels: Tensor | None, mask: Tensor | None = None
     ) -> Tensor:
         """The same for each channel on its own, [C] in natural order; their mean is the loss."""
-        logits, targets = self._predict(self._tokens(latents), labels, self._mask(latents, mask))
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        return losses.unflatten(0, targets.shape).mean(dim=0)
+        return self.head.losses(*self._predicted(latents, labels, mask)).mean(dim=0)
 
     def logits(self, latents: Tensor, labels: Tensor | None, mask: Tensor) -> Tensor:
         """Teacher-forced logits of the masked positions, row by row: [M, C, K], natural order."""
-        return self._predict(self._tokens(latents), labels, Mask.from_bool(mask))[0]
+        return self.head(*self._predicted(latents, labels, mask))
+
+    def _predicted(
+        self, latents: Tensor, labels: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """z [M, D] and indices [M, C] of the masked positions."""
+        tokens = self._tokens(latents)
+        drawn = self._mask(latents, mask)
+        indices = self.quantizer.encode(tokens)
+        values = self.quantizer.decode(indices)
+        classes = self.backbone.class_embedding(labels, len(tokens))
+        z = self.backbone(values, classes, drawn, drawn.masked)
+        return z.flatten(0, 1), take(indices, drawn.masked).flatten(0, 1)
 
     def _mask(self, latents: Tensor, mask: Tensor | None) -> Mask:
         if mask is not None:
@@ -87,15 +118,6 @@ class TokenBridge(nn.Module):
                 f"{self.config.img_size} and vae_stride {self.config.vae_stride}"
             )
         return patchify(latents, self.config.patch_size)
-
-    def _predict(self, tokens: Tensor, labels: Tensor | None, mask: Mask) -> tuple[Tensor, Tensor]:
-        """tokens: [B, L, C] -> logits [M, C, K] and indices [M, C] of the masked positions."""
-        indices = self.quantizer.encode(tokens)
-        values = self.quantizer.decode(indices)
-        classes = self.backbone.class_embedding(labels, len(tokens))
-        z = self.backbone(values, classes, mask)
-        targets = take(indices, mask.masked).flatten(0, 1)
-        return self.head(take(z, mask.masked).flatten(0, 1), targets), targets
 
     def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) in the published names and order."""

@@ -1,10 +1,13 @@
 """The channel head: causality, the cache against recomputation, and its draws."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 
 from models.channel_head import ChannelHead, inverse_cdf
-from models.layers import KVCache
 from tests.conftest import tiny_model
 
 ORDER = (3, 0, 5, 1, 4, 2)
@@ -27,24 +30,115 @@ def test_no_channel_sees_itself_or_a_later_one(head):
         assert differs[list(ORDER[place + 1 :])].all()
 
 
+def stepwise(head: ChannelHead, z: torch.Tensor, indices: torch.Tensor, head_input="trained"):
+    """Logits [M, T, K], head order, of the generator that is sent the indices [M, T]."""
+    steps, ordered = head.steps(z, head_input), indices[:, head.order]
+    logits = [next(steps)]
+    logits += [steps.send(ordered[:, i]) for i in range(indices.shape[1] - 1)]
+    return torch.stack(logits, dim=1)
+
+
 def test_cached_steps_equal_the_teacher_forced_logits(head):
     z, indices = torch.randn(7, 16), torch.randint(0, 8, (7, 6))
-    caches = [KVCache(6) for _ in head.channel_blocks]
-    cond, ordered = head.condition_proj(z), indices[:, head.order]
-    steps = [head.step(i, cond, ordered, caches, "trained") for i in range(6)]
     expected = head(z, indices)[:, head.order]
-    assert torch.allclose(torch.stack(steps, dim=1), expected, atol=1e-5)
+    assert torch.allclose(stepwise(head, z, indices), expected, atol=1e-5)
 
 
 def test_the_published_input_adds_the_first_timestep_embedding(head):
     """Feeding the sum by hand through the trained path gives the published first step."""
-    z = torch.randn(4, 16)
-    cond = head.condition_proj(z)
-    published = head.step(0, cond, None, [KVCache(6) for _ in head.channel_blocks], "published")
+    z, indices = torch.randn(4, 16), torch.randint(0, 8, (4, 6))
+    published = stepwise(head, z, indices, "published")[:, 0]
     with torch.no_grad():
         head.channel_embed[:, 0] += head.timesteps_embeddings[:, 0]
-    by_hand = head.step(0, cond, None, [KVCache(6) for _ in head.channel_blocks], "trained")
+    by_hand = stepwise(head, z, indices)[:, 0]
     assert torch.allclose(published, by_hand, atol=1e-6)
+
+
+def plain_loss(head: ChannelHead, z: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(head(z, indices).flatten(0, 1), indices.flatten())
+
+
+@pytest.mark.parametrize("chunk", [None, 0, 1, 4, 1000])
+def test_the_chunked_loss_and_its_gradients_equal_the_plain_ones(head, chunk):
+    head.chunk = chunk
+    z, indices = torch.randn(11, 16, requires_grad=True), torch.randint(0, 8, (11, 6))
+    wanted = [z, *head.parameters()]
+    expected = torch.autograd.grad(3 * plain_loss(head, z, indices), wanted)
+    loss = head.loss(z, indices, grad_scale=128.0)
+    found = torch.autograd.grad(3 * loss, wanted)
+    assert torch.allclose(loss, plain_loss(head, z, indices), rtol=1e-6)
+    for ours, plain in zip(found, expected, strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-7)
+
+
+def test_what_a_chunked_loss_keeps_does_not_grow_with_the_positions(head):
+    """Bytes saved for backward, by saved-tensor hooks; the plain loss keeps more for each."""
+
+    def kept(positions: int, loss) -> int:
+        sizes = []
+        z = torch.randn(positions, 16, requires_grad=True)
+        with saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+            loss(z, torch.randint(0, 8, (positions, 6)))
+        return sum(sizes)
+
+    head.chunk = 4
+    assert kept(64, head.loss) == kept(8, head.loss)
+    assert kept(64, partial(plain_loss, head)) > 4 * kept(8, partial(plain_loss, head))
+
+
+def test_chunks_are_of_about_equal_size_and_no_larger_than_asked(head):
+    head.chunk, sizes = 4, []
+    head.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    head.loss(torch.randn(9, 16), torch.randint(0, 8, (9, 6)))
+    assert sizes == [3, 3, 3]
+
+
+def test_a_hook_on_a_parameter_sees_its_whole_gradient_once(head):
+    head.chunk, seen = 2, []
+    head.condition_proj.weight.register_hook(lambda gradient: seen.append(gradient.clone()))
+    head.loss(torch.randn(9, 16), torch.randint(0, 8, (9, 6))).backward()
+    assert len(seen) == 1 and torch.equal(seen[0], head.condition_proj.weight.grad)
+
+
+def test_a_scaled_half_precision_gradient_does_not_underflow(head):
+    """In fp16 the loss of many positions has gradients below the smallest number."""
+    z, indices = torch.randn(512, 16, requires_grad=True), torch.randint(0, 8, (512, 6))
+    head.half()
+    gradients = []
+    for scale in (1e-4, 1.0, 2.0**13):
+        loss = head.loss(z.half(), indices, grad_scale=scale)
+        (gradient,) = torch.autograd.grad(loss, head.condition_proj.weight)
+        gradients.append((gradient == 0).float().mean())
+    assert gradients[0] > gradients[1] >= gradients[2]
+
+
+def test_a_chunked_loss_can_be_differentiated_once(head):
+    loss = head.loss(torch.randn(4, 16), torch.randint(0, 8, (4, 6)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_losses_are_the_cross_entropy_of_every_index(head):
+    head.chunk = 2
+    z, indices = torch.randn(5, 16), torch.randint(0, 8, (5, 6))
+    expected = F.cross_entropy(head(z, indices).flatten(0, 1), indices.flatten(), reduction="none")
+    assert torch.allclose(head.losses(z, indices), expected.view(5, 6), atol=1e-6)
+    assert torch.allclose(head.losses(z, indices).mean(), head.loss(z, indices), atol=1e-6)
+
+
+def test_sampling_in_chunks_draws_the_same(head):
+    z, uniforms = torch.randn(9, 16), torch.rand(9, 6)
+    whole = head.sample(z, uniforms)
+    head.chunk = 2
+    assert torch.equal(head.sample(z, uniforms), whole)
+
+
+def test_a_head_of_one_channel_works():
+    head = ChannelHead(8, 8, 1, 2, 2.0, 4, (0,))
+    z, indices = torch.randn(3, 8), torch.zeros(3, 1, dtype=torch.int64)
+    assert head(z, indices).shape == (3, 1, 4)
+    assert head.sample(z, torch.rand(3, 1)).shape == (3, 1)
 
 
 def test_greedy_sampling_is_the_argmax_of_its_own_logits(head):

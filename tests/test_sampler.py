@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.backbone import take
+from models.layers import take
 from models.masking import Mask
 from models.patchify import patchify
 from models.sampler import guidance_scale, image_randomness, sample_latents
@@ -104,7 +104,7 @@ def test_guidance_equals_two_separate_passes():
     with torch.no_grad():
         mask, values = Mask.from_orders(orders, 16), torch.zeros(2, 16, 6)
         cond, uncond = (
-            model.backbone(values, model.backbone.class_embedding(choice, 2), mask)
+            model.backbone(values, model.backbone.class_embedding(choice, 2), mask, mask.masked)
             for choice in (labels, None)
         )
         # One iteration: m = max(1, floor(16 cos(pi/2))) = 1, so g = 1 + 2 * 15/16.
@@ -130,15 +130,17 @@ def test_sampling_logits_equal_teacher_forced_ones(monkeypatch):
     """In every iteration the head sees what training would show it for the same visible tokens."""
     model = tiny_model()
     orders, labels = torch.stack([torch.randperm(16)]), torch.tensor([1])
-    steps = []
-    plain_step = model.head.step
+    found = []
+    plain_steps = model.head.steps
 
-    def record(i, cond, indices, caches, head_input):
-        logits = plain_step(i, cond, indices, caches, head_input)
-        steps.append((i, logits))
-        return logits
+    def record(z, head_input):
+        found.clear()
+        steps, drawn = plain_steps(z, head_input), None
+        for _ in range(6):
+            found.append(steps.send(drawn))
+            drawn = yield found[-1]
 
-    monkeypatch.setattr(model.head, "step", record)
+    monkeypatch.setattr(model.head, "steps", record)
     latents = sample_latents(model, labels, num_iter=16, orders=orders, seed=2)
     # Sixteen iterations of a 16-position image need not uncover one each: replay the last one,
     # in which all other positions are visible.
@@ -146,7 +148,7 @@ def test_sampling_logits_equal_teacher_forced_ones(monkeypatch):
     mask = torch.zeros(1, 16).scatter(1, last, 1.0)
     with torch.no_grad():
         expected = model.logits(latents, labels, mask)[0]  # [C, K], natural order
-    found = torch.stack([logits[0] for _, logits in steps[-6:]])
+    found = torch.stack([logits[0] for logits in found])
     assert torch.allclose(found, expected[model.head.order], atol=1e-5)
 
 

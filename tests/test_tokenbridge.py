@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.config import TokenBridgeConfig, preset
+from models.layers import take
 from models.masking import Mask, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
@@ -46,7 +47,8 @@ def test_every_stage_matches_golden():
         classes = model.backbone.class_embedding(data["labels"], 3)
         encoded = model.backbone.encode(values, classes, mask)
         assert relative_error(encoded, data["encoder_out"]) < 1e-5
-        decoded = model.backbone.decode(encoded, mask)
+        everywhere = torch.arange(tokens.shape[1]).expand(3, -1)
+        decoded = model.backbone.decode(encoded, mask, everywhere)
         assert relative_error(decoded, data["decoder_out"]) < 1e-5
         logits = model.logits(data["latents"], data["labels"], data["mask"])
         assert relative_error(logits[:, model.head.order], data["logits"]) < 1e-5
@@ -126,11 +128,11 @@ def test_loss_ignores_what_is_under_the_mask_in_the_input():
     mask = Mask.from_orders(random_orders(2, 16, "cpu"), 10)
     values = torch.randn(2, 16, 6)
     classes = model.backbone.class_embedding(torch.tensor([0, 1]), 2)
-    z = model.backbone(values, classes, mask)
+    z = model.backbone(values, classes, mask, mask.masked)
     changed = values.scatter(1, mask.masked[..., None].expand(-1, -1, 6), 9.0)
-    assert torch.equal(z, model.backbone(changed, classes, mask))
+    assert torch.equal(z, model.backbone(changed, classes, mask, mask.masked))
     seen = values.scatter(1, mask.visible[..., None].expand(-1, -1, 6), 9.0)
-    assert not torch.equal(z, model.backbone(seen, classes, mask))
+    assert not torch.equal(z, model.backbone(seen, classes, mask, mask.masked))
 
 
 def test_grad_checkpointing_gives_the_same_loss_and_gradients():
@@ -293,3 +295,13 @@ def test_calibrated_patches_predict_and_sample():
     samples = sample_latents(model, torch.tensor([2]), num_iter=2)
     used = set(samples[0, 5].flatten().tolist())
     assert used <= set(model.quantizer.reconstruction_values[5].tolist())
+
+
+def test_the_last_block_of_some_positions_equals_that_of_all():
+    model = tiny_model().eval()
+    mask = Mask.from_orders(random_orders(2, 16, "cpu"), 10)
+    classes = model.backbone.class_embedding(torch.tensor([0, 1]), 2)
+    values, everywhere = torch.randn(2, 16, 6), torch.arange(16).expand(2, -1)
+    whole = model.backbone(values, classes, mask, everywhere)
+    some = model.backbone(values, classes, mask, mask.masked[:, :3])
+    assert torch.allclose(some, take(whole, mask.masked[:, :3]), atol=1e-6)
