@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models import vae as vae_module
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL, Posterior
 from tests.conftest import formula_weight, golden, golden_json, relative_error
@@ -75,6 +76,24 @@ def test_a_small_vae_is_the_same_class_at_another_stride():
     assert vae.decode(posterior.mean).shape == (2, 3, 32, 24)
     with pytest.raises(ValueError, match="stride 8"):
         vae.encode(torch.randn(2, 3, 30, 24))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_neither_layout_nor_overwriting_changes_what_comes_out(monkeypatch, layout):
+    vae = small_vae(ch_mult=(1, 2), num_res_blocks=2).eval()
+    images = torch.randn(2, 3, 16, 24)
+    kept = images.clone()
+    with torch.no_grad():
+        posterior = vae.encode(images.contiguous(memory_format=layout))
+        decoded = vae.decode(posterior.mean)
+    assert posterior.parameters.is_contiguous() and decoded.is_contiguous()
+    assert torch.equal(images, kept)
+    with_gradients = vae.encode(images)
+    assert torch.equal(with_gradients.parameters, posterior.parameters)
+    assert torch.equal(vae.decode(with_gradients.mean), decoded)
+    monkeypatch.setattr(vae_module, "fastest_layout", lambda x: x)
+    assert relative_error(vae.encode(images).parameters.detach(), posterior.parameters) < 1e-5
+    assert relative_error(vae.decode(posterior.mean).detach(), decoded) < 1e-5
 
 
 def test_wrong_tensors_and_widths_are_refused():
