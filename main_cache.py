@@ -41,7 +41,8 @@ from util.parser import Parser
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument_group("cache").add_argument
-    add("--data_path", default="./data/imagenet", metavar="FOLDER", help="images in train/CLASS/")
+    add("--data_path", default="./data/imagenet", metavar="FOLDER", help="images in SPLIT/CLASS/")
+    add("--split", default="train", metavar="SPLIT", help="subfolder of --data_path to encode")
     add("--cached_path", default="", metavar="FOLDER", help="to write, or to go on with")
     add("--batch_size", type=positive_int, default=128, help="images a batch")
     add("--format", choices=FORMATS, default="npy", help="shards, or the published CLASS/IMAGE.npz")
@@ -88,7 +89,7 @@ def verify_cache(path: str) -> None:
 def write_cache(args, device: torch.device) -> None:
     """Everything is read and checked before anything is written."""
     torch.manual_seed(args.seed)
-    images = list_images(args.data_path)
+    images = list_images(args.data_path, args.split)
     vae = build_vae(args).to(device).eval()
     names = [os.path.relpath(path, images.root) for path, _ in images.samples]
     labels = [label for _, label in images.samples]
