@@ -23,6 +23,7 @@ from util.ema import EMA
 from util.errors import UserError
 from util.evaluation import EvalSettings, evaluate
 from util.log import StepResult, TrainingLog
+from util.look import Look
 from util.metrics import Measure
 from util.optim import LRSchedule, guarded_step, seed_micro_batch, set_lr
 from util.plan import Plan
@@ -71,6 +72,7 @@ def train(
     log: TrainingLog,
     saver: CheckpointSaver,
     settings: TrainSettings,
+    look: Look,
 ) -> None:
     """loader: this process's micro-batches from the first step on. reload: any of them again.
 
@@ -86,6 +88,8 @@ def train(
         with stop.deferred():
             if evaluation_due(steps.start, settings) and not evaluated(steps.start, settings):
                 evaluate_online(run, log, steps.start, settings)  # it was stopped before its end
+            if steps and steps.start and look.due(steps.start):  # it may have been killed there
+                look(log, steps.start)
             for step in steps:
                 lr = schedule(step)
                 set_lr(run.optimizer, lr)
@@ -94,7 +98,7 @@ def train(
                 log.step(step, lr, result)
                 if status.in_a_row >= settings.max_skipped:
                     give_up(run, reload, step - run.agreement.lag, settings)
-                save_and_evaluate(run, log, saver, step + 1, lr, status.stop, settings)
+                save_and_evaluate(run, log, saver, step + 1, lr, status.stop, settings, look)
                 if status.stop:
                     saver.close()
                     dist.cleanup()  # nobody leaves before everything is saved
@@ -149,14 +153,18 @@ def save_and_evaluate(
     lr: float,
     stopping: bool,
     settings: TrainSettings,
+    look: Look,
 ) -> None:
     """What is due after so many steps. An evaluation can be stopped at once, so it saves first."""
     evaluates = evaluation_due(done, settings) and not stopping
+    looks = look.due(done) and not stopping
     ends = stopping or evaluates or done == settings.last_step or saver.ends_epoch(done)
-    if ends:
+    if ends or looks:
         log.flush(done - 1, lr)  # for all processes: that the clock asks to save, one alone knows
     if ends or saver.due(done):
         saver.save(done, lambda: training_state(run, done, settings))
+    if looks:
+        look(log, done)
     if evaluates:
         evaluate_online(run, log, done, settings)
 

@@ -36,10 +36,12 @@ from util.evaluation import add_evaluation_flags, eval_settings
 from util.files import check_writable
 from util.flops import training_step
 from util.hardware import Meter, peak_flops
+from util.heldout import HeldOut, find_heldout
 from util.inputs import Inputs, TrainingData, check_agreement, open_inputs
 from util.latent_cache import as_one_batch
 from util.lock import only_job_in
 from util.log import TrainingLog
+from util.look import Look, LookSettings, add_look_flags
 from util.optim import BLR_BATCH, LRSchedule, build_optimizer
 from util.parser import Parser
 from util.plan import make_plan
@@ -55,6 +57,7 @@ def make_parser() -> Parser:
     add_vae_flags(parser)
     add_training_flags(parser)
     add_saving_flags(parser)
+    add_look_flags(parser)
     add_evaluation_flags(parser)
     add_metric_flags(parser)
     add_loader_flags(parser)
@@ -79,7 +82,7 @@ def main() -> None:
 def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> None:
     """Everything is built and checked before anything is written."""
     check_writable(args.log_dir or args.output_dir, "--log_dir")
-    inputs = open_inputs(args)
+    inputs, held_out = find_heldout(args, open_inputs(args))
     data, config = inputs.data, inputs.config
     evaluation = eval_settings(args, config.class_num) if args.online_eval else None
     plan = make_plan(args, inputs.checkpoint, len(data.dataset), dist.world_size())
@@ -91,6 +94,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         {
             "first step (--resume)": plan.first_step,
             "number of images": len(data.dataset),
+            "number of held-out images": len(held_out.dataset) if held_out else 0,
             "classes": data.classes,
             "settings of the model": config.to_dict(),
             "micro-batches of a step": batches.to_dict(),
@@ -127,10 +131,34 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         batches.steps_per_epoch,
         args.lr_schedule,
     )
+    look = make_look(args, training, data, held_out, settings)
     loader, reload = make_loader(args, data, settings, device)
     saver = CheckpointSaver(save_settings(args), batches.steps_per_epoch, plan.first_step)
     with only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext():
-        train(training, loader, reload, schedule, log, saver, settings)
+        train(training, loader, reload, schedule, log, saver, settings, look)
+
+
+def make_look(
+    args: argparse.Namespace,
+    training: Run,
+    data: TrainingData,
+    held_out: HeldOut | None,
+    settings: TrainSettings,
+) -> Look:
+    if held_out is not None and args.val_freq:
+        used = min(args.val_images, len(held_out.dataset))
+        dist.print_main(f"held-out loss on {used} images of {held_out.source}")
+    return Look(
+        training.model,
+        training.ema,
+        training.tokenizer,
+        training.device,
+        training.precision,
+        LookSettings.of(args, settings.plan.schedule.steps_per_epoch, settings.last_step),
+        data.dataset,
+        held_out,
+        args.val_images,
+    )
 
 
 def describe(

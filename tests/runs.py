@@ -46,7 +46,7 @@ TRAIN_FLAGS = {
     **COMMON,
     **dict(model="tokenbridge_tiny", class_num=3, buffer_size=4),
     **dict(use_cached=True, cached_path="cache", batch_size=4, accum_iter=2),
-    **dict(epochs=2, warmup_epochs=1, blr=1e-2, ema_rate=0.9),
+    **dict(epochs=2, warmup_epochs=1, blr=1e-2, ema_rate=0.9, preview_freq=0),
 }
 EVALUATE_FLAGS = {
     **{k: v for k, v in COMMON.items() if k != "img_size"},

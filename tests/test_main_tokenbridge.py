@@ -222,7 +222,9 @@ def test_images_and_their_cached_latents_train_the_same_but_for_float16(inputs, 
     assert loss == pytest.approx(expected, rel=1e-3)
 
 
-def test_training_from_a_cache_never_loads_the_vae(inputs, trained, tmp_path, capsys, monkeypatch):
+def test_training_from_a_cache_loads_no_vae_unless_it_is_to_draw(
+    inputs, trained, tmp_path, capsys, monkeypatch
+):
     def loaded(*args, **kwargs):
         raise AssertionError("a VAE was built")
 

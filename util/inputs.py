@@ -65,7 +65,7 @@ def open_checkpoint(resume: str, output_dir: str) -> Checkpoint | None:
 
 def open_inputs(args: argparse.Namespace) -> Inputs:
     checkpoint = open_checkpoint(args.resume, args.output_dir)
-    vae = None if args.use_cached and not args.online_eval else build_vae(args)
+    vae = build_vae(args) if needs_vae(args) else None
     if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
         args.img_size = checkpoint.config.img_size
     data = open_data(args)
@@ -83,6 +83,28 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
                 "their labels would not mean the same"
             )
     return Inputs(checkpoint, vae, data, config)
+
+
+def needs_vae(args: argparse.Namespace) -> bool:
+    """With cached latents it draws previews and encodes held-out images; its lack is said."""
+    if not args.use_cached or args.online_eval:
+        return True
+    if "vae_path" in args.explicit and Path(args.vae_path).is_file():
+        return bool(args.preview_freq) or held_out_folder(args) is not None
+    if args.preview_freq:
+        dist.print_main("no preview images: cached latents need no VAE, --vae_path FILE draws them")
+    return False
+
+
+def held_out_folder(args: argparse.Namespace) -> Path | None:
+    """Images that no other flag holds out: --val_path, or val/ of --data_path if it is there."""
+    if not args.val_freq or args.val_cached_path or args.holdout:
+        return None
+    if args.val_path:
+        return Path(args.val_path)
+    beside = Path(args.data_path) / "val"
+    named = not args.use_cached or "data_path" in args.explicit
+    return beside if named and beside.is_dir() else None
 
 
 def open_data(args: argparse.Namespace) -> TrainingData:

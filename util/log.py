@@ -149,6 +149,28 @@ class TrainingLog:
         if self.writer is not None:
             self.writer.add_image(name, image, step)
 
+    def histogram(self, name: str, counts: Tensor, step: int) -> None:
+        """counts: [K] whole numbers, how often 0, 1, ..., K - 1 came up."""
+        if self.writer is None:
+            return
+        values = torch.arange(len(counts), dtype=torch.float64)
+        seen, counts = values[counts > 0], counts.double()
+        self.writer.add_histogram_raw(
+            name,
+            min=seen.min().item(),
+            max=seen.max().item(),
+            num=counts.sum().item(),
+            sum=(values * counts).sum().item(),
+            sum_squares=(values**2 * counts).sum().item(),
+            bucket_limits=(values + 0.5).tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )
+
+    def text(self, name: str, text: str, step: int) -> None:
+        if self.writer is not None:
+            self.writer.add_text(name, text, step)
+
     def close(self) -> None:
         if self.__dict__.get("writer") is not None:  # asking for it would make its folder
             self.writer.close()
