@@ -45,6 +45,7 @@ from util.look import Look, LookSettings, add_look_flags
 from util.optim import BLR_BATCH, LRSchedule, build_optimizer
 from util.parser import Parser
 from util.plan import make_plan
+from util.provenance import environment
 from util.saver import CheckpointSaver, SaveSettings
 from util.sweep import evaluate_checkpoint, prepare_measure
 from util.training_args import add_data_flags, add_saving_flags, add_training_flags
@@ -122,6 +123,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         count_skipped=data.count_skipped,
         meter=Meter(training_step(config).total, device, peak_flops(device, precision)),
         first_step=plan.first_step,
+        about=about(args, training) if dist.is_main() else None,
     )
     schedule = LRSchedule(
         lr,
@@ -279,6 +281,15 @@ def make_loader(
         return keys, *default_collate([data.dataset[key] for key in keys])
 
     return loader, reload
+
+
+def about(args: argparse.Namespace, training: Run) -> dict:
+    """How the run is begun or gone on with, for those who look at it later."""
+    return {
+        "environment": environment(training.device, training.precision.name, dist.world_size()),
+        "flags": plain(args),
+        "model": training.model.config.to_dict(),
+    }
 
 
 def plain(args: argparse.Namespace) -> dict:

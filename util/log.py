@@ -4,7 +4,9 @@ Statistics are summed on the device; every `every` steps they are summed over th
 once, and written by the main process.
 """
 
+import json
 import math
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from util import dist
 from util.hardware import Meter, peak_memory, readable
+
+ABOUT = "run/about"  # TensorBoard's text of how a run was begun or gone on with
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class TrainingLog:
     count_skipped: how many unreadable images this process has passed over so far.
     meter: what an image costs, and the device.
     first_step: what TensorBoard knows of later steps is of a run that was killed, and is hidden.
+    about: environment, flags and so on as plain values, noted once.
     """
 
     def __init__(
@@ -50,11 +55,12 @@ class TrainingLog:
         count_skipped: Callable[[], int],
         meter: Meter,
         first_step: int = 0,
+        about: dict | None = None,
     ):
         self.every, self.images = every, images
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.count_skipped, self.meter = count_skipped, meter
-        self.folder, self.first_step = folder, first_step
+        self.folder, self.first_step, self.about = folder, first_step, about
         self.restart()
 
     @cached_property
@@ -67,7 +73,12 @@ class TrainingLog:
             return None
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        return SummaryWriter(self.folder, purge_step=self.first_step + 1)
+        writer = SummaryWriter(self.folder, purge_step=self.first_step + 1)
+        if self.about is not None:
+            text = json.dumps(self.about, indent=1, default=str)
+            # Indented, it is a block of code for TensorBoard and still JSON.
+            writer.add_text(ABOUT, textwrap.indent(text, "    "), self.first_step)
+        return writer
 
     def restart(self) -> None:
         """Begin counting steps and time anew."""

@@ -55,3 +55,18 @@ def git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
+
+
+def environment(device: torch.device, precision: str, processes: int) -> dict[str, str]:
+    """What a run was made with and on, in words, for people who read about it later."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": name,
+        "processes": str(processes),
+        "precision": precision,
+        "processor": f"{processor()}, {cores()} cores",
+        "system": platform.system(),
+        "Python": platform.python_version(),
+        **versions(),
+        "git revision": git_revision() or "not a clone",
+    }
