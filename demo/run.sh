@@ -43,7 +43,9 @@ stage 'Train the generator, on 2 processes' \
   --use_cached --cached_path "$demo/cache" --no_flip --num_workers 0 \
   --quant_bits 4 --attn_dropout 0 --proj_dropout 0 \
   --batch_size 16 --epochs 56 --warmup_epochs 2 --lr 2e-3 --ema_rate 0.99 \
-  --save_last_freq 14 --log_freq 44 --output_dir "$demo/model" --device cpu
+  --save_last_freq 14 --log_freq 11 --output_dir "$demo/model" --device cpu \
+  --vae_path "$demo/vae.ckpt" --val_path "$demo/data/val" --val_freq 2 \
+  --preview_freq 4 --preview_images 10 --preview_iter 16 --cfg 2.0 --temperature 0.5
 
 # main_cache.py measured 1 / std of the latents; KL-16's is built in, any other comes from a cache
 stage 'Reconstruct held-out digits at several bit widths' \
@@ -75,9 +77,8 @@ stage 'Judge them by the classifier' \
   --stats "$demo/digits.npz" --generated "${generated[0]}" --output "$demo/scores.json"
 
 stage 'Report' \
-  python demo/report.py --data_path "$demo/data" --generated "${generated[0]}" \
-  --reconstructed "$demo/reconstruction" --log_dir "$demo/model" --scores "$demo/scores.json" \
-  --timings "$demo/timings.tsv" --output "$demo/report.html"
+  python demo/report.py --root "$demo" --data_path "$demo/data" --generated "${generated[0]}" \
+  --scores "$demo/scores.json" --timings "$demo/timings.tsv" --output "$demo/report.html"
 
 printf '\nDone in %d min %02d s. Open %s in a browser.\n' \
   $((SECONDS / 60)) $((SECONDS % 60)) "$demo/report.html"
