@@ -60,15 +60,19 @@ class Backbone(nn.Module):
             embedding = torch.where(dropped, self.fake_latent.to(embedding.dtype), embedding)
         return embedding
 
+    def embed(self, values: Tensor, class_embedding: Tensor) -> Tensor:
+        """values: [B, L, C] dequantized tokens, class_embedding: [B, D] -> [B, S + L, D]."""
+        x = self.z_proj(values)  # [B, L, D]
+        slots = class_embedding[:, None].expand(-1, self.num_slots, -1)
+        x = torch.cat([slots, x], dim=1) + self.encoder_pos_embed_learned
+        return self.z_proj_ln(x)
+
     def encode(self, values: Tensor, class_embedding: Tensor, mask: Mask) -> Tensor:
-        """values: [B, L, C] dequantized tokens; what lies under the mask is never read.
+        """values: [B, L, C]; what lies under the mask is never read.
 
         class_embedding: [B, D]. Returns [B, S + V, D].
         """
-        x = self.z_proj(values)  # [B, L, D]
-        slots = class_embedding[:, None].expand(-1, self.num_slots, -1)
-        x = torch.cat([slots, x], dim=1) + self.encoder_pos_embed_learned  # [B, S+L, D]
-        x = self.z_proj_ln(x)
+        x = self.embed(values, class_embedding)
         slots, x = x.split([self.num_slots, values.shape[1]], dim=1)
         x = torch.cat([slots, take(x, mask.visible)], dim=1)  # [B, S+V, D]
         for block in self.encoder_blocks:
@@ -90,6 +94,10 @@ class Backbone(nn.Module):
         for block in blocks:
             x = call(block, x, recompute=self.grad_checkpointing)
         x = call(last, x, positions + self.num_slots, recompute=self.grad_checkpointing)
+        return self.conditions(x, positions)
+
+    def conditions(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What the last block makes of the positions [B, n], [B, n, D] -> their z."""
         return self.decoder_norm(x) + self.output_pos_embed[0, positions]
 
     def forward(

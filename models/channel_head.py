@@ -138,37 +138,41 @@ class ChannelHead(nn.Module):
     @torch.no_grad()
     def sample(
         self, z: Tensor, uniforms: Tensor, temperature: float = 1.0, head_input: str = "trained"
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Draw the T channels of each position, one after the other.
 
         z: [M, cond_dim]. uniforms: [M, T] in [0, 1), natural order, one for each draw.
-        temperature: 0 takes the most likely level. head_input: "trained" feeds the condition at
-        the first position, as training does; "published" feeds condition + first timestep
-        embedding, as the published sampler does and as the published FIDs were measured.
-        Returns indices [M, T] int64, natural order.
+        temperature: 0 takes the most likely level. head_input: see `steps`.
+        Returns indices [M, T] int64 and the log-probabilities [M, T], in nats, with which they
+        were drawn (at temperature 0 those of temperature 1), in natural order.
         """
-        if head_input not in HEAD_INPUTS:
-            raise ValueError(f"head_input {head_input!r} is not one of {HEAD_INPUTS}")
         parts = zip(*(x.tensor_split(self._pieces(z)) for x in (z, uniforms)), strict=True)
-        return torch.cat([self._sample(*part, temperature, head_input) for part in parts])
+        drawn = [self._sample(*part, temperature, head_input) for part in parts]
+        indices, log_probs = (torch.cat(x) for x in zip(*drawn, strict=True))
+        return indices, log_probs
 
-    def _sample(self, z: Tensor, uniforms: Tensor, temperature: float, head_input: str) -> Tensor:
-        uniforms = uniforms[:, self.order]
-        steps = self.steps(z, head_input)
-        logits = next(steps)
-        indices = []
+    def _sample(
+        self, z: Tensor, uniforms: Tensor, temperature: float, head_input: str
+    ) -> tuple[Tensor, Tensor]:
+        uniforms, steps = uniforms[:, self.order], self.steps(z, head_input)
+        drawn, token = [], None
         for i in range(len(self.order)):
-            indices.append(inverse_cdf(logits, uniforms[:, i], temperature))
-            if i + 1 < len(self.order):
-                logits = steps.send(indices[i])
-        return torch.stack(indices, dim=1)[:, self.inverse_order]
+            drawn.append(inverse_cdf(steps.send(token), uniforms[:, i], temperature))
+            token = drawn[-1][0]
+        indices, log_probs = (torch.stack(x, dim=1) for x in zip(*drawn, strict=True))
+        return indices[:, self.inverse_order], log_probs[:, self.inverse_order]
 
     def steps(self, z: Tensor, head_input: str) -> Generator[Tensor, Tensor, None]:
         """Yields the logits [M, K] of one channel after the other, in head order.
 
         Each is sent the indices [M] drawn for the one before. No prefix is computed twice, and
         the modulations, which know no index, are one product for all channels.
+        head_input: "trained" feeds the condition at the first position, as training does;
+        "published" feeds condition + first timestep embedding, as the published sampler does
+        and as the published FIDs were measured. Raises ValueError on another.
         """
+        if head_input not in HEAD_INPUTS:
+            raise ValueError(f"head_input {head_input!r} is not one of {HEAD_INPUTS}")
         cond = self.condition_proj(z)
         c = cond + self.timesteps_embeddings[0, :, None]  # [T, M, D]
         modulations = self._modulations(c)
@@ -185,11 +189,17 @@ class ChannelHead(nn.Module):
                 token = self.token_embeddings[i](drawn)
 
 
-def inverse_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """logits: [M, K], uniforms: [M] in [0, 1) -> [M] draws of softmax(logits / temperature)."""
+def inverse_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draws of softmax(logits / temperature), and their log-probabilities.
+
+    logits: [M, K], uniforms: [M] in [0, 1) -> [M] int64 and [M] float32.
+    """
+    log_probs = (logits.float() / (temperature or 1)).log_softmax(dim=-1)
     if temperature == 0:
-        return logits.argmax(dim=-1)
-    cdf = (logits.float() / temperature).softmax(dim=-1).cumsum(dim=-1)
-    # The sum of K rounded probabilities is not exactly 1: scale the draw to what it is.
-    drawn = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(dim=-1)
-    return drawn.clamp(max=logits.shape[-1] - 1)
+        drawn = log_probs.argmax(dim=-1)
+    else:
+        cdf = log_probs.exp().cumsum(dim=-1)
+        # The sum of K rounded probabilities is not exactly 1: scale the draw to what it is.
+        drawn = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(dim=-1)
+        drawn = drawn.clamp(max=logits.shape[-1] - 1)
+    return drawn, log_probs.gather(-1, drawn[:, None])[:, 0]

@@ -5,6 +5,7 @@ Source: ViT, arXiv 2010.11929; MAR, arXiv 2406.11838 (backbone); DiT, arXiv 2212
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -88,8 +89,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """x: [N, T, D] -> [N, T, D], or, with wanted [N, R], only those positions [N, R, D]."""
+    def forward(
+        self, x: Tensor, wanted: Tensor | None = None, kept: "Kept | None" = None
+    ) -> Tensor:
+        """x: [N, T, D] -> [N, T, D], or, with wanted [N, R], only those positions [N, R, D].
+
+        With `kept`, x is of some positions only, and sees all that were ever kept.
+        """
         if wanted is None:
             q, k, v = split_heads(self.qkv(x), 3, self.heads)
         else:
@@ -98,9 +104,32 @@ class Attention(nn.Module):
             biases = self.qkv.bias.split([width, 2 * width])
             (q,) = split_heads(F.linear(take(x, wanted), weights[0], biases[0]), 1, self.heads)
             k, v = split_heads(F.linear(x, weights[1], biases[1]), 2, self.heads)
+        if kept is not None:
+            k, v = kept.replace(k, v)
         dropout = self.attn_drop if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        mask = kept.seen if kept is not None else None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Keys and values [N, H, T, d] of earlier passes, to be renewed at some rows by this one.
+
+    rows: [N, R]. seen: [N, 1, 1, T] bool, true where there is a position; None is everywhere.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    seen: Tensor | None = None
+
+    def replace(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v: [N, H, R, d] of the rows -> those of all positions."""
+        rows = self.rows[:, None, :, None].expand_as(k)
+        self.keys.scatter_(2, rows, k)
+        self.values.scatter_(2, rows, v)
+        return self.keys, self.values
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
@@ -120,9 +149,12 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, int(width * mlp_ratio), drop=proj_drop)
 
-    def forward(self, x: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """x: [N, T, D] -> [N, T, D], or, with wanted [N, R], only those positions [N, R, D]."""
-        attended = self.attn(self.norm1(x), wanted)
+    def forward(self, x: Tensor, wanted: Tensor | None = None, kept: Kept | None = None) -> Tensor:
+        """x: [N, T, D] -> [N, T, D], or, with wanted [N, R], only those positions [N, R, D].
+
+        With `kept`, x is of some positions only, and sees all that were ever kept.
+        """
+        attended = self.attn(self.norm1(x), wanted, kept)
         x = (x if wanted is None else take(x, wanted)) + attended
         return x + self.mlp(self.norm2(x))
 

@@ -4,24 +4,83 @@ sampling: mask schedule -> backbone (guided) -> channel head -> quantizer values
 What is random about image i (the order of its positions, one uniform number for each position
 and channel) is a function of (seed, i) alone, so it is the same in any batch and on any number
 of processes.
-Letters: B batch, L positions, C channels of a token, m positions still masked.
-Source: MAR, arXiv 2406.11838, section 3.4; arXiv 2503.16430.
+Letters: B batch, L positions, C channels of a token, m positions still masked, n of them predicted.
+Source: MAR, arXiv 2406.11838, section 3.4; arXiv 2503.16430; MaskGIT, arXiv 2202.04200, for the
+order by confidence.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from models.config import HEAD_INPUTS
 from models.layers import take
 from models.masking import Mask, mask_schedule
 from models.patchify import unpatchify
+from models.token_cache import LazyBackbone
 from models.tokenbridge import TokenBridge
 
 CFG_SCHEDULES = ("linear", "constant")
+ORDERS = ("random", "confidence", "raster")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How to decode. Raises ValueError, naming the value, on what cannot be done.
+
+    num_iter: iterations S. cfg: guidance g, 1 is none. cfg_schedule: "linear" or "constant".
+    temperature: of the softmax over levels; 0 takes the most likely one.
+    order: "random", each image's own; "raster", row by row; "confidence": every iteration draws
+    all masked positions and keeps those whose channels were the most likely together, which
+    costs the head as much again as there are positions left.
+    seed: with an image's number, all that is random about it.
+    head_input: "trained" or "published", None is the model's own (see `ChannelHead.steps`).
+    token_cache: 0 is none; else features are reused and all are computed in every so many
+    iterations: an approximation, see models/token_cache.py.
+    """
+
+    num_iter: int
+    cfg: float = 1.0
+    cfg_schedule: str = "linear"
+    temperature: float = 1.0
+    order: str = "random"
+    seed: int = 0
+    head_input: str | None = None
+    token_cache: int = 0
+
+    def __post_init__(self):
+        if self.num_iter < 1:
+            raise ValueError(f"num_iter {self.num_iter} is not at least 1")
+        if self.temperature < 0:
+            raise ValueError(f"temperature {self.temperature} is negative")
+        if self.token_cache < 0:
+            raise ValueError(f"token_cache {self.token_cache} is negative")
+        for name, known in (
+            ("cfg_schedule", CFG_SCHEDULES),
+            ("order", ORDERS),
+            ("head_input", (*HEAD_INPUTS, None)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {known}")
+
+
+@dataclass(frozen=True)
+class SamplingStep:
+    """What an iteration filled. values: [B, L, C], those of all positions so far, 0 elsewhere.
+
+    positions: [B, n]. log_probs: [B, n, C], in nats, of what was drawn there at the temperature.
+    masked: [B, L], true where nothing is yet.
+    """
+
+    values: Tensor
+    positions: Tensor
+    log_probs: Tensor
+    masked: Tensor
 
 
 def image_randomness(
@@ -41,93 +100,133 @@ def guidance_scale(cfg: float, schedule: str, length: int, m: int) -> float:
     return 1 + (cfg - 1) * (length - m) / length if schedule == "linear" else cfg
 
 
-@torch.no_grad()
 def sample_latents(
     model: TokenBridge,
     labels: Tensor | None,
     *,
-    num_iter: int,
-    cfg: float = 1.0,
-    cfg_schedule: str = "linear",
-    temperature: float = 1.0,
-    orders: Tensor | None = None,
-    seed: int = 0,
-    head_input: str | None = None,
     batch_size: int | None = None,
     image_ids: Sequence[int] | None = None,
-) -> Tensor:
+    orders: Tensor | None = None,
+    return_log_probs: bool = False,
+    **options,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Generate latents.
 
     labels: [B] int64 classes; None, with `batch_size`, for images of no class.
-    num_iter: iterations S. cfg: guidance g, 1 is none. cfg_schedule: "linear" or "constant".
-    temperature: of the softmax over levels; 0 takes the most likely one.
-    orders: [B, L] permutations, the positions in the reverse order of their prediction; drawn
-    from (seed, image id) if None. image_ids: B numbers that name the images, default 0..B-1.
-    head_input: "trained" or "published", default the model's own (see `ChannelHead.sample`).
-    Returns [B, C, H, W] scaled latents, every value a level of the quantizer.
+    image_ids: B numbers that name the images, default 0..B-1. orders: [B, L] permutations, the
+    positions in the reverse order of their prediction, instead of those of --order.
+    options: those of `SamplingOptions`; num_iter is needed.
+    Returns [B, C, H, W] scaled latents, every value a level of the quantizer; with
+    `return_log_probs` also, of the same shape, the log-probability of every draw in nats.
     Raises ValueError on values out of range.
     """
-    batch = _check(model, labels, batch_size, num_iter, cfg_schedule, temperature)
+    log_probs = None
+    for step in sampling_steps(
+        model, labels, SamplingOptions(**options), batch_size, image_ids, orders
+    ):
+        if log_probs is None:
+            log_probs = torch.zeros_like(step.values)
+        _put(log_probs, step.positions, step.log_probs)
+    config = model.config
+    maps = (unpatchify(x, config.patch_size, config.grid_size) for x in (step.values, log_probs))
+    latents, log_probs = maps
+    return (latents, log_probs) if return_log_probs else latents
+
+
+@torch.no_grad()
+def sampling_steps(
+    model: TokenBridge,
+    labels: Tensor | None,
+    options: SamplingOptions,
+    batch_size: int | None = None,
+    image_ids: Sequence[int] | None = None,
+    orders: Tensor | None = None,
+) -> Iterator[SamplingStep]:
+    """The same, one iteration after the other: at least one."""
     config, device = model.config, model.backbone.fake_latent.device
-    if image_ids is None:
-        image_ids = range(batch)
-    if len(image_ids) != batch:
-        raise ValueError(f"{len(image_ids)} image_ids for a batch of {batch}")
-    drawn_orders, uniforms = image_randomness(seed, image_ids, config.seq_len, config.token_dim)
+    batch = _check(model, labels, batch_size)
+    ids = range(batch) if image_ids is None else image_ids
+    if len(ids) != batch:
+        raise ValueError(f"{len(ids)} image_ids for a batch of {batch}")
+    drawn_orders, uniforms = image_randomness(options.seed, ids, config.seq_len, config.token_dim)
+    if options.order == "raster":
+        drawn_orders = torch.arange(config.seq_len).flip(0).expand(batch, -1)
     orders = (drawn_orders if orders is None else orders).to(device)
     uniforms = uniforms.to(device)
-    labels = labels.to(device) if labels is not None else None
+    conditions = _Conditions(model, labels.to(device) if labels is not None else None, options)
 
     values = torch.zeros(batch, config.seq_len, config.token_dim, device=device)
+    filled = orders[:, :0]
     with evaluation_mode(model):
-        for before, after, m in mask_schedule(config.seq_len, num_iter):
+        for before, after, m in mask_schedule(config.seq_len, options.num_iter):
             if before == after:
                 continue
-            positions = orders[:, after:before]  # [B, n], uncovered in this iteration
-            scale = guidance_scale(cfg, cfg_schedule, config.seq_len, m)
+            # Those to fill now come last; by confidence, any of those left may be.
+            wanted = orders[:, (0 if options.order == "confidence" else after) : before]
             mask = Mask.from_orders(orders, before)
-            z = _conditions(model, values, labels, mask, positions, scale)
-            indices = model.head.sample(
+            scale = guidance_scale(options.cfg, options.cfg_schedule, config.seq_len, m)
+            z = conditions(values, mask, wanted, filled, scale)
+            indices, log_probs = model.head.sample(
                 z.flatten(0, 1),
-                take(uniforms, positions).flatten(0, 1),
-                temperature,
-                head_input or config.head_input,
+                take(uniforms, wanted).flatten(0, 1),
+                options.temperature,
+                options.head_input or config.head_input,
             )
-            drawn = model.quantizer.decode(indices).unflatten(0, positions.shape)
-            values.scatter_(1, positions[..., None].expand_as(drawn), drawn)
-    return unpatchify(values, config.patch_size, config.grid_size)
+            indices, log_probs = (x.unflatten(0, wanted.shape) for x in (indices, log_probs))
+            if options.order == "confidence":
+                ranks = log_probs.sum(dim=-1).argsort(dim=1)  # the least certain first
+                orders = torch.cat([wanted.gather(1, ranks), orders[:, before:]], dim=1)
+                indices, log_probs = (take(x, ranks[:, after:]) for x in (indices, log_probs))
+            filled = orders[:, after:before]
+            _put(values, filled, model.quantizer.decode(indices))
+            masked = torch.ones(values.shape[:2], dtype=torch.bool, device=device)
+            yield SamplingStep(
+                values, filled, log_probs, masked.scatter(1, orders[:, after:], False)
+            )
 
 
-def _conditions(
-    model: TokenBridge,
-    values: Tensor,
-    labels: Tensor | None,
-    mask: Mask,
-    positions: Tensor,
-    scale: float,
-) -> Tensor:
-    """z of the positions [B, n], [B, n, D]; with guidance, both halves in one pass:
+def _put(where: Tensor, positions: Tensor, what: Tensor) -> None:
+    """where: [B, L, C], in place; positions: [B, n]; what: [B, n, C]."""
+    where.scatter_(1, positions[..., None].expand_as(what), what.to(where.dtype))
+
+
+class _Conditions:
+    """z of the positions to predict; with guidance, both halves in one pass:
 
     z_uncond + g (z_cond - z_uncond).
     """
-    batch, backbone = len(values), model.backbone
-    if labels is None or scale == 1:
-        return backbone(values, backbone.class_embedding(labels, batch), mask, positions)
-    classes = [backbone.class_embedding(choice, batch) for choice in (labels, None)]
-    doubled = Mask(mask.masked.repeat(2, 1), mask.visible.repeat(2, 1))
-    z = backbone(values.repeat(2, 1, 1), torch.cat(classes), doubled, positions.repeat(2, 1))
-    cond, uncond = z.chunk(2)
-    return uncond + scale * (cond - uncond)
+
+    def __init__(self, model: TokenBridge, labels: Tensor | None, options: SamplingOptions):
+        self.backbone, self.labels = model.backbone, labels
+        # Whether a batch is doubled must not change between two iterations that share features.
+        self.guided = labels is not None and options.cfg != 1
+        self.lazy = None
+        if options.token_cache:
+            self.lazy = LazyBackbone(model.backbone, options.token_cache)
+
+    def __call__(
+        self, values: Tensor, mask: Mask, positions: Tensor, filled: Tensor, scale: float
+    ) -> Tensor:
+        """values: [B, L, C], positions: [B, n], filled: [B, F], the last ones -> [B, n, D]."""
+        guided = self.guided and (scale != 1 or self.lazy is not None)
+        batch, choices = len(values), [self.labels, None] if guided else [self.labels]
+        classes = torch.cat([self.backbone.class_embedding(choice, batch) for choice in choices])
+        if guided:
+            mask = Mask(mask.masked.repeat(2, 1), mask.visible.repeat(2, 1))
+            values = values.repeat(2, 1, 1)
+            positions, filled = positions.repeat(2, 1), filled.repeat(2, 1)
+        if self.lazy is not None:
+            z = self.lazy(values, classes, mask, positions, filled)
+        else:
+            z = self.backbone(values, classes, mask, positions)
+        if not guided:
+            return z
+        cond, uncond = z.chunk(2)
+        return uncond + scale * (cond - uncond)
 
 
-def _check(model, labels, batch_size, num_iter, cfg_schedule, temperature) -> int:
+def _check(model: TokenBridge, labels: Tensor | None, batch_size: int | None) -> int:
     """The batch size. Raises ValueError, naming the value, on what cannot be sampled."""
-    if num_iter < 1:
-        raise ValueError(f"num_iter {num_iter} is not at least 1")
-    if cfg_schedule not in CFG_SCHEDULES:
-        raise ValueError(f"cfg_schedule {cfg_schedule!r} is not one of {CFG_SCHEDULES}")
-    if temperature < 0:
-        raise ValueError(f"temperature {temperature} is negative")
     if labels is None:
         if batch_size is None:
             raise ValueError("labels=None needs batch_size, the number of images")

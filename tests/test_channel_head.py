@@ -129,21 +129,21 @@ def test_losses_are_the_cross_entropy_of_every_index(head):
 
 def test_sampling_in_chunks_draws_the_same(head):
     z, uniforms = torch.randn(9, 16), torch.rand(9, 6)
-    whole = head.sample(z, uniforms)
+    whole = head.sample(z, uniforms)[0]
     head.chunk = 2
-    assert torch.equal(head.sample(z, uniforms), whole)
+    assert torch.equal(head.sample(z, uniforms)[0], whole)
 
 
 def test_a_head_of_one_channel_works():
     head = ChannelHead(8, 8, 1, 2, 2.0, 4, (0,))
     z, indices = torch.randn(3, 8), torch.zeros(3, 1, dtype=torch.int64)
     assert head(z, indices).shape == (3, 1, 4)
-    assert head.sample(z, torch.rand(3, 1)).shape == (3, 1)
+    assert head.sample(z, torch.rand(3, 1))[0].shape == (3, 1)
 
 
 def test_greedy_sampling_is_the_argmax_of_its_own_logits(head):
     z = torch.randn(9, 16)
-    indices = head.sample(z, torch.rand(9, 6), temperature=0)
+    indices, _ = head.sample(z, torch.rand(9, 6), temperature=0)
     assert torch.equal(indices, head(z, indices).argmax(dim=-1))
 
 
@@ -156,12 +156,21 @@ def test_no_prefix_is_recomputed(head, monkeypatch):
     assert lengths == [1] * 6
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_log_probabilities_are_those_of_the_draws(head, temperature):
+    z = torch.randn(9, 16)
+    indices, log_probs = head.sample(z, torch.rand(9, 6), temperature)
+    expected = (head(z, indices) / temperature).log_softmax(dim=-1)
+    expected = expected.gather(-1, indices[..., None])[..., 0]
+    assert torch.allclose(log_probs, expected, atol=1e-5)
+
+
 def test_draws_follow_the_joint_distribution_of_the_head():
     """Frequencies of the first two channels against the product of teacher-forced conditionals."""
     head = tiny_model(quant_levels=3).head
     n = 20_000
     z = torch.randn(1, 16).expand(n, -1)
-    drawn = head.sample(z, torch.rand(n, 6))
+    drawn, _ = head.sample(z, torch.rand(n, 6))
     first, second = ORDER[:2]
     counts = torch.bincount(drawn[:, first] * 3 + drawn[:, second], minlength=9) / n
     probe = torch.zeros(3, 6, dtype=torch.int64)
@@ -174,14 +183,16 @@ def test_draws_follow_the_joint_distribution_of_the_head():
 def test_inverse_cdf_draws_each_level_by_its_probability():
     p = torch.tensor([0.1, 0.0, 0.6, 0.3])
     uniforms = torch.tensor([0.0, 0.0999, 0.1001, 0.6999, 0.7001, 1 - 2**-24])
-    drawn = inverse_cdf(p.log().expand(6, -1), uniforms, temperature=1.0)
+    drawn, _ = inverse_cdf(p.log().expand(6, -1), uniforms, temperature=1.0)
     assert drawn.tolist() == [0, 0, 2, 2, 3, 3]
 
 
 def test_temperature_sharpens_and_zero_takes_the_largest():
     logits = torch.tensor([[0.0, 1.0, 0.5]]).expand(2000, -1)
     uniforms = torch.rand(2000)
-    shares = [(inverse_cdf(logits, uniforms, t) == 1).float().mean() for t in (2.0, 1.0, 0.5, 0.0)]
+    shares = [
+        (inverse_cdf(logits, uniforms, t)[0] == 1).float().mean() for t in (2.0, 1.0, 0.5, 0.0)
+    ]
     assert shares == sorted(shares) and shares[-1] == 1
     expected = (logits[0] / 0.5).softmax(0)[1]
     assert shares[2] == pytest.approx(expected.item(), abs=0.04)

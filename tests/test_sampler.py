@@ -1,12 +1,22 @@
 """Sampling: the golden runs, and what must hold for any model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from models.layers import take
 from models.masking import Mask
 from models.patchify import patchify
-from models.sampler import guidance_scale, image_randomness, sample_latents
+from models.sampler import (
+    ORDERS,
+    SamplingOptions,
+    SamplingStep,
+    guidance_scale,
+    image_randomness,
+    sample_latents,
+    sampling_steps,
+)
 from tests.conftest import golden, golden_json, golden_model, relative_error, tiny_model
 
 RUNS = golden_json("config")["sampling_runs"]
@@ -42,7 +52,7 @@ def test_every_position_is_predicted_exactly_once(monkeypatch):
 
     def sample(z, uniforms, temperature, head_input):
         seen.append(len(z) // 2)
-        return torch.full((len(z), 6), len(seen) % 8)
+        return torch.full((len(z), 6), len(seen) % 8), torch.zeros(len(z), 6)
 
     monkeypatch.setattr(model.head, "sample", sample)
     latents = sample_latents(model, torch.tensor([0, 1]), num_iter=5, orders=order.expand(2, -1))
@@ -109,7 +119,7 @@ def test_guidance_equals_two_separate_passes():
         )
         # One iteration: m = max(1, floor(16 cos(pi/2))) = 1, so g = 1 + 2 * 15/16.
         z = uncond + (1 + 2 * 15 / 16) * (cond - uncond)
-        indices = model.head.sample(z.flatten(0, 1), torch.zeros(32, 6), 0)
+        indices, _ = model.head.sample(z.flatten(0, 1), torch.zeros(32, 6), 0)
     expected = model.quantizer.decode(indices).unflatten(0, (2, 16))
     assert torch.equal(patchify(found, 1), expected)
 
@@ -173,3 +183,93 @@ def test_impossible_requests_are_refused(wrong):
     arguments = {"labels": torch.tensor([0])} | wrong
     with pytest.raises(ValueError):
         sample_latents(tiny_model(), arguments.pop("labels"), **arguments)
+
+
+def run(model, labels, **options) -> list[SamplingStep]:
+    return [
+        replace(step, values=step.values.clone())
+        for step in sampling_steps(model, labels, SamplingOptions(**options))
+    ]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_steps_fill_every_position_once_and_keep_what_was_filled(order):
+    model, labels = tiny_model(), torch.tensor([0, 1])
+    steps = run(model, labels, num_iter=5, cfg=2.0, order=order)
+    filled = torch.cat([step.positions for step in steps], dim=1)
+    assert torch.equal(filled.sort(dim=1).values, torch.arange(16).expand(2, -1))
+    for before, after in zip(steps, steps[1:], strict=False):
+        assert torch.equal(after.values[~before.masked], before.values[~before.masked])
+        assert not after.masked[~before.masked].any()
+    assert not steps[-1].masked.any()
+    latents = sample_latents(model, labels, num_iter=5, cfg=2.0, order=order)
+    assert torch.equal(patchify(latents, 1), steps[-1].values)
+
+
+def test_raster_order_fills_row_by_row():
+    steps = run(tiny_model(), torch.tensor([1]), num_iter=4, order="raster")
+    places = [step.positions.sort().values[0].tolist() for step in steps]
+    assert sum(places, []) == list(range(16))
+
+
+def test_confidence_order_keeps_the_most_likely_of_all_that_it_drew(monkeypatch):
+    model, drawn = tiny_model(), []
+    plain = model.head.sample
+
+    def sample(*arguments):
+        drawn.append(plain(*arguments)[1].sum(dim=-1))
+        return plain(*arguments)
+
+    monkeypatch.setattr(model.head, "sample", sample)
+    steps = run(model, torch.tensor([2]), num_iter=4, order="confidence")
+    for log_probs, step in zip(drawn, steps, strict=True):
+        kept = step.log_probs.sum(dim=-1)[0]
+        best = log_probs.topk(len(kept)).values
+        assert torch.allclose(kept.sort(descending=True).values, best, atol=1e-6)
+    assert [len(log_probs) for log_probs in drawn] == [16, 14, 11, 6]
+
+
+def test_log_probabilities_come_as_maps_like_the_latents():
+    model, labels = tiny_model(), torch.tensor([0])
+    latents, log_probs = sample_latents(
+        model, labels, num_iter=3, temperature=0, return_log_probs=True
+    )
+    assert torch.equal(latents, sample_latents(model, labels, num_iter=3, temperature=0))
+    assert log_probs.shape == latents.shape
+    last = run(model, labels, num_iter=3, temperature=0)[-1]
+    found = take(patchify(log_probs, 1), last.positions)
+    assert torch.equal(found, last.log_probs) and (found <= 0).all()
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_token_cache_renewed_every_iteration_changes_nothing(cfg, order):
+    model, labels = tiny_model(), torch.tensor([0, 1])
+    options = dict(num_iter=6, cfg=cfg, order=order, temperature=0)
+    plain = run(model, labels, **options)
+    cached = run(model, labels, **options, token_cache=1)
+    for expected, found in zip(plain, cached, strict=True):
+        assert torch.equal(found.values, expected.values)
+        assert torch.allclose(found.log_probs, expected.log_probs, atol=1e-5)
+
+
+def test_a_token_cache_computes_only_what_was_filled_and_what_is_wanted():
+    model, rows = tiny_model(), []
+    parts = (model.backbone.encoder_blocks[0], model.backbone.decoder_blocks[0])
+    for block in parts:
+        block.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
+    steps = run(model, torch.tensor([1]), num_iter=6, token_cache=3)
+    n, slots = [step.positions.shape[1] for step in steps], model.config.buffer_size
+    visible = slots + sum(n[:3])
+    expected = [slots, slots + 16, n[0], n[0] + n[1], n[1], n[1] + n[2]]
+    expected += [visible, slots + 16, n[3], n[3] + n[4], n[4], n[4] + n[5]]
+    assert rows == expected
+
+
+def test_a_token_cache_is_an_approximation_of_the_plain_sampler():
+    """What it reuses is old, or it would save nothing; the first iteration has nothing to reuse."""
+    model, labels = tiny_model(), torch.tensor([0, 1])
+    plain = run(model, labels, num_iter=8)
+    cached = run(model, labels, num_iter=8, token_cache=8)
+    assert torch.equal(cached[0].values, plain[0].values)
+    assert not torch.equal(cached[-1].log_probs, plain[-1].log_probs)
