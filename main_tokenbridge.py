@@ -29,7 +29,7 @@ from util.build import build_model, cache_histogram, calibrated_levels
 from util.checkpoint import Checkpoint
 from util.data import Key, MicroBatchSampler
 from util.debug import Reload, replay
-from util.device import Precision, resolve_device, resolve_precision
+from util.device import Precision, compile_model, resolve_device, resolve_precision
 from util.ema import EMA
 from util.errors import run
 from util.evaluation import add_evaluation_flags, eval_settings
@@ -210,8 +210,11 @@ def build_run(
         inputs.config,
         inputs.checkpoint,
         grad_checkpointing=args.grad_checkpointing,
+        head_chunk=args.head_chunk,
         levels=new_levels(args, inputs),
     ).to(device)
+    if args.compile:
+        compile_model(model, device)
     inception = None
     if args.online_eval:
         inception = prepare_measure(args, inputs.config.img_size, device)

@@ -159,6 +159,22 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def short_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    """Attention of few positions: q, k, v [N, H, T, d].
+
+    seen: [T] bool, the keys to attend to; None is those up to each position.
+    On a CPU by its definition: the fused kernel, made for long sequences, takes 1.5 times as long
+    in fp32 and 6 times in bf16, forward and backward, for 16 positions.
+    """
+    if q.device.type != "cpu":
+        mask = None if seen is None else seen[None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=seen is None)
+    if seen is None:
+        seen = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
+
+
 class CausalAttention(nn.Module):
     """Multi-head attention in which no position sees a later one; q and k normalised per head."""
 
@@ -174,13 +190,11 @@ class CausalAttention(nn.Module):
         """x: [N, T, D]; with a past T = 1, the position that follows."""
         q, k, v = split_heads(self.qkv(x), 3, self.heads)  # [N, H, T, d] each
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if past is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
+        seen = None
+        if past is not None:
             keys, values, place, seen = past
-            keys.index_copy_(2, place, k)
-            values.index_copy_(2, place, v)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[None])
+            k, v = keys.index_copy_(2, place, k), values.index_copy_(2, place, v)
+        out = short_attention(q, k, v, seen)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

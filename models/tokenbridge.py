@@ -55,15 +55,15 @@ class TokenBridge(nn.Module):
         self.backbone.grad_checkpointing = self.head.grad_checkpointing = grad_checkpointing
         self.head.chunk = head_chunk
 
-    def compile_blocks(self) -> None:
-        """Compile every block by itself; blocks of a kind share their graphs.
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile every block by itself with torch.compile; blocks of a kind share their graphs.
 
         Sizes are symbolic, so that the number of graphs does not depend on how many positions
         are masked, nor on the number of blocks, iterations or channels.
         """
         parts = (self.backbone.encoder_blocks, self.backbone.decoder_blocks)
         for block in (*parts[0], *parts[1], *self.head.channel_blocks):
-            block.compile(dynamic=True)
+            block.compile(dynamic=True, backend=backend)
 
     def forward(
         self,

@@ -108,6 +108,11 @@ def add_precision_flag(group) -> None:
         default="auto",
         help="arithmetic; auto: bf16 where CUDA has it, else fp16 with loss scaling; fp32 on a CPU",
     )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the blocks with torch.compile: minutes at the start, faster steps",
+    )
 
 
 def add_distributed_flags(parser: Parser) -> None:

@@ -125,6 +125,7 @@ def build_model(
     checkpoint: Checkpoint | None,
     weights: str = "model",
     grad_checkpointing: bool = False,
+    head_chunk: int | None = None,
     levels: tuple[Tensor, Tensor] | None = None,
 ) -> TokenBridge:
     """A model, with the checkpoint's weights under that key if there is a checkpoint.
@@ -132,7 +133,9 @@ def build_model(
     levels: of a calibrated quantizer, where no checkpoint brings them (see `calibrated_levels`).
     """
     with as_user_error():
-        model = TokenBridge(**config.to_dict(), grad_checkpointing=grad_checkpointing)
+        model = TokenBridge(
+            **config.to_dict(), grad_checkpointing=grad_checkpointing, head_chunk=head_chunk
+        )
     if levels is not None:
         model.quantizer.set_levels(*levels)
     if checkpoint is not None:

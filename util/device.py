@@ -1,11 +1,15 @@
 """Which device and which arithmetic: one path for CUDA, MPS and the CPU."""
 
+import importlib.util
+import os
+import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from models.tokenbridge import TokenBridge
 from util.errors import UserError
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
@@ -64,3 +68,16 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
     if name not in dtypes:
         raise UserError(f"--precision {name!r} is not one of {', '.join(PRECISIONS)}")
     return Precision(name, dtypes[name])
+
+
+def compile_model(model: TokenBridge, device: torch.device) -> None:
+    """--compile. Raises UserError where what inductor needs is missing: it would end in a trace."""
+    compiler = os.environ.get("CXX", "g++")
+    if device.type == "cpu" and shutil.which(compiler) is None:
+        raise UserError(
+            f"--compile needs a C++ compiler on a CPU, and there is no {compiler}; install one "
+            "(apt install g++), name it in the variable CXX, or leave --compile out"
+        )
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("--compile needs triton on CUDA: pip install triton, or leave it out")
+    model.compile_blocks()

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.sampler import CFG_SCHEDULES, evaluation_mode, sample_latents
+from models.sampler import CFG_SCHEDULES, ORDERS, evaluation_mode, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
 from util import dist
-from util.args import non_negative_float, positive_int
+from util.args import non_negative_float, non_negative_int, positive_int
 from util.device import Precision
 from util.errors import UserError
 from util.evaluation_folder import EvaluationFolder, plain, read_png
@@ -55,6 +55,15 @@ def add_evaluation_flags(parser: Parser) -> None:
     add("--num_iter", type=positive_int, nargs="+", default=[256], help="iterations an image")
     add("--cfg", type=non_negative_float, nargs="+", default=[1.0], help="guidance; 1 is none")
     add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="of the guidance")
+    add("--order", choices=ORDERS, default="random", help="in which positions are filled")
+    add(
+        "--token_cache",
+        type=non_negative_int,
+        default=0,
+        metavar="ITERATIONS",
+        help="faster, approximate: between two of so many, compute only what was just filled or "
+        "is wanted; 0 is never",
+    )
     add("--temperature", type=non_negative_float, nargs="+", default=[1.0], help="0: argmax")
     weights = ("ema", "model")
     add("--eval_weights", choices=weights, default="ema", help="averaged or raw weights")
@@ -81,14 +90,18 @@ class EvalSettings:
     cfg_schedule: str
     temperature: float
     seed: int
+    order: str = "random"
+    token_cache: int = 0
     weights: str = "ema"  # or "model", the raw ones
     keep_images: bool = False
     save_npz: bool = False
 
     def folder_name(self) -> str:
+        order = "" if self.order == "random" else f"-{self.order}"
+        cache = f"-cache{self.token_cache}" if self.token_cache else ""
         return (
             f"ariter{self.num_iter}-temp{self.temperature:g}-{self.cfg_schedule}cfg{self.cfg:g}"
-            f"-image{self.num_images}-seed{self.seed}-{self.weights}"
+            f"-image{self.num_images}-seed{self.seed}{order}{cache}-{self.weights}"
         )
 
     def of_images(self) -> dict:
@@ -112,6 +125,8 @@ def sweep_settings(args: argparse.Namespace, class_num: int) -> list[EvalSetting
         cfg_schedule=args.cfg_schedule,
         temperature=args.temperature[0],
         seed=args.seed,
+        order=args.order,
+        token_cache=args.token_cache,
         weights=args.eval_weights,
         keep_images=args.keep_images,
         save_npz=args.save_npz,
@@ -290,6 +305,8 @@ def generate(
             num_iter=settings.num_iter,
             cfg=settings.cfg,
             cfg_schedule=settings.cfg_schedule,
+            order=settings.order,
+            token_cache=settings.token_cache,
             temperature=settings.temperature,
             seed=settings.seed,
             image_ids=ids,

@@ -17,7 +17,7 @@ from models.tokenizer import Tokenizer
 from util import dist, metrics
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.checkpoint import find_checkpoint
-from util.device import Precision
+from util.device import Precision, compile_model
 from util.errors import UserError
 from util.evaluation import SWEPT, EvalSettings, evaluate, sweep_settings
 from util.evaluation_folder import check_shared, read_json, read_png
@@ -52,6 +52,8 @@ def evaluate_checkpoint(
     points = sweep_settings(args, config.class_num)
     key = "model_ema" if args.eval_weights == "ema" else "model"
     model = build_model(config, checkpoint, key).to(device)
+    if args.compile:
+        compile_model(model, device)
     tokenizer = Tokenizer(vae, config.latent_scale).to(device)
     measure = prepare_measure(args, config.img_size, device)
     dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")

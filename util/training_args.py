@@ -71,6 +71,13 @@ def add_training_flags(parser: Parser) -> None:
     add("--grad_clip", type=positive_float, default=3.0, help="largest norm of the gradient")
     add("--ema_rate", type=fraction, default=0.9999, help="of the averaged weights, a step")
     add("--grad_checkpointing", action="store_true", help="less memory: recompute all blocks")
+    add(
+        "--head_chunk",
+        type=non_negative_int,
+        metavar="POSITIONS",
+        help="masked positions that the head works on at once: less is less memory; 0 is all of "
+        "them; default: what keeps the device busy",
+    )
     add("--log_freq", type=positive_int, default=20, help="steps between two log lines")
     add(
         "--max_skipped",

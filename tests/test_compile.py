@@ -1,0 +1,80 @@
+"""Compiled blocks: the same numbers, and a number of graphs that does not grow."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from models.sampler import sample_latents
+from tests.conftest import tiny_model
+from util.device import compile_model
+from util.errors import UserError
+
+LATENTS, LABELS = torch.randn(2, 6, 4, 4), torch.tensor([0, 1])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def masked(count: int) -> torch.Tensor:
+    mask = torch.zeros(2, 16)
+    mask[:, :count] = 1
+    return mask
+
+
+def gradients(model) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(LATENTS, LABELS, masked(11)).backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def test_compiled_blocks_give_the_same_gradients():
+    model = tiny_model().eval()
+    expected = gradients(model)
+    model.compile_blocks()
+    assert counters["stats"]["unique_graphs"] == 0
+    for found, plain in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
+    assert counters["stats"]["unique_graphs"] == 3  # a block, one of wanted positions, the head's
+
+
+def graphs() -> int:
+    assert "recompile_limit" not in counters and not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def test_the_number_of_masked_positions_does_not_change_the_number_of_graphs():
+    model = tiny_model().train()
+    model.compile_blocks(backend="aot_eager")
+    after = []
+    for count in (11, 14, 12, 16, 13, 15, 9, 5, 7):
+        model(LATENTS, LABELS, masked(count)).backward()
+        after.append(graphs())
+    assert after == after[:1] * len(after)
+
+
+def test_iterations_positions_and_channels_do_not_change_the_number_of_graphs():
+    model, after = tiny_model().eval(), []
+    model.compile_blocks(backend="aot_eager")
+    for num_iter in (16, 3, 8, 5, 1, 7):
+        sample_latents(model, LABELS, num_iter=num_iter, cfg=2.0)
+        after.append(graphs())
+    assert after[1] <= 8  # one position at a time, and several, each with its few kinds
+    assert after[2:] == after[1:2] * 4
+
+
+def test_compiled_sampling_draws_the_same():
+    model = tiny_model().eval()
+    expected = sample_latents(model, LABELS, num_iter=4, temperature=0)
+    model.compile_blocks(backend="aot_eager")
+    assert torch.equal(sample_latents(model, LABELS, num_iter=4, temperature=0), expected)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no-such-compiler"):
+        compile_model(tiny_model(), torch.device("cpu"))
