@@ -57,23 +57,19 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx, module, names, pieces, grad_scale, z, targets, *parameters):
         # Tensors of the same storage: hooks on the parameters are for the whole gradient.
         aliases = [parameter.data.requires_grad_() for parameter in parameters]
-        total, gradients, z_gradients = 0.0, None, []
+        own = dict(zip(names, aliases, strict=True))
+        total, z_gradients = 0.0, []
         # What a chunk saves is used at once: hooks from outside, which move to another place or
         # count what is kept for a later backward, are not for it.
         with torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
             for part, part_targets in _split(pieces, z.detach(), targets):
                 part = part.requires_grad_()
-                logits = functional_call(
-                    module, dict(zip(names, aliases, strict=True)), (part, part_targets)
-                )
+                logits = functional_call(module, own, (part, part_targets))
                 loss = cross_entropies(logits, part_targets).sum() / targets.numel()
-                found = torch.autograd.grad(loss * grad_scale, (part, *aliases))
-                z_gradients.append(found[0])
-                if gradients is None:
-                    gradients = list(found[1:])
-                else:
-                    torch._foreach_add_(gradients, found[1:])
+                (loss * grad_scale).backward()  # sums the parameters' gradients in their aliases
+                z_gradients.append(part.grad)
                 total = total + loss.detach()
+        gradients = [alias.grad for alias in aliases]
         ctx.kept = torch.cat(z_gradients), gradients, grad_scale
         return total
 
