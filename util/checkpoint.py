@@ -26,6 +26,8 @@ from util.files import flush_file, flush_folder, load_tensors
 
 LAST = "checkpoint-last.pth"
 AUTO = "auto"
+# What --eval_weights calls a checkpoint's averaged and raw weights, and their keys in it.
+WEIGHT_KEYS = {"ema": "model_ema", "model": "model"}
 # Names that training gives; a copy beside them, such as -good.pth, is its owner's.
 STEP_FILES = f"checkpoint-step{'[0-9]' * 8}.pth"
 EPOCH_FILES = f"checkpoint-epoch{'[0-9]' * 4}.pth"

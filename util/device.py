@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from models.precision import PRECISIONS as PRECISIONS
+from models.precision import arithmetic
 from models.tokenbridge import TokenBridge
-from util.errors import UserError
-
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+from util.errors import UserError, as_user_error
 
 
 def _available() -> list[str]:
@@ -59,15 +59,9 @@ class Precision:
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """auto: bf16 where CUDA supports it, else fp16 with a scaler; fp32 on a CPU or MPS."""
-    if name == "auto":
-        name = "fp32"
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-    if name not in dtypes:
-        raise UserError(f"--precision {name!r} is not one of {', '.join(PRECISIONS)}")
-    return Precision(name, dtypes[name])
+    """That of --precision; auto: see `arithmetic`. fp16 takes a scaler."""
+    with as_user_error("--precision"):
+        return Precision(*arithmetic(name, device))
 
 
 def compile_model(model: TokenBridge, device: torch.device) -> None:

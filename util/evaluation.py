@@ -23,22 +23,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from models.generate import decode_images
 from models.sampler import CFG_SCHEDULES, ORDERS, evaluation_mode, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
 from util import dist
 from util.args import non_negative_float, non_negative_int, positive_int
+from util.checkpoint import WEIGHT_KEYS
 from util.device import Precision
 from util.errors import UserError
 from util.evaluation_folder import EvaluationFolder, plain, read_png
 from util.evaluation_results import finish, tell
 from util.features import FeatureStore
-from util.images import to_uint8
 from util.metrics import Measure
 from util.parser import Parser
 from util.provenance import digest
 
-DECODE_BATCH = 32
 SWEPT = ("num_iter", "cfg", "temperature")
 
 
@@ -65,8 +65,7 @@ def add_evaluation_flags(parser: Parser) -> None:
         "is wanted; 0 is never",
     )
     add("--temperature", type=non_negative_float, nargs="+", default=[1.0], help="0: argmax")
-    weights = ("ema", "model")
-    add("--eval_weights", choices=weights, default="ema", help="averaged or raw weights")
+    add("--eval_weights", choices=WEIGHT_KEYS, default="ema", help="averaged or raw weights")
     add("--keep_images", action="store_true", help="keep the PNG files once they are measured")
     add("--save_npz", action="store_true", help="all images as samples.npz, for ADM's evaluator")
     add(
@@ -311,6 +310,4 @@ def generate(
             seed=settings.seed,
             image_ids=ids,
         )
-    # The decoder's first-level maps of 256 images at 256 px would fill a GPU on their own.
-    parts = [to_uint8(tokenizer.decode(part)).cpu() for part in latents.split(DECODE_BATCH)]
-    return torch.cat(parts)
+    return decode_images(tokenizer, latents)

@@ -3,17 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from models.generate import to_uint8 as to_uint8
 from util.files import atomic_write
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[..., H, W] floats in [-1, 1] -> uint8, rounded and clipped: the bytes of the saved PNG."""
-    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def save_png(image: Tensor | np.ndarray, path: str | Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from models.tokenizer import Tokenizer
 from util import dist, metrics
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
-from util.checkpoint import find_checkpoint
+from util.checkpoint import WEIGHT_KEYS, find_checkpoint
 from util.device import Precision, compile_model
 from util.errors import UserError
 from util.evaluation import SWEPT, EvalSettings, evaluate, sweep_settings
@@ -50,8 +50,7 @@ def evaluate_checkpoint(
     check_vae(vae, config, args.vae_path)
     warn_other_vae(checkpoint, sha256(args.vae_path))
     points = sweep_settings(args, config.class_num)
-    key = "model_ema" if args.eval_weights == "ema" else "model"
-    model = build_model(config, checkpoint, key).to(device)
+    model = build_model(config, checkpoint, WEIGHT_KEYS[args.eval_weights]).to(device)
     if args.compile:
         compile_model(model, device)
     tokenizer = Tokenizer(vae, config.latent_scale).to(device)

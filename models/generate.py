@@ -1,0 +1,106 @@
+"""Images from a model and a VAE: labels -> latents -> uint8 pixels, in batches.
+
+generate: sample_latents -> VAE decode -> round and clip
+Letters: B images, H, W pixels.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.precision import arithmetic
+from models.sampler import SamplingOptions, sample_latents
+from models.tokenbridge import TokenBridge
+from models.tokenizer import Tokenizer
+from models.vae import VAE
+
+DECODE_BATCH = 32
+
+
+@torch.no_grad()
+def generate(
+    model: TokenBridge,
+    vae: VAE | Tokenizer,
+    labels: Sequence[int] | Tensor,
+    *,
+    num_iter: int = 64,
+    cfg: float = 1.0,
+    cfg_schedule: str = "linear",
+    temperature: float = 1.0,
+    order: str = "random",
+    seed: int = 0,
+    image_ids: Sequence[int] | None = None,
+    batch_size: int = 64,
+    precision: str = "auto",
+    progress: bool = False,
+    **options,
+) -> np.ndarray:
+    """One image for each label.
+
+    vae: the one that the model was trained with; a VAE, whose latents are scaled by the model's
+    latent_scale, or a Tokenizer, which has its own. labels: B classes.
+    num_iter, cfg, cfg_schedule, temperature, order and options: see `SamplingOptions`.
+    seed, image_ids: image i is made of the noise of (seed, image_ids[i]), default i, so it is the
+    same in any batch. batch_size: images at once, of the memory's size only.
+    precision: "auto", "bf16", "fp16" or "fp32" of the model; the VAE decodes in fp32.
+    Model and VAE stay where they are, each on a device of its own if need be; a VAE is frozen.
+    Returns uint8 [B, H, W, 3] on the CPU, as PIL.Image.fromarray and matplotlib take them.
+    Raises ValueError on values out of range, or a VAE that does not fit the model.
+    """
+    labels = _labels(labels)
+    ids = range(len(labels)) if image_ids is None else image_ids
+    if len(ids) != len(labels) or batch_size < 1:
+        raise ValueError(f"{len(ids)} image_ids, {len(labels)} labels, batch_size {batch_size}")
+    device = model.backbone.fake_latent.device
+    _, dtype = arithmetic(precision, device)
+    tokenizer = _tokenizer(vae, model)
+    sampling = SamplingOptions(num_iter, cfg, cfg_schedule, temperature, order, seed, **options)
+    images = np.empty((len(labels), model.config.img_size, model.config.img_size, 3), np.uint8)
+    starts = range(0, len(labels), batch_size)
+    for start in tqdm(starts, desc="generating", disable=not progress):
+        batch = slice(start, start + batch_size)
+        with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
+            latents = sample_latents(model, labels[batch], image_ids=ids[batch], **asdict(sampling))
+        images[batch] = decode_images(tokenizer, latents).permute(0, 2, 3, 1).numpy()
+    return images
+
+
+def decode_images(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
+    """latents: [B, C, h, w], scaled, on any device -> uint8 [B, 3, H, W] on the CPU."""
+    device = next(tokenizer.parameters()).device
+    # The decoder's first-level maps of 256 images at 256 px would fill a GPU on their own.
+    parts = latents.to(device).split(DECODE_BATCH)
+    return torch.cat([to_uint8(tokenizer.decode(part)).cpu() for part in parts])
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[..., H, W] floats in [-1, 1] -> uint8, rounded and clipped: the bytes of the saved PNG."""
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _labels(labels: Sequence[int] | Tensor) -> Tensor:
+    """[B] int64. Raises ValueError on what is no list of whole numbers."""
+    found = torch.as_tensor(labels)
+    if found.dim() != 1 or len(found) == 0 or found.is_floating_point() or found.is_complex():
+        raise ValueError(f"labels {str(labels)[:80]} are no list of class numbers")
+    return found.to(torch.int64)
+
+
+def _tokenizer(vae: VAE | Tokenizer, model: TokenBridge) -> Tokenizer:
+    """Raises ValueError unless the VAE's latents are of the model's shape."""
+    tokenizer = vae if isinstance(vae, Tokenizer) else Tokenizer(vae, model.config.latent_scale)
+    if tokenizer.vae is None:
+        raise ValueError("this tokenizer has no VAE, which would decode the latents")
+    found = (tokenizer.vae.channels, tokenizer.vae.stride)
+    expected = (model.config.vae_embed_dim, model.config.vae_stride)
+    if found != expected:
+        raise ValueError(
+            f"the VAE has {found[0]} channels and stride {found[1]}, the model was trained on "
+            f"{expected[0]} and {expected[1]}"
+        )
+    return tokenizer
