@@ -18,11 +18,12 @@ from models.config import PRESETS, TokenBridgeConfig, preset
 from models.layers import take
 from models.masking import Mask, training_mask
 from models.patchify import patchify
+from models.pretrained import Pretrained
 from models.quantizer import build_quantizer
 from models.vae import check_layout
 
 
-class TokenBridge(nn.Module):
+class TokenBridge(nn.Module, Pretrained):
     """Keyword arguments: the fields of `TokenBridgeConfig`.
 
     grad_checkpointing: recompute the blocks of encoder, decoder and channel head in backward.
