@@ -1,0 +1,149 @@
+"""python -m util.export: from a checkpoint to a folder that from_pretrained reads."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from models.pretrained import CONFIG, HEADER, WEIGHTS
+from models.tokenbridge import TokenBridge
+from models.vae import AutoencoderKL
+from tests.conftest import run_script
+from tests.hub import TOKEN, Hub, in_place_of_the_hub, running
+from tests.runs import CLASSES, call, load, make_inputs, refused, train
+from util import export
+from util.vae_files import save_vae
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    train(inputs, output)
+    return output
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with in_place_of_the_hub(monkeypatch) as hub:
+        yield hub
+
+
+def run(resume: Path, output: Path, *others: str) -> dict:
+    """Export in this process; the header of what it writes."""
+    call(export.main, "--resume", str(resume), "--output_dir", str(output), *others)
+    with safe_open(output / WEIGHTS, framework="pt") as file:
+        return json.loads(file.metadata()[HEADER])
+
+
+@pytest.mark.parametrize(("weights", "key"), [("ema", "model_ema"), ("model", "model")])
+def test_the_weights_asked_for_are_written(trained, tmp_path, capsys, weights, key):
+    header = run(trained, tmp_path, "--eval_weights", weights)
+    saved = load(trained)
+    state = TokenBridge.from_pretrained(tmp_path).published_state_dict()
+    expected = saved["model"] | saved[key]
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert not torch.equal(saved["model"]["mask_token"], saved["model_ema"]["mask_token"])
+    assert json.loads((tmp_path / CONFIG).read_text()) == saved["config"]
+    said = capsys.readouterr().out
+    assert f"the {weights} weights" in said and f"step {saved['step']}" in said
+    assert header["weights"] == weights
+
+
+def test_the_header_says_where_the_weights_come_from(inputs, trained, tmp_path):
+    header = run(trained, tmp_path)
+    saved = load(trained)
+    assert header == {
+        "weights": "ema",
+        "step": saved["step"],
+        "epoch": saved["epoch"],
+        "classes": list(CLASSES),
+        "vae_sha256": hashlib.sha256((inputs / "vae.ckpt").read_bytes()).hexdigest(),
+        "latent_scale": saved["config"]["latent_scale"],
+    }
+
+
+def test_calibrated_levels_are_exported_with_averaged_weights(inputs, tmp_path):
+    train(inputs, tmp_path / "run", quantizer="calibrated", quant_bits=3, epochs=1)
+    run(tmp_path / "run", tmp_path / "out")
+    found = TokenBridge.from_pretrained(tmp_path / "out").quantizer
+    saved = load(tmp_path / "run")["model"]
+    assert torch.equal(found.boundaries, saved["boundaries"])
+    assert torch.equal(found.reconstruction_values, saved["reconstruction_values"])
+
+
+def published_form(trained: Path, path: Path) -> list[str]:
+    """A checkpoint as the published code writes it, and the flags that say its settings."""
+    saved = load(trained)
+    torch.save({key: saved[key] for key in ("model", "model_ema", "epoch")}, path)
+    flags = "--model tokenbridge_tiny --img_size 16 --vae_stride 4 --vae_embed_dim 4"
+    return f"{flags} --class_num 3 --buffer_size 4".split()
+
+
+def test_a_published_checkpoint_takes_its_settings_from_the_flags(trained, tmp_path, capsys):
+    flags = published_form(trained, tmp_path / "weights.pth")
+    header = run(tmp_path / "weights.pth", tmp_path / "out", *flags)
+    assert "does not say its settings" in capsys.readouterr().err
+    assert "step" not in header and "classes" not in header
+    config = TokenBridge.from_pretrained(tmp_path / "out").config
+    assert config.head_input == "published" and config.latent_scale == 0.2325
+
+
+def test_a_vae_that_is_named_is_compared_and_noted(inputs, trained, tmp_path, capsys):
+    digest = hashlib.sha256((inputs / "vae.ckpt").read_bytes()).hexdigest()
+    flags = [*published_form(trained, tmp_path / "weights.pth"), "--latent_scale", "0.5"]
+    flags += ["--channel_order", "0,1,2,3", "--vae_path", str(inputs / "vae.ckpt")]
+    header = run(tmp_path / "weights.pth", tmp_path / "out", *flags)
+    assert header["vae_sha256"] == digest and header["latent_scale"] == 0.5
+    torch.manual_seed(3)
+    save_vae(tmp_path / "other.ckpt", AutoencoderKL(4, (1, 1, 1), ch=32, num_res_blocks=1))
+    run(trained, tmp_path / "out", "--vae_path", str(tmp_path / "other.ckpt"))
+    assert f"trained with another VAE file (sha256 {digest[:12]}" in capsys.readouterr().err
+    save_vae(tmp_path / "small.ckpt", AutoencoderKL(4, (1, 1), ch=32, num_res_blocks=1))
+    argv = ["--resume", str(trained), "--output_dir", str(tmp_path / "no")]
+    line = refused(capsys, export.main, *argv, "--vae_path", str(tmp_path / "small.ckpt"))
+    assert "stride 2" in line
+
+
+def test_wrong_calls_are_answered_in_one_line(trained, tmp_path, capsys):
+    def line(*argv: str) -> str:
+        said = refused(capsys, export.main, *argv, "--output_dir", str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+        return said
+
+    assert "does not exist" in line("--resume", str(tmp_path / "nothing"))
+    assert "name the folder" in line("--resume", "auto")
+    assert "class_num" in line("--resume", str(trained), "--class_num", "7")
+    flags = published_form(trained, tmp_path / "weights.pth")
+    wrong = [*flags[:-1], "5"]
+    assert "do not match" in line("--resume", str(tmp_path / "weights.pth"), *wrong)
+    (tmp_path / "weights.pth").write_bytes(b"junk")
+    assert "damaged" in line("--resume", str(tmp_path / "weights.pth"), *flags)
+
+
+def test_push_to_hub_puts_it_there(trained, tmp_path):
+    """In a process of its own, which knows the hub by HF_ENDPOINT as a user's does."""
+    with running(Hub()) as hub:
+        argv = ["--resume", trained, "--output_dir", tmp_path / "out"]
+        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": 1, "HF_HOME": tmp_path / "home"}
+        command = ["util/export.py", *argv, "--push_to_hub", "me/digits"]
+        done = run_script(*command, **settings, HF_TOKEN=TOKEN)
+        assert done.returncode == 0, done.stderr
+        assert f"pushed to {hub.url}/me/digits" in done.stdout
+        expected = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert hub.repos["me/digits"] == expected
+
+
+def test_a_hub_that_refuses_is_told_in_one_line(trained, tmp_path, hub, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    argv = ["--resume", str(trained), "--output_dir", str(tmp_path), "--push_to_hub", "me/digits"]
+    line = refused(capsys, export.main, *argv)
+    assert "--push_to_hub me/digits: " in line and "401" in line
+    assert hub.repos == {} and TokenBridge.from_pretrained(tmp_path)
