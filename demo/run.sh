@@ -47,6 +47,9 @@ stage 'Train the generator, on 2 processes' \
   --vae_path "$demo/vae.ckpt" --val_path "$demo/data/val" --val_freq 2 \
   --preview_freq 4 --preview_images 10 --preview_iter 16 --cfg 2.0 --temperature 0.5
 
+stage 'Export the averaged weights, for demo/generate.ipynb' \
+  python -m util.export --resume "$demo/model" --output_dir "$demo/exported"
+
 # main_cache.py measured 1 / std of the latents; KL-16's is built in, any other comes from a cache
 stage 'Reconstruct held-out digits at several bit widths' \
   torchrun --standalone --nproc_per_node=2 reconstruction.py \

@@ -9,7 +9,7 @@ import main_cache
 import main_tokenbridge
 import reconstruction
 from tests.conftest import ROOT
-from util import doctor, fid_stats, report
+from util import doctor, download, export, fid_stats, report
 
 PARSERS = {
     "main_tokenbridge.py": main_tokenbridge.make_parser,
@@ -18,7 +18,10 @@ PARSERS = {
     "util.fid_stats": fid_stats.make_parser,
     "util.doctor": doctor.make_parser,
     "util.report": report.make_parser,
+    "util.download": download.make_parser,
+    "util.export": export.make_parser,
 }
+NOT_IN_THE_DEMO = {"util.doctor", "util.report", "util.download"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -54,7 +57,7 @@ def test_commands_of_the_demo_are_understood():
     lines = (line for line in text.splitlines() if line.startswith("stage "))
     words = [shlex.split(line.replace('"${bits[@]}"', "-1 4")) for line in lines]
     calls = [call for line in words if (call := script_and_flags(line))]
-    assert {script for script, _ in calls} == set(PARSERS) - {"util.doctor", "util.report"}
+    assert {script for script, _ in calls} == set(PARSERS) - NOT_IN_THE_DEMO
     for script, flags in calls:
         PARSERS[script]().parse(flags)
 

@@ -1,0 +1,72 @@
+"""The notebook runs from its first cell to its last, without a network."""
+
+import os
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import torch
+from nbclient import NotebookClient
+from PIL import Image
+
+from models.generate import generate
+from models.tokenbridge import TokenBridge
+from models.vae import AutoencoderKL
+from tests.conftest import ROOT, tiny_model
+from util.vae_files import save_vae
+
+NOTEBOOK = ROOT / "demo" / "generate.ipynb"
+
+
+def run(folder: Path, monkeypatch, **env: str) -> list[dict]:
+    """Execute it in that folder; the outputs of all cells, in order."""
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for place in ("JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(place, str(folder / "jupyter"))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+    return [output for cell in notebook.cells for output in cell.get("outputs", [])]
+
+
+def printed(outputs: list[dict]) -> str:
+    return "".join(output.get("text", "") for output in outputs)
+
+
+def pictures(outputs: list[dict]) -> int:
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_it_runs_with_the_weights_of_a_folder(tmp_path, monkeypatch):
+    """And what it saves is what the same calls give here."""
+    model = tiny_model(latent_scale=0.5)
+    vae = AutoencoderKL(6, (1, 1, 1), ch=32, num_res_blocks=1)
+    model.save_pretrained(tmp_path / "exported")
+    save_vae(tmp_path / "vae.ckpt", vae)
+    outputs = run(tmp_path, monkeypatch, TOKENBRIDGE_MODEL="exported", TOKENBRIDGE_VAE="vae.ckpt")
+    assert "random weights" not in printed(outputs) and pictures(outputs) == 5
+    settings = dict(num_iter=16, cfg=2.0, temperature=0.9, seed=0)
+    expected = generate(model, vae, [0, 1, 2], **settings).astype(int)
+    saved = [Image.open(tmp_path / "output" / "notebook" / f"{i}.png") for i in range(3)]
+    # Another number of threads may round differently.
+    assert np.abs(np.stack(saved).astype(int) - expected).max() <= 2
+    again = TokenBridge.from_pretrained(tmp_path / "output" / "notebook" / "model")
+    assert torch.equal(again.backbone.fake_latent, model.backbone.fake_latent)
+
+
+def test_it_runs_with_nothing_at_all(tmp_path, monkeypatch):
+    monkeypatch.delenv("TOKENBRIDGE_MODEL", raising=False)
+    outputs = run(tmp_path, monkeypatch)
+    assert "random weights, whose images are noise" in printed(outputs)
+    assert pictures(outputs) == 5
+    assert "largest difference of a byte: 0" in printed(outputs)
+
+
+def test_it_is_kept_without_outputs():
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    assert [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
+    assert os.path.getsize(NOTEBOOK) < 20_000
