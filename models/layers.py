@@ -108,7 +108,10 @@ class Attention(nn.Module):
             k, v = kept.replace(k, v)
         dropout = self.attn_drop if self.training else 0.0
         mask = kept.seen if kept is not None else None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        attend = partial(F.scaled_dot_product_attention, dropout_p=dropout)
+        # A CPU has no fused kernel with dropout, and would keep the weights of all pairs.
+        recompute = dropout > 0 and q.device.type == "cpu" and not torch.compiler.is_compiling()
+        out = call(attend, q, k, v, mask, recompute=recompute)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 

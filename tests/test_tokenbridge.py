@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 
 from models.config import TokenBridgeConfig, preset
-from models.layers import take
+from models.layers import Attention, split_heads, take
 from models.masking import Mask, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
@@ -305,3 +307,20 @@ def test_the_last_block_of_some_positions_equals_that_of_all():
     whole = model.backbone(values, classes, mask, everywhere)
     some = model.backbone(values, classes, mask, mask.masked[:, :3])
     assert torch.allclose(some, take(whole, mask.masked[:, :3]), atol=1e-6)
+
+
+def test_attention_dropout_keeps_no_weights_of_pairs_of_positions():
+    """Where no fused kernel has dropout they are computed again, with the same draws."""
+    attention = Attention(8, 2, attn_drop=0.5).train()
+    x, sizes = torch.randn(3, 64, 8), []
+    with saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        torch.manual_seed(0)
+        attention(x).square().sum().backward()
+    assert max(sizes) <= 3 * 64 * 8 * 3
+    found = attention.qkv.weight.grad.clone()
+    attention.zero_grad()
+    torch.manual_seed(0)
+    q, k, v = split_heads(attention.qkv(x), 3, 2)
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=0.5)
+    attention.proj(out.transpose(1, 2).flatten(2)).square().sum().backward()
+    assert torch.allclose(found, attention.qkv.weight.grad, rtol=1e-5)

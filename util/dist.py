@@ -272,7 +272,11 @@ def gather_to_main(value) -> list | None:
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with its gradients summed over processes; the model itself in a world of one."""
+    """The model with its gradients summed over processes; the model itself in a world of one.
+
+    Not as a static graph: no parameter is ever unused, which is what it would spare looking for,
+    and steps with gradients kept local in between are no static graph to it.
+    """
     if not dist.is_initialized():
         return model
     ids = [device] if device.type == "cuda" else None
