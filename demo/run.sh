@@ -43,9 +43,9 @@ stage 'Train the generator, on 2 processes' \
   --use_cached --cached_path "$demo/cache" --no_flip --num_workers 0 \
   --quant_bits 4 --attn_dropout 0 --proj_dropout 0 \
   --batch_size 16 --epochs 56 --warmup_epochs 2 --lr 2e-3 --ema_rate 0.99 \
-  --save_last_freq 14 --log_freq 11 --output_dir "$demo/model" --device cpu \
-  --vae_path "$demo/vae.ckpt" --val_path "$demo/data/val" --val_freq 2 \
-  --preview_freq 4 --preview_images 10 --preview_iter 16 --cfg 2.0 --temperature 0.5
+  --save_last_freq 14 --log_freq 22 --output_dir "$demo/model" --device cpu \
+  --vae_path "$demo/vae.ckpt" --val_path "$demo/data/val" --val_freq 4 --val_images 120 \
+  --preview_freq 7 --preview_images 10 --preview_iter 16 --cfg 2.0 --temperature 0.5
 
 stage 'Export the averaged weights, for demo/generate.ipynb' \
   python -m util.export --resume "$demo/model" --output_dir "$demo/exported"

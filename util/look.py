@@ -41,7 +41,7 @@ def add_look_flags(parser: Parser) -> None:
     add("--preview_images", type=positive_int, default=8, help="of each, raw and averaged weights")
     add("--preview_iter", type=positive_int, default=32, help="iterations")
     add("--val_freq", type=non_negative_float, default=1.0, help="epochs between held-out losses")
-    add("--val_images", type=positive_int, default=1024, help="held-out images used, at most")
+    add("--val_images", type=positive_int, default=256, help="held-out images used, at most")
     add(
         "--val_path",
         default="",
@@ -79,6 +79,7 @@ class LookSettings:
             cfg_schedule=args.cfg_schedule,
             temperature=args.temperature[0],
             seed=args.seed,
+            order=args.order,
         )
         return cls(*every, last_step, preview)
 

@@ -35,6 +35,7 @@ class PreviewSettings:
     cfg_schedule: str
     temperature: float
     seed: int
+    order: str = "random"
 
 
 def labels(count: int, class_num: int) -> Tensor:
@@ -55,6 +56,7 @@ def draw(
             cfg_schedule=settings.cfg_schedule,
             temperature=settings.temperature,
             seed=settings.seed,
+            order=settings.order,
         )
 
 

@@ -19,6 +19,7 @@ TITLES = {
     "f_score": "F score",
     "num_iter": "iterations",
 }
+SPECIAL = {"order": "random", "token_cache": 0}  # settings that few evaluations change
 RECONSTRUCTED = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
@@ -95,10 +96,17 @@ def _evaluation(records: Sequence[Record]) -> str:
 def _rows(records: Sequence[Record]) -> list[dict]:
     """Settings and figures of each point; with differences from the best where they compare."""
     rows = []
-    for record in records:
-        settings, metrics = record.values.get("settings", {}), record.values["metrics"]
+    settings_of = [record.values.get("settings", {}) for record in records]
+    special = [
+        name
+        for name, usual in SPECIAL.items()
+        if any(settings.get(name, usual) != usual for settings in settings_of)
+    ]
+    for record, settings in zip(records, settings_of, strict=True):
+        metrics = record.values["metrics"]
         rows.append(
             {name: settings.get(name) for name in SWEPT}
+            | {name: settings.get(name, SPECIAL[name]) for name in special}
             | {"images": settings.get("num_images"), "weights": settings.get("weights", "ema")}
             | metrics
             | {"folder": record.folder.name, "replicates": record.values.get("replicates", {})}
@@ -131,7 +139,7 @@ def _best(rows: Sequence[dict]) -> int:
 
 
 def _point_name(row: dict) -> str:
-    known = [name for name in SWEPT if row[name] is not None]
+    known = [name for name in (*SWEPT, *SPECIAL) if row.get(name) is not None]
     return ", ".join(f"{title_of(name)} {figure(row[name])}" for name in known)
 
 
@@ -140,12 +148,13 @@ def _sweep_charts(rows: Sequence[dict]) -> str:
     if any(not isinstance(row[name], int | float) for row in rows for name in SWEPT):
         return ""
     axis = max(SWEPT, key=lambda name: len({row[name] for row in rows}))
-    others = [name for name in SWEPT if len({r[name] for r in rows}) > 1 and name != axis]
+    names = (*SWEPT, *SPECIAL, "images", "weights")
+    others = [name for name in names if len({r.get(name) for r in rows}) > 1 and name != axis]
     charts = []
     for name in (n for n in PLOTTED if all(isinstance(row.get(n), float) for row in rows)):
         lines: dict[str, list[dict]] = {}
         for row in sorted(rows, key=lambda row: row[axis]):
-            label = ", ".join(f"{title_of(other)} {row[other]:g}" for other in others)
+            label = ", ".join(f"{title_of(other)} {figure(row[other])}" for other in others)
             lines.setdefault(label, []).append(row)
         series = [
             Series(

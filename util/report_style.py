@@ -153,12 +153,14 @@ for (const chart of document.querySelectorAll('.chart')) {
     const head = document.createElement('div');
     head.textContent = data.xName + ' ' + (data.names.length ? data.names[x] : shown(x));
     tip.replaceChildren(head);
-    for (const f of found.filter(f => Math.abs(f.p[0] - x) <= (x1 - x0) / 60)
+    const reach = points => (x1 - x0) / Math.min(60, 1.6 * points.length);
+    for (const f of found.filter(f => Math.abs(f.p[0] - x) <= reach(f.s.points))
         .sort((a, b) => b.p[1] - a.p[1]).slice(0, 17)) {
       const row = document.createElement('div'), dot = document.createElement('i');
       const value = document.createElement('b');
       dot.style.background = f.s.colour; value.textContent = shown(f.p[1]);
-      row.append(dot, f.s.name, value); tip.append(row);
+      const own = f.p[0] === x ? '' : ' at ' + shown(f.p[0]);
+      row.append(dot, f.s.name + own, value); tip.append(row);
     }
     tip.hidden = cross.hidden = false;
     const px = box.width * (x - x0) / (x1 - x0), left = box.left - frame.left + px;

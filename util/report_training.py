@@ -1,5 +1,6 @@
 """The report's sections of a training: curves, held-out loss, previews, levels, configuration."""
 
+import math
 import re
 from collections.abc import Sequence
 from html import escape
@@ -16,6 +17,9 @@ CURVES = {  # of the training itself, in the order of the page; the loss has a c
     "train/skipped_steps": "skipped steps",
     "speed/images_per_second": "images a second",
     "speed/data_wait_percent": "waiting for data, % of the time",
+    "speed/tflops_per_device": "TFLOP/s of each device",
+    "speed/percent_of_peak": "of the device's peak, %",
+    "speed/memory_gib": "memory, GiB",
 }
 OWN = ("train/loss", "heldout", "levels/", "eval/")  # tags that have other places
 WEIGHTS = (("ema", "averaged weights"), ("raw", "raw weights"))
@@ -87,9 +91,14 @@ def _curves(training: Training) -> str:
     ]
     others = sorted(t for t in scalars if t not in CURVES and not t.startswith(OWN))
     small += [chart(_words(tag), [_line(training, tag, "", 0)]) for tag in others]
+    levels = training.model.get("quant_levels", 0)
+    guess = (
+        f" A blind guess among {levels} levels costs {math.log(levels):.2f}."
+        if isinstance(levels, int) and levels > 0
+        else ""
+    )
     return (
-        "<p>Cross-entropy in nats for each masked token and channel. A guess among K levels costs "
-        "ln&nbsp;K.</p>"
+        f"<p>Cross-entropy in nats for each masked token and channel.{guess}</p>"
         + chart("loss", loss, tall=True)
         + f'<div class="grid">{"".join(small)}</div>'
     )
@@ -186,9 +195,7 @@ def _previews(training: Training) -> str:
             label += f" · {initial_share(rate, step):.0%} of the average are initial weights"
         frames.append((label, picture(content, f"previews after step {step}", "picture")))
     first = images[0][0]
-    age = (
-        note(f"At the first look: {about_average(rate, first)}") if isinstance(rate, float) else ""
-    )
+    age = note(about_average(rate, first)) if isinstance(rate, float) else ""
     return (
         "<p>The same classes and seeds at every look: raw weights on the left, their average on "
         f"the right. Move the slider.</p>{viewer(frames)}{age}"
