@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import TokenBridgeConfig, preset
+from models.layers import joined_modulations
 from models.masking import Mask, draw_mask_ratio, mask_schedule, masked_counts, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
@@ -24,11 +25,15 @@ VARIANTS = {
 }
 
 
-def counted(compute) -> int:
-    """What torch counts, attention written out: the CPU's fused kernel has no formula there."""
+def count(compute) -> dict:
+    """By operation, attention written out: the CPU's fused kernel has no formula."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         compute()
-    return counter.get_total_flops()
+    return counter.get_flop_counts()["Global"]
+
+
+def counted(compute) -> int:
+    return sum(count(compute).values())
 
 
 @pytest.fixture(params=VARIANTS)
@@ -58,33 +63,33 @@ def test_forward_of_each_part(model):
     assert counted(lambda: model.backbone.encode(values, classes, mask)) == (
         2 * expected.encoder.total
     )
-    assert counted(lambda: model.backbone.decode(encoded, mask)) == 2 * expected.decoder.total
+    found = counted(lambda: model.backbone.decode(encoded, mask, mask.masked[:, :5]))
+    assert found == 2 * flops.decoder(config, config.seq_len - masked, predicted=5).total
+    found = counted(lambda: model.backbone.decode(encoded, mask, mask.masked))
+    assert found == 2 * expected.decoder.total
     head = flops.head(config, 2 * masked)
     assert counted(lambda: model.head(*head_inputs(model, 2 * masked))) == head.total
     assert head == 2 * expected.head
 
 
 def test_attention_and_adaln_are_told_apart(model):
-    """Batched products are attention; those inside the modulations are adaLN."""
-    values, classes, mask = inputs(model, 11)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.head(*head_inputs(model, 11))
-    found = counter.get_flop_counts()["Global"]
-    expected = flops.head(model.config, 11)
+    """Attention is the batched products without a bias."""
+    head, expected = model.head, flops.head(model.config, 11)
+    found = count(lambda: head(*head_inputs(model, 11)))
     assert found[torch.ops.aten.bmm] == expected.attention
-    modules = counter.get_flop_counts()
-    adaln = sum(
-        sum(count.values()) for name, count in modules.items() if name.endswith(".adaLN_modulation")
-    )
-    assert adaln == expected.adaln
+    conditions = torch.randn(11, model.config.token_dim, model.config.channel_embed_dim)
+    parts = [*head.channel_blocks, head.channel_final]
+    assert counted(lambda: joined_modulations(conditions, parts)) == expected.adaln
 
 
 @pytest.mark.parametrize("grad_checkpointing", [False, True])
-def test_training_step(model, grad_checkpointing):
+@pytest.mark.parametrize("head_chunk", [0, 7])
+def test_training_step(model, grad_checkpointing, head_chunk):
     """With dropout, as in training: its masks are what a recomputation ends with."""
     model = TokenBridge(
         **model.config.to_dict() | dict(attn_dropout=0.1, proj_dropout=0.1),
         grad_checkpointing=grad_checkpointing,
+        head_chunk=head_chunk,
     )
     config, batch = model.config, 3
     mask = torch.zeros(batch, config.seq_len, dtype=torch.bool)
@@ -95,7 +100,7 @@ def test_training_step(model, grad_checkpointing):
 
 
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
-@pytest.mark.parametrize("num_iter", [1, 5, 40])
+@pytest.mark.parametrize("num_iter", [1, 5, 20])
 def test_sampling(model, num_iter, cfg):
     labels = torch.tensor([0, 1])
     found = counted(lambda: sample_latents(model, labels, num_iter=num_iter, cfg=cfg))

@@ -81,12 +81,20 @@ def _input_projection(config: TokenBridgeConfig) -> float:
     return linear(config.seq_len, config.token_dim, config.encoder_embed_dim)
 
 
-def decoder(config: TokenBridgeConfig, visible: int) -> Flops:
-    """The projection of the encoder's output, S + V; blocks on all S + L."""
+def decoder(config: TokenBridgeConfig, visible: int, predicted: int) -> Flops:
+    """The projection of the encoder's output, S + V; blocks on all S + L.
+
+    Only the positions to predict leave the last block.
+    """
     width, tokens = config.decoder_embed_dim, config.buffer_size + config.seq_len
-    entry = linear(config.buffer_size + visible, config.encoder_embed_dim, width)
-    block = vit_block(width, config.mlp_ratio, tokens)
-    return Flops(entry) + config.decoder_depth * block
+    blocks = (config.decoder_depth - 1) * vit_block(width, config.mlp_ratio, tokens)
+    last = vit_block(width, config.mlp_ratio, tokens, leaving=predicted)
+    return Flops(_decoder_projection(config, visible)) + blocks + last
+
+
+def _decoder_projection(config: TokenBridgeConfig, visible: int) -> float:
+    rows = config.buffer_size + visible
+    return linear(rows, config.encoder_embed_dim, config.decoder_embed_dim)
 
 
 def head(config: TokenBridgeConfig, positions: int) -> Flops:
@@ -97,10 +105,8 @@ def head(config: TokenBridgeConfig, positions: int) -> Flops:
 
 
 def head_sampling(config: TokenBridgeConfig, positions: int) -> Flops:
-    """Channel after channel over cached keys and values: channel t attends to t of them."""
-    pairs = positions * config.token_dim * (config.token_dim + 1) // 2
-    attention = 2 * linear(pairs, config.channel_embed_dim, 1)
-    return _head_products(config, positions) + Flops(attention=config.channel_depth * attention)
+    """Channel after channel, over keys and values of all T, those to come hidden: the same."""
+    return head(config, positions)
 
 
 def _head_products(config: TokenBridgeConfig, positions: int) -> Flops:
@@ -119,27 +125,21 @@ def _head_block_linear(config: TokenBridgeConfig, tokens: int) -> float:
 def forward(config: TokenBridgeConfig, masked: int) -> ModelFlops:
     """Latents -> logits of the masked positions."""
     visible = config.seq_len - masked
-    return ModelFlops(encoder(config, visible), decoder(config, visible), head(config, masked))
+    return ModelFlops(
+        encoder(config, visible), decoder(config, visible, masked), head(config, masked)
+    )
 
 
 def recomputed(config: TokenBridgeConfig, masked: int) -> ModelFlops:
-    """What gradient checkpointing computes once more: the blocks."""
-    whole = forward(config, masked)
-    encoder_entry = Flops(_input_projection(config))
-    decoder_entry = Flops(
-        linear(
-            config.buffer_size + config.seq_len - masked,
-            config.encoder_embed_dim,
-            config.decoder_embed_dim,
-        )
+    """What gradient checkpointing computes once more: the blocks, the head's modulations apart."""
+    whole, rows = forward(config, masked), masked * config.token_dim
+    outside = linear(masked, config.decoder_embed_dim, config.channel_embed_dim)
+    outside += linear(rows, config.channel_embed_dim, config.quant_levels)
+    return whole + (-1) * ModelFlops(
+        Flops(_input_projection(config)),
+        Flops(_decoder_projection(config, config.seq_len - masked)),
+        Flops(outside, adaln=whole.head.adaln),
     )
-    tokens = masked * config.token_dim
-    outside = Flops(
-        linear(masked, config.decoder_embed_dim, config.channel_embed_dim)
-        + linear(tokens, config.channel_embed_dim, config.quant_levels),
-        adaln=linear(tokens, config.channel_embed_dim, 2 * config.channel_embed_dim),
-    )
-    return whole + (-1) * ModelFlops(encoder_entry, decoder_entry, outside)
 
 
 def training_step(
@@ -167,7 +167,7 @@ def sampling_iteration(
     passes = 2 if guided else 1
     return ModelFlops(
         passes * encoder(config, visible),
-        passes * decoder(config, visible),
+        passes * decoder(config, visible, before - after),
         head_sampling(config, before - after),
     )
 
