@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak lint lock clean
+.PHONY: help demo test soak bench lint lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,6 +16,8 @@ help:
 	@echo '              (about 9 minutes on 2 CPU cores)'
 	@echo '  make test   run the tests (under 15 minutes on 2 CPU cores); ARGS="-k vae" picks some'
 	@echo '  make soak   do harm to training, saving and caching, over 50 times; prints a table'
+	@echo '  make bench  time everything, each optimisation on and off (about 15 minutes on'
+	@echo '              2 CPU cores); ARGS="--only train" picks some'
 	@echo '  make lint   check style and formatting'
 	@echo '  make lock   resolve requirements.lock and environment.yaml anew; ARGS=--upgrade'
 	@echo '  make clean  remove the demo output and caches, keep .venv'
@@ -31,6 +33,9 @@ test: $(INSTALLED)
 
 soak: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.run $(ARGS)
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -8,6 +8,8 @@ import pytest
 import main_cache
 import main_tokenbridge
 import reconstruction
+from benchmarks import render
+from benchmarks import run as benchmark
 from tests.conftest import ROOT
 from util import doctor, download, export, fid_stats, report
 
@@ -20,8 +22,11 @@ PARSERS = {
     "util.report": report.make_parser,
     "util.download": download.make_parser,
     "util.export": export.make_parser,
+    "benchmarks.run": benchmark.make_parser,
+    "benchmarks.render": render.make_parser,
 }
 NOT_IN_THE_DEMO = {"util.doctor", "util.report", "util.download"}
+NOT_IN_THE_DEMO |= {"benchmarks.run", "benchmarks.render"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

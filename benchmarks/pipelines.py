@@ -1,0 +1,90 @@
+"""Whole commands at a small size: filling a latent cache, and an evaluation from noise to features.
+
+The VAE is KL-16 and the network of the features torch-fidelity's Inception, both of random
+weights, which cost the same as trained ones.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+
+import main_cache
+from benchmarks.inception import save_random_inception
+from benchmarks.loaders import PHOTO, make_photos
+from benchmarks.work import FAST, Settings, Variant, Work
+from benchmarks.works import GUIDANCE, build_model
+from models.config import PUBLISHED_LATENT_SCALE
+from models.tokenizer import Tokenizer
+from models.vae import AutoencoderKL
+from util.evaluation import EvalSettings, evaluate
+from util.extractor import INCEPTION, Extractor
+from util.metrics import Measure
+from util.provenance import cores
+from util.reference import Reference
+from util.vae_files import save_vae
+
+
+def in_silence(call: Callable[[], object]) -> None:
+    """What the command prints is not the benchmark's."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        call()
+
+
+def caching(settings: Settings, folder: Path) -> Work:
+    """main_cache.py from its reading of the VAE's file to the manifest, mirror images included."""
+    torch.manual_seed(0)
+    vae_path = folder / "vae.ckpt"
+    save_vae(vae_path, AutoencoderKL())
+    photos = make_photos(folder / "photos", settings.cached)
+    flags = {"vae_path": vae_path, "data_path": photos, "img_size": settings.img_size}
+    flags |= {"num_workers": max(1, cores() - 1), "device": settings.device.type}
+    flags |= {"batch_size": min(128, settings.cached)}
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as cache:
+            given = flags | {"cached_path": Path(cache) / "cache"}
+            argv = [str(part) for k, v in given.items() for part in (f"--{k}", v)]
+            args = main_cache.make_parser().parse(argv)
+            in_silence(lambda: main_cache.write_cache(args, settings.device))
+
+    title = f"caching {settings.cached} JPEG images of {PHOTO[0]} x {PHOTO[1]}, both views"
+    return Work("caching", title, settings.cached, "images", [Variant(FAST, "", run)])
+
+
+def evaluation(settings: Settings, folder: Path) -> Work:
+    """Sampling, VAE decode, PNG files and Inception's features of a few images."""
+    count, device = settings.evaluated, settings.device
+    model = build_model(settings, settings.long_model, class_num=count).eval()
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(AutoencoderKL(), PUBLISHED_LATENT_SCALE).to(device)
+    weights = save_random_inception(folder / "inception.pth")
+    measure = Measure(Extractor(INCEPTION, weights, device), Reference(None, {}))
+    asked = EvalSettings(
+        num_images=count,
+        eval_bsz=count,
+        num_iter=settings.iterations[0],
+        cfg=GUIDANCE,
+        cfg_schedule="linear",
+        temperature=1.0,
+        seed=0,
+    )
+
+    def run(precision: str) -> Callable[[], None]:
+        def once() -> None:
+            arithmetic = settings.precision(precision)
+            with tempfile.TemporaryDirectory(dir=folder) as place:
+                target = Path(place) / "evaluation"
+                in_silence(
+                    lambda: evaluate(model, tokenizer, asked, target, device, arithmetic, measure)
+                )
+
+        return once
+
+    last = settings.precisions[-1]
+    found = [Variant(FAST, last, run(last))]
+    title = f"evaluation of {count} images, {settings.long_model}, {asked.num_iter} iterations"
+    return Work("evaluation", f"{title}, PNG and features", count, "images", found)
