@@ -76,7 +76,7 @@ def provenance(name: str, result: dict) -> str:
     }
     products = ", ".join(
         f"{precision} {readable(median(found), 'FLOP/s')} "
-        f"({readable(min(found), '')}to {readable(max(found), '').strip()})"
+        f"({readable(min(found), 'FLOP/s')} to {readable(max(found), 'FLOP/s')})"
         for precision, found in rates.items()
     )
     return (
