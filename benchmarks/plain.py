@@ -25,6 +25,7 @@ from models.channel_head import ChannelHead, inverse_cdf
 from models.layers import modulate
 from models.masking import Mask
 from models.quantizer import SPAN, GaussianQuantizer
+from models.sampler import SamplingOptions
 from models.tokenbridge import TokenBridge
 from util.ema import EMA
 
@@ -148,39 +149,42 @@ def head_sample(
     uniforms: Tensor,
     temperature: float = 1.0,
     head_input_mode: str = "trained",
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """As `ChannelHead.sample`, but each channel computes all of its prefix again."""
     cond, uniforms = head.condition_proj(z), uniforms[:, head.order]
     indices = torch.zeros(uniforms.shape, dtype=torch.int64, device=z.device)
+    log_probs = torch.zeros(uniforms.shape, device=z.device)
     for i in range(len(head.order)):
         inputs = [head_input(head, cond, indices, j) for j in range(i + 1)]
         if head_input_mode == "published":
             inputs[0] = inputs[0] + head.timesteps_embeddings[:, 0]
         outputs = head_outputs(head, torch.stack(inputs, dim=1), cond)
         logits = head.channel_heads[i](outputs[:, i])
-        indices[:, i] = inverse_cdf(logits, uniforms[:, i], temperature)
-    return indices[:, head.inverse_order]
+        drawn = inverse_cdf(logits, uniforms[:, i], temperature)
+        indices[:, i], log_probs[:, i] = drawn
+    return indices[:, head.inverse_order], log_probs[:, head.inverse_order]
 
 
-def conditions(
-    model: TokenBridge,
-    values: Tensor,
-    labels: Tensor | None,
-    mask: Mask,
-    positions: Tensor,
-    scale: float,
-) -> Tensor:
-    """Guided z of the positions, [B, n, D]: one pass with the class, one without."""
+class Conditions:
+    """As the sampler's: guided z of the positions, but one pass with the class, one without."""
 
-    def z_of(choice: Tensor | None) -> Tensor:
-        return model.backbone(
-            values, model.backbone.class_embedding(choice, len(values)), mask, positions
-        )
+    def __init__(self, model: TokenBridge, labels: Tensor | None, options: SamplingOptions):
+        assert not options.token_cache, "the plain way reuses nothing"
+        self.backbone, self.labels, self.guided = model.backbone, labels, options.cfg != 1
 
-    if labels is None or scale == 1:
-        return z_of(labels)
-    uncond = z_of(None)
-    return uncond + scale * (z_of(labels) - uncond)
+    def __call__(
+        self, values: Tensor, mask: Mask, positions: Tensor, filled: Tensor, scale: float
+    ) -> Tensor:
+        """values: [B, L, C], positions: [B, n] -> [B, n, D]."""
+
+        def z_of(choice: Tensor | None) -> Tensor:
+            classes = self.backbone.class_embedding(choice, len(values))
+            return self.backbone(values, classes, mask, positions)
+
+        if self.labels is None or not self.guided or scale == 1:
+            return z_of(self.labels)
+        uncond = z_of(None)
+        return uncond + scale * (z_of(self.labels) - uncond)
 
 
 @torch.no_grad()
@@ -248,7 +252,7 @@ def _sampling(parts: Parts) -> AbstractContextManager:
 
 
 def _guidance(parts: Parts) -> AbstractContextManager:
-    return swapped(sampler, "_conditions", conditions)
+    return swapped(sampler, "_Conditions", Conditions)
 
 
 def _ema(parts: Parts) -> AbstractContextManager:

@@ -81,6 +81,7 @@ def make_parser() -> Parser:
     add("--repeats", type=positive_int, default=3, help="timed runs of each variant")
     add("--limit", type=positive_float, default=30.0, help="seconds, then two runs are enough")
     add("--no_switches", action="store_true", help="no plain variants")
+    add("--compile", action="store_true", help="compiled variants as well, which takes minutes")
     add(
         "--json",
         type=Path,
@@ -98,6 +99,7 @@ def make_settings(args: argparse.Namespace, device: torch.device) -> Settings:
         device=device,
         precisions=tuple(dict.fromkeys(args.precision or PRECISIONS[device.type])),
         mask_ratio=MASK_RATIOS[device.type] if args.mask_ratio is None else args.mask_ratio,
+        compile=args.compile,
         switches=not args.no_switches,
     )
 

@@ -33,6 +33,7 @@ class Settings:
     device: torch.device
     precisions: tuple[str, ...]
     mask_ratio: float
+    compile: bool = False
     switches: bool = True
     sampled: int = 2  # images of a sampling
     iterations: tuple[int, ...] = (8, 64, 256)
@@ -65,13 +66,16 @@ class Settings:
 class Variant:
     """run: once; a float that it returns are the seconds that it measured itself.
 
-    around: what holds while it runs, not timed.
+    around: what holds while it runs, not timed. warm_up: however long its first run takes.
+    counted: whether it computes what the work's analytic count says.
     """
 
     name: str
     precision: str
     run: Callable[[], object]
     around: Callable[[], AbstractContextManager] = nullcontext
+    warm_up: bool = False
+    counted: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,10 @@ class Timing:
         """First costs are not counted; what takes long anyway is counted from the first run on."""
         started = time.perf_counter()
         self.run()
-        if self.machine.device.type == "cpu" and time.perf_counter() - started > NO_WARM_UP:
+        slow = self.machine.device.type == "cpu" and time.perf_counter() - started > NO_WARM_UP
+        if slow and not self.variant.warm_up:
             return
-        self.calls = max(1, math.ceil(SHORTEST / max(self.seconds.pop(), 1e-9)))
+        self.calls, self.spent = max(1, math.ceil(SHORTEST / max(self.seconds.pop(), 1e-9))), 0.0
         for rates in self.rates.values():
             rates.pop()
 
@@ -143,7 +148,7 @@ class Timing:
             "matrix_rates": self.rates,
             "items": work.items,
             "unit": work.unit,
-            "flops": work.flops,
+            "flops": work.flops if self.variant.counted else None,
             "memory_before": self.before,
             "memory_peak": self.highest,
         }

@@ -1,8 +1,8 @@
 """The works of the model: training step, forward, head, sampling, quantizer, optimizer, VAE."""
 
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,8 @@ from torch import Tensor
 
 import engine_tokenbridge
 from benchmarks.kept import kept_for_backward
-from benchmarks.plain import SAMPLING, SWITCHES, TRAINING, Parts, plain, swapped
+from benchmarks.plain import SAMPLING, TRAINING, Parts, plain, swapped
+from benchmarks.variants import variants
 from benchmarks.work import FAST, PLAIN, Settings, Variant, Work
 from engine_tokenbridge import Run, TrainSettings, train_step
 from models import masking
@@ -28,37 +29,7 @@ from util.optim import build_optimizer
 from util.plan import Plan, Schedule
 
 GUIDANCE = 3.0
-
-
-def variants(
-    settings: Settings,
-    run: Callable[[str], Callable[[], object]],
-    parts: Parts,
-    whole: Sequence[str],
-    single: Sequence[str] = (),
-    around: Callable[[], AbstractContextManager] | None = None,
-) -> list[Variant]:
-    """Fast and, with all of `whole` switched, plain in each precision; the single switches in the
-    last one. run: of a precision's name. around: what holds in all of them.
-    """
-
-    @contextmanager
-    def switched(*names: str):
-        with ExitStack() as stack:
-            if around is not None:
-                stack.enter_context(around())
-            stack.enter_context(plain(parts, *names))
-            yield
-
-    def variant(name: str, precision: str, *names: str) -> Variant:
-        return Variant(name, precision, run(precision), partial(switched, *names))
-
-    found = [variant(FAST, precision) for precision in settings.precisions]
-    if settings.switches:
-        found += [variant(PLAIN, precision, *whole) for precision in settings.precisions]
-        last = settings.precisions[-1]
-        found += [variant(SWITCHES[name].text, last, name) for name in single]
-    return found
+TOKEN_CACHE = 4  # iterations
 
 
 def build_model(settings: Settings, name: str | None = None, **changes) -> TokenBridge:
@@ -209,22 +180,28 @@ def sampling(settings: Settings, num_iter: int) -> Work:
     model = build_model(settings, name).eval()
     labels = torch.arange(settings.sampled)
 
-    def run(precision: str) -> Callable[[], None]:
+    def run(precision: str, token_cache: int = 0) -> Callable[[], None]:
         def once() -> None:
             with settings.precision(precision).autocast(settings.device):
-                sample_latents(model, labels, num_iter=num_iter, cfg=GUIDANCE)
+                sample_latents(
+                    model, labels, num_iter=num_iter, cfg=GUIDANCE, token_cache=token_cache
+                )
 
         return once
 
     single = ("sampling", "guidance", "backbone") if short else ()
     if not short:
         settings = replace(settings, switches=False)
+    found = variants(settings, run, Parts(model), SAMPLING, single)
+    last = settings.precisions[-1]
+    lazy = Variant(f"--token_cache {TOKEN_CACHE}", last, run(last, TOKEN_CACHE), counted=False)
+    found.append(lazy)
     return Work(
         f"sample{num_iter}",
         f"sampling {settings.sampled} images, {num_iter} iterations, cfg {GUIDANCE}, {name}",
         settings.sampled,
         "images",
-        variants(settings, run, Parts(model), SAMPLING, single),
+        found,
         settings.sampled * flops.sampling(model.config, num_iter, guided=True).total,
     )
 

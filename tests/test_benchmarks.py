@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import engine_tokenbridge
-from benchmarks import loaders, render, run, works
+from benchmarks import loaders, pipelines, render, run, variants, works
 from benchmarks.kept import kept_for_backward
 from benchmarks.machine import Machine
 from benchmarks.plain import SWITCHES, Parts, plain
@@ -68,6 +69,24 @@ def test_plain_sampling_draws_the_same(name, head_input):
     found = sample_latents(model, torch.tensor([0, 1]), **flags)
     with plain(Parts(model), name):
         assert torch.equal(found, sample_latents(model, torch.tensor([0, 1]), **flags))
+
+
+def test_compiled_blocks_come_and_go(monkeypatch):
+    compiled = []
+
+    def compile_model(model: TokenBridge, device: torch.device) -> None:
+        compiled.append(model)
+        model.compile_blocks(backend="eager")
+
+    monkeypatch.setattr(variants, "compile_model", compile_model)
+    model = tiny_model()
+    blocks = [*model.backbone.encoder_blocks, *model.head.channel_blocks]
+    around = variants.Compiled(model, CPU)
+    for _ in range(2):
+        with around():
+            assert all(block._compiled_call_impl is not None for block in blocks)
+        assert all(block._compiled_call_impl is None for block in model.modules())
+    assert compiled == [model]
 
 
 def test_plain_quantizer_finds_the_same_levels():
@@ -174,16 +193,16 @@ def test_speed_is_compared_in_units_of_the_matrix_product():
 def test_variants_run_in_turn_until_their_time_is_up():
     order = []
     machine = Machine(CPU, matrix=8)
-    variants = [
+    shown = [
         Variant(name, "fp32", lambda n=name, s=seconds: order.append(n) or s)
         for name, seconds in (("short", 1.0), ("long", 9.0))
     ]
-    work = Work("w", "w", 1, "images", variants)
+    work = Work("w", "w", 1, "images", shown)
     rows = list(measure(work, machine, repeats=3, limit=60.0))
     assert order == ["short", "long"] * 4  # a run of each to warm up; nothing reached the limit
     assert [row["seconds"] for row in rows] == [[1.0] * 3, [9.0] * 3]
     assert [len(row["matrix_rates"]["bf16"]) for row in rows] == [3, 3]
-    timing = Timing(replace(variants[0], run=lambda: None), machine)
+    timing = Timing(replace(shown[0], run=lambda: None), machine)
     timing.warm_up()
     assert timing.calls > 1 and timing.seconds == []  # it was over too soon to be timed once
 
@@ -207,6 +226,8 @@ def result(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(run.SIZES, "cpu", run.SIZES["cpu"] | TINY)
         patch.setattr(loaders, "BATCHES", 2)
+        for module in (works, pipelines):
+            patch.setattr(module, "AutoencoderKL", partial(AutoencoderKL, ch=32, num_res_blocks=1))
         patch.setattr("benchmarks.machine.MATRIX", {"cpu": 64})
         patch.setattr("benchmarks.machine.COPY_BYTES", 2**16)
         patch.setattr("benchmarks.work.SHORTEST", 0.0)
@@ -226,7 +247,8 @@ def test_the_whole_command_measures_every_work_with_its_switches(result):
     assert {SWITCHES[n].text for n in ("chunks", "modulations", "sampling", "guidance")} < seen
     train = {r["precision"] for r in found["rows"] if (r["work"], r["variant"]) == ("train", FAST)}
     assert train == {"fp32", "bf16"}
-    assert found["versions"]["torch"] == torch.__version__ and found["machine"]["cores"] >= 1
+    assert torch.__version__.startswith(found["versions"]["torch"])
+    assert found["machine"]["cores"] >= 1
     kept = {(row["variant"], row["precision"]): row for row in found["kept"]}
     fast, slow = kept[FAST, "fp32"], kept[PLAIN, "fp32"]
     assert fast["hooks"][0] < slow["hooks"][0] and slow["alive"][1] < slow["alive"][0]
