@@ -32,10 +32,10 @@ from util.cache_files import DTYPES, FORMATS, MAX_SHARD_SIZE
 from util.cache_writer import Batch, CacheSettings, CacheWriter, list_digest
 from util.data import ImageDataset, ImageList, collate_skipping, list_images
 from util.errors import UserError, run
-from util.files import sha256
 from util.latent_cache import verify
 from util.lock import only_job_in
 from util.parser import Parser
+from util.vae_files import vae_digest
 
 
 def make_parser() -> Parser:
@@ -116,7 +116,7 @@ def cache_settings(args, vae: VAE, classes: list[str], images_sha256: str):
         dtype=dtype,
         shard_size=args.shard_size,
         image_size=args.img_size,
-        vae_sha256=sha256(args.vae_path),
+        vae_sha256=vae_digest(args.vae_path),
         vae_config=vae.config,
         vae_stride=vae.stride,
         classes=classes,

@@ -44,13 +44,14 @@ from util.build import build_vae, cache_histogram, calibrated_levels
 from util.cache_writer import list_digest
 from util.data import ImageDataset, ImageList, collate_skipping, list_images
 from util.errors import UserError, as_user_error, run
-from util.files import check_writable, sha256
+from util.files import check_writable
 from util.images import to_uint8
 from util.latent_cache import open_cache
 from util.metrics import Measure, frechet, score, statistics
 from util.parser import Parser
 from util.reconstruction_folder import ReconstructionFolder
 from util.reconstruction_report import tell, write_grid, write_results
+from util.vae_files import vae_digest
 from util.variants import (
     CONTINUOUS,
     ORIGINAL,
@@ -124,7 +125,7 @@ def main() -> None:
         raise UserError(f"--img_size {args.img_size}: SSIM needs {SSIM_LEAST} px at least")
     images = choose_images(args.image_dir, args.images_per_class)
     vae = build_vae(args)
-    vae_sha256 = sha256(args.vae_path)
+    vae_sha256 = vae_digest(args.vae_path)
     scale = find_scale(args, vae, vae_sha256)
     tokenizer = Tokenizer(vae, scale).to(device)
     variants, level_settings = make_variants(args, vae.channels, scale, vae_sha256)

@@ -142,7 +142,7 @@ def add_vae_flags(parser: Parser) -> None:
         "--vae_path",
         default="pretrained_models/vae/kl16.ckpt",
         metavar="PATH",
-        help="weights of the VAE",
+        help="weights of the VAE, or a folder of diffusers",
     )
     group.add_argument(
         "--vae_embed_dim",

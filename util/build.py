@@ -73,7 +73,7 @@ def build_config(
     if missing:
         raise UserError(
             f"--vae_path is not KL-16, so {' and '.join(missing)} must be given; or cache its "
-            "latents with main_cache.py, which measures them, and train with --use_cached"
+            "latents with main_cache.py, which measures them, and name the cache with --cached_path"
         )
     with as_user_error():
         return TokenBridgeConfig(**settings)

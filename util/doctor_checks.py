@@ -86,14 +86,17 @@ def processes(patient: Patient) -> Finding:
 def vae(patient: Patient) -> Finding:
     args = patient.args
     if isinstance(patient.vae_or_error, UserError):
-        if not patient.needs_vae and patient.vae_sha256 is None:
+        if not patient.needs_vae and not Path(args.vae_path).exists():
             return Finding(
                 OK, f"--vae_path {args.vae_path} is not there, and cached latents do without it"
             )
         raise patient.vae_or_error
     kind = "KL-16" if patient.vae.is_kl16 else "a VAE that is not KL-16"
     millions = sum(p.numel() for p in patient.vae.parameters()) / 1e6
-    text = f"{kind}, {millions:.1f} M parameters, all tensors match, sha256 {patient.vae_sha256}"
+    text = (
+        f"{kind}, {patient.vae.channels} channels, stride {patient.vae.stride}, {millions:.1f} M "
+        f"parameters, all tensors match, sha256 {patient.vae_sha256}"
+    )
     others = []
     try:
         if patient.manifest is not None:

@@ -20,9 +20,10 @@ from util.checkpoint import AUTO, Checkpoint, find_checkpoint, load_checkpoint, 
 from util.data import ImageDataset, ImageList, list_images
 from util.errors import UserError
 from util.extractor import INCEPTION, Extractor, published_weights, registered_name
-from util.files import load_tensors, sha256
+from util.files import load_tensors
 from util.histogram import LatentHistogram
 from util.latent_cache import CachedLatents, open_cache
+from util.vae_files import vae_digest
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 MEASURED_IMAGES = 64  # of --data_path, where no cache says how the latents are distributed
@@ -74,7 +75,13 @@ class Patient:
 
     @cached_property
     def vae_sha256(self) -> str | None:
-        return sha256(self.args.vae_path) if Path(self.args.vae_path).is_file() else None
+        """None where there is no VAE."""
+        if not Path(self.args.vae_path).exists():
+            return None
+        try:
+            return vae_digest(self.args.vae_path)
+        except UserError:
+            raise Unknown("it needs the VAE") from None
 
     @cached_property
     def vae_or_error(self) -> VAE | UserError:

@@ -19,8 +19,9 @@ from util.build import ModelFlags, build_config, build_model, build_vae, check_v
 from util.checkpoint import AUTO, WEIGHT_KEYS, Checkpoint, find_checkpoint
 from util.download import HUB_ERRORS
 from util.errors import UserError, as_user_error, run
-from util.files import check_writable, sha256
+from util.files import check_writable
 from util.parser import Parser
+from util.vae_files import vae_digest
 
 
 def make_parser() -> Parser:
@@ -59,7 +60,7 @@ def load(args: argparse.Namespace, checkpoint: Checkpoint) -> TokenBridge:
     made_by = checkpoint.saved.get("vae_sha256")
     if vae is not None:
         check_vae(vae, config, args.vae_path)
-        made_by = sha256(args.vae_path)
+        made_by = vae_digest(args.vae_path)
         warn_other_vae(checkpoint, made_by)
     model = build_model(config, checkpoint, WEIGHT_KEYS[args.eval_weights])
     saved = checkpoint.saved

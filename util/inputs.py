@@ -13,8 +13,8 @@ from util.build import ModelFlags, build_config, build_vae, check_vae, warn_othe
 from util.checkpoint import AUTO, Checkpoint, find_checkpoint, refuse_other_run, saved_in
 from util.data import ImageDataset, list_images
 from util.errors import UserError
-from util.files import sha256
 from util.latent_cache import CachedLatents, open_cache
+from util.vae_files import vae_digest
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
     vae = build_vae(args) if needs_vae(args) else None
     if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
         args.img_size = checkpoint.config.img_size
-    data = open_data(args)
+    data = open_data(args, vae)
     config = build_config(ModelFlags.of(args), checkpoint, data.manifest, vae)
     check_data(data, config)
     if vae is not None:
@@ -89,10 +89,10 @@ def needs_vae(args: argparse.Namespace) -> bool:
     """With cached latents it draws previews and encodes held-out images; its lack is said."""
     if not args.use_cached or args.online_eval:
         return True
-    if "vae_path" in args.explicit and Path(args.vae_path).is_file():
+    if "vae_path" in args.explicit and Path(args.vae_path).exists():
         return bool(args.preview_freq) or held_out_folder(args) is not None
     if args.preview_freq:
-        dist.print_main("no preview images: cached latents need no VAE, --vae_path FILE draws them")
+        dist.print_main("no preview images: cached latents need no VAE, --vae_path draws them")
     return False
 
 
@@ -107,19 +107,22 @@ def held_out_folder(args: argparse.Namespace) -> Path | None:
     return beside if named and beside.is_dir() else None
 
 
-def open_data(args: argparse.Namespace) -> TrainingData:
+def open_data(args: argparse.Namespace, vae: VAE | None) -> TrainingData:
     """The images of --data_path, or the latents of --cached_path."""
     if not args.use_cached:
         images = list_images(args.data_path)
         on_bad = "next" if args.skip_bad_images else "raise"
         dataset = ImageDataset(images.samples, args.img_size, on_bad)
-        source = f"--data_path {args.data_path}"
-        return TrainingData(dataset, images.classes, source, sha256(args.vae_path))
+        source, digest = f"--data_path {args.data_path}", vae_digest(args.vae_path)
+        # Nobody published this VAE's scale and channel order; a cache of it has measured them.
+        measured = bool(args.cached_path) and vae is not None and not vae.is_kl16
+        manifest = open_cache(args.cached_path, None, digest).manifest if measured else None
+        return TrainingData(dataset, images.classes, source, digest, manifest)
     if not args.cached_path:
         raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
     vae_sha256 = None
-    if Path(args.vae_path).is_file() and (args.online_eval or "vae_path" in args.explicit):
-        vae_sha256 = sha256(args.vae_path)
+    if Path(args.vae_path).exists() and (args.online_eval or "vae_path" in args.explicit):
+        vae_sha256 = vae_digest(args.vae_path)
     elif "vae_path" in args.explicit:
         dist.print_main(
             f"--vae_path {args.vae_path}: no such file; training on cached latents needs none, but "

@@ -25,6 +25,7 @@ from util.files import atomic_write, sha256
 from util.images import save_png
 from util.jackknife import fid_error, is_error
 from util.metrics import Measure
+from util.vae_files import vae_digest
 
 # The figures that are drawn, and their standard errors where there are any.
 PLOTTED = {
@@ -48,7 +49,7 @@ def evaluate_checkpoint(
     vae = build_vae(args)
     config = build_config(ModelFlags.of(args), checkpoint, manifest=None, vae=vae)
     check_vae(vae, config, args.vae_path)
-    warn_other_vae(checkpoint, sha256(args.vae_path))
+    warn_other_vae(checkpoint, vae_digest(args.vae_path))
     points = sweep_settings(args, config.class_num)
     model = build_model(config, checkpoint, WEIGHT_KEYS[args.eval_weights]).to(device)
     if args.compile:
@@ -85,10 +86,12 @@ def prepare_measure(args: argparse.Namespace, size: int, device: torch.device) -
 def files_record(args: argparse.Namespace, checkpoint: Path) -> dict:
     """The files that were used, for metrics.json."""
     given = {"checkpoint": checkpoint, "vae": args.vae_path, "extractor": args.inception_weights}
-    named = {name: Path(path) for name, path in given.items() if path is not None}
-    return {
-        "files": {name: {"path": str(p), "sha256": sha256(p)} for name, p in named.items()},
+    found = {
+        name: {"path": str(path), "sha256": (vae_digest if name == "vae" else sha256)(path)}
+        for name, path in given.items()
+        if path is not None
     }
+    return {"files": found}
 
 
 def write_sweep(output: Path, points: list[EvalSettings], side: int) -> None:

@@ -1,6 +1,7 @@
-"""The file of a VAE: a dict with the tensors under `model`, and `config` if it is not KL-16.
+"""What --vae_path names, a file or a folder, and reading it.
 
-Nothing in a file is executed, and no size that it claims is believed.
+A file is a dict with the tensors under `model`, and `config` if it is not KL-16. A folder is one
+of diffusers (util/vae_folder.py). Nothing in them is executed, and no size they claim is believed.
 """
 
 import os
@@ -9,19 +10,56 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.vae import KL16, AutoencoderKL, check_layout
+from models.diffusers_vae import DiffusersVAE
+from models.vae import KL16, VAE, AutoencoderKL, check_layout
 from util.errors import UserError, as_user_error
-from util.files import atomic_write, load_tensors
+from util.files import atomic_write, load_tensors, sha256
+from util.vae_folder import CONFIG, open_vae_folder
 
 MAX_VAE_SIZE = 4096  # of any setting of a VAE; a file that claims more is not built
 
 
-def load_vae(path: str | Path, embed_dim: int | None = None) -> AutoencoderKL:
-    """Read a VAE: kl16.ckpt, or a file of the same form that also holds its `config`.
+def load_vae(path: str | Path, embed_dim: int | None = None) -> VAE:
+    """Read a VAE: kl16.ckpt, a file of the same form that also holds its `config`, or a folder.
 
     embed_dim: the channels it must have; None takes those of the file, or KL-16's.
     Raises UserError, naming --vae_path, unless every tensor matches.
     """
+    vae = _load_folder(Path(path)) if Path(path).is_dir() else _load_file(path, embed_dim)
+    if embed_dim not in (None, vae.channels):
+        raise UserError(
+            f"--vae_embed_dim {embed_dim}, but --vae_path {path} has {vae.channels} channels"
+        )
+    return vae
+
+
+def vae_digest(path: str | Path) -> str:
+    """SHA-256 by which caches and checkpoints know their VAE: of the file, or of the folder.
+
+    Raises UserError if a folder is not that of a VAE.
+    """
+    return open_vae_folder(path).digest() if Path(path).is_dir() else sha256(path)
+
+
+def _load_folder(path: Path) -> DiffusersVAE:
+    folder = open_vae_folder(path)
+    state = folder.tensors()
+    try:
+        # A configuration is a stranger's, and diffusers raises whatever it meets on its way.
+        with as_user_error(f"--vae_path {folder.path}", (Exception,)):
+            return DiffusersVAE(folder.config, state)
+    except UserError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+        raise UserError(
+            f"--vae_path {path} is a VAE of diffusers, which cannot be imported "
+            f"({error.__cause__}); pip install -e '.[diffusers]'"
+        ) from error
+
+
+def _load_file(path: str | Path, embed_dim: int | None) -> AutoencoderKL:
+    if Path(path).suffix == ".safetensors":
+        raise UserError(f"--vae_path {path}: name its folder, which has {CONFIG}, not the file")
     saved = load_tensors(path, "--vae_path")
     if not isinstance(saved.get("model"), dict):
         raise UserError(f"--vae_path {path}: no state dict 'model' in it; kl16.ckpt has one")
@@ -31,9 +69,6 @@ def load_vae(path: str | Path, embed_dim: int | None = None) -> AutoencoderKL:
         _check_vae(config, saved["model"], os.path.getsize(path))
         vae = AutoencoderKL(**config)
         vae.load_published(saved["model"])
-    if embed_dim not in (None, vae.channels):
-        found = vae.channels
-        raise UserError(f"--vae_embed_dim {embed_dim}, but --vae_path {path} has {found} channels")
     return vae
 
 
