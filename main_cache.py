@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from models.tokenizer import from_uint8
 from models.vae import VAE
 from util import dist, stop
 from util.args import (
@@ -170,7 +171,8 @@ def unfinished(writer: CacheWriter, shard: int, size: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def encode(vae: VAE, images: Tensor) -> np.ndarray:
-    """images: [B, 3, H, W] -> moments [B, 2, 2C, h, w] of them and of their mirror images."""
+    """images: uint8 [B, 3, H, W] -> moments [B, 2, 2C, h, w] of them and of their mirror images."""
+    images = from_uint8(images)
     views = [vae.encode(view).parameters for view in (images, images.flip(-1))]
     return torch.stack(views, dim=1).float().cpu().numpy()
 

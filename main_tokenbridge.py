@@ -27,7 +27,7 @@ from util.args import (
 )
 from util.build import build_model, cache_histogram, calibrated_levels
 from util.checkpoint import Checkpoint
-from util.data import Key, MicroBatchSampler
+from util.data import Key, MicroBatchSampler, collate_skipping
 from util.debug import Reload, replay
 from util.device import Precision, compile_model, resolve_device, resolve_precision
 from util.ema import EMA
@@ -273,7 +273,7 @@ def make_loader(
     loader = DataLoader(
         data.dataset,
         batch_sampler=sampler,
-        collate_fn=as_one_batch if args.use_cached else None,
+        collate_fn=as_one_batch if args.use_cached else collate_skipping,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and device.type == "cuda",
         worker_init_fn=stop.ignore_in_worker,

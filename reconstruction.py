@@ -261,20 +261,20 @@ def decode_batch(
 ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
     """(name, pixels uint8 [N, 3, H, W], record) of the crops and variants that are lacking.
 
-    images: [N, 3, H, W] in [-1, 1], numbered by ids.
+    images: uint8 [N, 3, H, W], numbered by ids.
     """
-    original = to_uint8(images)
     if ORIGINAL in lacking:
-        yield ORIGINAL, original, {}
+        yield ORIGINAL, images, {}
     wanted = [variant for variant in variants if variant.name in lacking]
     if not wanted:
         return
     device = next(work.tokenizer.parameters()).device
-    latents = draw_latents(work.tokenizer, images.to(device), ids, work.noise_seed)
+    original = images.to(device)
+    latents = draw_latents(work.tokenizer, original, ids, work.noise_seed)
     for variant in wanted:
         values, record = variant.apply(latents)
         pixels = to_uint8(work.tokenizer.decode(values))
-        record |= fidelity(pixels, original.to(device))
+        record |= fidelity(pixels, original)
         yield variant.name, pixels.cpu(), record
 
 

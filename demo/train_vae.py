@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.tokenizer import from_uint8
 from models.vae import AutoencoderKL
 from util.data import ImageDataset, list_images
 
@@ -23,7 +24,7 @@ REPORT_EVERY = 50
 def load_part(data_path: Path, part: str, size: int) -> Tensor:
     """All images of data_path/part/CLASS/, float32 [N, 3, S, S] in [-1, 1]."""
     dataset = ImageDataset(list_images(data_path, part).samples, size)
-    return torch.stack([dataset[index][0] for index in range(len(dataset))])
+    return from_uint8(torch.stack([dataset[index][0] for index in range(len(dataset))]))
 
 
 def batches(images: Tensor, batch_size: int, steps: int) -> Iterator[Tensor]:

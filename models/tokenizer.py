@@ -11,6 +11,13 @@ from torch import Tensor, nn
 from models.vae import VAE, Posterior
 
 
+def from_uint8(images: Tensor) -> Tensor:
+    """Bytes -> float32 in [-1, 1], byte / 255 * 2 - 1 to the bit on every device."""
+    # By a tensor: a plain number CUDA would invert and multiply with, which rounds differently.
+    whole = torch.full((), 255.0, device=images.device)
+    return images.float().div_(whole).mul_(2).sub_(1)
+
+
 class Tokenizer(nn.Module):
     """latent_scale: 1 / std of the VAE's latents (published: posterior sample x 0.2325)."""
 
@@ -25,10 +32,14 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> Posterior:
-        """images: [B, 3, H, W] in [-1, 1]. Full precision, as the published latents are."""
+        """images: [B, 3, H, W], floats in [-1, 1] or bytes.
+
+        Full precision, as the published latents are.
+        """
         assert self.vae is not None, "this tokenizer was built without a VAE"
+        images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
         with torch.autocast(images.device.type, enabled=False):
-            return self.vae.encode(images.float())
+            return self.vae.encode(images)
 
     def sample(self, posterior: Posterior, generator: torch.Generator | None = None) -> Tensor:
         """A scaled posterior sample, [B, C, h, w]: what the model is trained on."""
@@ -39,7 +50,7 @@ class Tokenizer(nn.Module):
         return posterior.mode() * self.latent_scale
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """images: [B, 3, H, W] in [-1, 1] -> scaled latents [B, C, h, w]."""
+        """images: [B, 3, H, W], floats in [-1, 1] or bytes -> scaled latents [B, C, h, w]."""
         return self.sample(self.posterior(images), generator)
 
     def from_moments(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -50,6 +50,21 @@ def test_center_crop_equals_golden(k):
     np.testing.assert_array_equal(np.asarray(cropped), golden[f"out{k}"])
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_halving_is_the_box_filter_of_resize_to_the_bit(mode):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        width, height = rng.integers(8, 65, 2)
+        pixels = rng.integers(0, 256, (height, width, len(mode)), np.uint8).squeeze()
+        image, size = Image.fromarray(pixels), min(width, height) // 4
+        expected = image
+        while min(expected.size) >= 2 * size:
+            half = (expected.width // 2, expected.height // 2)
+            expected = expected.resize(half, Image.Resampling.BOX)
+        expected = center_crop(expected, size)  # which has nothing left to halve
+        np.testing.assert_array_equal(center_crop(image, size), expected, f"{image.size}")
+
+
 def test_center_crop_refuses_a_thread_that_would_fill_memory():
     with pytest.raises(ValueError, match="1 x 60000"):
         center_crop(Image.new("RGB", (1, 60000)), 256)
@@ -184,13 +199,13 @@ def samples(tmp_path) -> list[tuple[str, int]]:
     return [(str(path), i) for i, path in enumerate(paths)]
 
 
-def test_items_are_cropped_flipped_and_in_range(samples):
+def test_items_are_cropped_and_flipped(samples):
     dataset = ImageDataset(samples, 16)
     image, label = dataset[(1, False)]
     mirrored, _ = dataset[(1, True)]
     expected = np.asarray(center_crop(read_image(samples[1][0]), 16)).transpose(2, 0, 1)
-    np.testing.assert_allclose(image.numpy(), expected / 127.5 - 1, atol=1e-6)
-    assert label == 1 and image.dtype == torch.float32
+    np.testing.assert_array_equal(image.numpy(), expected)
+    assert label == 1 and image.dtype == torch.uint8
     assert torch.equal(mirrored, image.flip(-1)) and not torch.equal(mirrored, image)
     assert torch.equal(dataset[1][0], image)
 
@@ -199,6 +214,20 @@ def test_bad_image_is_named_by_a_worker(samples):
     loader = DataLoader(ImageDataset(samples, 16), batch_size=6, num_workers=1)
     with pytest.raises(UserError, match="2.png"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_hold_the_items_as_they_lie_in_memory(samples, num_workers):
+    dataset = ImageDataset(samples, 16)
+    keys = [(1, True), (5, False), (0, True)]
+    loader = DataLoader(
+        dataset, batch_sampler=[keys], collate_fn=collate_skipping, num_workers=num_workers
+    )
+    ((images, labels),) = loader
+    assert labels.tolist() == [1, 5, 0] and labels.dtype == torch.int64
+    assert images.dtype == torch.uint8
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert all(torch.equal(image, dataset[key][0]) for image, key in zip(images, keys, strict=True))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

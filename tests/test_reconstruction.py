@@ -14,6 +14,7 @@ from PIL import Image
 import reconstruction
 from models.calibration import fit_levels
 from models.quantizer import gaussian_levels
+from models.tokenizer import from_uint8
 from tests.conftest import run_script
 from tests.measures import PIXELS
 from tests.runs import CHANNELS, COMMON, SIZE, STRIDE, call, flags, free_port, make_inputs
@@ -73,7 +74,7 @@ def test_images_and_figures_equal_brute_force(inputs, tmp_path):
     reconstruct(inputs, tmp_path, posterior="mode")
     vae = load_vae(inputs / "vae.ckpt").eval()
     dataset = ImageDataset(list_images(inputs / "data").samples, SIZE)
-    images = torch.stack([image for image, _ in dataset])
+    images = from_uint8(torch.stack([image for image, _ in dataset]))
     latents = vae.encode(images).mean * SCALE
     decoded = {"original": images, "continuous": vae.decode(latents / SCALE)}
     indices = {}
@@ -392,7 +393,8 @@ def test_calibrated_levels_are_the_caches(inputs, done, tmp_path):
     _, values = fit_levels(histogram.counts, histogram.bin_widths(scale), 8)
     vae = load_vae(inputs / "vae.ckpt").eval()
     dataset = ImageDataset(list_images(inputs / "data").samples, SIZE)
-    latents = vae.encode(torch.stack([image for image, _ in dataset])).mean * scale
+    images = from_uint8(torch.stack([image for image, _ in dataset]))
+    latents = vae.encode(images).mean * scale
     levels = values.float()[None, :, None, None]  # [1, C, 1, 1, K]
     indices = (latents[..., None] - levels).abs().argmin(dim=-1)
     quantized = torch.stack([values[c].float()[indices[:, c]] for c in range(CHANNELS)], dim=1)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torchvision.transforms.functional import to_tensor
 
 from models import vae as vae_module
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, from_uint8
 from models.vae import AutoencoderKL, Posterior
 from tests.conftest import formula_weight, golden, golden_json, relative_error
 
@@ -125,6 +126,16 @@ def test_tokenizer_scales_on_the_way_in_and_unscales_on_the_way_out():
     moments = vae.encode(images).parameters
     assert torch.equal(tokenizer.from_moments(moments, generator.manual_seed(1)), expected)
     assert torch.equal(tokenizer.decode(latents), vae.decode(latents / 0.25).clamp(-1, 1))
+
+
+def test_bytes_become_what_torchvision_makes_of_them():
+    values = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, -1, -1)
+    expected = torch.stack([to_tensor(v.permute(1, 2, 0).numpy()) for v in values]) * 2 - 1
+    assert torch.equal(from_uint8(values), expected)
+    tokenizer = Tokenizer(small_vae(), 1.0)
+    assert torch.equal(
+        tokenizer.posterior(values).parameters, tokenizer.posterior(expected).parameters
+    )
 
 
 def test_tokenizer_stays_frozen_and_in_evaluation_mode():

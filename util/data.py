@@ -1,13 +1,15 @@
 """Images as the models see them: which files there are, how one is read, in which order they come.
 
-    list_images -> read_image -> center_crop -> ImageDataset[(index, flip)] -> [3, S, S] in [-1, 1]
+    list_images -> read_image -> center_crop -> ImageDataset[(index, flip)] -> uint8 [3, S, S]
 
 Datasets are pure functions of the key (index, flip); `MicroBatchSampler` alone decides the keys.
 Its unit is the micro-batch: G of them make the global batch of one training step, and what one of
 them holds depends on (seed, step, its number j in the global batch), never on the number of
-processes that share the work.
+processes that share the work. Pixels stay bytes until they are on the device: a quarter of the
+memory between processes; `models.tokenizer.from_uint8` makes numbers of them.
 """
 
+import io
 import os
 import re
 import sys
@@ -15,15 +17,14 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
-from torchvision.transforms.functional import to_tensor
 
 from util.errors import UserError, as_user_error
 
@@ -82,22 +83,28 @@ def read_image(path: str | Path) -> Image.Image:
         if not os.path.isfile(path):
             # Opening a pipe would wait for its other end.
             raise FileNotFoundError("there is no regular file of that name")
-        _check_scans(path)
-        with warnings.catch_warnings():
+        with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # at metadata that nobody needs
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(_checked(file), formats=FORMATS) as image:
                 ImageOps.exif_transpose(image, in_place=True)
                 return _to_rgb(image)
 
 
-def _check_scans(path: str | Path) -> None:
-    """Raise ValueError if a file is a JPEG of more scans than MAX_SCANS."""
-    with open(path, "rb") as file:
-        if file.read(2) != bytes((0xFF, JPEG_START)):
-            return
-        content = file.read()
-    position, scans = 0, 0
+def _checked(file: BinaryIO) -> BinaryIO:
+    """The file, from its start; of a JPEG its bytes, read once. Raises ValueError at MAX_SCANS."""
+    is_jpeg = file.read(2) == bytes((0xFF, JPEG_START))
+    file.seek(0)
+    if not is_jpeg:
+        return file
+    content = file.read()
+    _check_scans(content)
+    return io.BytesIO(content)
+
+
+def _check_scans(content: bytes) -> None:
+    """Raise ValueError if a JPEG is of more scans than MAX_SCANS."""
+    position, scans = 2, 0
     while found := JPEG_MARKER.search(content, position):
         marker, position = content[found.end() - 1], found.end()
         if marker == JPEG_END or marker in JPEG_SEQUENTIAL:
@@ -122,7 +129,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -133,7 +140,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     Source: the centre crop of ADM (arXiv 2105.05233).
     """
     while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        image = _halve(image)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > Image.MAX_IMAGE_PIXELS:
@@ -143,6 +150,18 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _halve(image: Image.Image) -> Image.Image:
+    """resize() to half of both sides, rounded down, with a box filter, to the bit.
+
+    It works on one axis after the other and rounds after each. Where a side is even, the mean of
+    two neighbours is all there is to it, for which Pillow has a faster function.
+    """
+    width, height, box = image.width // 2, image.height // 2, Image.Resampling.BOX
+    odd = image.width % 2
+    image = image.resize((width, image.height), box) if odd else image.reduce((2, 1))
+    return image.resize((width, height), box) if image.height % 2 else image.reduce((1, 2))
 
 
 def parse_key(key: Key | int, length: int) -> Key:
@@ -155,7 +174,7 @@ def parse_key(key: Key | int, length: int) -> Key:
 
 
 class ImageDataset(Dataset):
-    """dataset[(index, flip)] -> (image float32 [3, S, S] in [-1, 1], label).
+    """dataset[(index, flip)] -> (image uint8 [3, S, S], label).
 
     A plain index is the key (index, False). on_bad says what an unreadable image does:
       "raise": a UserError naming the file.
@@ -198,8 +217,9 @@ class ImageDataset(Dataset):
         path, label = self.samples[index]
         image = read_image(path)
         with as_user_error(f"cannot use image {path} (remove it, or pass --skip_bad_images)"):
-            pixels = to_tensor(center_crop(image, self.size)).mul_(2).sub_(1)  # [3, S, S]
-        return (pixels.flip(-1) if flip else pixels), label
+            pixels = np.asarray(center_crop(image, self.size))  # [S, S, 3]
+        own = np.array(pixels[:, ::-1] if flip else pixels)
+        return torch.from_numpy(own).permute(2, 0, 1), label
 
     def _try_load(self, index: int, flip: bool) -> tuple[Tensor, int] | None:
         if self.bad[index]:
@@ -213,9 +233,16 @@ class ImageDataset(Dataset):
 
 
 def collate_skipping(items: list[tuple[Tensor, int] | None]) -> list[Tensor] | None:
-    """[images, labels] of the items that are not None; None if there is no such item."""
+    """[images uint8 [B, 3, S, S], labels] of the items that are not None; None if all are.
+
+    In channels-last memory, as they were decoded: one plain copy, and what the VAE wants.
+    """
     readable = [item for item in items if item is not None]
-    return default_collate(readable) if readable else None
+    if not readable:
+        return None
+    images, labels = zip(*readable, strict=True)
+    stacked = torch.stack([image.permute(1, 2, 0) for image in images])
+    return [stacked.permute(0, 3, 1, 2), torch.tensor(labels)]
 
 
 def steps_per_epoch(num_samples: int, batch_size: int, global_micro_batches: int) -> int:

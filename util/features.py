@@ -24,7 +24,6 @@ from util.data import ImageDataset, collate_skipping
 from util.errors import UserError, as_user_error
 from util.extractor import Extractor
 from util.files import atomic_write
-from util.images import to_uint8
 
 SHARED_WAIT = 60.0  # seconds until a file of another node is seen on a network file system
 MAX_IDS_BYTES = 1 << 24
@@ -129,8 +128,7 @@ def folder_batches(
     progress = tqdm(loader, desc="real images", disable=not (mine and dist.is_main()))
     for number, batch in zip(mine, progress, strict=True):
         kept = [i for i in batches[number] if not dataset.bad[i]]
-        images = to_uint8(batch[0]) if batch is not None else torch.empty(0, 3, size, size)
-        yield number, kept, images.to(torch.uint8)
+        yield number, kept, batch[0] if batch else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
 
 def folder_features(
