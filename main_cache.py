@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from models.tokenizer import from_uint8
 from models.vae import VAE
-from util import dist, stop
+from util import config_file, dist, stop
 from util.args import (
     add_device_flags,
     add_distributed_flags,
@@ -31,6 +32,7 @@ from util.args import (
 from util.build import build_vae
 from util.cache_files import DTYPES, FORMATS, MAX_SHARD_SIZE
 from util.cache_writer import Batch, CacheSettings, CacheWriter, list_digest
+from util.config_file import CONFIG
 from util.data import ImageDataset, ImageList, collate_skipping, list_images
 from util.errors import UserError, run
 from util.latent_cache import verify
@@ -70,15 +72,17 @@ def shard_size(text: str) -> int:
 
 
 def main() -> None:
-    args = make_parser().parse()
+    parser = make_parser()
+    args = parser.parse()
     if not args.cached_path:
         raise UserError("--cached_path is missing: name the folder of the cache")
     if args.verify:
         verify_cache(args.cached_path)
-    else:
-        device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
-        write_cache(args, device)
-        dist.cleanup()
+        return
+    device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
+    dist.print_main(config_file.changed(args, parser))
+    write_cache(args, device)
+    dist.cleanup()
 
 
 def verify_cache(path: str) -> None:
@@ -97,7 +101,10 @@ def write_cache(args, device: torch.device) -> None:
     settings = cache_settings(args, vae, images.classes, list_digest(names, labels))
     writer = CacheWriter(args.cached_path, settings, names, labels)
 
-    with only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext():
+    with (
+        only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext(),
+        config_file.saved(args, Path(args.cached_path) / CONFIG),
+    ):
         # One process says what is to be done, so that all agree; each takes every W-th shard.
         pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]
         dist.print_main(f"{len(pending)} of {writer.num_shards} shards to write")

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from engine_tokenbridge import Run, TrainSettings, train
 from models.tokenizer import Tokenizer
-from util import dist, stop
+from util import config_file, dist, stop
 from util.agreement import Agreement
 from util.args import (
     add_device_flags,
@@ -27,6 +27,7 @@ from util.args import (
 )
 from util.build import build_model, cache_histogram, calibrated_levels
 from util.checkpoint import Checkpoint
+from util.config_file import CONFIG
 from util.data import Key, MicroBatchSampler, collate_skipping
 from util.debug import Reload, replay
 from util.device import Precision, compile_model, resolve_device, resolve_precision
@@ -68,7 +69,8 @@ def make_parser() -> Parser:
 
 
 def main() -> None:
-    args = make_parser().parse()
+    parser = make_parser()
+    args = parser.parse()
     if args.debug_dump:
         replay(args.debug_dump, resolve_device(args.device))
         return
@@ -76,6 +78,7 @@ def main() -> None:
     precision = resolve_precision(args.precision, device)
     check_writable(args.output_dir, "--output_dir")
     dist.print_main(f"device {device.type}, precision {precision.name}")
+    dist.print_main(config_file.changed(args, parser))
     (evaluate_checkpoint if args.evaluate else train_model)(args, device, precision)
     dist.cleanup()
 
@@ -113,7 +116,8 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         extras={"classes": data.classes, "vae_sha256": data.vae_sha256, "args": plain(args)},
         evaluation=evaluation,
     )
-    dist.print_main(describe(args, training, data, settings, lr))
+    description = describe(args, training, data, settings, lr)
+    dist.print_main(description)
     log = TrainingLog(
         args.log_dir or args.output_dir,
         every=args.log_freq,
@@ -136,7 +140,11 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     look = make_look(args, training, data, held_out, settings)
     loader, reload = make_loader(args, data, settings, device)
     saver = CheckpointSaver(save_settings(args), batches.steps_per_epoch, plan.first_step)
-    with only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext():
+    settings_file = Path(args.output_dir) / CONFIG
+    with (
+        only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext(),
+        config_file.saved(args, settings_file, description, plan.first_step),
+    ):
         train(training, loader, reload, schedule, log, saver, settings, look)
 
 

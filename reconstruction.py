@@ -27,7 +27,7 @@ from models.config import PUBLISHED_LATENT_SCALE
 from models.quantizer import build_quantizer
 from models.tokenizer import Tokenizer
 from models.vae import VAE, Posterior
-from util import dist, metrics, stop
+from util import config_file, dist, metrics, stop
 from util.args import (
     add_device_flags,
     add_distributed_flags,
@@ -42,6 +42,7 @@ from util.args import (
 )
 from util.build import build_vae, cache_histogram, calibrated_levels
 from util.cache_writer import list_digest
+from util.config_file import CONFIG
 from util.data import ImageDataset, ImageList, collate_skipping, list_images
 from util.errors import UserError, as_user_error, run
 from util.files import check_writable
@@ -118,8 +119,10 @@ def make_parser() -> Parser:
 
 
 def main() -> None:
-    args = make_parser().parse()
+    parser = make_parser()
+    args = parser.parse()
     device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
+    dist.print_main(config_file.changed(args, parser))
     check_writable(args.output_dir, "--output_dir")
     if args.img_size < SSIM_LEAST:
         raise UserError(f"--img_size {args.img_size}: SSIM needs {SSIM_LEAST} px at least")
@@ -146,10 +149,11 @@ def main() -> None:
     )
     noise_seed = args.seed if args.posterior == "sample" else None
     work = Work(folder, dataset, tokenizer, variants, measure, noise_seed)
-    reconstruct(work, args.num_workers)
-    dist.barrier()
-    if dist.is_main():
-        finish(work, settings | {name: getattr(args, name) for name in RECORDED})
+    with config_file.saved(args, folder.path / CONFIG):
+        reconstruct(work, args.num_workers)
+        dist.barrier()
+        if dist.is_main():
+            finish(work, settings | {name: getattr(args, name) for name in RECORDED})
     dist.barrier()
     dist.cleanup()
 

@@ -38,14 +38,9 @@ stage 'Cache the latents, on 2 processes' \
   --device cpu
 
 stage 'Train the generator, on 2 processes' \
-  torchrun --standalone --nproc_per_node=2 main_tokenbridge.py \
-  --model tokenbridge_tiny --img_size 32 --class_num 10 --buffer_size 8 \
-  --use_cached --cached_path "$demo/cache" --no_flip --num_workers 0 \
-  --quant_bits 4 --attn_dropout 0 --proj_dropout 0 \
-  --batch_size 16 --epochs 56 --warmup_epochs 2 --lr 2e-3 --ema_rate 0.99 \
-  --save_last_freq 14 --log_freq 22 --output_dir "$demo/model" --device cpu \
-  --vae_path "$demo/vae.ckpt" --val_path "$demo/data/val" --val_freq 4 --val_images 120 \
-  --preview_freq 7 --preview_images 10 --preview_iter 16 --cfg 2.0 --temperature 0.5
+  torchrun --standalone --nproc_per_node=2 main_tokenbridge.py --config configs/digits.yaml \
+  --cached_path "$demo/cache" --vae_path "$demo/vae.ckpt" --val_path "$demo/data/val" \
+  --output_dir "$demo/model" --device cpu
 
 stage 'Export the averaged weights, for demo/generate.ipynb' \
   python -m util.export --resume "$demo/model" --output_dir "$demo/exported"

@@ -72,7 +72,7 @@ def test_help_puts_every_flag_into_a_group_with_its_default(tool, capsys, monkey
     text = " ".join(help_of(tool, capsys, monkeypatch).split())
     parser = tool.make_parser()
     ungrouped = parser._optionals._group_actions
-    assert [action.dest for action in ungrouped] == ["help"]
+    assert [action.dest for action in ungrouped] == ["help", "config"]
     for action in parser._actions:
         if action.nargs != 0 and action.default not in (None, ""):
             values = action.default if isinstance(action.default, list) else [action.default]

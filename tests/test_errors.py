@@ -315,8 +315,8 @@ def test_corrupt_image_is_named_by_reconstruction(own, tmp_path, capsys):
     argv = flags(own, RECONSTRUCTION_FLAGS, output_dir=tmp_path / "new", no_metrics=True)
     with pytest.raises(UserError, match="cannot read image .*png .*--skip_bad_images"):
         call(reconstruction.main, *argv)
-    files = [path.name for path in (tmp_path / "new").rglob("*") if path.is_file()]
-    assert files == ["settings.json"]
+    files = {path.name for path in (tmp_path / "new").rglob("*") if path.is_file()}
+    assert files == {"settings.json", "config.yaml"}
 
 
 def spoil_images(data: Path, count: int | None = None) -> None:

@@ -35,6 +35,7 @@ from util.cache_files import (
     view_crc,
     write_json,
 )
+from util.config_file import CONFIG
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, check_writable, sha256
 from util.latent_stats import LatentStats
@@ -95,7 +96,8 @@ class CacheWriter:
         check_writable(folder, "--cached_path")
         if not folder.exists():
             return
-        visible = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+        names = (entry.name for entry in folder.iterdir())
+        visible = [name for name in names if not name.startswith(".") and name != CONFIG]
         if SETTINGS in visible:
             self._check_settings(read_json(folder / SETTINGS))
         # Without settings, every shard still says what it belongs to.

@@ -4,8 +4,9 @@ Whatever a user can cause and mend is a `UserError`: one line with the value, th
 remedy, exit code 2. Everything else is a defect of ours and keeps its traceback.
 """
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -35,6 +36,12 @@ def as_user_error(context: str = "", catch: tuple[type[Exception], ...] = (Value
         if not isinstance(error, UserError):
             message = message[:LONGEST]
         raise UserError(f"{context}: {message}" if context else message) from error
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?", or nothing where no known name is like it."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def run(main: Callable[[], None]) -> NoReturn:

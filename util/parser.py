@@ -1,16 +1,15 @@
-"""A command line that answers in one line, with a --help that fits 80 columns.
+"""A command line that answers in one line, with a --help that fits 80 columns and a --config.
 
 The groups of flags are in util/args.py and util/training_args.py.
 """
 
 import argparse
-import difflib
 import re
 import sys
 import textwrap
-from collections.abc import Iterable
 
-from util.errors import EXIT_USER_ERROR
+from util import config_file
+from util.errors import EXIT_USER_ERROR, did_you_mean
 
 COMMANDS = ("python ", "torchrun ")  # how a paragraph of examples begins
 
@@ -81,23 +80,54 @@ class Parser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             allow_abbrev=False,  # a prefix that works today is ambiguous tomorrow
         )
+        self.add_argument(
+            "--config",
+            metavar="FILE",
+            help="settings, as `name: value` in YAML, or the config.yaml of a run; flags go before "
+            "them, and --no_NAME switches off what the file switches on",
+        )
 
     def error(self, message: str):
         print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Like parse_args, with `explicit`: the names of the flags that were given."""
+        """Like parse_args, with `explicit`: the names that were given, as flags or by --config."""
+        self._add_negations()
         args, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(f"unknown: {' '.join(unknown)}{self._hint(unknown)}")
         args.explicit = self._given(argv)
+        if args.config is not None:
+            try:
+                values, given = config_file.read(args.config, self)
+            except ValueError as error:
+                self.error(f"--config {error}")
+            vars(args).update((k, v) for k, v in values.items() if k not in args.explicit)
+            args.explicit |= given
         return args
+
+    def _add_negations(self) -> None:
+        """--no_NAME for every switch, to turn off what a file turns on."""
+        for action in list(self._actions):
+            name = f"--no_{action.dest}"
+            if (
+                action.nargs == 0
+                and action.const is True
+                and name not in self._option_string_actions
+            ):
+                self.add_argument(
+                    name,
+                    dest=action.dest,
+                    action="store_false",
+                    default=argparse.SUPPRESS,
+                    help=argparse.SUPPRESS,
+                )
 
     def _given(self, argv: list[str] | None) -> set[str]:
         given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for action in self._actions:
-            if action.option_strings and action.dest != "help":
+            if action.option_strings and action.dest not in ("help", "config"):
                 kept = {"nargs": action.nargs} if action.nargs != 0 else {"action": "store_true"}
                 given.add_argument(
                     *action.option_strings, dest=action.dest, default=argparse.SUPPRESS, **kept
@@ -108,9 +138,3 @@ class Parser(argparse.ArgumentParser):
         """The flag that may have been meant."""
         flag = next((word.split("=")[0] for word in unknown if word.startswith("--")), None)
         return did_you_mean(flag, self._option_string_actions) if flag is not None else ""
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?", or nothing where no known name is like it."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from models.tokenizer import Tokenizer
-from util import dist, metrics
+from util import config_file, dist, metrics
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.checkpoint import WEIGHT_KEYS, find_checkpoint
+from util.config_file import EVALUATION_CONFIG
 from util.device import Precision, compile_model
 from util.errors import UserError
 from util.evaluation import SWEPT, EvalSettings, evaluate, sweep_settings
@@ -60,13 +61,15 @@ def evaluate_checkpoint(
     record = files_record(args, checkpoint.path) if dist.is_main() else {}
     checkpoint.release()
     output = Path(args.output_dir)
-    for done, settings in enumerate(points, start=1):
-        if len(points) > 1:
-            dist.print_main(f"{done} of {len(points)}: {settings.folder_name()}")
-        folder = output / settings.folder_name()
-        evaluate(model, tokenizer, settings, folder, device, precision, measure, record)
-        if len(points) > 1 and dist.is_main():
-            write_sweep(output, points[:done], config.img_size)
+    with config_file.saved(args, output / EVALUATION_CONFIG):
+        for done, settings in enumerate(points, start=1):
+            name = settings.folder_name()
+            if len(points) > 1:
+                dist.print_main(f"{done} of {len(points)}: {name}")
+            folder = output / name
+            evaluate(model, tokenizer, settings, folder, device, precision, measure, record)
+            if len(points) > 1 and dist.is_main():
+                write_sweep(output, points[:done], config.img_size)
     dist.barrier()
 
 

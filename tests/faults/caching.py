@@ -55,10 +55,10 @@ class Caching:
         return Job(*launch, SCRIPT, *self.argv, log=self.log, ENCODED=self.encoded)
 
     def finish(self, processes: int = 1) -> dict[str, bytes]:
-        """Let it go on to its end; all that it holds."""
+        """Let it go on to its end; all that the cache holds."""
         job = self.start(processes)
         assert job.end() == 0, job.printed()[-2000:]
-        files = (path for path in self.folder.rglob("*") if path.is_file())
+        files = (p for p in self.folder.rglob("*") if p.is_file() and p.name != "config.yaml")
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
 
     def entries(self) -> int:
