@@ -35,6 +35,7 @@ from util.cache_writer import Batch, CacheSettings, CacheWriter, list_digest
 from util.config_file import CONFIG
 from util.data import ImageDataset, ImageList, collate_skipping, list_images
 from util.errors import UserError, run
+from util.json_output import figures_on_stdout
 from util.latent_cache import verify
 from util.lock import only_job_in
 from util.parser import Parser
@@ -56,6 +57,7 @@ def make_parser() -> Parser:
     )
     add("--shard_size", type=shard_size, default=4096, help="images a shard")
     add("--verify", action="store_true", help="only check an existing cache")
+    add("--json", action="store_true", help="the figures as JSON on stdout, all else on stderr")
     add_vae_flags(parser)
     add_loader_flags(parser)
     add_device_flags(parser)
@@ -79,9 +81,10 @@ def main() -> None:
     if args.verify:
         verify_cache(args.cached_path)
         return
-    device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
-    dist.print_main(config_file.changed(args, parser))
-    write_cache(args, device)
+    with figures_on_stdout(args.json) as figures:
+        device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
+        dist.print_main(config_file.changed(args, parser))
+        figures.update(write_cache(args, device))
     dist.cleanup()
 
 
@@ -91,8 +94,8 @@ def verify_cache(path: str) -> None:
     print(f"{path}: {len(cache)} images in {len(cache.classes)} classes, {known}")
 
 
-def write_cache(args, device: torch.device) -> None:
-    """Everything is read and checked before anything is written."""
+def write_cache(args, device: torch.device) -> dict:
+    """Everything is read and checked before anything is written. The figures, for --json."""
     torch.manual_seed(args.seed)
     images = list_images(args.data_path, args.split)
     vae = build_vae(args).to(device).eval()
@@ -101,6 +104,7 @@ def write_cache(args, device: torch.device) -> None:
     settings = cache_settings(args, vae, images.classes, list_digest(names, labels))
     writer = CacheWriter(args.cached_path, settings, names, labels)
 
+    figures = {}
     with (
         only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext(),
         config_file.saved(args, Path(args.cached_path) / CONFIG),
@@ -111,8 +115,10 @@ def write_cache(args, device: torch.device) -> None:
         encode_shards(args, device, vae, images, writer, pending[dist.rank() :: dist.world_size()])
         dist.barrier()
         if dist.is_main():
-            report(writer.write_manifest(published_constants=vae.is_kl16), args.cached_path)
+            manifest = writer.write_manifest(published_constants=vae.is_kl16)
+            figures = report(manifest, args.cached_path)
         dist.barrier()
+    return figures
 
 
 def cache_settings(args, vae: VAE, classes: list[str], images_sha256: str):
@@ -184,7 +190,8 @@ def encode(vae: VAE, images: Tensor) -> np.ndarray:
     return torch.stack(views, dim=1).float().cpu().numpy()
 
 
-def report(manifest: dict, path: str) -> None:
+def report(manifest: dict, path: str) -> dict:
+    """Say what the cache holds; the same as figures."""
     used, measured = manifest["latent_scale"], manifest["measured_latent_scale"]
     if abs(measured / used - 1) > 0.1:
         print(
@@ -198,6 +205,8 @@ def report(manifest: dict, path: str) -> None:
         f"{path}: {manifest['count']} images in {len(manifest['classes'])} classes, "
         f"{len(manifest['skipped'])} skipped, latent scale {manifest['latent_scale']:.4g}"
     )
+    shown = ("count", "classes", "skipped", "latent_scale", "channel_order", "latent_shape")
+    return {"cached_path": path} | {name: manifest[name] for name in shown}
 
 
 if __name__ == "__main__":

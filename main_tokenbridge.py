@@ -39,17 +39,19 @@ from util.flops import training_step
 from util.hardware import Meter, peak_flops
 from util.heldout import HeldOut, find_heldout
 from util.inputs import Inputs, TrainingData, check_agreement, open_inputs
+from util.json_output import figures_on_stdout
 from util.latent_cache import as_one_batch
 from util.lock import only_job_in
 from util.log import TrainingLog
 from util.look import Look, LookSettings, add_look_flags
+from util.metrics_file import MetricsFile
 from util.optim import BLR_BATCH, LRSchedule, build_optimizer
 from util.parser import Parser
 from util.plan import make_plan
 from util.provenance import environment
 from util.saver import CheckpointSaver, SaveSettings
 from util.sweep import evaluate_checkpoint, prepare_measure
-from util.training_args import add_data_flags, add_saving_flags, add_training_flags
+from util.training_args import add_data_flags, add_saving_flags, add_training_flags, check_mode
 
 
 def make_parser() -> Parser:
@@ -74,16 +76,19 @@ def main() -> None:
     if args.debug_dump:
         replay(args.debug_dump, resolve_device(args.device))
         return
-    device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
-    precision = resolve_precision(args.precision, device)
-    check_writable(args.output_dir, "--output_dir")
-    dist.print_main(f"device {device.type}, precision {precision.name}")
-    dist.print_main(config_file.changed(args, parser))
-    (evaluate_checkpoint if args.evaluate else train_model)(args, device, precision)
+    check_mode(args)
+    with figures_on_stdout(args.json) as figures:
+        device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
+        precision = resolve_precision(args.precision, device)
+        check_writable(args.output_dir, "--output_dir")
+        dist.print_main(f"device {device.type}, precision {precision.name}")
+        dist.print_main(config_file.changed(args, parser))
+        work = evaluate_checkpoint if args.evaluate else train_model
+        figures.update(work(args, device, precision))
     dist.cleanup()
 
 
-def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> None:
+def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict:
     """Everything is built and checked before anything is written."""
     check_writable(args.log_dir or args.output_dir, "--log_dir")
     inputs, held_out = find_heldout(args, open_inputs(args))
@@ -118,6 +123,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     )
     description = describe(args, training, data, settings, lr)
     dist.print_main(description)
+    metrics_file = MetricsFile(args.metrics_file, plan.first_step)
     log = TrainingLog(
         args.log_dir or args.output_dir,
         every=args.log_freq,
@@ -128,6 +134,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         meter=Meter(training_step(config).total, device, peak_flops(device, precision)),
         first_step=plan.first_step,
         about=about(args, training) if dist.is_main() else None,
+        metrics_file=metrics_file,
     )
     schedule = LRSchedule(
         lr,
@@ -146,6 +153,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         config_file.saved(args, settings_file, description, plan.first_step),
     ):
         train(training, loader, reload, schedule, log, saver, settings, look)
+    return {}
 
 
 def make_look(

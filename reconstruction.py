@@ -33,6 +33,7 @@ from util.args import (
     add_distributed_flags,
     add_loader_flags,
     add_metric_flags,
+    add_output_flags,
     add_quantizer_flag,
     add_vae_flags,
     bit_width_or_continuous,
@@ -47,11 +48,13 @@ from util.data import ImageDataset, ImageList, collate_skipping, list_images
 from util.errors import UserError, as_user_error, run
 from util.files import check_writable
 from util.images import to_uint8
+from util.json_output import figures_on_stdout
 from util.latent_cache import open_cache
 from util.metrics import Measure, frechet, score, statistics
+from util.metrics_file import MetricsFile
 from util.parser import Parser
 from util.reconstruction_folder import ReconstructionFolder
-from util.reconstruction_report import tell, write_grid, write_results
+from util.reconstruction_report import as_scalars, tell, write_grid, write_results
 from util.vae_files import vae_digest
 from util.variants import (
     CONTINUOUS,
@@ -110,6 +113,7 @@ def make_parser() -> Parser:
         metavar="FOLDER",
         help="a cache of main_cache.py's, for scale and levels",
     )
+    add_output_flags(group)
     add_vae_flags(parser)
     add_loader_flags(parser)
     add_metric_flags(parser)
@@ -121,9 +125,17 @@ def make_parser() -> Parser:
 def main() -> None:
     parser = make_parser()
     args = parser.parse()
-    device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
-    dist.print_main(config_file.changed(args, parser))
+    with figures_on_stdout(args.json) as figures:
+        device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
+        dist.print_main(config_file.changed(args, parser))
+        figures.update(measure_variants(args, device))
+    dist.cleanup()
+
+
+def measure_variants(args, device: torch.device) -> dict:
+    """Reconstruct and measure as the flags say; the figures, on the main process."""
     check_writable(args.output_dir, "--output_dir")
+    metrics_file = MetricsFile(args.metrics_file)
     if args.img_size < SSIM_LEAST:
         raise UserError(f"--img_size {args.img_size}: SSIM needs {SSIM_LEAST} px at least")
     images = choose_images(args.image_dir, args.images_per_class)
@@ -149,13 +161,15 @@ def main() -> None:
     )
     noise_seed = args.seed if args.posterior == "sample" else None
     work = Work(folder, dataset, tokenizer, variants, measure, noise_seed)
+    figures = {}
     with config_file.saved(args, folder.path / CONFIG):
         reconstruct(work, args.num_workers)
         dist.barrier()
         if dist.is_main():
-            finish(work, settings | {name: getattr(args, name) for name in RECORDED})
+            figures = finish(work, settings | {name: getattr(args, name) for name in RECORDED})
+            metrics_file.write(as_scalars(figures["results"]), None, replace=True)
     dist.barrier()
-    dist.cleanup()
+    return figures
 
 
 def choose_images(image_dir: str, per_class: int) -> ImageList:
@@ -299,8 +313,11 @@ def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int
     return torch.cat(drawn)
 
 
-def finish(work: Work, settings: dict) -> None:
-    """Figures of all variants in the folder and a look at a few images; on the main process."""
+def finish(work: Work, settings: dict) -> dict:
+    """Figures of all variants in the folder and a look at a few images; on the main process.
+
+    Returns what results.json holds.
+    """
     folder, measure = work.folder, work.measure
     kept = folder.kept(ORIGINAL)
     if not kept:
@@ -319,6 +336,7 @@ def finish(work: Work, settings: dict) -> None:
     order = [ORIGINAL, CONTINUOUS, *(name for name in names if name != CONTINUOUS)]
     write_grid(folder.path, [rows[name] for name in order])
     tell(folder.path, len(kept), order, results)
+    return settings | {"results": results}
 
 
 def measured(folder: ReconstructionFolder, names: list[str], measure: Measure | None) -> list[dict]:

@@ -10,6 +10,7 @@ from models.config import HEAD_INPUTS, PRESETS, QUANTIZERS, TokenBridgeConfig
 from util.device import PRECISIONS
 from util.dist import NO_PROGRESS
 from util.extractor import INCEPTION
+from util.metrics_file import metrics_path
 from util.parser import Parser
 
 PUBLISHED = TokenBridgeConfig()  # whose values are the published defaults
@@ -173,6 +174,20 @@ def add_metric_flags(parser: Parser) -> None:
     )
     group.add_argument("--no_metrics", action="store_true", help="images only, no FID and IS")
     add_extractor_flags(group)
+
+
+def add_output_flags(group) -> None:
+    group.add_argument(
+        "--metrics_file",
+        type=metrics_path,
+        metavar="FILE",
+        help="figures for other programs, as FILE.tsv or FILE.jsonl, appended as they come",
+    )
+    group.add_argument(
+        "--json",
+        action="store_true",
+        help="the final figures as JSON on stdout, all else on stderr",
+    )
 
 
 def add_extractor_flags(group) -> None:

@@ -42,7 +42,6 @@ def make_parser() -> Parser:
     parser.description = __doc__
     group = parser.add_argument_group("doctor")
     group.add_argument("--photo", help="a natural photograph; default: those of scikit-learn")
-    group.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser
 
 

@@ -1,4 +1,5 @@
-"""The training log: TensorBoard scalars and a progress line, at the cost of one wait every N steps.
+"""The training log: scalars for TensorBoard and --metrics_file, and a progress line, at the cost of
+one wait every N steps.
 
 Statistics are summed on the device; every `every` steps they are summed over the processes, read
 once, and written by the main process.
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from util import dist
 from util.hardware import Meter, peak_memory, readable
+from util.metrics_file import MetricsFile
 
 ABOUT = "run/about"  # TensorBoard's text of how a run was begun or gone on with
 
@@ -56,11 +58,13 @@ class TrainingLog:
         meter: Meter,
         first_step: int = 0,
         about: dict | None = None,
+        metrics_file: MetricsFile | None = None,
     ):
         self.every, self.images = every, images
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.count_skipped, self.meter = count_skipped, meter
         self.folder, self.first_step, self.about = folder, first_step, about
+        self.metrics_file = metrics_file
         self.restart()
 
     @cached_property
@@ -124,8 +128,7 @@ class TrainingLog:
         if unreadable:
             scalars["data/skipped_images"] = unreadable
         if self.writer is not None:
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step + 1)
+            self.scalars(scalars, step + 1)
             self.writer.flush()
             print(self._line(step, scalars, elapsed / self.steps), flush=True)
         self.restart()
@@ -150,10 +153,12 @@ class TrainingLog:
         )
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Write further figures, such as those of an evaluation."""
+        """Write figures, such as those of an evaluation, to TensorBoard and --metrics_file."""
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+        if self.metrics_file is not None:
+            self.metrics_file.write(values, step)
 
     def image(self, name: str, image: Tensor, step: int) -> None:
         """image: uint8 [3, H, W]."""

@@ -39,6 +39,16 @@ def scalars(results: list[dict]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def as_scalars(results: list[dict]) -> dict[str, float]:
+    """The figures of every variant under names of their own, for --metrics_file."""
+    return {
+        f"reconstruction/{result['name']}/{name}": value
+        for result in results
+        for name, value in result.items()
+        if isinstance(value, float)
+    }
+
+
 def as_csv(results: list[dict]) -> str:
     """A row for each variant, from few bits to many; what was not measured is empty."""
     text = io.StringIO()

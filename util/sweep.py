@@ -26,6 +26,7 @@ from util.files import atomic_write, sha256
 from util.images import save_png
 from util.jackknife import fid_error, is_error
 from util.metrics import Measure
+from util.metrics_file import MetricsFile
 from util.vae_files import vae_digest
 
 # The figures that are drawn, and their standard errors where there are any.
@@ -42,8 +43,11 @@ SHOWN = 8  # images of each point in sweep_images.png
 
 def evaluate_checkpoint(
     args: argparse.Namespace, device: torch.device, precision: Precision
-) -> None:
-    """Load a checkpoint and generate; without one there is nothing to evaluate."""
+) -> dict:
+    """Load a checkpoint and generate; without one there is nothing to evaluate.
+
+    Returns, on the main process, the figures of all points.
+    """
     if not args.resume:
         raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
     checkpoint = find_checkpoint(args.resume, args.output_dir, must_exist=True)
@@ -61,16 +65,35 @@ def evaluate_checkpoint(
     record = files_record(args, checkpoint.path) if dist.is_main() else {}
     checkpoint.release()
     output = Path(args.output_dir)
+    step = checkpoint.saved.get("step")
+    metrics_file = MetricsFile(args.metrics_file)
     with config_file.saved(args, output / EVALUATION_CONFIG):
         for done, settings in enumerate(points, start=1):
             name = settings.folder_name()
             if len(points) > 1:
                 dist.print_main(f"{done} of {len(points)}: {name}")
-            folder = output / name
-            evaluate(model, tokenizer, settings, folder, device, precision, measure, record)
+            figures, _ = evaluate(
+                model, tokenizer, settings, output / name, device, precision, measure, record
+            )
+            named = {f"eval/{name}/{key}": value for key, value in figures.items()}
+            metrics_file.write(named, step, replace=True)
             if len(points) > 1 and dist.is_main():
                 write_sweep(output, points[:done], config.img_size)
     dist.barrier()
+    if not dist.is_main():
+        return {}
+    return {"checkpoint": str(checkpoint.path), "step": step} | final_figures(output, points)
+
+
+def final_figures(output: Path, points: list[EvalSettings]) -> dict:
+    """Of every point: its settings, its figures and what is to be known of them."""
+    evaluations = []
+    for point in points:
+        folder = output / point.folder_name()
+        found = read_json(folder / "metrics.json")
+        kept = {name: found[name] for name in ("metrics", "warnings")}
+        evaluations.append({"folder": str(folder), "settings": point.of_images()} | kept)
+    return {"evaluations": evaluations}
 
 
 def prepare_measure(args: argparse.Namespace, size: int, device: torch.device) -> Measure | None:

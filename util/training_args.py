@@ -1,12 +1,16 @@
 """The flag groups of training, which no other script has."""
 
+import argparse
+
 from util.args import (
+    add_output_flags,
     fraction,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
 )
+from util.errors import UserError
 from util.optim import BLR_BATCH
 from util.parser import Parser
 
@@ -25,6 +29,7 @@ def add_data_flags(parser: Parser) -> None:
         help="checkpoints, logs and images",
     )
     add("--log_dir", default="", metavar="FOLDER", help="TensorBoard's; default: --output_dir")
+    add_output_flags(data)
     add(
         "--resume",
         default="",
@@ -100,3 +105,9 @@ def add_saving_flags(parser: Parser) -> None:
         default=0,
         help="epochs between those that all stay",
     )
+
+
+def check_mode(args: argparse.Namespace) -> None:
+    """Raise UserError if flags of training and evaluation contradict each other."""
+    if args.json and not args.evaluate:
+        raise UserError("--json is for --evaluate; the figures of a training go to --metrics_file")
