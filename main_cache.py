@@ -34,6 +34,7 @@ from util.cache_files import DTYPES, FORMATS, MAX_SHARD_SIZE
 from util.cache_writer import Batch, CacheSettings, CacheWriter, list_digest
 from util.config_file import CONFIG
 from util.data import ImageDataset, ImageList, collate_skipping, list_images
+from util.dry_cache import rehearse
 from util.errors import UserError, run
 from util.json_output import figures_on_stdout
 from util.latent_cache import verify
@@ -57,6 +58,11 @@ def make_parser() -> Parser:
     )
     add("--shard_size", type=shard_size, default=4096, help="images a shard")
     add("--verify", action="store_true", help="only check an existing cache")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="check everything, encode one batch, say what the cache would take, and stop",
+    )
     add("--json", action="store_true", help="the figures as JSON on stdout, all else on stderr")
     add_vae_flags(parser)
     add_loader_flags(parser)
@@ -103,6 +109,8 @@ def write_cache(args, device: torch.device) -> dict:
     labels = [label for _, label in images.samples]
     settings = cache_settings(args, vae, images.classes, list_digest(names, labels))
     writer = CacheWriter(args.cached_path, settings, names, labels)
+    if args.dry_run:
+        return rehearse(writer, vae, args.batch_size, encode, device)
 
     figures = {}
     with (

@@ -31,6 +31,7 @@ from util.config_file import CONFIG
 from util.data import Key, MicroBatchSampler, collate_skipping
 from util.debug import Reload, replay
 from util.device import Precision, compile_model, resolve_device, resolve_precision
+from util.dry_run import open_what_is_there, rehearse
 from util.ema import EMA
 from util.errors import run
 from util.evaluation import add_evaluation_flags, eval_settings
@@ -89,9 +90,10 @@ def main() -> None:
 
 
 def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict:
-    """Everything is built and checked before anything is written."""
+    """Everything is built and checked before anything is written. Figures: of a --dry_run."""
     check_writable(args.log_dir or args.output_dir, "--log_dir")
-    inputs, held_out = find_heldout(args, open_inputs(args))
+    opened = open_what_is_there(args) if args.dry_run else open_inputs(args)
+    inputs, held_out = find_heldout(args, opened)
     data, config = inputs.data, inputs.config
     evaluation = eval_settings(args, config.class_num) if args.online_eval else None
     plan = make_plan(args, inputs.checkpoint, len(data.dataset), dist.world_size())
@@ -124,6 +126,8 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     description = describe(args, training, data, settings, lr)
     dist.print_main(description)
     metrics_file = MetricsFile(args.metrics_file, plan.first_step)
+    if args.dry_run:
+        return rehearse(training, settings, inputs)
     log = TrainingLog(
         args.log_dir or args.output_dir,
         every=args.log_freq,
@@ -189,8 +193,9 @@ def describe(
     """What a user should see before a run of weeks begins."""
     plan, batches = settings.plan, settings.plan.schedule
     parameters = sum(p.numel() for p in training.model.parameters()) / 1e6
+    images = f"{batches.images} images in {len(data.classes)} classes"
     lines = [
-        f"{parameters:.1f} M parameters, {batches.images} images in {len(data.classes)} classes",
+        f"{parameters:.1f} M parameters, {images if data.classes else data.source}",
         f"global batch {batches.global_batch} ({batches.micro_batches} x {batches.batch_size} on "
         f"{dist.world_size()} processes), lr {lr:.3g}, {batches.steps_per_epoch} steps an epoch, "
         f"{args.epochs} epochs, output {args.output_dir}",
@@ -232,7 +237,7 @@ def build_run(
     if args.compile:
         compile_model(model, device)
     inception = None
-    if args.online_eval:
+    if args.online_eval and not args.dry_run:
         inception = prepare_measure(args, inputs.config.img_size, device)
     return Run(
         model=model,

@@ -133,6 +133,10 @@ class CacheWriter:
         self._check_folder()
         for unfinished in self.folder.rglob(".*.tmp"):
             unfinished.unlink()
+        return self.unfinished()
+
+    def unfinished(self) -> list[int]:
+        """The shards that are not whole."""
         return [shard for shard in range(self.num_shards) if not self._is_whole(shard)]
 
     def _is_whole(self, shard: int) -> bool:

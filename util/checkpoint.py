@@ -136,7 +136,9 @@ def load_checkpoint(path: Path, remedy: str = "") -> Checkpoint:
         raise UserError(f"{error}{remedy}") from error
 
 
-def find_checkpoint(resume: str, output_dir: str, must_exist: bool) -> Checkpoint | None:
+def find_checkpoint(
+    resume: str, output_dir: str, must_exist: bool, read_only: bool = False
+) -> Checkpoint | None:
     """The checkpoint that --resume names: a folder, a file, or "auto", the newest whole one of
     --output_dir.
 
@@ -145,7 +147,7 @@ def find_checkpoint(resume: str, output_dir: str, must_exist: bool) -> Checkpoin
     """
     folder = Path(output_dir)
     if resume == AUTO:
-        found = newest_whole(folder)
+        found = newest_whole(folder, read_only)
         if found is None and must_exist:
             raise UserError(f"--resume auto: no whole checkpoint in --output_dir {output_dir}")
         return found
@@ -176,10 +178,11 @@ def saved_in(folder: Path) -> list[Path]:
     return kept
 
 
-def newest_whole(folder: Path) -> Checkpoint | None:
+def newest_whole(folder: Path, read_only: bool = False) -> Checkpoint | None:
     """The newest checkpoint that can be read; damaged ones are named and set aside.
 
-    The main process chooses, so that all take the same.
+    The main process chooses, so that all take the same. read_only: change nothing in the folder;
+    the newest one must be whole then.
     """
     found = None
     if dist.is_main():
@@ -188,12 +191,12 @@ def newest_whole(folder: Path) -> Checkpoint | None:
                 found = load_checkpoint(path)
                 break
             except UserError as error:
-                if is_out_of_reach(error):
+                if read_only or is_out_of_reach(error):
                     raise
                 aside = path.with_name(path.name + ".damaged")
                 os.replace(path, aside)
                 print(f"{error}; set aside as {aside.name}", file=sys.stderr, flush=True)
-        if found is not None:
+        if found is not None and not read_only:
             with as_user_error(f"--output_dir {folder}: cannot write", (OSError,)):
                 give_name(found.path, folder / LAST)
     path = dist.gather_objects(found.path if found else None)[0]

@@ -42,11 +42,12 @@ class Inputs:
     config: TokenBridgeConfig
 
 
-def open_checkpoint(resume: str, output_dir: str) -> Checkpoint | None:
+def open_checkpoint(resume: str, output_dir: str, read_only: bool = False) -> Checkpoint | None:
     """The checkpoint to begin with, if any.
 
     A command that is started again goes on with its own run: every attempt of torchrun
     --max-restarts after the first, and one whose --resume names where the run came from.
+    read_only: change nothing in the output folder, where a damaged checkpoint would be set aside.
     """
     folder = Path(output_dir).resolve()
     begun = dist.gather_objects(bool(saved_in(folder)))[0]
@@ -55,16 +56,16 @@ def open_checkpoint(resume: str, output_dir: str) -> Checkpoint | None:
     if begun and any(dist.gather_objects(dist.is_restarted())):
         resume = AUTO
     elif begun and elsewhere:
-        own = find_checkpoint(AUTO, output_dir, must_exist=False)
+        own = find_checkpoint(AUTO, output_dir, False, read_only)
         if own is not None and own.argument("resume") == resume:
             return own
-    checkpoint = find_checkpoint(resume, output_dir, must_exist=False) if resume else None
+    checkpoint = find_checkpoint(resume, output_dir, False, read_only) if resume else None
     refuse_other_run(output_dir, checkpoint)
     return checkpoint
 
 
 def open_inputs(args: argparse.Namespace) -> Inputs:
-    checkpoint = open_checkpoint(args.resume, args.output_dir)
+    checkpoint = open_checkpoint(args.resume, args.output_dir, read_only=args.dry_run)
     vae = build_vae(args) if needs_vae(args) else None
     if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
         args.img_size = checkpoint.config.img_size

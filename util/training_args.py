@@ -31,6 +31,12 @@ def add_data_flags(parser: Parser) -> None:
     add("--log_dir", default="", metavar="FOLDER", help="TensorBoard's; default: --output_dir")
     add_output_flags(data)
     add(
+        "--dry_run",
+        action="store_true",
+        help="build and check everything, make one step on random latents, say what the training "
+        "would take, and stop",
+    )
+    add(
         "--resume",
         default="",
         metavar="PATH",
@@ -108,6 +114,10 @@ def add_saving_flags(parser: Parser) -> None:
 
 
 def check_mode(args: argparse.Namespace) -> None:
-    """Raise UserError if flags of training and evaluation contradict each other."""
-    if args.json and not args.evaluate:
-        raise UserError("--json is for --evaluate; the figures of a training go to --metrics_file")
+    """Raise UserError if flags of training, evaluation and dry run contradict each other."""
+    if args.dry_run and args.evaluate:
+        raise UserError("--dry_run is of a training; leave --evaluate out (--no_evaluate)")
+    if args.json and not (args.dry_run or args.evaluate):
+        raise UserError(
+            "--json is for --evaluate and --dry_run; the figures of a training go to --metrics_file"
+        )

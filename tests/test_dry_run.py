@@ -1,0 +1,142 @@
+"""--dry_run: builds and checks what a training would, makes one step, tells, and writes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_cache
+import main_tokenbridge
+from tests.conftest import run_script
+from tests.runs import CACHE_FLAGS, TRAIN_FLAGS, call, flags, load, make_inputs, refused
+from tests.runs import train as really_train
+from util import dry_run
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("dry"))
+
+
+def told(capsys, *argv, script=main_tokenbridge) -> dict:
+    capsys.readouterr()
+    call(script.main, *map(str, argv), "--dry_run", "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+def files(folder: Path) -> set[tuple[str, int]]:
+    return {(str(p), p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_says_what_the_run_will_be_and_writes_nothing(inputs, tmp_path, capsys, cached):
+    before = files(tmp_path) | files(inputs)
+    changes = {} if cached else dict(use_cached=None, vae_path="vae.ckpt", data_path="data")
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", epochs=5, **changes)
+    argv += ["--channel_order", "2,0,3,1", "--latent_scale", "0.5"] if not cached else []
+    found = told(capsys, *argv, "--metrics_file", tmp_path / "m.tsv")
+    assert files(tmp_path) | files(inputs) == before
+    assert (found["images"], found["steps_per_epoch"], found["steps_to_go"]) == (24, 3, 15)
+    assert found["images_per_step"] == 8 and found["processes"] == 1
+    assert found["hours"] == pytest.approx(15 * found["seconds_per_step"] / 3600)
+    assert found["device_hours"] == found["hours"]
+    assert (found["seconds_encoding"] > 0) == (not cached)
+    assert 0 < found["loss"] < 10
+
+
+def test_parameters_and_memory_are_those_of_the_run(inputs, tmp_path, capsys):
+    output = tmp_path / "out"
+    checkpoint = really_train(inputs, output, epochs=1)
+    found = told(capsys, *flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "other"))
+    weights = [t for t in checkpoint["model_ema"].values()]
+    assert found["parameters"] == sum(t.numel() for t in weights)
+    size = (output / "checkpoint-last.pth").stat().st_size
+    assert found["bytes_per_checkpoint"] == pytest.approx(size, rel=0.1)
+    assert found["bytes_peak"] > found["bytes_of_states"] == 20 * found["parameters"]
+
+
+def test_step_is_that_of_training(inputs, tmp_path, monkeypatch):
+    """The same function on the same settings, but for the latents."""
+    seen = []
+    genuine = dry_run.train_step
+    monkeypatch.setattr(dry_run, "train_step", lambda *a: seen.append(a) or genuine(*a))
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out")
+    call(main_tokenbridge.main, *argv, "--dry_run")
+    (run, _wrapped, batches, step, settings), *more = seen
+    assert not more and step == 0 and settings.plan.schedule.micro_batches == 2
+    moments, labels = next(batches)
+    assert moments.shape == (4, 8, 4, 4) and labels.shape == (4,) and labels.max() < 3
+    latents = run.tokenizer.from_moments(torch.cat([next(batches)[0] for _ in range(50)]))
+    assert latents.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_resumed_run_is_counted_from_its_checkpoint(inputs, tmp_path, capsys):
+    output = tmp_path / "out"
+    really_train(inputs, output, epochs=1)
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=output, resume="auto", epochs=4)
+    before = files(output)
+    assert told(capsys, *argv)["steps_to_go"] == 9
+    assert files(output) == before and load(output)["step"] == 3
+
+
+def test_damaged_checkpoint_is_told_and_stays(inputs, tmp_path, capsys):
+    """A run would set it aside."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint-step00000003.pth").write_bytes(b"PK\3\4 nothing")
+    before = files(tmp_path)
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", resume="auto")
+    line = refused(capsys, main_tokenbridge.main, *argv, "--dry_run")
+    assert "checkpoint-step00000003.pth" in line and "damaged" in line
+    assert files(tmp_path) == before
+
+
+def test_works_where_there_is_no_data(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = "--model tokenbridge_tiny --img_size 64 --batch_size 2 --accum_iter 3 --device cpu"
+    found = told(capsys, *argv.split(), "--class_num", "10")
+    assert found["images"] is None and "hours" not in found
+    assert found["images_per_step"] == 6 and list(tmp_path.iterdir()) == []
+    call(main_tokenbridge.main, *argv.split(), "--dry_run")
+    out = capsys.readouterr().out
+    assert "no --data_path or --cached_path" in out and "nothing was written" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "fragment"),
+    [
+        (dict(data_path="missing", use_cached=None, vae_path="vae.ckpt"), "--data_path"),
+        (dict(cached_path="missing"), "--cached_path"),
+        (dict(vae_path="missing", use_cached=None, data_path="data"), "--vae_path"),
+        (dict(class_num=2), "3 classes, --class_num is 2"),
+        (dict(global_batch=7), "--global_batch 7"),
+    ],
+)
+def test_what_would_stop_the_run_stops_the_dry_run(inputs, tmp_path, capsys, given, fragment):
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", accum_iter=None) + flags(
+        inputs, {k: v for k, v in given.items()}
+    )
+    argv = [word for word in argv if not (word == "--use_cached" and "use_cached" in given)]
+    assert fragment in refused(capsys, main_tokenbridge.main, *argv, "--dry_run")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_share_the_step(inputs, tmp_path):
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out")
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node=2"]
+    result = run_script(*torchrun, "main_tokenbridge.py", *argv, "--dry_run", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["processes"] == 2 and found["images_per_step"] == 16
+    assert found["device_hours"] == pytest.approx(2 * found["hours"])
+
+
+def test_caching_says_what_it_would_write(inputs, tmp_path, capsys):
+    argv = flags(inputs, CACHE_FLAGS, cached_path=tmp_path / "cache")
+    found = told(capsys, *argv, script=main_cache)
+    assert not (tmp_path / "cache").exists()
+    call(main_cache.main, *argv)
+    written = sum(p.stat().st_size for p in (tmp_path / "cache").glob("*.npy"))
+    assert found["images"] == 24 and found["bytes_of_cache"] == pytest.approx(written, rel=0.1)
+    assert found["images_to_encode"] == 24 and found["hours"] > 0
+    assert told(capsys, *argv, script=main_cache)["images_to_encode"] == 0
