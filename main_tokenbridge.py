@@ -127,7 +127,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     dist.print_main(description)
     metrics_file = MetricsFile(args.metrics_file, plan.first_step)
     if args.dry_run:
-        return rehearse(training, settings, inputs)
+        return rehearse(training, settings, inputs, args.compile)
     log = TrainingLog(
         args.log_dir or args.output_dir,
         every=args.log_freq,

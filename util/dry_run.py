@@ -50,11 +50,12 @@ def open_what_is_there(args: argparse.Namespace) -> Inputs:
     return Inputs(checkpoint, vae, data, config)
 
 
-def rehearse(run: Run, settings: TrainSettings, inputs: Inputs) -> dict:
+def rehearse(run: Run, settings: TrainSettings, inputs: Inputs, compiled: bool) -> dict:
     """One step as in training, and what follows from it; the same figures on all processes."""
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
-    loss, first, step = time_step(run, replace(settings, cached=True))
+    warms_up = run.device.type != "cpu" or compiled
+    loss, first, step = time_step(run, replace(settings, cached=True), 2 if warms_up else 1)
     encoding = encoding_seconds(run, settings) if encodes(settings, inputs) else 0.0
     slowest = torch.tensor([first, step, encoding, float(peak_memory(run.device))])
     first, step, encoding, peak = dist.all_reduce_max(slowest.to(run.device)).tolist()
@@ -80,16 +81,16 @@ def rehearse(run: Run, settings: TrainSettings, inputs: Inputs) -> dict:
     return figures
 
 
-def time_step(run: Run, settings: TrainSettings) -> tuple[float, float, float]:
-    """Loss of the step, its seconds, and those of a later one.
+def time_step(run: Run, settings: TrainSettings, steps: int) -> tuple[float, float, float]:
+    """Loss of the last of the steps, seconds of the first one and of the last.
 
-    On a GPU the first step also chooses kernels and sets memory aside, so a second one is timed.
+    The first one also compiles, chooses kernels and sets memory aside.
     """
     run.model.train()
     wrapped = dist.wrap(run.model, run.device)
     batches = random_batches(run, settings.plan.schedule.batch_size)
     seconds = []
-    for step in range(1 if run.device.type == "cpu" else 2):
+    for step in range(steps):
         started = time.perf_counter()
         result = train_step(run, wrapped, batches, settings.plan.first_step + step, settings)
         loss = float(dist.all_reduce_sum(result.loss.clone()))

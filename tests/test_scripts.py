@@ -1,0 +1,185 @@
+"""scripts/: training by torchrun and under Slurm, whose srun and scontrol are stand-ins here."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.runs import TRAIN_FLAGS, flags, load, make_inputs
+
+SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+TORCHRUN, SLURM = (ROOT / "scripts" / f"train_{name}.sh" for name in ("torchrun", "slurm"))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("scripts"))
+
+
+def start(script: Path, *argv, path: Path | None = None, **env) -> subprocess.CompletedProcess:
+    """path: a folder of stand-ins that go before the system's programs."""
+    settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = os.environ | settings | {key: str(value) for key, value in env.items()}
+    if path is not None:
+        found["PATH"] = f"{path}:{found['PATH']}"
+    return subprocess.run(
+        ["bash", str(script), *map(str, argv)],
+        cwd=ROOT,
+        env=found,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def stand_in(folder: Path, name: str, body: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_script_is_sound(script):
+    checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    text = script.read_text()
+    assert os.access(script, os.X_OK) and text.startswith("#!/usr/bin/env bash\n")
+    code = re.sub(r'(^|\s)#.*|"[^"]*"', "", text)
+    assert not re.findall(r"\$\w+", code), "an expansion without quotes"
+
+
+# --- torchrun
+
+
+def test_torchrun_script_trains_on_two_processes(inputs, tmp_path):
+    argv = flags(inputs, TRAIN_FLAGS, accum_iter=1, epochs=1, output_dir=tmp_path / "out")
+    result = start(TORCHRUN, *argv, "--resume", "auto", GPUS=2, MAX_RESTARTS=0)
+    assert result.returncode == 0, result.stderr
+    assert "2 processes (torchrun)" in result.stdout
+    assert load(tmp_path / "out")["step"] == 3
+
+
+def torchrun_words(tmp_path: Path, *argv, **env) -> list[str]:
+    """What the script would start."""
+    stand_in(tmp_path / "bin", "python", 'printf "%s\\n" "$@"')
+    settings = {"PYTHON": "python", "GPUS": "4", "NNODES": "1"} | env
+    result = start(TORCHRUN, *argv, path=tmp_path / "bin", **settings)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_torchrun_script_hands_everything_on(tmp_path):
+    words = torchrun_words(tmp_path, "--output_dir", "a folder", "--cfg", "")
+    assert words[:2] == ["-m", "torch.distributed.run"]
+    assert words[-5:] == [
+        str(ROOT / "main_tokenbridge.py"),
+        "--output_dir",
+        "a folder",
+        "--cfg",
+        "",
+    ]
+    assert "--standalone" in words and "--nproc_per_node=4" in words
+    assert any(w.startswith("--signals-to-handle=") and w.endswith("SIGUSR1") for w in words)
+
+
+def test_torchrun_script_knows_several_nodes(tmp_path):
+    words = torchrun_words(tmp_path, NNODES=3, NODE_RANK=2, MASTER_ADDR="first")
+    places = {"--nnodes=3", "--node_rank=2", "--master_addr=first", "--master_port=29500"}
+    assert places < set(words) and "--standalone" not in words
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "NODE_RANK"])
+def test_torchrun_script_asks_for_its_place_among_nodes(tmp_path, missing):
+    env = {"NNODES": 2, "GPUS": 1, "MASTER_ADDR": "first", "NODE_RANK": 0, missing: ""}
+    result = start(TORCHRUN, **env)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert f"{missing} is not set" in result.stderr
+
+
+# --- Slurm
+
+
+def submit(tmp_path: Path, *argv, **env) -> subprocess.CompletedProcess:
+    """Start the script as slurmd does: a copy elsewhere, in the folder it was submitted from."""
+    stand_in(tmp_path / "bin", "scontrol", f'echo "$*" >> "{tmp_path}/scontrol"')
+    copy = tmp_path / "slurm_script"
+    copy.write_text(SLURM.read_text())
+    place = {"SLURM_SUBMIT_DIR": ROOT, "SLURM_JOB_ID": 7, "SLURM_CPUS_PER_TASK": 5}
+    return start(copy, *argv, path=tmp_path / "bin", **place | env)
+
+
+def requeued(tmp_path: Path) -> bool:
+    path = tmp_path / "scontrol"
+    return path.exists() and path.read_text() == "requeue 7\n"
+
+
+def test_slurm_script_asks_for_what_it_needs():
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", SLURM.read_text(), re.MULTILINE))
+    assert options["signal"].startswith("USR1@") and "requeue" in options  # to the steps: no B:
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    assert options["open-mode"] == "append"  # else a start writes over what the last one said
+    assert re.findall(r"^stopped=75\b", SLURM.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, False), (75, True), (1, False), (2, False)])
+def test_slurm_script_requeues_what_was_stopped_and_nothing_else(tmp_path, code, again):
+    stand_in(tmp_path / "bin", "srun", f'echo "$SRUN_CPUS_PER_TASK" "$@"; exit {code}')
+    result = submit(tmp_path, "--output_dir", "out")
+    assert result.returncode == code, result.stderr
+    started = f"5 --kill-on-bad-exit=1 {sys.executable} main_tokenbridge.py --output_dir out"
+    assert started in result.stdout.splitlines()
+    assert requeued(tmp_path) == again
+
+
+def test_slurm_script_does_not_requeue_a_cancelled_job(tmp_path):
+    stand_in(tmp_path / "bin", "srun", "kill -TERM $PPID; exit 75")
+    assert submit(tmp_path).returncode == 75
+    assert not requeued(tmp_path)
+
+
+def test_slurm_script_says_how_it_is_started(tmp_path):
+    for env in ({"SLURM_SUBMIT_DIR": tmp_path}, {"SLURM_JOB_ID": ""}):
+        result = submit(tmp_path, **env)
+        assert result.returncode == 2 and "submit it with sbatch" in result.stderr
+
+
+# Two tasks of one node; at the first start both are warned once the training has begun.
+SRUN = """
+shift
+for rank in 0 1; do
+  SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 SLURM_NODELIST=127.0.0.1 \\
+    MASTER_ADDR=127.0.0.1 "$@" >>"{folder}/task$rank" 2>&1 &
+done
+if [ "$SLURM_RESTART_COUNT" = 0 ]; then
+  until grep -q 'step 1/' "{folder}/task0" || ! kill -0 %1; do sleep 0.05; done
+  kill -USR1 %1 %2
+fi
+worst=0
+for job in %1 %2; do
+  wait "$job"
+  code=$?
+  [ "$code" -gt "$worst" ] && worst=$code
+done
+exit "$worst"
+"""
+
+
+def test_slurm_job_is_stopped_requeued_and_ends_its_training(inputs, tmp_path):
+    stand_in(tmp_path / "bin", "srun", SRUN.format(folder=tmp_path))
+    argv = flags(inputs, TRAIN_FLAGS, accum_iter=1, epochs=400, log_freq=1, save_last_freq=400)
+    argv += ["--output_dir", str(tmp_path / "out"), "--resume", "auto", "--no_flip"]
+    first = submit(tmp_path, *argv, SLURM_RESTART_COUNT=0)
+    assert first.returncode == 75, (tmp_path / "task0").read_text()
+    assert requeued(tmp_path)
+    step = load(tmp_path / "out")["step"]
+    (tmp_path / "scontrol").unlink()
+    epochs = str(step // 3 + 1)
+    second = submit(tmp_path, *argv, "--epochs", epochs, SLURM_RESTART_COUNT=1)
+    assert second.returncode == 0, (tmp_path / "task0").read_text()
+    assert not requeued(tmp_path)
+    assert f"going on after step {step}" in (tmp_path / "task0").read_text()
+    assert load(tmp_path / "out")["step"] == 3 * int(epochs)
