@@ -17,7 +17,7 @@ from models.diffusers_vae import DiffusersVAE
 from models.generate import generate
 from models.patchify import patchify
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer, from_uint8
 from models.vae import AutoencoderKL
 from tests.conftest import relative_error
 from tests.runs import CACHE_FLAGS, TRAIN_FLAGS, call, evaluate, flags, make_inputs, refused, train
@@ -215,7 +215,7 @@ def test_cache_holds_diffusers_posteriors_and_measures_them(inputs, saved):
     images = ImageDataset(list_images(str(inputs / "data")).samples, 16)
     pixels = torch.stack([images[i][0] for i in range(len(images))])
     with torch.no_grad():
-        expected = network().encode(pixels).latent_dist
+        expected = network().encode(from_uint8(pixels)).latent_dist
     found = np.stack([cache[(i, False)][0] for i in range(len(cache))])
     assert np.allclose(found, expected.parameters.numpy(), rtol=2e-3, atol=2e-3)  # float16
     scaled = expected.sample(torch.Generator().manual_seed(0)) * manifest["latent_scale"]
