@@ -53,7 +53,8 @@ def test_parameters_and_memory_are_those_of_the_run(inputs, tmp_path, capsys):
     assert found["parameters"] == sum(t.numel() for t in weights)
     size = (output / "checkpoint-last.pth").stat().st_size
     assert found["bytes_per_checkpoint"] == pytest.approx(size, rel=0.1)
-    assert found["bytes_peak"] > found["bytes_of_states"] == 20 * found["parameters"]
+    assert found["bytes_of_states"] == 20 * found["parameters"] < found["bytes_estimated"]
+    assert found["bytes_estimated"] < found["bytes_peak"]  # of the whole process on a CPU
 
 
 def test_step_is_that_of_training(inputs, tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def test_two_processes_train_as_one_and_only_one_writes(inputs, trained, tmp_pat
     for tag in ("train/loss", "train/lr", "train/grad_norm"):
         np.testing.assert_allclose(found[tag], expected[tag], rtol=1e-5)
     written = sorted(path.name.split(".")[0] for path in (tmp_path / "out").iterdir())
-    assert written == ["checkpoint-last", "checkpoint-step00000006", "events"]
+    assert written == ["checkpoint-last", "checkpoint-step00000006", "config", "events"]
 
 
 def test_two_nodes_train_as_one_and_draw_together(inputs, trained, tmp_path):
@@ -307,7 +307,7 @@ def test_log_holds_all_figures(inputs, tmp_path, capsys):
     """lr = blr * global batch / 256, warmed up over an epoch of three steps."""
     train(inputs, tmp_path / "out", log_freq=1, log_dir=tmp_path / "logs")
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["checkpoint-last.pth", "checkpoint-step00000006.pth"]
+    assert written == ["checkpoint-last.pth", "checkpoint-step00000006.pth", "config.yaml"]
     found = scalars(tmp_path / "logs")
     assert set(found) == {
         *("train/loss", "train/lr", "train/grad_norm"),
@@ -358,7 +358,7 @@ def test_two_processes_draw_the_bytes_of_one(inputs, trained, drawn, tmp_path):
     result = on_two_processes(argv)
     assert result.stdout.count("FID and IS are not computed") == 1
     assert len(drawn) == 12 and images(tmp_path) == drawn
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("ariter*")
     assert sorted(p.name for p in folder.iterdir()) == [
         *("grid.png", "images", "metrics.json", "settings.json")
     ]
@@ -389,7 +389,7 @@ def test_image_depends_on_the_seed_and_not_on_the_batch(inputs, trained, drawn, 
 
 def test_raw_weights_are_drawn_on_request(inputs, trained, drawn, tmp_path):
     assert evaluate(inputs, tmp_path, trained, eval_weights="model") != drawn
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("ariter*")
     assert folder.name == "ariter4-temp1-linearcfg2-image12-seed1-model"
 
 

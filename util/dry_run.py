@@ -20,10 +20,10 @@ from util.build import ModelFlags, build_config, build_vae
 from util.flops import training_step
 from util.hardware import GIB, peak_flops, peak_memory
 from util.inputs import Inputs, TrainingData, open_checkpoint, open_inputs
+from util.memory import training_memory
 
-# Copies of the parameters in fp32: weights, averages and AdamW's two moments; gradients besides.
-SAVED_COPIES, COPIES = 4, 5
-SIZES = ("peak", "of_states", "of_device", "per_checkpoint")
+SAVED_COPIES = 4  # of the parameters in a checkpoint, fp32: weights, averages, AdamW's two moments
+SIZES = ("estimated", "peak", "of_states", "of_device", "per_checkpoint")
 
 
 class NoData:
@@ -71,7 +71,8 @@ def rehearse(run: Run, settings: TrainSettings, inputs: Inputs, compiled: bool) 
         "bytes_of_device": device_bytes(run.device),
         "share_of_peak": None,
     }
-    figures |= of_the_model(run) | of_the_run(settings, inputs, step + encoding)
+    figures |= of_the_model(run, settings.plan.schedule.batch_size)
+    figures |= of_the_run(settings, inputs, step + encoding)
     images = figures["images_per_second"] / dist.world_size()
     figures["flops_per_second"] = figures["flops_per_image"] * images  # of one device
     most = peak_flops(run.device, run.precision)
@@ -133,14 +134,23 @@ def encoding_seconds(run: Run, settings: TrainSettings) -> float:
     return seconds * -(-schedule.micro_batches // dist.world_size())
 
 
-def of_the_model(run: Run) -> dict:
-    """Figures that need no step."""
-    model = run.model
+def of_the_model(run: Run, batch_size: int) -> dict:
+    """Figures that need no step. batch_size: of a micro-batch."""
+    model, head = run.model, run.model.head
     count = sum(p.numel() for p in model.parameters())
+    memory = training_memory(
+        model.config,
+        batch_size,
+        run.precision.name,
+        head.grad_checkpointing,
+        head.chunk,
+        run.device.type,
+    )
     return {
         "parameters": count,
         "flops_per_image": training_step(model.config).total,
-        "bytes_of_states": 4 * COPIES * count,
+        "bytes_estimated": memory.total,
+        "bytes_of_states": memory.parameters + memory.gradients + memory.optimizer + memory.ema,
         "bytes_per_checkpoint": 4 * SAVED_COPIES * count,
     }
 
@@ -175,8 +185,9 @@ def told(found: dict, inputs: Inputs) -> str:
     lines = [
         f"dry run: a step of {found['images_per_step']} random latents, loss {found['loss']:.4f}",
         f"parameters  {found['parameters']:,}",
-        f"memory      {size['peak']:.2f} GiB at most in this step{there}, {size['of_states']:.2f} "
-        "for weights, gradients, averages and moments",
+        f"memory      {size['estimated']:.2f} GiB by estimate, {size['of_states']:.2f} of it "
+        "weights, gradients, averages and moments",
+        f"            {size['peak']:.2f}{there} GiB at most in this step",
         f"step        {found['seconds_per_step']:.3g} s (the first one "
         f"{found['seconds_first_step']:.3g} s){vae}; {found['images_per_second']:.3g} images/s, "
         f"{found['flops_per_second'] / 1e12:.3g} TFLOP/s of each device{share}",
