@@ -260,7 +260,7 @@ def test_training_on_images_takes_what_a_cache_has_measured(inputs, trained, tmp
     measured = dict(cached_path="diffusers_cache")
     found = train(inputs, tmp_path / "out", **changes, **measured, **previews)
     events = b"".join(path.read_bytes() for path in (tmp_path / "out").glob("events.*"))
-    assert events.count(b"\x89PNG") == 1, "the folder's decoder draws previews"
+    assert events.count(b"\x89PNG") == 2, "previews by the folder's decoder: step 1 and the end"
     expected = torch.load(trained / "checkpoint-last.pth", weights_only=True)
     assert found["config"] == expected["config"]
     assert found["vae_sha256"] == expected["vae_sha256"]

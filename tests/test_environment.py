@@ -2,6 +2,7 @@
 
 import re
 import sys
+import sysconfig
 from importlib import metadata
 
 import pytest
@@ -63,17 +64,23 @@ def test_environment_yaml_pins_every_direct_dependency_as_locked():
         assert str(pin.specifier) == f"=={locked[pin.name]}"
 
 
+def installed_versions() -> dict[str, Version]:
+    """Of this environment: setuptools, once imported, adds its own old copies to sys.path."""
+    places = sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})
+    found = metadata.distributions(path=places)
+    return {canonicalize_name(d.metadata["Name"]): Version(d.version) for d in found}
+
+
 def test_installed_versions_are_the_locked_ones():
     locked = tool.locked_versions(LOCK, f"{sys.version_info.major}.{sys.version_info.minor}")
-    installed = {canonicalize_name(d.metadata["Name"]): d.version for d in metadata.distributions()}
+    installed = installed_versions()
     different = {
-        name: (Version(installed[name]).public, version)
+        name: (installed[name].public, version)
         for name, version in locked.items()
-        if name in installed and Version(installed[name]).public != version
+        if name in installed and installed[name].public != version
     }
     assert not different, f"(installed, locked): {different}"
 
 
 def test_everything_asked_for_is_installed():
-    installed = {canonicalize_name(d.metadata["Name"]) for d in metadata.distributions()}
-    assert set(tool.direct_dependencies()) <= installed
+    assert set(tool.direct_dependencies()) <= set(installed_versions())

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from models.vae import check_layout
 
-CHUNK = 32  # tensors updated at once: few calls, and little memory for their differences
-
 
 class EMA:
     """names, parameters: in the published names and order. The average starts at the parameters."""
@@ -25,11 +23,8 @@ class EMA:
     def update(self, skipped: Tensor | float = 0.0) -> None:
         """skipped: 1 where the step was skipped and nothing changes; 0-d, so that nobody waits."""
         weight = (1 - self.rate) * (1 - skipped)
-        for start in range(0, len(self.averages), CHUNK):
-            averages = self.averages[start : start + CHUNK]
-            steps = torch._foreach_sub(self.parameters[start : start + CHUNK], averages)
-            torch._foreach_mul_(steps, weight)
-            torch._foreach_add_(averages, steps)
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            average.lerp_(parameter, weight)  # one pass over both, as no foreach kernel makes it
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.averages, strict=True))
