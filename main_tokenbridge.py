@@ -128,18 +128,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     metrics_file = MetricsFile(args.metrics_file, plan.first_step)
     if args.dry_run:
         return rehearse(training, settings, inputs, args.compile)
-    log = TrainingLog(
-        args.log_dir or args.output_dir,
-        every=args.log_freq,
-        images=batches.global_batch,
-        total_steps=settings.last_step,
-        steps_per_epoch=batches.steps_per_epoch,
-        count_skipped=data.count_skipped,
-        meter=Meter(training_step(config).total, device, peak_flops(device, precision)),
-        first_step=plan.first_step,
-        about=about(args, training) if dist.is_main() else None,
-        metrics_file=metrics_file,
-    )
+    log = make_log(args, training, data, settings, metrics_file)
     schedule = LRSchedule(
         lr,
         args.min_lr,
@@ -158,6 +147,29 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     ):
         train(training, loader, reload, schedule, log, saver, settings, look)
     return {}
+
+
+def make_log(
+    args: argparse.Namespace,
+    training: Run,
+    data: TrainingData,
+    settings: TrainSettings,
+    metrics_file: MetricsFile,
+) -> TrainingLog:
+    plan, device = settings.plan, training.device
+    operations = training_step(training.model.config).total
+    return TrainingLog(
+        args.log_dir or args.output_dir,
+        every=args.log_freq,
+        images=plan.schedule.global_batch,
+        total_steps=settings.last_step,
+        steps_per_epoch=plan.schedule.steps_per_epoch,
+        count_skipped=data.count_skipped,
+        meter=Meter(operations, device, peak_flops(device, training.precision)),
+        first_step=plan.first_step,
+        about=about(args, training) if dist.is_main() else None,
+        metrics_file=metrics_file,
+    )
 
 
 def make_look(
