@@ -85,9 +85,13 @@ class Origin:
         if not isinstance(said, dict):
             raise ValueError(f"its header's {HEADER} holds a {type(said).__name__}")
         known = {f.name: said[f.name] for f in fields(cls) if f.name in said}
+        for name, value in known.items():
+            kind = {"step": int, "epoch": int, "classes": list}.get(name, str)
+            if value is not None and type(value) is not kind:
+                raise ValueError(f"its header's {name} is {str(value)[:60]!r}, no {kind.__name__}")
         classes = known.get("classes")
         if classes is not None:
-            if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+            if not all(isinstance(c, str) for c in classes):
                 raise ValueError("its header's classes are no list of names")
             known["classes"] = tuple(classes)
         return cls(**known)

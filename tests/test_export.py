@@ -2,20 +2,35 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from models.pretrained import CONFIG, HEADER, WEIGHTS
+import main_tokenbridge
+from models.pretrained import CONFIG, HEADER, WEIGHTS, Origin
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.conftest import run_script
 from tests.hub import TOKEN, Hub, in_place_of_the_hub, running
-from tests.runs import CLASSES, call, load, make_inputs, refused, train
+from tests.runs import (
+    CLASSES,
+    EVALUATE_FLAGS,
+    call,
+    evaluate,
+    flags,
+    load,
+    make_inputs,
+    refused,
+    train,
+)
 from util import export
+from util.checkpoint import LAST, find_checkpoint
 from util.vae_files import save_vae
+
+FACTS = ("step", "epoch", "classes", "vae_sha256", "config")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +92,50 @@ def test_calibrated_levels_are_exported_with_averaged_weights(inputs, tmp_path):
     saved = load(tmp_path / "run")["model"]
     assert torch.equal(found.boundaries, saved["boundaries"])
     assert torch.equal(found.reconstruction_values, saved["reconstruction_values"])
+
+
+def test_an_exported_folder_is_evaluated_as_its_checkpoint_is(inputs, trained, tmp_path, capsys):
+    for weights in ("ema", "model"):
+        run(trained, tmp_path / weights, "--eval_weights", weights)
+        chosen = dict(eval_weights=weights, no_metrics=True)
+        images = evaluate(inputs, tmp_path / f"{weights}-a", trained, **chosen)
+        assert evaluate(inputs, tmp_path / f"{weights}-b", tmp_path / weights, **chosen) == images
+    argv = flags(inputs, EVALUATE_FLAGS, output_dir=tmp_path / "c", resume=tmp_path / "model")
+    line = refused(capsys, main_tokenbridge.main, *argv)
+    assert "holds the model weights alone; pass --eval_weights model" in line
+    argv[argv.index(str(tmp_path / "model"))] = str(tmp_path / "model" / WEIGHTS)
+    assert "name the folder" in refused(capsys, main_tokenbridge.main, *argv)
+    (tmp_path / "model" / CONFIG).write_text("[]")
+    argv = flags(inputs, EVALUATE_FLAGS, output_dir=tmp_path / "c", resume=tmp_path / "model")
+    assert "config.json" in refused(capsys, main_tokenbridge.main, *argv)
+
+
+@pytest.mark.parametrize("must_exist", [False, True])
+def test_an_exported_folder_may_be_the_output_folder(trained, tmp_path, must_exist):
+    """Nothing starts from scratch where there are weights; nor goes on with older ones."""
+    run(trained, tmp_path)
+    found = find_checkpoint(str(tmp_path), str(tmp_path), must_exist)
+    assert found.path == tmp_path / WEIGHTS
+    saved = load(trained)
+    assert {name: found.saved[name] for name in FACTS} == {name: saved[name] for name in FACTS}
+    shutil.copy(trained / LAST, tmp_path)
+    assert find_checkpoint(str(tmp_path), str(tmp_path), must_exist).path == tmp_path / LAST
+
+
+@pytest.mark.parametrize("said", [{"vae_sha256": 5}, {"step": "7"}, {"classes": "ab"}])
+def test_a_header_of_other_kinds_is_refused(said):
+    with pytest.raises(ValueError, match=f"{next(iter(said))} is"):
+        Origin.from_header({HEADER: json.dumps(said)})
+
+
+def test_a_training_begins_with_the_weights_of_an_exported_folder(inputs, trained, tmp_path):
+    """With a learning rate of 0 they stay, in the model and in its average."""
+    run(trained, tmp_path / "exported")
+    found = train(inputs, tmp_path / "out", resume=tmp_path / "exported", lr=0.0, epochs=1)
+    expected = load(trained)["model_ema"]
+    assert found["step"] == 3 and found["epoch"] == 0
+    for key in ("model", "model_ema"):
+        assert all(torch.equal(found[key][name], expected[name]) for name in expected)
 
 
 def published_form(trained: Path, path: Path) -> list[str]:

@@ -11,13 +11,14 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models.config import TokenBridgeConfig
+from models.pretrained import CONFIG, WEIGHTS
 from models.tokenbridge import TokenBridge
 from util import dist
 from util.ema import EMA
@@ -64,6 +65,15 @@ class Checkpoint:
             keys = ", ".join(map(str, self.saved)) or "nothing"
             raise UserError(f"--resume {self.path}: no state dict {key!r} in it (it has {keys})")
         return state
+
+    def key(self, kind: str) -> str:
+        """Where the weights are that --eval_weights names. Raises UserError if it has others."""
+        kept = self.saved.get("weights", kind)
+        if kept != kind:
+            raise UserError(
+                f"--resume {self.path} holds the {kept} weights alone; pass --eval_weights {kept}"
+            )
+        return WEIGHT_KEYS[kind]
 
     def load_into(self, model: TokenBridge, key: str) -> None:
         """Load one of its state dicts; every tensor must match."""
@@ -136,11 +146,24 @@ def load_checkpoint(path: Path, remedy: str = "") -> Checkpoint:
         raise UserError(f"{error}{remedy}") from error
 
 
+def load_exported(folder: Path) -> Checkpoint:
+    """A folder of util.export: weights alone, of one kind, which stand for both kinds."""
+    with as_user_error("--resume", (ValueError, OSError)):
+        model = TokenBridge.from_pretrained(folder)
+    state = model.published_state_dict()
+    averaged = {name: state[name] for name, _ in model.published_parameters()}
+    saved = {"model": state, "model_ema": averaged, "config": model.config.to_dict()}
+    known = {name: value for name, value in asdict(model.origin).items() if value is not None}
+    if "classes" in known:
+        known["classes"] = list(known["classes"])
+    return Checkpoint(folder / WEIGHTS, saved | known)
+
+
 def find_checkpoint(
     resume: str, output_dir: str, must_exist: bool, read_only: bool = False
 ) -> Checkpoint | None:
-    """The checkpoint that --resume names: a folder, a file, or "auto", the newest whole one of
-    --output_dir.
+    """The checkpoint that --resume names: a folder, a file, a folder of util.export, or "auto", the
+    newest whole one of --output_dir.
 
     None if there is none yet in the output folder of the run, which the published commands name
     from the first start on. Raises UserError if it is missing anywhere else, or damaged.
@@ -153,18 +176,25 @@ def find_checkpoint(
         return found
     path = Path(resume)
     if path.is_file():
+        if path.name == WEIGHTS:
+            raise UserError(f"--resume {resume} needs its {CONFIG}; name the folder of both")
         return load_checkpoint(path)
-    if path.resolve() == folder.resolve():
-        # Killed between a checkpoint and its second name, a run has a newer one than LAST.
-        newest = saved_in(folder)[:1]
-        if newest:
-            return load_checkpoint(newest[0], "; --resume auto takes the newest whole one")
-        if not must_exist:
-            return None
-    elif (path / LAST).is_file():
+    own = path.resolve() == folder.resolve()
+    # Killed between a checkpoint and its second name, a run has a newer one than LAST.
+    newest = saved_in(folder)[:1] if own else []
+    if newest:
+        return load_checkpoint(newest[0], "; --resume auto takes the newest whole one")
+    if (path / LAST).is_file():
         return load_checkpoint(path / LAST)
+    if (path / WEIGHTS).is_file():
+        return load_exported(path)
+    if own and not must_exist:
+        return None
     what = f"holds no {LAST}" if path.is_dir() else "does not exist"
-    raise UserError(f"--resume {resume} {what}; name a folder with a {LAST}, or a .pth file")
+    raise UserError(
+        f"--resume {resume} {what}; name a folder with a {LAST}, a .pth file, or "
+        "a folder of util.export"
+    )
 
 
 def saved_in(folder: Path) -> list[Path]:

@@ -62,7 +62,7 @@ def load(args: argparse.Namespace, checkpoint: Checkpoint) -> TokenBridge:
         check_vae(vae, config, args.vae_path)
         made_by = vae_digest(args.vae_path)
         warn_other_vae(checkpoint, made_by)
-    model = build_model(config, checkpoint, WEIGHT_KEYS[args.eval_weights])
+    model = build_model(config, checkpoint, checkpoint.key(args.eval_weights))
     saved = checkpoint.saved
     known = {name: checkpoint.whole_number(name) for name in ("step", "epoch") if name in saved}
     classes = tuple(map(str, saved.get("classes") or ())) or None

@@ -16,7 +16,7 @@ import torch
 from models.tokenizer import Tokenizer
 from util import config_file, dist, metrics
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
-from util.checkpoint import WEIGHT_KEYS, find_checkpoint
+from util.checkpoint import find_checkpoint
 from util.config_file import EVALUATION_CONFIG
 from util.device import Precision, compile_model
 from util.errors import UserError
@@ -56,7 +56,7 @@ def evaluate_checkpoint(
     check_vae(vae, config, args.vae_path)
     warn_other_vae(checkpoint, vae_digest(args.vae_path))
     points = sweep_settings(args, config.class_num)
-    model = build_model(config, checkpoint, WEIGHT_KEYS[args.eval_weights]).to(device)
+    model = build_model(config, checkpoint, checkpoint.key(args.eval_weights)).to(device)
     if args.compile:
         compile_model(model, device)
     tokenizer = Tokenizer(vae, config.latent_scale).to(device)
