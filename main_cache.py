@@ -9,7 +9,6 @@ Stopped or killed, the same command goes on where it was, on any number of proce
 import argparse
 import os
 import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -29,9 +28,10 @@ from util.args import (
     add_vae_flags,
     positive_int,
 )
+from util.background import in_background
 from util.build import build_vae
 from util.cache_files import DTYPES, FORMATS, MAX_SHARD_SIZE
-from util.cache_writer import Batch, CacheSettings, CacheWriter, list_digest
+from util.cache_writer import CacheSettings, CacheWriter, list_digest
 from util.config_file import CONFIG
 from util.data import ImageDataset, ImageList, collate_skipping, list_images
 from util.dry_cache import rehearse
@@ -41,6 +41,9 @@ from util.latent_cache import verify
 from util.lock import only_job_in
 from util.parser import Parser
 from util.vae_files import vae_digest
+
+# Batches that may wait for the disk. At 128 images of 256 px, 8 MB each, a second or two of a GPU.
+QUEUED = 4
 
 
 def make_parser() -> Parser:
@@ -149,7 +152,10 @@ def cache_settings(args, vae: VAE, classes: list[str], images_sha256: str):
 def encode_shards(
     args, device, vae: VAE, images: ImageList, writer: CacheWriter, shards: list[int]
 ) -> None:
-    """Encode and write these shards; one loader for all of them, so that its workers never rest."""
+    """Encode and write these shards: workers decode, the device encodes, a thread writes, at once.
+
+    One loader for all shards, so that its workers never rest.
+    """
     batches = {shard: unfinished(writer, shard, args.batch_size) for shard in shards}
     order = [batch for shard in shards for batch in batches[shard]]
     dataset = ImageDataset(
@@ -166,18 +172,18 @@ def encode_shards(
     loaded = iter(loader)
     bar = tqdm(total=sum(map(len, order)), unit="img", disable=None if dist.is_main() else True)
 
-    def encoded(shard: int) -> Iterator[Batch]:
-        for batch in batches[shard]:
-            readable = next(loaded)
-            if readable is not None:
-                kept = [i for i in batch if not dataset.bad[i]]
-                yield kept, encode(vae, readable[0].to(device, non_blocking=True))
-            bar.update(len(batch))
-            dist.beat("caching")
-
-    with bar:
+    with bar, in_background(QUEUED) as hand_over:
         for shard in shards:
-            writer.write_shard(shard, encoded(shard))
+            filled = writer.begin(shard)
+            for batch in batches[shard]:
+                readable = next(loaded)
+                if readable is not None:
+                    kept = [i for i in batch if not dataset.bad[i]]
+                    moments = encode(vae, readable[0].to(device, non_blocking=True))
+                    hand_over(filled.take, kept, moments)
+                bar.update(len(batch))
+                dist.beat("caching")
+            hand_over(filled.finish)
 
 
 def unfinished(writer: CacheWriter, shard: int, size: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from models.vae import AutoencoderKL
 from tests.conftest import run_script
 from tests.runs import free_port, run_together
 from tests.test_lock import holder
+from util import stop
 from util.data import center_crop
-from util.errors import EXIT_USER_ERROR, run
+from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, run
 from util.latent_cache import open_cache
 from util.vae_files import load_vae, save_vae
 
@@ -206,6 +208,32 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(inputs, tmp_path, 
     assert code == 2 and "Traceback" not in stderr and len(errors) == 1, stderr
     assert f"--cached_path {cache}: cannot write" in errors[0] and "too large" in errors[0]
     assert set(contents(cache)) == {"settings.json"}
+    call(*argv)
+    call(*flags(inputs, tmp_path / "at_once"))
+    assert contents(cache) == contents(tmp_path / "at_once")
+
+
+def test_a_signal_ends_it_at_once_and_leaves_the_shards_that_were_encoded(
+    inputs, tmp_path, call, monkeypatch, capsys
+):
+    encoded, encode = [], main_cache.encode
+
+    def signalled(vae, images):
+        if len(encoded) == 3:  # within the second shard, of two batches as well
+            signal.raise_signal(signal.SIGTERM)
+        encoded.append(images)
+        return encode(vae, images)
+
+    cache, argv = tmp_path / "cache", flags(inputs, tmp_path / "cache")
+    monkeypatch.setattr(main_cache, "encode", signalled)
+    monkeypatch.setattr(sys, "argv", ["main_cache.py", *argv])
+    with pytest.raises(SystemExit) as end:
+        run(main_cache.main)
+    assert end.value.code == EXIT_STOPPED and len(encoded) == 3
+    assert "stopped by SIGTERM" in capsys.readouterr().err.splitlines()[-1]
+    assert set(contents(cache)) == {"settings.json", "shard-00000.npy", "shard-00000.json"}
+    monkeypatch.setattr(main_cache, "encode", encode)
+    stop.install()  # forgets the signal
     call(*argv)
     call(*flags(inputs, tmp_path / "at_once"))
     assert contents(cache) == contents(tmp_path / "at_once")

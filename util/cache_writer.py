@@ -160,49 +160,17 @@ class CacheWriter:
         return [i for i, file in files.items() if not os.path.isfile(file)]
 
     def write_shard(self, shard: int, batches: Iterable[Batch]) -> None:
-        """Write a shard from batches that hold the images in `missing`, but for unreadable ones.
-
-        Raises UserError if the disk refuses, or if values do not fit the dtype.
-        """
-        form = self.settings.format
-        kept = (self._write_npy if form == "npy" else self._write_npzs)(shard, batches)
-        names = [self.names[i] for i in kept]
-        moments = load_shard(self.folder, form, shard, names)
-        sidecar = {
-            "cache_id": self.settings.cache_id,
-            "shard": shard,
-            "sha256": shard_digest(self.folder, form, shard, moments),
-            "statistics": _statistics(moments),
-            "skipped": [self.names[i] for i in sorted(set(self.images(shard)) - set(kept))],
-            "names": names,
-            "labels": [self.labels[i] for i in kept],
-            "crc32": [view_crc(view) for image in moments for view in image],
-        }
-        with self._writing():
-            write_json(shard_path(self.folder, shard, ".json"), sidecar)
-
-    def _write_npy(self, shard: int, batches: Iterable[Batch]) -> list[int]:
-        kept, parts = [], [np.empty(0, self.settings.dtype)]
+        """Write a shard from batches that hold the images in `missing`, but for unreadable ones."""
+        filled = self.begin(shard)
         for images, moments in batches:
-            kept += images
-            parts.append(self._stored(moments))
-        with self._writing(), atomic_write(shard_path(self.folder, shard, ".npy")) as file:
-            write_array(file, np.concatenate(parts[1:] or parts))
-        return kept
+            filled.take(images, moments)
+        filled.finish()
 
-    def _write_npzs(self, shard: int, batches: Iterable[Batch]) -> list[int]:
-        missing = set(self.missing(shard))
-        for images, moments in batches:
-            for i, of_image in zip(images, self._stored(moments), strict=True):
-                if i not in missing:
-                    continue
-                with self._writing():
-                    check_inside(self.folder, [self.names[i]])
-                    write_npz(npz_path(self.folder, self.names[i]), of_image)
-        return sorted(set(self.images(shard)) - set(self.missing(shard)))
+    def begin(self, shard: int) -> "ShardWriter":
+        return {"npy": NpyShard, "npz": NpzShard}[self.settings.format](self, shard)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """Says first, and only when there is something to write, what the folder is filled with."""
         with as_user_error(f"--cached_path {self.folder}: cannot write", (OSError, ValueError)):
             if not (self.folder / SETTINGS).exists():
@@ -210,7 +178,7 @@ class CacheWriter:
                 write_json(self.folder / SETTINGS, self.settings.to_dict())
             yield
 
-    def _stored(self, moments: np.ndarray) -> np.ndarray:
+    def stored(self, moments: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
             stored = moments.astype(self.settings.dtype)
         if not np.isfinite(stored).all():
@@ -259,18 +227,100 @@ class CacheWriter:
                 for shard, sidecar in enumerate(sidecars)
             ],
         }
-        with self._writing():
+        with self.writing():
             write_json(folder / MANIFEST, manifest)
         return manifest
 
 
-def _statistics(moments: np.ndarray) -> dict | None:
-    """moments: [n, 2, 2C, h, w]. Training meets images and mirror images alike, so both count."""
-    parts = [
-        LatentStats.of(torch.tensor(moments[i : i + STATS_IMAGES]).flatten(0, 1))
-        for i in range(0, len(moments), STATS_IMAGES)
-    ]
-    return sum(parts[1:], parts[0]).to_dict() if parts else None
+class ShardWriter:
+    """A shard that is being filled: `take` its batches, then `finish` it.
+
+    Statistics are summed in steps of STATS_IMAGES however large the batches are, an npy shard's
+    while it fills. Training meets images and mirror images alike, so both count.
+    Raises UserError if the disk refuses, or if values do not fit the dtype.
+    """
+
+    def __init__(self, writer: CacheWriter, shard: int):
+        self.writer = writer
+        self.shard = shard
+        self.statistics: list[LatentStats] = []
+
+    def take(self, images: list[int], moments: np.ndarray) -> None:
+        """moments: [b, 2, 2C, h, w] float32."""
+        raise NotImplementedError
+
+    def _kept(self) -> list[int]:
+        """Write what is left to write; numbers of all images in the shard."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """From here on the shard is whole."""
+        kept, writer, shard = self._kept(), self.writer, self.shard
+        form, names = writer.settings.format, [writer.names[i] for i in kept]
+        moments = load_shard(writer.folder, form, shard, names)
+        self._sum_up(moments, 1)
+        parts = self.statistics
+        sidecar = {
+            "cache_id": writer.settings.cache_id,
+            "shard": shard,
+            "sha256": shard_digest(writer.folder, form, shard, moments),
+            "statistics": sum(parts[1:], parts[0]).to_dict() if parts else None,
+            "skipped": [writer.names[i] for i in sorted(set(writer.images(shard)) - set(kept))],
+            "names": names,
+            "labels": [writer.labels[i] for i in kept],
+            "crc32": [view_crc(view) for image in moments for view in image],
+        }
+        with writer.writing():
+            write_json(shard_path(writer.folder, shard, ".json"), sidecar)
+
+    def _sum_up(self, moments: np.ndarray, fewest: int = STATS_IMAGES) -> None:
+        """moments: [n, 2, 2C, h, w], all so far. Steps of fewer images than `fewest` wait."""
+        while len(rest := moments[len(self.statistics) * STATS_IMAGES :]) >= fewest:
+            step = torch.tensor(rest[:STATS_IMAGES])
+            self.statistics.append(LatentStats.of(step.flatten(0, 1)))
+
+
+class NpyShard(ShardWriter):
+    """Held in memory, once, until it is full."""
+
+    def __init__(self, writer: CacheWriter, shard: int):
+        super().__init__(writer, shard)
+        self.kept: list[int] = []
+        self.moments = np.empty(0, writer.settings.dtype)
+
+    def take(self, images: list[int], moments: np.ndarray) -> None:
+        stored = self.writer.stored(moments)
+        if not self.kept:
+            size = len(self.writer.images(self.shard))
+            self.moments = np.empty((size, *stored.shape[1:]), stored.dtype)
+        self.moments[len(self.kept) : len(self.kept) + len(images)] = stored
+        self.kept += images
+        self._sum_up(self.moments[: len(self.kept)])
+
+    def _kept(self) -> list[int]:
+        path = shard_path(self.writer.folder, self.shard, ".npy")
+        with self.writer.writing(), atomic_write(path) as file:
+            write_array(file, self.moments[: len(self.kept)])
+        return self.kept
+
+
+class NpzShard(ShardWriter):
+    """One file an image, written as it comes; what a stopped job has left stays."""
+
+    def __init__(self, writer: CacheWriter, shard: int):
+        super().__init__(writer, shard)
+        self.missing = set(writer.missing(shard))
+
+    def take(self, images: list[int], moments: np.ndarray) -> None:
+        writer = self.writer
+        for i, of_image in zip(images, writer.stored(moments), strict=True):
+            if i in self.missing:
+                with writer.writing():
+                    check_inside(writer.folder, [writer.names[i]])
+                    write_npz(npz_path(writer.folder, writer.names[i]), of_image)
+
+    def _kept(self) -> list[int]:
+        return sorted(set(self.writer.images(self.shard)) - set(self.writer.missing(self.shard)))
 
 
 def write_array(file: BinaryIO, array: np.ndarray) -> None:

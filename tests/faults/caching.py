@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from main_cache import QUEUED
 from models.vae import AutoencoderKL
 from tests.faults.harness import Job, Row, send
 from tests.runs import free_port
 from util.vae_files import save_vae
 
 SCRIPT = "tests/faults/count_cache.py"
-SIZE, IMAGES, SHARD = 16, 60, 4
+SIZE, IMAGES, SHARD, BATCH = 16, 60, 4, 2
+# Images that a killed process has encoded in vain: the shard that it writes, the batches that wait.
+MOST_LOST = SHARD + QUEUED * BATCH
 MOST_KILLS = 5  # of one cache, before it may come to its end
 LATER = 0.05  # seconds, in which a shard is encoded, written and named
 LOSS_GRACE = 60.0  # seconds until torchrun must have ended after a worker's death
@@ -43,7 +46,7 @@ class Caching:
         self.folder = folder
         self.log, self.encoded = folder.with_suffix(".log"), folder.with_suffix(".encoded")
         flags = dict(data_path=inputs / "data", vae_path=inputs / "vae.ckpt", cached_path=folder)
-        flags |= dict(format=form, shard_size=SHARD, img_size=SIZE, batch_size=2)
+        flags |= dict(format=form, shard_size=SHARD, img_size=SIZE, batch_size=BATCH)
         flags |= dict(num_workers=1, device="cpu")
         self.argv = [part for name, value in flags.items() for part in (f"--{name}", value)]
 
