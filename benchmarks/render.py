@@ -42,9 +42,9 @@ MARK = "benchmarks.render"  # of the place in the page
 NOT_MEASURED = "not measured"
 
 
-def read(path: Path) -> dict:
-    """A file of benchmarks.run. Raises UserError on any other."""
-    with as_user_error(f"--results {path}", (OSError, ValueError)):
+def read(path: Path, flag: str = "--results") -> dict:
+    """A file of benchmarks.run, named by a flag. Raises UserError on any other."""
+    with as_user_error(f"{flag} {path}", (OSError, ValueError)):
         result = json.loads(path.read_text())
         if not isinstance(result, dict) or result.get("format") != FORMAT:
             raise UserError("not a file of this version's python -m benchmarks.run")
@@ -244,6 +244,10 @@ def main() -> None:
         raise UserError("--results: benchmarks/results/ is empty; run python -m benchmarks.run")
     results = {path.name: read(path) for path in paths}
     write_between(args.page, MARK, page_lines(results))
+    if args.results is None:
+        from benchmarks import cost_page  # which reads these files by this module
+
+        write_between(args.page, cost_page.MARK, cost_page.page_lines())
     draw(args.figure, next(iter(results.values())))
     print(f"written: {args.page}, {args.figure}")
 

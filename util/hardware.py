@@ -1,7 +1,8 @@
 """What devices can do, from their vendors' data sheets, and how much of it a run uses.
 
 Peaks are those of dense products (data sheets also print twice as much, for sparse ones) and, for
-fp32, of full precision, not TF32, as torch multiplies by default.
+fp32, of full precision, not TF32, as torch multiplies by default. They are the vendors' figures, at
+boost clocks and none of them measured: no device reaches its peak in the products of a model.
 """
 
 import re
@@ -35,6 +36,11 @@ class Hardware:
     bandwidth: float
     link: float
     source: str
+
+    @property
+    def tf32(self) -> float | None:
+        """TFLOP/s of torch's fp32 convolutions: half of bf16 on all devices here that have it."""
+        return self.bf16 / 2 if self.bf16 is not None else None
 
 
 # NVIDIA's data sheets, by the titles under which nvidia.com lists them.

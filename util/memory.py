@@ -9,6 +9,7 @@ Letters: L positions, M masked, T channels of a token, D width, a bytes of an ac
 
 import math
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 
@@ -39,6 +40,7 @@ class Parameters:
         return self.total - self.backbone_tables - self.head_tables
 
 
+@cache
 def count_parameters(config: TokenBridgeConfig) -> Parameters:
     """Of a model that takes no memory."""
     with torch.device("meta"):
@@ -88,11 +90,11 @@ def training_memory(
     """
     parameters = count_parameters(config)
     positions = batch_size * config.seq_len
-    chunk = min(_chunk(config, head_chunk, device_type), positions)
+    chunk = min(chunk_positions(config, head_chunk, device_type), positions)
     masked = (math.ceil(config.seq_len * config.mask_ratio_min), config.seq_len)
     a = ACTIVATION[precision]
-    backbone = max(_backbone_bytes(config, count, a, grad_checkpointing) for count in masked)
-    head = chunk * _head_bytes(config, a, grad_checkpointing)
+    backbone = max(backbone_bytes(config, count, a, grad_checkpointing) for count in masked)
+    head = chunk * head_bytes(config, a, grad_checkpointing)
     return TrainingMemory(
         parameters=FULL * parameters.total,
         gradients=FULL * parameters.total,
@@ -104,7 +106,7 @@ def training_memory(
     )
 
 
-def _chunk(config: TokenBridgeConfig, head_chunk: int | None, device_type: str) -> int:
+def chunk_positions(config: TokenBridgeConfig, head_chunk: int | None, device_type: str) -> int:
     """Positions that the head works on at once, of `models.channel_head`."""
     if head_chunk is None:
         rows = CHUNK_ROWS.get(device_type, CHUNK_ROWS_ELSEWHERE)
@@ -121,10 +123,10 @@ def _vit_block_bytes(config: TokenBridgeConfig, width: int, rows: float, a: int)
     return rows * (kept + masks)
 
 
-def _backbone_bytes(
-    config: TokenBridgeConfig, masked: int, a: int, grad_checkpointing: bool
+def backbone_bytes(
+    config: TokenBridgeConfig, masked: float, a: int, grad_checkpointing: bool = False
 ) -> float:
-    """Of one image. The last block works on fewer positions: as many as are masked."""
+    """Kept of one image. The last block works on fewer positions: as many as are masked."""
     tokens, visible = config.buffer_size + config.seq_len, config.seq_len - masked
     parts = (
         (config.encoder_embed_dim, config.buffer_size + visible, config.encoder_depth),
@@ -139,8 +141,8 @@ def _backbone_bytes(
     return kept + ends + (largest if grad_checkpointing else 0)
 
 
-def _head_bytes(config: TokenBridgeConfig, a: int, grad_checkpointing: bool) -> float:
-    """Of a position: forward, and the gradients in flight at the beginning of its backward."""
+def head_bytes(config: TokenBridgeConfig, a: int, grad_checkpointing: bool = False) -> float:
+    """Kept of a position: forward, and the gradients in flight at the beginning of its backward."""
     width, depth = config.channel_embed_dim, config.channel_depth
     block = width * (4 * FULL + 12 * a) + int(width * config.mlp_ratio) * 2 * a
     blocks = depth * FULL * width + block if grad_checkpointing else depth * block

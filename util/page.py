@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 from util.files import atomic_write
 
 END = "<!-- end -->"
@@ -15,7 +15,8 @@ def begin(mark: str) -> str:
 
 def write_between(path: Path, mark: str, lines: list[str]) -> None:
     """Replace what stands between the marks of a page. Raises UserError if it has no such place."""
-    text, start = path.read_text(), begin(mark)
+    with as_user_error(f"--page {path}", (OSError, UnicodeDecodeError)):
+        text, start = path.read_text(), begin(mark)
     if text.count(start) != 1 or END not in text.split(start)[1]:
         raise UserError(f"--page {path} has no place for the table: {start} ... {END}")
     before, rest = text.split(start)
