@@ -147,6 +147,12 @@ def make_parser() -> Parser:
         for flag, kind, text in flags:
             default = getattr(Setup, flag)
             groups[name].add_argument(f"--{flag}", type=kind, default=default, help=text)
+    groups["model"].add_argument(
+        "--vae_path",
+        type=Path,
+        metavar="FOLDER",
+        help="a VAE of diffusers, which then decides stride and channels; else KL-16's form",
+    )
     switches = (("grad_checkpointing", "as in training"), ("encode", "images, not cached latents"))
     for name, text in switches:
         groups["training"].add_argument(f"--{name}", action="store_true", help=text)

@@ -5,18 +5,20 @@ both are divided by rates, of which each says where it comes from.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
 from benchmarks.render import read
 from benchmarks.roofline import Rates, Roofline, Seconds
 from models.config import TokenBridgeConfig, preset
+from models.diffusers_vae import MAX_SIZE, check_config
 from models.vae import KL16
 from util import flops
 from util.errors import UserError, as_user_error
 from util.hardware import HARDWARE, find_hardware, readable
 from util.memory import training_memory
+from util.vae_folder import open_vae_folder
 
 PUBLISHED_EPOCHS = {"tokenbridge_huge": 800}  # all others 400
 BATCH = 64  # images of a device at once, if they fit
@@ -41,6 +43,7 @@ class Setup:
     img_size: int = 256
     vae_stride: int = 16
     vae_embed_dim: int = 16
+    vae_path: Path | None = None
     quant_bits: int = 6
     epochs: int | None = None
     images: int = 1_281_167
@@ -82,12 +85,34 @@ class Setup:
 
     @property
     def vae(self) -> dict:
-        """KL-16's form with so many channels; another stride has more or fewer of its levels."""
+        """The settings of --vae_path, which decides stride and channels; or KL-16's form.
+
+        KL-16 with so many channels, and with more or fewer levels for another stride.
+        """
+        if self.vae_path is not None:
+            return diffusers_settings(self.vae_path)
         last = int(math.log2(self.vae_stride))
         if 2**last != self.vae_stride:
             raise UserError(f"--vae_stride {self.vae_stride} is not a power of two")
         widths = (KL16["ch_mult"] + KL16["ch_mult"][-1:] * last)[: last + 1]
         return KL16 | {"embed_dim": self.vae_embed_dim, "ch_mult": widths}
+
+    def of_vae(self) -> "Setup":
+        """With the stride and the channels of its VAE. Raises UserError on no such VAE."""
+        with as_user_error(f"--vae_path {self.vae_path}"):
+            shape = flops.VaeShape.of(self.vae)
+        return replace(self, vae_stride=2 ** (len(shape.widths) - 1), vae_embed_dim=shape.channels)
+
+
+def diffusers_settings(folder: Path) -> dict:
+    """Of an AutoencoderKL that diffusers saved. Raises UserError on anything else."""
+    if not folder.is_dir():
+        raise UserError(
+            f"--vae_path {folder} is no folder of a diffusers VAE; for KL-16, leave it out"
+        )
+    config = open_vae_folder(folder).config
+    with as_user_error(f"--vae_path {folder}"):
+        return check_config(config, MAX_SIZE)
 
 
 def peak(setup: Setup) -> float:
@@ -246,6 +271,7 @@ def bound_of(part: Seconds) -> str:
 
 def cost(setup: Setup) -> dict:
     """All figures, as plain values. Raises UserError, in one line, on what cannot be."""
+    setup = setup.of_vae()
     rates, origins = rates_of(setup)
     roofline = Roofline(setup.config, setup.precision, rates, setup.vae)
     values = asdict(rates)

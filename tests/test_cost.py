@@ -119,6 +119,28 @@ def test_gradients_are_summed_behind_the_backward_pass():
         assert roofline.exchange(devices, nodes, Seconds(matrix=2 * taken)).total == 0
 
 
+def test_a_vae_of_diffusers_decides_stride_and_channels(tmp_path, capsys):
+    vae = dict(_class_name="AutoencoderKL", block_out_channels=[32, 64, 64, 64], latent_channels=4)
+    vae |= dict(layers_per_block=2, norm_num_groups=32)
+    vae |= dict(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4
+    )
+    (tmp_path / "config.json").write_text(json.dumps(vae))
+    (tmp_path / "diffusion_pytorch_model.safetensors").touch()  # only the settings are read
+    found = cost(replace(SMALL, vae_path=tmp_path))
+    assert (found["setup"]["vae_stride"], found["setup"]["vae_embed_dim"]) == (8, 4)
+    config = replace(SMALL, vae_stride=8, vae_embed_dim=4).config
+    assert found["training"]["flops_per_image"] == flops.training_step(config).total
+    decode = found["sampling"]["parts"]["VAE"]["total"] * found["rates"]["convolution"]["value"]
+    assert decode == pytest.approx(SMALL.eval_bsz * flops.vae_decode(vae, 256))
+    flags = ("--model", "tokenbridge_tiny", "--num_iter", "8", "--vae_path", str(tmp_path))
+    call(calculator.main, *flags)
+    assert "256 px, 6 bits, 4 channels" in capsys.readouterr().out
+    vae["down_block_types"][0] = "AttnDownEncoderBlock2D"
+    (tmp_path / "config.json").write_text(json.dumps(vae))
+    assert "AttnDownEncoderBlock2D" in refused(capsys, calculator.main, *flags)
+
+
 def test_larger_problems_take_smaller_batches():
     large, wide = (cost(replace(SMALL, model=m, img_size=s))["training"] for m, s in SIZES)
     assert large["batch_size"] == 64 > wide["batch_size"]
@@ -158,6 +180,7 @@ def test_measured_rates_take_the_place_of_the_data_sheets(tmp_path):
         (["--matrix_share", "1.5"], "1.5 is more than 1"),
         (["--img_size", "250"], "250"),
         (["--vae_stride", "12", "--img_size", "240"], "not a power of two"),
+        (["--vae_path", "nowhere"], "--vae_path nowhere"),
         (["--images", "10"], "do not make one step"),
         (["--rates", "nowhere.json"], "--rates nowhere.json"),
         (["--table", "--page", "nowhere.md"], "nowhere.md"),

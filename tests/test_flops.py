@@ -123,6 +123,30 @@ def test_vae(vae):
         assert counted(lambda: model.decode(latents)) == 2 * flops.vae_decode(vae, 32)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(use_quant_conv=False, use_post_quant_conv=False),
+        dict(block_out_channels=(8, 16, 16), layers_per_block=2, mid_block_add_attention=False),
+    ],
+)
+def test_vae_of_diffusers(changes):
+    diffusers = pytest.importorskip("diffusers")
+    settings = dict(block_out_channels=(8, 16), latent_channels=3, norm_num_groups=4) | changes
+    levels = len(settings["block_out_channels"])
+    settings |= dict(down_block_types=("DownEncoderBlock2D",) * levels)
+    settings |= dict(up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=1) | changes
+    model = diffusers.AutoencoderKL(**settings)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        latents = model.encode(images).latent_dist.mean
+        assert counted(lambda: model.encode(images)) == 2 * flops.vae_encode(settings, 32)
+        assert counted(lambda: model.decode(latents)) == 2 * flops.vae_decode(settings, 32)
+    with pytest.raises(ValueError, match="AttnDownEncoderBlock2D"):
+        flops.vae_encode(settings | dict(down_block_types=("AttnDownEncoderBlock2D",)), 32)
+
+
 def test_masked_counts_are_the_frequencies_of_the_draws():
     length, draws = 16, 20_000
     expected = masked_counts(length, 0.7)

@@ -197,37 +197,78 @@ def _vae_attention(width: int, positions: int) -> float:
     return 4 * _conv(1, width, width, positions) + 2 * linear(positions, width, positions)
 
 
-def _vae_middle(width: int, positions: int) -> float:
-    return 2 * _res_block(width, width, positions) + _vae_attention(width, positions)
+@dataclass(frozen=True)
+class VaeShape:
+    """widths of the levels, the first at full resolution; blocks of an encoder's level.
+
+    last_attends: attention after each block of the encoder's last level. moments, latents: 1x1
+    convolutions of them at the ends.
+    """
+
+    widths: tuple[int, ...]
+    blocks: int
+    channels: int
+    last_attends: bool = True
+    middle_attends: bool = True
+    moments: bool = True
+    latents: bool = True
+
+    @classmethod
+    def of(cls, vae: dict) -> "VaeShape":
+        """vae: settings of `models.vae.AutoencoderKL` (KL16 for example), or of diffusers' one.
+
+        Raises ValueError on a diffusers VAE with other levels than plain ones.
+        """
+        if "block_out_channels" not in vae:
+            widths = tuple(vae["ch"] * mult for mult in vae["ch_mult"])
+            return cls(widths, vae["num_res_blocks"], vae["embed_dim"])
+        kinds = {*vae["down_block_types"], *vae["up_block_types"]}
+        others = kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+        if others:
+            raise ValueError(f"a VAE with {min(others)[:60]!r} has no count here")
+        return cls(
+            tuple(vae["block_out_channels"]),
+            vae["layers_per_block"],
+            vae["latent_channels"],
+            last_attends=False,
+            middle_attends=vae.get("mid_block_add_attention", True),
+            moments=vae.get("use_quant_conv", True),
+            latents=vae.get("use_post_quant_conv", True),
+        )
+
+    def middle(self, positions: int) -> float:
+        width = self.widths[-1]
+        attention = _vae_attention(width, positions) if self.middle_attends else 0
+        return 2 * _res_block(width, width, positions) + attention
 
 
 def vae_encode(vae: dict, img_size: int) -> float:
-    """Image -> moments. vae: the settings of `models.vae.AutoencoderKL`, KL16 for example."""
-    widths = [vae["ch"] * mult for mult in vae["ch_mult"]]
-    positions, width, last = img_size**2, vae["ch"], len(widths) - 1
+    """Image -> moments. vae: see `VaeShape.of`."""
+    shape = VaeShape.of(vae)
+    positions, width, last = img_size**2, shape.widths[0], len(shape.widths) - 1
     flops = _conv(3, 3, width, positions)
-    for i, outputs in enumerate(widths):
-        for _ in range(vae["num_res_blocks"]):
+    for i, outputs in enumerate(shape.widths):
+        for _ in range(shape.blocks):
             flops += _res_block(width, outputs, positions)
-            flops += _vae_attention(outputs, positions) if i == last else 0
+            flops += _vae_attention(outputs, positions) if i == last and shape.last_attends else 0
             width = outputs
         if i < last:
             positions //= 4
             flops += _conv(3, width, width, positions)
-    moments = 2 * vae["embed_dim"]
-    flops += _vae_middle(width, positions) + _conv(3, width, moments, positions)
-    return flops + _conv(1, moments, moments, positions)
+    moments = 2 * shape.channels
+    flops += shape.middle(positions) + _conv(3, width, moments, positions)
+    return flops + (_conv(1, moments, moments, positions) if shape.moments else 0)
 
 
 def vae_decode(vae: dict, img_size: int) -> float:
     """Latents -> image."""
-    widths = [vae["ch"] * mult for mult in vae["ch_mult"]]
-    channels, width = vae["embed_dim"], widths[-1]
+    shape = VaeShape.of(vae)
+    widths, channels, width = shape.widths, shape.channels, shape.widths[-1]
     positions = (img_size // 2 ** (len(widths) - 1)) ** 2
-    flops = _conv(1, channels, channels, positions) + _conv(3, channels, width, positions)
-    flops += _vae_middle(width, positions)
+    flops = _conv(1, channels, channels, positions) if shape.latents else 0
+    flops += _conv(3, channels, width, positions) + shape.middle(positions)
     for i in reversed(range(len(widths))):
-        for _ in range(vae["num_res_blocks"] + 1):
+        for _ in range(shape.blocks + 1):
             flops += _res_block(width, widths[i], positions)
             width = widths[i]
         if i > 0:
