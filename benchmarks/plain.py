@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import engine_tokenbridge
-from models import channel_head, sampler, vae
+from models import channel_head, layers, sampler, vae
 from models.backbone import Backbone
 from models.channel_head import ChannelHead, inverse_cdf
 from models.layers import modulate
@@ -230,11 +230,21 @@ def _chunks(parts: Parts) -> AbstractContextManager:
     return swapped(parts.model.head, "chunk", 0)
 
 
-def _modulations(parts: Parts) -> AbstractContextManager:
-    def one_by_one(c: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-        return tuple(module.adaLN_modulation(c) for module in modules)
+def joined_modulations(c: Tensor, parts: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """As `modulations_of`, from the weights of all parts put together."""
+    linears = [part.adaLN_modulation[1] for part in parts]
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = torch.cat([linear.bias for linear in linears])
+    joined = F.linear(F.silu(c), weight, bias)
+    return joined.split([linear.out_features for linear in linears], dim=-1)
 
-    return swapped(channel_head, "joined_modulations", one_by_one)
+
+def _modulations(parts: Parts) -> AbstractContextManager:
+    return swapped(channel_head, "modulations_of", joined_modulations)
+
+
+def _dropout(parts: Parts) -> AbstractContextManager:
+    return swapped(layers, "dropout", F.dropout)
 
 
 @contextmanager
@@ -290,8 +300,9 @@ class Switch:
 SWITCHES = {
     "quantizer": Switch("quantizer by K distances a scalar", _quantizer),
     "chunks": Switch("head over all masked tokens at once", _chunks),
-    "modulations": Switch("one modulation linear a block", _modulations),
-    "head": Switch("head as one graph, with a mask, one linear a block", _head),
+    "modulations": Switch("modulations of all blocks in one product", _modulations),
+    "dropout": Switch("dropout by torch", _dropout),
+    "head": Switch("head as one graph, with a mask", _head),
     "backbone": Switch("last decoder block computes all positions", _backbone),
     "sampling": Switch("head sampling recomputes all prefixes", _sampling),
     "guidance": Switch("guidance in two passes", _guidance),

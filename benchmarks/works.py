@@ -99,7 +99,12 @@ def fixed_mask(settings: Settings) -> AbstractContextManager:
 
 def training_step(settings: Settings) -> Work:
     training = Training.of(settings)
-    single = ("chunks", "modulations", "backbone")  # EMA and AdamW are works of their own
+    single = (
+        "chunks",
+        "modulations",
+        "dropout",
+        "backbone",
+    )  # EMA and AdamW are works of their own
     return Work(
         "train",
         f"training step, batch {settings.batch_size}, {settings.masked} masked positions",

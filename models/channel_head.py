@@ -24,12 +24,12 @@ from models.layers import (
     LayerNorm,
     call,
     init_linear,
-    joined_modulations,
     learned,
+    modulations_of,
 )
 
 # Rows (positions x channels) that the head works on at once: enough to keep the device busy.
-CHUNK_ROWS = {"cpu": 4096}
+CHUNK_ROWS = {"cpu": 1024}
 CHUNK_ROWS_ELSEWHERE = 16384
 
 
@@ -131,9 +131,9 @@ class ChannelHead(nn.Module):
             inputs.append(F.embedding(indices[:, :-1] + places, table))  # [M, T - 1, D]
         return torch.cat(inputs, dim=1) + self.channel_embed
 
-    def _modulations(self, c: Tensor) -> tuple[Tensor, ...]:
+    def _modulations(self, c: Tensor) -> list[Tensor]:
         """c: [..., D] -> those of every block, [..., 6 D], and of the final norm, [..., 2 D]."""
-        return joined_modulations(c, [*self.channel_blocks, self.channel_final])
+        return modulations_of(c, [*self.channel_blocks, self.channel_final])
 
     @torch.no_grad()
     def sample(
@@ -166,7 +166,7 @@ class ChannelHead(nn.Module):
         """Yields the logits [M, K] of one channel after the other, in head order.
 
         Each is sent the indices [M] drawn for the one before. No prefix is computed twice, and
-        the modulations, which know no index, are one product for all channels.
+        the modulations, which know no index, are computed for all channels at once.
         head_input: "trained" feeds the condition at the first position, as training does;
         "published" feeds condition + first timestep embedding, as the published sampler does
         and as the published FIDs were measured. Raises ValueError on another.

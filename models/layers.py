@@ -4,7 +4,7 @@ Letters: N sequences, T positions, R of them wanted, D width, H heads, d = D / H
 Source: ViT, arXiv 2010.11929; MAR, arXiv 2406.11838 (backbone); DiT, arXiv 2212.09748 (adaLN-zero).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -51,6 +51,40 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float) -> Tensor:
+        words = torch.empty((x.numel() + 1) // 2, dtype=torch.int64).random_(-(2**63), None)
+        uniform = words.view(torch.int32)[: x.numel()].view(x.shape)
+        keep = torch.empty_like(x, memory_format=torch.contiguous_format)
+        torch.ge(uniform, round((p - 0.5) * 2**32), out=keep)
+        ctx.save_for_backward(keep)
+        ctx.scale = 1 / (1 - p)
+        return (x * keep).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return (grad * ctx.saved_tensors[0]).mul_(ctx.scale), None
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zeroes each element with probability p in [0, 1), and scales the others by 1 / (1 - p).
+
+    On a CPU through 32 random bits an element: torch draws a double for each, which took longer
+    than the matrix products around it.
+    """
+    if not p or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    return _Dropout.apply(x, p)
+
+
+class Dropout(nn.Dropout):
+    """`dropout` in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p) if self.training else x
+
+
 def modulation(width: int, chunks: int) -> nn.Sequential:
     """SiLU -> Linear(D -> chunks * D); the head makes the linear zero after its initialisation."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, chunks * width))
@@ -87,7 +121,7 @@ class Attention(nn.Module):
         self.heads, self.attn_drop = heads, attn_drop
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
 
     def forward(
         self, x: Tensor, wanted: Tensor | None = None, kept: "Kept | None" = None
@@ -106,12 +140,12 @@ class Attention(nn.Module):
             k, v = split_heads(F.linear(x, weights[1], biases[1]), 2, self.heads)
         if kept is not None:
             k, v = kept.replace(k, v)
-        dropout = self.attn_drop if self.training else 0.0
+        drop = self.attn_drop if self.training else 0.0
         mask = kept.seen if kept is not None else None
-        attend = partial(F.scaled_dot_product_attention, dropout_p=dropout)
         # A CPU has no fused kernel with dropout, and would keep the weights of all pairs.
-        recompute = dropout > 0 and q.device.type == "cpu" and not torch.compiler.is_compiling()
-        out = call(attend, q, k, v, mask, recompute=recompute)
+        recompute = drop > 0 and q.device.type == "cpu" and not torch.compiler.is_compiling()
+        attend = plain_attention if recompute else F.scaled_dot_product_attention
+        out = call(attend, q, k, v, mask, drop, recompute=recompute)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
@@ -150,7 +184,8 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(width)
         self.attn = Attention(width, heads, attn_drop, proj_drop)
         self.norm2 = LayerNorm(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio), drop=proj_drop)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp.drop1 = self.mlp.drop2 = Dropout(proj_drop)
 
     def forward(self, x: Tensor, wanted: Tensor | None = None, kept: Kept | None = None) -> Tensor:
         """x: [N, T, D] -> [N, T, D], or, with wanted [N, R], only those positions [N, R, D].
@@ -160,6 +195,14 @@ class Block(nn.Module):
         attended = self.attn(self.norm1(x), wanted, kept)
         x = (x if wanted is None else take(x, wanted)) + attended
         return x + self.mlp(self.norm2(x))
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, drop: float) -> Tensor:
+    """Attention by its definition: q, k, v [N, H, T, d]. seen: bool, spread to [N, H, T, T]."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if seen is not None:
+        scores = scores.masked_fill(~seen, -torch.inf)
+    return dropout(scores.softmax(dim=-1).to(v.dtype), drop) @ v
 
 
 def short_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
@@ -174,8 +217,7 @@ def short_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Ten
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=seen is None)
     if seen is None:
         seen = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
+    return plain_attention(q, k, v, seen, drop=0.0)
 
 
 class CausalAttention(nn.Module):
@@ -205,7 +247,7 @@ class AdaLNBlock(nn.Module):
     """Causal attention and MLP, each shifted, scaled and gated by a modulation.
 
     The modulation is this block's `adaLN_modulation` of the condition; whoever calls computes it,
-    for all blocks in one product (see `joined_modulations`).
+    for all blocks together (see `modulations_of`).
     """
 
     chunks = 6
@@ -241,10 +283,10 @@ class FinalNorm(nn.Module):
         return modulate(self.norm_final(x), shift, scale)
 
 
-def joined_modulations(c: Tensor, parts: list[AdaLNBlock | FinalNorm]) -> tuple[Tensor, ...]:
-    """The modulations of all parts from the condition c [..., D], as one product."""
-    linears = [part.adaLN_modulation[1] for part in parts]
-    weight = torch.cat([linear.weight for linear in linears])
-    bias = torch.cat([linear.bias for linear in linears])
-    joined = F.linear(F.silu(c), weight, bias)
-    return joined.split([linear.out_features for linear in linears], dim=-1)
+def modulations_of(c: Tensor, parts: Sequence[AdaLNBlock | FinalNorm]) -> list[Tensor]:
+    """The modulations of all parts [..., chunks * D] from the condition c [..., D].
+
+    One product a part: putting the weights of all into one costs more than it saves.
+    """
+    activated = F.silu(c)
+    return [part.adaLN_modulation[1](activated) for part in parts]

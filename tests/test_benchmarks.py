@@ -261,7 +261,7 @@ def test_a_table_and_a_figure_are_made_of_the_file(result, tmp_path, capsys):
     call(render.main, *map(str, ("--results", result, "--page", page, "--figure", figure)))
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
-    assert len(re.findall(r"^\| training step", text, flags=re.MULTILINE)) == 7
+    assert len(re.findall(r"^\| training step", text, flags=re.MULTILINE)) == 8
     assert "faster than by a distance to each level" in text and "not measured" in text
     assert "published code" not in text  # whose sizes these are not
     assert figure.read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import TokenBridgeConfig, preset
-from models.layers import joined_modulations
+from models.layers import modulations_of
 from models.masking import Mask, draw_mask_ratio, mask_schedule, masked_counts, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
@@ -79,7 +79,7 @@ def test_attention_and_adaln_are_told_apart(model):
     assert found[torch.ops.aten.bmm] == expected.attention
     conditions = torch.randn(11, model.config.token_dim, model.config.channel_embed_dim)
     parts = [*head.channel_blocks, head.channel_final]
-    assert counted(lambda: joined_modulations(conditions, parts)) == expected.adaln
+    assert counted(lambda: modulations_of(conditions, parts)) == expected.adaln
 
 
 @pytest.mark.parametrize("grad_checkpointing", [False, True])

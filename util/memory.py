@@ -60,7 +60,8 @@ class TrainingMemory:
     """Bytes on one device.
 
     casts: copies of the weights in half precision. backbone: what encoder and decoder keep for
-    backward. head: what one chunk of the head takes, with its gradients of the weights.
+    backward. head: what one chunk of the head takes, and the gradients of its weights beside those
+    that micro-batches before, or DDP's buckets, already hold.
     """
 
     parameters: int
@@ -102,7 +103,7 @@ def training_memory(
         ema=FULL * parameters.total,
         casts=a * parameters.multiplied if a < FULL else 0,
         backbone=round(batch_size * backbone),
-        head=round(head + _head_weight_bytes(config, parameters, a)),
+        head=round(head + FULL * parameters.head),
     )
 
 
@@ -150,13 +151,3 @@ def head_bytes(config: TokenBridgeConfig, a: int, grad_checkpointing: bool = Fal
     ends = width * (5 * FULL + 4 * a) + config.quant_levels * (2 * FULL + a)
     in_flight = width * 2 * FULL
     return config.token_dim * (blocks + modulations + ends + in_flight)
-
-
-def _head_weight_bytes(config: TokenBridgeConfig, parameters: Parameters, a: int) -> int:
-    """The gradients of the chunks; the modulations' weights joined.
-
-    Beside the gradients that micro-batches before, or DDP's buckets, already hold.
-    """
-    joined = (6 * config.channel_depth + 2) * config.channel_embed_dim**2
-    copies = 2 * FULL + (a if a < FULL else 0)
-    return FULL * parameters.head + copies * joined
