@@ -119,6 +119,7 @@ class ChannelHead(nn.Module):
         chunk = self.chunk
         if chunk is None:
             rows = CHUNK_ROWS.get(z.device.type, CHUNK_ROWS_ELSEWHERE)
+            rows *= 1 if torch.is_grad_enabled() else 4  # then most of the memory is not needed
             chunk = max(1, rows // len(self.order))
         return max(1, math.ceil(len(z) / chunk)) if chunk else 1
 

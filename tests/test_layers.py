@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.layers import Dropout, dropout, plain_attention, short_attention
+from models.layers import Attention, Dropout, dropout, plain_attention, short_attention
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -72,3 +72,22 @@ def test_attention_by_its_definition_is_torchs():
         assert torch.allclose(plain_attention(q, k, v, mask, drop=0.0), expected, atol=1e-6)
     causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.allclose(short_attention(q, k, v, None), causal, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [7, 600])
+def test_half_precision_attends_as_full_precision_does(length):
+    """On a CPU a long sequence takes torch's kernel, a short one the definition."""
+    attention = Attention(8, 2).eval()
+    x = torch.randn(2, length, 8)
+    with torch.no_grad():
+        expected = attention(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = attention(x)
+    assert (found - expected).abs().max() < 0.03 * expected.abs().max()
+
+
+def test_no_gradients_are_lost_where_nothing_is_dropped():
+    attention = Attention(8, 2, attn_drop=0.0).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attention(torch.randn(2, 7, 8)).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in (attention.qkv.weight, attention.proj.weight))
