@@ -136,6 +136,13 @@ class Answers(BaseHTTPRequestHandler):
             siblings.append(sibling)
         self.send_json({"id": repo, "sha": COMMIT, "siblings": siblings})
 
+    def tree(self, _body, repo: str, revision: str):
+        files = self.files(repo, revision)
+        if files is not None:
+            found = {name: (len(content), git_blob(content)) for name, content in files.items()}
+            items = [{"path": n, "size": size, "oid": oid} for n, (size, oid) in found.items()]
+            self.send_json([item | {"type": "file"} for item in items])
+
     def resolve(self, _body, repo: str, revision: str, name: str):
         files = self.files(repo, revision)
         if files is None:
@@ -206,6 +213,7 @@ class Answers(BaseHTTPRequestHandler):
 NAME = r"([^/]+/[^/]+)"
 ROUTES = [
     ("GET", f"/api/models/{NAME}(?:/revision/([^/]+))?", Answers.info),
+    ("GET", f"/api/models/{NAME}/tree/([^/]+)", Answers.tree),
     (("GET", "HEAD"), f"/{NAME}/resolve/([^/]+)/(.+)", Answers.resolve),
     ("POST", "/api/repos/create", Answers.create),
     ("POST", "/api/validate-yaml", Answers.agree),

@@ -27,17 +27,22 @@ IMAGES = 8  # of each class
 
 def make_inputs(folder: Path) -> Path:
     """data/train/CLASS/0.png ..., vae.ckpt and cache/ for the tests to read, not to change."""
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(CLASSES):
-        (folder / "data" / "train" / name).mkdir(parents=True)
-        for i in range(IMAGES):
-            pixels = rng.integers(60 * label, 60 * label + 130, (SIZE, SIZE + i, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / "data" / "train" / name / f"{i}.png")
+    make_images(folder / "data", SIZE)
     torch.manual_seed(0)
     vae = AutoencoderKL(embed_dim=CHANNELS, ch_mult=(1, 1, 1), ch=32, num_res_blocks=1)
     save_vae(folder / "vae.ckpt", vae)
     call(main_cache.main, *flags(folder, CACHE_FLAGS, cached_path=folder / "cache"))
     return folder
+
+
+def make_images(folder: Path, size: int, part: str = "train") -> None:
+    """FOLDER/PART/CLASS/0.png ...: noise, the brighter the later the class."""
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (folder / part / name).mkdir(parents=True)
+        for i in range(IMAGES):
+            pixels = rng.integers(60 * label, 60 * label + 130, (size, size + i, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / part / name / f"{i}.png")
 
 
 COMMON = {"img_size": SIZE, "device": "cpu", "num_workers": 0}
