@@ -15,9 +15,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.work import FAST, Settings, Variant, Work
+from main_cache import make_parser
 from util.cache_files import FORMATS
 from util.cache_writer import CacheSettings, CacheWriter, list_digest
-from util.data import ImageDataset, MicroBatchSampler, list_images
+from util.data import ImageDataset, MicroBatchSampler, collate_skipping, list_images
 from util.latent_cache import CachedLatents, as_one_batch, open_cache
 from util.provenance import cores
 
@@ -54,21 +55,23 @@ def make_cache(folder: Path, form: str, count: int) -> CachedLatents:
     return open_cache(folder)
 
 
-def make_photos(folder: Path, count: int) -> Path:
-    """data/train/CLASS/IMAGE.jpg: smooth colours and some noise, as photographs have."""
+def make_photos(folder: Path, count: int, suffix: str = "jpg") -> Path:
+    """data/train/CLASS/IMAGE: smooth colours and some noise, as photographs have."""
     rng = np.random.default_rng(0)
     for i in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         pixels = np.asarray(coarse.resize(PHOTO, Image.Resampling.BICUBIC), dtype=np.float32)
         pixels += rng.normal(0, 6, pixels.shape)
-        path = folder / "train" / f"class{i % 2}" / f"{i:06d}.jpg"
+        path = folder / "train" / f"class{i % 2}" / f"{i:06d}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        image.save(path, quality=JPEG_QUALITY)
+        image.save(path, quality=JPEG_QUALITY)  # which a PNG has none of, and passes over
     return folder
 
 
-def seconds_of(dataset: Dataset, batch_size: int, collate: Callable | None) -> Callable[[], float]:
+def seconds_of(
+    dataset: Dataset, batch_size: int, collate: Callable | None, num_workers: int
+) -> Callable[[], float]:
     """Seconds for BATCHES batches, once the workers are at it."""
     seeds = iter(range(10**6))
 
@@ -78,9 +81,7 @@ def seconds_of(dataset: Dataset, batch_size: int, collate: Callable | None) -> C
             len(dataset), batch_size, 1, 0, 1, next(seeds), 0, num_steps=batches
         )
         loader = iter(
-            DataLoader(
-                dataset, batch_sampler=sampler, collate_fn=collate, num_workers=max(1, cores() - 1)
-            )
+            DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
         )
         for _ in range(WARM_UP):
             next(loader)
@@ -93,19 +94,29 @@ def seconds_of(dataset: Dataset, batch_size: int, collate: Callable | None) -> C
 
 
 def latent_loaders(settings: Settings, folder: Path) -> Work:
-    size = min(64, settings.read)
+    size, workers = min(64, settings.read), max(1, cores() - 1)
     variants = []
     for form, name in zip(FORMATS, (FAST, "published form, npz"), strict=True):
         cache = make_cache(folder / form, form, settings.read)
-        variants.append(Variant(name, "", seconds_of(cache, size, as_one_batch)))
-    title = f"latent loader, batch {size}, {max(1, cores() - 1)} worker(s)"
+        variants.append(Variant(name, "", seconds_of(cache, size, as_one_batch, workers)))
+    title = f"latent loader, batch {size}, {workers} worker(s)"
     return Work("loaders", title, BATCHES * size, "samples", variants)
 
 
 def image_loader(settings: Settings, folder: Path) -> Work:
-    photos = list_images(make_photos(folder / "photos", settings.photos))
-    dataset = ImageDataset(photos.samples, settings.img_size, "raise")
-    size = min(8, settings.photos)
-    variants = [Variant(FAST, "", seconds_of(dataset, size, None))]
+    """JPEG through a worker for each core but one; the default number of workers, PNG."""
+    size, workers = min(8, settings.photos), max(1, cores() - 1)
+
+    def variant(name: str, suffix: str, num_workers: int) -> Variant:
+        photos = list_images(folder / suffix)
+        dataset = ImageDataset(photos.samples, settings.img_size, "raise")
+        return Variant(name, "", seconds_of(dataset, size, collate_skipping, num_workers))
+
+    for suffix in ("jpg", "png"):
+        make_photos(folder / suffix, settings.photos, suffix)
+    found = [variant(FAST, "jpg", workers)]
+    more = sorted({2, make_parser().get_default("num_workers")} - {workers})
+    found += [variant(f"{count} workers", "jpg", count) for count in more]
+    found.append(variant("PNG", "png", workers))
     title = f"image loader, {PHOTO[0]} x {PHOTO[1]} JPEG to {settings.img_size} px"
-    return Work("images", title, BATCHES * size, "samples", variants)
+    return Work("images", f"{title}, {workers} worker(s)", BATCHES * size, "images", found)

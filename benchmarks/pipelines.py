@@ -6,8 +6,9 @@ weights, which cost the same as trained ones.
 
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 import main_cache
 from benchmarks.inception import save_random_inception
 from benchmarks.loaders import PHOTO, make_photos
+from benchmarks.plain import swapped
 from benchmarks.work import FAST, Settings, Variant, Work
 from benchmarks.works import GUIDANCE, build_model
 from models.config import PUBLISHED_LATENT_SCALE
@@ -34,25 +36,40 @@ def in_silence(call: Callable[[], object]) -> None:
         call()
 
 
+@contextmanager
+def at_once(_depth: int) -> Iterator[Callable[..., None]]:
+    """In place of `in_background`: what is handed over is done before anything else is."""
+    yield lambda call, *args: call(*args)
+
+
+def in_turn() -> AbstractContextManager:
+    return swapped(main_cache, "in_background", at_once)
+
+
+def fill_cache(folder: Path, **flags) -> None:
+    """main_cache.py into a new folder, from its reading of the VAE's file to the manifest."""
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        given = {"cached_path": Path(cache) / "cache", **flags}
+        argv = [str(part) for k, v in given.items() for part in (f"--{k}", v)]
+        args = main_cache.make_parser().parse(argv)
+        in_silence(lambda: main_cache.write_cache(args, torch.device(args.device)))
+
+
 def caching(settings: Settings, folder: Path) -> Work:
-    """main_cache.py from its reading of the VAE's file to the manifest, mirror images included."""
+    """Mirror images included; in four batches or more, so that one is decoded beside another."""
     torch.manual_seed(0)
     vae_path = folder / "vae.ckpt"
     save_vae(vae_path, AutoencoderKL())
     photos = make_photos(folder / "photos", settings.cached)
     flags = {"vae_path": vae_path, "data_path": photos, "img_size": settings.img_size}
     flags |= {"num_workers": max(1, cores() - 1), "device": settings.device.type}
-    flags |= {"batch_size": min(128, settings.cached)}
-
-    def run() -> None:
-        with tempfile.TemporaryDirectory(dir=folder) as cache:
-            given = flags | {"cached_path": Path(cache) / "cache"}
-            argv = [str(part) for k, v in given.items() for part in (f"--{k}", v)]
-            args = main_cache.make_parser().parse(argv)
-            in_silence(lambda: main_cache.write_cache(args, settings.device))
-
+    flags |= {"batch_size": max(1, min(128, settings.cached // 4))}
+    run = partial(fill_cache, folder, **flags)
+    found = [Variant(FAST, "", run)]
+    if settings.switches:
+        found.append(Variant("encode and write in turn", "", run, in_turn))
     title = f"caching {settings.cached} JPEG images of {PHOTO[0]} x {PHOTO[1]}, both views"
-    return Work("caching", title, settings.cached, "images", [Variant(FAST, "", run)])
+    return Work("caching", title, settings.cached, "images", found)
 
 
 def evaluation(settings: Settings, folder: Path) -> Work:

@@ -14,6 +14,7 @@ from benchmarks.run import FORMAT, RESULTS
 from benchmarks.tables import (
     bytes_text,
     memory,
+    row_of,
     seconds_text,
     share,
     speed,
@@ -118,10 +119,6 @@ def comparison_line(found: Comparison) -> str:
     if found.plain is not None:
         cells[-2:] = [seconds_text(found.plain), f"{found.plain_speedup:.2f} x"]
     return row_of(cells)
-
-
-def row_of(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def work_table(rows: list[dict]) -> list[str]:

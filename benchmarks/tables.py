@@ -1,8 +1,14 @@
 """Rows of a benchmark's JSON file in words and numbers."""
 
+from collections.abc import Sequence
 from statistics import median
 
 from util.hardware import readable
+
+
+def row_of(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def seconds_text(seconds: float) -> str:
