@@ -42,7 +42,7 @@ from util.heldout import HeldOut, find_heldout
 from util.inputs import Inputs, TrainingData, check_agreement, open_inputs
 from util.json_output import figures_on_stdout
 from util.latent_cache import as_one_batch
-from util.lock import only_job_in
+from util.lock import only_job_in, refuse_busy
 from util.log import TrainingLog
 from util.look import Look, LookSettings, add_look_flags
 from util.metrics_file import MetricsFile
@@ -92,6 +92,8 @@ def main() -> None:
 def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict:
     """Everything is built and checked before anything is written. Figures: of a --dry_run."""
     check_writable(args.log_dir or args.output_dir, "--log_dir")
+    if dist.is_main() and not args.dry_run:
+        refuse_busy(args.output_dir, "--output_dir")
     opened = open_what_is_there(args) if args.dry_run else open_inputs(args)
     inputs, held_out = find_heldout(args, opened)
     data, config = inputs.data, inputs.config

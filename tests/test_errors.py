@@ -28,6 +28,8 @@ from tests.runs import (
     run_together,
     train,
 )
+from tests.test_lock import holder
+from util.checkpoint import LAST
 from util.errors import UserError, as_user_error, run
 from util.files import load_tensors
 from util.vae_files import save_vae
@@ -344,11 +346,21 @@ def test_loss_that_is_not_finite_stops_before_the_checkpoint(inputs, tmp_path, c
 
 def test_second_training_in_one_folder_is_refused(inputs, tmp_path):
     """As a job that is queued again while it still runs: they would prune each other's files."""
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "new", epochs=500, log_freq=1)
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "new", epochs=50_000, log_freq=1)
     with Job("main_tokenbridge.py", *argv, log=tmp_path / "log") as first:
         first.wait_for(lambda: "step 1/" in first.printed())
         second = run_script("main_tokenbridge.py", *argv, "--resume", "auto")
     assert_user_error(second, f"--output_dir {tmp_path / 'new'} is in use by another job")
+
+
+def test_a_folder_in_use_is_refused_before_its_checkpoints_are_read(inputs, tmp_path, capsys):
+    """What another job replaces and removes meanwhile is not called damaged, nor set aside."""
+    (tmp_path / LAST).write_bytes(b"being written")
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path, resume="auto")
+    with holder(tmp_path):
+        line = refused(capsys, main_tokenbridge.main, *argv)
+        assert f"--output_dir {tmp_path} is in use by another job" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", LAST]
 
 
 # --- as a user sees it

@@ -47,6 +47,21 @@ def only_job_in(folder: str | Path, flag: str) -> Iterator[None]:
                 place.rmdir()
 
 
+def refuse_busy(folder: str | Path, flag: str) -> None:
+    """Raise UserError, naming the flag, if another job holds the folder's lock now.
+
+    Early, before its files are read, which the other job replaces and removes; nothing is made.
+    """
+    folder = Path(folder)
+    nothing = suppress(FileNotFoundError, NotADirectoryError)
+    with as_user_error(f"{flag} {folder}: cannot write", (OSError,)), nothing:
+        descriptor = os.open(folder / LOCK, os.O_RDWR)
+        try:
+            _lock(descriptor, folder, flag)
+        finally:
+            os.close(descriptor)
+
+
 def _acquire(folder: Path, flag: str) -> int:
     """An open file that holds the lock until it is closed."""
     while True:
