@@ -231,6 +231,23 @@ def test_other_scripts_leave_their_settings_too(inputs, tmp_path):
     ).read_bytes()
 
 
+def test_a_refused_evaluation_leaves_the_settings_of_the_one_before(inputs, tmp_path, capsys):
+    """The second of its points has the folder of other images; the first is not begun."""
+    call(main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "run", epochs=1))
+    settings = dict(output_dir=tmp_path / "out", num_images=3, no_metrics=True)
+    argv = flags(inputs, EVALUATE_FLAGS, resume=tmp_path / "run", **settings)
+    call(main_tokenbridge.main, *argv)
+    before = {path: path.read_bytes() for path in files(tmp_path / "out")}
+    argv += ["--cfg", "3", "2", "--head_input", "published"]
+    line = refused(capsys, main_tokenbridge.main, *argv)
+    assert "model.head_input trained (now published)" in line
+    assert {path: path.read_bytes() for path in files(tmp_path / "out")} == before
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
 def test_wrong_file_leaves_nothing(inputs, tmp_path, config, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = refused(capsys, main_cache.main, "--config", str(config("epochs: 3")))

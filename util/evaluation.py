@@ -191,6 +191,21 @@ def evaluate(
     return results, samples
 
 
+def refuse_other_images(
+    model: TokenBridge,
+    tokenizer: Tokenizer,
+    points: list[EvalSettings],
+    output: Path,
+    device: torch.device,
+    precision: Precision,
+) -> None:
+    """Raise UserError, on all processes, if a point's folder holds other images; write nothing."""
+    identity = image_identity(model, tokenizer, points[0], device, precision)
+    for point in points:
+        place = EvaluationFolder(output / point.folder_name(), point.num_images, point.eval_bsz)
+        place.refuse_other(identity | {"settings": plain(point.of_images())})
+
+
 def image_identity(
     model: TokenBridge,
     tokenizer: Tokenizer,

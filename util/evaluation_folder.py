@@ -73,10 +73,7 @@ class EvaluationFolder:
         identity: plain values that decide the images. Raises UserError, on all processes, if the
         folder was begun with others.
         """
-        problem = self.conflict(identity) if dist.is_main() else None
-        problem = dist.gather_objects(problem)[0]
-        if problem:
-            raise UserError(f"{self.path} {problem}; name another --output_dir, or remove it")
+        self.refuse_other(identity)
         if dist.is_main():
             (self.path / "images").mkdir(parents=True, exist_ok=True)
             for unfinished in self.path.rglob(".*.tmp"):  # of a process that was killed
@@ -84,6 +81,13 @@ class EvaluationFolder:
             write_json(self.path / "settings.json", identity)
         dist.barrier()
         wait_for([self.path / "settings.json"])  # or the processes do not share the folder
+
+    def refuse_other(self, identity: dict) -> None:
+        """Raise UserError, on all processes, if the folder was begun with another identity."""
+        problem = self.conflict(identity) if dist.is_main() else None
+        problem = dist.gather_objects(problem)[0]
+        if problem:
+            raise UserError(f"{self.path} {problem}; name another --output_dir, or remove it")
 
     def free_beside(self, identity: dict) -> "EvaluationFolder":
         """This folder, or the first of NAME-2, NAME-3, ... that is not another evaluation's."""

@@ -20,7 +20,7 @@ from util.checkpoint import find_checkpoint
 from util.config_file import EVALUATION_CONFIG
 from util.device import Precision, compile_model
 from util.errors import UserError
-from util.evaluation import SWEPT, EvalSettings, evaluate, sweep_settings
+from util.evaluation import SWEPT, EvalSettings, evaluate, refuse_other_images, sweep_settings
 from util.evaluation_folder import check_shared, read_json, read_png
 from util.files import atomic_write, sha256
 from util.images import save_png
@@ -67,6 +67,7 @@ def evaluate_checkpoint(
     output = Path(args.output_dir)
     step = checkpoint.saved.get("step")
     metrics_file = MetricsFile(args.metrics_file)
+    refuse_other_images(model, tokenizer, points, output, device, precision)
     with config_file.saved(args, output / EVALUATION_CONFIG):
         for done, settings in enumerate(points, start=1):
             name = settings.folder_name()
