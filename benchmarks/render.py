@@ -94,9 +94,9 @@ def target_table(result: dict) -> list[str]:
     lines = []
     if result["settings"]["published_conditions"]:
         lines = [
-            "| work | precision | here | published code, scaled | faster | target "
+            "| work | precision | here | published code, scaled | faster | by its own rate | target "
             "| `plain.py`, fp32 | faster |",
-            "|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|",
             *map(comparison_line, comparisons(result["rows"])),
             "",
         ]
@@ -113,7 +113,7 @@ def target_table(result: dict) -> list[str]:
 
 def comparison_line(found: Comparison) -> str:
     cells = [found.title, found.precision, seconds_text(found.seconds)]
-    cells += [seconds_text(found.published), f"{found.speedup:.2f} x"]
+    cells += [seconds_text(found.published), f"{found.speedup:.2f} x", f"{found.own_rate:.2f} x"]
     cells += ["" if found.target is None else f"{found.target:g} x"]
     cells += ["", ""]
     if found.plain is not None:

@@ -2,7 +2,9 @@
 
 Measured with `tokenbridge_base`, batch 2, fp32, torch 2.14, on 2 cores of a machine that made the
 rates below in the same run. Its seconds here are estimated by the rates: seconds x rate there /
-rate here, the matrix rate in fp32, the arithmetic that it ran in.
+rate here, the matrix rate in fp32, the arithmetic that it ran in. A bf16 run is compared with them
+a second time as if they grew with the matrix rate in bf16: a stricter ratio where this machine's
+bf16 is the faster one.
 """
 
 from dataclasses import dataclass
@@ -32,7 +34,8 @@ class Comparison:
 
     published: seconds of the published code on this machine, estimated for each run by the matrix
     rate beside it. plain: seconds of benchmarks/plain.py in fp32, None if it was not timed.
-    Speed-ups are of work in units of the matrix product beside each run.
+    Speed-ups are of work in units of the matrix product beside each run; own_rate is the one
+    over the published seconds scaled by the rate in this row's precision.
     """
 
     title: str
@@ -40,6 +43,7 @@ class Comparison:
     seconds: float
     published: float
     speedup: float
+    own_rate: float
     plain: float | None
     plain_speedup: float | None
     target: float | None
@@ -62,16 +66,24 @@ def comparisons(rows: list[dict]) -> list[Comparison]:
 
 
 def _compare(row: dict, plain: dict | None, published: float) -> Comparison:
-    rates = row["matrix_rates"]["fp32"]
-    scaled = [published * PUBLISHED_RATES["fp32"] / rate for rate in rates]
-    speedups = [there / here for there, here in zip(scaled, row["seconds"], strict=True)]
+    scaled = _scaled(row, published, "fp32")
     return Comparison(
         title=row["title"],
         precision=row["precision"],
         seconds=median(row["seconds"]),
         published=median(scaled),
-        speedup=median(speedups),
+        speedup=_speedup(row, scaled),
+        own_rate=_speedup(row, _scaled(row, published, row["precision"])),
         plain=median(plain["seconds"]) if plain is not None else None,
         plain_speedup=times(plain, row) if plain is not None else None,
         target=TARGETS.get((row["work"], row["precision"])),
     )
+
+
+def _scaled(row: dict, published: float, precision: str) -> list[float]:
+    """The published seconds, on the machine as it was beside each run."""
+    return [published * PUBLISHED_RATES[precision] / r for r in row["matrix_rates"][precision]]
+
+
+def _speedup(row: dict, scaled: list[float]) -> float:
+    return median(there / here for there, here in zip(scaled, row["seconds"], strict=True))

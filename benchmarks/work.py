@@ -15,7 +15,7 @@ from util.device import Precision, resolve_precision
 FAST, PLAIN = "fast", "plain"  # as the project computes it; as benchmarks/plain.py does
 SHORTEST = 0.2  # seconds: what is over sooner is called several times
 FEWEST = 2  # runs of a variant, if so many are asked for
-NO_WARM_UP = 5.0  # seconds: a first run on a CPU that took longer counts, with its few first costs
+NO_WARM_UP = 30.0  # seconds: a first run on a CPU that took longer counts, with its few first costs
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,9 @@ def test_speed_is_compared_in_units_of_the_matrix_product():
     (found,) = comparisons([slow, fast])
     assert found.speedup == pytest.approx(2.72) and found.plain_speedup == 4.0
     assert found.seconds == 10.0 and found.published == 27.2 and found.target == 1.7
+    (half,) = comparisons([fake_row("train", FAST, "bf16", [10.0], rate)])
+    assert half.speedup == pytest.approx(2.72)
+    assert half.own_rate == pytest.approx(2.72 * 624 / (4 * 181))
     assert comparisons([slow]) == []
 
 
