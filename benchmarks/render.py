@@ -94,8 +94,8 @@ def target_table(result: dict) -> list[str]:
     lines = []
     if result["settings"]["published_conditions"]:
         lines = [
-            "| work | precision | here | published code, scaled | faster | by its own rate | target "
-            "| `plain.py`, fp32 | faster |",
+            "| work | precision | here | published code, scaled | faster | by its own rate "
+            "| target | `plain.py`, fp32 | faster |",
             "|---|---|---|---|---|---|---|---|---|",
             *map(comparison_line, comparisons(result["rows"])),
             "",
