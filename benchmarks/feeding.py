@@ -36,7 +36,7 @@ from models.vae import KL16, AutoencoderKL
 from util.args import positive_int
 from util.errors import run
 from util.hardware import readable
-from util.page import write_between
+from util.page import check_place, write_between
 from util.parser import Parser
 from util.provenance import cores, environment
 from util.vae_files import save_vae
@@ -128,6 +128,8 @@ def conditions(rates: list[float], repeats: int) -> str:
 
 def main() -> None:
     args: argparse.Namespace = make_parser().parse()
+    if args.page:
+        check_place(args.page, MARK)
     sizes = SIZES["cpu"] | {"cached": CACHED}
     settings = Settings(
         **sizes, img_size=IMG_SIZE, device=CPU, precisions=("fp32",), mask_ratio=0.85

@@ -32,7 +32,7 @@ from util.data import center_crop, read_image
 from util.device import resolve_device
 from util.errors import UserError, run
 from util.latent_stats import LatentStats
-from util.page import write_between
+from util.page import check_place, write_between
 from util.parser import Parser
 from util.provenance import environment
 from util.vae_files import load_vae
@@ -183,6 +183,8 @@ def conditions(args: argparse.Namespace, device: torch.device) -> str:
 
 def main() -> None:
     args = make_parser().parse()
+    if args.page:
+        check_place(args.page, MARK)
     device = resolve_device("cuda", quiet=True)
     judge = Judge(args.vae_path, device)
     groups = found(args.data_path, args.images) if args.data_path else made(args.images)

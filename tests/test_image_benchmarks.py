@@ -70,6 +70,14 @@ def test_the_table_of_a_folder_is_written_into_the_page(page, tmp_path, capsys):
     assert "holds no .jpg" in refused(capsys, images.main, "--data_path", str(page.parent / "none"))
 
 
+@pytest.mark.parametrize("command", [images, feeding])
+def test_a_page_without_a_place_is_refused_before_anything_is_measured(command, tmp_path, capsys):
+    assert "--page" in refused(capsys, command.main, "--page", str(tmp_path / "none.md"))
+    (tmp_path / "page.md").write_text("words")
+    line = refused(capsys, command.main, "--page", str(tmp_path / "page.md"))
+    assert "has no place" in line and command.MARK in line
+
+
 def test_what_is_fed_how_fast_is_written_into_the_page(page, narrow, monkeypatch):
     for module, name, value in (
         (loaders, "BATCHES", 2),
