@@ -49,6 +49,8 @@ SMALL = {
 }
 # The tiny VAE is not KL-16, whose latent scale and channel order are built in.
 IF_NOT_GIVEN = {"cached_path": "cache"}
+# Scripts that write into a page of docs/ write into the copy.
+PAGE = {"benchmarks.cost": "docs/performance.md"}
 READS_A_RUN = (
     r"util\.(report|export) .*\$\{OUTPUT_DIR\}|--evaluate --resume \$\{OUTPUT_DIR\}|--debug_dump"
 )
@@ -68,7 +70,9 @@ sys.exit(code)
 PROGRAMS = {
     "sbatch": 'SLURM_JOB_ID=1 SLURM_SUBMIT_DIR="$PWD" exec bash "$@"',
     "srun": 'shift; exec "$@"',
-    **dict.fromkeys(("make", "conda", "pip"), 'echo "$0: mark the block as not run" >&2; exit 1'),
+    **dict.fromkeys(
+        ("make", "conda", "pip", "tensorboard"), 'echo "$0: mark the block as not run" >&2; exit 1'
+    ),
 }
 HERE = ("python", "torchrun", "hf")  # run in this process
 
@@ -103,6 +107,8 @@ def find_blocks(page: Path, language: str = "bash") -> list[Block]:
 def make_world(folder: Path) -> Path:
     """What the blocks read; to be copied by `settle`, not to be changed."""
     make_images(folder / "imagenet", 64)
+    for part in ("train", "val"):
+        make_images(folder / "photos", 64, part)
     torch.manual_seed(0)
     vae = AutoencoderKL(embed_dim=16, ch_mult=(1, 1, 1, 1, 1), ch=32, num_res_blocks=1)
     weights = folder / "pretrained_models"
@@ -111,6 +117,10 @@ def make_world(folder: Path) -> Path:
     words = ["--vae_path", weights / "vae" / "kl16.ckpt", "--data_path", folder / "imagenet"]
     words += ["--cached_path", folder / "cache"]
     call(main_cache.main, *smaller("main_cache", words))
+    published = [*words, "--cached_path", folder / "published_cache", "--format", "npz"]
+    call(main_cache.main, *smaller("main_cache", published))
+    for path in [*(folder / "published_cache").glob("*.json")]:
+        path.unlink()
     train = [*words, "--use_cached", "--output_dir", folder / "run", "--preview_freq", "0"]
     call(main_tokenbridge.main, *smaller("main_tokenbridge", train))
     for size in ("large", "huge"):
@@ -151,13 +161,14 @@ def settle(world: Path, folder: Path, text: str) -> dict[str, str]:
     """Make the folder the project's, with a copy of the world. The variables of the block."""
     folder.mkdir(exist_ok=True)
     for path in ROOT.iterdir():
-        if path.name not in (".git", "data", "output", "pretrained_models", "fid_stats"):
+        if path.name not in (".git", "data", "docs", "output", "pretrained_models", "fid_stats"):
             (folder / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copytree(world, folder, dirs_exist_ok=True)
     (folder / "data").mkdir()
     (folder / "data" / "imagenet").symlink_to(folder / "imagenet")
     if re.search(DOWNLOADS, text):
-        shutil.rmtree(folder / "pretrained_models" / "tokenbridge")
+        shutil.rmtree(folder / "pretrained_models")
     text = text.replace("\\\n", " ")
     first = next((line for line in text.splitlines() if "${OUTPUT_DIR}" in line), "")
     run = "run" if re.search(READS_A_RUN, first) else "new-run"
@@ -194,6 +205,8 @@ def run_here(program: str, words: list[str]) -> None:
         words = ["-m", *script] if asked.module else script
     if words[0] == "-m":
         return run_module(words[1], words[2:])
+    if words[0] == "demo/app.py":
+        sys.exit(f"{words[0]} serves until it is stopped: mark the block as not run")
     path = Path(words[0]).resolve()
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     words[1:] = smaller_if_it_can_be(module, words[1:])
@@ -208,15 +221,13 @@ def run_module(module: str, words: list[str]) -> None:
 
 
 def smaller_if_it_can_be(module: str, words: list[str]) -> list[str]:
-    """benchmarks/ that are run calculate; nothing about them is large."""
+    """Of a script of ours. benchmarks/ that are run calculate; nothing about them is large."""
     ours = (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
-    if (
-        ours
-        and not module.startswith("benchmarks.")
-        and hasattr(importlib.import_module(module), "make_parser")
-    ):
-        return smaller(module, words)
-    return words
+    if not ours or not hasattr(importlib.import_module(module), "make_parser"):
+        return words
+    if module in PAGE:
+        words = [*words, "--page", PAGE[module]]
+    return words if module.startswith("benchmarks.") else smaller(module, words)
 
 
 def answer(program: str, words: list[str], folder: str, env: dict[str, str]):

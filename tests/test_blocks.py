@@ -19,7 +19,7 @@ PAGES += [page for page in [ROOT / "CONTRIBUTING.md"] if page.exists()]
 BLOCKS = [block for page in PAGES for block in find_blocks(page)]
 PYTHON_BLOCKS = [block for page in PAGES for block in find_blocks(page, "python")]
 # Pages whose blocks go on from each other, in one folder.
-TOURS = ("tokenizers.md",)
+TOURS = ("tokenizers.md", "own_dataset.md")
 UNITS = [[b] for b in BLOCKS if b.page.name not in TOURS and not b.reason]
 UNITS += [[b for b in BLOCKS if b.page.name == name and not b.reason] for name in TOURS]
 
