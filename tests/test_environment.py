@@ -84,3 +84,18 @@ def test_installed_versions_are_the_locked_ones():
 
 def test_everything_asked_for_is_installed():
     assert set(tool.direct_dependencies()) <= set(installed_versions())
+
+
+def test_citation_is_of_the_schema():
+    """Version 1.2.0 of the Citation File Format: what must be there, and what may be."""
+    citation = yaml.safe_load((tool.ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
+    paper = citation["preferred-citation"]
+    for entry in (citation, paper):
+        assert {"title", "authors"} <= set(entry) and entry["authors"]
+        people = [set(author) for author in entry["authors"]]
+        assert all(names in ({"name"}, {"family-names", "given-names"}) for names in people)
+    assert set(citation) - {"title", "authors"} == {
+        *("cff-version", "message", "type", "license", "preferred-citation")
+    }
+    assert paper["type"] == "article" and isinstance(paper["year"], int)
