@@ -29,7 +29,7 @@ PARSERS = {
 }
 OUTSIDE_THE_DEMO = {"util.doctor", "util.report", "util.download", "benchmarks.run"}
 OUTSIDE_THE_DEMO |= {"benchmarks.render", *(n for n in PARSERS if n.startswith("scripts/"))}
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -77,8 +77,23 @@ def test_commands_are_found():
     assert len(scripts) >= 5 and set(scripts) == set(PARSERS)
 
 
+def anchors(text: str) -> set[str]:
+    """Names of the headings as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_within_the_project_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
-        if not re.match(r"[a-z]+:", target):
-            assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        place = page.parent / target if target else page
+        assert place.exists(), target
+        assert not anchor or anchor in anchors(place.read_text()), f"{target}#{anchor}"
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = re.findall(r"\]\((docs/[\w]+\.md)", (ROOT / "README.md").read_text())
+    assert {f"docs/{p.name}" for p in PAGES if p.parent != ROOT} == set(linked)
