@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak bench lint lock clean
+.PHONY: help demo app test soak bench lint lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,6 +14,7 @@ help:
 	@echo 'TokenBridge'
 	@echo '  make demo   train on real handwritten digits and draw new ones; ends with a report'
 	@echo '              (about 9 minutes on 2 CPU cores)'
+	@echo '  make app    a page to draw with the demo model or any other, in the browser'
 	@echo '  make test   run the tests (under 15 minutes on 2 CPU cores); ARGS="-k vae" picks some'
 	@echo '  make soak   do harm to training, saving and caching, over 50 times; prints a table'
 	@echo '  make bench  time everything, each optimisation on and off (not yet timed as a whole);'
@@ -27,6 +28,9 @@ help:
 
 demo: $(INSTALLED)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/run.sh
+
+app: $(INSTALLED)
+	@$(BIN)/python demo/app.py $(ARGS)
 
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)

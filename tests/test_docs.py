@@ -10,6 +10,7 @@ import main_tokenbridge
 import reconstruction
 from benchmarks import render
 from benchmarks import run as benchmark
+from demo import app
 from tests.conftest import ROOT
 from util import doctor, download, export, fid_stats, report
 
@@ -17,6 +18,7 @@ PARSERS = {
     "main_tokenbridge.py": main_tokenbridge.make_parser,
     "main_cache.py": main_cache.make_parser,
     "reconstruction.py": reconstruction.make_parser,
+    "demo/app.py": app.make_parser,
     "util.fid_stats": fid_stats.make_parser,
     "util.doctor": doctor.make_parser,
     "util.report": report.make_parser,
@@ -29,6 +31,7 @@ PARSERS = {
 }
 OUTSIDE_THE_DEMO = {"util.doctor", "util.report", "util.download", "benchmarks.run"}
 OUTSIDE_THE_DEMO |= {"benchmarks.render", *(n for n in PARSERS if n.startswith("scripts/"))}
+OUTSIDE_THE_DEMO |= {"demo/app.py"}
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -10,14 +10,13 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import reconstruction
+from tests.browser import chromium
 from tests.measures import PIXELS
 from tests.runs import COMMON, call, evaluate, flags, make_inputs, refused, train
 from util import report
 from util.report_charts import POINTS, SIDE, Series, chart, limits, thinned, ticks
 from util.report_html import Section, figure, page, picture, table, tabs
 from util.report_run import find
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -280,12 +279,9 @@ def test_figures_as_people_read_them(value, text):
 # --- in a browser
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 def test_page_answers_in_a_browser(whole, html):
     """No errors, no sideways scrolling on a phone; values under the pointer; slider; legend."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         page, errors = browser.new_page(viewport={"width": 360, "height": 800}), []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: errors.append(request.url))
@@ -300,7 +296,6 @@ def test_page_answers_in_a_browser(whole, html):
         before = page.locator(".viewer .now").first.inner_text()
         page.locator(".viewer input").first.fill("0")
         after = page.locator(".viewer .now").first.inner_text()
-        browser.close()
     assert errors == [] and width <= 360
     assert told.startswith("step 2") and "training" in told and hidden
     assert before.startswith("step 4") and after.startswith("step 1")
