@@ -92,7 +92,7 @@ class Page:
             f'<p class="tb-facts">{text(" · ".join(loaded.facts))}</p>',
             gr.Dropdown(choices=labels, value=labels[:: -(-len(labels) // FIRST)]),
             usual.cfg,
-            gr.Slider(maximum=max(256, config.seq_len), value=usual.num_iter),
+            gr.Slider(maximum=max(256, config.seq_len, usual.num_iter), value=usual.num_iter),
             usual.temperature,
             usual.cfg_schedule,
             (config.quant_levels - 1).bit_length(),

@@ -6,6 +6,7 @@ Nothing that is read is executed (see util.files.load_tensors).
 
 import argparse
 import copy
+import os
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ PLACES = (f"{DEMO}/model", f"{DEMO}/exported", "output_dir", "exported")
 PLACES += tuple(f"pretrained_models/tokenbridge/tokenbridge_{size}" for size in ("large", "huge"))
 IMAGENET = 1000
 SYNSET = re.compile(r"n\d{8}")  # ImageNet's folders, whose sorted order is that of its classes
+MOST = 1e4  # of a setting that a page can show
 KEPT = 2  # models in memory at a time
 
 
@@ -80,8 +82,11 @@ class Library:
         name = (name or "").strip()
         if not name:
             raise UserError("no checkpoint is chosen: pick one, or run make demo, which trains one")
-        if name == AUTO:
-            raise UserError("'auto' names no checkpoint here: give the folder or the file")
+        if name == AUTO or not os.path.exists(name):  # which no path makes raise
+            raise UserError(
+                f"checkpoint {name[:200]!r} does not exist; name a folder of a training or of "
+                "util.export, or a .pth file"
+            )
         if not self.typed and name not in self.choices():
             raise UserError(
                 f"checkpoint {name!r} is not in the list; a page that others can reach reads no "
@@ -189,7 +194,7 @@ def defaults_of(checkpoint: Checkpoint) -> Defaults:
     ):
         value = checkpoint.argument(name)
         value = value[0] if isinstance(value, list) and value else value
-        if type(value) in kinds and value >= 0:
+        if type(value) in kinds and 0 <= value < MOST:
             changes[field] = value
     return Defaults(**changes)
 

@@ -41,14 +41,10 @@ def make_page(library: Library, seed: int, files: Path) -> gr.Blocks:
             drawing = generate_tab(page, checkpoint, weights, seed)
         with gr.Tab("Reconstruct"):
             photo = reconstruct_tab(page, checkpoint, weights)
-        gr.on(
-            [checkpoint.change, weights.change],
-            told(page.opened),
-            [checkpoint, weights],
-            [facts, *drawing, *photo],
-            **EVENT,
-        )
-        blocks.load(page.choices, None, checkpoint, show_progress="hidden", **PRIVATE)
+        opened = told(page.opened), [checkpoint, weights], [facts, *drawing, *photo]
+        gr.on([checkpoint.input, weights.input], *opened, **EVENT)
+        found = blocks.load(page.choices, None, checkpoint, show_progress="hidden", **PRIVATE)
+        found.then(*opened, **EVENT)
     return blocks
 
 

@@ -50,7 +50,7 @@ CSS = """
 .tb-more { grid-area: more; }
 #stage .html-container, #comparison .html-container, #facts .html-container { padding: 0; }
 #facts { padding: 0 .2rem; }
-@media (max-width: 800px) {
+@media (max-width: 860px) {
   .tb-columns { grid-template: "ask" auto "show" auto "more" auto / minmax(0, 1fr); }
   .tb-choice { flex-direction: column; }
   .tb-stage { padding: .8rem .9rem 1rem; }
@@ -64,8 +64,8 @@ CSS = """
 .tb-bar { height: 4px; margin-bottom: 1.1rem; border-radius: 2px; overflow: hidden;
   background: var(--border-color-primary); }
 .tb-bar i { display: block; height: 100%; background: var(--primary-600); }
-.tb-panels { display: grid; gap: 1.2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); }
+.tb-panels { display: grid; gap: 1.2rem; }
+@media (min-width: 560px) { .tb-panels { grid-template-columns: repeat(3, minmax(0, 1fr)); } }
 .tb-stage figure { margin: 0; min-width: 0; }
 .tb-stage figcaption { margin-bottom: .4rem; font-weight: 600; }
 .tb-stage figure p { margin: .3rem 0 0; font-size: .85rem;

@@ -78,5 +78,5 @@ stage 'Report' \
   python demo/report.py --root "$demo" --data_path "$demo/data" --generated "${generated[0]}" \
   --scores "$demo/scores.json" --timings "$demo/timings.tsv" --output "$demo/report.html"
 
-printf '\nDone in %d min %02d s. Open %s in a browser.\n' \
+printf '\nDone in %d min %02d s. Open %s in a browser; draw more with make app.\n' \
   $((SECONDS / 60)) $((SECONDS % 60)) "$demo/report.html"

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -128,7 +129,10 @@ def test_a_checkpoint_that_was_replaced_is_read_again(place, tmp_path):
     [
         ("", "ema", ["no checkpoint", "make demo"]),
         ("/nowhere", "ema", ["/nowhere", "does not exist"]),
-        ("auto", "ema", ["auto"]),
+        ("auto", "ema", ["auto", "does not exist"]),
+        ("a\0b", "ema", ["does not exist"]),
+        ("x" * 9999, "ema", ["does not exist"]),
+        ("vae.ckpt", "ema", ["vae.ckpt", "unknown model settings"]),
         ("run", "both", ["'both'"]),
         ("exported", "model", ["exported", "ema"]),
         ("damaged.png", "ema", ["damaged.png", "damaged"]),
@@ -255,6 +259,14 @@ def test_frames_only_ever_add_positions(loaded):
         before = frame.order[0]
     sure = frames[-1].confidence
     assert (sure <= 0).all() and len(np.unique(sure)) > 8
+
+
+def test_a_drawing_that_is_stopped_ends_before_the_next_iteration(loaded):
+    stop = Event()
+    frames = draw(loaded, [1], SamplingOptions(8), watch=1e-9, stop=stop)
+    assert next(frames).step == 1
+    stop.set()
+    assert list(frames) == []
 
 
 def test_unfilled_positions_are_transparent():
