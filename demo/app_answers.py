@@ -87,7 +87,9 @@ class Page:
             gr.Warning(text(warning), title="Another VAE")
         labels, usual = class_labels(loaded.classes), loaded.defaults
         config = loaded.model.config
-        sizes = [size for k in (1, 2, 4, 8) if (size := k * config.img_size) <= 512]
+        sizes = [
+            size for k in (1, 2, 4, 8) if (size := k * config.img_size) <= max(512, config.img_size)
+        ]
         return (
             f'<p class="tb-facts">{text(" · ".join(loaded.facts))}</p>',
             gr.Dropdown(choices=labels, value=labels[:: -(-len(labels) // FIRST)]),

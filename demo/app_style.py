@@ -45,6 +45,7 @@ CSS = """
   grid-template: "ask show" auto "more show" 1fr / 18.5rem minmax(0, 1fr); }
 .tb-columns > * { min-width: 0 !important; width: auto !important; }
 #download { width: auto; justify-self: end; align-self: flex-end; flex-grow: 0; }
+#checkpoint input { padding-right: 1.8rem; text-overflow: ellipsis; }
 .tb-ask { grid-area: ask; }
 .tb-show { grid-area: show; }
 .tb-more { grid-area: more; }

@@ -34,6 +34,7 @@ from models.generate import generate
 from models.pretrained import Origin
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer
 from models.sampler import SamplingOptions
+from models.tokenbridge import tokenbridge_tiny
 from models.vae import AutoencoderKL
 from tests.conftest import tiny_model
 from tests.runs import call, refused
@@ -175,6 +176,20 @@ def test_the_vae_is_known_by_its_checksum(place, tmp_path):
         library("--resume", folder).load(str(folder), "ema")
     shelf = library("--resume", folder, "--vae_path", tmp_path / "vae.ckpt")
     assert "not the VAE" in shelf.load(str(folder), "ema").warnings[0]
+
+
+def test_a_published_checkpoint_needs_no_settings(tmp_path):
+    """It holds tensors alone: the flags' defaults, its size by its tensors, ImageNet's names."""
+    model = tokenbridge_tiny()
+    averaged = {name: parameter.detach() for name, parameter in model.published_parameters()}
+    saved = {"model": model.published_state_dict(), "model_ema": averaged}
+    torch.save(saved, tmp_path / "checkpoint-last.pth")
+    vae = AutoencoderKL(16, (1, 1, 1, 1, 1), ch=32, num_res_blocks=1)
+    save_vae(tmp_path / "kl16.ckpt", vae)
+    shelf = library("--vae_path", tmp_path / "kl16.ckpt")
+    loaded = shelf.load(str(tmp_path), "ema")
+    assert loaded.classes[207] == "golden retriever" and loaded.defaults.cfg == 3.1
+    assert loaded.model.config.head_input == "published" and not loaded.warnings
 
 
 def test_size_of_a_published_checkpoint_is_that_of_its_classes(tmp_path):
