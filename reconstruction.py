@@ -45,6 +45,7 @@ from util.build import build_vae, cache_histogram, calibrated_levels
 from util.cache_writer import list_digest
 from util.config_file import CONFIG
 from util.data import ImageDataset, ImageList, collate_skipping, list_images
+from util.dry_reconstruction import rehearse
 from util.errors import UserError, as_user_error, run
 from util.files import check_writable
 from util.images import to_uint8
@@ -113,6 +114,11 @@ def make_parser() -> Parser:
         metavar="FOLDER",
         help="a cache of main_cache.py's, for scale and levels",
     )
+    group.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="check everything, reconstruct one batch, say what the run would take, and stop",
+    )
     add_output_flags(group)
     add_vae_flags(parser)
     add_loader_flags(parser)
@@ -152,7 +158,6 @@ def measure_variants(args, device: torch.device) -> dict:
         measure.extractor.label if measure is not None else None,
     )
     settings = image_settings(args, images, vae_sha256, scale) | level_settings
-    folder.claim(settings, [ORIGINAL, *(variant.name for variant in variants)])
     for variant in variants:
         if variant.quantizer is not None:
             variant.quantizer.to(device)
@@ -161,6 +166,11 @@ def measure_variants(args, device: torch.device) -> dict:
     )
     noise_seed = args.seed if args.posterior == "sample" else None
     work = Work(folder, dataset, tokenizer, variants, measure, noise_seed)
+    names = [ORIGINAL, *(variant.name for variant in variants)]
+    if args.dry_run:
+        folder.refuse_other(settings)
+        return rehearse(folder, dataset, names, partial(decode_and_measure, work, names), device)
+    folder.claim(settings, names)
     figures = {}
     with config_file.saved(args, folder.path / CONFIG):
         reconstruct(work, args.num_workers)
@@ -294,6 +304,16 @@ def decode_batch(
         pixels = to_uint8(work.tokenizer.decode(values))
         record |= fidelity(pixels, original)
         yield variant.name, pixels.cpu(), record
+
+
+def decode_and_measure(
+    work: Work, names: list[str], images: Tensor, ids: list[int]
+) -> list[Tensor]:
+    """The pixels of all of names, whose features are computed too."""
+    pixels = [found for _, found, _ in decode_batch(work, work.variants, names, images, ids)]
+    for found in pixels if work.measure is not None else []:
+        work.measure.extractor(found)
+    return pixels
 
 
 def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int | None) -> Tensor:

@@ -17,7 +17,17 @@ from models.quantizer import gaussian_levels
 from models.tokenizer import from_uint8
 from tests.conftest import run_script
 from tests.measures import PIXELS
-from tests.runs import CHANNELS, COMMON, SIZE, STRIDE, call, flags, free_port, make_inputs
+from tests.runs import (
+    CHANNELS,
+    COMMON,
+    SIZE,
+    STRIDE,
+    call,
+    flags,
+    free_port,
+    make_inputs,
+    refused,
+)
 from util import metrics
 from util.data import ImageDataset, list_images
 from util.errors import UserError
@@ -103,6 +113,30 @@ def test_images_and_figures_equal_brute_force(inputs, tmp_path):
             entropy = result["entropy_bits_by_channel"][channel]
             assert entropy == pytest.approx(-(p * np.log2(p)).sum(), rel=1e-3)
             assert result["levels_used_by_channel"][channel] == len(p)
+
+
+def test_dry_run_says_what_will_be_written_and_writes_nothing(inputs, tmp_path, capsys):
+    output = tmp_path / "out"
+
+    def told() -> dict:
+        capsys.readouterr()
+        reconstruct(inputs, output, bits=[-1, 3], dry_run=True, json=True)
+        return json.loads(capsys.readouterr().out)
+
+    found = told()
+    assert not output.exists()
+    assert found["batches_to_do"] == found["batches"] > 1 and found["hours"] > 0
+    assert found["variants"] == ["original", "continuous", "bits3"]
+    reconstruct(inputs, output, bits=[-1, 3])
+    pictures = list(output.glob("*/*.png"))
+    assert len(pictures) == 3 * found["images"]
+    written = sum(path.stat().st_size for path in pictures)
+    assert found["bytes_to_write"] == pytest.approx(written, rel=0.2)
+    assert told()["batches_to_do"] == 0
+    before = files(output)
+    argv = flags(inputs, FLAGS, output_dir=output, dry_run=True, batch_size=1)
+    assert "was begun with" in refused(capsys, reconstruction.main, *argv)
+    assert files(output) == before
 
 
 def test_more_bits_come_closer_to_the_continuous_images(inputs, tmp_path):

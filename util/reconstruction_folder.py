@@ -58,6 +58,15 @@ class ReconstructionFolder:
             return None
         return FeatureStore(self.path / "features" / self.extractor / variant)
 
+    def refuse_other(self, settings: dict) -> None:
+        """Raise UserError, on all processes, if the folder was begun with other settings."""
+        problem = conflict(self.path, settings, "*/*.png") if dist.is_main() else None
+        problem = dist.gather_objects(problem)[0]
+        if problem:
+            raise UserError(
+                f"--output_dir {self.path} {problem}; name another folder, or remove this one"
+            )
+
     def claim(self, settings: dict, variants: Sequence[str]) -> None:
         """Make the folder this run's, or find that it is; all processes take part.
 
@@ -65,12 +74,7 @@ class ReconstructionFolder:
         Raises UserError, on all processes, if the folder was begun with others.
         """
         settings = plain(settings)
-        problem = conflict(self.path, settings, "*/*.png") if dist.is_main() else None
-        problem = dist.gather_objects(problem)[0]
-        if problem:
-            raise UserError(
-                f"--output_dir {self.path} {problem}; name another folder, or remove this one"
-            )
+        self.refuse_other(settings)
         if dist.is_main():
             for name in variants:
                 for store in (self.records(name), self.features(name)):
