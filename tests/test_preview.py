@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from models.sampler import sample_latents
+from models.sampler import SamplingOptions, sample_latents
 from models.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.runs import make_inputs, train
@@ -22,7 +22,7 @@ from util.vae_files import load_vae
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)
-SETTINGS = PreviewSettings(3, num_iter=2, cfg=2.0, cfg_schedule="linear", temperature=0.9, seed=4)
+SETTINGS = PreviewSettings(3, SamplingOptions(num_iter=2, cfg=2.0, temperature=0.9, seed=4))
 
 
 @pytest.fixture(scope="module")

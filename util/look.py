@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.sampler import evaluation_mode
+from models.sampler import SamplingOptions, evaluation_mode
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
 from util import dist, stop
@@ -72,15 +72,15 @@ class LookSettings:
             max(1, round(freq * steps_per_epoch)) if freq else 0
             for freq in (args.preview_freq, args.val_freq)
         )
-        preview = PreviewSettings(
-            images=args.preview_images,
+        sampling = SamplingOptions(
             num_iter=args.preview_iter,
             cfg=args.cfg[0],
             cfg_schedule=args.cfg_schedule,
             temperature=args.temperature[0],
-            seed=args.seed,
             order=args.order,
+            seed=args.seed,
         )
+        preview = PreviewSettings(args.preview_images, sampling)
         return cls(*every, last_step, preview)
 
 

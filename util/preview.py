@@ -6,14 +6,14 @@ Letters: N images, S side of a tile in pixels.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from models.sampler import sample_latents
+from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
 from util.device import Precision
@@ -30,12 +30,7 @@ class PreviewSettings:
     """What decides the images beside the weights. Image i is always of the same class and noise."""
 
     images: int
-    num_iter: int
-    cfg: float
-    cfg_schedule: str
-    temperature: float
-    seed: int
-    order: str = "random"
+    sampling: SamplingOptions
 
 
 def labels(count: int, class_num: int) -> Tensor:
@@ -48,16 +43,8 @@ def draw(
 ) -> Tensor:
     """Latents [N, C, h, w] of the model as it is; nothing global is drawn from."""
     with precision.autocast(device):
-        return sample_latents(
-            model,
-            labels(settings.images, model.config.class_num),
-            num_iter=settings.num_iter,
-            cfg=settings.cfg,
-            cfg_schedule=settings.cfg_schedule,
-            temperature=settings.temperature,
-            seed=settings.seed,
-            order=settings.order,
-        )
+        classes = labels(settings.images, model.config.class_num)
+        return sample_latents(model, classes, **asdict(settings.sampling))
 
 
 def decode(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
