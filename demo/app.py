@@ -11,6 +11,7 @@ elsewhere.
 import argparse
 import ipaddress
 import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -55,6 +56,7 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse()
+    check_address(args.host, args.port)
     use_gradio_quietly(args.host)
     from demo.app_page import make_page, serve
 
@@ -76,6 +78,20 @@ def main() -> None:
             page.block_thread()
         except stop.Stopped:
             page.close(verbose=False)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise UserError unless this machine can answer there."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"--host {host} --port {port}: cannot answer there ({error}); name an address of this "
+            "machine and a port that is free"
+        ) from error
 
 
 def use_gradio_quietly(host: str) -> None:

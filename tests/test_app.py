@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import sys
 from pathlib import Path
 from threading import Event
@@ -396,6 +397,15 @@ def test_without_gradio_the_command_to_install_it_is_told(capsys, monkeypatch):
 def test_a_checkpoint_that_is_not_there_is_told_before_the_page_opens(capsys):
     line = refused(capsys, app.main, "--resume", "/nowhere")
     assert "--resume /nowhere does not exist" in line
+
+
+def test_an_address_that_is_taken_or_another_machine_s_is_told(capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = str(other.getsockname()[1])
+        assert f"--port {taken}: cannot answer there" in refused(capsys, app.main, "--port", taken)
+    assert "--host 192.0.2.1 --port" in refused(capsys, app.main, "--host", "192.0.2.1")
 
 
 def test_only_this_machine_is_answered_unless_told_otherwise():
