@@ -40,7 +40,8 @@ def add_data_flags(parser: Parser) -> None:
         "--resume",
         default="",
         metavar="PATH",
-        help="folder or file of a checkpoint; auto: the newest whole one of --output_dir, if any",
+        help="folder or file of a checkpoint, or a folder of util.export; auto: the newest whole "
+        "one of --output_dir, if any",
     )
     add(
         "--debug_dump",
