@@ -145,5 +145,10 @@ def labels_of(chosen: Sequence[int], images: int) -> list[int]:
 def save(pixels: np.ndarray, path: Path) -> None:
     """One image as it is, several as one sheet. pixels: uint8 [B, S, S, 3]."""
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    columns = math.ceil(math.sqrt(len(images)))
-    save_png(images[0] if len(images) == 1 else grid(images, columns), path)
+    sheet = images[0] if len(images) == 1 else grid(images, columns_of(len(images)))
+    save_png(sheet, path)
+
+
+def columns_of(count: int) -> int:
+    """Of a sheet of so many images that is about square."""
+    return math.ceil(math.sqrt(count))

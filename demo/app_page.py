@@ -14,6 +14,7 @@ from models.sampler import CFG_SCHEDULES, ORDERS
 from util.args import MAX_BITS
 
 TITLE = "TokenBridge"
+LARGEST_PHOTO = 64 * 2**20  # bytes
 PRIVATE = dict(api_visibility="private")  # a page for people, not a service for programs
 EVENT = PRIVATE | dict(concurrency_limit=1, concurrency_id="model")  # one computes at a time
 WEIGHTS = [("averaged (EMA)", "ema"), ("raw", "model")]
@@ -176,6 +177,7 @@ def serve(blocks: gr.Blocks, host: str, port: int) -> str:
         enable_monitoring=False,
         run_history=False,
         footer_links=[],
+        max_file_size=LARGEST_PHOTO,
         show_error=False,
         theme=theme(),
         css=CSS,

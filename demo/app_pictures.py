@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from demo.app_drawing import Frame
+from demo.app_drawing import Frame, columns_of
 
 ORDER = ("#e3f0f3", "#9fcbd8", "#4a97ae", "#1f6f8b", "#0f3d4e")  # first to last
 CONFIDENCE = ("#3d2a66", "#3b528b", "#21918c", "#5ec962", "#fde725")  # unsure to certain
-NUMBERED = 8  # positions a side up to which the numbers fit into a map
+NUMBERED = 12  # positions side by side up to which the numbers can be read
 SMALL = 96  # pixels a side up to which single pixels are shown as squares
 STATUS = '<p class="tb-status" role="status">'
 SPECIAL = str.maketrans({c: f"&#{ord(c)};" for c in "{}$`"})  # of gradio's own templates
@@ -63,8 +63,13 @@ def image(pixels: np.ndarray, alt: str) -> str:
     return f'<img{style} src="data:image/png;base64,{data}" alt="{text(alt)}">'
 
 
-def grid_map(colours: list[str | None], written: list[str], tips: list[str], alt: str) -> str:
-    """A square of L positions, row by row; None is not filled. written: into those of few."""
+def grid_map(
+    colours: list[str | None], written: list[str], tips: list[str], alt: str, columns: int
+) -> str:
+    """A square of L positions, row by row; None is not filled.
+
+    written: into the positions, where few enough are side by side in as many columns of maps.
+    """
     side = math.isqrt(len(colours))
     cells = []
     for i, fill in enumerate(colours):
@@ -73,7 +78,7 @@ def grid_map(colours: list[str | None], written: list[str], tips: list[str], alt
         x, y = i % side, i // side
         tip = f"<title>{text(tips[i])}</title>"
         cells.append(f'<rect x="{x}" y="{y}" width="1.01" height="1.01" fill="{fill}">{tip}</rect>')
-        if side <= NUMBERED:
+        if side * columns <= NUMBERED:
             place = f'x="{x + 0.5}" y="{y + 0.5}" fill="{ink(fill)}"'
             cells.append(f"<text {place}>{text(written[i])}</text>")
     return (
@@ -82,15 +87,15 @@ def grid_map(colours: list[str | None], written: list[str], tips: list[str], alt
     )
 
 
-def order_map(order: np.ndarray, steps: int, name: str) -> str:
+def order_map(order: np.ndarray, steps: int, name: str, columns: int = 1) -> str:
     """order: int [L], 0 where nothing is filled."""
     shares = [(n - 1) / max(1, steps - 1) for n in order]
     colours = [colour(ORDER, t) if n else None for n, t in zip(order, shares, strict=True)]
     tips = [f"{place(i, order)}: filled in iteration {n} of {steps}" for i, n in enumerate(order)]
-    return grid_map(colours, [str(n) for n in order], tips, f"{name}: order of filling")
+    return grid_map(colours, [str(n) for n in order], tips, f"{name}: order of filling", columns)
 
 
-def confidence_map(confidence: np.ndarray, levels: int, name: str) -> str:
+def confidence_map(confidence: np.ndarray, levels: int, name: str, columns: int = 1) -> str:
     """confidence: float [L], nan where nothing is. Guessing among K levels is -ln K."""
     guess = math.log(levels)
     known = np.isfinite(confidence)
@@ -104,7 +109,7 @@ def confidence_map(confidence: np.ndarray, levels: int, name: str) -> str:
         else ""
         for i, (value, k) in enumerate(zip(confidence, known, strict=True))
     ]
-    return grid_map(colours, written, tips, f"{name}: confidence")
+    return grid_map(colours, written, tips, f"{name}: confidence", columns)
 
 
 def place(i: int, positions: np.ndarray) -> str:
@@ -119,7 +124,7 @@ def legend(stops: Sequence[str], left: str, right: str, note: str) -> str:
 
 
 def panel(title: str, tiles: list[str], names: Sequence[str], below: str) -> str:
-    columns = math.ceil(math.sqrt(len(tiles)))
+    columns = columns_of(len(tiles))
     cells = [
         f'<div class="tb-tile"><div>{tile}</div><span>{text(name)}</span></div>'
         for tile, name in zip(tiles, names, strict=True)
@@ -139,8 +144,9 @@ def stage(frame: Frame, names: Sequence[str], levels: int, status: str, below: s
         for pixels, order, name in zip(frame.pixels, frame.order, names, strict=True)
     ]
     pairs = [(o, c, n) for o, c, n in zip(frame.order, frame.confidence, names, strict=True)]
-    orders = [order_map(order, frame.steps, name) for order, _, name in pairs]
-    sure = [confidence_map(confidence, levels, name) for _, confidence, name in pairs]
+    columns = columns_of(len(pairs))
+    orders = [order_map(order, frame.steps, name, columns) for order, _, name in pairs]
+    sure = [confidence_map(confidence, levels, name, columns) for _, confidence, name in pairs]
     note = "Striped: not filled yet." if not frame.done else "Right-click one to save it alone."
     guess = f"{-math.log(levels):.2f}".replace("-", "−")
     return (

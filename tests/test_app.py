@@ -300,6 +300,7 @@ def test_maps_put_every_position_in_its_place():
     assert cells[0][2] == ORDER[0] and cells[1][2] == ORDER[-1]
     assert cells[1][3] == "row 2, column 1: filled in iteration 3 of 3"
     assert re.findall(r">(\d)</text>", svg) == ["1", "3", "2"]
+    assert "</text>" not in order_map(np.array([0, 1, 3, 2]), 3, "cat", columns=7)
     svg = confidence_map(np.array([math.nan, 0.0, -math.log(8), -9.0]), 8, "cat")
     fills = re.findall(r'<rect [^>]*fill="(#\w+)"', svg)
     assert fills == [CONFIDENCE[-1], CONFIDENCE[0], CONFIDENCE[0]]  # certain, guess, below
