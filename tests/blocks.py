@@ -21,7 +21,13 @@ import subprocess
 import sys
 import threading
 import traceback
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import (
+    AbstractContextManager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
@@ -37,7 +43,7 @@ from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
 from tests.conftest import ROOT
 from tests.measures import PIXELS
-from tests.runs import call, make_images
+from tests.runs import call, free_port, make_images
 from util import fid_stats
 from util.errors import UserError
 from util.vae_files import save_vae
@@ -52,7 +58,7 @@ IF_NOT_GIVEN = {"cached_path": "cache"}
 # Scripts that write into a page of docs/ write into the copy.
 PAGE = {"benchmarks.cost": "docs/performance.md"}
 READS_A_RUN = (
-    r"util\.(report|export) .*\$\{OUTPUT_DIR\}|--evaluate --resume \$\{OUTPUT_DIR\}|--debug_dump"
+    r"(util\.(report|export)|(--evaluate|app\.py) --resume) .*\$\{OUTPUT_DIR\}|--debug_dump"
 )
 WRITES_A_CACHE = r"main_cache\.py .*--cached_path"
 DOWNLOADS = r"util\.download|hf download"
@@ -188,6 +194,7 @@ def smaller(module: str, words: list) -> list[str]:
     words = [str(word) for word in words]
     known = importlib.import_module(module).make_parser()._option_string_actions
     more = {k: v for k, v in IF_NOT_GIVEN.items() if f"--{k}" not in words}
+    more |= {"port": free_port()}  # the one of the page may be taken
     for name, value in (SMALL | more).items():
         words += [f"--{name}", str(value)] if f"--{name}" in known else []
     return words
@@ -205,14 +212,19 @@ def run_here(program: str, words: list[str]) -> None:
         words = ["-m", *script] if asked.module else script
     if words[0] == "-m":
         return run_module(words[1], words[2:])
-    if words[0] == "demo/app.py":
-        sys.exit(f"{words[0]} serves until it is stopped: mark the block as not run")
     path = Path(words[0]).resolve()
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     words[1:] = smaller_if_it_can_be(module, words[1:])
-    with mock.patch.object(sys, "argv", words):
+    with mock.patch.object(sys, "argv", words), page_is_closed(module):
         runpy.run_path(str(path), run_name="__main__")
     return None
+
+
+def page_is_closed(module: str) -> AbstractContextManager:
+    """The demo's page is served and, where it would wait for visitors, closed."""
+    if module != "demo.app":
+        return nullcontext()
+    return mock.patch("gradio.Blocks.block_thread", lambda page: page.close(verbose=False))
 
 
 def run_module(module: str, words: list[str]) -> None:
@@ -236,7 +248,8 @@ def answer(program: str, words: list[str], folder: str, env: dict[str, str]):
     before = os.getcwd()
     try:
         os.chdir(folder)
-        with mock.patch.dict(os.environ, env), redirect_stdout(out), redirect_stderr(err):
+        surroundings = mock.patch.dict(os.environ, env), mock.patch.object(sys, "path", [*sys.path])
+        with surroundings[0], surroundings[1], redirect_stdout(out), redirect_stderr(err):
             run_here(program, words)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
