@@ -78,8 +78,17 @@ def bare(tmp_path):
     return tmp_path / "here", settle(tmp_path / "nothing", tmp_path / "here", "")
 
 
+TIMED = "python -m benchmarks.run --only train"
+
+
 def test_a_block_ends_where_a_command_fails(bare):
-    for failing in ("python main_cache.py --nonsense", "false | cat", "echo ${NOT_SET}", "make"):
+    for failing in (
+        "python main_cache.py --nonsense",
+        "false | cat",
+        "echo ${NOT_SET}",
+        "make",
+        TIMED,
+    ):
         result = run_bash(f"{failing}\necho after", *bare)
         assert result.returncode and "after" not in result.stdout, failing
 
