@@ -31,7 +31,7 @@ from util.provenance import ROOT, cores, git_revision, processor, versions
 
 FORMAT = 1
 RESULTS = ROOT / "benchmarks" / "results"
-# A GPU's sizes are those of a training on it; a CPU's end within a quarter of an hour on 2 cores.
+# A GPU's sizes are those of a training on it; a CPU's end within half an hour on 2 cores.
 SIZES = {
     "cpu": dict(model="tokenbridge_base", long_model="tokenbridge_tiny", batch_size=2),
     "cuda": dict(model="tokenbridge_large", long_model="tokenbridge_large", batch_size=64),

@@ -296,7 +296,7 @@ class FinalNorm(nn.Module):
 def modulations_of(c: Tensor, parts: Sequence[AdaLNBlock | FinalNorm]) -> list[Tensor]:
     """The modulations of all parts [..., chunks * D] from the condition c [..., D].
 
-    One product a part: putting the weights of all into one costs more than it saves.
+    One product a part: one for all saves nothing, and their weights would have to be put together.
     """
     activated = F.silu(c)
     return [part.adaLN_modulation[1](activated) for part in parts]

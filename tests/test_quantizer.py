@@ -60,6 +60,29 @@ def test_values_outside_the_range_are_clamped():
     assert quantizer.encode(torch.tensor([-1e9, 1e9])).tolist() == [0, 63]
 
 
+@pytest.mark.parametrize("levels", [2, 5, 64, 512])
+def test_the_table_finds_what_a_search_finds(levels):
+    """Also on the borders themselves and one float beside them; NaN takes some level."""
+    quantizer = GaussianQuantizer(levels, -3.0, 3.0)
+    borders = quantizer.midpoints
+    x = torch.cat([borders, borders.nextafter(borders + 1), borders.nextafter(borders - 1)])
+    unit = (x - -3.0) / 6.0 * 6 - 3
+    assert torch.equal(quantizer.encode(x), torch.bucketize(unit, borders))
+    assert 0 <= quantizer.encode(torch.tensor([torch.nan])).item() < levels
+
+
+def test_levels_of_a_file_have_a_table_of_their_own():
+    """Also where many borders share a cell."""
+    quantizer = GaussianQuantizer(64)
+    state = quantizer.state_dict()
+    state["reconstruction_values"] = torch.linspace(0.001, 0.002, 64)
+    quantizer.load_state_dict(state)
+    x = torch.linspace(-0.01, 0.01, 1001)
+    distances = (((x + 5) / 10 * 6 - 3)[:, None] - state["reconstruction_values"]).abs()
+    chosen = distances.gather(1, quantizer.encode(x)[:, None])[:, 0]
+    assert (chosen - distances.min(dim=1).values).max() < 1e-6
+
+
 def test_half_precision_input_is_computed_in_fp32():
     quantizer = GaussianQuantizer(64)
     x = torch.randn(1000).bfloat16()
