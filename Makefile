@@ -17,7 +17,7 @@ help:
 	@echo '  make app    a page to draw with the demo model or any other, in the browser'
 	@echo '  make test   run the tests (under 15 minutes on 2 CPU cores); ARGS="-k vae" picks some'
 	@echo '  make soak   do harm to training, saving and caching, over 50 times; prints a table'
-	@echo '  make bench  time everything, each optimisation on and off (25 minutes on 2 CPU cores);'
+	@echo '  make bench  time everything, each optimisation on and off (up to 25 minutes on 2 cores);'
 	@echo '              ARGS="--only train" picks some'
 	@echo '  make lint   check style and formatting'
 	@echo '  make lock   resolve requirements.lock and environment.yaml anew; ARGS=--upgrade'
