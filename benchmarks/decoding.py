@@ -1,6 +1,6 @@
 """What --token_cache and --order do to the demo's digits, and to the time that sampling takes.
 
-python -m benchmarks.decoding [--demo output/demo --seeds 3] [--output FILE]
+python -m benchmarks.decoding [--demo output/demo --seeds 3] [--page FILE]
 
 Needs what `make demo` left. Every point draws the same numbers of images with the same seeds and
 the demo's flags; the judge is the demo's classifier of real digits.
@@ -26,7 +26,7 @@ from util.errors import UserError, run
 from util.evaluation import EvalSettings, generate
 from util.extractor import Extractor
 from util.metrics import frechet, statistics
-from util.page import write_between
+from util.page import check_place, write_between
 from util.parser import Parser
 from util.provenance import environment
 from util.reference import load_fid_statistics
@@ -59,7 +59,7 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("--demo", default="output/demo", help="folder that make demo filled")
     parser.add_argument("--seeds", type=positive_int, default=3, help="each with 360 images")
-    parser.add_argument("--page", help="Markdown file to write the table into")
+    parser.add_argument("--page", type=Path, help="Markdown file to write the table into")
     return parser
 
 
@@ -116,6 +116,8 @@ def table(found: dict[str, list[tuple[float, float, float]]]) -> list[str]:
 
 def main() -> None:
     args = make_parser().parse()
+    if args.page:
+        check_place(args.page, MARK)
     demo = Path(args.demo)
     missing = [
         name
@@ -137,7 +139,7 @@ def main() -> None:
         "",
     ]
     if args.page:
-        write_between(Path(args.page), MARK, lines)
+        write_between(args.page, MARK, lines)
     print("\n".join(lines))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import main_cache
-from benchmarks import feeding, images, loaders, pipelines, works
+from benchmarks import decoding, feeding, images, loaders, pipelines, works
 from models.vae import AutoencoderKL
 from tests.runs import call, refused
 from util.data import ImageDataset
@@ -70,7 +70,7 @@ def test_the_table_of_a_folder_is_written_into_the_page(page, tmp_path, capsys):
     assert "holds no .jpg" in refused(capsys, images.main, "--data_path", str(page.parent / "none"))
 
 
-@pytest.mark.parametrize("command", [images, feeding])
+@pytest.mark.parametrize("command", [images, feeding, decoding])
 def test_a_page_without_a_place_is_refused_before_anything_is_measured(command, tmp_path, capsys):
     assert "--page" in refused(capsys, command.main, "--page", str(tmp_path / "none.md"))
     (tmp_path / "page.md").write_text("words")

@@ -1,5 +1,6 @@
 """The page about a run: whole, self-contained, true to what the folder holds, and safe to open."""
 
+import argparse
 import json
 import re
 import shutil
@@ -168,6 +169,23 @@ def test_wrong_folder_is_one_line(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "metrics.json"]
 
 
+def test_unwritable_place_is_one_line(tmp_path, capsys):
+    log(tmp_path, {1: 4.0})
+    root = str(tmp_path)
+    line = refused(capsys, report.main, root, "--output", root)
+    assert f"--output {root} is a folder" in line
+    for length in (250, 300):  # too long with what the unfinished file's is more, and by itself
+        line = refused(capsys, report.main, root, "--output", str(tmp_path / ("n" * length)))
+        assert "File name too long" in line
+
+
+def test_flags_of_a_published_checkpoint_are_read(tmp_path):
+    saved = {"args": argparse.Namespace(blr=0.125), "epoch": 3}
+    torch.save(saved, tmp_path / "checkpoint-last.pth")
+    found = find(tmp_path)
+    assert not found.left_out and found.trainings[0].flags == {"blr": 0.125}
+
+
 def test_what_a_folder_lacks_is_left_out_with_a_word_why(tmp_path):
     log(tmp_path, {1: 4.0, 2: 3.0})
     html = made(tmp_path)
@@ -208,6 +226,7 @@ def test_checkpoints_are_not_unpickled_and_names_not_html(tmp_path):
         writer.add_scalar("train/loss", 1.0, 1)
     html = made(tmp_path)
     assert not (tmp_path / "sprung").exists() and "checkpoint-last.pth cannot be read" in html
+    assert "\x1b" not in html and "[1m" not in html
     assert "alert(1)" in html and "<script>alert" not in html
     assert len(re.findall(r"</script>", html)) == len(re.findall(r"<script", html))
 

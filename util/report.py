@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from util import report_results, report_training
-from util.errors import run
+from util.errors import UserError, as_user_error, run
 from util.files import atomic_write, check_writable
 from util.parser import Parser
 from util.provenance import git_revision
@@ -33,15 +33,19 @@ def main() -> None:
     args = make_parser().parse()
     root = Path(args.output_dir)
     output = Path(args.output) if args.output else root / "report.html"
+    with as_user_error(f"--output {output}", (OSError,)):
+        if output.is_dir():
+            raise UserError(f"--output {output} is a folder; name a file")
     found = find(root)
     check_writable(output.parent, "--output")
     write(output, render(found, args.title or root.resolve().name))
 
 
 def write(output: Path, text: str) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(output) as file:
-        file.write(text.encode())
+    with as_user_error(f"--output {output}: cannot write", (OSError,)):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(output) as file:
+            file.write(text.encode())
     print(f"{output}: {len(text) // 1024} KiB, one file, open it in a browser")
 
 

@@ -4,9 +4,11 @@ A folder, its subfolders and theirs are looked through. Nothing in them is trust
 read is left out with a word why. Checkpoints are mapped, not read: their plain values are wanted.
 """
 
+import argparse
 import json
 import logging
 import pickle
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from util.log import ABOUT
 DEPTH = 2  # of subfolders
 NOT_RUNS = {"images", "features", "records", "reference_features", "original", "continuous"}
 EVENTS = "events.out.tfevents.*"
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours and bold of a terminal
 
 Points = list[tuple[int, float]]
 
@@ -136,24 +139,34 @@ def _training(folder: Path, checkpoints: list[Path], found: Found) -> Training:
     try:
         _read_events(logs, training)
     except Exception as error:  # TensorBoard meets a damaged file with nearly any
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         found.left_out.append(
-            f"the events of {found.name(folder) or folder} cannot be read: {reason}"
+            f"the events of {found.name(folder) or folder} cannot be read: {_reason(error)}"
         )
     return training
 
 
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, which may be made for a terminal."""
+    lines = ESCAPES.sub("", str(error)).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
+
+
 def _facts(path: Path, found: Found) -> dict:
-    """The plain values of a checkpoint; its tensors stay on the disk."""
+    """The plain values of a checkpoint; its tensors stay on the disk.
+
+    MAR's checkpoints hold their flags as an argparse.Namespace, which is plain data.
+    """
     damaged = (OSError, ValueError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(saved, dict):
             raise ValueError(f"a {type(saved).__name__}")
     except damaged as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        found.left_out.append(f"{path.relative_to(found.root)} cannot be read: {reason}")
+        found.left_out.append(f"{path.relative_to(found.root)} cannot be read: {_reason(error)}")
         return {}
+    if isinstance(saved.get("args"), argparse.Namespace):
+        saved["args"] = vars(saved["args"])
     heavy = ("model", "model_ema", "optimizer", "scaler")
     return {key: value for key, value in saved.items() if key not in heavy} | {"file": path.name}
 
