@@ -105,28 +105,44 @@ def share(text: str) -> float:
     return value
 
 
+def up_to(most: int) -> Callable[[str], int]:
+    """A positive number that small."""
+
+    def number(text: str) -> int:
+        value = positive_int(text)
+        if value > most:
+            raise ArgumentTypeError(f"{text[:20]} is more than {most}")
+        return value
+
+    return number
+
+
+count = up_to(10**15)  # all of which a float tells apart
+side = up_to(4096)  # positions of an image are listed one by one, and so are the iterations
+
+
 FLAGS: dict[str, list[tuple[str, Callable, str]]] = {
     "model": [
-        ("img_size", positive_int, "pixels a side"),
-        ("vae_stride", positive_int, "pixels a latent position"),
-        ("vae_embed_dim", positive_int, "latent channels"),
+        ("img_size", side, "pixels a side"),
+        ("vae_stride", side, "pixels a latent position"),
+        ("vae_embed_dim", side, "latent channels"),
         ("quant_bits", bit_width, "bits a latent scalar"),
     ],
     "training": [
-        ("epochs", positive_int, "[as published: huge 800, others 400]"),
-        ("images", positive_int, "of the training set"),
-        ("global_batch", positive_int, "images a step, of all devices"),
-        ("batch_size", positive_int, f"images of a device at once [{BATCH}, or as many as fit]"),
+        ("epochs", count, "[as published: huge 800, others 400]"),
+        ("images", count, "of the training set"),
+        ("global_batch", count, "images a step, of all devices"),
+        ("batch_size", count, f"images of a device at once [{BATCH}, or as many as fit]"),
     ],
     "sampling": [
-        ("num_images", positive_int, "in all"),
-        ("num_iter", positive_int, "iterations an image"),
+        ("num_images", count, "in all"),
+        ("num_iter", side, "iterations an image"),
         ("cfg", non_negative_float, "guidance; 1 is none, and half the backbone's work"),
-        ("eval_bsz", positive_int, "images a batch"),
+        ("eval_bsz", count, "images a batch"),
     ],
     "machine": [
-        ("devices", positive_int, "of a node"),
-        ("nodes", positive_int, "of so many devices each"),
+        ("devices", count, "of a node"),
+        ("nodes", count, "of so many devices each"),
         ("network", positive_float, "GB/s that a node sends to the others, all adapters together"),
     ],
     "rates": [

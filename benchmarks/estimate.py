@@ -99,8 +99,9 @@ class Setup:
 
     def of_vae(self) -> "Setup":
         """With the stride and the channels of its VAE. Raises UserError on no such VAE."""
+        vae = self.vae
         with as_user_error(f"--vae_path {self.vae_path}"):
-            shape = flops.VaeShape.of(self.vae)
+            shape = flops.VaeShape.of(vae)
         return replace(self, vae_stride=2 ** (len(shape.widths) - 1), vae_embed_dim=shape.channels)
 
 

@@ -187,6 +187,11 @@ def main() -> None:
         check_place(args.page, MARK)
     device = resolve_device("cuda", quiet=True)
     judge = Judge(args.vae_path, device)
+    stride = judge.tokenizer.vae.stride
+    if args.img_size % stride:
+        raise UserError(
+            f"--img_size {args.img_size} is not a multiple of the VAE's stride {stride}"
+        )
     groups = found(args.data_path, args.images) if args.data_path else made(args.images)
     lines = [row_of(HEAD), "|" + "---|" * len(HEAD)]
     for name, files in groups:

@@ -24,7 +24,7 @@ from benchmarks.work import Settings, Work, measure
 from models.config import PRESETS
 from util.args import fraction, positive_float, positive_int
 from util.device import resolve_device
-from util.errors import UserError, run
+from util.errors import UserError, as_user_error, run
 from util.files import atomic_write, check_writable
 from util.parser import Parser
 from util.provenance import ROOT, cores, git_revision, processor, versions
@@ -108,6 +108,9 @@ def main() -> None:
     args = make_parser().parse()
     device = resolve_device(args.device)
     settings = make_settings(args, device)
+    with as_user_error(f"--img_size {args.img_size}"):
+        for model in (settings.model, settings.long_model):
+            settings.config(model)
     path = args.json or default_path(device, bool(args.only))
     check_writable(path.parent, "--json")
     if path.is_dir():

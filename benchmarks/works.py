@@ -39,6 +39,11 @@ def build_model(settings: Settings, name: str | None = None, **changes) -> Token
     return TokenBridge(**config.to_dict()).to(settings.device)
 
 
+def class_labels(count: int, model: TokenBridge, device: torch.device | None = None) -> Tensor:
+    """One class after the other, int64 [count]; after the last comes the first."""
+    return torch.arange(count, device=device) % model.config.class_num
+
+
 @dataclass(frozen=True)
 class Training:
     """A training run without files, and one batch of cached posteriors."""
@@ -52,7 +57,7 @@ class Training:
         model, device = build_model(settings).train(), settings.device
         channels, *sides = model.config.latent_shape
         moments = torch.randn(settings.batch_size, 2 * channels, *sides, device=device)
-        labels = torch.arange(settings.batch_size, device=device)
+        labels = class_labels(settings.batch_size, model, device)
         schedule = Schedule(settings.batch_size, micro_batches=1, images=10**6, seed=0)
         run = Run(
             model=model,
@@ -129,7 +134,7 @@ def random_mask(settings: Settings, model: TokenBridge) -> Tensor:
 
 def latents_and_labels(settings: Settings, model: TokenBridge) -> tuple[Tensor, Tensor]:
     shape = settings.batch_size, *model.config.latent_shape
-    labels = torch.arange(settings.batch_size, device=settings.device)
+    labels = class_labels(settings.batch_size, model, settings.device)
     return torch.randn(shape, device=settings.device), labels
 
 
@@ -183,7 +188,7 @@ def sampling(settings: Settings, num_iter: int) -> Work:
     short = num_iter == settings.iterations[0]
     name = settings.model if short else settings.long_model
     model = build_model(settings, name).eval()
-    labels = torch.arange(settings.sampled)
+    labels = class_labels(settings.sampled, model)
 
     def run(precision: str, token_cache: int = 0) -> Callable[[], None]:
         def once() -> None:

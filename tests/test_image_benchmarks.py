@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import main_cache
-from benchmarks import decoding, feeding, images, loaders, pipelines, works
+from benchmarks import decoding, feeding, images, loaders, pipelines, run, works
 from models.vae import AutoencoderKL
+from tests.conftest import tiny_model
 from tests.runs import call, refused
 from util.data import ImageDataset
 from util.page import END, begin
@@ -76,6 +77,18 @@ def test_a_page_without_a_place_is_refused_before_anything_is_measured(command, 
     (tmp_path / "page.md").write_text("words")
     line = refused(capsys, command.main, "--page", str(tmp_path / "page.md"))
     assert "has no place" in line and command.MARK in line
+
+
+@pytest.mark.parametrize(("command", "flags"), [(images, ()), (run, ("--device", "cpu"))])
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_measured(command, flags, capsys):
+    assert "--img_size 100" in refused(capsys, command.main, "--img_size", "100", *flags)
+
+
+def test_there_are_labels_for_batches_of_more_than_all_classes():
+    labels = works.class_labels(2003, tiny_model())
+    classes = tiny_model().config.class_num
+    assert labels.shape == (2003,) and labels.min() >= 0 and labels.max() < classes
+    assert torch.equal(labels[:classes], torch.arange(classes))
 
 
 def test_what_is_fed_how_fast_is_written_into_the_page(page, narrow, monkeypatch):
