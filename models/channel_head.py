@@ -195,7 +195,9 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[T
 
     logits: [M, K], uniforms: [M] in [0, 1) -> [M] int64 and [M] float32.
     """
-    log_probs = (logits.float() / (temperature or 1)).log_softmax(dim=-1)
+    logits = logits.float()
+    below = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: no temperature is too low
+    log_probs = (below / (temperature or 1)).log_softmax(dim=-1)
     if temperature == 0:
         drawn = log_probs.argmax(dim=-1)
     else:

@@ -46,7 +46,7 @@ def generate(
     latent_scale, or a Tokenizer, which has its own. labels: B classes.
     num_iter, cfg, cfg_schedule, temperature, order and options: see `SamplingOptions`.
     seed, image_ids: image i is made of the noise of (seed, image_ids[i]), default i, so it is the
-    same in any batch. batch_size: images at once, of the memory's size only.
+    same in any batch, but for rounding. batch_size: images at once, of the memory's size only.
     precision: "auto", "bf16", "fp16" or "fp32" of the model; the VAE decodes in fp32.
     Model and VAE stay where they are, each on a device of its own if need be; a VAE is frozen.
     Returns uint8 [B, H, W, 3] on the CPU, as PIL.Image.fromarray and matplotlib take them.
@@ -85,7 +85,10 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def _labels(labels: Sequence[int] | Tensor) -> Tensor:
     """[B] int64. Raises ValueError on what is no list of whole numbers."""
-    found = torch.as_tensor(labels)
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"labels {str(labels)[:80]} are no list of class numbers") from error
     if found.dim() != 1 or len(found) == 0 or found.is_floating_point() or found.is_complex():
         raise ValueError(f"labels {str(labels)[:80]} are no list of class numbers")
     return found.to(torch.int64)

@@ -68,13 +68,13 @@ class _Dropout(torch.autograd.Function):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Zeroes each element with probability p in [0, 1), and scales the others by 1 / (1 - p).
+    """Zeroes each element with probability p in [0, 1], and scales the others by 1 / (1 - p).
 
     On a CPU through 32 random bits an element: torch draws a double for each, which took longer
     than the matrix products around it.
     """
-    if not p or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p)
+    if not 0 < p < 0.999 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p)  # which also refuses what is no probability
     return _Dropout.apply(x, p)
 
 

@@ -56,10 +56,13 @@ class SamplingOptions:
     def __post_init__(self):
         if self.num_iter < 1:
             raise ValueError(f"num_iter {self.num_iter} is not at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature {self.temperature} is negative")
+        for name in ("temperature", "cfg"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} is not a number of at least 0")
         if self.token_cache < 0:
             raise ValueError(f"token_cache {self.token_cache} is negative")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed {self.seed} is not between 0 and 2^63")
         for name, known in (
             ("cfg_schedule", CFG_SCHEDULES),
             ("order", ORDERS),

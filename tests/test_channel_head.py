@@ -196,3 +196,9 @@ def test_temperature_sharpens_and_zero_takes_the_largest():
     assert shares == sorted(shares) and shares[-1] == 1
     expected = (logits[0] / 0.5).softmax(0)[1]
     assert shares[2] == pytest.approx(expected.item(), abs=0.04)
+
+
+def test_no_temperature_is_too_low_to_divide_by():
+    logits, uniforms = torch.randn(50, 8) * 3, torch.rand(50)
+    drawn, log_probs = inverse_cdf(logits, uniforms, temperature=1e-40)
+    assert torch.equal(drawn, logits.argmax(dim=-1)) and torch.equal(log_probs, torch.zeros(50))

@@ -158,6 +158,18 @@ def test_changed_value_of_a_saved_file_counts_as_given(config):
     assert args.batch_size == 8 and args.explicit == {"epochs", "batch_size"}
 
 
+def test_a_run_in_another_folder_leaves_the_files_of_the_first_alone(config):
+    flags = ["--output_dir", "first", "--metrics_file", "first/f.tsv", "--log_dir", "first/logs"]
+    path = config(config_file.dump(parse(*flags)))
+    again, elsewhere = parse("--config", path), parse("--config", path, "--output_dir", "second")
+    assert (again.metrics_file, again.log_dir) == ("first/f.tsv", "first/logs")
+    default = parse()
+    assert (elsewhere.metrics_file, elsewhere.log_dir) == (default.metrics_file, default.log_dir)
+    assert elsewhere.explicit == {"output_dir"}
+    own = config("output_dir: first\nmetrics_file: mine.tsv\n")  # written by hand, and meant
+    assert parse("--config", own, "--output_dir", "second").metrics_file == "mine.tsv"
+
+
 def test_other_settings_of_a_resumed_run_are_kept_as_those_before_it(tmp_path):
     def save(step: int, *argv: str) -> None:
         config_file.save(parse(*argv), tmp_path / "config.yaml", f"step {step}", step)

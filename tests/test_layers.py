@@ -91,3 +91,11 @@ def test_no_gradients_are_lost_where_nothing_is_dropped():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         attention(torch.randn(2, 7, 8)).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in (attention.qkv.weight, attention.proj.weight))
+
+
+def test_dropout_of_everything_and_of_no_probability_is_torchs():
+    x = torch.randn(5)
+    assert torch.equal(dropout(x, 1.0), torch.zeros(5))
+    for p in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="probability"):
+            dropout(x, p)

@@ -17,6 +17,7 @@ from tests.conftest import run_script
 from tests.runs import free_port, run_together
 from tests.test_lock import holder
 from util import stop
+from util.config_file import CONFIG
 from util.data import center_crop
 from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, run
 from util.latent_cache import open_cache
@@ -171,9 +172,11 @@ def test_a_whole_cache_is_not_encoded_again(inputs, tmp_path, call, monkeypatch,
     call(*flags(inputs, tmp_path))
     before = contents(tmp_path)
     monkeypatch.setattr(main_cache, "encode", None)
-    call(*flags(inputs, tmp_path))
+    settings = (tmp_path / CONFIG).read_text()
+    call(*flags(inputs, tmp_path), "--batch_size", "1")
     assert "0 of 4 shards" in capsys.readouterr().out
     assert contents(tmp_path) == before
+    assert (tmp_path / CONFIG).read_text() == settings  # those that it was made with
 
 
 def test_skipped_images_are_named_counted_and_left_out(own, tmp_path, call, capsys):

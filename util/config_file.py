@@ -26,6 +26,8 @@ CONFIG, EVALUATION_CONFIG = "config.yaml", "config-evaluation.yaml"
 GIVEN = "given"
 # Of one call, or of one process, and not of what it does.
 NOT_SAVED = ("explicit", "config", "dry_run", "world_size", "local_rank")
+# Where a run writes besides its folder: a run in another folder leaves them alone.
+OF_ONE_FOLDER = ("metrics_file", "log_dir")
 MAX_BYTES = 1 << 20
 
 
@@ -38,9 +40,13 @@ class Entry:
     where: str
 
 
-def read(path: str, parser: argparse.ArgumentParser) -> tuple[dict, set[str]]:
+def read(
+    path: str, parser: argparse.ArgumentParser, output_dir: str | None = None
+) -> tuple[dict, set[str]]:
     """The values of a file, by the names in the parser's result, and which of them were given.
 
+    output_dir: the one that the command line names. Of the file that a run in another folder has
+    left, the names of that run's own files are not taken.
     Raises ValueError, with file, line and name, on whatever is not a value of one of its flags.
     """
     entries = {}
@@ -55,7 +61,11 @@ def read(path: str, parser: argparse.ArgumentParser) -> tuple[dict, set[str]]:
         if name in found:
             raise ValueError(f"{entry.where}: {entry.name} is there already as {found[name]}")
         values[name], found[name] = convert(entry, action), entry.name
-    return values, given_names(saved, values, parser)
+    given = given_names(saved, values, parser)
+    if saved is not None and output_dir not in (None, values.get("output_dir")):
+        given -= set(OF_ONE_FOLDER)
+        values = {name: value for name, value in values.items() if name not in OF_ONE_FOLDER}
+    return values, given
 
 
 def read_entries(path: str) -> list[Entry]:

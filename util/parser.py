@@ -100,7 +100,8 @@ class Parser(argparse.ArgumentParser):
         args.explicit = self._given(argv)
         if args.config is not None:
             try:
-                values, given = config_file.read(args.config, self)
+                elsewhere = args.output_dir if "output_dir" in args.explicit else None
+                values, given = config_file.read(args.config, self, elsewhere)
             except ValueError as error:
                 self.error(f"--config {error}")
             vars(args).update((k, v) for k, v in values.items() if k not in args.explicit)
