@@ -13,6 +13,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from util.args import positive_int
+from util.errors import as_user_error, run
+from util.files import check_writable
+
 BRIGHTEST = 16  # of the 17 grey levels
 
 
@@ -48,7 +52,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=Path("output/demo/data"), help="folder")
-    parser.add_argument("--size", type=int, default=32, help="pixels along a side")
+    parser.add_argument("--size", type=positive_int, default=32, help="pixels along a side")
     parser.add_argument("--val_share", type=float, default=0.2, help="held out, in every class")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     return parser.parse_args()
@@ -56,9 +60,11 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    counts = write_digits(args.output, args.size, args.val_share, args.seed)
+    check_writable(args.output, "--output")
+    with as_user_error(f"--val_share {args.val_share}, --seed {args.seed}"):
+        counts = write_digits(args.output, args.size, args.val_share, args.seed)
     print(f"{args.output}: {counts['train']} training and {counts['val']} held-out digits")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

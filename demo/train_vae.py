@@ -16,7 +16,10 @@ from torch import Tensor
 
 from models.tokenizer import from_uint8
 from models.vae import AutoencoderKL
+from util.args import positive_int
 from util.data import ImageDataset, list_images
+from util.errors import UserError, as_user_error, run
+from util.files import check_writable
 
 REPORT_EVERY = 50
 
@@ -89,17 +92,23 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--data_path", type=Path, default=Path("output/demo/data"), help="has train/ and val/")
     add("--output", type=Path, default=Path("output/demo/vae.ckpt"), help="file to write")
-    add("--img_size", type=int, default=32, help="pixels along a side")
-    add("--embed_dim", type=int, default=16, help="latent channels")
-    add("--ch", type=int, default=32, help="width of the finest level, a multiple of 32")
-    add("--ch_mult", type=int, nargs="+", default=[1, 1, 2, 2], help="width of each level / ch")
-    add("--num_res_blocks", type=int, default=1, help="residual blocks a level")
-    add("--steps", type=int, default=400, help="training steps")
-    add("--batch_size", type=int, default=64, help="images a step")
+    add("--img_size", type=positive_int, default=32, help="pixels along a side")
+    add("--embed_dim", type=positive_int, default=16, help="latent channels")
+    add("--ch", type=positive_int, default=32, help="width of the finest level, a multiple of 32")
+    add(
+        "--ch_mult",
+        type=positive_int,
+        nargs="+",
+        default=[1, 1, 2, 2],
+        help="width of each level / ch",
+    )
+    add("--num_res_blocks", type=positive_int, default=1, help="residual blocks a level")
+    add("--steps", type=positive_int, default=400, help="training steps")
+    add("--batch_size", type=positive_int, default=64, help="images a step")
     add("--lr", type=float, default=2e-3, help="highest learning rate of the one-cycle schedule")
     add("--kl_weight", type=float, default=1e-5, help="of the mean KL per latent scalar")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the training")
-    add("--threads", type=int, default=2, help="CPU threads")
+    add("--threads", type=positive_int, default=2, help="CPU threads")
     add("--seed", type=int, default=0, help="of everything random")
     return parser.parse_args()
 
@@ -109,9 +118,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     known = {"bf16": torch.bfloat16, "fp32": torch.float32}
-    vae = AutoencoderKL(
-        args.embed_dim, tuple(args.ch_mult), ch=args.ch, num_res_blocks=args.num_res_blocks
-    )
+    check_writable(args.output.parent, "--output")
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder; name a file")
+    with as_user_error(f"--ch {args.ch}"):
+        vae = AutoencoderKL(
+            args.embed_dim, tuple(args.ch_mult), ch=args.ch, num_res_blocks=args.num_res_blocks
+        )
+    if args.img_size % vae.stride:
+        raise UserError(
+            f"--img_size {args.img_size} is no multiple of {vae.stride}, the stride of "
+            f"{len(args.ch_mult)} values of --ch_mult"
+        )
     train(
         vae,
         load_part(args.data_path, "train", args.img_size),
@@ -129,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

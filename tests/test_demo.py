@@ -77,6 +77,17 @@ def test_vae_file_is_read_by_the_scripts_loader(few, tmp_path):
     assert re.search(r"step 2/2 .* left\n.*stride 8, [0-9.]+ dB on held-out", result.stdout)
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"), [(("--ch", 30), "--ch 30"), (("--img_size", 33), "--img_size 33")]
+)
+def test_a_vae_of_wrong_sizes_is_refused_in_one_line(flags, named, few, tmp_path):
+    output = tmp_path / "vae.ckpt"
+    command = ("demo/train_vae.py", "--data_path", few, "--output", output)
+    result = run_script(*command, *flags)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and named in line and not output.exists()
+
+
 def test_vae_training_is_a_function_of_the_seed():
     images = torch.rand(6, 3, 8, 8) * 2 - 1
     settings = {"batch_size": 4, "lr": 1e-3, "kl_weight": 1e-3, "precision": torch.float32}

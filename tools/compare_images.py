@@ -8,6 +8,7 @@ levels of a latent: then the rest of that image is drawn differently.
 
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
@@ -30,12 +31,17 @@ def _pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path), dtype=int)
 
 
+def refuse(message: str) -> NoReturn:
+    print(f"{sys.argv[0]}: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main() -> None:
     if len(sys.argv) != 3 or not all(Path(path).is_dir() for path in sys.argv[1:]):
-        sys.exit(f"{sys.argv[0]}: error: name two folders of PNG files")
+        refuse("name two folders of PNG files")
     found = differences(*map(Path, sys.argv[1:]))
     if not len(found):
-        sys.exit(f"{sys.argv[0]}: error: the folders share no name of a PNG file")
+        refuse("the folders share no name of a PNG file")
     print(
         f"{len(found)} images: {(found > 0).sum()} differ at all, {(found > VISIBLE).sum()} by "
         f"more than {VISIBLE} levels somewhere; largest difference {found.max()}"

@@ -21,7 +21,7 @@ from models.config import TokenBridgeConfig
 from models.masking import mask_schedule, masked_counts
 from models.quantizer import SPAN, GaussianQuantizer
 from util.errors import run
-from util.files import atomic_write
+from util.files import atomic_write, check_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 BLUE, PALE, ORANGE, GREY, INK = "#2b6cb0", "#bcd4ee", "#dd6b20", "#8a94a3", "#1f2933"
@@ -227,6 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", help="folder")
     args = parser.parse_args()
+    check_writable(args.output, "--output")
     args.output.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         with atomic_write(args.output / name) as file:
