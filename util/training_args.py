@@ -100,17 +100,17 @@ def add_training_flags(parser: Parser) -> None:
 
 
 def add_saving_flags(parser: Parser) -> None:
-    saving = parser.add_argument_group("checkpoints", "written in the background; 0 is never")
+    saving = parser.add_argument_group("checkpoints", "written in the background")
     add = saving.add_argument
     add("--save_last_freq", type=positive_int, default=5, help="epochs between two")
-    add("--save_steps", type=non_negative_int, default=0, help="steps between two, besides")
-    add("--save_minutes", type=non_negative_float, default=30.0, help="minutes, besides")
+    add("--save_steps", type=non_negative_int, default=0, help="steps, besides; 0: never")
+    add("--save_minutes", type=non_negative_float, default=30.0, help="minutes, besides; 0: never")
     add("--keep_checkpoints", type=positive_int, default=2, help="how many of the last stay")
     add(
         "--save_every",
         type=non_negative_int,
         default=0,
-        help="epochs between those that all stay",
+        help="epochs between those that all stay; 0: none",
     )
 
 
