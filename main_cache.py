@@ -30,7 +30,7 @@ from util.args import (
 )
 from util.background import in_background
 from util.build import build_vae
-from util.cache_files import DTYPES, FORMATS, MANIFEST, MAX_SHARD_SIZE
+from util.cache_files import DTYPES, FORMATS, MAX_SHARD_SIZE
 from util.cache_writer import CacheSettings, CacheWriter, list_digest
 from util.config_file import CONFIG
 from util.data import ImageDataset, ImageList, collate_skipping, list_images
@@ -115,17 +115,17 @@ def write_cache(args, device: torch.device) -> dict:
     if args.dry_run:
         return rehearse(writer, vae, args.batch_size, encode, device)
 
-    figures, config = {}, Path(args.cached_path) / CONFIG
-    made = config.exists() and config.with_name(MANIFEST).exists()  # with the settings in there
-    with (
-        only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext(),
-        nullcontext() if made else config_file.saved(args, config),
-    ):
+    figures = {}
+    with only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext():
         # One process says what is to be done, so that all agree; each takes every W-th shard.
         pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]
         dist.print_main(f"{len(pending)} of {writer.num_shards} shards to write")
-        encode_shards(args, device, vae, images, writer, pending[dist.rank() :: dist.world_size()])
-        dist.barrier()
+        own = pending[dist.rank() :: dist.world_size()]
+        # Of a whole cache, config.yaml keeps saying what it was made with.
+        config = Path(args.cached_path) / CONFIG
+        with config_file.saved(args, config) if pending else nullcontext():
+            encode_shards(args, device, vae, images, writer, own)
+            dist.barrier()
         if dist.is_main():
             manifest = writer.write_manifest(published_constants=vae.is_kl16)
             figures = report(manifest, args.cached_path)
