@@ -13,9 +13,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from util.args import positive_int
+from util.args import positive_int, seed
 from util.errors import as_user_error, run
 from util.files import check_writable
+from util.parser import Parser
 
 BRIGHTEST = 16  # of the 17 grey levels
 
@@ -48,14 +49,12 @@ def write_digits(output: Path, size: int, val_share: float, seed: int) -> dict[s
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/demo/data"), help="folder")
     parser.add_argument("--size", type=positive_int, default=32, help="pixels along a side")
     parser.add_argument("--val_share", type=float, default=0.2, help="held out, in every class")
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
-    return parser.parse_args()
+    parser.add_argument("--seed", type=seed, default=0, help="of the split")
+    return parser.parse()
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from util import report
+from util.parser import Parser
 from util.report_html import Section, cards, page, picture, table
 from util.report_run import find
 
@@ -128,9 +129,7 @@ def render(root: Path, data_path: Path, generated: Path, scores: dict, timings) 
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     add, root = parser.add_argument, Path("output/demo")
     add("--root", type=Path, default=root, help="folder of all stages, for the general sections")
     add("--data_path", type=Path, default=root / "data", help="real images, val/CLASS/")
@@ -138,7 +137,7 @@ def parse_args() -> argparse.Namespace:
     add("--scores", type=Path, default=root / "scores.json", help="of demo/classifier.py")
     add("--timings", type=Path, default=root / "timings.tsv", help="lines: stage, tab, seconds")
     add("--output", type=Path, default=root / "report.html", help="file to write")
-    return parser.parse_args()
+    return parser.parse()
 
 
 def main() -> None:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from models.tokenizer import from_uint8
 from models.vae import AutoencoderKL
-from util.args import positive_int
+from util.args import non_negative_float, positive_float, positive_int, seed
 from util.data import ImageDataset, list_images
 from util.errors import UserError, as_user_error, run
 from util.files import check_writable
+from util.parser import Parser
+from util.vae_files import save_vae
 
 REPORT_EVERY = 50
 
@@ -86,9 +88,7 @@ def fast_precision() -> torch.dtype:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data_path", type=Path, default=Path("output/demo/data"), help="has train/ and val/")
     add("--output", type=Path, default=Path("output/demo/vae.ckpt"), help="file to write")
@@ -105,12 +105,22 @@ def parse_args() -> argparse.Namespace:
     add("--num_res_blocks", type=positive_int, default=1, help="residual blocks a level")
     add("--steps", type=positive_int, default=400, help="training steps")
     add("--batch_size", type=positive_int, default=64, help="images a step")
-    add("--lr", type=float, default=2e-3, help="highest learning rate of the one-cycle schedule")
-    add("--kl_weight", type=float, default=1e-5, help="of the mean KL per latent scalar")
+    add(
+        "--lr",
+        type=positive_float,
+        default=2e-3,
+        help="highest of the one-cycle schedule",
+    )
+    add(
+        "--kl_weight",
+        type=non_negative_float,
+        default=1e-5,
+        help="of the KL per latent scalar",
+    )
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the training")
     add("--threads", type=positive_int, default=2, help="CPU threads")
-    add("--seed", type=int, default=0, help="of everything random")
-    return parser.parse_args()
+    add("--seed", type=seed, default=0, help="of everything random")
+    return parser.parse()
 
 
 def main() -> None:
@@ -142,7 +152,7 @@ def main() -> None:
     vae.eval()
     held_out = load_part(args.data_path, "val", args.img_size)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": vae.state_dict(), "config": vae.config}, args.output)
+    save_vae(args.output, vae)
     print(f"{args.output}: stride {vae.stride}, {psnr(vae, held_out):.1f} dB on held-out images")
 
 

@@ -6,7 +6,6 @@ positions of the schedule, distribution of the training mask.
 Letters: K levels, L positions, S iterations.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from models.masking import mask_schedule, masked_counts
 from models.quantizer import SPAN, GaussianQuantizer
 from util.errors import run
 from util.files import atomic_write, check_writable
+from util.parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 BLUE, PALE, ORANGE, GREY, INK = "#2b6cb0", "#bcd4ee", "#dd6b20", "#8a94a3", "#1f2933"
@@ -224,9 +224,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", help="folder")
-    args = parser.parse_args()
+    args = parser.parse()
     check_writable(args.output, "--output")
     args.output.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():

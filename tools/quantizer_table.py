@@ -6,7 +6,6 @@ On N(0, 1) data: points that are equally likely, fitted to and measured on. On a
 one posterior sample of each; levels are fitted to every second image and measured on the others.
 """
 
-import argparse
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,13 @@ from torch import Tensor
 from models.calibration import EXPONENT, fit_levels
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer
 from models.vae import Posterior
+from util.args import bit_width
 from util.errors import UserError, run
 from util.files import atomic_write
 from util.histogram import LatentHistogram, posterior_noise
 from util.latent_cache import open_cache
 from util.page import write_between
+from util.parser import Parser
 from util.provenance import processor
 from util.variants import entropy, level_counts
 
@@ -158,12 +159,12 @@ def draw(path: Path, results: dict[str, dict[int, tuple[Cost, Cost]]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--cached_path", required=True, help="a cache of main_cache.py")
-    parser.add_argument("--bits", type=int, nargs="+", default=list(range(2, 9)))
+    parser.add_argument("--bits", type=bit_width, nargs="+", default=list(range(2, 9)))
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quantizer.md")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "images" / "quantizer.png")
-    args = parser.parse_args()
+    args = parser.parse()
     torch.set_num_threads(1)
     data = [normal_data(), cached_data(args.cached_path)]
     lines, results = [], {}
