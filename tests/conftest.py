@@ -21,6 +21,24 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 
 
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """data/, vae.ckpt and cache/ of tests/runs.py, each test file's own; not to be changed."""
+    from tests.runs import make_inputs  # which needs this module
+
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory) -> Path:
+    """The output folder of two epochs in one process: six steps of two micro-batches."""
+    from tests.runs import train
+
+    output = tmp_path_factory.mktemp("trained") / "out"
+    train(inputs, output)
+    return output
+
+
 def formula_weight(name: str, shape: tuple[int, ...]) -> Tensor:
     """A parameter's golden value, by its published name (tests/golden/README.md)."""
     r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)

@@ -17,7 +17,6 @@ from tests.runs import (
     evaluate,
     flags,
     load,
-    make_inputs,
     refused,
     train,
 )
@@ -27,11 +26,6 @@ from util.latent_cache import open_cache
 
 BITS = 3
 CALIBRATED = {"quantizer": "calibrated", "quant_bits": BITS}
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

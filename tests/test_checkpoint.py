@@ -17,7 +17,6 @@ from tests.runs import (
     STRIDE,
     evaluate,
     load,
-    make_inputs,
     tensors,
     train,
 )
@@ -35,11 +34,6 @@ from util.vae_files import load_vae, save_vae
 CPU = torch.device("cpu")
 
 KEYS = ("model", "model_ema", "optimizer", "epoch", "scaler")  # of the published files, and args
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import main_cache
 import main_tokenbridge
 import reconstruction
 from tests.conftest import ROOT
-from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, make_inputs, refused, tensors
+from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, refused, tensors
 from util import config_file
 from util.errors import EXIT_USER_ERROR
 
@@ -203,11 +203,6 @@ def test_published_settings_are_those_of_the_paper():
         assert args.evaluate and args.model == f"tokenbridge_{size}"
         assert (args.cfg, args.temperature, args.num_iter) == ([cfg], [temperature], [256])
         assert (args.cfg_schedule, args.num_images) == ("linear", 50000)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("config"))
 
 
 def test_training_leaves_its_settings_and_repeats_itself_from_them(inputs, tmp_path, capsys):

@@ -9,13 +9,8 @@ import torch
 
 import main_tokenbridge
 from tests.conftest import run_script, tiny_model
-from tests.runs import CLASSES, IMAGES, TRAIN_FLAGS, call, flags, free_port, make_inputs, refused
+from tests.runs import CLASSES, IMAGES, TRAIN_FLAGS, call, flags, free_port, refused
 from util.debug import gradient_norms, module_of
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 def test_modules_are_blocks_and_what_is_in_none():

@@ -9,14 +9,9 @@ import torch
 import main_cache
 import main_tokenbridge
 from tests.conftest import run_script
-from tests.runs import CACHE_FLAGS, TRAIN_FLAGS, call, flags, load, make_inputs, refused
+from tests.runs import CACHE_FLAGS, TRAIN_FLAGS, call, flags, load, refused
 from tests.runs import train as really_train
 from util import dry_run
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("dry"))
 
 
 def told(capsys, *argv, script=main_tokenbridge) -> dict:

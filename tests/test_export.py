@@ -22,7 +22,6 @@ from tests.runs import (
     evaluate,
     flags,
     load,
-    make_inputs,
     refused,
     train,
 )
@@ -31,18 +30,6 @@ from util.checkpoint import LAST, find_checkpoint
 from util.vae_files import save_vae
 
 FACTS = ("step", "epoch", "classes", "vae_sha256", "config")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
-def trained(inputs, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("trained")
-    train(inputs, output)
-    return output
 
 
 @pytest.fixture

@@ -26,7 +26,6 @@ from tests.runs import (
     free_port,
     images,
     load,
-    make_inputs,
     run_together,
     tensors,
     train,
@@ -35,19 +34,6 @@ from util import stop
 from util.checkpoint import load_checkpoint
 from util.saver import CheckpointSaver
 from util.vae_files import load_vae, save_vae
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
-def trained(inputs, tmp_path_factory) -> Path:
-    """The output folder of two epochs in one process: six steps of two micro-batches."""
-    output = tmp_path_factory.mktemp("trained") / "out"
-    train(inputs, output)
-    return output
 
 
 @pytest.fixture(autouse=True)

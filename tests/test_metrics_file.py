@@ -6,7 +6,7 @@ import os
 import pytest
 
 import main_tokenbridge
-from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, make_inputs, refused
+from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, refused
 from util.errors import UserError
 from util.metrics_file import HEADER, MetricsFile
 
@@ -101,11 +101,6 @@ def test_full_disk_loses_figures_and_not_the_run(tmp_path, capsys, monkeypatch):
     (tmp_path / "kept").rename(tmp_path / "m.jsonl")
     file.write({"a": 3.0}, 3)
     assert [line["step"] for line in read_jsonl(tmp_path / "m.jsonl")] == [1, 3]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("metrics"))
 
 
 def test_training_and_evaluation_write_into_one_file(inputs, tmp_path, capsys):

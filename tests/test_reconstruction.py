@@ -25,7 +25,6 @@ from tests.runs import (
     call,
     flags,
     free_port,
-    make_inputs,
     refused,
 )
 from util import metrics
@@ -44,11 +43,6 @@ FLAGS = {
     **dict(image_dir="data", vae_path="vae.ckpt", latent_scale=SCALE, range=RANGE),
     **dict(bits=[-1, *BITS], batch_size=5, no_metrics=True),
 }
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

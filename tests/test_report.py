@@ -13,16 +13,11 @@ from torch.utils.tensorboard import SummaryWriter
 import reconstruction
 from tests.browser import chromium
 from tests.measures import PIXELS
-from tests.runs import COMMON, call, evaluate, flags, make_inputs, refused, train
+from tests.runs import COMMON, call, evaluate, flags, refused, train
 from util import report
 from util.report_charts import POINTS, SIDE, Series, chart, limits, thinned, ticks
 from util.report_html import Section, figure, page, picture, table, tabs
 from util.report_run import find
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

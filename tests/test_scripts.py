@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.runs import TRAIN_FLAGS, flags, load, make_inputs
+from tests.runs import TRAIN_FLAGS, flags, load
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 TORCHRUN, SLURM = (ROOT / "scripts" / f"train_{name}.sh" for name in ("torchrun", "slurm"))
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("scripts"))
 
 
 def start(script: Path, *argv, path: Path | None = None, **env) -> subprocess.CompletedProcess:
