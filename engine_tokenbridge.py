@@ -7,61 +7,20 @@ a step does, all processes do alike: skip it, save after it, end after it.
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
 from util import dist, stop
-from util.agreement import Agreement
 from util.debug import Reload, write_dump
-from util.device import Precision
-from util.ema import EMA
 from util.errors import UserError
-from util.evaluation import EvalSettings, evaluate
+from util.evaluation import evaluate
 from util.log import StepResult, TrainingLog
 from util.look import Look
-from util.metrics import Measure
 from util.optim import LRSchedule, guarded_step, seed_micro_batch, set_lr
-from util.plan import Plan
+from util.plan import Run, TrainSettings
 from util.saver import EXIT_GRACE, CheckpointSaver
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What the loop needs to know beside its objects. Epochs and steps count from 0."""
-
-    plan: Plan
-    epochs: int
-    grad_clip: float
-    max_skipped: int
-    cached: bool
-    eval_freq: int
-    output_dir: Path
-    extras: dict  # plain values that every checkpoint carries
-    evaluation: EvalSettings | None = None  # given: evaluate while training
-
-    @property
-    def last_step(self) -> int:
-        return self.epochs * self.plan.schedule.steps_per_epoch
-
-
-@dataclass(frozen=True)
-class Run:
-    """The objects of a training run."""
-
-    model: TokenBridge
-    ema: EMA
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    agreement: Agreement
-    tokenizer: Tokenizer
-    device: torch.device
-    precision: Precision
-    inception: Measure | None = None  # of the evaluation while training
 
 
 def train(

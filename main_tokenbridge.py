@@ -12,19 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from engine_tokenbridge import Run, TrainSettings, train
+from engine_tokenbridge import train, train_step
 from models.tokenizer import Tokenizer
 from util import config_file, dist, stop
 from util.agreement import Agreement
-from util.args import (
-    add_device_flags,
-    add_distributed_flags,
-    add_loader_flags,
-    add_metric_flags,
-    add_model_flags,
-    add_precision_flag,
-    add_vae_flags,
-)
 from util.build import build_model, cache_histogram, calibrated_levels
 from util.checkpoint import Checkpoint
 from util.config_file import CONFIG
@@ -34,7 +25,7 @@ from util.device import Precision, compile_model, resolve_device, resolve_precis
 from util.dry_run import open_what_is_there, rehearse
 from util.ema import EMA
 from util.errors import run
-from util.evaluation import add_evaluation_flags, eval_settings
+from util.evaluation import eval_settings
 from util.files import check_writable
 from util.flops import training_step
 from util.hardware import Meter, peak_flops
@@ -44,31 +35,19 @@ from util.json_output import figures_on_stdout
 from util.latent_cache import as_one_batch
 from util.lock import only_job_in, refuse_busy
 from util.log import TrainingLog
-from util.look import Look, LookSettings, add_look_flags
+from util.look import Look, LookSettings
 from util.metrics_file import MetricsFile
 from util.optim import BLR_BATCH, LRSchedule, build_optimizer
 from util.parser import Parser
-from util.plan import make_plan
+from util.plan import Run, TrainSettings, make_plan
 from util.provenance import environment
 from util.saver import CheckpointSaver, SaveSettings
 from util.sweep import evaluate_checkpoint, prepare_measure
-from util.training_args import add_data_flags, add_saving_flags, add_training_flags, check_mode
+from util.training_args import check_mode, training_parser
 
 
 def make_parser() -> Parser:
-    parser = Parser(__doc__)
-    add_data_flags(parser)
-    add_model_flags(parser)
-    add_vae_flags(parser)
-    add_training_flags(parser)
-    add_saving_flags(parser)
-    add_look_flags(parser)
-    add_evaluation_flags(parser)
-    add_metric_flags(parser)
-    add_loader_flags(parser)
-    add_precision_flag(add_device_flags(parser))
-    add_distributed_flags(parser)
-    return parser
+    return training_parser(__doc__)
 
 
 def main() -> None:
@@ -129,7 +108,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     dist.print_main(description)
     metrics_file = MetricsFile(args.metrics_file, plan.first_step)
     if args.dry_run:
-        return rehearse(training, settings, inputs, args.compile)
+        return rehearse(training, settings, inputs, args.compile, train_step)
     log = make_log(args, training, data, settings, metrics_file)
     schedule = LRSchedule(
         lr,

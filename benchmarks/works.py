@@ -15,7 +15,7 @@ from benchmarks.kept import kept_for_backward
 from benchmarks.plain import SAMPLING, TRAINING, Parts, plain, swapped
 from benchmarks.variants import variants
 from benchmarks.work import FAST, PLAIN, Settings, Variant, Work
-from engine_tokenbridge import Run, TrainSettings, train_step
+from engine_tokenbridge import train_step
 from models import masking
 from models.quantizer import GaussianQuantizer
 from models.sampler import sample_latents
@@ -26,7 +26,7 @@ from util import flops
 from util.agreement import Agreement
 from util.ema import EMA
 from util.optim import build_optimizer
-from util.plan import Plan, Schedule
+from util.plan import Plan, Run, Schedule, TrainSettings
 
 GUIDANCE = 3.0
 TOKEN_CACHE = 4  # iterations

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_tokenbridge import Run, TrainSettings, training_state
+from engine_tokenbridge import training_state
 from models.config import preset
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from util.ema import EMA
 from util.errors import UserError
 from util.files import atomic_write
 from util.optim import build_optimizer
-from util.plan import Plan, Schedule
+from util.plan import Plan, Run, Schedule, TrainSettings
 from util.saver import write_checkpoint
 from util.vae_files import load_vae, save_vae
 

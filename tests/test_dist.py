@@ -16,7 +16,7 @@ from torch import Tensor
 import main_cache
 import main_tokenbridge
 import reconstruction
-from engine_tokenbridge import Run, TrainSettings, train_step
+from engine_tokenbridge import train_step
 from models.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.runs import call, free_port, run_together
@@ -27,7 +27,7 @@ from util.device import resolve_precision
 from util.ema import EMA
 from util.errors import UserError
 from util.inputs import check_agreement
-from util.plan import Plan, Schedule
+from util.plan import Plan, Run, Schedule, TrainSettings
 
 BATCH, IMAGES = 2, 8
 

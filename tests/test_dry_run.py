@@ -11,7 +11,6 @@ import main_tokenbridge
 from tests.conftest import run_script
 from tests.runs import CACHE_FLAGS, TRAIN_FLAGS, call, flags, load, refused
 from tests.runs import train as really_train
-from util import dry_run
 
 
 def told(capsys, *argv, script=main_tokenbridge) -> dict:
@@ -55,8 +54,8 @@ def test_parameters_and_memory_are_those_of_the_run(inputs, tmp_path, capsys):
 def test_step_is_that_of_training(inputs, tmp_path, monkeypatch):
     """The same function on the same settings, but for the latents."""
     seen = []
-    genuine = dry_run.train_step
-    monkeypatch.setattr(dry_run, "train_step", lambda *a: seen.append(a) or genuine(*a))
+    genuine = main_tokenbridge.train_step
+    monkeypatch.setattr(main_tokenbridge, "train_step", lambda *a: seen.append(a) or genuine(*a))
     argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out")
     call(main_tokenbridge.main, *argv, "--dry_run")
     (run, _wrapped, batches, step, settings), *more = seen

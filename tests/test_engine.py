@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_tokenbridge import Run, TrainSettings, train_step
+from engine_tokenbridge import train_step
 from models.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from util.agreement import Agreement
@@ -14,7 +14,7 @@ from util.device import Precision, resolve_precision
 from util.ema import EMA
 from util.log import StepResult
 from util.optim import build_optimizer, seed_micro_batch
-from util.plan import Plan, Schedule
+from util.plan import Plan, Run, Schedule, TrainSettings
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)

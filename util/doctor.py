@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 
-from main_tokenbridge import make_parser as training_parser
 from util import dist, doctor_checks, stop
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown
 from util.errors import UserError, run
 from util.parser import Parser
+from util.training_args import training_parser
 
 CHECKS: dict[str, Callable[[Patient], Finding | list[Finding]]] = {
     "device": doctor_checks.device,
@@ -38,8 +38,7 @@ WORST = (FAILURE, WARNING, OK)
 
 
 def make_parser() -> Parser:
-    parser = training_parser()
-    parser.description = __doc__
+    parser = training_parser(__doc__)
     group = parser.add_argument_group("doctor")
     group.add_argument("--photo", help="a natural photograph; default: those of scikit-learn")
     return parser

@@ -7,20 +7,21 @@ before ImageNet is there.
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine_tokenbridge import Run, TrainSettings, train_step
 from util import dist
 from util.build import ModelFlags, build_config, build_vae
 from util.flops import training_step
 from util.hardware import GIB, peak_flops, peak_memory
 from util.inputs import Inputs, TrainingData, open_checkpoint, open_inputs
+from util.log import StepResult
 from util.memory import training_memory
+from util.plan import Run, TrainSettings
 
 SAVED_COPIES = 4  # of the parameters in a checkpoint, fp32: weights, averages, AdamW's two moments
 SIZES = ("estimated", "peak", "of_states", "of_device", "per_checkpoint")
@@ -50,12 +51,21 @@ def open_what_is_there(args: argparse.Namespace) -> Inputs:
     return Inputs(checkpoint, vae, data, config)
 
 
-def rehearse(run: Run, settings: TrainSettings, inputs: Inputs, compiled: bool) -> dict:
-    """One step as in training, and what follows from it; the same figures on all processes."""
+def rehearse(
+    run: Run,
+    settings: TrainSettings,
+    inputs: Inputs,
+    compiled: bool,
+    train_step: Callable[..., StepResult],
+) -> dict:
+    """One step as in training, and what follows from it; the same figures on all processes.
+
+    train_step: the training loop's.
+    """
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
-    warms_up = run.device.type != "cpu" or compiled
-    loss, first, step = time_step(run, replace(settings, cached=True), 2 if warms_up else 1)
+    steps = 2 if run.device.type != "cpu" or compiled else 1
+    loss, first, step = time_step(run, replace(settings, cached=True), steps, train_step)
     encoding = encoding_seconds(run, settings) if encodes(settings, inputs) else 0.0
     slowest = torch.tensor([first, step, encoding, float(peak_memory(run.device))])
     first, step, encoding, peak = dist.all_reduce_max(slowest.to(run.device)).tolist()
@@ -82,7 +92,9 @@ def rehearse(run: Run, settings: TrainSettings, inputs: Inputs, compiled: bool) 
     return figures
 
 
-def time_step(run: Run, settings: TrainSettings, steps: int) -> tuple[float, float, float]:
+def time_step(
+    run: Run, settings: TrainSettings, steps: int, train_step: Callable[..., StepResult]
+) -> tuple[float, float, float]:
     """Loss of the last of the steps, seconds of the first one and of the last.
 
     The first one also compiles, chooses kernels and sets memory aside.

@@ -1,4 +1,4 @@
-"""What a training step is made of, and with which step a run begins.
+"""What a training step is made of, with which step a run begins, and what the loop works with.
 
 The unit is the micro-batch of --batch_size samples. What is in it and all that is random about it
 depends on (seed, step, its number in the global batch) alone, so processes may come and go: the
@@ -7,10 +7,20 @@ same global batch, shared by others, is the same training.
 
 import argparse
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import torch
+
+from models.tokenbridge import TokenBridge
+from models.tokenizer import Tokenizer
+from util.agreement import Agreement
 from util.checkpoint import Checkpoint
 from util.data import steps_per_epoch
+from util.device import Precision
+from util.ema import EMA
 from util.errors import UserError
+from util.evaluation import EvalSettings
+from util.metrics import Measure
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,40 @@ class Plan:
     schedule: Schedule
     first_step: int
     note: str | None = None  # what the user should know of how this run goes on
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What the loop needs to know beside its objects. Epochs and steps count from 0."""
+
+    plan: Plan
+    epochs: int
+    grad_clip: float
+    max_skipped: int
+    cached: bool
+    eval_freq: int
+    output_dir: Path
+    extras: dict  # plain values that every checkpoint carries
+    evaluation: EvalSettings | None = None  # given: evaluate while training
+
+    @property
+    def last_step(self) -> int:
+        return self.epochs * self.plan.schedule.steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Run:
+    """The objects of a training run."""
+
+    model: TokenBridge
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    agreement: Agreement
+    tokenizer: Tokenizer
+    device: torch.device
+    precision: Precision
+    inception: Measure | None = None  # of the evaluation while training
 
 
 def make_plan(

@@ -16,6 +16,7 @@ from util.parser import Parser
 from util.provenance import git_revision
 from util.report_html import Section, cards, note, page
 from util.report_run import Found, find
+from util.training_args import training_parser
 
 CARDS = 6
 
@@ -71,7 +72,7 @@ def sections(found: Found) -> list[Section]:
 
 
 def _settings(found: Found, named: bool) -> list[Section]:
-    defaults = vars(_training_parser().parse([])) if found.trainings else {}
+    defaults = vars(training_parser("").parse([])) if found.trainings else {}
     made = []
     for training in found.trainings:
         after = f": {found.name(training.folder)}" if named else ""
@@ -82,12 +83,6 @@ def _settings(found: Found, named: bool) -> list[Section]:
         if known:
             made.append(Section(f"Environment{after}", known))
     return made
-
-
-def _training_parser() -> Parser:
-    from main_tokenbridge import make_parser as training_parser  # slow to import
-
-    return training_parser()
 
 
 def foot(found: Found) -> str:

@@ -1,9 +1,16 @@
-"""The flag groups of training, which no other script has."""
+"""The command line of training and its evaluation, and what of it no other script has."""
 
 import argparse
 
 from util.args import (
+    add_device_flags,
+    add_distributed_flags,
+    add_loader_flags,
+    add_metric_flags,
+    add_model_flags,
     add_output_flags,
+    add_precision_flag,
+    add_vae_flags,
     fraction,
     non_negative_float,
     non_negative_int,
@@ -11,8 +18,27 @@ from util.args import (
     positive_int,
 )
 from util.errors import UserError
+from util.evaluation import add_evaluation_flags
+from util.look import add_look_flags
 from util.optim import BLR_BATCH
 from util.parser import Parser
+
+
+def training_parser(description: str) -> Parser:
+    """That of main_tokenbridge.py. description: of the script that reads it."""
+    parser = Parser(description)
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_vae_flags(parser)
+    add_training_flags(parser)
+    add_saving_flags(parser)
+    add_look_flags(parser)
+    add_evaluation_flags(parser)
+    add_metric_flags(parser)
+    add_loader_flags(parser)
+    add_precision_flag(add_device_flags(parser))
+    add_distributed_flags(parser)
+    return parser
 
 
 def add_data_flags(parser: Parser) -> None:
