@@ -1,11 +1,14 @@
 """Compiled blocks: the same numbers, and a number of graphs that does not grow."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from models.sampler import sample_latents
-from tests.conftest import tiny_model
+from tests.conftest import ROOT, tiny_model
 from util.device import compile_model
 from util.errors import UserError
 
@@ -35,7 +38,7 @@ def gradients(model) -> list[torch.Tensor]:
 def test_compiled_blocks_give_the_same_gradients():
     model = tiny_model().eval()
     expected = gradients(model)
-    model.compile_blocks()
+    compile_model(model, torch.device("cpu"))
     assert counters["stats"]["unique_graphs"] == 0
     for found, plain in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
@@ -78,3 +81,21 @@ def test_a_missing_compiler_is_named(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler"):
         compile_model(tiny_model(), torch.device("cpu"))
+
+
+LOOKED_FOR_PIP = """
+from importlib.util import find_spec
+find_spec("pip")
+import torch
+from tests.conftest import tiny_model
+from util.device import compile_model
+compile_model(tiny_model(), torch.device("cpu"))
+from torch.utils import cpp_extension  # as inductor does
+"""
+
+
+def test_what_has_looked_for_pip_before_does_not_matter():
+    """In a process of its own: setuptools is imported once."""
+    command = [sys.executable, "-c", LOOKED_FOR_PIP]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

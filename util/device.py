@@ -4,7 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -74,4 +74,16 @@ def compile_model(model: TokenBridge, device: torch.device) -> None:
         )
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs triton on CUDA: pip install triton, or leave it out")
+    import_setuptools()
     model.compile_blocks()
+
+
+def import_setuptools() -> None:
+    """Before inductor does, which would fail on Python 3.10 and 3.11 once anything has looked for
+    pip: setuptools then finds the standard library's distutils where it asserts its own.
+    """
+    hack = sys.modules.get("_distutils_hack")  # setuptools' own, from the start of the interpreter
+    if hack is not None:
+        vars(hack.DISTUTILS_FINDER).pop("spec_for_distutils", None)  # pip's wish for the other one
+    with suppress(ImportError):
+        import setuptools  # noqa: F401
