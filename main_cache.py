@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -224,5 +225,7 @@ def report(manifest: dict, path: str) -> dict:
     return {"cached_path": path} | {name: manifest[name] for name in shown}
 
 
+cli = partial(run, main)
+
 if __name__ == "__main__":
-    run(main)
+    cli()

@@ -6,6 +6,7 @@ torchrun --nproc_per_node=8 main_tokenbridge.py --evaluate --resume FOLDER --cfg
 
 import argparse
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -314,5 +315,7 @@ def plain(args: argparse.Namespace) -> dict:
     return {key: value for key, value in vars(args).items() if key != "explicit"}
 
 
+cli = partial(run, main)
+
 if __name__ == "__main__":
-    run(main)
+    cli()

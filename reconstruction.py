@@ -381,5 +381,7 @@ def measured(folder: ReconstructionFolder, names: list[str], measure: Measure | 
     return results
 
 
+cli = partial(run, main)
+
 if __name__ == "__main__":
-    run(main)
+    cli()

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util import stop
 from util.device import resolve_device
-from util.errors import UserError
+from util.errors import UserError, program
 from util.watchdog import FINISHED, Watchdog
 
 # Ranks wait for each other's last batch of an evaluation or shard of a cache, on a CPU for long.
@@ -191,7 +191,7 @@ def end(why: str, code: int) -> NoReturn:
 
     Not by an exception: what is left of the backend would only fail once more.
     """
-    print(f"{sys.argv[0]}: {why}", file=sys.stderr, flush=True)
+    print(f"{program()}: {why}", file=sys.stderr, flush=True)
     for finish in _finishers:
         finish()
     sys.stdout.flush()

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
+from functools import partial
 
 from util import dist, doctor_checks, stop
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown
@@ -99,5 +100,7 @@ def tell(findings: list[Finding]) -> None:
     print("{} ok, {} warnings, {} failures".format(*counts))
 
 
+cli = partial(run, main)
+
 if __name__ == "__main__":
-    run(main)
+    cli()

@@ -8,6 +8,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from util import stop
@@ -44,6 +45,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def program() -> str:
+    """The name by which this process was started, of a script or a console command."""
+    return Path(sys.argv[0]).name
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a script's main and end the process.
 
@@ -72,5 +78,5 @@ def run(main: Callable[[], None]) -> NoReturn:
         with stop.deferred():  # torchrun asks the others to end before they have found out why
             dist.end(f"stopped: {dist.who_is_lost()}", EXIT_LOST_PEER)
     if line is not None:
-        print(f"{sys.argv[0]}: {line}", file=sys.stderr, flush=True)
+        print(f"{program()}: {line}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -6,6 +6,7 @@ OUTPUT_DIR is what a training, an evaluation or a reconstruction has written, or
 The page is one file that loads nothing from elsewhere. What the folder lacks is left out.
 """
 
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -91,5 +92,7 @@ def foot(found: Found) -> str:
     return f"Made of <code>{escape(str(found.root))}</code> by <code>util.report</code>{by}."
 
 
+cli = partial(run, main)
+
 if __name__ == "__main__":
-    run(main)
+    cli()
