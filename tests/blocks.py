@@ -41,7 +41,7 @@ import main_tokenbridge
 from models.config import preset
 from models.tokenbridge import TokenBridge
 from models.vae import AutoencoderKL
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 from tests.measures import PIXELS
 from tests.runs import call, free_port, make_images
 from util import fid_stats
@@ -182,7 +182,7 @@ def settle(world: Path, folder: Path, text: str) -> dict[str, str]:
     paths = {"IMAGENET_PATH": "imagenet", "CACHED_PATH": cache, "OUTPUT_DIR": run}
     return {name: str(folder / path) for name, path in paths.items()} | {
         **dict(NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", GPUS="1"),
-        **dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_DISABLE_PROGRESS_BARS="1"),
+        **dict(HF_HUB_DISABLE_PROGRESS_BARS="1"),
     }
 
 
@@ -249,7 +249,10 @@ def answer(program: str, words: list[str], folder: str, env: dict[str, str]):
     before = os.getcwd()
     try:
         os.chdir(folder)
-        surroundings = mock.patch.dict(os.environ, env), mock.patch.object(sys, "path", [*sys.path])
+        surroundings = (
+            mock.patch.dict(os.environ, env, clear=True),
+            mock.patch.object(sys, "path", [*sys.path]),
+        )
         with surroundings[0], surroundings[1], redirect_stdout(out), redirect_stderr(err):
             run_here(program, words)
     except SystemExit as end:
@@ -276,7 +279,7 @@ def run_bash(text: str, folder: Path, env: dict[str, str]) -> subprocess.Complet
         process = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", text],
             cwd=folder,
-            env=os.environ | env | {"PATH": f"{programs}:{os.environ['PATH']}"},
+            env=environment(alone=True, **env, PATH=f"{programs}:{os.environ['PATH']}"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

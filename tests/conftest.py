@@ -94,24 +94,31 @@ def tiny_model(**changes) -> TokenBridge:
     return model.eval()
 
 
+def environment(alone: bool = False, **env) -> dict[str, str]:
+    """Of a command as a user starts it: this process's, without PYTHONPATH.
+
+    alone: without what small processes have, which share the cores with others, too.
+    """
+    shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    hidden = ("PYTHONPATH", *shared)
+    found = {name: value for name, value in os.environ.items() if name not in hidden}
+    return found | ({} if alone else shared) | {name: str(value) for name, value in env.items()}
+
+
 def run_script(
     *command, cwd: Path = ROOT, timeout: int = 300, **env
 ) -> subprocess.CompletedProcess:
-    """Run a command of ours as a user does; python and torchrun are this interpreter's."""
+    """Run a script, a module or torchrun as a user does, by this interpreter."""
     first, *rest = (str(part) for part in command)
-    if first == "torchrun":
-        start = [sys.executable, "-m", "torch.distributed.run"]
-    else:
-        start = [sys.executable, str(ROOT / first)]
-        rest = list(rest)
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    module = "torch.distributed.run" if first == "torchrun" else first
+    start = [str(ROOT / first)] if first.endswith(".py") else ["-m", module]
     return subprocess.run(
-        [*start, *rest],
+        [sys.executable, *start, *rest],
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=timeout,
-        env=os.environ | settings | {key: str(value) for key, value in env.items()},
+        env=environment(**env),
     )
 
 

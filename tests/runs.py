@@ -1,6 +1,5 @@
 """Small inputs for the scripts, and the ways to call them: in this process or as processes."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from PIL import Image
 import main_cache
 import main_tokenbridge
 from models.vae import AutoencoderKL
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 from util.errors import EXIT_USER_ERROR, run
 from util.vae_files import save_vae
 
@@ -138,12 +137,11 @@ def free_port() -> int:
 
 def run_together(*commands: list[str], env: list[dict] | None = None, timeout: int = 120):
     """Start processes at once, wait for all; their (return code, stdout, stderr)."""
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     started = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
             cwd=ROOT,
-            env=os.environ | settings | {k: str(v) for k, v in own.items()},
+            env=environment(**own),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from PIL import Image
 from models.generate import generate
 from models.tokenbridge import TokenBridge
 from tests.browser import chromium
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 from tests.runs import free_port
 from tests.test_app import CLASSES, make_place
 from util.vae_files import load_vae
@@ -42,8 +41,7 @@ def server(place):
     port, log = free_port(), place / "page.log"
     command = [sys.executable, ROOT / "demo" / "app.py", "--resume", "run", "exported"]
     command += ["--port", str(port), "--device", "cpu", "--seed", "3"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    env = environment(http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
     with open(log, "w") as file:
         process = subprocess.Popen(
             [str(part) for part in command], cwd=place, env=env, stdout=file, stderr=file

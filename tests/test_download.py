@@ -1,7 +1,6 @@
 """python -m util.download against a stand-in for the hub on loopback."""
 
 import hashlib
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 from tests.hub import Hub, git_blob, running
 from tests.runs import call, free_port, refused
 from util import download
@@ -158,7 +157,7 @@ def test_a_signal_stops_it_and_the_same_command_goes_on(hub, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "util.download", *command(hub, tmp_path, "large")],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch_fidelity
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 from tests.measures import PIXELS, save_model
 from tests.runs import EVALUATE_FLAGS, SIZE, evaluate, flags, free_port, make_inputs
 from util import evaluation
@@ -65,11 +65,8 @@ def start(inputs: Path, output: Path, processes: int, **changes) -> subprocess.P
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     launch += [f"--master_port={free_port()}"]
     command = [sys.executable, *(launch if processes > 1 else []), "main_tokenbridge.py", *argv]
-    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | env, start_new_session=True, **pipes
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, **pipes)
 
 
 def kill_after(process: subprocess.Popen, output: Path, batches: int) -> None:

@@ -179,7 +179,7 @@ def test_push_to_hub_puts_it_there(trained, tmp_path):
     with running(Hub()) as hub:
         argv = ["--resume", trained, "--output_dir", tmp_path / "out"]
         settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": 1, "HF_HOME": tmp_path / "home"}
-        command = ["util/export.py", *argv, "--push_to_hub", "me/digits"]
+        command = ["util.export", *argv, "--push_to_hub", "me/digits"]
         done = run_script(*command, **settings, HF_TOKEN=TOKEN)
         assert done.returncode == 0, done.stderr
         assert f"pushed to {hub.url}/me/digits" in done.stdout

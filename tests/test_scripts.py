@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 from tests.runs import TRAIN_FLAGS, flags, load
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
@@ -17,8 +17,7 @@ TORCHRUN, SLURM = (ROOT / "scripts" / f"train_{name}.sh" for name in ("torchrun"
 
 def start(script: Path, *argv, path: Path | None = None, **env) -> subprocess.CompletedProcess:
     """path: a folder of stand-ins that go before the system's programs."""
-    settings = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    found = os.environ | settings | {key: str(value) for key, value in env.items()}
+    found = environment(alone=True, **{"PYTHON": sys.executable} | env)
     if path is not None:
         found["PATH"] = f"{path}:{found['PATH']}"
     return subprocess.run(

@@ -19,7 +19,7 @@ from tests.faults.harness import Job, Row, send
 from tests.runs import free_port
 from util.vae_files import save_vae
 
-SCRIPT = "tests/faults/count_cache.py"
+SCRIPT = "tests.faults.count_cache"
 SIZE, IMAGES, SHARD, BATCH = 16, 60, 4, 2
 # Images that a killed process has encoded in vain: the shard that it writes, the batches that wait.
 MOST_LOST = SHARD + QUEUED * BATCH
@@ -55,7 +55,7 @@ class Caching:
         if processes > 1:
             launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
             launch += [f"--master_port={free_port()}"]
-        return Job(*launch, SCRIPT, *self.argv, log=self.log, ENCODED=self.encoded)
+        return Job(*launch, "-m", SCRIPT, *self.argv, log=self.log, ENCODED=self.encoded)
 
     def finish(self, processes: int = 1) -> dict[str, bytes]:
         """Let it go on to its end; all that the cache holds."""

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, environment
 
 TIMEOUT = 300.0
 LIMITED = """
@@ -46,7 +46,6 @@ class Job:
 
     def __init__(self, *command, log: Path, limit: int | None = None, **env):
         self.log = log
-        settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         start = [sys.executable]
         if limit is not None:
             start += ["-c", LIMITED, limit, sys.executable]
@@ -54,7 +53,7 @@ class Job:
             self.process = subprocess.Popen(
                 [*map(str, (*start, *command))],
                 cwd=ROOT,
-                env=os.environ | settings | {key: str(value) for key, value in env.items()},
+                env=environment(**env),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
