@@ -15,9 +15,19 @@ from PIL import Image
 
 from models.quantizer import GaussianQuantizer
 from models.vae import AutoencoderKL
-from tests.conftest import run_script
+from tests.conftest import ROOT, run_script
 from tests.measures import PIXELS, save_random_inception
-from tests.runs import CHANNELS, CLASSES, COMMON, SIZE, flags, free_port, make_inputs, train
+from tests.runs import (
+    CHANNELS,
+    CLASSES,
+    COMMON,
+    SIZE,
+    flags,
+    free_port,
+    make_inputs,
+    run_together,
+    train,
+)
 from util import doctor, doctor_checks
 from util.cache_files import read_json, write_json
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient
@@ -99,6 +109,29 @@ def test_a_wrong_sum_fails(inputs, monkeypatch):
     )
     monkeypatch.setattr(doctor_checks, "dist", fake)
     assert_found(check("processes", inputs), FAILURE, "their sum is 1", "it should be 6")
+
+
+def test_another_checkout_is_named(inputs, tmp_path, monkeypatch):
+    """Where Python finds its models, and where pip has its editable installation."""
+    assert str(tmp_path) not in check("code", inputs).text
+    registered = tmp_path / "site-packages" / "tokenbridge-0.1.0.dist-info"
+    for folder in (tmp_path / "first" / "models", tmp_path / "an editable" / "util", registered):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+    (registered / "METADATA").write_text("Name: tokenbridge\n")
+    url = (tmp_path / "an editable").as_uri()
+    (registered / "direct_url.json").write_text(json.dumps({"url": url, "dir_info": {}}))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "first"), str(registered.parent)])
+    places = str(tmp_path / "first"), str(tmp_path / "an editable")
+    assert_found(check("code", inputs), WARNING, f"of {ROOT}", *places, "pip uninstall")
+
+
+def test_two_checkouts_are_not_mixed(tmp_path):
+    (tmp_path / "models").mkdir()
+    command = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import util"
+    (tmp_path / "models" / "__init__.py").touch()
+    ((code, _, stderr),) = run_together(["-c", command])
+    assert code == 1 and f"util comes from {ROOT} and models from {tmp_path}" in stderr
 
 
 # --- tokenizer
@@ -364,8 +397,8 @@ def test_no_check_stops_another(inputs, monkeypatch):
 
 def run_doctor(inputs: Path, *more: str, launch: tuple = (), **changes):
     argv = flags(inputs, GOOD, output_dir=inputs / "new", **changes)
-    start = (*launch, "-m", "util.doctor") if launch else ("util/doctor.py",)
-    return run_script(*start, *argv, *more)
+    start = (*launch, "-m") if launch else ()
+    return run_script(*start, "util.doctor", *argv, *more)
 
 
 def test_one_line_each_and_the_exit_code(inputs, tmp_path):

@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from tests.conftest import run_script
 from tools import lock as tool
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
@@ -84,6 +85,33 @@ def test_installed_versions_are_the_locked_ones():
 
 def test_everything_asked_for_is_installed():
     assert set(tool.direct_dependencies()) <= set(installed_versions())
+
+
+COMMANDS = tool.tomllib.loads((tool.ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+ASK_FOR_HELP = """
+import runpy, sys
+from importlib.metadata import entry_points
+for name in sys.argv[1:]:
+    sys.argv = [name, "--help"]
+    try:
+        if "." in name:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            entry_points(group="console_scripts")[name].load()()
+    except SystemExit as end:
+        assert not end.code, name
+"""
+
+
+def test_commands_and_modules_of_the_documentation_run_in_any_folder(tmp_path):
+    """As installed. In one process, which takes the seconds of the imports once."""
+    pages = [tool.ROOT / "README.md", *(tool.ROOT / "docs").glob("*.md")]
+    modules = {m for page in pages for m in re.findall(r"-m (util\.\w+)", page.read_text())}
+    (tmp_path / "ask.py").write_text(ASK_FOR_HELP)
+    result = run_script(tmp_path / "ask.py", *modules, *COMMANDS, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    programs = {f"{module.partition('.')[2]}.py" for module in modules} | set(COMMANDS)
+    assert set(re.findall(r"^usage: (\S+)", result.stdout, flags=re.MULTILINE)) == programs
 
 
 def test_citation_is_of_the_schema():

@@ -20,6 +20,7 @@ from util.parser import Parser
 from util.training_args import training_parser
 
 CHECKS: dict[str, Callable[[Patient], Finding | list[Finding]]] = {
+    "code": doctor_checks.code,
     "device": doctor_checks.device,
     "precision": doctor_checks.precision,
     "processes": doctor_checks.processes,

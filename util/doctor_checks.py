@@ -6,9 +6,13 @@ Letters: N images, C latent channels, h, w positions, K levels, B bins.
 """
 
 import argparse
+import json
 import shutil
+import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from models.quantizer import build_quantizer
 from models.tokenizer import Tokenizer
-from util import dist
+from util import ROOT, dist
 from util.build import cache_histogram, calibrated_levels, check_vae
 from util.data import center_crop, list_images, read_image
 from util.device import resolve_precision
@@ -42,6 +46,27 @@ ROOM = 2.0  # times the checkpoints' size, below which the space is called littl
 
 
 # --- machine
+
+
+def code(_patient: Patient) -> Finding:
+    """No other checkout or package has our names, where Python or pip would find it first."""
+    places = {Path(entry).resolve() for entry in sys.path} | _editable_checkouts()
+    others = [place for place in sorted(places - {ROOT}) if _has_our_names(place)]
+    problems = [f"another models or util is in {place}" for place in others]
+    remedy = "pip install -e . here, pip uninstall the other, or take it off PYTHONPATH"
+    return judged(problems, f"of {ROOT}", remedy)
+
+
+def _has_our_names(place: Path) -> bool:
+    files = (f"{name}{end}" for name in ("models", "util") for end in ("/__init__.py", ".py"))
+    return any((place / file).is_file() for file in files)
+
+
+def _editable_checkouts() -> set[Path]:
+    """Those that pip install -e . has registered under our name."""
+    found = (d.read_text("direct_url.json") for d in metadata.distributions(name="tokenbridge"))
+    urls = (json.loads(text)["url"] for text in found if text)
+    return {Path(unquote(urlsplit(url).path)).resolve() for url in urls if url[:5] == "file:"}
 
 
 def device(patient: Patient) -> Finding:

@@ -163,6 +163,8 @@ def registered_name(given: str, flag: str = "--feature_extractor") -> str:
     if module:
         if module.startswith("."):
             raise UserError(f"{flag} {given}: {module!r} is relative; name the module in full")
+        if "" not in sys.path:  # a console command, or a script of another folder
+            sys.path.append("")
         try:
             importlib.import_module(module)
         except ImportError as error:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
+from util import ROOT
+
 PACKAGES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy")
 
 
