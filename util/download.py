@@ -14,11 +14,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
+    HTTPError,  # that of the library it asks with: httpx, since version 2 httpx2
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -39,7 +39,7 @@ PLACES = {
 }
 ELSEWHERE = {"vae": "; MAR's README, https://github.com/LTH14/mar, links to a kl16.ckpt, too"}
 HUB = "https://huggingface.co"
-HUB_ERRORS = (httpx.HTTPError, OSError, ValueError)
+HUB_ERRORS = (HTTPError, OSError, ValueError)
 NO_ANSWER = (*HUB_ERRORS, TypeError, LookupError)  # an answer that is no hub's fails in many ways
 ANSWER_SECONDS = 20.0
 SHOWN = 12  # of a repository's files, in a message
@@ -226,7 +226,7 @@ def transfer(remote: RemoteFile, part: Path) -> None:
                 expected_size=remote.size,
                 displayed_filename=remote.name,
             )
-    except (httpx.HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise UserError(
             f"{remote.name}: broke off after {part.stat().st_size} of {remote.size} bytes "
             f"({first_line(error)}); start the same command again to go on"
