@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy")
+PACKAGES = ("torch", "torchvision", "torch-fidelity", "numpy")
 
 
 def digest(network: nn.Module) -> str:
