@@ -40,7 +40,7 @@ from util.look import Look, LookSettings
 from util.metrics_file import MetricsFile
 from util.optim import BLR_BATCH, LRSchedule, build_optimizer
 from util.parser import Parser
-from util.plan import Run, TrainSettings, make_plan
+from util.plan import Run, TrainSettings, make_plan, rate_remarks
 from util.provenance import environment
 from util.saver import CheckpointSaver, SaveSettings
 from util.sweep import evaluate_checkpoint, prepare_measure
@@ -81,6 +81,15 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     plan = make_plan(args, inputs.checkpoint, len(data.dataset), dist.world_size())
     batches = plan.schedule
     lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
+    schedule = LRSchedule(
+        lr,
+        args.min_lr,
+        args.warmup_epochs,
+        args.epochs,
+        batches.steps_per_epoch,
+        args.lr_schedule,
+    )
+    remarks = rate_remarks(args, schedule, plan, inputs.checkpoint)
     training = build_run(args, inputs, lr, device, precision)
     restore(inputs.checkpoint, training)
     check_agreement(
@@ -105,20 +114,12 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         extras={"classes": data.classes, "vae_sha256": data.vae_sha256, "args": plain(args)},
         evaluation=evaluation,
     )
-    description = describe(args, training, data, settings, lr)
+    description = "\n".join([*describe(args, training, data, settings, lr), *remarks])
     dist.print_main(description)
     metrics_file = MetricsFile(args.metrics_file, plan.first_step)
     if args.dry_run:
         return rehearse(training, settings, inputs, args.compile, train_step)
     log = make_log(args, training, data, settings, metrics_file)
-    schedule = LRSchedule(
-        lr,
-        args.min_lr,
-        args.warmup_epochs,
-        args.epochs,
-        batches.steps_per_epoch,
-        args.lr_schedule,
-    )
     look = make_look(args, training, data, held_out, settings)
     loader, reload = make_loader(args, data, settings, device)
     saver = CheckpointSaver(save_settings(args), batches.steps_per_epoch, plan.first_step)
@@ -183,8 +184,8 @@ def describe(
     data: TrainingData,
     settings: TrainSettings,
     lr: float,
-) -> str:
-    """What a user should see before a run of weeks begins."""
+) -> list[str]:
+    """Lines that a user should see before a run of weeks begins."""
     plan, batches = settings.plan, settings.plan.schedule
     parameters = sum(p.numel() for p in training.model.parameters()) / 1e6
     images = f"{batches.images} images in {len(data.classes)} classes"
@@ -198,7 +199,7 @@ def describe(
         lines.append(f"note: {plan.note}")
     if plan.first_step:
         lines.append(f"going on after step {plan.first_step}")
-    return "\n".join(lines)
+    return lines
 
 
 def save_settings(args: argparse.Namespace) -> SaveSettings:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 import main_cache
 import main_tokenbridge
 import reconstruction
+from demo import app
 from tests.conftest import ROOT
 from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, refused, tensors
-from util import config_file
+from util import config_file, fid_stats
 from util.errors import EXIT_USER_ERROR
 
 READY = sorted((ROOT / "configs").glob("*.yaml"))
@@ -54,6 +55,33 @@ def test_file_says_what_flags_say(config):
     differing = {k for k, v in vars(by_flags).items() if getattr(by_file, k) != v}
     assert differing == {"config", "explicit"}
     assert by_file.explicit == by_flags.explicit | {"no_flip", "cached_path"}
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "name"),
+    [
+        (main_tokenbridge, "resume", "output_dir"),
+        (main_cache, "cached_path", "data_path"),
+        (reconstruction, "fid_stats", "image_dir"),
+        (fid_stats, "output", "image_dir"),
+    ],
+)
+def test_home_is_expanded_on_the_command_line_and_in_a_file(
+    tmp_path, monkeypatch, script, flag, name
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text(f"{name}: ~/in the file/~\n")
+    args = parse("--config=~/own.yaml", f"--{flag}=~/flag", script=script)
+    assert getattr(args, flag) == f"{tmp_path}/flag"
+    assert getattr(args, name) == f"{tmp_path}/in the file/~"
+
+
+def test_several_paths_are_all_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text("resume: [~/a, b, ~/c]\n")
+    expected = [f"{tmp_path}/a", "b", f"{tmp_path}/c"]
+    assert parse("--config=~/own.yaml", script=app).resume == expected
+    assert parse("--resume", "~/a", "b", "~/c", script=app).resume == expected
 
 
 def test_command_line_goes_before_the_file(config):

@@ -4,8 +4,11 @@ Run as a script, this file is one of two processes: see `main`.
 """
 
 import inspect
+import multiprocessing
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -20,12 +23,12 @@ from engine_tokenbridge import train_step
 from models.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.runs import call, free_port, run_together
-from util import dist, extractor
+from util import dist, extractor, stop
 from util.agreement import Agreement
 from util.data import MicroBatchSampler
 from util.device import resolve_precision
 from util.ema import EMA
-from util.errors import UserError
+from util.errors import EXIT_STOPPED, UserError, run
 from util.inputs import check_agreement
 from util.plan import Plan, Run, Schedule, TrainSettings
 
@@ -174,7 +177,8 @@ def test_a_world_of_one_needs_nothing(capsys):
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "2"}
+SBATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "9"}
+SLURM = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2"}
 OPEN_MPI = {f"OMPI_COMM_WORLD_{k}": v for k, v in TORCHRUN.items() if k != "WORLD_SIZE"}
 OPEN_MPI["OMPI_COMM_WORLD_SIZE"] = "8"
 
@@ -201,6 +205,7 @@ def environment(monkeypatch):
         (SLURM, False, (5, 8, 2, "Slurm")),
         (SLURM | TORCHRUN, False, (3, 8, 1, "torchrun")),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, False, (0, 1, 0, "one process")),
+        (SBATCH, False, (0, 1, 0, "one process")),
         (OPEN_MPI, True, (3, 8, 1, "Open MPI (--dist_on_itp)")),
         (OPEN_MPI, False, (0, 1, 0, "one process")),
     ],
@@ -217,6 +222,8 @@ def test_place_is_what_the_launcher_says(environment, variables, itp, expected):
         ({}, {"dist_on_itp": True}, "OMPI_COMM_WORLD_RANK=None"),
         (SLURM | {"SLURM_LOCALID": "x"}, {}, "SLURM_LOCALID='x'"),
         (TORCHRUN, {}, "MASTER_ADDR and MASTER_PORT"),
+        (TORCHRUN | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, {}, "MASTER_PORT): invalid"),
+        (TORCHRUN, {"dist_url": "tcp://127.0.0.1"}, "tcp://127.0.0.1: host or port is missing"),
         (SLURM | {"SLURM_NODELIST": "node[1-2]", "PATH": ""}, {}, "node[1-2]"),
         ({}, {"device": "tpu"}, "--device 'tpu'"),
     ],
@@ -226,6 +233,57 @@ def test_what_cannot_start_says_why(environment, variables, arguments, fragment)
     with pytest.raises(UserError) as error:
         dist.init(**{"device": "cpu"} | arguments)
     assert fragment in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_plain_python_in_an_allocation_is_one_process_and_that_is_said(environment, capsys):
+    environment(SBATCH)
+    dist.init("cpu")
+    assert "allocation of 8 tasks but not started by srun: one process" in capsys.readouterr().err
+    environment(SBATCH | TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"})
+    dist.init("cpu")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("rank", "url", "words"),
+    [
+        (0, "env://", "2 of 3 processes (rank 1, 2) at 127.0.0.1:{port} (MASTER_ADDR"),
+        (1, "env://", "process 0 of 3 at 127.0.0.1:{port} (MASTER_ADDR"),
+        (0, "tcp://127.0.0.1:{port}", "2 of 3 processes (rank 1, 2) at tcp://127.0.0.1:{port} for"),
+    ],
+)
+def test_who_waits_says_for_whom_and_a_signal_ends_it(
+    environment, monkeypatch, capfd, rank, url, words
+):
+    port = str(free_port())
+    environment({"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0"})
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setattr(dist, "FIRST_WORD", 0.05)
+    monkeypatch.setattr(dist, "NEXT_WORD", 0.05)
+    expected = f"waiting for {words.format(port=port)}"
+    arguments = ("cpu", url.format(port=port))
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: run(lambda: dist.init(*arguments))
+    )
+    process.start()
+    said = ""
+    while process.is_alive() and expected not in said:
+        said += capfd.readouterr().err
+        time.sleep(0.02)
+    os.kill(process.pid, stop.SIGNALS[rank])
+    process.join(10)
+    assert process.exitcode == EXIT_STOPPED and expected in said
+
+
+def test_a_taken_port_is_told(environment):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        environment(TORCHRUN | {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        with pytest.raises(UserError, match=f"cannot meet at 127.0.0.1:{port} .* already in use"):
+            dist.init("cpu")
 
 
 def test_a_missing_device_is_replaced_and_that_is_said(environment, capsys, monkeypatch):

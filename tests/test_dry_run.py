@@ -75,6 +75,36 @@ def test_resumed_run_is_counted_from_its_checkpoint(inputs, tmp_path, capsys):
     assert files(output) == before and load(output)["step"] == 3
 
 
+@pytest.mark.parametrize(
+    ("resume", "changes", "expected"),
+    [
+        (
+            *(False, dict(warmup_epochs=None)),  # the last step is 5 of 300 to the peak
+            "--warmup_epochs 100 does not end before --epochs 2: the learning rate reaches "
+            "5.21e-06 of 0.000313; --warmup_epochs 0.5 would be a quarter",
+        ),
+        (
+            *(True, dict(epochs=4, min_lr=1e-6)),
+            "the learning rate of step 6 was 7.81e-05 when {checkpoint} was saved, and is 0.000276 "
+            "by the flags of now, --epochs 4 (was 2), --min_lr 1e-06 (was 0.0)",
+        ),
+        (True, dict(epochs=3, warmup_epochs=0, lr_schedule="constant", lr=7.8125e-5), None),
+        (False, dict(warmup_epochs=1.9), None),
+    ],
+)
+def test_a_rate_that_stays_low_or_jumps_is_told(
+    inputs, trained, tmp_path, capsys, resume, changes, expected
+):
+    resume = trained if resume else None
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", resume=resume, **changes)
+    call(main_tokenbridge.main, *argv, "--dry_run")
+    told = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    if expected is None:
+        assert told == []
+    else:
+        assert expected.format(checkpoint=trained / "checkpoint-last.pth") in told[0], told
+
+
 def test_damaged_checkpoint_is_told_and_stays(inputs, tmp_path, capsys):
     """A run would set it aside."""
     (tmp_path / "out").mkdir()

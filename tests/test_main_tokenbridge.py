@@ -119,7 +119,7 @@ def assert_two_train_as_one(inputs, trained, output, launcher: str, env: list[di
 
 
 def test_slurm_tasks_train_as_one(inputs, trained, tmp_path):
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SLURM_NTASKS": 2}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "SLURM_STEP_NUM_TASKS": 2}
     env = [meeting | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in (0, 1)]
     assert_two_train_as_one(inputs, trained, tmp_path / "out", "Slurm", env)
 

@@ -145,8 +145,8 @@ def test_slurm_script_says_how_it_is_started(tmp_path):
 SRUN = """
 shift
 for rank in 0 1; do
-  SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 SLURM_NODELIST=127.0.0.1 \\
-    MASTER_ADDR=127.0.0.1 "$@" >>"{folder}/task$rank" 2>&1 &
+  SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_STEP_NUM_TASKS=2 \\
+    SLURM_STEP_NODELIST=127.0.0.1 "$@" >>"{folder}/task$rank" 2>&1 &
 done
 if [ "$SLURM_RESTART_COUNT" = 0 ]; then
   until grep -q 'step 1/' "{folder}/task0" || ! kill -0 %1; do sleep 0.05; done

@@ -106,6 +106,13 @@ class Checkpoint:
         args = self.saved.get("args")
         return args.get(name) if isinstance(args, dict) else None
 
+    def last_rate(self) -> float | None:
+        """The learning rate of the step before it was saved; None if it does not say."""
+        try:
+            return float(self.saved["optimizer"]["param_groups"][0]["lr"])
+        except (LookupError, TypeError, ValueError):
+            return None
+
     def whole_number(self, name: str) -> int:
         """`epoch`, `step`, ... as the file has it. Raises UserError if it is none."""
         value = self.saved.get(name)

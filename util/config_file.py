@@ -3,6 +3,7 @@
     model: tokenbridge_large    # the names of the flags
     use_cached: true            # switches are true or false
     cfg: [2.5, 3.1]             # several values are a list
+    data_path: ~/imagenet       # ~ is the home folder; variables as $HOME are not replaced
 
 What a file says counts as given; the command line goes before it. A file that a run has left holds
 all values and, under `given`, the names of those that were given: to be told that a value is the
@@ -10,6 +11,7 @@ default's is not the same as to be given it, where a checkpoint or a cache knows
 """
 
 import argparse
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +148,7 @@ def convert(entry: Entry, action: argparse.Action):
 def convert_one(place: str, value, action: argparse.Action):
     if isinstance(value, list) and action.type is not None:
         value = ",".join(map(str, value))  # --channel_order 8,1,10
+    value = os.path.expanduser(value) if isinstance(value, str) else value
     allowed = str if action.type is None else (str, int, float)
     if isinstance(value, bool) or not isinstance(value, allowed):
         kind = "text (put it in quotes)" if action.type is None else "a single value"

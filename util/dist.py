@@ -8,7 +8,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util import stop
 from util.device import resolve_device
-from util.errors import UserError, program
+from util.errors import UserError, as_user_error, program
 from util.watchdog import FINISHED, Watchdog
 
 # Ranks wait for each other's last batch of an evaluation or shard of a cache, on a CPU for long.
@@ -31,6 +34,8 @@ from util.watchdog import FINISHED, Watchdog
 TIMEOUT = timedelta(hours=3)
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # torchrun counts the restarts of --max-restarts in it
 NO_PROGRESS = 600.0  # seconds; the default of --dist_timeout
+# Seconds of waiting for processes that have not come yet: to the first line, and between two more.
+FIRST_WORD, NEXT_WORD = 30.0, 60.0
 _watchdog: Watchdog | None = None  # of this process, if there are others
 _finishers: list[Callable[[], None]] = []
 
@@ -62,12 +67,21 @@ def detect_world(dist_on_itp: bool = False) -> World:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         os.environ.setdefault("LOCAL_RANK", "0")
         return _world("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-    # The tasks of this srun step; a plain python inside an allocation is a step of one.
-    step = "SLURM_STEP_NUM_TASKS"
-    tasks = step if step in os.environ else "SLURM_NTASKS"
-    if "SLURM_PROCID" in os.environ and os.environ.get(tasks, "1") != "1":
-        return _world("Slurm", "SLURM_PROCID", tasks, "SLURM_LOCALID")
+    # Of a step only srun tells the number of tasks; the script of sbatch has all other variables.
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        return _world("Slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     return World(rank=0, size=1, local_rank=0, launcher="one process")
+
+
+def _say_that_slurm_is_not_used(world: World) -> None:
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if world.launcher == "one process" and tasks != "1" and "SLURM_STEP_ID" not in os.environ:
+        print(
+            f"inside a Slurm allocation of {tasks} tasks but not started by srun: one process "
+            "(`srun python ...` starts one for each task)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _slurm_master() -> str:
@@ -96,6 +110,7 @@ def init(
     timeout: seconds without progress of any process after which all stop.
     """
     world = detect_world(dist_on_itp)
+    _say_that_slurm_is_not_used(world)
     local_rank = world.local_rank
     if world.launcher == "Slurm" and torch.cuda.is_available():
         local_rank %= torch.cuda.device_count()  # --gpus-per-task shows each task its own alone
@@ -132,18 +147,85 @@ def init(
 
 
 def _meet(dist_url: str, world: World) -> dist.Store:
-    """The store in which the processes find each other's addresses.
+    """The store in which the processes find each other's addresses, once all of them are there.
 
     With --master_addr, torchrun --max-restarts keeps one store for all attempts: without a prefix
     of its own a process might find the address of one that has died, and wait for it. Where
     torchrun finds its nodes by itself (--rdzv_id), each attempt has a new store, and nodes may
     count the attempts differently.
     """
-    store, _, _ = next(rendezvous(dist_url, world.rank, world.size, timeout=TIMEOUT))
+    where = _meeting_place(dist_url)
+    opened = _in_thread(lambda: _open_store(dist_url, world))
+    _wait(opened.done, lambda: f"process 0 of {world.size} at {where}")
+    with as_user_error(f"cannot meet at {where}", (RuntimeError, ValueError)):
+        store = opened.result()
     one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    if not one_node and os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none":
-        return store
-    return dist.PrefixStore(f"attempt{os.environ.get(ATTEMPT, 0)}", store)
+    if one_node or os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
+        store = dist.PrefixStore(f"attempt{os.environ.get(ATTEMPT, 0)}", store)
+    store.set(f"here{world.rank}", "")
+    _wait(lambda: not _missing(store, world), lambda: _told_missing(store, world, where))
+    return store
+
+
+def _meeting_place(dist_url: str) -> str:
+    address, port = (os.environ.get(f"MASTER_{name}") for name in ("ADDR", "PORT"))
+    return f"{address}:{port} (MASTER_ADDR, MASTER_PORT)" if dist_url == "env://" else dist_url
+
+
+def _open_store(dist_url: str, world: World) -> dist.Store:
+    """As torch's rendezvous, but that the main process does not wait for the others here."""
+    url = urlsplit(dist_url)
+    if url.scheme not in ("env", "tcp"):
+        return next(rendezvous(dist_url, world.rank, world.size, timeout=TIMEOUT))[0]
+    host, port, of_agent = url.hostname, url.port, False
+    if url.scheme == "env":
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's own
+    if not host or not port:
+        raise ValueError("host or port is missing")
+    serves = world.rank == 0 and not of_agent
+    return dist.TCPStore(host, port, None, serves, TIMEOUT, wait_for_workers=False)
+
+
+def _in_thread(work: Callable[[], dist.Store]) -> Future:
+    """What waits in torch's C++ keeps the main thread's signals waiting, too."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name="rendezvous").start()
+    return future
+
+
+def _wait(done: Callable[[], bool], whom: Callable[[], str]) -> None:
+    """In sleeps, which a signal ends, of a tenth of the time so far; whom: what is said then."""
+    begun, due = time.monotonic(), FIRST_WORD
+    while not done():
+        waited = time.monotonic() - begun
+        if waited >= due:
+            due += NEXT_WORD
+            if words := whom():
+                print(f"waiting for {words} for {waited:.0f} s", file=sys.stderr, flush=True)
+        time.sleep(min(0.01 + waited / 10, 0.5))
+
+
+def _missing(store: dist.Store, world: World) -> list[int]:
+    if store.check([f"here{rank}" for rank in range(world.size)]):
+        return []
+    return [rank for rank in range(world.size) if not store.check([f"here{rank}"])]
+
+
+def _told_missing(store: dist.Store, world: World, where: str) -> str:
+    """Whom one waits for, in words; none but on the first rank that is here."""
+    missing = _missing(store, world)
+    if not missing or world.rank != min(set(range(world.size)) - set(missing)):
+        return ""
+    shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+    return f"{len(missing)} of {world.size} processes (rank {shown}) at {where}"
 
 
 def is_restarted() -> bool:

@@ -4,6 +4,7 @@ The groups of flags are in util/args.py and util/training_args.py.
 """
 
 import argparse
+import os
 import re
 import sys
 import textwrap
@@ -68,6 +69,14 @@ class HelpFormatter(argparse.HelpFormatter):
         return super()._format_usage(usage, actions, groups, prefix)
 
 
+def expand_home(word: str) -> str:
+    """~ and ~user, as the shell does for a word of its own, but not in --flag=~/folder."""
+    flag, equals, value = word.partition("=")
+    if equals and flag.startswith("--"):
+        return f"{flag}={os.path.expanduser(value)}"
+    return os.path.expanduser(word)
+
+
 class Parser(argparse.ArgumentParser):
     """--help shows defaults; a wrong flag gets one line and exit code 2.
 
@@ -94,6 +103,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Like parse_args, with `explicit`: the names that were given, as flags or by --config."""
         self._add_negations()
+        argv = [expand_home(word) for word in (sys.argv[1:] if argv is None else argv)]
         args, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(f"unknown: {' '.join(unknown)}{self._hint(unknown)}")
@@ -125,7 +135,7 @@ class Parser(argparse.ArgumentParser):
                     help=argparse.SUPPRESS,
                 )
 
-    def _given(self, argv: list[str] | None) -> set[str]:
+    def _given(self, argv: list[str]) -> set[str]:
         given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         for action in self._actions:
             if action.option_strings and action.dest not in ("help", "config"):

@@ -6,6 +6,7 @@ same global batch, shared by others, is the same training.
 """
 
 import argparse
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from util.ema import EMA
 from util.errors import UserError
 from util.evaluation import EvalSettings
 from util.metrics import Measure
+from util.optim import LRSchedule
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,42 @@ def saved_schedule(checkpoint: Checkpoint | None) -> Schedule | None:
     if not isinstance(values, dict) or any(type(values.get(name)) is not int for name in names):
         raise UserError(f"--resume {checkpoint.path}: 'schedule' is {values!r}, not whole numbers")
     return Schedule(**{name: values[name] for name in names})
+
+
+# Flags of which the learning rate is made, but for those of the batch, which `differences` tells.
+OF_THE_RATE = ("epochs", "warmup_epochs", "lr", "blr", "min_lr", "lr_schedule")
+
+
+def rate_remarks(
+    args: argparse.Namespace, rate: LRSchedule, plan: Plan, checkpoint: Checkpoint | None
+) -> list[str]:
+    """Warnings of a learning rate that never gets high, or that jumps where a run goes on."""
+    remarks, step = [], plan.first_step - 1
+    if step >= rate.last_step:
+        return []
+    if rate.warmup_epochs >= rate.epochs:
+        reached = f"{rate(rate.last_step):.3g} of {rate.lr:.3g}"
+        remarks.append(
+            f"warning: --warmup_epochs {rate.warmup_epochs:g} does not end before --epochs "
+            f"{rate.epochs}: the learning rate reaches {reached}; --warmup_epochs "
+            f"{rate.epochs / 4:g} would be a quarter of the run, as published"
+        )
+    before = checkpoint.last_rate() if checkpoint is not None else None
+    if before is not None and step >= 0 and not math.isclose(rate(step), before, rel_tol=0.01):
+        remarks.append(
+            f"warning: the learning rate of step {step + 1} was {before:.3g} when "
+            f"{checkpoint.path} was saved, and is {rate(step):.3g} by the flags of now"
+            f"{other_flags(args, checkpoint)}"
+        )
+    return remarks
+
+
+def other_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
+    known = {name: checkpoint.argument(name) for name in OF_THE_RATE}
+    if known["epochs"] is None:  # a file of the published code
+        return ""
+    changed = (name for name in OF_THE_RATE if known[name] != getattr(args, name))
+    return "".join(f", --{name} {getattr(args, name)} (was {known[name]})" for name in changed)
 
 
 def differences(schedule: Schedule, saved: Schedule) -> str:
