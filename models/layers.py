@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -82,19 +83,6 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p) if self.training else x
-
-
-class Mlp(nn.Module):
-    """Linear -> GELU -> Linear with dropout after each; `fc1`, `fc2` are the published names."""
-
-    def __init__(self, width: int, hidden: int, drop: float = 0.0):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.drop = Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
 def modulation(width: int, chunks: int) -> nn.Sequential:
@@ -195,7 +183,8 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(width)
         self.attn = Attention(width, heads, attn_drop, proj_drop)
         self.norm2 = LayerNorm(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio), proj_drop)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp.drop1 = self.mlp.drop2 = Dropout(proj_drop)
 
     def forward(self, x: Tensor, wanted: Tensor | None = None, kept: Kept | None = None) -> Tensor:
         """x: [N, T, D] -> [N, T, D], or, with wanted [N, R], only those positions [N, R, D].
