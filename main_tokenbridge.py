@@ -31,7 +31,7 @@ from util.files import check_writable
 from util.flops import training_step
 from util.hardware import Meter, peak_flops
 from util.heldout import HeldOut, find_heldout
-from util.inputs import Inputs, TrainingData, check_agreement, open_inputs
+from util.inputs import Inputs, TrainingData, check_agreement, open_inputs, refuse_finished
 from util.json_output import figures_on_stdout
 from util.latent_cache import as_one_batch
 from util.lock import only_job_in, refuse_busy
@@ -92,6 +92,8 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     remarks = rate_remarks(args, schedule, plan, inputs.checkpoint)
     training = build_run(args, inputs, lr, device, precision)
     restore(inputs.checkpoint, training)
+    last_step = args.epochs * batches.steps_per_epoch
+    refuse_finished(inputs.checkpoint, args, range(plan.first_step, last_step))
     check_agreement(
         {
             "first step (--resume)": plan.first_step,

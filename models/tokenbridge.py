@@ -5,12 +5,14 @@ Letters: B batch, L positions, C channels of a token, K levels, M masked positio
 Source: arXiv 2503.16430.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.backbone import Backbone
 from models.channel_head import ChannelHead
@@ -21,6 +23,10 @@ from models.patchify import patchify
 from models.pretrained import Pretrained
 from models.quantizer import build_quantizer
 from models.vae import check_layout
+
+# Tensors, in the published names, whose size is that of the classes or of the grid.
+CLASS_ROWS = "class_emb.weight"
+POSITIONS = ("encoder_pos_embed_learned", "decoder_pos_embed_learned", "output_pos_embed")
 
 
 class TokenBridge(nn.Module, Pretrained):
@@ -185,6 +191,25 @@ def token_order(config: TokenBridgeConfig) -> tuple[int, ...]:
     """The head's order over all C*p*p scalars of a token: channel by channel, then row-major."""
     area = config.patch_size**2
     return tuple(c * area + k for c in config.channel_order for k in range(area))
+
+
+def resized_positions(state: dict[str, Tensor], side: int) -> dict[str, Tensor]:
+    """A published state dict with its positions interpolated to a grid of side x side.
+
+    Each table is [1, S + L, D] or [1, L, D], the L positions those of a square; the S slots stay.
+    """
+    length = state["output_pos_embed"].shape[1]
+    before = math.isqrt(length)
+    if before == side:
+        return state
+
+    def resized(table: Tensor) -> Tensor:
+        slots, grid = table.float().split([table.shape[1] - length, length], dim=1)
+        grid = grid.unflatten(1, (before, before)).movedim(-1, 1)  # [1, D, h, w]
+        grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
+        return torch.cat([slots, grid.flatten(2).mT], dim=1)
+
+    return state | {name: resized(state[name]) for name in POSITIONS}
 
 
 def _published_names(own_names) -> dict[str, str]:

@@ -7,6 +7,7 @@ Letters: B batch, C latent channels, S stride, h = H / S.
 Source: Rombach et al., arXiv 2112.10752; Li et al. (MAR), arXiv 2406.11838.
 """
 
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +16,10 @@ from torch.nn import functional as F
 
 # The published VAE: 66,456,019 parameters, stride 16.
 KL16 = {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), "ch": 128, "num_res_blocks": 2}
+# What other VAEs of these tensor names have otherwise: KL-16's encoder attends in its coarsest
+# level alone (None), and those of Flux and SD 3 have no 1x1 convolutions around the latents.
+VARIANTS = {"encoder_attention": None, "decoder_attention": (), "quant_conv": True}
+PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 GROUPS = 32
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -199,13 +204,20 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     """Images [B, 3, H, W] -> [B, 2C, h, w]."""
 
-    def __init__(self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int):
+    def __init__(
+        self,
+        ch: int,
+        ch_mult: tuple[int, ...],
+        num_res_blocks: int,
+        z_channels: int,
+        attention: tuple[int, ...],
+    ):
         super().__init__()
         self.conv_in = conv3x3(3, ch)
         self.down = nn.ModuleList()
         width, last = ch, len(ch_mult) - 1
         for i, mult in enumerate(ch_mult):
-            level = Level([width] + [ch * mult] * num_res_blocks, attention=i == last)
+            level = Level([width] + [ch * mult] * num_res_blocks, i in attention)
             width = ch * mult
             level.downsample = Downsample(width) if i < last else nn.Identity()
             self.down.append(level)
@@ -223,14 +235,21 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents [B, C, h, w] -> images [B, 3, H, W]; one residual block a level more than above."""
 
-    def __init__(self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int):
+    def __init__(
+        self,
+        ch: int,
+        ch_mult: tuple[int, ...],
+        num_res_blocks: int,
+        z_channels: int,
+        attention: tuple[int, ...],
+    ):
         super().__init__()
         width = ch * ch_mult[-1]
         self.conv_in = conv3x3(z_channels, width)
         self.mid = Middle(width)
         levels = []
         for i in reversed(range(len(ch_mult))):
-            level = Level([width] + [ch * ch_mult[i]] * (num_res_blocks + 1))
+            level = Level([width] + [ch * ch_mult[i]] * (num_res_blocks + 1), i in attention)
             width = ch * ch_mult[i]
             level.upsample = Upsample(width) if i > 0 else nn.Identity()
             levels.insert(0, level)
@@ -251,6 +270,8 @@ class AutoencoderKL(VAE):
     embed_dim: C, latent channels. ch: width of the finest level, a multiple of 32.
     ch_mult: width multiplier of each level, finest first; the stride is 2^(levels - 1).
     num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
+    encoder_attention, decoder_attention: the levels that attend. quant_conv: whether there are 1x1
+    convolutions around the latents.
     ckpt_path: a file in the published form, a dict whose key `model` holds the tensors.
     Raises ValueError if ch does not fit the group norms, or if the file's tensors do not match.
     """
@@ -262,6 +283,9 @@ class AutoencoderKL(VAE):
         ckpt_path: str | Path | None = None,
         ch: int = KL16["ch"],
         num_res_blocks: int = KL16["num_res_blocks"],
+        encoder_attention: tuple[int, ...] | None = None,
+        decoder_attention: tuple[int, ...] = (),
+        quant_conv: bool = True,
     ):
         if ch <= 0 or ch % GROUPS:
             raise ValueError(f"ch {ch} is not a multiple of {GROUPS}, the group norms' groups")
@@ -271,11 +295,22 @@ class AutoencoderKL(VAE):
             "ch": ch,
             "num_res_blocks": num_res_blocks,
         }
-        super().__init__(config, channels=embed_dim, stride=2 ** (len(ch_mult) - 1))
-        self.encoder = Encoder(ch, ch_mult, num_res_blocks, embed_dim)
-        self.decoder = Decoder(ch, ch_mult, num_res_blocks, embed_dim)
-        self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, kernel_size=1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, kernel_size=1)
+        last = len(ch_mult) - 1
+        attention = (last,) if encoder_attention is None else tuple(encoder_attention)
+        variant = {
+            "encoder_attention": None if attention == (last,) else attention,
+            "decoder_attention": tuple(decoder_attention),
+            "quant_conv": quant_conv,
+        }
+        config |= {name: value for name, value in variant.items() if value != VARIANTS[name]}
+        super().__init__(config, channels=embed_dim, stride=2**last)
+        shape = (ch, ch_mult, num_res_blocks, embed_dim)
+        self.encoder = Encoder(*shape, attention)
+        self.decoder = Decoder(*shape, tuple(decoder_attention))
+        self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
+        if quant_conv:
+            self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, kernel_size=1)
+            self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, kernel_size=1)
         if ckpt_path is not None:
             saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)
             self.load_published(saved["model"])
@@ -295,6 +330,35 @@ class AutoencoderKL(VAE):
         """Load tensors by their published names; all must match. Raises ValueError."""
         check_layout(state, self.state_dict())
         self.load_state_dict(state)
+
+
+def settings_of(state: dict[str, Tensor]) -> dict:
+    """The settings of an `AutoencoderKL`, from the names and shapes of its tensors.
+
+    Raises ValueError without a tensor that tells them; others are the layout's to miss.
+    """
+
+    def shape(name: str) -> torch.Size:
+        if name not in state:
+            raise ValueError(f"it has no tensor {name}")
+        return state[name].shape
+
+    def indices(pattern: str) -> tuple[int, ...]:
+        found = (re.match(pattern, name) for name in state)
+        return tuple(sorted({int(match[1]) for match in found if match}))
+
+    ch = shape("encoder.conv_in.weight")[0]
+    levels = indices(r"encoder\.down\.(\d+)\.block\.")
+    widths = (shape(f"encoder.down.{i}.block.0.conv2.weight")[0] for i in levels)
+    return {
+        "embed_dim": shape("decoder.conv_in.weight")[1],
+        "ch_mult": tuple(width // max(ch, 1) for width in widths),
+        "ch": ch,
+        "num_res_blocks": len(indices(r"encoder\.down\.0\.block\.(\d+)\.")),
+        "encoder_attention": indices(r"encoder\.down\.(\d+)\.attn\."),
+        "decoder_attention": indices(r"decoder\.up\.(\d+)\.attn\."),
+        "quant_conv": "quant_conv.weight" in state,
+    }
 
 
 def check_layout(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

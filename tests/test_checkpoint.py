@@ -1,21 +1,32 @@
 """Checkpoints travel between this project and the published code, and no save is ever half done."""
 
+import sys
 from argparse import Namespace
+from collections import defaultdict
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import main_cache
 from engine_tokenbridge import training_state
 from models.config import preset
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from tests.runs import (
+    CACHE_FLAGS,
     CHANNELS,
     SIZE,
     STRIDE,
+    assert_same_training,
+    call,
     evaluate,
+    flags,
     load,
     tensors,
     train,
@@ -298,6 +309,93 @@ def test_file_takes_its_name_only_when_complete(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+# --- what others put into files
+
+
+class ModelCheckpoint(dict):
+    """As Lightning has among its callbacks; the module that it says it is of is not there."""
+
+    __module__ = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+@pytest.fixture
+def lightning(monkeypatch) -> type:
+    name = ModelCheckpoint.__module__
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(ModelCheckpoint=ModelCheckpoint))
+    yield ModelCheckpoint
+
+
+def beside() -> dict:
+    """Plain values that are not of Python's own."""
+    return {
+        **dict(loss=np.float64(1.5), step=np.int64(3), rng=np.arange(3, dtype=np.uint32)),
+        **dict(path=Path("/data"), device=torch.device("cuda:0"), date=datetime.now()),
+        **dict(args=Namespace(path=Path("x"), scale=np.float32(2)), counts=defaultdict(int, a=1)),
+    }
+
+
+def lightning_vae(vae: AutoencoderKL, kind: type) -> dict:
+    """As a training of latent diffusion saves it, by DistributedDataParallel and torch.compile."""
+    state = {f"first_stage_model.{name}": t for name, t in vae.state_dict().items()}
+    state = {f"module.{k}" if i % 2 else f"_orig_mod.{k}": state[k] for i, k in enumerate(state)}
+    state |= {"loss.logvar": torch.zeros(()), "model.diffusion_model.w": torch.zeros(3)}
+    callbacks = {kind: kind(best=np.float64(1))}
+    return {"state_dict": state, "callbacks": callbacks, "config": "x.yaml", **beside()}
+
+
+@pytest.mark.parametrize("form", ["lightning", "bare", "safetensors"])
+def test_vaes_of_other_trainers_are_read_and_what_was_left_out_is_said(
+    inputs, tmp_path, capsys, lightning, form
+):
+    vae, path = load_vae(inputs / "vae.ckpt"), tmp_path / "vae.safetensors"
+    if form == "safetensors":
+        save_file(vae.state_dict(), path)
+    else:
+        path = tmp_path / "vae.pt"
+        bare = form == "bare"
+        torch.save(vae.state_dict() if bare else lightning_vae(vae, lightning), path)
+    sys.modules.pop(lightning.__module__, None)
+    call(main_cache.main, *flags(inputs, CACHE_FLAGS, vae_path=path, cached_path=tmp_path / "new"))
+    said = "read without _orig_mod. and module. and first_stage_model. in its names; 2 tensors of "
+    assert (f"{path}: {said}loss, model passed over" in capsys.readouterr().out) == (
+        form == "lightning"
+    )
+    for shard in (tmp_path / "new").glob("shard-*.npy"):
+        assert shard.read_bytes() == (inputs / "cache" / shard.name).read_bytes()
+
+
+def test_names_of_wrapped_models_and_plain_values_change_nothing(inputs, trained, tmp_path, capsys):
+    content = load(trained)
+    for key, prefix in (("model", "module."), ("model_ema", "_orig_mod.module.")):
+        content[key] = {f"{prefix}{name}": tensor for name, tensor in content[key].items()}
+    torch.save(content | {"step": np.int64(6), "more": beside()}, tmp_path / "wrapped.pth")
+    found = train(inputs, tmp_path / "out", resume=tmp_path / "wrapped.pth", epochs=3)
+    assert "'model_ema': read without _orig_mod. and module. in" in capsys.readouterr().out
+    expected = train(inputs, tmp_path / "other", resume=trained, epochs=3)
+    assert_same_training(found, expected)
+
+
+def test_tensors_with_and_without_a_wrapper_are_not_merged(inputs, trained, tmp_path):
+    content = load(trained)
+    content["model"] |= {"module.mask_token": content["model"]["mask_token"]}
+    torch.save(content, tmp_path / "twice.pth")
+    with pytest.raises(UserError, match="with and without module.; keep one set"):
+        train(inputs, tmp_path / "out", resume=tmp_path / "twice.pth")
+
+
+def test_a_bare_state_dict_is_the_raw_weights(inputs, trained, tmp_path):
+    content, path = load(trained), tmp_path / "bare.pth"
+    torch.save(content["model"], path)
+    order = ",".join(map(str, content["config"]["channel_order"]))
+    same = dict(channel_order=order, latent_scale=content["config"]["latent_scale"])
+    same |= PUBLISHED | dict(eval_weights="model", no_metrics=True)
+    found = evaluate(inputs, tmp_path / "a", path, head_input="trained", **same)
+    own = dict(eval_weights="model", no_metrics=True)
+    assert found == evaluate(inputs, tmp_path / "b", trained, **own)
+    with pytest.raises(UserError, match="pass --eval_weights model"):
+        evaluate(inputs, tmp_path / "c", path, **same | {"eval_weights": "ema"})
+
+
 # --- the VAE's file
 
 
@@ -317,8 +415,9 @@ def test_vae_file_round_trips_with_its_shape(tmp_path):
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
-        ({"state_dict": {}}, "'model'"),
-        ({"model": small_vae().state_dict()}, "of another shape"),
+        ({"state_dict": {}}, "no VAE, but nothing"),
+        ({f"layer{i}.weight": torch.ones(1) for i in range(300)}, "layer4.weight and 295 more"),
+        ({"model": {"encoder.conv_in.weight": torch.ones(1)}}, "decoder.conv_in.weight"),
         ({"model": small_vae().state_dict(), "config": {"wings": 2}}, "wings"),
         ({"model": small_vae().state_dict(), "config": small_vae(embed_dim=3).config}, "conv_out"),
     ],

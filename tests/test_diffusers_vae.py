@@ -28,6 +28,7 @@ from util.latent_cache import open_cache
 from util.vae_files import load_vae, save_vae, vae_digest
 
 diffusers = pytest.importorskip("diffusers", reason="an extra: pip install -e '.[diffusers]'")
+single_file_utils = pytest.importorskip("diffusers.loaders.single_file_utils")
 
 WEIGHTS = "diffusion_pytorch_model"
 SIZES = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4}
@@ -158,6 +159,21 @@ def test_attention_in_the_names_of_early_diffusers_is_read(own):
     assert sum(".proj_attn." in name for name in state) == 4
     save_file(state, own / f"{WEIGHTS}.safetensors")
     assert_same_network(load_vae(own).eval(), network())
+
+
+@pytest.mark.parametrize("quant_conv", [True, False], ids=["as SDXL's", "as Flux's"])
+def test_a_file_in_the_names_of_latent_diffusion_is_the_network_of_diffusers(tmp_path, quant_conv):
+    """One .safetensors file without settings, as they are passed around; the shape is found."""
+    variant = {"encoder_attention": (), "quant_conv": quant_conv}
+    made = AutoencoderKL(4, (1, 2, 2), ch=32, num_res_blocks=1, **variant)
+    save_file(made.state_dict(), tmp_path / "vae.safetensors")
+    use = {"use_quant_conv": quant_conv, "use_post_quant_conv": quant_conv}
+    config = dict(network(3, norm_num_groups=32, block_out_channels=(32, 64, 64), **use).config)
+    state = single_file_utils.convert_ldm_vae_checkpoint(made.state_dict(), config)
+    found = load_vae(tmp_path / "vae.safetensors")
+    assert_same_network(found.eval(), DiffusersVAE(config, state).network)
+    save_vae(tmp_path / "vae.ckpt", found)
+    assert load_vae(tmp_path / "vae.ckpt").config == found.config
 
 
 def test_scale_and_shift_of_the_configuration_are_not_applied(own, saved):
@@ -399,9 +415,11 @@ def test_an_index_leads_nowhere_else(inputs, own, capsys, name):
 
 
 def test_what_is_no_such_folder_says_what_to_name(inputs, own, capsys):
-    line = cache_refusal(capsys, inputs, own / f"{WEIGHTS}.safetensors")
-    assert "name its folder" in line
+    file = own / f"{WEIGHTS}.safetensors"
+    assert vae_digest(file) == vae_digest(own)
+    assert_same_network(load_vae(file).eval(), network())
     (own / "config.json").unlink()
+    assert "put the config.json" in cache_refusal(capsys, inputs, file)
     assert "without config.json" in cache_refusal(capsys, inputs, own)
     save_vae(own / "kl16.ckpt", AutoencoderKL(4, (1, 1), ch=32, num_res_blocks=1))
     assert "name the file kl16.ckpt" in cache_refusal(capsys, inputs, own)

@@ -1,21 +1,28 @@
 """Bad input gets one clear line and exit code 2, and nothing is half-written."""
 
+import gzip
+import io
 import os
 import pickle
 import shutil
 import sys
+import tarfile
+import zipfile
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import main_tokenbridge
 import reconstruction
 from models.vae import AutoencoderKL
 from tests.conftest import assert_user_error, run_script
 from tests.faults.harness import Job
+from tests.measures import PIXELS
 from tests.runs import (
     EVALUATE_FLAGS,
     TRAIN_FLAGS,
@@ -420,9 +427,79 @@ def test_library_errors_become_one_line_with_their_context():
         raise KeyError("y")
 
 
-def test_loading_tells_missing_from_damaged(tmp_path):
-    with pytest.raises(UserError, match="--flag .*: no such file"):
-        load_tensors(tmp_path, "--flag")
-    (tmp_path / "file").write_text("<html>404</html>")
-    with pytest.raises(UserError, match="--flag .*: damaged"):
-        load_tensors(tmp_path / "file", "--flag")
+def packed(kind: str) -> bytes:
+    """An archive of one file."""
+    file = io.BytesIO()
+    if kind == "tar":
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            archive.addfile(tarfile.TarInfo("vae.ckpt"))
+    elif kind == "npz":
+        np.savez(file, a=np.zeros(1))
+    elif kind == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("vae.ckpt", b"x" * 100)
+    return file.getvalue()
+
+
+def saved(value) -> bytes:
+    file = io.BytesIO()
+    torch.save({"model": {}, "more": value}, file)
+    return file.getvalue()
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 265\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "damaged (it is empty"),
+        (bytes(1000), "damaged ("),
+        (saved(1)[:-90], "damaged (its end is missing"),
+        (LFS_POINTER, "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>Virus scan warning", "a web page"),
+        (b'{"error": "Repository not found"}', 'text, not tensors (\'{"error"'),
+        (gzip.compress(saved(1)), "a packed archive; unpack it"),
+        (packed("tar"), "a tar archive"),
+        (packed("zip"), "a zip archive of vae.ckpt; unpack it"),
+        (packed("npz"), "an npz file of NumPy"),
+        (pickle.dumps({"model": 1}), "a pickle that torch.save did not write"),
+        (saved(Decimal(1)), "holds decimal.Decimal, which is not read"),
+        (saved(torch.nn.Linear(1, 1)), "holds torch.nn.modules.linear.Linear"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(inputs, script, tmp_path, content, said):
+    path = tmp_path / "file.pth"
+    path.write_bytes(content)
+    line = script.evaluate(inputs, vae_path=path)
+    assert has(line, f"--vae_path {path}: ", said) and len(line) < 500 and "\x1b" not in line
+
+
+@pytest.mark.parametrize("flag", ["resume", "inception_weights", "fid_stats"])
+def test_every_flag_that_names_a_file_of_tensors_says_so(inputs, script, tmp_path, flag):
+    path = tmp_path / "file.pt"
+    path.write_bytes(LFS_POINTER)
+    stand_in = {"feature_extractor": PIXELS} if flag == "fid_stats" else {}
+    assert has(script.evaluate(inputs, **{flag: path}, **stand_in), f"--{flag} {path}", "git lfs")
+
+
+def test_what_another_library_reads_after_us_is_held_to_less(inputs, script, tmp_path):
+    """torch-fidelity unpickles its weights without restriction, once they were found harmless."""
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    line = script.evaluate(inputs, inception_weights=tmp_path / "x.safetensors")
+    assert "a file of safetensors; here one of torch.save is read" in line
+
+
+def test_a_folder_or_nothing_is_no_file(tmp_path):
+    for path, said in ((tmp_path, "a folder, not a file"), (tmp_path / "x", "no such file")):
+        with pytest.raises(UserError, match=f"--flag {path}: {said}"):
+            load_tensors(path, "--flag")
+
+
+@pytest.mark.parametrize("flag", ["resume", "finetune", "cached_path", "output_dir", "vae_path"])
+def test_an_empty_value_is_told_from_a_flag_that_is_left_out(inputs, capsys, flag):
+    """As --resume "${OUTPUT_DIR}" gives it where the variable is not set."""
+    for words in ([f"--{flag}", ""], [f"--{flag}="]):
+        argv = flags(inputs, TRAIN_FLAGS | {flag: None})
+        line = refused(capsys, main_tokenbridge.main, *argv, *words)
+        assert f"the value of --{flag} is empty, as of a shell variable" in line

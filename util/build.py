@@ -11,7 +11,7 @@ from models.config import PUBLISHED_LATENT_SCALE, TokenBridgeConfig, default_cha
 from models.tokenbridge import TokenBridge
 from models.vae import VAE
 from util import dist
-from util.checkpoint import Checkpoint
+from util.checkpoint import FINETUNE, Checkpoint
 from util.errors import UserError, as_user_error
 from util.histogram import LatentHistogram
 from util.latent_cache import open_cache
@@ -64,7 +64,7 @@ def build_config(
     if checkpoint is not None:
         if flags.settings["quantizer"] == "calibrated":
             raise UserError(
-                f"--quantizer calibrated, but --resume {checkpoint.path} was made by the published "
+                f"--quantizer calibrated, but {checkpoint.named} was made by the published "
                 "code, which has the published one; leave the flag out"
             )
         known["head_input"] = "published"  # as the released checkpoints were measured
@@ -89,10 +89,17 @@ def _agreed_config(flags: ModelFlags, checkpoint: Checkpoint) -> TokenBridgeConf
         found, wanted = getattr(saved, name), getattr(asked, name)
         if name not in BEHAVIOUR and found != wanted:
             raise UserError(
-                f"--resume {checkpoint.path} has {name} {found}, but the flags say {wanted}; "
-                "leave the flag out, or name another checkpoint"
+                f"{checkpoint.named} has {name} {found}, but the flags say {wanted}; "
+                f"leave the flag out, or name another checkpoint{_finetune_hint(name, checkpoint)}"
             )
     return asked
+
+
+def _finetune_hint(name: str, checkpoint: Checkpoint) -> str:
+    changes = name in ("class_num", "img_size") and checkpoint.flag != FINETUNE
+    return (
+        f"; to train on with another {name}, {FINETUNE} in the place of --resume" if changes else ""
+    )
 
 
 def _known_latents(
@@ -140,7 +147,7 @@ def build_model(
         model.quantizer.set_levels(*levels)
     if checkpoint is not None:
         if config.quantizer == "calibrated":  # averaged weights come without buffers
-            with as_user_error(f"--resume {checkpoint.path}", (ValueError, KeyError)):
+            with as_user_error(checkpoint.named, (ValueError, KeyError)):
                 kept = checkpoint.weights("model")
                 model.quantizer.set_levels(kept["boundaries"], kept["reconstruction_values"])
         checkpoint.load_into(model, weights)

@@ -7,11 +7,13 @@ published code's are read here. `util.saver` writes them.
 """
 
 import errno
+import math
 import os
 import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -19,14 +21,15 @@ from torch import Tensor
 
 from models.config import TokenBridgeConfig
 from models.pretrained import CONFIG, WEIGHTS
-from models.tokenbridge import TokenBridge
+from models.tokenbridge import CLASS_ROWS, POSITIONS, TokenBridge, resized_positions
 from util import dist
 from util.ema import EMA
 from util.errors import UserError, as_user_error
-from util.files import flush_file, flush_folder, load_tensors
+from util.files import flush_file, flush_folder, listed, load_tensors, unwrapped
 
 LAST = "checkpoint-last.pth"
 AUTO = "auto"
+FINETUNE = "--finetune"
 # What --eval_weights calls a checkpoint's averaged and raw weights, and their keys in it.
 WEIGHT_KEYS = {"ema": "model_ema", "model": "model"}
 # Names that training gives; a copy beside them, such as -good.pth, is its owner's.
@@ -45,25 +48,32 @@ OUT_OF_REACH = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: its path and the dict of the file."""
+    """A checkpoint that was read: its path, the dict of the file, and the flag that named it."""
 
     path: Path
     saved: dict
+    flag: str = "--resume"
+
+    @property
+    def named(self) -> str:
+        """How messages begin."""
+        return f"{self.flag} {self.path}"
 
     @property
     def config(self) -> TokenBridgeConfig | None:
         """The model's settings; None if the file comes from the published code."""
         if "config" not in self.saved:
             return None
-        with as_user_error(f"--resume {self.path}", (ValueError, TypeError, AttributeError)):
+        with as_user_error(self.named, (ValueError, TypeError, AttributeError)):
             return TokenBridgeConfig.from_dict(self.saved["config"])
 
     def weights(self, key: str) -> dict[str, Tensor]:
         """The state dict under `model` or `model_ema`."""
         state = self.saved.get(key)
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-            keys = ", ".join(map(str, self.saved)) or "nothing"
-            raise UserError(f"--resume {self.path}: no state dict {key!r} in it (it has {keys})")
+            raise UserError(
+                f"{self.named}: no state dict {key!r} in it (it has {listed(self.saved)})"
+            )
         return state
 
     def key(self, kind: str) -> str:
@@ -71,14 +81,73 @@ class Checkpoint:
         kept = self.saved.get("weights", kind)
         if kept != kind:
             raise UserError(
-                f"--resume {self.path} holds the {kept} weights alone; pass --eval_weights {kept}"
+                f"{self.named} holds the {kept} weights alone; pass --eval_weights {kept}"
             )
         return WEIGHT_KEYS[kind]
 
     def load_into(self, model: TokenBridge, key: str) -> None:
         """Load one of its state dicts; every tensor must match."""
-        with as_user_error(f"--resume {self.path}, {key!r}"):
-            model.load_published(self.weights(key), head_input=model.config.head_input)
+        state = self.weights(key)
+        rows, classes = len(state.get(CLASS_ROWS, ())), model.config.class_num
+        if rows not in (0, classes):
+            raise UserError(
+                f"{self.named} has {rows} classes, the model {classes} (--class_num); "
+                f"main_tokenbridge.py {FINETUNE} trains its weights on other classes"
+            )
+        with as_user_error(f"{self.named}, {key!r}"):
+            model.load_published(state, head_input=model.config.head_input)
+
+    def to_finetune(self, **changes) -> "Checkpoint":
+        """Its averaged weights alone, the raw ones where it has no others, and changed settings.
+
+        changes: of `TokenBridgeConfig`; one of the published code has no settings to change.
+        """
+        keys = [key for key in ("model", "model_ema") if key in self.saved] or ["model"]
+        state = {name: tensor for key in keys for name, tensor in self.weights(key).items()}
+        sized = {CLASS_ROWS: 2, **dict.fromkeys(POSITIONS, 3)}
+        if any(name not in state or state[name].dim() != dims for name, dims in sized.items()):
+            raise UserError(f"{self.named}: no TokenBridge model in it (it has {listed(state)})")
+        about = ("classes", "vae_sha256", "step")
+        saved = {key: self.saved[key] for key in about if key in self.saved}
+        kind = "ema" if keys[-1] == WEIGHT_KEYS["ema"] else "model"
+        saved |= {"model": state, "weights": self.saved.get("weights", kind)}
+        if self.config is not None:
+            with as_user_error(self.named):
+                saved["config"] = replace(self.config, **changes).to_dict()
+        return replace(self, saved=saved)
+
+    def fitted(
+        self, config: TokenBridgeConfig, classes: list[str], seed: int
+    ) -> tuple["Checkpoint", list[str]]:
+        """Its class embedding and positions made those of a model, and what was done.
+
+        classes: of the data, by label. Rows stay by the classes' names, where the file knows them;
+        else by number, unless the data have fewer classes than it: then labels mean nothing. The
+        other rows are drawn as at the start of a training.
+        """
+        state, before = self.saved["model"], self.saved.get("classes")
+        rows, width = state[CLASS_ROWS].shape
+        before = before if isinstance(before, list) else []
+        number = {str(name): i for i, name in enumerate(before)}
+        kept = {i: number[name] for i, name in enumerate(classes) if number.get(name, rows) < rows}
+        how = "by name"
+        if not (before and classes):
+            fewer = 0 < len(classes) < rows
+            kept = {} if fewer else {i: i for i in range(min(rows, config.class_num))}
+            how = "by number, since the file names no classes" if classes else "by number"
+            how += ", and the data have fewer" if fewer else ""
+        drawn = torch.randn(config.class_num, width, generator=torch.Generator().manual_seed(seed))
+        table = drawn * 0.02
+        for i, row in kept.items():
+            table[i] = state[CLASS_ROWS][row]
+        new = [name for i, name in enumerate(classes) if i not in kept]
+        said = [f"class embedding: {len(kept)} of {rows} rows kept {how}; "]
+        said[0] += f"{config.class_num - len(kept)} new" + (f" ({listed(new)})" if new else "")
+        sides = [math.isqrt(state[POSITIONS[-1]].shape[1]), config.grid_size]
+        if sides[0] != sides[1]:
+            said.append("positions interpolated from {0} x {0} to {1} x {1}".format(*sides))
+        state = resized_positions(state, config.grid_size) | {CLASS_ROWS: table}
+        return replace(self, saved=self.saved | {"model": state, "classes": classes}), said
 
     def release(self) -> None:
         """Let go of the tensors, which would stay in memory as long as the run."""
@@ -88,16 +157,20 @@ class Checkpoint:
     def load_training_state(
         self, ema: EMA, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
     ) -> bool:
-        """Load all but the model itself; false for a file with weights alone."""
-        with as_user_error(f"--resume {self.path}, 'model_ema'"):
-            ema.load_state_dict(self.weights("model_ema"))
+        """Load all but the model itself; false for a file with weights alone, of which those of one
+        kind are also the average's first.
+        """
+        if "optimizer" in self.saved or "model_ema" in self.saved:
+            averages = self.weights("model_ema")
+            with as_user_error(f"{self.named}, 'model_ema'"):
+                ema.load_state_dict(averages)
         if "optimizer" not in self.saved:
             return False
         damaged = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
-        with as_user_error(f"--resume {self.path}, 'optimizer'", damaged):
+        with as_user_error(f"{self.named}, 'optimizer'", damaged):
             load_moments(optimizer, self.saved["optimizer"])
         if self.saved.get("scaler"):
-            with as_user_error(f"--resume {self.path}, 'scaler'", damaged):
+            with as_user_error(f"{self.named}, 'scaler'", damaged):
                 scaler.load_state_dict(self.saved["scaler"])
         return True
 
@@ -116,9 +189,10 @@ class Checkpoint:
     def whole_number(self, name: str) -> int:
         """`epoch`, `step`, ... as the file has it. Raises UserError if it is none."""
         value = self.saved.get(name)
-        if type(value) is not int:
-            raise UserError(f"--resume {self.path}: {name!r} is {value!r}, not a whole number")
-        return value
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            found = repr(value)[:60]
+            raise UserError(f"{self.named}: {name!r} is {found}, not a whole number")
+        return int(value)
 
 
 def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
@@ -142,20 +216,30 @@ def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
-def load_checkpoint(path: Path, remedy: str = "") -> Checkpoint:
+def load_checkpoint(path: Path, remedy: str = "", flag: str = "--resume") -> Checkpoint:
     """Read a checkpoint, its checksums compared, without executing anything in it.
 
-    remedy: what else to say to the user of a damaged one.
+    A state dict alone is one with the raw weights alone. remedy: what else to say to the user of a
+    damaged one.
     """
     try:
-        return Checkpoint(path, load_tensors(path, "--resume"))
+        saved = load_tensors(path, flag, wide=True)
     except UserError as error:
         raise UserError(f"{error}{remedy}") from error
+    if saved and all(isinstance(value, Tensor) for value in saved.values()):
+        saved = {"model": saved, "weights": "model"}
+    for key in ("model", "model_ema"):
+        if isinstance(saved.get(key), dict):
+            with as_user_error(f"{flag} {path}, {key!r}"):
+                saved[key], stripped = unwrapped(saved[key])
+            if stripped:
+                dist.print_main(f"{flag} {path}, {key!r}: read without {stripped} in its names")
+    return Checkpoint(path, saved, flag)
 
 
-def load_exported(folder: Path) -> Checkpoint:
+def load_exported(folder: Path, flag: str) -> Checkpoint:
     """A folder of util.export: weights alone, of one kind, which stand for both kinds."""
-    with as_user_error("--resume", (ValueError, OSError)):
+    with as_user_error(flag, (ValueError, OSError)):
         model = TokenBridge.from_pretrained(folder)
     state = model.published_state_dict()
     averaged = {name: state[name] for name, _ in model.published_parameters()}
@@ -163,14 +247,18 @@ def load_exported(folder: Path) -> Checkpoint:
     known = {name: value for name, value in asdict(model.origin).items() if value is not None}
     if "classes" in known:
         known["classes"] = list(known["classes"])
-    return Checkpoint(folder / WEIGHTS, saved | known)
+    return Checkpoint(folder / WEIGHTS, saved | known, flag)
 
 
 def find_checkpoint(
-    resume: str, output_dir: str, must_exist: bool, read_only: bool = False
+    resume: str,
+    output_dir: str,
+    must_exist: bool,
+    read_only: bool = False,
+    flag: str = "--resume",
 ) -> Checkpoint | None:
-    """The checkpoint that --resume names: a folder, a file, a folder of util.export, or "auto", the
-    newest whole one of --output_dir.
+    """The checkpoint that --resume or another flag names: a folder, a file, a folder of
+    util.export, or "auto", the newest whole one of --output_dir.
 
     None if there is none yet in the output folder of the run, which the published commands name
     from the first start on. Raises UserError if it is missing anywhere else, or damaged.
@@ -184,22 +272,22 @@ def find_checkpoint(
     path = Path(resume)
     if path.is_file():
         if path.name == WEIGHTS:
-            raise UserError(f"--resume {resume} needs its {CONFIG}; name the folder of both")
-        return load_checkpoint(path)
+            raise UserError(f"{flag} {resume} needs its {CONFIG}; name the folder of both")
+        return load_checkpoint(path, flag=flag)
     own = path.resolve() == folder.resolve()
     # Killed between a checkpoint and its second name, a run has a newer one than LAST.
     newest = saved_in(folder)[:1] if own else []
     if newest:
         return load_checkpoint(newest[0], "; --resume auto takes the newest whole one")
     if (path / LAST).is_file():
-        return load_checkpoint(path / LAST)
+        return load_checkpoint(path / LAST, flag=flag)
     if (path / WEIGHTS).is_file():
-        return load_exported(path)
+        return load_exported(path, flag)
     if own and not must_exist:
         return None
     what = f"holds no {LAST}" if path.is_dir() else "does not exist"
     raise UserError(
-        f"--resume {resume} {what}; name a folder with a {LAST}, a .pth file, or "
+        f"{flag} {resume} {what}; name a folder with a {LAST}, a .pth file, or "
         "a folder of util.export"
     )
 

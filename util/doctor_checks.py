@@ -23,6 +23,7 @@ from models.quantizer import build_quantizer
 from models.tokenizer import Tokenizer
 from util import ROOT, dist
 from util.build import cache_histogram, calibrated_levels, check_vae
+from util.checkpoint import FINETUNE
 from util.data import center_crop, list_images, read_image
 from util.device import resolve_precision
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown, judged
@@ -301,10 +302,13 @@ def checkpoint(patient: Patient) -> Finding:
         if patient.args.evaluate:
             raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
         return Finding(OK, "none yet: training starts from scratch")
+    said: list[str] = []
+    if found.flag == FINETUNE:
+        found, said = found.fitted(patient.config, patient.classes, patient.args.seed)
     expected = {name: tuple(p.shape) for name, p in patient.model.published_parameters()}
     state = found.weights("model")
     wrong = [n for n, shape in expected.items() if n not in state or state[n].shape != shape]
-    text = f"{found.path}, checksums agree, {len(expected)} tensors"
+    text = "; ".join([f"{found.path}, checksums agree, {len(expected)} tensors", *said])
     return judged(
         [f"{len(wrong)} are missing or of another shape, as {wrong[0]}"] if wrong else [],
         text,

@@ -16,12 +16,13 @@ from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
 from models.vae import VAE
 from util.build import ModelFlags, build_config, build_vae
-from util.checkpoint import AUTO, Checkpoint, find_checkpoint, load_checkpoint, saved_in
+from util.checkpoint import AUTO, FINETUNE, Checkpoint, find_checkpoint, load_checkpoint, saved_in
 from util.data import ImageDataset, ImageList, list_images
 from util.errors import UserError
 from util.extractor import INCEPTION, Extractor, published_weights, registered_name
 from util.files import load_tensors
 from util.histogram import LatentHistogram
+from util.inputs import prepare_finetuning
 from util.latent_cache import CachedLatents, open_cache
 from util.vae_files import vae_digest
 
@@ -130,13 +131,25 @@ class Patient:
 
     @cached_property
     def found_checkpoint(self) -> Checkpoint | None:
-        """As `find_checkpoint`, but "auto" sets nothing aside."""
-        if not self.args.resume:
+        """As a training finds it, but nothing is set aside."""
+        args = self.args
+        if args.resume == AUTO or args.finetune:
+            newest = saved_in(Path(args.output_dir))[:1]
+            if newest or not args.finetune:
+                return load_checkpoint(newest[0]) if newest else None
+            found = find_checkpoint(args.finetune, args.output_dir, True, flag=FINETUNE)
+            return prepare_finetuning(found, args, self.classes)
+        if not args.resume:
             return None
-        if self.args.resume == AUTO:
-            newest = saved_in(Path(self.args.output_dir))[:1]
-            return load_checkpoint(newest[0]) if newest else None
-        return find_checkpoint(self.args.resume, self.args.output_dir, self.args.evaluate)
+        return find_checkpoint(args.resume, args.output_dir, args.evaluate)
+
+    @property
+    def classes(self) -> list[str]:
+        """Of the cache or the images; none where they cannot be read."""
+        try:
+            return (self.cache or self.images).classes
+        except Unknown:
+            return []
 
     @cached_property
     def config_or_error(self) -> TokenBridgeConfig | UserError:

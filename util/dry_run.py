@@ -16,9 +16,17 @@ from torch import Tensor
 
 from util import dist
 from util.build import ModelFlags, build_config, build_vae
+from util.checkpoint import FINETUNE
 from util.flops import training_step
 from util.hardware import GIB, peak_flops, peak_memory
-from util.inputs import Inputs, TrainingData, open_checkpoint, open_inputs
+from util.inputs import (
+    Inputs,
+    TrainingData,
+    fit,
+    open_checkpoint,
+    open_inputs,
+    prepare_finetuning,
+)
 from util.log import StepResult
 from util.memory import training_memory
 from util.plan import Run, TrainSettings
@@ -43,10 +51,13 @@ def open_what_is_there(args: argparse.Namespace) -> Inputs:
     named = any(name in args.explicit and getattr(args, name) for name in flags)
     if named or (Path(args.data_path) / "train").is_dir():
         return open_inputs(args)
-    checkpoint = open_checkpoint(args.resume, args.output_dir, read_only=True)
+    checkpoint = open_checkpoint(args.resume, args.output_dir, True, args.finetune)
+    begins = checkpoint is not None and checkpoint.flag == FINETUNE
+    checkpoint = prepare_finetuning(checkpoint, args, []) if begins else checkpoint
     wanted = "vae_path" in args.explicit or Path(args.vae_path).exists()
     vae = build_vae(args) if wanted else None
     config = build_config(ModelFlags.of(args), checkpoint, None, vae)
+    checkpoint = fit(checkpoint, config, [], args.seed) if begins else checkpoint
     data = TrainingData(NoData(args), [], "no --data_path or --cached_path", None)
     return Inputs(checkpoint, vae, data, config)
 

@@ -1,23 +1,46 @@
 """Files that are whole or absent, and reading tensors without running what a file holds."""
 
 import argparse
+import datetime
 import hashlib
 import io
 import os
+import pathlib
+import pickle
+import pickletools
+import re
 import secrets
+import types
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from util.errors import UserError
 from util.stop import Stopped
 
 DIRECTORY = 0x10  # among a zip record's attributes
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours and bold of a terminal
+MOST_NAMES = 5  # that a message lists
+TORCH_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how files of torch before 1.6 begin
+# How files begin that are something else, and what to do.
+BEGINNINGS = {
+    b"version https://git-lfs": "a git-LFS pointer, not the file; git lfs pull fetches the file",
+    **dict.fromkeys(
+        (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!"),
+        "a packed archive; unpack it and name the file inside",
+    ),
+    b"\x89HDF": "an HDF5 file, as Keras writes, not one of torch.save",
+    b"\x93NUMPY": "an array of NumPy, not a file of torch.save",
+}
 
 
 @contextmanager
@@ -97,27 +120,170 @@ def checked_archive(path: Path) -> Path | BinaryIO:
     return path
 
 
-def load_tensors(path: str | Path, flag: str) -> dict:
+class PassedOver:
+    """Stands for a type of another library: items stay, nothing of the type is ever run."""
+
+    def __new__(cls, *args, **kwargs) -> OrderedDict:
+        return OrderedDict()
+
+
+def _plain_types() -> list:
+    """What may stand beside tensors: types that are nothing but their value."""
+    scalar, rebuild = (f.__reduce__()[0] for f in (np.float64(0), np.zeros(1)))
+    arrays = ("numpy.core.multiarray", "numpy._core.multiarray")  # moved between releases
+    homes = ("pathlib", "pathlib._local")
+    paths = {"Posix": pathlib.PurePosixPath, "Windows": pathlib.PureWindowsPath}
+    return [
+        *(argparse.Namespace, types.SimpleNamespace, dict, list, tuple, str, int, float, bool),
+        *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
+        *(np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdgFDSUMm"}),
+        *((scalar, f"{home}.scalar") for home in arrays),
+        *((rebuild, f"{home}._reconstruct") for home in arrays),
+        *((kind, f"{home}.{name}Path") for home in homes for name, kind in paths.items()),
+        *((kind, f"{home}.Pure{name}Path") for home in homes for name, kind in paths.items()),
+        (str, "torch.torch_version.TorchVersion"),
+        (PassedOver, "collections.defaultdict"),
+    ]
+
+
+PLAIN_TYPES = _plain_types()
+# Of training frameworks, whose files hold them beside the tensors.
+PASSED_OVER = re.compile(r"(pytorch_lightning|lightning\w*|omegaconf|typing)\.")
+
+
+def load_tensors(path: str | Path, flag: str, wide: bool = False) -> dict:
     """Read a dict of tensors and plain values; nothing in the file is ever executed.
 
-    MAR's checkpoints hold an argparse.Namespace, which is plain data and allowed.
+    wide: read safetensors, too, and pass over types of PyTorch Lightning and OmegaConf; not where
+    somebody else reads the file once it was found to be harmless.
     Raises UserError, naming the flag, on a file that is missing, damaged, or not such a dict.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file")
+        raise UserError(f"{flag} {path}: {'a folder, not a' if path.is_dir() else 'no such'} file")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch wonders about in a damaged file
-            saved = torch.load(checked_archive(path), map_location="cpu", weights_only=True)
+        other = what_else(path, wide)
+        if other is None:
+            saved = _read(path, wide)
     except Stopped:
         raise
     except Exception as error:  # a damaged file can make the reader fail in any way
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else ""
-        raise UserError(
-            f"{flag} {path}: damaged, or not a plain file of tensors "
-            f"({type(error).__name__}: {reason}); fetch or save it again"
-        ) from error
+        raise UserError(f"{flag} {path}: {_what_failed(error)}") from error
+    if other is not None:
+        raise UserError(f"{flag} {path}: this is {other}")
     if not isinstance(saved, dict):
         raise UserError(f"{flag} {path}: holds a {type(saved).__name__}, not a dict of tensors")
     return saved
+
+
+def _read(path: Path, wide: bool) -> object:
+    if wide and is_safetensors(path):
+        return safetensors.torch.load_file(path)
+    archive = checked_archive(path)
+    try:
+        return _load(archive, [])
+    except pickle.UnpicklingError:
+        found = _types_in(path) if wide and zipfile.is_zipfile(path) else []
+        if not any(PASSED_OVER.match(name) for name in found):
+            raise
+    return _load(archive, [(PassedOver, name) for name in found if PASSED_OVER.match(name)])
+
+
+def _load(archive: Path | BinaryIO, more: list) -> object:
+    with torch.serialization.safe_globals([*PLAIN_TYPES, *more]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch wonders about in a damaged file
+        return torch.load(archive, map_location="cpu", weights_only=True)
+
+
+def _types_in(path: Path) -> set[str]:
+    """Names of the types and functions that an archive's pickle asks for; none is looked up."""
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        steps = pickletools.genops(archive.read(name))
+        return {text.replace(" ", ".") for step, text, _ in steps if step.name == "GLOBAL"}
+
+
+def what_else(path: Path, wide: bool = False) -> str | None:
+    """What a file is that is no file of torch.save, and the remedy; None if it may be one."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    text = head.strip().decode("latin-1")
+    beginning = next((said for start, said in BEGINNINGS.items() if head.startswith(start)), None)
+    if beginning is not None:
+        return beginning
+    if head.startswith(b"PK\x03\x04"):
+        return _other_archive(path)
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it (tar -xf) and name the file inside"
+    if is_safetensors(path):
+        return None if wide else "a file of safetensors; here one of torch.save is read"
+    if text.startswith("<"):
+        return (
+            "a web page, not the file: its address asks for a login or a confirmation; fetch it in "
+            "a browser, or by the site's own program"
+        )
+    if text and text.isascii() and text.replace("\n", " ").isprintable():
+        said = " ".join(text[:60].split())
+        return f"text, not tensors ({said!r}...), perhaps a server's answer; fetch the file again"
+    if head.startswith(b"\x80") and not head.startswith(TORCH_PICKLE):
+        return (
+            "a pickle that torch.save did not write, and not read, since reading one may run code; "
+            "where you trust it, save its tensors by torch.save"
+        )
+    return None
+
+
+def _other_archive(path: Path) -> str | None:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"its end is missing, {path.stat().st_size} bytes are there")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        return "a TorchScript program, which is not run; save the state_dict() of its model"
+    if any(name.endswith("/data.pkl") for name in names):
+        return None
+    if names and all(name.endswith(".npy") for name in names):
+        return "an npz file of NumPy, not one of torch.save"
+    return f"a zip archive of {listed(names)}; unpack it and name the file inside"
+
+
+def is_safetensors(path: Path) -> bool:
+    """By its beginning: the length of a header, which is JSON."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    length = int.from_bytes(head[:8], "little")
+    return head[8:] == b"{" and length < path.stat().st_size
+
+
+def _what_failed(error: Exception) -> str:
+    """What a reader says, without its advice and a terminal's escape codes, and the remedy."""
+    said = ESCAPES.sub("", str(error)).rpartition("WeightsUnpickler error: ")[2].strip()
+    asked = re.search(r"GLOBAL (\S+) (was not|whose)", said)
+    if asked is not None:
+        return (
+            f"holds {asked[1][:100]}, which is not read, since reading it may run code; where you "
+            "trust the file, load it with weights_only=False and save its state dicts alone"
+        )
+    reason = said.splitlines()[0][:120] if said else "it is empty, or its end is missing"
+    return f"damaged ({reason}); fetch or save it again"
+
+
+def listed(names: Iterable) -> str:
+    """A handful of names, and how many more there are."""
+    names = [str(name)[:80] for name in names]
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more if names else "nothing"
+
+
+def unwrapped(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """A state dict without what DistributedDataParallel (module.) and torch.compile (_orig_mod.)
+    put into its names, and what was stripped. Raises ValueError where two names become one.
+    """
+    names = {name: re.sub(r"(?:^|(?<=\.))_orig_mod\.", "", str(name)) for name in state}
+    stripped = ["_orig_mod."] if any(names[name] != name for name in state) else []
+    bare = {name: re.sub(r"^(module\.)+", "", short) for name, short in names.items()}
+    stripped += ["module."] if bare != names else []
+    found = {bare[name]: tensor for name, tensor in state.items()}
+    if len(found) < len(state):
+        raise ValueError(f"it has tensors with and without {' and '.join(stripped)}; keep one set")
+    return found, " and ".join(stripped)

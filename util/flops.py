@@ -221,7 +221,15 @@ class VaeShape:
         """
         if "block_out_channels" not in vae:
             widths = tuple(vae["ch"] * mult for mult in vae["ch_mult"])
-            return cls(widths, vae["num_res_blocks"], vae["embed_dim"])
+            last = len(widths) - 1
+            return cls(
+                widths,
+                vae["num_res_blocks"],
+                vae["embed_dim"],
+                last_attends=last in vae.get("encoder_attention", (last,)),
+                moments=vae.get("quant_conv", True),
+                latents=vae.get("quant_conv", True),
+            )
         kinds = {*vae["down_block_types"], *vae["up_block_types"]}
         others = kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"}
         if others:

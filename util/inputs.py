@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.config import TokenBridgeConfig
+from models.tokenbridge import CLASS_ROWS
 from models.vae import VAE
 from util import dist
 from util.build import ModelFlags, build_config, build_vae, check_vae, warn_other_vae
-from util.checkpoint import AUTO, Checkpoint, find_checkpoint, refuse_other_run, saved_in
+from util.checkpoint import (
+    AUTO,
+    FINETUNE,
+    Checkpoint,
+    find_checkpoint,
+    refuse_other_run,
+    saved_in,
+)
 from util.data import ImageDataset, list_images
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 from util.latent_cache import CachedLatents, open_cache
 from util.vae_files import vae_digest
 
@@ -42,47 +50,110 @@ class Inputs:
     config: TokenBridgeConfig
 
 
-def open_checkpoint(resume: str, output_dir: str, read_only: bool = False) -> Checkpoint | None:
+def open_checkpoint(
+    resume: str, output_dir: str, read_only: bool = False, finetune: str = ""
+) -> Checkpoint | None:
     """The checkpoint to begin with, if any.
 
     A command that is started again goes on with its own run: every attempt of torchrun
-    --max-restarts after the first, and one whose --resume names where the run came from.
+    --max-restarts after the first, and one whose --resume or --finetune names where it came from.
     read_only: change nothing in the output folder, where a damaged checkpoint would be set aside.
     """
     folder = Path(output_dir).resolve()
     begun = dist.gather_objects(bool(saved_in(folder)))[0]
     elsewhere = resume not in ("", AUTO) and not Path(resume).resolve().is_relative_to(folder)
+    if finetune and (elsewhere or finetune == AUTO):
+        raise UserError(
+            f"{FINETUNE} {finetune} with --resume {resume or 'left out'}: --finetune names the "
+            "weights to begin with, and --resume auto goes on with what has begun"
+        )
     # Nodes may count restarts differently: one that lost no worker of its own has none.
     if begun and any(dist.gather_objects(dist.is_restarted())):
         resume = AUTO
-    elif begun and elsewhere:
+    elif begun and (elsewhere or (finetune and not resume)):
         own = find_checkpoint(AUTO, output_dir, False, read_only)
-        if own is not None and own.argument("resume") == resume:
+        name, value = ("finetune", finetune) if finetune else ("resume", resume)
+        if own is not None and own.argument(name) == value:
             return own
     checkpoint = find_checkpoint(resume, output_dir, False, read_only) if resume else None
     refuse_other_run(output_dir, checkpoint)
+    if finetune and checkpoint is None:
+        return find_checkpoint(finetune, output_dir, must_exist=True, flag=FINETUNE)
+    if finetune and checkpoint.argument("finetune") != finetune:
+        raise UserError(
+            f"--output_dir {output_dir} holds a run that did not begin with {FINETUNE} {finetune}; "
+            "name another folder, or leave the flag out to go on with that run"
+        )
     return checkpoint
 
 
+def prepare_finetuning(
+    checkpoint: Checkpoint, args: argparse.Namespace, classes: list[str]
+) -> Checkpoint:
+    """The weights of --finetune, its settings with the classes and the image size of this training.
+
+    Both are put into args, too, where the command line did not say them.
+    """
+    state = checkpoint.to_finetune().weights("model")
+    if "class_num" not in args.explicit:
+        args.class_num = len(classes) or len(state[CLASS_ROWS])
+    if "img_size" not in args.explicit and checkpoint.config is not None:
+        args.img_size = checkpoint.config.img_size
+    return checkpoint.to_finetune(class_num=args.class_num, img_size=args.img_size)
+
+
+def fit(
+    checkpoint: Checkpoint, config: TokenBridgeConfig, classes: list[str], seed: int
+) -> Checkpoint:
+    """The weights of --finetune fitted to this training's model; what was done is said."""
+    with as_user_error(checkpoint.named, (ValueError, RuntimeError)):
+        checkpoint, said = checkpoint.fitted(config, classes, seed)
+    kind = "averaged" if checkpoint.saved["weights"] == "ema" else "raw"
+    dist.print_main("\n".join([f"beginning with the {kind} weights of {checkpoint.named}", *said]))
+    return checkpoint
+
+
+def refuse_finished(checkpoint: Checkpoint | None, args: argparse.Namespace, steps: range) -> None:
+    """Raise UserError if another run's checkpoint leaves nothing to train.
+
+    steps: of this training. A run that has come to its end may be started again.
+    """
+    if (
+        steps
+        or checkpoint is None
+        or checkpoint.path.resolve().is_relative_to(Path(args.output_dir).resolve())
+    ):
+        return
+    raise UserError(
+        f"{checkpoint.named} has done all of --epochs {args.epochs}, so there is nothing to train; "
+        f"raise --epochs to go on, or begin a training of your own with its weights: "
+        f"{FINETUNE} {args.resume}"
+    )
+
+
 def open_inputs(args: argparse.Namespace) -> Inputs:
-    checkpoint = open_checkpoint(args.resume, args.output_dir, read_only=args.dry_run)
+    checkpoint = open_checkpoint(args.resume, args.output_dir, args.dry_run, args.finetune)
+    begins = checkpoint is not None and checkpoint.flag == FINETUNE
     vae = build_vae(args) if needs_vae(args) else None
     if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
         args.img_size = checkpoint.config.img_size
     data = open_data(args, vae)
+    if begins:
+        checkpoint = prepare_finetuning(checkpoint, args, data.classes)
     config = build_config(ModelFlags.of(args), checkpoint, data.manifest, vae)
+    if begins:
+        checkpoint = fit(checkpoint, config, data.classes, args.seed)
+    trained = data.classes if checkpoint is None else checkpoint.saved.get("classes", data.classes)
+    if trained != data.classes:
+        raise UserError(
+            f"{data.source} has other classes than {checkpoint.named} was trained on; their labels "
+            f"would not mean the same; {FINETUNE} in the place of --resume trains it on them"
+        )
     check_data(data, config)
     if vae is not None:
         check_vae(vae, config, args.vae_path)
-    if checkpoint is not None:
-        if data.vae_sha256:
-            warn_other_vae(checkpoint, data.vae_sha256)
-        trained = checkpoint.saved.get("classes", data.classes)
-        if trained != data.classes:
-            raise UserError(
-                f"{data.source} has other classes than --resume {checkpoint.path} was trained on; "
-                "their labels would not mean the same"
-            )
+    if checkpoint is not None and data.vae_sha256:
+        warn_other_vae(checkpoint, data.vae_sha256)
     return Inputs(checkpoint, vae, data, config)
 
 

@@ -104,6 +104,7 @@ class Parser(argparse.ArgumentParser):
         """Like parse_args, with `explicit`: the names that were given, as flags or by --config."""
         self._add_negations()
         argv = [expand_home(word) for word in (sys.argv[1:] if argv is None else argv)]
+        self._refuse_empty(argv)
         args, unknown = self.parse_known_args(argv)
         if unknown:
             self.error(f"unknown: {' '.join(unknown)}{self._hint(unknown)}")
@@ -117,6 +118,16 @@ class Parser(argparse.ArgumentParser):
             vars(args).update((k, v) for k, v in values.items() if k not in args.explicit)
             args.explicit |= given
         return args
+
+    def _refuse_empty(self, words: list[str]) -> None:
+        """No flag has an empty value to mean: --resume "$RUN" has one where RUN is not set."""
+        for before, word in zip(["", *words], words, strict=False):
+            if word == "" or re.fullmatch(r"--\w+=", word):
+                name = (word or before).rstrip("=")
+                where = f"the value of {name}" if name.startswith("-") else "an argument"
+                self.error(
+                    f"{where} is empty, as of a shell variable that is not set: set it, or leave it out"
+                )
 
     def _add_negations(self) -> None:
         """--no_NAME for every switch, to turn off what a file turns on."""

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.arrays import read_npz
 from util.errors import UserError, as_user_error
-from util.files import atomic_write, checked_archive, sha256
+from util.files import atomic_write, load_tensors, sha256
 
 ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256
@@ -64,10 +63,11 @@ def _read(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of an npz file or of torch-fidelity's .pt; mu and sigma in float64."""
     if not Path(path).is_file():
         raise UserError(f"--fid_stats {path}: no such file")
+    saved = load_tensors(path, "--fid_stats") if Path(path).suffix in (".pt", ".pth") else None
     # A damaged file can make its reader fail in any way.
     with as_user_error(f"--fid_stats {path}: not an npz file with mu and sigma", (Exception,)):
-        if Path(path).suffix in (".pt", ".pth"):
-            found = _read_pt(path)
+        if saved is not None:
+            found = {key: np.asarray(value) for key, value in saved.items()}
         else:  # ADM's files hold 10,000 images besides
             found = read_npz(path, ("mu", "sigma", *RECORDED), MAX_STATISTICS_BYTES)
         wide = {k: _wide(found[k]) for k in ("mu", "sigma") if k in found}
@@ -78,22 +78,6 @@ def _wide(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind not in "fiu":
         raise ValueError(f"numbers of type {array.dtype}")
     return array.astype(np.float64)
-
-
-def _read_pt(path: str | Path) -> dict[str, np.ndarray]:
-    """A dict of arrays, as torch-fidelity saves it; nothing else in the file is rebuilt."""
-    kinds = [np.dtype(np.float32), np.dtype(np.float64)]
-    rebuild = np.zeros(1).__reduce__()[0]  # numpy's name for it moved between releases
-    allowed = [rebuild, np.ndarray, np.dtype, *(type(kind) for kind in kinds)]
-    names = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
-    try:
-        with torch.serialization.safe_globals([*allowed, *((rebuild, name) for name in names)]):
-            saved = torch.load(checked_archive(Path(path)), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the reader fail in any way
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-    if not isinstance(saved, dict):
-        raise ValueError(f"it holds a {type(saved).__name__}")
-    return {key: np.asarray(value) for key, value in saved.items()}
 
 
 def _defect(mu: np.ndarray, sigma: np.ndarray) -> str | None:

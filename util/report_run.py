@@ -8,7 +8,6 @@ import argparse
 import json
 import logging
 import pickle
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,12 +15,12 @@ import torch
 
 from util.checkpoint import saved_in
 from util.errors import UserError
+from util.files import ESCAPES, PLAIN_TYPES
 from util.log import ABOUT
 
 DEPTH = 2  # of subfolders
 NOT_RUNS = {"images", "features", "records", "reference_features", "original", "continuous"}
 EVENTS = "events.out.tfevents.*"
-ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours and bold of a terminal
 
 Points = list[tuple[int, float]]
 
@@ -158,7 +157,7 @@ def _facts(path: Path, found: Found) -> dict:
     """
     damaged = (OSError, ValueError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(PLAIN_TYPES):
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(saved, dict):
             raise ValueError(f"a {type(saved).__name__}")

@@ -70,6 +70,13 @@ def add_data_flags(parser: Parser) -> None:
         "one of --output_dir, if any",
     )
     add(
+        "--finetune",
+        default="",
+        metavar="PATH",
+        help="begin with the averaged weights of a checkpoint, also for other classes or another "
+        "image size; as --resume names it",
+    )
+    add(
         "--debug_dump",
         metavar="FILE",
         help="replay a step that went wrong, from its file, and stop",
@@ -144,6 +151,8 @@ def check_mode(args: argparse.Namespace) -> None:
     """Raise UserError if flags of training, evaluation and dry run contradict each other."""
     if args.dry_run and args.evaluate:
         raise UserError("--dry_run is of a training; leave --evaluate out (--no_evaluate)")
+    if args.finetune and args.evaluate:
+        raise UserError("--finetune begins a training; --evaluate takes a checkpoint by --resume")
     if args.json and not (args.dry_run or args.evaluate):
         raise UserError(
             "--json is for --evaluate and --dry_run; the figures of a training go to --metrics_file"

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -60,6 +60,25 @@ def open_vae_folder(folder: str | Path) -> VaeFolder:
             f"so not a VAE of diffusers; {remedy}"
         )
     return VaeFolder(place, _read_json(place / CONFIG), _weights(place))
+
+
+def folder_of_file(path: Path) -> VaeFolder | None:
+    """A .safetensors file in diffusers' names, with the settings beside it; None for another file.
+
+    Raises UserError if the settings are not there.
+    """
+    if path.suffix != ".safetensors" or not path.is_file():
+        return None
+    damaged = as_user_error(f"--vae_path {path}: damaged, fetch it again", (SafetensorError,))
+    with damaged, safe_open(path, framework="pt") as file:
+        if not any(".resnets." in name for name in file.keys()):  # noqa: SIM118
+            return None
+    if not (path.parent / CONFIG).is_file():
+        raise UserError(
+            f"--vae_path {path} is a VAE in diffusers' names without its settings; put the "
+            f"{CONFIG} of its repository beside it"
+        )
+    return VaeFolder(path.parent, _read_json(path.parent / CONFIG), (path,))
 
 
 def _weights(folder: Path) -> tuple[Path, ...]:
