@@ -55,6 +55,7 @@ def add_evaluation_flags(parser: Parser) -> None:
     add("--num_images", type=positive_int, default=50000, help="in all, spread over the classes")
     add(
         "--classes",
+        type=str,  # and in a file of settings a number needs no quotes
         nargs="+",
         metavar="CLASS",
         help="draw these, by name or by number (previews too); default: all that were trained",

@@ -139,7 +139,9 @@ def _array_batches(
 ) -> Iterator[tuple[int, list[int], Tensor]]:
     """Those batches of an npz file, cropped as files are."""
     with as_user_error(f"{array.path} is damaged", (Exception,)):
-        parts = tqdm(array.batches(batches, mine), desc="real images", total=len(mine))
+        parts = array.batches(batches, mine)
+        hidden = not (mine and dist.is_main())
+        parts = tqdm(parts, desc="real images", total=len(mine), disable=hidden)
         for number, images in zip(mine, parts, strict=True):
             crops = [np.array(center_crop(Image.fromarray(image), size)) for image in images]
             yield number, list(batches[number]), torch.from_numpy(np.stack(crops)).movedim(3, 1)

@@ -94,7 +94,8 @@ def what_is_drawn(settings: EvalSettings, class_num: int) -> str:
     named = ", ".join(settings.name(label) for label in drawn[:SHOWN].tolist())
     rest = ", ..." if len(drawn) > SHOWN else ""
     room = f" of --class_num {class_num}" if len(drawn) < class_num else ""
-    return f"{each} images of each of {len(drawn)} classes{room}: {named}{rest}"
+    images = "image" if each == "1" else "images"
+    return f"{each} {images} of each of {len(drawn)} classes{room}: {named}{rest}"
 
 
 def final_figures(output: Path, points: list[EvalSettings]) -> dict:
