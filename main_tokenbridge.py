@@ -26,7 +26,7 @@ from util.device import Precision, compile_model, resolve_device, resolve_precis
 from util.dry_run import open_what_is_there, rehearse
 from util.ema import EMA
 from util.errors import run
-from util.evaluation import eval_settings
+from util.evaluation import drawn_classes, eval_settings
 from util.files import check_writable
 from util.flops import training_step
 from util.hardware import Meter, peak_flops
@@ -77,7 +77,10 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     opened = open_what_is_there(args) if args.dry_run else open_inputs(args)
     inputs, held_out = find_heldout(args, opened)
     data, config = inputs.data, inputs.config
-    evaluation = eval_settings(args, config.class_num) if args.online_eval else None
+    classes = drawn_classes(args.classes, config.class_num, data.classes)
+    evaluation = None
+    if args.online_eval:
+        evaluation = eval_settings(args, config.class_num, data.classes)
     plan = make_plan(args, inputs.checkpoint, len(data.dataset), dist.world_size())
     batches = plan.schedule
     lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
@@ -122,7 +125,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     if args.dry_run:
         return rehearse(training, settings, inputs, args.compile, train_step)
     log = make_log(args, training, data, settings, metrics_file)
-    look = make_look(args, training, data, held_out, settings)
+    look = make_look(args, training, data, held_out, settings, classes)
     loader, reload = make_loader(args, data, settings, device)
     saver = CheckpointSaver(save_settings(args), batches.steps_per_epoch, plan.first_step)
     settings_file = Path(args.output_dir) / CONFIG
@@ -163,7 +166,9 @@ def make_look(
     data: TrainingData,
     held_out: HeldOut | None,
     settings: TrainSettings,
+    classes: tuple[int, ...] | None,
 ) -> Look:
+    """classes: that previews show; None is all of the model's."""
     if held_out is not None and args.val_freq:
         used = min(args.val_images, len(held_out.dataset))
         dist.print_main(f"held-out loss on {used} images of {held_out.source}")
@@ -173,7 +178,9 @@ def make_look(
         training.tokenizer,
         training.device,
         training.precision,
-        LookSettings.of(args, settings.plan.schedule.steps_per_epoch, settings.last_step),
+        LookSettings.of(
+            args, settings.plan.schedule.steps_per_epoch, settings.last_step, classes, data.classes
+        ),
         data.dataset,
         held_out,
         args.val_images,

@@ -14,11 +14,13 @@ import gradio as gr
 import torch
 
 from demo.app_drawing import Frame, draw, labels_of, parse_seed, save
-from demo.app_models import Library, class_labels, parse_class
+from demo.app_models import Library, class_labels
 from demo.app_pictures import STATUS, histogram, image, stage, text
 from demo.app_reconstruction import Reconstruction, quantizer_for, read_photo, reconstruct
 from models.sampler import SamplingOptions
 from util.errors import UserError, as_user_error
+from util.evaluation import find_class
+from util.evaluation_folder import file_label
 
 FIRST = 4  # images, and classes, to begin with
 UNLIKE = 18.0  # dB of PSNR below which a VAE did not recognise much
@@ -109,7 +111,7 @@ class Page:
         settings: those of `options_of`.
         """
         loaded = self.library.load(name, weights)
-        chosen = [parse_class(part, loaded.classes) for part in classes or []]
+        chosen = [find_class(str(part), loaded.classes) for part in classes or []]
         labels = labels_of(chosen, whole(images, "images"))
         options = options_of(*settings)
         names = [loaded.classes[label] for label in labels]
@@ -119,7 +121,7 @@ class Page:
             status = status_of(frame, time.monotonic() - began)
             below = recipe(labels, options) if frame.done else ""
             shown = stage(frame, names, loaded.model.config.quant_levels, status, below)
-            yield shown, self.download(frame, labels, options)
+            yield shown, self.download(frame, names, options)
         self.running.pop(request.session_hash, None)
         if stop.is_set():
             yield stopped(shown), gr.skip()
@@ -129,12 +131,12 @@ class Page:
         if request.session_hash in self.running:
             self.running[request.session_hash].set()
 
-    def download(self, frame: Frame, labels: list[int], options: SamplingOptions):
+    def download(self, frame: Frame, names: list[str], options: SamplingOptions):
         if not frame.done:
             return gr.DownloadButton(value=None, interactive=False)
         folder = Path(tempfile.mkdtemp(dir=self.files))
-        classes = "-".join(map(str, dict.fromkeys(labels[:6])))
-        path = folder / f"class{classes}_seed{options.seed}.png"
+        classes = "-".join(file_label(name) for name in dict.fromkeys(names[:6]))
+        path = folder / f"{classes[:80]}_seed{options.seed}.png"
         save(frame.pixels, path)
         return gr.DownloadButton(value=str(path), interactive=True)
 

@@ -20,7 +20,7 @@ from models.tokenizer import Tokenizer
 from models.vae import VAE
 from util.build import check_vae
 from util.checkpoint import AUTO, WEIGHT_KEYS, Checkpoint, find_checkpoint, saved_in
-from util.errors import UserError, did_you_mean
+from util.errors import UserError
 from util.export import load
 from util.vae_files import load_vae, vae_digest
 
@@ -128,13 +128,14 @@ class Library:
         vae = load_vae(path)
         check_vae(vae, model.config, str(path))
         defaults = defaults_of(checkpoint)
+        classes = class_names(model.config.class_num, model.origin.classes)
         checkpoint.release()
         return Loaded(
             model.to(self.device),
             Tokenizer(vae, model.config.latent_scale).to(self.device),
-            class_names(model.config.class_num, model.origin.classes),
+            classes,
             defaults,
-            facts_of(model, vae, path),
+            facts_of(model, vae, path, len(classes)),
             warnings,
         )
 
@@ -199,13 +200,13 @@ def defaults_of(checkpoint: Checkpoint) -> Defaults:
     return Defaults(**changes)
 
 
-def facts_of(model: TokenBridge, vae: VAE, path: Path) -> tuple[str, ...]:
+def facts_of(model: TokenBridge, vae: VAE, path: Path, classes: int) -> tuple[str, ...]:
     config, origin = model.config, model.origin
     bits = (config.quant_levels - 1).bit_length()
     count = sum(parameter.numel() for parameter in model.parameters())
     facts = [
         f"{count / 1e6:.1f} M parameters",
-        f"{config.class_num} classes",
+        f"{classes} classes",
         f"{config.img_size} px",
         f"{config.grid_size} × {config.grid_size} positions of {config.token_dim} × {bits} bits",
         f"VAE {path}",
@@ -214,36 +215,15 @@ def facts_of(model: TokenBridge, vae: VAE, path: Path) -> tuple[str, ...]:
 
 
 def class_names(class_num: int, known: tuple[str, ...] | None) -> tuple[str, ...]:
-    """As the training's folders were called; ImageNet's thousand by their English names."""
+    """Of those trained, as its folders were called; ImageNet's thousand by their English names."""
     of_imagenet = not known or all(SYNSET.fullmatch(name) for name in known)
     if class_num == IMAGENET and of_imagenet and len(known or ()) in (0, IMAGENET):
         from torchvision.models import ResNet50_Weights  # its list of names, not its weights
 
         return tuple(ResNet50_Weights.DEFAULT.meta["categories"])
-    names = tuple(known or ())[:class_num]
-    return names + tuple(str(number) for number in range(len(names), class_num))
+    return tuple(known or ())[:class_num] or tuple(map(str, range(class_num)))
 
 
 def class_labels(names: tuple[str, ...]) -> list[str]:
     """What the list shows: a name and its number, where that is not the name."""
     return [name if name == str(i) else f"{name} ({i})" for i, name in enumerate(names)]
-
-
-def parse_class(text: str, names: tuple[str, ...]) -> int:
-    """The number of a class: as the list shows it, or a name, or a number as it was typed."""
-    wanted = str(text).strip()
-    labels = class_labels(names)
-    if wanted in labels:
-        return labels.index(wanted)
-    same = [i for i, name in enumerate(names) if name.casefold() == wanted.casefold()]
-    if len(same) == 1:
-        return same[0]
-    if same:
-        raise UserError(f"class {wanted!r} may be {' or '.join(labels[i] for i in same)}")
-    if wanted.isascii() and wanted.isdigit() and int(wanted[:9]) < len(names):
-        return int(wanted)
-    hint = did_you_mean(wanted.casefold(), [name.casefold() for name in names])
-    raise UserError(
-        f"class {wanted[:60]!r} is unknown: the model has {len(names)}, by name or by a number "
-        f"from 0 to {len(names) - 1}{hint}"
-    )

@@ -158,8 +158,11 @@ def labelled_images(folder: Path) -> tuple[Tensor, Tensor]:
 def generated_images(folder: Path) -> tuple[Tensor, Tensor]:
     """Images and labels of an evaluation's folder: images/*.png in order, class by class."""
     paths = sorted((folder / "images").glob("*.png"))
-    per_class = json.loads((folder / "metrics.json").read_text())["images_per_class"]
-    return load_images(paths), torch.arange(len(paths)) // per_class
+    record = json.loads((folder / "metrics.json").read_text())
+    if "images_per_class" in record:  # as earlier versions wrote
+        return load_images(paths), torch.arange(len(paths)) // record["images_per_class"]
+    labels, counts = (torch.tensor(record[name]) for name in ("labels", "counts"))
+    return load_images(paths), labels.repeat_interleave(counts)
 
 
 def judge(

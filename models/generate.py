@@ -22,11 +22,16 @@ from models.vae import VAE
 DECODE_BATCH = 32
 
 
+def spread_labels(count: int, classes: Sequence[int]) -> Tensor:
+    """[count] labels, class by class in that order; of no class two more than of another."""
+    return torch.tensor(classes)[torch.arange(count) * len(classes) // count]
+
+
 @torch.no_grad()
 def generate(
     model: TokenBridge,
     vae: VAE | Tokenizer,
-    labels: Sequence[int] | Tensor,
+    labels: Sequence[int | str] | Tensor,
     *,
     num_iter: int = 64,
     cfg: float = 1.0,
@@ -43,7 +48,7 @@ def generate(
     """One image for each label.
 
     vae: the one that the model was trained with; a VAE, whose latents are scaled by the model's
-    latent_scale, or a Tokenizer, which has its own. labels: B classes.
+    latent_scale, or a Tokenizer, which has its own. labels: B classes, by number or by name.
     num_iter, cfg, cfg_schedule, temperature, order and options: see `SamplingOptions`.
     seed, image_ids: image i is made of the noise of (seed, image_ids[i]), default i, so it is the
     same in any batch, but for rounding. batch_size: images at once, of the memory's size only.
@@ -52,7 +57,7 @@ def generate(
     Returns uint8 [B, H, W, 3] on the CPU, as PIL.Image.fromarray and matplotlib take them.
     Raises ValueError on values out of range, or a VAE that does not fit the model.
     """
-    labels = _labels(labels)
+    labels = _labels(labels, model.origin.classes or ())
     ids = range(len(labels)) if image_ids is None else image_ids
     if len(ids) != len(labels) or batch_size < 1:
         raise ValueError(f"{len(ids)} image_ids, {len(labels)} labels, batch_size {batch_size}")
@@ -83,14 +88,20 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def _labels(labels: Sequence[int] | Tensor) -> Tensor:
-    """[B] int64. Raises ValueError on what is no list of whole numbers."""
+def _labels(labels: Sequence[int | str] | Tensor, names: tuple[str, ...]) -> Tensor:
+    """[B] int64. Raises ValueError on what is no list of classes, and on classes never trained."""
+    wanted = f"class numbers, or of the names {str(names)[:200]}" if names else "class numbers"
+    problem = f"labels {str(labels)[:80]} are no list of {wanted}"
     try:
+        if not isinstance(labels, Tensor):
+            labels = [names.index(x) if isinstance(x, str) else x for x in labels]
         found = torch.as_tensor(labels)
-    except (TypeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"labels {str(labels)[:80]} are no list of class numbers") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(problem) from error
     if found.dim() != 1 or len(found) == 0 or found.is_floating_point() or found.is_complex():
-        raise ValueError(f"labels {str(labels)[:80]} are no list of class numbers")
+        raise ValueError(problem)
+    if names and int(found.max()) >= len(names):
+        raise ValueError(f"{problem}: class {int(found.max())} was never trained")
     return found.to(torch.int64)
 
 

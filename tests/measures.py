@@ -49,8 +49,11 @@ class Pixels(FeatureExtractorBase):
 register_feature_extractor("pixels", Pixels)
 
 
-def save_model(folder: Path, seed: int = 0) -> Path:
-    """A checkpoint of random weights for the inputs of tests/runs.py, as training leaves one."""
+def save_model(folder: Path, seed: int = 0, **known) -> Path:
+    """A checkpoint of random weights for the inputs of tests/runs.py, as training leaves one.
+
+    known: what it holds besides, as classes.
+    """
     torch.manual_seed(seed)
     settings = preset("tokenbridge_tiny") | dict(img_size=SIZE, vae_stride=STRIDE, class_num=3)
     settings |= dict(vae_embed_dim=CHANNELS, buffer_size=4, channel_order=(2, 0, 3, 1))
@@ -61,6 +64,6 @@ def save_model(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True)
     saved = {"model": model.published_state_dict(), "config": model.config.to_dict()}
     saved["model_ema"] = dict(model.published_parameters())
-    torch.save(saved, folder / "checkpoint-last.pth")
+    torch.save(saved | known, folder / "checkpoint-last.pth")
     assert TokenBridgeConfig.from_dict(saved["config"]) == model.config
     return folder

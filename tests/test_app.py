@@ -18,7 +18,7 @@ from PIL import Image
 import reconstruction
 from demo import app, app_models
 from demo.app_drawing import draw, labels_of, parse_seed, save
-from demo.app_models import Library, class_labels, class_names, parse_class
+from demo.app_models import Library, class_labels, class_names
 from demo.app_pictures import (
     CONFIDENCE,
     ORDER,
@@ -40,6 +40,7 @@ from models.vae import AutoencoderKL
 from tests.conftest import tiny_model
 from tests.runs import call, refused
 from util.errors import UserError
+from util.evaluation import find_class
 from util.vae_files import save_vae, vae_digest
 
 CLASSES = ("ant", "bee", "red <b>cat</b> ${x}")
@@ -214,23 +215,23 @@ def test_imagenet_s_classes_have_names_and_others_keep_theirs():
         names = class_names(1000, known)
         assert (names[0], names[207], names[999]) == ("tench", "golden retriever", "toilet tissue")
     assert class_names(3, None) == ("0", "1", "2")
-    assert class_names(3, ("a", "b")) == ("a", "b", "2")
+    assert class_names(3, ("a", "b")) == ("a", "b")  # the third was never trained
     assert class_names(2, synsets[:2]) == synsets[:2]
 
 
 def test_a_class_is_understood_as_label_name_or_number():
     names = ("Tench", "crane", "crane", "10", "4")
-    assert [parse_class(label, names) for label in class_labels(names)] == list(range(5))
-    assert parse_class(" tench ", names) == 0
-    assert parse_class("2", names) == 2
-    assert parse_class("10", names) == 3  # a name comes before a number
+    assert [find_class(label, names) for label in class_labels(names)] == list(range(5))
+    assert find_class(" tench ", names) == 0
+    assert find_class("2", names) == 2
+    assert find_class("10", names) == 3  # a name comes before a number
     for wrong, told in (("crane", "may be"), ("tenhc", "did you mean tench"), ("5", "from 0 to 4")):
         with pytest.raises(UserError, match=told):
-            parse_class(wrong, names)
+            find_class(wrong, names)
     with pytest.raises(UserError):
-        parse_class("", names)
+        find_class("", names)
     with pytest.raises(UserError):
-        parse_class("٣", names)
+        find_class("٣", names)
 
 
 @pytest.mark.parametrize("seed", ["", "abc", "-1", "1.5", "1e3", str(2**63)])

@@ -126,7 +126,7 @@ def test_an_image_appears_step_by_step_and_is_the_one_of_generate(page, place):
     assert np.array_equal(found[..., :3], expected) and (found[..., 3] == 255).all()
     with page.expect_download() as download:
         page.locator("#download").click()
-    assert download.value.suggested_filename == "class0-1-2_seed3.png"
+    assert download.value.suggested_filename == "ant-bee-red-b-cat-b-x_seed3.png"
     sheet = np.asarray(Image.open(download.value.path()))
     assert np.array_equal(sheet[2:18, 2:18], expected[0])
     recipe = page.locator("#stage .tb-recipe code").text_content()

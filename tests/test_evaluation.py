@@ -1,22 +1,30 @@
 """Generated images, and what an evaluation leaves behind."""
 
+import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import main_tokenbridge
+from demo.classifier import generated_images
 from models.sampler import sample_latents
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
 from tests.conftest import run_script, tiny_model
-from tests.measures import Pixels  # noqa: F401  registers the extractor "pixels"
+from tests.measures import PIXELS, save_model
+from tests.runs import SIZE, TRAIN_FLAGS, flags, refused, train
+from tests.runs import evaluate as evaluate_here
 from tools import compare_images
+from util import evaluation
 from util.device import resolve_precision
 from util.ema import EMA
 from util.errors import UserError
 from util.evaluation import EvalSettings, evaluate, generate
+from util.evaluation_folder import read_png
 from util.evaluation_results import shown_ids
 from util.extractor import Extractor
 from util.images import save_png, to_uint8
@@ -58,14 +66,124 @@ def test_evaluation_leaves_the_model_in_training_mode_and_shows_a_grid(tokenizer
 
 
 def test_first_look_has_a_column_for_each_of_the_first_classes():
-    assert shown_ids(num_images=6, class_num=3) == [0, 2, 4, 1, 3, 5]
-    large = shown_ids(num_images=50000, class_num=1000)
+    assert shown_ids(torch.tensor([0, 0, 1, 1, 2, 2])) == [0, 2, 4, 1, 3, 5]
+    assert shown_ids(torch.tensor([5, 5, 5, 2, 2])) == [0, 3, 1, 4]
+    large = shown_ids(torch.arange(50000) // 50)
     assert len(large) == 80 and large[:3] == [0, 50, 100] and large[10] == 1
 
 
 def test_folder_is_named_by_what_decides_the_images():
     name = "ariter3-temp1-linearcfg1.5-image6-seed5-ema"
     assert EVALUATION.folder_name() == name
+
+
+# --- which classes
+
+
+TRAINED = ["red ant/é", "bee"]  # of a model that has room for three classes
+
+
+@pytest.fixture(scope="module")
+def model(inputs) -> Path:
+    return save_model(inputs / "model", classes=TRAINED)
+
+
+def run(inputs: Path, output: Path, resume: Path, **changes) -> tuple[Path, dict]:
+    """The folder of one evaluation and its metrics.json."""
+    evaluate_here(inputs, output, resume, **dict(num_images=5, no_metrics=True) | changes)
+    (folder,) = output.glob("ariter*")
+    return folder, json.loads((folder / "metrics.json").read_text())
+
+
+def test_images_are_of_the_classes_that_were_trained_as_evenly_as_it_goes(
+    inputs, model, tmp_path, capsys
+):
+    folder, found = run(inputs, tmp_path, model, save_npz=True, keep_images=True)
+    assert "2 or 3 images of each of 2 classes of --class_num 3: red ant/é, bee" in (
+        capsys.readouterr().out
+    )
+    names = [path.name for path in sorted((folder / "images").iterdir())]
+    assert names[::3] == ["00000_red-ant-é.png", "00003_bee.png"] and len(names) == 5
+    assert (found["classes"], found["labels"], found["counts"]) == (TRAINED, [0, 1], [3, 2])
+    with np.load(folder / "samples.npz") as file:
+        assert file["arr_1"].tolist() == [0, 0, 0, 1, 1]
+        pixels = torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+    judged, labels = generated_images(folder)
+    assert torch.equal(judged, pixels) and labels.tolist() == [0, 0, 0, 1, 1]
+
+
+def test_chosen_classes_are_drawn_by_name_or_number(inputs, model, tmp_path):
+    whole, _ = run(inputs, tmp_path / "whole", model, num_images=6, keep_images=True)
+    settings = dict(no_metrics=None, feature_extractor=PIXELS, fid_reference=inputs / "data")
+    folder, found = run(inputs, tmp_path, model, classes=["BEE"], keep_images=True, **settings)
+    assert folder.name == "ariter4-temp1-linearcfg2-image5-seed1-class1-ema"
+    assert (found["classes"], found["counts"]) == (["bee"], [5])
+    assert "these figures are of 1 of 2 classes" in " ".join(found["warnings"])
+    name = "images/00004_bee.png"  # the same noise and class, in another batch
+    first, second = (read_png(place / name).int() for place in (whole, folder))
+    assert (first - second).abs().max() <= 1
+    again, found = run(inputs, tmp_path / "order", model, classes=["1", "red ant/é"])
+    assert found["labels"] == [1, 0] and "class1+0" in again.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"classes": ["bea"]}, "--classes: class 'bea' is unknown: the model has 2"),
+        ({"classes": ["bea"]}, "did you mean bee?"),
+        ({"classes": ["2"]}, "number from 0 to 1"),
+        ({"classes": ["bee", "0"], "num_images": 1}, "--num_images 1 is less than one of each"),
+    ],
+)
+def test_classes_that_cannot_be_drawn_are_refused(inputs, model, tmp_path, changes, fragment):
+    with pytest.raises(UserError) as error:
+        run(inputs, tmp_path, model, **changes)
+    assert fragment in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_whose_images_have_no_classes_in_their_names_is_gone_on_with(
+    inputs, model, tmp_path, monkeypatch
+):
+    folder, _ = run(inputs, tmp_path, model)
+    before = {path.name[:5]: path.read_bytes() for path in (folder / "images").iterdir()}
+    for path in (folder / "images").iterdir():
+        path.rename(path.with_name(f"{path.name[:5]}.png"))
+    (folder / "images" / "00002.png").unlink()
+    (folder / "metrics.json").unlink()
+    drawn = []
+    monkeypatch.setattr(
+        evaluation, "generate", lambda *given: drawn.append(given[2]) or generate(*given)
+    )
+    run(inputs, tmp_path, model, eval_bsz=5)
+    assert drawn == [range(5)]
+    kept = {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
+    assert {name[:5]: data for name, data in kept.items()} == before
+    assert sorted(kept)[1:3] == ["00001.png", "00002_red-ant-é.png"]
+
+
+def test_number_of_classes_of_a_published_checkpoint_is_that_of_its_weights(inputs, tmp_path):
+    place = save_model(tmp_path / "model")
+    saved = torch.load(place / "checkpoint-last.pth", weights_only=True)
+    del saved["config"]
+    torch.save(saved, place / "checkpoint-last.pth")
+    flags = dict(model="tokenbridge_tiny", img_size=SIZE, vae_stride=4, vae_embed_dim=4)
+    flags |= dict(buffer_size=4, channel_order="2,0,3,1", latent_scale=1)
+    folder, found = run(inputs, tmp_path, place, num_images=3, **flags)
+    assert (found["model"]["class_num"], found["classes"]) == (3, ["0", "1", "2"])
+    assert sorted(path.name for path in (folder / "images").iterdir())[0] == "00000.png"
+
+
+def test_training_evaluates_and_shows_the_classes_that_it_has(inputs, tmp_path, capsys):
+    settings = dict(online_eval=True, eval_freq=2, vae_path="vae.ckpt", no_metrics=True)
+    settings |= dict(num_images=3, num_iter=1, class_num=5, epochs=1)
+    refusal = refused(
+        capsys, main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, settings, classes="ante")
+    )
+    assert "--classes: class 'ante' is unknown" in refusal and "did you mean ant?" in refusal
+    train(inputs, tmp_path, **settings)
+    found = json.loads((tmp_path / "eval-epoch1" / "metrics.json").read_text())
+    assert found["classes"] == ["ant", "bee", "cat"]
 
 
 def test_training_goes_on_as_if_it_had_not_been_evaluated(tokenizer, tmp_path):

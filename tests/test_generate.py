@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from models.generate import generate
+from models.pretrained import Origin
 from models.sampler import sample_latents
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
@@ -58,6 +59,16 @@ def test_further_options_reach_the_sampler(model, vae):
         assert not np.array_equal(images, other), options
     with pytest.raises(TypeError, match="colour"):
         generate(model, vae, LABELS, colour="red", **SAMPLING)
+
+
+def test_classes_have_names_and_those_never_trained_are_refused(vae):
+    model = tiny_model(latent_scale=0.5)
+    model.origin = Origin(classes=("ant", "bee"))
+    named = generate(model, vae, ["bee", 0], **SAMPLING)
+    assert np.array_equal(named, generate(model, vae, [1, 0], **SAMPLING))
+    for wrong, told in (([2], "class 2 was never trained"), (["wasp"], "names .'ant', 'bee'.")):
+        with pytest.raises(ValueError, match=told):
+            generate(model, vae, wrong)
 
 
 def test_a_tokenizer_brings_its_own_scale(model, vae):

@@ -1,6 +1,7 @@
 """Preview grids: the same images at every look, raw and averaged side by side, and explained."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,11 @@ SETTINGS = PreviewSettings(3, SamplingOptions(num_iter=2, cfg=2.0, temperature=0
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """inputs and out: six steps, a preview after steps 1, 3 and 6."""
+    """inputs and out: six steps, a preview after steps 1, 3 and 6. Two classes have no images."""
     folder = tmp_path_factory.mktemp("preview")
     inputs = make_inputs(folder / "inputs")
     settings = dict(preview_freq=1, preview_images=3, preview_iter=2, vae_path="vae.ckpt")
+    settings |= dict(class_num=5)
     train(inputs, folder / "out", **settings, cfg=2, temperature=0.9, seed=4)
     return folder
 
@@ -41,9 +43,15 @@ def events(trained) -> EventAccumulator:
 
 
 def test_labels_go_evenly_through_the_classes():
-    assert preview.labels(4, 1000).tolist() == [0, 250, 500, 750]
-    assert preview.labels(6, 3).tolist() == [0, 0, 1, 1, 2, 2]
-    assert preview.labels(1, 10).tolist() == [0]
+    for count, class_num, expected in (
+        (4, 1000, [0, 250, 500, 750]),
+        (6, 3, [0, 0, 1, 1, 2, 2]),
+        (1, 10, [0]),
+    ):
+        settings = replace(SETTINGS, images=count)
+        assert settings.labels(class_num).tolist() == expected
+    chosen = replace(SETTINGS, classes=(4, 1))
+    assert chosen.labels(1000).tolist() == [4, 4, 1]
 
 
 def test_images_are_the_same_at_every_look():
@@ -129,6 +137,7 @@ def test_levels_of_data_and_of_images_are_counted(trained, events):
 def test_explanation_stands_beside_the_grid(events):
     (first, *_) = events.Tensors("preview/about_the_average/text_summary")
     assert first.step == 1 and b"90% of it" in first.tensor_proto.string_val[0]
+    assert b"of the classes ant, bee, cat." in first.tensor_proto.string_val[0]
 
 
 def test_cached_latents_without_a_vae_have_no_grid_and_it_is_said_once(trained, tmp_path, capsys):

@@ -146,6 +146,87 @@ def test_three_processes_write_the_statistics_of_one(images, made, tmp_path):
         np.testing.assert_allclose(three[name], one[name], rtol=1e-12, atol=1e-15)
 
 
+# --- an npz file of images
+
+
+@pytest.fixture(scope="module")
+def array(images, tmp_path_factory) -> Path:
+    """The images of the folder in one file, as ADM's evaluator takes them."""
+    files = reference.list_folder(images)
+    crops = np.stack([np.array(center_crop(read_image(path), SIZE)) for path in files])
+    path = tmp_path_factory.mktemp("array") / "batch.npz"
+    np.savez(path, crops, np.zeros(len(crops)))
+    return path
+
+
+@pytest.mark.parametrize("form", ["as it is", "compressed", "channels first"])
+def test_statistics_of_an_npz_file_of_images_are_those_of_the_folder(array, made, tmp_path, form):
+    path = array if form == "as it is" else tmp_path / "other.npz"
+    pixels = np.load(array)["arr_0"]
+    if form == "compressed":
+        np.savez_compressed(path, pixels)
+    elif form == "channels first":
+        np.savez(path, pixels.transpose(0, 3, 1, 2).copy())
+    argv = flags(path, tmp_path / "stats.npz")
+    del argv[argv.index("--img_size") : argv.index("--img_size") + 2]  # the array's own
+    call(fid_stats.main, *argv)
+    found, expected = (load_fid_statistics(p, FEATURES) for p in (tmp_path / "stats.npz", made))
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-12, atol=1e-15)
+    assert reference.statistics_record(tmp_path / "stats.npz")["img_size"] == SIZE
+
+
+def test_images_in_the_place_of_statistics_are_told_the_two_ways(array):
+    with pytest.raises(UserError) as error:
+        prepare(array)
+    stats = array.with_name("batch_stats.npz")
+    assert str(error.value) == (
+        f"--fid_stats {array}: not an npz file with mu and sigma, but of 23 images; compare with "
+        f"them by --fid_reference {array}, or make statistics with python -m util.fid_stats "
+        f"--image_dir {array} --output {stats}"
+    )
+
+
+def test_an_npz_file_of_images_is_a_reference(images, array, tmp_path, capsys):
+    measure = metrics.prepare(None, None, CPU, feature_extractor=PIXELS, folder_follows=True)
+    first, second = (
+        metrics.compare_with_folder(measure, source, SIZE, tmp_path).reference
+        for source in (images, array)
+    )
+    assert torch.equal(first.features["mixed"], second.features["mixed"])
+    np.testing.assert_array_equal(first.stats["sigma"], second.stats["sigma"])
+    metrics.compare_with_folder(measure, array, 32, tmp_path)
+    assert "23 of 23 images looked at are smaller than 32 px" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, "float32 (2, 4, 4, 3), not uint8"),
+        ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, "not uint8 [N, H, W, 3]"),
+        ({"arr_0": np.array([{}])}, "never unpickled"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "arr_0"),
+        (None, "no such folder"),
+    ],
+)
+def test_npz_files_that_hold_no_images_are_refused(tmp_path, content, fragment):
+    path = tmp_path / "batch.npz"
+    if content is not None:
+        np.savez(path, **content)
+    with pytest.raises(UserError) as error:
+        call(fid_stats.main, *flags(path, tmp_path / "stats.npz"))
+    line = str(error.value)
+    assert line.startswith(f"--image_dir {path}") and fragment in line and "\n" not in line
+
+
+def test_damaged_pixels_in_an_npz_file_are_told(array, tmp_path):
+    content = bytearray(array.read_bytes())
+    content[5000] ^= 1
+    (tmp_path / "batch.npz").write_bytes(content)
+    with pytest.raises(UserError, match="batch.npz is damaged: Bad CRC-32"):
+        call(fid_stats.main, *flags(tmp_path / "batch.npz", tmp_path / "stats.npz"))
+
+
 def prepare(path: Path, **changes):
     return metrics.prepare(
         str(path), None, CPU, **{"feature_extractor": PIXELS, "size": SIZE} | changes

@@ -214,7 +214,9 @@ def test_checkpoints_are_not_unpickled_and_names_not_html(tmp_path):
     torch.save({"trap": Trap()}, tmp_path / "checkpoint-last.pth")
     evil = "</script><script>alert(1)</script>"
     record = {"metrics": {evil: 1.0}, "warnings": [evil], "settings": {"cfg": evil}}
+    record |= {"classes": [evil], "settings": {"cfg": evil, "classes": [0]}}
     (tmp_path / "point").mkdir()
+    (tmp_path / "point" / "grid.png").write_bytes(b"\x89PNG")
     (tmp_path / "point" / "metrics.json").write_text(json.dumps(record))
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar(f"train/{evil}", 1.0, 1)

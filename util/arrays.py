@@ -11,7 +11,9 @@ import math
 import mmap
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +24,7 @@ try:
 except ImportError:  # not a Unix, which has no such limit
     resource = None
 
+MAX_IMAGE_BYTES = 1 << 26  # of one image in an array: 4,096 px
 SPARE_FILES = 512  # for data loaders, sockets, logs and libraries
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -72,12 +75,9 @@ def read_npz(path: str | Path, names: Iterable[str], max_bytes: int) -> dict[str
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str, max_bytes: int) -> np.ndarray:
-    entry = archive.getinfo(name)
+    entry = _checked_entry(archive, name)
     if entry.file_size > max_bytes:
         raise ValueError(f"{name} unpacks to more than {max_bytes} bytes")
-    # What numpy writes; other methods unpack a whole block before its size can be seen.
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(f"{name} is compressed by method {entry.compress_type}")
     with archive.open(entry) as file:
         content = file.read(entry.file_size)  # to its end, where zipfile compares the checksum
     if len(content) != entry.file_size:
@@ -85,6 +85,66 @@ def _read_entry(archive: zipfile.ZipFile, name: str, max_bytes: int) -> np.ndarr
     file = io.BytesIO(content)
     shape, dtype, order = _read_header(file, len(content))
     return np.ndarray(shape, dtype, content, offset=file.tell(), order=order)
+
+
+def _checked_entry(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """As numpy writes it; other methods unpack a whole block before its size can be seen."""
+    entry = archive.getinfo(name)
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name} is compressed by method {entry.compress_type}")
+    return entry
+
+
+@dataclass(frozen=True)
+class ImageArray:
+    """The images of an npz file as ADM's evaluator takes them: arr_0, uint8 [N, H, W, 3].
+
+    [N, 3, H, W] is read as well. Such files may be larger than memory, so they are read once
+    through, a batch at a time.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: str | Path) -> "ImageArray":
+        with _opened_images(path) as (_, shape):
+            return cls(Path(path), shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def side(self) -> int:
+        """The shorter one, in pixels."""
+        return min(self.shape[1:3] if self.shape[3] == 3 else self.shape[2:])
+
+    def batches(self, batches: list[range], wanted: Iterable[int]) -> Iterator[np.ndarray]:
+        """uint8 [n, H, W, 3] of those numbers of batches, which cover the array, in their order."""
+        wanted, size = set(wanted), math.prod(self.shape[1:])
+        with _opened_images(self.path) as (file, _):
+            for number, ids in enumerate(batches):
+                content = file.read(len(ids) * size)  # at its end zipfile compares the checksum
+                if len(content) != len(ids) * size:
+                    raise ValueError(f"arr_0 ends within batch {number}")
+                if number in wanted:
+                    images = np.frombuffer(content, np.uint8).reshape(len(ids), *self.shape[1:])
+                    yield images if self.shape[3] == 3 else images.transpose(0, 2, 3, 1)
+
+
+@contextmanager
+def _opened_images(path: str | Path) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
+    """The file at the first pixel of arr_0, and the array's shape."""
+    with open_regular(path) as raw, zipfile.ZipFile(raw) as archive:
+        entry = _checked_entry(archive, "arr_0.npy")
+        with archive.open(entry) as file:
+            shape, dtype, order = _read_header(file, entry.file_size)
+            colours = len(shape) == 4 and 3 in (shape[3], shape[1])
+            if dtype != np.uint8 or order == "F" or not colours or not shape[0]:
+                raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 [N, H, W, 3]")
+            if math.prod(shape[1:]) > MAX_IMAGE_BYTES:
+                raise ValueError(f"one image of arr_0 takes more than {MAX_IMAGE_BYTES} bytes")
+            yield file, shape
 
 
 def _read_header(file: BinaryIO, size: int) -> tuple[tuple[int, ...], np.dtype, str]:

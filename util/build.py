@@ -11,7 +11,7 @@ from models.config import PUBLISHED_LATENT_SCALE, TokenBridgeConfig, default_cha
 from models.tokenbridge import TokenBridge
 from models.vae import VAE
 from util import dist
-from util.checkpoint import FINETUNE, Checkpoint
+from util.checkpoint import FINETUNE, WEIGHT_KEYS, Checkpoint
 from util.errors import UserError, as_user_error
 from util.histogram import LatentHistogram
 from util.latent_cache import open_cache
@@ -68,6 +68,7 @@ def build_config(
                 "code, which has the published one; leave the flag out"
             )
         known["head_input"] = "published"  # as the released checkpoints were measured
+        known |= _class_num(checkpoint)
     settings = flags.settings | {k: v for k, v in known.items() if k not in flags.given}
     missing = [f"--{name}" for name in LATENT if name not in settings]
     if missing:
@@ -77,6 +78,14 @@ def build_config(
         )
     with as_user_error():
         return TokenBridgeConfig(**settings)
+
+
+def _class_num(checkpoint: Checkpoint) -> dict:
+    """The rows of the table of classes, where the weights alone tell."""
+    states = (checkpoint.saved.get(key) for key in WEIGHT_KEYS.values())
+    tables = (state.get("class_emb.weight") for state in states if isinstance(state, dict))
+    found = [len(table) for table in tables if isinstance(table, Tensor) and table.dim() == 2]
+    return {"class_num": found[0]} if found else {}
 
 
 def _agreed_config(flags: ModelFlags, checkpoint: Checkpoint) -> TokenBridgeConfig:

@@ -67,6 +67,11 @@ class Checkpoint:
         with as_user_error(self.named, (ValueError, TypeError, AttributeError)):
             return TokenBridgeConfig.from_dict(self.saved["config"])
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes it was trained on, by label; none if it does not say."""
+        return tuple(map(str, self.saved.get("classes") or ()))
+
     def weights(self, key: str) -> dict[str, Tensor]:
         """The state dict under `model` or `model_ema`."""
         state = self.saved.get(key)

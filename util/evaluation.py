@@ -10,9 +10,10 @@ number, and a run that was stopped goes on with the batches that are missing.
 """
 
 import argparse
+import hashlib
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.generate import decode_images
+from models.generate import decode_images, spread_labels
 from models.sampler import CFG_SCHEDULES, ORDERS, evaluation_mode, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
@@ -31,8 +32,8 @@ from util import dist
 from util.args import non_negative_float, non_negative_int, positive_int
 from util.checkpoint import WEIGHT_KEYS
 from util.device import Precision
-from util.errors import UserError
-from util.evaluation_folder import EvaluationFolder, plain, read_png
+from util.errors import UserError, as_user_error, did_you_mean
+from util.evaluation_folder import EvaluationFolder, file_label, plain, read_png
 from util.evaluation_results import finish, tell
 from util.features import FeatureStore
 from util.metrics import Measure
@@ -51,7 +52,14 @@ def add_evaluation_flags(parser: Parser) -> None:
     add("--online_eval", action="store_true", help="evaluate while training")
     add("--eval_freq", type=positive_int, default=40, help="epochs between two, while training")
     add("--eval_bsz", type=positive_int, default=64, help="images a batch")
-    add("--num_images", type=positive_int, default=50000, help="in all")
+    add("--num_images", type=positive_int, default=50000, help="in all, spread over the classes")
+    add(
+        "--classes",
+        type=str,  # and in a file of settings a number needs no quotes
+        nargs="+",
+        metavar="CLASS",
+        help="draw these, by name or by number (previews too); default: all that were trained",
+    )
     add("--num_iter", type=positive_int, nargs="+", default=[256], help="iterations an image")
     add("--cfg", type=non_negative_float, nargs="+", default=[1.0], help="guidance; 1 is none")
     add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="of the guidance")
@@ -70,16 +78,18 @@ def add_evaluation_flags(parser: Parser) -> None:
     add("--save_npz", action="store_true", help="all images as samples.npz, for ADM's evaluator")
     add(
         "--fid_reference",
-        metavar="FOLDER",
-        help="real images: FID, KID, precision and recall against them",
+        metavar="PATH",
+        help="real images, a folder or an npz file of them: FID, KID, precision and recall to them",
     )
 
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """What decides the generated images. Image i is of class i // (num_images / classes).
+    """What decides the generated images, which are drawn class by class.
 
-    keep_images, save_npz: what becomes of them.
+    classes: the labels that are drawn, in this order; None is all of the model's. names: of all
+    classes that were trained, as far as they are known. keep_images, save_npz: what becomes of the
+    images.
     """
 
     num_images: int
@@ -94,27 +104,82 @@ class EvalSettings:
     weights: str = "ema"  # or "model", the raw ones
     keep_images: bool = False
     save_npz: bool = False
+    classes: tuple[int, ...] | None = None
+    names: tuple[str, ...] = ()
+
+    def labels(self, class_num: int) -> Tensor:
+        """[num_images] the class of every image, as evenly as it goes."""
+        return spread_labels(self.num_images, self.classes or range(class_num))
+
+    def name(self, label: int) -> str:
+        return self.names[label] if self.names else str(label)
 
     def folder_name(self) -> str:
+        chosen = "" if self.classes in (None, tuple(range(len(self.names)))) else self._chosen()
         order = "" if self.order == "random" else f"-{self.order}"
         cache = f"-cache{self.token_cache}" if self.token_cache else ""
         return (
             f"ariter{self.num_iter}-temp{self.temperature:g}-{self.cfg_schedule}cfg{self.cfg:g}"
-            f"-image{self.num_images}-seed{self.seed}{order}{cache}-{self.weights}"
+            f"-image{self.num_images}-seed{self.seed}{order}{cache}{chosen}-{self.weights}"
         )
+
+    def _chosen(self) -> str:
+        """Of the classes, for a folder's name, which has no room for many."""
+        listed = "+".join(map(str, self.classes))
+        if len(listed) > 24:
+            listed = f"es{len(self.classes)}-{hashlib.sha256(listed.encode()).hexdigest()[:8]}"
+        return f"-class{listed}"
 
     def of_images(self) -> dict:
         """Those that decide the images."""
-        kept = asdict(self)
-        return {k: v for k, v in kept.items() if k not in ("keep_images", "save_npz")}
+        others = {"keep_images", "save_npz", "names", *(["classes"] if not self.classes else [])}
+        return {k: v for k, v in asdict(self).items() if k not in others}
 
 
-def sweep_settings(args: argparse.Namespace, class_num: int) -> list[EvalSettings]:
-    """All combinations of --num_iter, --cfg and --temperature, each once, in that order."""
-    if args.num_images % class_num:
+def find_class(text: str, names: Sequence[str]) -> int:
+    """The label of a class that was trained, by its name or its number; a name comes first."""
+    wanted = text.strip()
+    same = [i for i, name in enumerate(names) if wanted in (name, f"{name} ({i})")]
+    same = same or [i for i, name in enumerate(names) if name.casefold() == wanted.casefold()]
+    if len(same) == 1:
+        return same[0]
+    if same:
+        raise UserError(f"class {wanted!r} may be {' or '.join(map(str, same))}: say the number")
+    if wanted.isascii() and wanted.isdigit() and int(wanted[:9]) < len(names):
+        return int(wanted)
+    hint = did_you_mean(wanted.casefold(), [name.casefold() for name in names])
+    raise UserError(
+        f"class {wanted[:60]!r} is unknown: the model has {len(names)}, by name or by a number "
+        f"from 0 to {len(names) - 1}{hint}"
+    )
+
+
+def drawn_classes(
+    wanted: Sequence[str] | None, class_num: int, names: Sequence[str]
+) -> tuple[int, ...] | None:
+    """The labels of --classes, else of all that were trained; None if these are the model's all.
+
+    names: of the classes that were trained; none if they are not known.
+    """
+    names = names[:class_num] or tuple(map(str, range(class_num)))
+    with as_user_error("--classes"):
+        chosen = [find_class(text, names) for text in wanted or ()]
+    labels = tuple(dict.fromkeys(chosen or range(len(names))))
+    return None if labels == tuple(range(class_num)) else labels
+
+
+def sweep_settings(
+    args: argparse.Namespace, class_num: int, names: Sequence[str] = ()
+) -> list[EvalSettings]:
+    """All combinations of --num_iter, --cfg and --temperature, each once, in that order.
+
+    names: of the classes that were trained, as far as they are known.
+    """
+    classes = drawn_classes(args.classes, class_num, names)
+    if args.classes and args.num_images < len(classes or ()):
         raise UserError(
-            f"--num_images {args.num_images} is not a multiple of --class_num {class_num}: "
-            "every class gets the same number"
+            f"--num_images {args.num_images} is less than one of each of the {len(classes)} "
+            "--classes"
         )
     common = EvalSettings(
         num_images=args.num_images,
@@ -129,6 +194,8 @@ def sweep_settings(args: argparse.Namespace, class_num: int) -> list[EvalSetting
         weights=args.eval_weights,
         keep_images=args.keep_images,
         save_npz=args.save_npz,
+        classes=classes,
+        names=tuple(names),
     )
     values = product(*(dict.fromkeys(getattr(args, name)) for name in SWEPT))
     points = [replace(common, **dict(zip(SWEPT, point, strict=True))) for point in values]
@@ -140,9 +207,11 @@ def sweep_settings(args: argparse.Namespace, class_num: int) -> list[EvalSetting
     return points
 
 
-def eval_settings(args: argparse.Namespace, class_num: int) -> EvalSettings:
+def eval_settings(
+    args: argparse.Namespace, class_num: int, names: Sequence[str] = ()
+) -> EvalSettings:
     """Those of an evaluation during training: one point."""
-    points = sweep_settings(args, class_num)
+    points = sweep_settings(args, class_num, names)
     if len(points) > 1:
         swept = ", ".join(f"--{name}" for name in SWEPT if len(getattr(args, name)) > 1)
         raise UserError(f"--online_eval takes one value, not several: {swept}; see --evaluate")
@@ -170,7 +239,10 @@ def evaluate(
     """
     started = time.monotonic()
     identity = image_identity(model, tokenizer, settings, device, precision)
-    place = EvaluationFolder(folder, settings.num_images, settings.eval_bsz)
+    labels = settings.labels(model.config.class_num)
+    named = {c: file_label(settings.names[c]) for c in labels.unique().tolist() if settings.names}
+    labelled = [named.get(c, "") for c in labels.tolist()]
+    place = EvaluationFolder(folder, settings.num_images, settings.eval_bsz, labelled)
     if training:
         place = place.free_beside(identity)
     place.claim(identity)
@@ -311,11 +383,10 @@ def generate(
     precision: Precision,
 ) -> Tensor:
     """The images of those numbers, uint8 [N, 3, H, W], on the CPU."""
-    per_class = settings.num_images // model.config.class_num
     with precision.autocast(device):
         latents = sample_latents(
             model,
-            torch.tensor([i // per_class for i in ids]),
+            settings.labels(model.config.class_num)[ids.start : ids.stop],
             num_iter=settings.num_iter,
             cfg=settings.cfg,
             cfg_schedule=settings.cfg_schedule,

@@ -1,7 +1,7 @@
 """The folder of one evaluation: what is in it, whose it is, and what is still to do.
 
     settings.json              what decides the images, written first; another run's is refused
-    images/00000.png ...       image i; removed at the end unless they were asked for
+    images/00000_bee.png ...   image i and its class; removed unless they were asked for
     features/EXTRACTOR/        the features of every batch, util/features.py
     statistics.npz             mu and sigma of the images' features, as --fid_stats reads them
     samples.npz                --save_npz: all images in one array, for ADM's evaluator
@@ -11,6 +11,7 @@ All files are whole or absent, so whatever is there counts.
 """
 
 import json
+import re
 import socket
 import zipfile
 from collections.abc import Callable, Sequence
@@ -36,11 +37,15 @@ THREADS = 8  # that read and write PNG files; a GPU draws faster than one of the
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """count: images in all, numbered from 0. batch_size: images of one batch."""
+    """count: images in all, numbered from 0. batch_size: images of one batch.
+
+    labelled: for file names, of every image a word for its class, or "".
+    """
 
     path: Path
     count: int
     batch_size: int
+    labelled: Sequence[str] = ()
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS))
 
     @property
@@ -60,7 +65,12 @@ class EvaluationFolder:
         return batch_ranges(self.count, self.batch_size)
 
     def image(self, number: int) -> Path:
-        return self.path / "images" / image_name(number, self.count)
+        """Its file. One without a class in its name, as earlier versions wrote, stays as it is."""
+        unnamed = self.path / "images" / image_name(number, self.count)
+        label = self.labelled[number] if self.labelled else ""
+        if not label or unnamed.exists():
+            return unnamed
+        return unnamed.with_name(f"{unnamed.stem}_{label}.png")
 
     def features(self, extractor: Extractor) -> FeatureStore:
         return FeatureStore(self.path / "features" / extractor.label)
@@ -107,9 +117,10 @@ class EvaluationFolder:
     def without_images(self) -> set[int]:
         """Numbers of the batches of which a PNG is missing."""
         sizes = {path.name: path.stat().st_size for path in (self.path / "images").glob("*.png")}
-        here = {name for name, size in sizes.items() if size}  # a power cut may leave empty files
-        numbered = enumerate(self.batches)
-        return {k for k, ids in numbered if any(self.image(i).name not in here for i in ids)}
+        # A power cut may leave empty files. The class in a name tells nothing new.
+        here = {name.removesuffix(".png").split("_")[0] for name, size in sizes.items() if size}
+        stems = [Path(image_name(i, self.count)).stem for i in range(self.count)]
+        return {k for k, ids in enumerate(self.batches) if any(stems[i] not in here for i in ids)}
 
     def write_images(self, ids: Sequence[int], images: Tensor) -> None:
         """images: uint8 [N, 3, H, W], numbered by ids."""
@@ -152,6 +163,11 @@ def conflict(folder: Path, settings: dict, images: str) -> str | None:
 def image_name(number: int, count: int) -> str:
     """00000.png: names of that many images sort as their numbers do."""
     return f"{number:0{max(5, len(str(count - 1)))}d}.png"
+
+
+def file_label(name: str) -> str:
+    """A class's name as a part of a file's: letters, digits and - _ . alone, not many."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-_.")[:40]
 
 
 def check_shared(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import sys
 from datetime import datetime, timezone
 
-import numpy as np
+from torch import Tensor
 
 from models.config import TokenBridgeConfig
 from util import dist, metrics
@@ -28,25 +28,32 @@ def finish(
 
     settings: an EvalSettings. facts: what metrics.json is to hold besides, as plain values.
     """
-    per_class = place.count // config.class_num
+    labels = settings.labels(config.class_num)
+    drawn, counts = (part.tolist() for part in labels.unique_consecutive(return_counts=True))
     keep = measure is None or settings.keep_images
     before = place.record()
     if before is not None and before["images"] == "kept":
         keep = True  # somebody asked for them
     if settings.save_npz and not place.samples.is_file():
-        labels = np.arange(place.count) // per_class
-        write_samples(place, labels, config.img_size, dist.beat)
+        write_samples(place, labels.numpy(), config.img_size, dist.beat)
     if not place.grid.is_file():
-        shown = shown_ids(place.count, config.class_num)
+        shown = shown_ids(labels)
         wait_for([place.image(i) for i in shown])
-        columns = min(config.class_num, GRID_COLUMNS)
-        save_png(grid(place.read_images(shown), columns), place.grid)
+        save_png(grid(place.read_images(shown), min(len(drawn), GRID_COLUMNS)), place.grid)
     scores = measured(place, measure, config.img_size) if measure is not None else Scores()
+    trained = len(settings.names) or config.class_num
+    if scores.figures and len(drawn) < trained:
+        scores.warnings.append(
+            f"these figures are of {len(drawn)} of {trained} classes: they compare with nothing "
+            "but images of the same classes"
+        )
     record = {
         "metrics": scores.figures,
         "warnings": scores.warnings,
         "images": "kept" if keep else "removed",
-        "images_per_class": per_class,
+        "classes": [settings.name(label) for label in drawn],
+        "labels": drawn,
+        "counts": counts,
         **facts,
         "reference": measure.reference.record if measure is not None else None,
         "metric_settings": scores.settings,
@@ -93,8 +100,9 @@ def count_name(count: int) -> str:
     return f"{count // 1000}K" if count % 1000 == 0 else str(count)
 
 
-def shown_ids(num_images: int, class_num: int) -> list[int]:
-    """Images for a first look: a column for each of the first classes."""
-    per_class = num_images // class_num
-    rows, columns = range(min(per_class, GRID_ROWS)), range(min(class_num, GRID_COLUMNS))
-    return [c * per_class + k for k in rows for c in columns]
+def shown_ids(labels: Tensor) -> list[int]:
+    """Images for a first look, a column for each of the first classes. labels: [N], of all."""
+    counts = labels.unique_consecutive(return_counts=True)[1]
+    firsts = (counts.cumsum(0) - counts)[:GRID_COLUMNS].tolist()
+    rows = min(GRID_ROWS, int(counts[:GRID_COLUMNS].min()))
+    return [first + k for k in range(rows) for first in firsts]

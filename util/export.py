@@ -65,9 +65,8 @@ def load(args: argparse.Namespace, checkpoint: Checkpoint) -> TokenBridge:
     model = build_model(config, checkpoint, checkpoint.key(args.eval_weights))
     saved = checkpoint.saved
     known = {name: checkpoint.whole_number(name) for name in ("step", "epoch") if name in saved}
-    classes = tuple(map(str, saved.get("classes") or ())) or None
     known["vae_sha256"] = str(made_by) if made_by else None
-    model.origin = Origin(args.eval_weights, classes=classes, **known)
+    model.origin = Origin(args.eval_weights, classes=checkpoint.classes or None, **known)
     return model.eval()
 
 

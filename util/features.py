@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util import dist
-from util.arrays import read_npz
-from util.data import ImageDataset, collate_skipping
+from util.arrays import ImageArray, read_npz
+from util.data import ImageDataset, center_crop, collate_skipping
 from util.errors import UserError, as_user_error
 from util.extractor import Extractor
 from util.files import atomic_write
@@ -105,7 +105,7 @@ def wait_for(paths: list[Path], seconds: float = SHARED_WAIT) -> None:
 
 
 def folder_batches(
-    files: list[Path],
+    files: list[Path] | ImageArray,
     size: int,
     batches: list[range],
     wanted: Iterable[int],
@@ -117,6 +117,9 @@ def folder_batches(
     Images are cropped as the training's are. skip_bad: leave out unreadable ones.
     """
     mine = sorted(wanted)[dist.rank() :: dist.world_size()]
+    if isinstance(files, ImageArray):
+        yield from _array_batches(files, size, batches, mine)
+        return
     dataset = ImageDataset([(str(f), 0) for f in files], size, "drop" if skip_bad else "raise")
     loader = DataLoader(
         dataset,
@@ -131,9 +134,22 @@ def folder_batches(
         yield number, kept, batch[0] if batch else torch.empty(0, 3, size, size, dtype=torch.uint8)
 
 
+def _array_batches(
+    array: ImageArray, size: int, batches: list[range], mine: list[int]
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """Those batches of an npz file, cropped as files are."""
+    with as_user_error(f"{array.path} is damaged", (Exception,)):
+        parts = array.batches(batches, mine)
+        hidden = not (mine and dist.is_main())
+        parts = tqdm(parts, desc="real images", total=len(mine), disable=hidden)
+        for number, images in zip(mine, parts, strict=True):
+            crops = [np.array(center_crop(Image.fromarray(image), size)) for image in images]
+            yield number, list(batches[number]), torch.from_numpy(np.stack(crops)).movedim(3, 1)
+
+
 def folder_features(
     extractor: Extractor,
-    files: list[Path],
+    files: list[Path] | ImageArray,
     size: int,
     store: FeatureStore,
     batch_size: int,
@@ -154,13 +170,16 @@ def folder_features(
     return store.load(batches) if dist.is_main() else None
 
 
-def upsampled(files: list[Path], size: int) -> str | None:
-    """In words, how many of a folder's images are smaller than S, of those looked at; or None."""
-    looked = files[:: max(1, len(files) // LOOKED_AT)]
-    smaller = sum(1 for path in looked if _shorter_side(path) < size)
+def upsampled(files: list[Path] | ImageArray, size: int) -> str | None:
+    """In words, how many images are smaller than S, of those looked at; or None."""
+    if isinstance(files, ImageArray):
+        sides = [files.side] * len(files)
+    else:
+        sides = [_shorter_side(path) for path in files[:: max(1, len(files) // LOOKED_AT)]]
+    smaller = sum(side < size for side in sides)
     if not smaller:
         return None
-    return f"{smaller} of {len(looked)} images looked at are smaller than {size} px"
+    return f"{smaller} of {len(sides)} images looked at are smaller than {size} px"
 
 
 def _shorter_side(path: Path) -> int:

@@ -1,11 +1,12 @@
-"""Turn a folder of images into the statistics that --fid_stats compares with.
+"""Turn images into the statistics that --fid_stats compares with.
 
 python -m util.fid_stats --image_dir IMAGENET/train --output fid_stats/in256.npz
+python -m util.fid_stats --image_dir samples.npz --output fid_stats/samples.npz
 torchrun --nproc_per_node=8 -m util.fid_stats --image_dir IMAGENET/train
 
 images -> centre crop, as for training -> features -> mu [D], sigma [D, D]
 
-The features are summed up and not kept, so a folder may hold millions of images.
+The features are summed up and not kept, so there may be millions of images.
 """
 
 import argparse
@@ -23,12 +24,13 @@ from util.args import (
     add_loader_flags,
     positive_int,
 )
+from util.arrays import ImageArray
 from util.errors import UserError, run
 from util.extractor import Extractor, load_extractor
 from util.features import batch_ranges, folder_batches, upsampled
 from util.files import check_writable
 from util.parser import Parser
-from util.reference import list_folder, write_statistics
+from util.reference import open_images, write_statistics
 
 
 def make_parser() -> Parser:
@@ -39,10 +41,15 @@ def make_parser() -> Parser:
         "--image_dir",
         default="./data/imagenet/train",
         metavar="FOLDER",
-        help="images, in folders or not",
+        help="images, in folders or not; or an npz file of them, arr_0 uint8 [N, H, W, 3]",
     )
     add("--output", default="fid_stats/statistics.npz", metavar="FILE", help="to write")
-    add("--img_size", type=positive_int, default=256, help="pixels, as of the generated images")
+    add(
+        "--img_size",
+        type=positive_int,
+        default=256,
+        help="pixels, as of the generated images; of an npz file its own, unless it is given",
+    )
     add("--batch_size", type=positive_int, default=64, help="images a batch")
     add_extractor_flags(group)
     add_loader_flags(parser)
@@ -94,7 +101,9 @@ def main() -> None:
     if output.suffix != ".npz":
         raise UserError(f"--output {output} is not the name of an npz file")
     check_writable(output.parent, "--output")
-    files = list_folder(args.image_dir, "--image_dir")
+    files = open_images(args.image_dir, "--image_dir")
+    if isinstance(files, ImageArray) and "img_size" not in args.explicit:
+        args.img_size = files.side
     extractor = load_extractor(args.feature_extractor, args.inception_weights, device)
     if extractor is None:
         raise UserError("statistics need the extractor's weights: name a file, --inception_weights")
@@ -119,7 +128,10 @@ def main() -> None:
 
 
 def measure(
-    extractor: Extractor, layer: str, files: list[Path], args: argparse.Namespace
+    extractor: Extractor,
+    layer: str,
+    files: list[Path] | ImageArray,
+    args: argparse.Namespace,
 ) -> Moments | None:
     """The sums over all images, on the main process; every process takes its share of batches."""
     moments = Moments(extractor.width("fid", args.img_size))
@@ -135,7 +147,7 @@ def measure(
     return moments.gathered()
 
 
-def tell_doubts(files: list[Path], moments: Moments, size: int) -> None:
+def tell_doubts(files: list[Path] | ImageArray, moments: Moments, size: int) -> None:
     """What a distance to these statistics would mean, where that is not what a reader expects."""
     smaller = upsampled(files, size)
     if smaller:

@@ -6,6 +6,7 @@ Letters: N images, C latent channels, K levels.
 """
 
 import argparse
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -67,7 +68,14 @@ class LookSettings:
     preview: PreviewSettings
 
     @classmethod
-    def of(cls, args: argparse.Namespace, steps_per_epoch: int, last_step: int) -> "LookSettings":
+    def of(
+        cls,
+        args: argparse.Namespace,
+        steps_per_epoch: int,
+        last_step: int,
+        classes: Sequence[int] | None = None,
+        names: Sequence[str] = (),
+    ) -> "LookSettings":
         every = (
             max(1, round(freq * steps_per_epoch)) if freq else 0
             for freq in (args.preview_freq, args.val_freq)
@@ -80,7 +88,7 @@ class LookSettings:
             order=args.order,
             seed=args.seed,
         )
-        preview = PreviewSettings(args.preview_images, sampling)
+        preview = PreviewSettings(args.preview_images, sampling, classes, names)
         return cls(*every, last_step, preview)
 
 
@@ -170,7 +178,8 @@ class Look:
         bits = {f"levels/entropy_{name}": entropy(c).mean().item() for name, c in counts.items()}
         log.scalars(bits, done)
         rate = self.ema.rate
-        log.text("preview/about_the_average", about_average(rate, done), done)
+        shown = self.settings.preview.described(self.model.config.class_num)
+        log.text("preview/about_the_average", f"{about_average(rate, done)} {shown}", done)
         (_, raw), (_, averaged) = (drawn[name] for name in WEIGHTS)
         if raw is not None:
             log.image("preview/raw_and_average", side_by_side(raw, averaged, rate, done), done)

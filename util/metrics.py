@@ -26,9 +26,9 @@ from util.reference import (
     ADM_STATISTICS,
     Reference,
     check_statistics,
-    list_folder,
     listing_digest,
     load_fid_statistics,
+    open_images,
 )
 
 FULL_COUNT = 50000  # images of the FID that papers report
@@ -256,12 +256,13 @@ def compare_with_folder(
     num_workers: int = 0,
     skip_bad: bool = False,
 ) -> Measure:
-    """The same measure with a folder of real images as its reference; all processes take part.
+    """The same measure with real images as its reference; all processes take part.
 
-    FID stays the distance to the file of statistics if there is one. cache: a folder for the
-    features, which a restart finds again. Raises UserError if there are too few.
+    folder: of images, or an npz file of them. FID stays the distance to the file of statistics if
+    there is one. cache: a folder for the features, which a restart finds again. Raises UserError
+    if there are too few.
     """
-    files = list_folder(folder)
+    files = open_images(folder)
     extractor = measure.extractor
     key = listing_digest(Path(folder), files)
     smaller = dist.gather_objects(upsampled(files, size) if dist.is_main() else None)[0]

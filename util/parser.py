@@ -126,7 +126,8 @@ class Parser(argparse.ArgumentParser):
                 name = (word or before).rstrip("=")
                 where = f"the value of {name}" if name.startswith("-") else "an argument"
                 self.error(
-                    f"{where} is empty, as of a shell variable that is not set: set it, or leave it out"
+                    f"{where} is empty, as of a shell variable that is not set: set it, or leave "
+                    "it out"
                 )
 
     def _add_negations(self) -> None:

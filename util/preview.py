@@ -6,6 +6,7 @@ Letters: N images, S side of a tile in pixels.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from models.generate import spread_labels
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
@@ -27,15 +29,22 @@ FORGOTTEN = 0.01  # share of the initial weights below which nobody sees it
 
 @dataclass(frozen=True)
 class PreviewSettings:
-    """What decides the images beside the weights. Image i is always of the same class and noise."""
+    """What decides the images beside the weights. Image i is always of the same class and noise.
+
+    classes: that are drawn, evenly; None is all of the model's. names: of all, if they are known.
+    """
 
     images: int
     sampling: SamplingOptions
+    classes: Sequence[int] | None = None
+    names: Sequence[str] = ()
 
+    def labels(self, class_num: int) -> Tensor:
+        return spread_labels(self.images, self.classes or range(class_num))
 
-def labels(count: int, class_num: int) -> Tensor:
-    """[N] classes, evenly spread over all of them."""
-    return torch.arange(count) * class_num // count
+    def described(self, class_num: int) -> str:
+        shown = (self.names[c] if self.names else str(c) for c in self.labels(class_num).tolist())
+        return f"The images, row by row, are of the classes {', '.join(shown)}."
 
 
 def draw(
@@ -43,8 +52,8 @@ def draw(
 ) -> Tensor:
     """Latents [N, C, h, w] of the model as it is; nothing global is drawn from."""
     with precision.autocast(device):
-        classes = labels(settings.images, model.config.class_num)
-        return sample_latents(model, classes, **asdict(settings.sampling))
+        labels = settings.labels(model.config.class_num)
+        return sample_latents(model, labels, **asdict(settings.sampling))
 
 
 def decode(tokenizer: Tokenizer, latents: Tensor) -> Tensor:

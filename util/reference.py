@@ -1,8 +1,8 @@
-"""What generated images are compared with: a file of statistics, or a folder of real images.
+"""What generated images are compared with: a file of statistics, or real images themselves.
 
 Statistics are mu [D] and sigma [D, D] of the features of real images, all that FID needs: an npz
 file as ADM's, one of `python -m util.fid_stats`, or a .pt file from torch-fidelity's cache. KID,
-precision and recall need the features themselves, so a folder of images.
+precision and recall need the features themselves, so images: a folder, or ADM's npz of them.
 Letters: N images, D features.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util.arrays import read_npz
+from util.arrays import ImageArray, read_npz
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, load_tensors, sha256
 
@@ -46,7 +46,7 @@ def load_fid_statistics(path: str | Path, features: int = 2048) -> dict[str, np.
     """
     stats = {k: v for k, v in _read(path).items() if k in ("mu", "sigma")}
     if set(stats) != {"mu", "sigma"}:
-        raise UserError(f"--fid_stats {path}: not an npz file with mu and sigma")
+        raise UserError(f"--fid_stats {path}: not an npz file with mu and sigma{_images_in(path)}")
     shapes = {key: value.shape for key, value in stats.items()}
     if shapes != {"mu": (features,), "sigma": (features, features)}:
         raise UserError(
@@ -57,6 +57,19 @@ def load_fid_statistics(path: str | Path, features: int = 2048) -> dict[str, np.
     if problem:
         raise UserError(f"--fid_stats {path}: {problem}; the file is damaged or no statistics")
     return stats
+
+
+def _images_in(path: str | Path) -> str:
+    """What to do with a file that holds images in the place of statistics; or nothing."""
+    try:
+        count = len(ImageArray.of(path))
+    except Exception:  # a damaged file can make its reader fail in any way
+        return ""
+    made = Path(path).with_name(f"{Path(path).stem}_stats.npz")
+    return (
+        f", but of {count} images; compare with them by --fid_reference {path}, or make statistics "
+        f"with python -m util.fid_stats --image_dir {path} --output {made}"
+    )
 
 
 def _read(path: str | Path) -> dict[str, np.ndarray]:
@@ -149,8 +162,17 @@ def list_folder(folder: str | Path, flag: str = "--fid_reference") -> list[Path]
     return files
 
 
-def listing_digest(root: Path, files: list[Path]) -> str:
+def open_images(source: str | Path, flag: str = "--fid_reference") -> list[Path] | ImageArray:
+    """The files of a folder, or the images of an npz file."""
+    if Path(source).suffix != ".npz" or not Path(source).is_file():
+        return list_folder(source, flag)
+    with as_user_error(f"{flag} {source}: not an npz file of images", (Exception,)):
+        return ImageArray.of(source)
+
+
+def listing_digest(root: Path, files: list[Path] | ImageArray) -> str:
     """SHA-256 of the names, sizes and times of change of files: enough to notice another folder."""
+    files = [files.path] if isinstance(files, ImageArray) else files
     facts = [(str(path.relative_to(root)), *_facts(path)) for path in files]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

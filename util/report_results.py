@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 
 from util.evaluation import SWEPT
+from util.evaluation_results import GRID_COLUMNS
 from util.report_charts import Series, chart, colour
 from util.report_html import Section, facts, figure, more, note, picture, table, viewer
 from util.report_run import Found, Record
@@ -19,7 +20,8 @@ TITLES = {
     "f_score": "F score",
     "num_iter": "iterations",
 }
-SPECIAL = {"order": "random", "token_cache": 0}  # settings that few evaluations change
+# Settings that few evaluations change.
+SPECIAL = {"order": "random", "token_cache": 0, "classes": "all"}
 RECONSTRUCTED = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
@@ -88,9 +90,17 @@ def _evaluation(records: Sequence[Record]) -> str:
         if (record.folder / "grid.png").is_file()
     ]
     if grids:
-        parts.append(f"<h3>Images, a column a class</h3>{viewer(grids, first=_best(rows))}")
+        columns = {_columns(record) for record in records}
+        named = f": {escape(*columns)}" if len(columns) == 1 and any(columns) else ""
+        parts.append(f"<h3>Images, a column a class{named}</h3>{viewer(grids, first=_best(rows))}")
     parts.append(more("with what it was measured", "".join(map(_provenance, records))))
     return "".join(parts)
+
+
+def _columns(record: Record) -> str:
+    """The classes in grid.png, where the evaluation says which."""
+    classes = record.values.get("classes")
+    return ", ".join(map(str, classes[:GRID_COLUMNS])) if isinstance(classes, list) else ""
 
 
 def _rows(records: Sequence[Record]) -> list[dict]:
@@ -103,6 +113,8 @@ def _rows(records: Sequence[Record]) -> list[dict]:
         if any(settings.get(name, usual) != usual for settings in settings_of)
     ]
     for record, settings in zip(records, settings_of, strict=True):
+        if "classes" in settings:
+            settings = settings | {"classes": _columns(record)}
         metrics = record.values["metrics"]
         rows.append(
             {name: settings.get(name) for name in SWEPT}
@@ -112,6 +124,7 @@ def _rows(records: Sequence[Record]) -> list[dict]:
             | {"folder": record.folder.name, "replicates": record.values.get("replicates", {})}
         )
     same = len({tuple(sorted(record.values["metrics"])) for record in records}) == 1
+    same &= len({str(settings.get("classes")) for settings in settings_of}) == 1
     return compared(rows) if same and len(rows) > 1 else rows
 
 

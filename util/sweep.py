@@ -55,13 +55,14 @@ def evaluate_checkpoint(
     config = build_config(ModelFlags.of(args), checkpoint, manifest=None, vae=vae)
     check_vae(vae, config, args.vae_path)
     warn_other_vae(checkpoint, vae_digest(args.vae_path))
-    points = sweep_settings(args, config.class_num)
+    points = sweep_settings(args, config.class_num, checkpoint.classes)
     model = build_model(config, checkpoint, checkpoint.key(args.eval_weights)).to(device)
     if args.compile:
         compile_model(model, device)
     tokenizer = Tokenizer(vae, config.latent_scale).to(device)
     measure = prepare_measure(args, config.img_size, device)
     dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
+    dist.print_main(what_is_drawn(points[0], config.class_num))
     record = files_record(args, checkpoint.path) if dist.is_main() else {}
     checkpoint.release()
     output = Path(args.output_dir)
@@ -84,6 +85,17 @@ def evaluate_checkpoint(
     if not dist.is_main():
         return {}
     return {"checkpoint": str(checkpoint.path), "step": step} | final_figures(output, points)
+
+
+def what_is_drawn(settings: EvalSettings, class_num: int) -> str:
+    """How many images of which classes, in their order, in one line."""
+    drawn, counts = settings.labels(class_num).unique_consecutive(return_counts=True)
+    each = " or ".join(map(str, sorted(set(counts.tolist()))))
+    named = ", ".join(settings.name(label) for label in drawn[:SHOWN].tolist())
+    rest = ", ..." if len(drawn) > SHOWN else ""
+    room = f" of --class_num {class_num}" if len(drawn) < class_num else ""
+    images = "image" if each == "1" else "images"
+    return f"{each} {images} of each of {len(drawn)} classes{room}: {named}{rest}"
 
 
 def final_figures(output: Path, points: list[EvalSettings]) -> dict:
