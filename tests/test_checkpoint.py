@@ -320,9 +320,10 @@ class ModelCheckpoint(dict):
 
 @pytest.fixture
 def lightning(monkeypatch) -> type:
-    name = ModelCheckpoint.__module__
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(ModelCheckpoint=ModelCheckpoint))
-    yield ModelCheckpoint
+    module = SimpleNamespace(ModelCheckpoint=ModelCheckpoint)
+    for name in (ModelCheckpoint.__module__, "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, name, module)
+    return ModelCheckpoint
 
 
 def beside() -> dict:

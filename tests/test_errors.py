@@ -502,4 +502,4 @@ def test_an_empty_value_is_told_from_a_flag_that_is_left_out(inputs, capsys, fla
     for words in ([f"--{flag}", ""], [f"--{flag}="]):
         argv = flags(inputs, TRAIN_FLAGS | {flag: None})
         line = refused(capsys, main_tokenbridge.main, *argv, *words)
-        assert f"the value of --{flag} is empty, as of a shell variable" in line
+        assert f"the value of --{flag} is empty: set the shell variable" in line

@@ -125,10 +125,7 @@ class Parser(argparse.ArgumentParser):
             if word == "" or re.fullmatch(r"--\w+=", word):
                 name = (word or before).rstrip("=")
                 where = f"the value of {name}" if name.startswith("-") else "an argument"
-                self.error(
-                    f"{where} is empty, as of a shell variable that is not set: set it, or leave "
-                    "it out"
-                )
+                self.error(f"{where} is empty: set the shell variable, or leave the flag out")
 
     def _add_negations(self) -> None:
         """--no_NAME for every switch, to turn off what a file turns on."""
