@@ -52,8 +52,11 @@ def build_config(
     checkpoint: Checkpoint | None,
     manifest: dict | None,
     vae: VAE | None,
+    classes: int | None = None,
 ) -> TokenBridgeConfig:
     """The model's settings.
+
+    classes: of the data, if there are any; the model's where neither flag nor checkpoint says.
 
     A checkpoint made here knows them: a flag that was given must agree with it, unless it only
     changes behaviour. Otherwise they are the flags, completed by what is known of the latents.
@@ -61,6 +64,9 @@ def build_config(
     if checkpoint is not None and checkpoint.config is not None:
         return _agreed_config(flags, checkpoint)
     known = _known_latents(flags, checkpoint, manifest, vae)
+    if checkpoint is not None:
+        classes = len(checkpoint.weights("model").get("class_emb.weight", ())) or None
+    known |= {"class_num": classes} if classes else {}
     if checkpoint is not None:
         if flags.settings["quantizer"] == "calibrated":
             raise UserError(
