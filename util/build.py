@@ -11,7 +11,7 @@ from models.config import PUBLISHED_LATENT_SCALE, TokenBridgeConfig, default_cha
 from models.tokenbridge import TokenBridge
 from models.vae import VAE
 from util import dist
-from util.checkpoint import Checkpoint
+from util.checkpoint import WEIGHT_KEYS, Checkpoint
 from util.errors import UserError, as_user_error
 from util.histogram import LatentHistogram
 from util.latent_cache import open_cache
@@ -64,8 +64,7 @@ def build_config(
     if checkpoint is not None and checkpoint.config is not None:
         return _agreed_config(flags, checkpoint)
     known = _known_latents(flags, checkpoint, manifest, vae)
-    if checkpoint is not None:
-        classes = len(checkpoint.weights("model").get("class_emb.weight", ())) or None
+    classes = classes if checkpoint is None else _published_classes(checkpoint)
     known |= {"class_num": classes} if classes else {}
     if checkpoint is not None:
         if flags.settings["quantizer"] == "calibrated":
@@ -99,6 +98,13 @@ def _agreed_config(flags: ModelFlags, checkpoint: Checkpoint) -> TokenBridgeConf
                 "leave the flag out, or name another checkpoint"
             )
     return asked
+
+
+def _published_classes(checkpoint: Checkpoint) -> int:
+    """How many classes the class embedding has; 0 if there is none."""
+    states = [checkpoint.saved.get(key) for key in WEIGHT_KEYS.values()]
+    found = [s.get("class_emb.weight") for s in states if isinstance(s, dict)]
+    return max((len(weight) for weight in found if isinstance(weight, Tensor)), default=0)
 
 
 def _known_latents(

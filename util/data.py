@@ -301,9 +301,9 @@ def tell_if_dark(where: str, files: list[str], tell: Tell) -> None:
     brightest = [value for path in chosen if (value := _brightest_of_16_bits(path)) is not None]
     if brightest and max(brightest) <= 16:
         tell(
-            f"warning: {where}: {len(brightest)} images of 16 bits looked at have no value far above "
-            "4095 of 65535, as if they held 12 bits, and come out nearly black; multiply their "
-            "values by 16"
+            f"warning: {where}: the {len(brightest)} images of 16 bits looked at have no value "
+            "above 4095 of 65535, as if they held 12 bits, and come out nearly black; multiply "
+            "their values by 16"
         )
 
 

@@ -234,7 +234,7 @@ def _classes(
     except Unknown:  # its own check says why
         known = patient.args.class_num if "class_num" in patient.args.explicit else len(classes)
     text = f"{source}: {count} images in {len(classes)} classes, the model has {known}"
-    remedy = "leave --class_num out, or name the data of --resume"
+    remedy = f"pass --class_num {len(classes)} or leave it out; with --resume, name its data"
     if len(classes) > known:
         return Finding(FAILURE, f"{text}: more classes than the model has", remedy)
     problems = ["the others are never trained"] if len(classes) < known else []
