@@ -144,7 +144,7 @@ class Walk:
     def __init__(self, extensions: tuple[str, ...]):
         self.extensions = extensions
         self.again: list[str] = []  # names that lead to what is listed under another one
-        self.unread: Counter[str] = Counter()  # files of other kinds of images, by extension
+        self.unread: Counter[str] = Counter()  # other files, by extension
 
     def wants(self, name: str) -> bool:
         return name.lower().endswith(self.extensions)
@@ -167,28 +167,21 @@ class Walk:
                 continue
             entered.add(real)
             for entry in visible(place):
-                if not entry.is_dir():
-                    found += self._file(entry, real)
-                elif not self._leads_back(entry, real):
-                    # links last, so that a folder goes by its own name
-                    waiting.insert(0 if entry.is_symlink() else len(waiting), entry.path)
+                if entry.is_dir():
+                    if not self._leads_back(entry, real):
+                        # links last, so that a folder goes by its own name
+                        waiting.insert(0 if entry.is_symlink() else len(waiting), entry.path)
+                elif self.wants(entry.name):
+                    own = f"{real}{os.sep}{entry.name}"
+                    own = os.path.realpath(own) if entry.is_symlink() else own
+                    found.append((place, entry.name, entry.path, own))
+                elif self.extensions is EXTENSIONS:
+                    self.unread[os.path.splitext(entry.name)[1].lower()] += 1
         files: dict[str, str] = {}
-        for place, name, real in sorted(found):
-            path = os.path.join(place, name)
-            if files.setdefault(real, path) is not path:
+        for _, _, path, own in sorted(found):
+            if files.setdefault(own, path) is not path:
                 self.again.append(path)
         return list(files.values())
-
-    def _file(self, entry: os.DirEntry, folder: str) -> list[tuple[str, str, str]]:
-        """[(folder, name, real path)] of a file that is wanted, else nothing."""
-        kind = os.path.splitext(entry.name)[1].lower()
-        if not self.wants(entry.name):
-            if self.extensions is EXTENSIONS and kind in IMAGE_KINDS:
-                self.unread[kind] += 1
-            return []
-        own = os.path.join(folder, entry.name)
-        real = os.path.realpath(entry.path) if entry.is_symlink() else own
-        return [(os.path.dirname(entry.path), entry.name, real)]
 
     def _leads_back(self, entry: os.DirEntry, folder: str) -> bool:
         """Whether a link leads to the folder it is in or to one above it; it is remembered."""
@@ -198,8 +191,9 @@ class Walk:
         return back
 
     def unread_kinds(self) -> str:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.unread.items()))
-        return f" ({kinds} cannot be read: convert them, as to .png)" if kinds else ""
+        images = sorted((kind, n) for kind, n in self.unread.items() if kind in IMAGE_KINDS)
+        kinds = ", ".join(f"{n} {kind}" for kind, n in images)
+        return f" ({kinds} are not read: convert them, as to .png)" if kinds else ""
 
     def tell_passed_over(self, where: str, tell: Tell) -> None:
         if self.again:
@@ -207,8 +201,8 @@ class Walk:
                 f"warning: {where}: links lead to what is listed already, which counts once: "
                 f"{in_short(sorted(self.again))}"
             )
-        if count := self.unread.total():
-            tell(f"warning: {where}: {count} images were passed over{self.unread_kinds()}")
+        if kinds := self.unread_kinds():
+            tell(f"warning: {where}: some images are left out{kinds}")
 
 
 def in_short(names: list[str], most: int = 5) -> str:
