@@ -34,7 +34,7 @@ from util.build import build_vae
 from util.cache_files import DTYPES, FORMATS, MAX_SHARD_SIZE
 from util.cache_writer import CacheSettings, CacheWriter, list_digest
 from util.config_file import CONFIG
-from util.data import ImageDataset, ImageList, collate_skipping, list_images
+from util.data import ImageDataset, ImageList, collate_skipping, list_images, tell_names
 from util.dry_cache import rehearse
 from util.errors import UserError, run
 from util.json_output import figures_on_stdout
@@ -108,6 +108,7 @@ def write_cache(args, device: torch.device) -> dict:
     """Everything is read and checked before anything is written. The figures, for --json."""
     torch.manual_seed(args.seed)
     images = list_images(args.data_path, args.split)
+    tell_names(images.classes)
     vae = build_vae(args).to(device).eval()
     names = [os.path.relpath(path, images.root) for path, _ in images.samples]
     labels = [label for _, label in images.samples]
@@ -160,9 +161,8 @@ def encode_shards(
     """
     batches = {shard: unfinished(writer, shard, args.batch_size) for shard in shards}
     order = [batch for shard in shards for batch in batches[shard]]
-    dataset = ImageDataset(
-        images.samples, args.img_size, "drop" if args.skip_bad_images else "raise"
-    )
+    on_bad = "drop" if args.skip_bad_images else "raise"
+    dataset = ImageDataset(images.samples, args.img_size, on_bad, args.max_image_pixels)
     loader = DataLoader(
         dataset,
         batch_sampler=order,

@@ -44,7 +44,7 @@ from util.args import (
 from util.build import build_vae, cache_histogram, calibrated_levels
 from util.cache_writer import list_digest
 from util.config_file import CONFIG
-from util.data import ImageDataset, ImageList, collate_skipping, list_images
+from util.data import ImageDataset, ImageList, collate_skipping, list_files, list_images, visible
 from util.dry_reconstruction import rehearse
 from util.errors import UserError, as_user_error, run
 from util.files import check_writable
@@ -161,9 +161,8 @@ def measure_variants(args, device: torch.device) -> dict:
     for variant in variants:
         if variant.quantizer is not None:
             variant.quantizer.to(device)
-    dataset = ImageDataset(
-        images.samples, args.img_size, "drop" if args.skip_bad_images else "raise"
-    )
+    on_bad = "drop" if args.skip_bad_images else "raise"
+    dataset = ImageDataset(images.samples, args.img_size, on_bad, args.max_image_pixels)
     noise_seed = args.seed if args.posterior == "sample" else None
     work = Work(folder, dataset, tokenizer, variants, measure, noise_seed)
     names = [ORIGINAL, *(variant.name for variant in variants)]
@@ -183,9 +182,16 @@ def measure_variants(args, device: torch.device) -> dict:
 
 
 def choose_images(image_dir: str, per_class: int) -> ImageList:
-    """The first images of each class, in train/CLASS/ if that is there."""
-    inside = (Path(image_dir) / "train").is_dir()
-    images = list_images(image_dir, "train" if inside else "", flag="--image_dir")
+    """The first images of each class, in train/CLASS/ if that is there, or of a folder without."""
+    root, flag = Path(image_dir), "--image_dir"
+    if root.is_dir() and not any(entry.is_dir() for entry in visible(root)):
+        files = list_files(root, flag)
+        dist.print_main(
+            f"{flag} {root} has no class folders: --images_per_class {per_class} is how many of "
+            f"its {len(files)} images are taken"
+        )
+        return ImageList(root, [""], [(path, 0) for path in files[:per_class]])
+    images = list_images(root, "train" if (root / "train").is_dir() else "", flag)
     by_class = groupby(images.samples, key=lambda sample: sample[1])
     chosen = [sample for _, group in by_class for sample in list(group)[:per_class]]
     return ImageList(images.root, images.classes, chosen)

@@ -14,6 +14,7 @@ from scipy.linalg import sqrtm
 from tests.measures import FEATURES, PIXELS, Pixels, save_model, save_random_inception
 from tests.runs import evaluate, make_inputs
 from util import extractor, jackknife, metrics
+from util.data import Loading
 from util.errors import UserError
 from util.extractor import WEIGHTS_FILE, Extractor, published_weights
 from util.features import FeatureStore, batch_ranges, folder_batches
@@ -184,7 +185,7 @@ def test_reference_counts_the_images_that_could_be_read(folders, tmp_path):
     for path in list(folder.iterdir())[:3]:
         path.write_bytes(b"broken")
     found = metrics.compare_with_folder(
-        pixels_measure(), folder, 16, tmp_path / "cache", skip_bad=True
+        pixels_measure(), folder, 16, tmp_path / "cache", Loading(skip_bad=True)
     )
     assert found.reference.record["images"] == 34
 

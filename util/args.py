@@ -7,6 +7,7 @@ import argparse
 import math
 
 from models.config import HEAD_INPUTS, PRESETS, QUANTIZERS, TokenBridgeConfig
+from util.data import MAX_PIXELS
 from util.device import PRECISIONS
 from util.dist import NO_PROGRESS
 from util.extractor import INCEPTION
@@ -163,6 +164,12 @@ def add_loader_flags(parser: Parser) -> None:
     group.add_argument(
         "--skip_bad_images", action="store_true", help="count and skip unreadable images"
     )
+    group.add_argument(
+        "--max_image_pixels",
+        type=positive_int,
+        default=MAX_PIXELS,
+        help="of one image; larger ones count as unreadable",
+    )
 
 
 def add_metric_flags(parser: Parser) -> None:
@@ -223,7 +230,11 @@ def add_model_flags(parser: Parser) -> None:
     for name, kind, text in (
         ("vae_stride", positive_int, "pixels a latent position"),
         ("patch_size", positive_int, "latent positions a token, along one side"),
-        ("class_num", positive_int, "classes"),
+        (
+            "class_num",
+            positive_int,
+            "classes; if not given, as many as the data or the checkpoint have",
+        ),
         ("quant_min", finite_float, "lowest scaled latent"),
         ("quant_max", finite_float, "highest scaled latent"),
         ("buffer_size", positive_int, "slots filled with the class"),

@@ -52,15 +52,19 @@ def build_config(
     checkpoint: Checkpoint | None,
     manifest: dict | None,
     vae: VAE | None,
+    classes: int | None = None,
 ) -> TokenBridgeConfig:
     """The model's settings.
 
     A checkpoint made here knows them: a flag that was given must agree with it, unless it only
     changes behaviour. Otherwise they are the flags, completed by what is known of the latents.
+    classes: of the data, if there are any; the model's where neither flag nor checkpoint says.
     """
     if checkpoint is not None and checkpoint.config is not None:
         return _agreed_config(flags, checkpoint)
     known = _known_latents(flags, checkpoint, manifest, vae)
+    if checkpoint is None and classes:
+        known["class_num"] = classes
     if checkpoint is not None:
         if flags.settings["quantizer"] == "calibrated":
             raise UserError(
@@ -68,7 +72,8 @@ def build_config(
                 "code, which has the published one; leave the flag out"
             )
         known["head_input"] = "published"  # as the released checkpoints were measured
-        known |= _class_num(checkpoint)
+        if checkpoint.flag != FINETUNE:  # of which class_num is a flag, see util/inputs.py
+            known |= _class_num(checkpoint)
     settings = flags.settings | {k: v for k, v in known.items() if k not in flags.given}
     missing = [f"--{name}" for name in LATENT if name not in settings]
     if missing:

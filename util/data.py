@@ -2,6 +2,10 @@
 
     list_images -> read_image -> center_crop -> ImageDataset[(index, flip)] -> uint8 [3, S, S]
 
+Whatever lists images or a published cache does so here. Hidden entries and what file managers leave
+behind are no data; a file is listed once however many links lead to it; what else is passed over is
+told.
+
 Datasets are pure functions of the key (index, flip); `MicroBatchSampler` alone decides the keys.
 Its unit is the micro-batch: G of them make the global batch of one training step, and what one of
 them holds depends on (seed, step, its number j in the global batch), never on the number of
@@ -9,30 +13,49 @@ processes that share the work. Pixels stay bytes until they are on the device: a
 memory between processes; `models.tokenizer.from_uint8` makes numbers of them.
 """
 
+import argparse
 import io
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from util import dist
 from util.errors import UserError, as_user_error
 
 Key = tuple[int, bool]  # (index of the sample, whether it is flipped left to right)
 
-# What the extensions in IMG_EXTENSIONS stand for, and what such files are in truth now and then.
-# Pillow tries no other format: some of them start programs (EPS runs Ghostscript).
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+# What the extensions stand for, and what such files are in truth now and then. Pillow tries no
+# other format: some of them start programs (EPS runs Ghostscript).
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
+EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")
+if features.check("jpg_2000"):
+    EXTENSIONS += (".jp2", ".j2k")
+if "avif" in features.modules and features.check("avif"):
+    EXTENSIONS += (".avif",)
+# Kinds of images that are counted where they are passed over. Texts beside images are no loss.
+IMAGE_KINDS = {".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".svg", ".eps", ".psd", ".tga"}
+IMAGE_KINDS |= {".exr", ".hdr", ".ico", ".pcx", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
+# Besides all that begins with a dot, as .ipynb_checkpoints and AppleDouble's ._0.png do.
+LEFT_BEHIND = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+ONE_CLASS = "all"  # the class folder of images without classes, which may hold folders of them
+LOOKED_AT = 8  # files of 16 bits, of which the brightest pixel is looked at
+MAX_PIXELS = 250_000_000  # of one image: 0.75 GB as RGB; cameras have up to 200 million
+PILLOW_LIMIT = Image.MAX_IMAGE_PIXELS
 # A progressive JPEG may come in any number of scans of a few bytes, each a pass over the whole
 # image. Encoders make some ten; 100 is libtiff's limit, too.
 MAX_SCANS = 100
@@ -50,45 +73,290 @@ class ImageList:
     samples: list[tuple[str, int]]  # (path, label)
 
 
+Tell = Callable[[str], None]  # what to do with a note for the user
+
+
 def list_images(
-    data_path: str | Path, split: str = "train", flag: str = "--data_path"
+    data_path: str | Path,
+    split: str = "train",
+    flag: str = "--data_path",
+    extensions: tuple[str, ...] = EXTENSIONS,
+    tell: Tell = dist.print_main,
 ) -> ImageList:
-    """The images under data_path/split/CLASS/.
+    """The images under data_path/split/CLASS/, or other files with those extensions.
 
-    Raises UserError, naming the flag, if a folder is missing, holds no class or a class is empty.
+    Raises UserError, naming the flag, if a folder is missing, holds no class, a class is empty, or
+    the classes are a level deeper.
     """
-    root = Path(data_path) / split
+    root, where = Path(data_path) / split, f"{flag} {data_path}"
     if not Path(data_path).is_dir():
-        raise UserError(
-            f"{flag} {data_path} is not a folder; name the one that holds {split}/CLASS/"
+        raise UserError(f"{where} is not a folder; name the one that holds {split}/CLASS/")
+    walk = Walk(extensions)
+    with as_user_error(where, (OSError,)):
+        if not root.is_dir():
+            remedy = _other_root(Path(data_path), split, flag)
+            raise UserError(f"{where} has no folder {split!r}; {remedy}")
+        by_class = walk.classes(root)
+        loose = [entry for entry in visible(root) if walk.wants(entry.name)]
+    check_level(root, by_class, split, flag, tell)
+    what = "images" if extensions is EXTENSIONS else f"{extensions[0]} files"
+    remedy = f"put {what} in {root}/CLASS/ or remove folders without any{walk.unread_kinds()}"
+    if not by_class:
+        flat = f"; its {len(loose)} {what} may go into {root / ONE_CLASS}/" if loose else ""
+        raise UserError(f"{where} ({remedy}): {root} has no class folder{flat}")
+    if empty := [name for name, files in by_class.items() if not files]:
+        raise UserError(f"{where} ({remedy}): no {what} in {in_short(empty)}")
+    if loose:
+        tell(f"warning: {where}: {len(loose)} {what} in {root} itself are of no class and left out")
+    samples = [(path, k) for k, files in enumerate(by_class.values()) for path in files]
+    walk.tell_passed_over(where, tell)
+    tell_if_dark(where, [path for path, _ in samples], tell)
+    return ImageList(root, list(by_class), samples)
+
+
+def list_files(folder: str | Path, flag: str, tell: Tell = dist.print_main) -> list[str]:
+    """All images in a folder and the folders in it, sorted by their whole paths.
+
+    Raises UserError, naming the flag, if there are none.
+    """
+    where, walk = f"{flag} {folder}", Walk(EXTENSIONS)
+    if not Path(folder).is_dir():
+        raise UserError(f"{where}: no such folder")
+    with as_user_error(where, (OSError,)):
+        files = sorted(walk.files(str(Path(folder))))
+    if not files:
+        raise UserError(f"{where}: no images in it{walk.unread_kinds()}")
+    walk.tell_passed_over(where, tell)
+    tell_if_dark(where, files, tell)
+    return files
+
+
+def visible(folder: str | Path) -> list[os.DirEntry]:
+    """The entries of a folder that can be data, by name."""
+    with os.scandir(folder) as entries:
+        kept = [e for e in entries if not e.name.startswith(".") and e.name not in LEFT_BEHIND]
+    return sorted(kept, key=lambda entry: entry.name)
+
+
+class Walk:
+    """Lists files with some extensions and remembers what was passed over."""
+
+    def __init__(self, extensions: tuple[str, ...]):
+        self.extensions = extensions
+        self.again: list[str] = []  # names that lead to what is listed under another one
+        self.unread: Counter[str] = Counter()  # other files, by extension
+
+    def wants(self, name: str) -> bool:
+        return name.lower().endswith(self.extensions)
+
+    def classes(self, root: Path) -> dict[str, list[str]]:
+        """The files of each class folder, by its name, in the order of names."""
+        real = os.path.realpath(root)
+        folders = [entry for entry in visible(root) if entry.is_dir()]
+        kept = [entry for entry in folders if not self._leads_back(entry, real)]
+        return {entry.name: self.files(os.path.join(root, entry.name)) for entry in kept}
+
+    def files(self, folder: str) -> list[str]:
+        """In a folder and the folders in it, sorted by folder and name, each file once."""
+        found, entered, waiting = [], set(), [folder]
+        while waiting:
+            place = waiting.pop()
+            real = os.path.realpath(place)
+            if real in entered:
+                self.again.append(place)
+                continue
+            entered.add(real)
+            for entry in visible(place):
+                if entry.is_dir():
+                    if not self._leads_back(entry, real):
+                        # links last, so that a folder goes by its own name
+                        waiting.insert(0 if entry.is_symlink() else len(waiting), entry.path)
+                elif self.wants(entry.name):
+                    own = f"{real}{os.sep}{entry.name}"
+                    own = os.path.realpath(own) if entry.is_symlink() else own
+                    found.append((place, entry.name, entry.path, own))
+                elif self.extensions is EXTENSIONS:
+                    self.unread[os.path.splitext(entry.name)[1].lower()] += 1
+        files: dict[str, str] = {}
+        for _, _, path, own in sorted(found):
+            if files.setdefault(own, path) is not path:
+                self.again.append(path)
+        return list(files.values())
+
+    def _leads_back(self, entry: os.DirEntry, folder: str) -> bool:
+        """Whether a link leads to the folder it is in or to one above it; it is remembered."""
+        target = os.path.join(os.path.realpath(entry.path), "") if entry.is_symlink() else None
+        back = target is not None and os.path.join(folder, "").startswith(target)
+        self.again += [entry.path] if back else []
+        return back
+
+    def unread_kinds(self) -> str:
+        images = sorted((kind, n) for kind, n in self.unread.items() if kind in IMAGE_KINDS)
+        kinds = ", ".join(f"{n} {kind}" for kind, n in images)
+        return f" ({kinds} are not read: convert them, as to .png)" if kinds else ""
+
+    def tell_passed_over(self, where: str, tell: Tell) -> None:
+        if self.again:
+            tell(
+                f"warning: {where}: links lead to what is listed already, which counts once: "
+                f"{in_short(sorted(self.again))}"
+            )
+        if kinds := self.unread_kinds():
+            tell(f"warning: {where}: some images are left out{kinds}")
+
+
+def in_short(names: list[str], most: int = 5) -> str:
+    """The first of some names, each in one line, and how many there are."""
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more
+
+
+def shown(name: str | Path) -> str:
+    """A name as a message has it: in one line whatever is in it."""
+    return str(name) if str(name).isprintable() else repr(str(name))
+
+
+def _other_root(own: Path, split: str, flag: str) -> str:
+    """What helps where a folder has no split: the folder that has one, if it is near."""
+    parent = Path(os.path.normpath(own / os.pardir))
+    folders = [own / entry.name for entry in visible(own) if entry.is_dir()]
+    if own.resolve().name in {*SPLITS, split} and (parent / split).is_dir():
+        return f"name the folder above it: {flag} {parent}"
+    for folder in folders:
+        if (folder / split).is_dir():
+            return f"name the folder in it: {flag} {folder}"
+    if folders:
+        return f"put its class folders into {own / split}/"
+    return f"put images in {split}/CLASS/"
+
+
+def check_level(
+    root: Path, by_class: dict[str, list[str]], split: str, flag: str, tell: Tell
+) -> None:
+    """Raise UserError if what seems to be a class is a folder of classes.
+
+    A class may hold its images in several folders, so this is sure only of a single class, and of
+    classes that are called as the splits of a data set.
+    """
+    folders = {name: {*map(os.path.dirname, files)} for name, files in by_class.items() if files}
+    if not folders or any(os.path.join(root, name) in found for name, found in folders.items()):
+        return
+    splits = [name for name in folders if name in SPLITS]
+    name = splits[-1] if splits else next(iter(folders))
+    inside = sorted(folders[name])
+    inner = Path(os.path.commonpath(inside) if len(inside) > 1 else os.path.dirname(inside[0]))
+    alone = len(folders) == 1 and name != ONE_CLASS and len(inside) > 1 and str(inner) not in inside
+    if not alone and len(splits) < len(folders):
+        if len(inside) > 1 and len(folders) > 1:
+            tell(f"note: {inside[0]} and what else is in {root / name} is of one class, {name}")
+        return
+    if not split:
+        remedy = f"name {flag} {inner}"
+    elif inner.name == split:
+        remedy = f"name {flag} {inner.parent}"
+    else:
+        remedy = f"move what is in it to {root}"
+    names = in_short([os.path.basename(path) for path in inside], 3)
+    raise UserError(
+        f"{flag}: the class folders ({names}) are not in {root} but in {inner}; {remedy}, or, if "
+        f"all is one class, call its folder {ONE_CLASS}"
+    )
+
+
+def class_notes(classes: list[str]) -> list[str]:
+    """What may surprise in the names of classes, whose order decides the labels."""
+    notes = []
+    parts = {name: re.split(r"([0-9]+)", name) for name in classes}  # text, number, text, ...
+    by_number = sorted(
+        classes, key=lambda name: [int(p) if k % 2 else p for k, p in enumerate(parts[name])]
+    )
+    if by_number != classes:
+        k = next(k for k in range(len(classes)) if classes[k] != by_number[k])
+        first = in_short(classes, max(5, k + 2))
+        notes.append(
+            f"note: classes are in the order of their names as text: {first}; the label of "
+            f"{shown(classes[k])} is {k}"
         )
-    if not root.is_dir():
-        raise UserError(f"{flag} {data_path} has no folder {split!r}; put images in {split}/CLASS/")
-    remedy = f"put images in {root}/CLASS/ or remove folders without any"
-    with as_user_error(f"{flag} {data_path} ({remedy})", (OSError,)):
-        classes, label_of = find_classes(root)
-        return ImageList(root, classes, make_dataset(root, label_of, IMG_EXTENSIONS))
+    spelled = Counter(name.casefold() for name in classes)
+    if alike := [name for name in classes if spelled[name.casefold()] > 1]:
+        notes.append(f"warning: classes differ only in upper and lower case: {in_short(alike)}")
+    return notes
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The image in a file as 8-bit RGB, upright as its EXIF orientation says.
+def tell_names(classes: list[str]) -> None:
+    """What may surprise in the names of classes, once, before they are trained on."""
+    for note in class_notes(classes):
+        dist.print_main(note)
+
+
+def tell_if_dark(where: str, files: list[str], tell: Tell) -> None:
+    """Say so if images of 16 bits seem to hold values of 12 or fewer, which are nearly black."""
+    chosen = files[:: max(1, len(files) // LOOKED_AT)][:LOOKED_AT]
+    brightest = [value for path in chosen if (value := _brightest_of_16_bits(path)) is not None]
+    if brightest and max(brightest) <= 16:
+        tell(
+            f"warning: {where}: the {len(brightest)} images of 16 bits looked at have no value "
+            "above 4095 of 65535, as if they held 12 bits, and come out nearly black; multiply "
+            "their values by 16"
+        )
+
+
+def _brightest_of_16_bits(path: str) -> int | None:
+    """The largest value of an image as 8 bits; None of other images."""
+    if not path.lower().endswith((".png", ".tif", ".tiff")):
+        return None
+    try:
+        with open_image(path) as image:
+            if ";16" not in str(image.tile[:1]):  # Pillow's name of how the pixels are stored
+                return None
+            return int(np.asarray(_to_rgb(image)).max())
+    except Exception:  # reading it for the work says what is wrong with it
+        return None
+
+
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in a file as 8-bit RGB, upright as its EXIF orientation says; the first of several.
 
     16-bit grey is scaled to 8 bits, transparent parts are laid on white, other modes are converted.
-    Raises UserError, naming the file, if it is damaged, too large (Pillow's MAX_IMAGE_PIXELS), of
-    too many scans, no image, or holds numbers without a fixed range (32-bit pixels).
+    Raises UserError, naming the file, if it is damaged, of more than max_pixels, of too many scans,
+    no image, or holds numbers without a fixed range (32-bit pixels).
     """
     remedy = "mend or remove it, or pass --skip_bad_images"
     # Pillow's readers meet a damaged file with nearly any exception, so all of them count.
-    with as_user_error(f"cannot read image {path} ({remedy})", (Exception,)):
-        if not os.path.isfile(path):
-            # Opening a pipe would wait for its other end.
-            raise FileNotFoundError("there is no regular file of that name")
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # at metadata that nobody needs
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(_checked(file), formats=FORMATS) as image:
-                ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image)
+    told = as_user_error(f"cannot read image {shown(path)} ({remedy})", (Exception,))
+    with told, open_image(path, max_pixels) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+
+
+@contextmanager
+def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """An image of which no more than size and kind is read yet.
+
+    Raises nearly any exception if the file is damaged, ValueError if it has more than max_pixels.
+    """
+    if not os.path.isfile(path):
+        # Opening a pipe would wait for its other end.
+        raise FileNotFoundError("there is no regular file of that name")
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at metadata that nobody needs
+        with _no_limit_of_pillow(), Image.open(_checked(file), formats=FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
+                raise ValueError(
+                    f"{image.width} x {image.height} is {pixels} pixels, more than "
+                    f"--max_image_pixels {max_pixels}; raise that if you trust the file"
+                )
+            yield image
+
+
+@contextmanager
+def _no_limit_of_pillow() -> Iterator[None]:
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = PILLOW_LIMIT
 
 
 def _checked(file: BinaryIO) -> BinaryIO:
@@ -136,14 +404,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square at size x size pixels.
 
     Halves with a box filter while the shorter side is at least twice the size, then bicubic.
-    Raises ValueError if the image is so elongated that it would exceed Pillow's MAX_IMAGE_PIXELS.
+    Raises ValueError if the image is so elongated that it would exceed MAX_PIXELS.
     Source: the centre crop of ADM (arXiv 2105.05233).
     """
     while min(image.size) >= 2 * size:
         image = _halve(image)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > Image.MAX_IMAGE_PIXELS:
+    if width * height > MAX_PIXELS:
         raise ValueError(
             f"{image.width} x {image.height} is too elongated to be cropped to a square"
         )
@@ -173,6 +441,22 @@ def parse_key(key: Key | int, length: int) -> Key:
     return range(length)[index], bool(flip)
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How the images of a folder are loaded, as the flags of `add_loader_flags` say."""
+
+    num_workers: int = 0
+    skip_bad: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Loading":
+        return cls(args.num_workers, args.skip_bad_images, args.max_image_pixels)
+
+
+LOADING = Loading()
+
+
 class ImageDataset(Dataset):
     """dataset[(index, flip)] -> (image uint8 [3, S, S], label).
 
@@ -191,10 +475,12 @@ class ImageDataset(Dataset):
         samples: list[tuple[str, int]],
         size: int,
         on_bad: Literal["raise", "next", "drop"] = "raise",
+        max_pixels: int = MAX_PIXELS,
     ):
         self.samples = samples
         self.size = size
         self.on_bad = on_bad
+        self.max_pixels = max_pixels
         self.bad = torch.zeros(len(samples), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
@@ -215,8 +501,10 @@ class ImageDataset(Dataset):
 
     def _load(self, index: int, flip: bool) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        image = read_image(path)
-        with as_user_error(f"cannot use image {path} (remove it, or pass --skip_bad_images)"):
+        image = read_image(path, self.max_pixels)
+        with as_user_error(
+            f"cannot use image {shown(path)} (remove it, or pass --skip_bad_images)"
+        ):
             pixels = np.asarray(center_crop(image, self.size))  # [S, S, 3]
         own = np.array(pixels[:, ::-1] if flip else pixels)
         return torch.from_numpy(own).permute(2, 0, 1), label

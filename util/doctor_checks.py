@@ -5,7 +5,6 @@ may raise UserError, which becomes a failure, and Unknown, where something it ne
 Letters: N images, C latent channels, h, w positions, K levels, B bins.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -24,7 +23,7 @@ from models.tokenizer import Tokenizer
 from util import ROOT, dist
 from util.build import cache_histogram, calibrated_levels, check_vae
 from util.checkpoint import FINETUNE
-from util.data import center_crop, list_images, read_image
+from util.data import center_crop, class_notes, list_images, read_image
 from util.device import resolve_precision
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown, judged
 from util.errors import UserError
@@ -138,7 +137,7 @@ def vae(patient: Patient) -> Finding:
 
 def photograph(patient: Patient) -> Finding:
     """A natural photograph must come back from the VAE about as well as KL-16's do."""
-    photos = _photos(patient.args.photo)
+    photos = _photos(patient.args.photo, patient.args.max_image_pixels)
     tokenizer = Tokenizer(patient.vae, 1.0).to(patient.device)
     values = {}
     for name, image in photos.items():
@@ -154,10 +153,10 @@ def photograph(patient: Patient) -> Finding:
     return judged(problems, f"{text} (not KL-16)", remedy)
 
 
-def _photos(given: str | None) -> dict[str, Image.Image]:
+def _photos(given: str | None, max_pixels: int) -> dict[str, Image.Image]:
     """Pillow images by name."""
     if given is not None:
-        return {Path(given).name: read_image(given)}
+        return {Path(given).name: read_image(given, max_pixels)}
     try:
         from sklearn.datasets import load_sample_image
     except ImportError:
@@ -246,17 +245,27 @@ def data(patient: Patient) -> Finding:
         return Finding(OK, "not read: --use_cached reads the cache")
     if args.evaluate:
         return Finding(OK, "not read: --evaluate needs none")
-    images = list_images(args.data_path)
-    return _classes(f"--data_path {args.data_path}", images.classes, len(images.samples), args)
+    notes: list[str] = []
+    images = list_images(args.data_path, tell=notes.append)
+    source = f"--data_path {args.data_path}"
+    return _classes(source, images.classes, len(images.samples), patient, notes)
 
 
-def _classes(source: str, classes: list[str], count: int, args: argparse.Namespace) -> Finding:
-    text = f"{source}: {count} images in {len(classes)} classes, --class_num {args.class_num}"
-    remedy = f"pass --class_num {len(classes)}"
-    if len(classes) > args.class_num:
+def _classes(
+    source: str, classes: list[str], count: int, patient: Patient, notes: list[str]
+) -> Finding:
+    """Whether the model has these classes, and what else is to be said of them."""
+    try:
+        known = patient.config.class_num
+    except Unknown:  # its own check says why
+        known = patient.args.class_num if "class_num" in patient.args.explicit else len(classes)
+    text = f"{source}: {count} images in {len(classes)} classes, the model has {known}"
+    remedy = f"pass --class_num {len(classes)} or leave it out; with --resume, name its data"
+    if len(classes) > known:
         return Finding(FAILURE, f"{text}: more classes than the model has", remedy)
-    few = len(classes) < args.class_num
-    return judged(["the others are never trained"] if few else [], text, remedy)
+    problems = ["the others are never trained"] if len(classes) < known else []
+    notes = [note.partition(": ")[2] for note in notes + class_notes(classes)]
+    return judged(problems + notes, text, remedy if problems else "")
 
 
 def cache(patient: Patient) -> Finding:
@@ -271,7 +280,8 @@ def cache(patient: Patient) -> Finding:
             f"--cached_path {args.cached_path} holds latents {tuple(found.latent_shape)}, not the "
             f"model's {patient.config.latent_shape}; see --img_size, --vae_stride, --vae_embed_dim"
         )
-    finding = _classes(f"--cached_path {args.cached_path}", found.classes, len(found), args)
+    source = f"--cached_path {args.cached_path}"
+    finding = _classes(source, found.classes, len(found), patient, [])
     if found.manifest is None and finding.state == OK:
         text = f"{finding.text}: of the published form, which does not say by which VAE"
         return Finding(WARNING, text, "make sure that it was this one")

@@ -114,9 +114,18 @@ class Patient:
     @cached_property
     def images(self) -> ImageList:
         try:
-            return list_images(self.args.data_path)
+            return list_images(self.args.data_path, tell=lambda _: None)  # `data` says it
         except UserError:
             raise Unknown("it needs the images of --data_path") from None
+
+    @property
+    def class_count(self) -> int | None:
+        """Of the training data; None where they cannot be read or are not wanted."""
+        try:
+            data = self.cache if self.args.use_cached else self.images
+        except Unknown:
+            return None
+        return len(data.classes) if data is not None and not self.args.evaluate else None
 
     @cached_property
     def extractor(self) -> Extractor | None:
@@ -159,7 +168,8 @@ class Patient:
         except UserError:
             raise Unknown("it needs the checkpoint") from None
         try:
-            return build_config(ModelFlags.of(self.args), checkpoint, self.manifest, vae)
+            flags = ModelFlags.of(self.args)
+            return build_config(flags, checkpoint, self.manifest, vae, self.class_count)
         except UserError as error:
             return error
 
@@ -185,7 +195,7 @@ class Patient:
         samples = self.images.samples
         chosen = samples[:: max(1, len(samples) // MEASURED_IMAGES)][:MEASURED_IMAGES]
         tokenizer = Tokenizer(self.vae, 1.0).to(self.device)
-        dataset = ImageDataset(chosen, self.args.img_size, "drop")
+        dataset = ImageDataset(chosen, self.args.img_size, "drop", self.args.max_image_pixels)
         histogram = LatentHistogram.empty(self.vae.channels)
         for item in (dataset[i] for i in range(len(dataset))):
             if item is not None:

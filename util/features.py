@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from util import dist
 from util.arrays import ImageArray, read_npz
-from util.data import ImageDataset, center_crop, collate_skipping
+from util.data import LOADING, ImageDataset, Loading, center_crop, collate_skipping, open_image
 from util.errors import UserError, as_user_error
 from util.extractor import Extractor
 from util.files import atomic_write
@@ -109,22 +109,22 @@ def folder_batches(
     size: int,
     batches: list[range],
     wanted: Iterable[int],
-    num_workers: int = 0,
-    skip_bad: bool = False,
+    loading: Loading = LOADING,
 ) -> Iterator[tuple[int, list[int], Tensor]]:
     """(number, ids, images uint8 [n, 3, S, S]) of this process's share of the wanted batches.
 
-    Images are cropped as the training's are. skip_bad: leave out unreadable ones.
+    Images are cropped as the training's are.
     """
     mine = sorted(wanted)[dist.rank() :: dist.world_size()]
     if isinstance(files, ImageArray):
         yield from _array_batches(files, size, batches, mine)
         return
-    dataset = ImageDataset([(str(f), 0) for f in files], size, "drop" if skip_bad else "raise")
+    on_bad = "drop" if loading.skip_bad else "raise"
+    dataset = ImageDataset([(str(f), 0) for f in files], size, on_bad, loading.max_pixels)
     loader = DataLoader(
         dataset,
         batch_sampler=[list(batches[number]) for number in mine],
-        num_workers=num_workers,
+        num_workers=loading.num_workers,
         collate_fn=collate_skipping,
         generator=torch.Generator(),  # else it would draw from the global one, which is training's
     )
@@ -153,8 +153,7 @@ def folder_features(
     size: int,
     store: FeatureStore,
     batch_size: int,
-    num_workers: int = 0,
-    skip_bad: bool = False,
+    loading: Loading = LOADING,
 ) -> dict[str, Tensor] | None:
     """{layer: [N, D]} of a folder's images, made by all processes; on the main one, else None."""
     batches = batch_ranges(len(files), batch_size)
@@ -162,7 +161,7 @@ def folder_features(
     for unfinished in store.folder.glob(".*.tmp") if dist.is_main() else ():
         unfinished.unlink()  # of a process that was killed
     missing = dist.gather_objects(store.missing(range(len(batches))))[0]  # as the main one sees it
-    shares = folder_batches(files, size, batches, missing, num_workers, skip_bad)
+    shares = folder_batches(files, size, batches, missing, loading)
     for number, ids, images in shares:
         dist.beat(f"features of batch {number + 1} of {len(batches)} of real images")
         store.write(number, ids, extractor(images) if ids else {})
@@ -184,7 +183,7 @@ def upsampled(files: list[Path] | ImageArray, size: int) -> str | None:
 
 def _shorter_side(path: Path) -> int:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return min(image.size)
-    except (OSError, ValueError):
+    except Exception:
         return 2**31  # reading it in full says what is wrong with it

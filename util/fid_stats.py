@@ -25,6 +25,7 @@ from util.args import (
     positive_int,
 )
 from util.arrays import ImageArray
+from util.data import Loading
 from util.errors import UserError, run
 from util.extractor import Extractor, load_extractor
 from util.features import batch_ranges, folder_batches, upsampled
@@ -137,9 +138,7 @@ def measure(
     moments = Moments(extractor.width("fid", args.img_size))
     batches = batch_ranges(len(files), args.batch_size)
     wanted = range(len(batches))
-    shares = folder_batches(
-        files, args.img_size, batches, wanted, args.num_workers, args.skip_bad_images
-    )
+    shares = folder_batches(files, args.img_size, batches, wanted, Loading.of(args))
     for number, ids, images in shares:
         dist.beat(f"batch {number + 1} of {len(batches)} of --image_dir")
         if ids:

@@ -75,7 +75,8 @@ def spread(count: int, wanted: int) -> list[int]:
 def some(dataset: Data, chosen: list[int]) -> Data:
     """The images of those numbers."""
     if isinstance(dataset, ImageDataset):
-        return ImageDataset([dataset.samples[i] for i in chosen], dataset.size, dataset.on_bad)
+        samples = [dataset.samples[i] for i in chosen]
+        return ImageDataset(samples, dataset.size, dataset.on_bad, dataset.max_pixels)
     return SomeLatents(dataset, chosen)
 
 
@@ -135,7 +136,9 @@ def _of_folder(args: argparse.Namespace, inputs: Inputs, folder: Path) -> HeldOu
             )
         images = list_images(folder, "", flag="--val_path")
         on_bad = "drop" if args.skip_bad_images else "raise"
-        dataset = ImageDataset(images.samples, inputs.config.img_size, on_bad)
+        dataset = ImageDataset(
+            images.samples, inputs.config.img_size, on_bad, args.max_image_pixels
+        )
         return HeldOut(dataset, _labels(images.classes, inputs.data, str(folder)), str(folder))
     except UserError as error:
         if args.val_path:

@@ -19,7 +19,7 @@ from util.checkpoint import (
     refuse_other_run,
     saved_in,
 )
-from util.data import ImageDataset, list_images
+from util.data import ImageDataset, list_images, tell_names
 from util.errors import UserError, as_user_error
 from util.latent_cache import CachedLatents, open_cache
 from util.vae_files import vae_digest
@@ -138,9 +138,10 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
     if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
         args.img_size = checkpoint.config.img_size
     data = open_data(args, vae)
+    tell_names(data.classes)
     if begins:
         checkpoint = prepare_finetuning(checkpoint, args, data.classes)
-    config = build_config(ModelFlags.of(args), checkpoint, data.manifest, vae)
+    config = build_config(ModelFlags.of(args), checkpoint, data.manifest, vae, len(data.classes))
     if begins:
         checkpoint = fit(checkpoint, config, data.classes, args.seed)
     trained = data.classes if checkpoint is None else checkpoint.saved.get("classes", data.classes)
@@ -149,7 +150,8 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
             f"{data.source} has other classes than {checkpoint.named} was trained on; their labels "
             f"would not mean the same; {FINETUNE} in the place of --resume trains it on them"
         )
-    check_data(data, config)
+    check_data(data, config, checkpoint)
+    args.class_num = config.class_num  # as it is written down
     if vae is not None:
         check_vae(vae, config, args.vae_path)
     if checkpoint is not None and data.vae_sha256:
@@ -184,7 +186,7 @@ def open_data(args: argparse.Namespace, vae: VAE | None) -> TrainingData:
     if not args.use_cached:
         images = list_images(args.data_path)
         on_bad = "next" if args.skip_bad_images else "raise"
-        dataset = ImageDataset(images.samples, args.img_size, on_bad)
+        dataset = ImageDataset(images.samples, args.img_size, on_bad, args.max_image_pixels)
         source, digest = f"--data_path {args.data_path}", vae_digest(args.vae_path)
         # Nobody published this VAE's scale and channel order; a cache of it has measured them.
         measured = bool(args.cached_path) and vae is not None and not vae.is_kl16
@@ -206,11 +208,24 @@ def open_data(args: argparse.Namespace, vae: VAE | None) -> TrainingData:
     return TrainingData(cache, cache.classes, source, made_by, cache.manifest)
 
 
-def check_data(data: TrainingData, config: TokenBridgeConfig) -> None:
+def check_data(
+    data: TrainingData, config: TokenBridgeConfig, checkpoint: Checkpoint | None
+) -> None:
     """Raise UserError unless classes and latents fit the model."""
-    if len(data.classes) > config.class_num:
+    found, known = len(data.classes), config.class_num
+    if found > known:
+        if checkpoint is not None:
+            raise UserError(
+                f"{data.source} has {found} classes, --resume {checkpoint.path} was trained on "
+                f"{known}; name the data it was trained on"
+            )
         raise UserError(
-            f"{data.source} has {len(data.classes)} classes, --class_num is {config.class_num}"
+            f"{data.source} has {found} classes, --class_num is {known}; leave --class_num out"
+        )
+    if found < known:
+        dist.print_main(
+            f"note: the model has {known} classes, {data.source} {found}: the others are never "
+            "trained"
         )
     if isinstance(data.dataset, CachedLatents):
         found = tuple(data.dataset.latent_shape)

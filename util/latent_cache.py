@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import find_classes, make_dataset
 from tqdm import tqdm
 
 from util.arrays import allow_open_files
@@ -34,7 +33,7 @@ from util.cache_files import (
     unreadable,
     view_crc,
 )
-from util.data import Key, parse_key
+from util.data import Key, list_images, parse_key
 from util.errors import UserError, as_user_error
 from util.files import sha256
 
@@ -231,11 +230,16 @@ def _open_published(folder: Path) -> NpzLatents:
             f"--cached_path {folder} is not finished, it has no {MANIFEST}; run main_cache.py with "
             "the same flags again, it goes on where it was stopped"
         )
-    with as_user_error(f"--cached_path {folder} is no cache of main_cache.py", (OSError,)):
-        classes, label_of = find_classes(folder)
-        samples = make_dataset(folder, label_of, (".npz",))
-    files, labels = zip(*samples, strict=True)
-    return NpzLatents(list(files), np.array(labels), classes)
+    if inside := sorted(
+        p.parent for name in (MANIFEST, SETTINGS) for p in folder.glob(f"*/{name}")
+    ):
+        raise UserError(
+            f"--cached_path {folder} is no cache but holds some; name --cached_path {inside[0]}"
+        )
+    with as_user_error("no cache of main_cache.py"):
+        found = list_images(folder, "", "--cached_path", (".npz",))
+    files, labels = zip(*found.samples, strict=True)
+    return NpzLatents(list(files), np.array(labels), found.classes)
 
 
 def _read_sidecars(folder: Path, manifest: dict) -> list[dict]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from util import dist
+from util.data import LOADING, Loading
 from util.errors import UserError
 from util.extractor import INCEPTION, Extractor, load_extractor
 from util.features import FeatureStore, folder_features, upsampled
@@ -253,8 +254,7 @@ def compare_with_folder(
     folder: str | Path,
     size: int,
     cache: Path,
-    num_workers: int = 0,
-    skip_bad: bool = False,
+    loading: Loading = LOADING,
 ) -> Measure:
     """The same measure with real images as its reference; all processes take part.
 
@@ -273,7 +273,7 @@ def compare_with_folder(
         )
     name = f"{extractor.label}-{size}px-{key[:12]}"
     features = folder_features(
-        extractor, files, size, FeatureStore(cache / name), REFERENCE_BATCH, num_workers, skip_bad
+        extractor, files, size, FeatureStore(cache / name), REFERENCE_BATCH, loading
     )
     record = {"fid_reference": str(folder), "listing_sha256": key}
     stats = measure.stats

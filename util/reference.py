@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.arrays import ImageArray, read_npz
+from util.data import list_files
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, load_tensors, sha256
 
@@ -152,14 +152,7 @@ def check_statistics(
 
 def list_folder(folder: str | Path, flag: str = "--fid_reference") -> list[Path]:
     """All images in a folder and the folders in it, in the order torch-fidelity takes them in."""
-    root = Path(folder)
-    if not root.is_dir():
-        raise UserError(f"{flag} {folder}: no such folder")
-    found = (path for path in root.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
-    files = sorted((path for path in found if path.is_file()), key=str)
-    if not files:
-        raise UserError(f"{flag} {folder}: no images in it")
-    return files
+    return [Path(name) for name in list_files(folder, flag)]
 
 
 def open_images(source: str | Path, flag: str = "--fid_reference") -> list[Path] | ImageArray:

@@ -18,6 +18,7 @@ from util import config_file, dist, metrics
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.checkpoint import find_checkpoint
 from util.config_file import EVALUATION_CONFIG
+from util.data import Loading
 from util.device import Precision, compile_model
 from util.errors import UserError
 from util.evaluation import SWEPT, EvalSettings, evaluate, refuse_other_images, sweep_settings
@@ -117,9 +118,7 @@ def prepare_measure(args: argparse.Namespace, size: int, device: torch.device) -
     if measure is None or not follows:
         return measure
     cache = Path(args.output_dir) / "reference_features"
-    return metrics.compare_with_folder(
-        measure, args.fid_reference, size, cache, args.num_workers, args.skip_bad_images
-    )
+    return metrics.compare_with_folder(measure, args.fid_reference, size, cache, Loading.of(args))
 
 
 def files_record(args: argparse.Namespace, checkpoint: Path) -> dict:

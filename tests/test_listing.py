@@ -1,0 +1,266 @@
+"""Folders as people have them: what is data in them, how many classes, and what a user is told."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+import main_cache
+import main_tokenbridge
+import reconstruction
+from tests.measures import PIXELS
+from tests.runs import (
+    CACHE_FLAGS,
+    CHANNELS,
+    COMMON,
+    TRAIN_FLAGS,
+    assert_same_training,
+    call,
+    flags,
+    make_images,
+    refused,
+    train,
+)
+from util import doctor, fid_stats
+from util.data import list_images
+from util.doctor_patient import Patient
+
+NO_CACHE = dict(use_cached=None, cached_path=None, vae_path="vae.ckpt", latent_scale=1.0)
+NO_CACHE |= {"channel_order": "0,1,2,3", "class_num": None}
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """data/train/CLASS/0.png ..., to be changed."""
+    make_images(tmp_path / "data", 16)
+    return tmp_path / "data"
+
+
+def command(inputs: Path, tool: str, path: Path) -> tuple:
+    """A script's main and its flags, reading images of (a part of) a folder."""
+    if tool == "train":
+        own = flags(inputs, TRAIN_FLAGS, NO_CACHE, data_path=path, output_dir=path / "out")
+        return main_tokenbridge.main, *own, "--dry_run"
+    if tool == "cache":
+        own = flags(inputs, CACHE_FLAGS, data_path=path, cached_path=path / "cache")
+        return main_cache.main, *own, "--dry_run"
+    if tool == "reconstruct":
+        own = flags(inputs, COMMON, vae_path="vae.ckpt", image_dir=path, no_metrics=True)
+        return reconstruction.main, *own, "--latent_scale", "1", "--dry_run"
+    own = flags(inputs, COMMON, image_dir=path / "train", output=path / "s.npz")
+    return fid_stats.main, *own, "--feature_extractor", PIXELS
+
+
+def examined(inputs: Path, path: Path) -> str:
+    """What the doctor finds of the data."""
+    argv = flags(inputs, TRAIN_FLAGS, NO_CACHE, data_path=path, output_dir=path / "out")
+    patient = Patient(doctor.make_parser().parse(argv), torch.device("cpu"))
+    return doctor.attempt("data", doctor.CHECKS["data"], patient).text
+
+
+COUNTS = {
+    "train": "24 images in 3 classes",
+    "cache": "24 of 24 images to encode",
+    "reconstruct": "24 images as original",
+    "statistics": "24 images of 16 px",
+}
+
+
+@pytest.mark.parametrize("tool", COUNTS)
+def test_hidden_entries_and_loops_are_no_data(inputs, data, capsys, tool):
+    image = data / "train" / "ant" / "0.png"
+    for name in (".ipynb_checkpoints/0.png", "__MACOSX/0.png", "ant/._0.png", "bee/@eaDir/0.png"):
+        (data / "train" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(image, data / "train" / name)
+    (data / "train" / "loop").symlink_to(".")
+    (data / "train" / "ant" / "loop").symlink_to("../..")
+    (data / "train" / "ant" / "a.png").symlink_to("0.png")
+    call(*command(inputs, tool, data))
+    out = capsys.readouterr().out
+    assert COUNTS[tool] in out
+    (line,) = (line for line in out.splitlines() if "links lead to" in line)
+    assert all(str(data / "train" / name) in line for name in ("loop", "ant/loop"))
+
+
+def test_hidden_entries_are_no_held_out_data(inputs, data, capsys):
+    shutil.copytree(data / "train", data / "val")
+    shutil.copytree(data / "val" / "ant", data / "val" / ".ipynb_checkpoints")
+    call(*command(inputs, "train", data))
+    assert "no held-out loss" not in capsys.readouterr().out
+
+
+def test_published_caches_are_listed_likewise(inputs, tmp_path, capsys):
+    moments = np.zeros((2 * CHANNELS, 4, 4), np.float32)
+    for name in ("ant/0", "ant/._0", "bee/0", ".hidden/0"):
+        (tmp_path / "kept" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.savez(tmp_path / "kept" / f"{name}.npz", moments=moments, moments_flip=moments)
+    (tmp_path / "kept" / "bee" / "loop").symlink_to("..")
+    call(main_cache.main, "--verify", "--cached_path", str(tmp_path / "kept"))
+    assert "2 images in 2 classes" in capsys.readouterr().out
+    line = refused(capsys, main_cache.main, "--verify", "--cached_path", str(tmp_path))
+    assert f"name --cached_path {tmp_path / 'kept'}" in line
+    shutil.copytree(inputs / "cache", tmp_path / "ours")
+    line = refused(capsys, main_cache.main, "--verify", "--cached_path", str(tmp_path))
+    assert f"name --cached_path {tmp_path / 'ours'}" in line
+
+
+def move(data: Path, name: str) -> None:
+    """Put the folder of classes at another place in the folder."""
+    (data / "train").rename(data / "moved")
+    (data / name).parent.mkdir(parents=True, exist_ok=True)
+    (data / "moved").rename(data / name)
+
+
+@pytest.mark.parametrize("tool", ["train", "cache"])
+@pytest.mark.parametrize(
+    ("place", "named", "remedy"),
+    [
+        ("inner/train", ".", "name --data_path {0}/train, or"),
+        ("inner/images", ".", "move what is in it to {0}/train"),
+        ("images/train", ".", "--data_path {0}/images"),
+        ("train", "train", "name the folder above it: --data_path {0}"),
+        ("ant", ".", "put its class folders into {0}/train"),
+    ],
+)
+def test_a_level_too_many_or_few_is_named(inputs, data, capsys, tool, place, named, remedy):
+    move(data, place)
+    if place.startswith("inner"):
+        (data / "inner").rename(data / "train")
+    line = refused(capsys, *command(inputs, tool, data / named))
+    assert remedy.format(data) in line
+
+
+def test_the_doctor_and_the_other_flags_name_the_folder_inside(inputs, data, capsys):
+    line = refused(capsys, *command(inputs, "reconstruct", data.parent))
+    assert f"name --image_dir {data / 'train'}" in line
+    main, *argv = command(inputs, "train", data)
+    shutil.copytree(data / "train", data / "val")
+    line = refused(capsys, main, *argv, "--val_path", str(data))
+    assert f"name --val_path {data / 'val'}" in line
+    move(data, "train/train")
+    assert f"name --data_path {data / 'train'}" in examined(inputs, data)
+
+
+@pytest.mark.parametrize("name", ["all", "ant"])
+def test_one_class_may_have_folders_where_that_is_clear(inputs, data, capsys, name):
+    move(data, f"train/{name}")
+    if name != "all":
+        shutil.copy(data / "train/ant/ant/0.png", data / "train/ant/0.png")
+    call(*command(inputs, "train", data))
+    assert "images in 1 classes" in capsys.readouterr().out
+
+
+def test_the_order_is_torchvision_s_where_nothing_is_out_of_order(data):
+    """Indices of images, and so a resumed training and a cache, depend on it."""
+    for name in ("ant/1/b.png", "ant/1.png", "ant/1/a/c.JPG", "ant/1-/d.webp", "ant/B.png"):
+        (data / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / "train" / name).touch()
+    expected = ImageFolder(data / "train")
+    found = list_images(data)
+    assert (found.classes, found.samples) == (expected.classes, expected.samples)
+
+
+# --- the number of classes
+
+
+def test_classes_are_counted_where_no_flag_says(inputs, tmp_path, capsys):
+    found = train(inputs, tmp_path / "own", class_num=None, epochs=1)
+    assert found["config"]["class_num"] == 3
+    assert "class_num: 3\n" in (tmp_path / "own" / "config.yaml").read_text()
+    assert_same_training(found, train(inputs, tmp_path / "given", epochs=1))
+    capsys.readouterr()
+    more = train(inputs, tmp_path / "more", class_num=5, epochs=1)
+    assert "the model has 5 classes, --cached_path" in capsys.readouterr().out
+    published = {k: more[k] for k in ("model", "model_ema", "optimizer", "epoch")}
+    torch.save(published, tmp_path / "published.pth")
+    argv = flags(inputs, TRAIN_FLAGS, class_num=None, output_dir=tmp_path / "x")
+    call(main_tokenbridge.main, *argv, "--dry_run", "--resume", str(tmp_path / "published.pth"))
+    assert "the model has 5 classes, --cached_path" in capsys.readouterr().out
+
+
+# --- what is told
+
+
+def grey(low: int, high: int, kind: type) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(low, high, (16, 16), kind))
+
+
+def other_kinds(data: Path) -> None:
+    for name in ("a.jfif", "b.gif", "c.jp2"):
+        form = {"format": "JPEG"} if name == "a.jfif" else {}
+        grey(0, 255, np.uint8).save(data / "train" / "ant" / name, **form)
+    for name in ("a.heic", "b.HEIC", "notes.txt"):
+        (data / "train" / "ant" / name).write_bytes(b"nothing that is read")
+
+
+def twelve_bits(data: Path) -> None:
+    for path in data.rglob("*.png"):
+        grey(0, 4096, np.uint16).save(path)
+
+
+def numbers(data: Path) -> None:
+    for name in ("0", "1", "2", "10", "ANT"):
+        shutil.copytree(data / "train" / "ant", data / "train" / name)
+
+
+def loose(data: Path) -> None:
+    shutil.copy(data / "train" / "ant" / "0.png", data / "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "fragments"),
+    [
+        (other_kinds, ["27 images in 3", "some images are left out (2 .heic are not read: "]),
+        (twelve_bits, ["as if they held 12 bits"]),
+        (numbers, ["0, 1, 10, 2, ANT", "the label of 10 is 2", "lower case: ANT, ant"]),
+        (loose, ["24 images in 3", "1 images in", "of no class"]),
+    ],
+)
+def test_training_and_doctor_say_what_may_surprise(inputs, data, capsys, change, fragments):
+    call(*command(inputs, "train", data))
+    told = capsys.readouterr().out
+    assert "warning" not in told and "note" not in told
+    change(data)
+    call(*command(inputs, "train", data))
+    told = capsys.readouterr().out
+    assert all(fragment in told for fragment in fragments), told
+    found = examined(inputs, data)
+    assert all(fragment in found for fragment in fragments), found
+
+
+def test_flat_folders_are_one_class_of_a_reconstruction(inputs, data, capsys):
+    main, *argv = command(inputs, "reconstruct", data / "train" / "ant")
+    call(main, *argv, "--images_per_class", "5")
+    told = capsys.readouterr().out
+    assert "--images_per_class 5 is how many of its 8 images" in told and "5 images as" in told
+
+
+def test_a_larger_image_than_the_flag_allows_is_refused_by_workers_too(inputs, data, capsys):
+    argv = flags(inputs, CACHE_FLAGS, data_path=data, cached_path=data / "x", num_workers=1)
+    line = refused(capsys, main_cache.main, *argv, "--max_image_pixels", "300")
+    assert "is 304 pixels, more than --max_image_pixels 300" in line
+
+
+def test_names_of_any_kind_are_told_in_one_line(inputs, data, capsys):
+    (data / "train" / "ant" / "a\nb.png").write_bytes(b"broken")
+    argv = flags(inputs, CACHE_FLAGS, data_path=data, cached_path=data / "x")
+    assert "a\\nb.png" in refused(capsys, main_cache.main, *argv)
+
+
+def test_an_unreadable_folder_is_not_passed_over(inputs, data, capsys, monkeypatch):
+    scan = os.scandir
+
+    def locked(folder):
+        if Path(folder).name == "sub":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    (data / "train" / "ant" / "sub").mkdir()
+    monkeypatch.setattr(os, "scandir", locked)
+    line = refused(capsys, *command(inputs, "train", data))
+    assert "--data_path" in line and "Permission denied" in line and "ant/sub" in line
