@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +22,31 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    """data/, vae.ckpt and cache/ of tests/runs.py, each test file's own; not to be changed."""
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Iterator[Path]:
+    """data/, vae.ckpt and cache/ of tests/runs.py, for all tests to read; not to be changed."""
     from tests.runs import make_inputs  # which needs this module
 
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    folder = make_inputs(tmp_path_factory.mktemp("inputs") / "inputs")
+    before = stamps(folder)
+    yield folder
+    assert stamps(folder) == before, "a test has changed what others read"
 
 
-@pytest.fixture(scope="module")
-def trained(inputs, tmp_path_factory) -> Path:
+@pytest.fixture(scope="session")
+def trained(inputs, tmp_path_factory) -> Iterator[Path]:
     """The output folder of two epochs in one process: six steps of two micro-batches."""
     from tests.runs import train
 
     output = tmp_path_factory.mktemp("trained") / "out"
     train(inputs, output)
-    return output
+    before = stamps(output)
+    yield output
+    assert stamps(output) == before, "a test has changed what others read"
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def formula_weight(name: str, shape: tuple[int, ...]) -> Tensor:

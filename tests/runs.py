@@ -1,8 +1,10 @@
 """Small inputs for the scripts, and the ways to call them: in this process or as processes."""
 
+import functools
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,13 +33,21 @@ IMAGES = 8  # of each class
 
 
 def make_inputs(folder: Path) -> Path:
-    """data/train/CLASS/0.png ..., vae.ckpt and cache/ for the tests to read, not to change."""
+    """data/train/CLASS/0.png ..., vae.ckpt and cache/, of which every caller has a copy."""
+    return Path(shutil.copytree(_inputs_once().name, folder, dirs_exist_ok=True))
+
+
+@functools.cache
+def _inputs_once() -> TemporaryDirectory:
+    made = TemporaryDirectory(prefix="inputs-")
+    folder = Path(made.name)
     make_images(folder / "data", SIZE)
-    torch.manual_seed(0)
-    vae = AutoencoderKL(embed_dim=CHANNELS, ch_mult=(1, 1, 1), ch=32, num_res_blocks=1)
-    save_vae(folder / "vae.ckpt", vae)
-    call(main_cache.main, *flags(folder, CACHE_FLAGS, cached_path=folder / "cache"))
-    return folder
+    with torch.random.fork_rng():  # whichever test is the first
+        torch.manual_seed(0)
+        vae = AutoencoderKL(embed_dim=CHANNELS, ch_mult=(1, 1, 1), ch=32, num_res_blocks=1)
+        save_vae(folder / "vae.ckpt", vae)
+        call(main_cache.main, *flags(folder, CACHE_FLAGS, cached_path=folder / "cache"))
+    return made
 
 
 def make_images(folder: Path, size: int, part: str = "train") -> None:

@@ -352,13 +352,13 @@ def test_loss_that_is_not_finite_stops_before_the_checkpoint(inputs, tmp_path, c
     assert not list((tmp_path / "new").glob("checkpoint-*"))
 
 
-def test_second_training_in_one_folder_is_refused(inputs, tmp_path):
+def test_second_training_in_one_folder_is_refused(inputs, tmp_path, capsys):
     """As a job that is queued again while it still runs: they would prune each other's files."""
     argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "new", epochs=50_000, log_freq=1)
     with Job("main_tokenbridge.py", *argv, log=tmp_path / "log") as first:
         first.wait_for(lambda: "step 1/" in first.printed())
-        second = run_script("main_tokenbridge.py", *argv, "--resume", "auto")
-    assert_user_error(second, f"--output_dir {tmp_path / 'new'} is in use by another job")
+        second = refused(capsys, main_tokenbridge.main, *argv, "--resume", "auto")
+    assert f"--output_dir {tmp_path / 'new'} is in use by another job" in second
 
 
 def test_a_folder_in_use_is_refused_before_its_checkpoints_are_read(inputs, tmp_path, capsys):

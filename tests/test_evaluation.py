@@ -14,9 +14,9 @@ from demo.classifier import generated_images
 from models.sampler import sample_latents
 from models.tokenizer import Tokenizer
 from models.vae import AutoencoderKL
-from tests.conftest import run_script, tiny_model
+from tests.conftest import tiny_model
 from tests.measures import PIXELS, save_model
-from tests.runs import SIZE, TRAIN_FLAGS, flags, refused, train
+from tests.runs import SIZE, TRAIN_FLAGS, flags, on_processes, refused, train
 from tests.runs import evaluate as evaluate_here
 from tools import compare_images
 from util import evaluation
@@ -84,8 +84,8 @@ TRAINED = ["red ant/é", "bee"]  # of a model that has room for three classes
 
 
 @pytest.fixture(scope="module")
-def model(inputs) -> Path:
-    return save_model(inputs / "model", classes=TRAINED)
+def model(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "model", classes=TRAINED)
 
 
 def run(inputs: Path, output: Path, resume: Path, **changes) -> tuple[Path, dict]:
@@ -228,5 +228,5 @@ def test_comparison_counts_the_images_that_differ(tmp_path):
             folder.mkdir(exist_ok=True)
             save_png(shown, folder / f"{number}.png")
     assert compare_images.differences(first, second).tolist() == [0, 1, 20]
-    result = run_script("tools/compare_images.py", first, second)
+    result = on_processes(1, "tools/compare_images.py", first, second)
     assert "3 images: 2 differ at all, 1 by more than 8 levels" in result.stdout

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -117,11 +118,14 @@ def test_finished_points_are_not_drawn_again(swept, inputs, monkeypatch):
     assert (swept[0] / "sweep.csv").read_text() == before
 
 
-def test_sweep_without_matplotlib_says_what_is_missing(swept, inputs, monkeypatch, capsys):
+def test_sweep_without_matplotlib_says_what_is_missing(
+    swept, inputs, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    run(inputs, swept[0], cfg=[1.0, 3.0], temperature=0.5)
+    output = shutil.copytree(swept[0], tmp_path / "swept")
+    run(inputs, output, cfg=[1.0, 3.0], temperature=0.5)
     assert "pip install matplotlib" in capsys.readouterr().out
-    assert len(table(swept[0])) == 2
+    assert len(table(output)) == 2
 
 
 @pytest.mark.parametrize("figures", [{}, {"inception_score_mean": 2.0}])
