@@ -1,10 +1,15 @@
 """Small inputs for the scripts, and the ways to call them: in this process or as processes."""
 
+import multiprocessing
+import os
+import runpy
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import numpy as np
@@ -20,6 +25,7 @@ from util.errors import EXIT_USER_ERROR, run
 from util.vae_files import save_vae
 
 SIZE, CHANNELS, STRIDE = 16, 4, 4
+OFTEN_IMPORTED = ("reconstruction", "torch.utils.tensorboard", "torchmetrics.functional.image")
 CLASSES = ("ant", "bee", "cat")
 IMAGES = 8  # of each class
 
@@ -133,6 +139,67 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def ranks(size: int) -> list[dict]:
+    """The environments in which so many processes of this machine find each other."""
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": size}
+    return [meeting | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
+
+
+def on_processes(size: int, *command, timeout: int = 120) -> subprocess.CompletedProcess:
+    """What torchrun starts, without torchrun: its highest return code, all that it prints."""
+    results = fork_together(*[command] * size, env=ranks(size), timeout=timeout)
+    codes, *printed = zip(*results, strict=True)
+    return subprocess.CompletedProcess(command, max(codes, key=abs), *map("".join, printed))
+
+
+def fork_together(*commands, env: list[dict] | None = None, timeout: int = 120):
+    """`run_together` for scripts and modules of ours, by `start_fork`."""
+    with TemporaryDirectory() as folder:
+        logs = [Path(folder) / str(number) for number in range(len(commands))]
+        env = env or [{}] * len(commands)
+        started = [start_fork(c, log, **e) for c, log, e in zip(commands, logs, env, strict=True)]
+        deadline = time.monotonic() + timeout
+        for process in started:
+            process.join(max(0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        texts = [[log.with_suffix(end).read_text() for end in (".1", ".2")] for log in logs]
+    return [(process.exitcode, *text) for process, text in zip(started, texts, strict=True)]
+
+
+def start_fork(command, log: Path, **env) -> multiprocessing.Process:
+    """A process that runs a script or a module of ours, without the seconds of importing torch.
+
+    It is forked from a server that has imported the scripts and has done nothing else. What it
+    prints goes to the files LOG.1 and LOG.2, by the numbers of the streams.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.runs", *OFTEN_IMPORTED])
+    arguments = ([*map(str, command)], environment(**env), log)
+    process = server.Process(target=_in_fork, args=arguments)
+    process.start()
+    return process
+
+
+def _in_fork(command: list[str], env: dict[str, str], log: Path) -> None:
+    for number in (1, 2):
+        os.dup2(os.open(log.with_suffix(f".{number}"), os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    is_module = command[0] == "-m"
+    sys.argv = command[is_module:]
+    try:
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # as at the end of an interpreter: they do not end when asked to
 
 
 def run_together(*commands: list[str], env: list[dict] | None = None, timeout: int = 120):

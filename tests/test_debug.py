@@ -8,8 +8,16 @@ import pytest
 import torch
 
 import main_tokenbridge
-from tests.conftest import run_script, tiny_model
-from tests.runs import CLASSES, IMAGES, TRAIN_FLAGS, call, flags, free_port, refused
+from tests.conftest import tiny_model
+from tests.runs import (
+    CLASSES,
+    IMAGES,
+    TRAIN_FLAGS,
+    call,
+    flags,
+    on_processes,
+    refused,
+)
 from util.debug import gradient_norms, module_of
 
 
@@ -79,9 +87,8 @@ def test_dump_names_the_samples_that_are_not_finite(inputs, tmp_path, capsys):
 
 
 def test_two_processes_skip_together_and_dump_all_micro_batches(inputs, tmp_path):
-    launch = ("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}")
     argv = broken_weights(inputs, tmp_path / "out", accum_iter=1)
-    result = run_script(*launch, "main_tokenbridge.py", *argv)
+    result = on_processes(2, "main_tokenbridge.py", *argv)
     assert result.stderr.count("2 steps in a row was not finite") >= 1, result.stderr
     saved = torch.load(tmp_path / "out" / "debug-step00000004.pth", weights_only=True)
     assert [r["micro_batch"] for r in saved["micro_batches"]] == [0, 1]

@@ -22,7 +22,12 @@ import reconstruction
 from engine_tokenbridge import train_step
 from models.tokenizer import Tokenizer
 from tests.conftest import tiny_model
-from tests.runs import call, free_port, run_together
+from tests.runs import (
+    call,
+    fork_together,
+    free_port,
+    ranks,
+)
 from util import dist, extractor, stop
 from util.agreement import Agreement
 from util.data import MicroBatchSampler
@@ -112,10 +117,8 @@ def main(folder: Path) -> None:
 def pair(tmp_path_factory) -> tuple[dict, dict, str]:
     """What each of two gloo processes found, and what they printed."""
     folder = tmp_path_factory.mktemp("pair")
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2}
-    offline = {"https_proxy": "http://127.0.0.1:9"}
-    env = [meeting | offline | {"RANK": rank, "LOCAL_RANK": rank} for rank in (0, 1)]
-    results = run_together(*[["-m", "tests.test_dist", folder]] * 2, env=env)
+    env = [own | {"https_proxy": "http://127.0.0.1:9"} for own in ranks(2)]
+    results = fork_together(*[["-m", "tests.test_dist", folder]] * 2, env=env)
     assert [code for code, _, _ in results] == [0, 0], results
     found = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     return *found, "".join(stdout for _, stdout, _ in results)

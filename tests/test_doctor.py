@@ -15,7 +15,7 @@ from PIL import Image
 
 from models.quantizer import GaussianQuantizer
 from models.vae import AutoencoderKL
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT
 from tests.measures import PIXELS, save_random_inception
 from tests.runs import (
     CHANNELS,
@@ -23,8 +23,8 @@ from tests.runs import (
     COMMON,
     SIZE,
     flags,
-    free_port,
     make_inputs,
+    on_processes,
     run_together,
     train,
 )
@@ -395,14 +395,13 @@ def test_no_check_stops_another(inputs, monkeypatch):
         assert finding.name == name
 
 
-def run_doctor(inputs: Path, *more: str, launch: tuple = (), **changes):
+def run_doctor(inputs: Path, *more: str, processes: int, **changes):
     argv = flags(inputs, GOOD, output_dir=inputs / "new", **changes)
-    start = (*launch, "-m") if launch else ()
-    return run_script(*start, "util.doctor", *argv, *more)
+    return on_processes(processes, "-m", "util.doctor", *argv, *more)
 
 
 def test_one_line_each_and_the_exit_code(inputs, tmp_path):
-    result = run_doctor(inputs, photo=photo(tmp_path))
+    result = run_doctor(inputs, processes=1, photo=photo(tmp_path))
     assert result.returncode == 0, result.stderr + result.stdout
     lines = result.stdout.splitlines()
     assert [line[9:25].strip() for line in lines[:-1]] == list(doctor.CHECKS)
@@ -411,9 +410,8 @@ def test_one_line_each_and_the_exit_code(inputs, tmp_path):
 
 def test_json_on_two_processes(inputs, tmp_path):
     """Standard output is one object, whatever the processes have to say besides."""
-    launch = ("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}")
     changes = {"photo": photo(tmp_path), "class_num": 2}
-    result = run_doctor(inputs, "--json", launch=launch, **changes)
+    result = run_doctor(inputs, "--json", processes=2, **changes)
     assert result.returncode == 1
     found = json.loads(result.stdout)
     states = {entry["name"]: entry for entry in found["checks"]}

@@ -8,8 +8,15 @@ import torch
 
 import main_cache
 import main_tokenbridge
-from tests.conftest import run_script
-from tests.runs import CACHE_FLAGS, TRAIN_FLAGS, call, flags, load, refused
+from tests.runs import (
+    CACHE_FLAGS,
+    TRAIN_FLAGS,
+    call,
+    flags,
+    load,
+    on_processes,
+    refused,
+)
 from tests.runs import train as really_train
 
 
@@ -148,8 +155,7 @@ def test_what_would_stop_the_run_stops_the_dry_run(inputs, tmp_path, capsys, giv
 
 def test_two_processes_share_the_step(inputs, tmp_path):
     argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out")
-    torchrun = ["torchrun", "--standalone", "--nproc_per_node=2"]
-    result = run_script(*torchrun, "main_tokenbridge.py", *argv, "--dry_run", "--json")
+    result = on_processes(2, "main_tokenbridge.py", *argv, "--dry_run", "--json")
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["processes"] == 2 and found["images_per_step"] == 16

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import TRAIN_FLAGS, flags, free_port, load, make_inputs, run_together, tensors
+from tests.runs import (
+    TRAIN_FLAGS,
+    flags,
+    load,
+    make_inputs,
+    on_processes,
+    tensors,
+)
 from tests.test_dist import one_step
 from util import dist
 
@@ -24,16 +31,11 @@ def main(folder: Path) -> None:
     dist.cleanup()
 
 
-def environments(size: int) -> list[dict]:
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": size}
-    return [meeting | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
-
-
 @pytest.mark.parametrize("size", WORLDS)
 def test_gradient_of_each_micro_batch_is_the_same_to_the_bit(tmp_path, size):
     command = ["-m", "tests.test_elastic", tmp_path]
-    results = run_together(*[command] * size, env=environments(size))
-    assert [code for code, _, _ in results] == [0] * size, results
+    result = on_processes(size, *command)
+    assert result.returncode == 0, result.stderr
     alone = one_step(MICRO_BATCHES)
     for rank in range(size):
         found = torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=True)
@@ -57,9 +59,8 @@ def test_run_begun_on_two_processes_goes_on_with_three(tmp_path):
         output = tmp_path / name
         argv = flags(inputs, TRAIN_FLAGS, settings, output_dir=output, epochs=epochs)
         argv += ["--lr_schedule", "constant"]  # so that two epochs are the beginning of four
-        env = environments(size) if size > 1 else [{}]
-        results = run_together(*[["main_tokenbridge.py", *argv]] * size, env=env)
-        assert [code for code, _, _ in results] == [0] * size, results
+        result = on_processes(size, "main_tokenbridge.py", *argv)
+        assert result.returncode == 0, result.stderr
         return load(output)
 
     go_on("elastic", 2, epochs=1)
@@ -76,9 +77,9 @@ def test_processes_agree_where_a_save_by_steps_meets_the_end_of_an_epoch(tmp_pat
     inputs = make_inputs(tmp_path / "inputs")
     settings = dict(accum_iter=1, save_steps=3, save_last_freq=5, dist_timeout=20)  # 3 an epoch
     argv = flags(inputs, TRAIN_FLAGS, settings, output_dir=tmp_path / "out")
-    results = run_together(*[["main_tokenbridge.py", *argv]] * 2, env=environments(2))
-    assert [code for code, _, _ in results] == [0] * 2, results
-    assert "saved checkpoint-step00000003.pth" in results[0][1] + results[1][1]
+    result = on_processes(2, "main_tokenbridge.py", *argv)
+    assert result.returncode == 0, result.stderr
+    assert "saved checkpoint-step00000003.pth" in result.stdout
 
 
 if __name__ == "__main__":

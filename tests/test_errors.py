@@ -28,11 +28,12 @@ from tests.runs import (
     TRAIN_FLAGS,
     call,
     flags,
+    fork_together,
     free_port,
     load,
     make_inputs,
+    ranks,
     refused,
-    run_together,
     train,
 )
 from tests.test_lock import holder
@@ -395,14 +396,12 @@ def test_process_whose_peer_was_refused_says_so(own, tmp_path):
     """Without torchrun nobody ends it: it must notice by itself."""
     shutil.copytree(own / "data", own / "spoiled")
     spoil_images(own / "spoiled")
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2}
-    env = [meeting | {"RANK": rank, "LOCAL_RANK": rank} for rank in (0, 1)]
     settings = dict(output_dir=tmp_path / "new", accum_iter=1)
     commands = [
         ["main_tokenbridge.py", *flags(own, TRAIN_FLAGS, IMAGE_FLAGS, data_path=data, **settings)]
         for data in ("data", "spoiled")
     ]
-    (first, _, first_err), (second, _, second_err) = run_together(*commands, env=env, timeout=60)
+    (first, _, first_err), (second, _, second_err) = fork_together(*commands, env=ranks(2))
     assert (first, second) == (1, 2)
     assert "Traceback" not in first_err and "stopped: process 1 (pid " in first_err
     assert "cannot read image" in first_err  # it says why the other has ended

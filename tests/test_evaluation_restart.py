@@ -1,11 +1,8 @@
 """An evaluation that was killed goes on, on another number of processes too, to the same end."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
+from multiprocessing import Process
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +10,23 @@ import pytest
 import torch
 import torch_fidelity
 
-from tests.conftest import ROOT, environment
 from tests.measures import PIXELS, save_model
-from tests.runs import EVALUATE_FLAGS, SIZE, evaluate, flags, free_port, make_inputs
+from tests.runs import (
+    EVALUATE_FLAGS,
+    SIZE,
+    evaluate,
+    flags,
+    make_inputs,
+    on_processes,
+    ranks,
+    start_fork,
+)
 from util import evaluation
 from util.data import center_crop, read_image
 from util.errors import UserError
 from util.evaluation_folder import read_png
 
-IMAGES, BATCH = 180, 4
+IMAGES, BATCH = 84, 4  # of three classes
 SETTINGS = dict(num_images=IMAGES, eval_bsz=BATCH, feature_extractor=PIXELS, keep_images=True)
 SETTINGS |= dict(num_workers=0, save_npz=True, num_iter=16)
 
@@ -59,35 +64,20 @@ def small(inputs, tmp_path_factory) -> Path:
     return run_here(inputs, tmp_path_factory.mktemp("small"), **SMALL)
 
 
-def start(inputs: Path, output: Path, processes: int, **changes) -> subprocess.Popen:
-    argv = flags(inputs, EVALUATE_FLAGS, settings_of(inputs, **changes), output_dir=output)
-    argv += ["--resume", str(inputs / "model")]
-    launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    launch += [f"--master_port={free_port()}"]
-    command = [sys.executable, *(launch if processes > 1 else []), "main_tokenbridge.py", *argv]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, cwd=ROOT, env=environment(), start_new_session=True, **pipes)
+def command(inputs: Path, output: Path) -> list:
+    argv = flags(inputs, EVALUATE_FLAGS, settings_of(inputs), output_dir=output)
+    return ["main_tokenbridge.py", *argv, "--resume", inputs / "model"]
 
 
-def kill_after(process: subprocess.Popen, output: Path, batches: int) -> None:
-    """kill -9 of all its processes once that many batches are done."""
+def kill_after(processes: list[Process], output: Path, batches: int) -> None:
+    """kill -9 of all of them once that many batches are done."""
     deadline = time.monotonic() + 120
     while len(list(output.glob("ariter*/features/*/batch-*.npz"))) < batches:
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        assert all(p.is_alive() for p in processes) and time.monotonic() < deadline
         time.sleep(0.01)
-    for pid in [process.pid, *descendants(process.pid)]:
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
-
-
-def descendants(pid: int) -> list[int]:
-    """torchrun's workers are in sessions of their own: no signal to a group reaches them."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
-    pairs = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
-    found = [pid]
-    for parent in found:
-        found += [child for child, its_parent in pairs if its_parent == parent]
-    return found[1:]
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -103,15 +93,16 @@ def figures(folder: Path) -> dict:
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 1)])
 def test_killed_run_ends_as_an_undisturbed_one(inputs, whole, tmp_path, before, after):
-    kill_after(start(inputs, tmp_path, before), tmp_path, batches=3)
+    asked = command(inputs, tmp_path)
+    begun = [start_fork(asked, tmp_path / str(i), **env) for i, env in enumerate(ranks(before))]
+    kill_after(begun, tmp_path, batches=3)
     (folder,) = tmp_path.glob("ariter*")
     assert not (folder / "metrics.json").exists()
     done = {path: path.stat().st_mtime_ns for path in folder.rglob("batch-*.npz")}
     (folder / "images" / ".00000.png.abc.tmp").write_bytes(b"left behind")
-    process = start(inputs, tmp_path, after)
-    printed, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, printed
-    assert f"{len(done)} of 45 batches are there already" in printed
+    result = on_processes(after, *asked)
+    assert result.returncode == 0, result.stderr
+    assert f"{len(done)} of {IMAGES // BATCH} batches are there already" in result.stdout
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert content(folder) == content(whole)
     found, expected = figures(folder), figures(whole)
@@ -147,10 +138,12 @@ def test_array_for_adm_holds_the_images_and_labels_in_order(whole):
         assert file.files == ["arr_0", "arr_1"]
         images, labels = file["arr_0"], file["arr_1"]
     assert images.shape == (IMAGES, 16, 16, 3) and images.dtype == np.uint8
-    for i in (0, 7, 179):
+    for i in (0, 7, IMAGES - 1):
         shown = read_png(whole / "images" / f"{i:05d}.png").permute(1, 2, 0)
         assert np.array_equal(images[i], shown)
-    assert labels.tolist() == [i // 60 for i in range(IMAGES)] and labels.dtype == np.int64
+    assert (
+        labels.tolist() == [i // (IMAGES // 3) for i in range(IMAGES)] and labels.dtype == np.int64
+    )
 
 
 def test_finished_run_is_not_done_again(inputs, whole, monkeypatch):
@@ -184,7 +177,7 @@ def test_folder_of_another_checkpoint_is_refused(inputs, whole, tmp_path):
 
 
 def test_images_of_unknown_settings_are_refused(inputs, tmp_path):
-    folder = tmp_path / "ariter16-temp1-linearcfg2-image180-seed1-ema" / "images"
+    folder = tmp_path / f"ariter16-temp1-linearcfg2-image{IMAGES}-seed1-ema" / "images"
     folder.mkdir(parents=True)
     (folder / "00000.png").write_bytes(b"somebody's")
     with pytest.raises(UserError, match="holds images of unknown settings"):

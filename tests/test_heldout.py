@@ -20,11 +20,10 @@ from tests.runs import (
     assert_same_training,
     call,
     flags,
-    free_port,
     load,
     make_inputs,
+    on_processes,
     refused,
-    run_together,
     train,
 )
 from util import stop
@@ -257,10 +256,8 @@ def test_curves_begin_with_the_first_step_and_end_with_the_last(looked):
 def test_two_processes_look_as_one(inputs, looked, tmp_path):
     argv = flags(inputs, TRAIN_FLAGS, LOOKING, output_dir=tmp_path / "out", accum_iter=1)
     argv += ["--val_path", str(inputs / "data" / "val"), "--val_freq", "0.3", "--log_freq", "1"]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": 2}
-    env = [meeting | {"RANK": rank, "LOCAL_RANK": rank} for rank in (0, 1)]
-    results = run_together(*[["main_tokenbridge.py", *argv]] * 2, env=env)
-    assert [code for code, _, _ in results] == [0, 0], results
+    result = on_processes(2, "main_tokenbridge.py", *argv)
+    assert result.returncode == 0, result.stderr
     assert_same_training(load(tmp_path / "out"), load(looked))
     assert of_looks(read(tmp_path / "out")) == of_looks(read(looked))
 

@@ -14,7 +14,10 @@ from PIL import Image
 import main_cache
 from models.vae import AutoencoderKL
 from tests.conftest import run_script
-from tests.runs import free_port, run_together
+from tests.runs import (
+    on_processes,
+    run_together,
+)
 from tests.test_lock import holder
 from util import stop
 from util.config_file import CONFIG
@@ -134,9 +137,7 @@ def test_two_processes_write_the_bytes_of_one_and_either_goes_on(inputs, tmp_pat
     one, two = tmp_path / "one", tmp_path / "two"
     alone = run_script("main_cache.py", *flags(inputs, one))
     assert alone.returncode == 0, alone.stderr
-    port = free_port()
-    launch = ("torchrun", "--nproc_per_node=2", f"--master_port={port}", "main_cache.py")
-    both = run_script(*launch, *flags(inputs, two, num_workers=1))
+    both = on_processes(2, "main_cache.py", *flags(inputs, two, num_workers=1))
     assert both.returncode == 0, both.stderr
     assert len(list(one.glob("*.npy"))) == 4
     assert contents(one) == contents(two)
@@ -144,7 +145,7 @@ def test_two_processes_write_the_bytes_of_one_and_either_goes_on(inputs, tmp_pat
     before = {path.name: path.stat().st_mtime_ns for path in two.glob("shard-*")}
     for name in ("manifest.json", "shard-00001.npy", "shard-00003.json"):
         (two / name).unlink()
-    again = run_script("main_cache.py", *flags(inputs, two))
+    again = on_processes(1, "main_cache.py", *flags(inputs, two))
     assert again.returncode == 0 and "2 of 4 shards" in again.stdout, again.stderr
     assert contents(one) == contents(two)
     for shard in (0, 2):  # the others were not touched

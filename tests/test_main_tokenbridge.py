@@ -23,9 +23,11 @@ from tests.runs import (
     call,
     evaluate,
     flags,
+    fork_together,
     free_port,
     images,
     load,
+    on_processes,
     run_together,
     tensors,
     train,
@@ -68,14 +70,6 @@ def test_one_process_from_the_command_line(inputs, trained, tmp_path):
     assert_same_training(load(tmp_path / "out"), load(trained))
 
 
-def on_two_processes(argv: list[str]):
-    """The result of main_tokenbridge.py under torchrun, which must succeed."""
-    launch = ("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}")
-    result = run_script(*launch, "main_tokenbridge.py", *argv)
-    assert result.returncode == 0, result.stderr
-    return result
-
-
 def test_two_processes_train_as_one_and_only_one_writes(inputs, trained, tmp_path):
     """Dropout on: every micro-batch has its own random numbers, whichever process has it.
 
@@ -83,7 +77,9 @@ def test_two_processes_train_as_one_and_only_one_writes(inputs, trained, tmp_pat
     difference of any other: its first steps have the same length for the smallest gradients.
     """
     argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", accum_iter=1, num_workers=1)
-    result = on_two_processes(argv)
+    launch = ("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}")
+    result = run_script(*launch, "main_tokenbridge.py", *argv)
+    assert result.returncode == 0, result.stderr
     assert "2 processes (torchrun), backend gloo" in result.stdout
     assert result.stdout.count("step 6/6") == result.stdout.count("saved") == 1
     assert_same_training(load(tmp_path / "out"), load(trained))
@@ -112,7 +108,7 @@ def test_two_nodes_train_as_one_and_draw_together(inputs, trained, tmp_path):
 def assert_two_train_as_one(inputs, trained, output, launcher: str, env: list[dict], **changes):
     """Two plain processes that find each other by their environment."""
     argv = flags(inputs, TRAIN_FLAGS, output_dir=output, accum_iter=1, **changes)
-    results = run_together(*[["main_tokenbridge.py", *argv]] * 2, env=env)
+    results = fork_together(*[["main_tokenbridge.py", *argv]] * 2, env=env)
     assert [code for code, _, _ in results] == [0, 0], results
     assert f"2 processes ({launcher}" in results[0][1]
     assert_same_training(load(output), load(trained))
@@ -341,7 +337,8 @@ def drawn(inputs, trained, tmp_path_factory) -> dict[str, bytes]:
 
 def test_two_processes_draw_the_bytes_of_one(inputs, trained, drawn, tmp_path):
     argv = flags(inputs, EVALUATE_FLAGS, resume=trained, output_dir=tmp_path)
-    result = on_two_processes(argv)
+    result = on_processes(2, "main_tokenbridge.py", *argv)
+    assert result.returncode == 0, result.stderr
     assert result.stdout.count("FID and IS are not computed") == 1
     assert len(drawn) == 12 and images(tmp_path) == drawn
     (folder,) = tmp_path.glob("ariter*")

@@ -15,7 +15,6 @@ import reconstruction
 from models.calibration import fit_levels
 from models.quantizer import gaussian_levels
 from models.tokenizer import from_uint8
-from tests.conftest import run_script
 from tests.measures import PIXELS
 from tests.runs import (
     CHANNELS,
@@ -24,7 +23,7 @@ from tests.runs import (
     STRIDE,
     call,
     flags,
-    free_port,
+    on_processes,
     refused,
 )
 from util import metrics
@@ -150,10 +149,9 @@ def test_grid_shows_every_variant_of_the_same_images(done):
 
 
 def test_command_line_on_one_process_and_on_two_writes_the_same_bytes(inputs, done, tmp_path):
-    launch = ("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}")
-    for name, command in (("one", ()), ("two", launch)):
+    for name, processes in (("one", 1), ("two", 2)):
         argv = flags(inputs, FLAGS, output_dir=tmp_path / name, num_workers=1)
-        result = run_script(*command, "reconstruction.py", *argv)
+        result = on_processes(processes, "reconstruction.py", *argv)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("24 images, rows of") == 1
         assert files(tmp_path / name) == files(done)
@@ -306,9 +304,8 @@ def test_killed_anywhere_it_goes_on_with_any_processes(
     if processes == 1:
         reconstruct(inputs, tmp_path)
     else:
-        launch = ("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}")
         argv = flags(inputs, FLAGS, output_dir=tmp_path)
-        result = run_script(*launch, "reconstruction.py", *argv)
+        result = on_processes(2, "reconstruction.py", *argv)
         assert result.returncode == 0, result.stderr
     assert files(tmp_path) == files(done) and results(tmp_path) == results(done)
     assert not unfinished.exists()
@@ -386,8 +383,7 @@ def test_figures_of_features_are_those_of_the_images(inputs, tmp_path):
     reconstruct(inputs, tmp_path)
     measuring = {"feature_extractor": PIXELS, "no_metrics": False}
     argv = flags(inputs, FLAGS, output_dir=tmp_path, **measuring)
-    launch = ("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}")
-    result = run_script(*launch, "reconstruction.py", *argv)
+    result = on_processes(2, "reconstruction.py", *argv)
     assert result.returncode == 0, result.stderr
     measure = metrics.prepare(None, None, torch.device("cpu"), feature_extractor=PIXELS)
     features = {}

@@ -7,9 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import ROOT, run_script
 from tests.measures import FEATURES, PIXELS
-from tests.runs import SIZE, call, free_port
+from tests.runs import (
+    SIZE,
+    call,
+    on_processes,
+)
 from util import fid_stats, metrics, reference
 from util.data import center_crop, read_image
 from util.errors import UserError
@@ -136,9 +139,8 @@ def test_file_holds_mean_and_covariance_of_the_cropped_images(images, made):
 
 
 def test_three_processes_write_the_statistics_of_one(images, made, tmp_path):
-    launch = ("torchrun", "--nproc_per_node=3", f"--master_port={free_port()}", "-m")
     output = tmp_path / "stats.npz"
-    result = run_script(*launch, "util.fid_stats", *flags(images, output), cwd=ROOT)
+    result = on_processes(3, "-m", "util.fid_stats", *flags(images, output))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("23 images of 16 px, 9 features") == 1
     one, three = (load_fid_statistics(path, FEATURES) for path in (made, output))
