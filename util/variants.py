@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer
 from util.images import psnr
@@ -68,6 +67,8 @@ def fidelity(pixels: Tensor, original: Tensor) -> dict[str, Tensor]:
 
 def ssim(pixels: Tensor, original: Tensor) -> Tensor:
     """Structural similarity of uint8 images [N, 3, H, W] on the scale of 0 to 255: [N]."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
+
     precise = torch.float32 if pixels.device.type == "mps" else torch.float64  # MPS has no doubles
     found = structural_similarity_index_measure(
         pixels.to(precise), original.to(precise), data_range=255.0, reduction="none"
