@@ -208,6 +208,8 @@ def test_report_is_the_judge_s_above_that_of_any_run(finished, few):
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     titles = re.findall(r"<h2>([^<]*)</h2>", page)
     assert titles[:3] == ["Real and generated", "Figures", "Training"] and titles[-1] == "Time"
+    with Image.open(output.with_name("digits.png")) as picture:
+        assert picture.size == (2 * 10 * 34, 2 * 2 * 34)  # two of each class
     for shown in (
         "90.0%",
         "1.50",
