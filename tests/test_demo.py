@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from demo import classifier, digits
+from demo import classifier, digits, seeds
 from demo import train_vae as vae_training
 from models.vae import AutoencoderKL
 from tests.conftest import ROOT, run_script
@@ -219,3 +219,18 @@ def test_report_is_the_judge_s_above_that_of_any_run(finished, few):
         "<td>1.25</td>",
     ):
         assert shown in page, shown
+
+
+def test_seeds_are_reported_by_their_mean_and_the_lowest(finished):
+    other = finished / "other"
+    other.mkdir()
+    scores = json.loads((finished / "scores.json").read_text())
+    scores["generated"]["accuracy"] = 0.98
+    (other / "scores.json").write_text(json.dumps(scores))
+    (other / "timings.tsv").write_text("Train\t125\n")
+    assert seeds.table({1: finished, 2: other}).splitlines()[2:] == [
+        "| 1 | 90.0% | 1.50 | 1 min 00 s |",
+        "| 2 | 98.0% | 1.50 | 2 min 05 s |",
+        "",
+        "mean 94.0%, lowest 90.0%",
+    ]
