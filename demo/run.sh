@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 demo=output/demo seed=0
 stages=(4 10 100 5 15 19 5 28 5 5) # seconds of each on a quiet machine with two cores
-train=() judge=() bits=(-1 8 6 4 3 2) sample=(--num_images 360 --eval_bsz 90 --num_iter 16)
+train=() judge=(--epochs 30) bits=(-1 8 6 4 3 2) sample=(--num_images 360 --eval_bsz 90 --num_iter 16)
 while [ $# -gt 0 ]; do
   case $1 in
     --quick)
@@ -33,6 +33,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 
+train+=(--seed "$seed")
 command -v torchrun >/dev/null || PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 # two processes share two cores
 export TQDM_MININTERVAL=5
@@ -74,7 +75,7 @@ stage 'Cache the latents, on 2 processes' \
 stage 'Train the generator, on 2 processes' \
   torchrun --standalone --nproc_per_node=2 main_tokenbridge.py --config configs/digits.yaml \
   --cached_path "$demo/cache" --vae_path "$vae" --val_path "$demo/data/val" \
-  --output_dir "$demo/model" --device cpu --seed "$seed" "${train[@]}"
+  --output_dir "$demo/model" --device cpu "${train[@]}"
 
 stage 'Export the averaged weights, for demo/generate.ipynb' \
   python -m util.export --resume "$demo/model" --output_dir "$demo/exported"
