@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -87,19 +88,6 @@ class Dropout(nn.Dropout):
 def modulation(width: int, chunks: int) -> nn.Sequential:
     """SiLU -> Linear(D -> chunks * D); the head makes the linear zero after its initialisation."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, chunks * width))
-
-
-class Mlp(nn.Module):
-    """Linear -> GELU -> linear, in the names and the order of ViT's."""
-
-    def __init__(self, width: int, hidden: int, drop: float = 0.0):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-        self.drop = Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
 class KVCache:
@@ -195,7 +183,8 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(width)
         self.attn = Attention(width, heads, attn_drop, proj_drop)
         self.norm2 = LayerNorm(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio), proj_drop)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp.drop1 = self.mlp.drop2 = Dropout(proj_drop)
 
     def forward(self, x: Tensor, wanted: Tensor | None = None, kept: Kept | None = None) -> Tensor:
         """x: [N, T, D] -> [N, T, D], or, with wanted [N, R], only those positions [N, R, D].
