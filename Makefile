@@ -13,7 +13,7 @@ ARGS ?=
 help:
 	@echo 'TokenBridge'
 	@echo '  make demo   train on real handwritten digits and draw new ones; ends with a report'
-	@echo '              (about 9 minutes on 2 CPU cores)'
+	@echo '              (about 4 minutes on 2 CPU cores); ARGS=--quick: few steps, poor digits'
 	@echo '  make app    a page to draw with the demo model or any other, in the browser'
 	@echo '  make test   run the tests (under 15 minutes on 2 CPU cores); ARGS="-k vae" picks some'
 	@echo '  make soak   do harm to training, saving and caching, over 50 times; prints a table'
@@ -27,7 +27,7 @@ help:
 	@echo 'PYTHON=python3.12 picks the interpreter, 3.10 or newer.'
 
 demo: $(INSTALLED)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/run.sh
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/run.sh $(ARGS)
 
 app: $(INSTALLED)
 	@$(BIN)/python demo/app.py $(ARGS)
@@ -51,7 +51,7 @@ lock: $(INSTALLED)
 	@git --no-pager diff --stat -- requirements.lock environment.yaml
 
 clean:
-	@rm -rf output/demo .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	@rm -rf output/demo output/demo-* .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # pip's own output goes to a log; what is shown is the large downloads, so that a wait has a

@@ -1,7 +1,8 @@
 """The demo's page: what its judge says of the digits, above the report that every run has.
 
 Everything shown is read from the files that the stages of demo/run.sh wrote: images, scores.json
-of demo/classifier.py, timings.tsv, and what `util.report` finds in the folder.
+of demo/classifier.py, timings.tsv, and what `util.report` finds in the folder. Beside the page,
+digits.png has some of the generated digits.
 """
 
 import argparse
@@ -18,10 +19,10 @@ from util.report_html import Section, cards, page, picture, table
 from util.report_run import find
 
 SHOWN = 8  # images of a class, real and generated
-LEAD = """<p>A class-conditional generator, trained just now on this machine's processor: a small KL
-autoencoder turns each 32&nbsp;px image into 4&nbsp;&times;&nbsp;4 positions of 16 continuous
-channels, every channel is quantized by itself, and a masked transformer with an autoregressive
-head over the channels learns to predict the resulting tokens.</p>"""
+LEAD = """<p>A class-conditional generator, trained just now on this machine's processor: a small,
+frozen KL autoencoder turns each 32&nbsp;px image into 4&nbsp;&times;&nbsp;4 positions of 8
+continuous channels, every channel is quantized by itself, and a masked transformer with an
+autoregressive head over the channels learns to predict the resulting tokens.</p>"""
 COMPARED = """<p>Left, handwritten digits that no network here was trained on. Right, the first
 generated ones of each class, not selected; the last column is the share of all generated ones of
 that class that the classifier recognises.</p>"""
@@ -51,6 +52,20 @@ def digits_table(data_path: Path, generated: Path, scores: dict) -> str:
         new = strip([drawn[i] for i in mine[:SHOWN]], f"generated digits {folder.name}")
         rows.append([folder.name, real, new, f"{right[mine].mean():.1%}"])
     return table(["class", "real, held out", "generated", "recognised"], rows)
+
+
+def sheet(generated: Path, scores: dict) -> Image.Image:
+    """The first generated digits of each class, not selected, a column a class."""
+    labels = np.array(scores["generated"]["labels"])
+    drawn = sorted((generated / "images").glob("*.png"))
+    columns = [np.flatnonzero(labels == label)[:SHOWN] for label in np.unique(labels)]
+    tiles = [
+        np.pad(np.asarray(Image.open(path).convert("L")), 1, constant_values=255) for path in drawn
+    ]
+    image = Image.fromarray(
+        np.block([[tiles[i] for i in row] for row in zip(*columns, strict=True)])
+    )
+    return image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC)
 
 
 def mistakes(generated: Path, scores: dict) -> str:
@@ -146,6 +161,7 @@ def main() -> None:
     timings = read_timings(args.timings)
     text = render(args.root, args.data_path, args.generated, scores, timings)
     report.write(args.output, text)
+    sheet(args.generated, scores).save(args.output.with_name("digits.png"), optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,56 @@
 #!/usr/bin/env bash
-# The demo, started by `make demo`: from real images to a page with generated ones.
+# From real images to a page with generated ones, started by `make demo`.
+#
+#   bash demo/run.sh [--quick] [--seed N]
+#
+# --quick: a few steps of every stage, to see whether all of them work; the digits are poor.
+# --seed N: of the training and of the images; 0 unless given.
 # Every command is shown as a user would type it; there is nothing special about them but their
-# flags. What was in output/demo before is removed.
+# flags. Output goes to output/demo, output/demo-quick or output/demo-seedN, and what was there
+# before is removed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-demo=output/demo
+demo=output/demo seed=0
+stages=(4 10 100 5 15 19 5 28 5 5) # seconds of each on a quiet machine with two cores
+train=() judge=(--epochs 30) bits=(-1 8 6 4 3 2) sample=(--num_images 360 --eval_bsz 90 --num_iter 16)
+while [ $# -gt 0 ]; do
+  case $1 in
+    --quick)
+      demo+=-quick
+      stages=(4 9 16 5 9 4 5 9 5 5)
+      train=(--epochs 2 --warmup_epochs 0.5 --ema_rate 0.9 --val_images 16 --preview_iter 4)
+      judge=(--epochs 3)
+      bits=(-1 4) sample=(--num_images 40 --eval_bsz 20 --num_iter 4)
+      ;;
+    --seed)
+      [[ ${2-} =~ ^[0-9]{1,9}$ ]] || { echo "error: --seed ${2-} is no whole number" >&2; exit 2; }
+      seed=$2 demo+=-seed$2
+      shift
+      ;;
+    *) echo "error: $1 is no flag of $0: --quick, --seed N" >&2; exit 2 ;;
+  esac
+  shift
+done
+
+train+=(--seed "$seed")
+command -v torchrun >/dev/null || PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 # two processes share two cores
 export TQDM_MININTERVAL=5
-bits=(-1 8 6 4 3 2)
+vae=$demo/vae.ckpt
 
-# stage TITLE COMMAND...: show the command, run it, note how long it took.
+clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
+
+# stage TITLE COMMAND...: say how far the demo is, show the command, run it, note its time.
+# What is left is expected to take as much longer than planned as what was done so far.
+number=0 done=0 all=$(IFS=+; echo $((${stages[*]})))
 stage() {
   local title=$1 began=$SECONDS
   shift
-  printf '\n== %s\n' "$title"
+  local left=$(((all - done) * (20 + began) / (20 + done)))
+  number=$((number + 1)) done=$((done + stages[number - 1]))
+  printf '\n== %d/%d %s   %s so far, about %s left\n' \
+    "$number" "${#stages[@]}" "$title" "$(clock "$began")" "$(clock "$left")"
   printf '%s' "$ $*" | fold -s -w 96 | sed -e '$!s/$/\\/' -e '2,$s/^/    /'
   printf '\n'
   "$@"
@@ -23,24 +59,23 @@ stage() {
 
 rm -rf "$demo"
 mkdir -p "$demo"
-echo "Training a class-conditional generator on real handwritten digits: about 9 minutes on 2 cores."
+cp demo/digits_vae.ckpt "$vae" # frozen, of demo/train_vae.py; comes ready made, as KL-16 does
+echo "Training a class-conditional generator on real handwritten digits; output in $demo"
+SECONDS=0
 
 stage 'Real digits as PNG files, 32 px' \
-  python demo/digits.py --output "$demo/data" --size 32
-
-stage 'Train the autoencoder' \
-  python demo/train_vae.py --data_path "$demo/data" --output "$demo/vae.ckpt"
+  python -m demo.digits --output "$demo/data" --size 32
 
 stage 'Cache the latents, on 2 processes' \
   torchrun --standalone --nproc_per_node=2 main_cache.py \
-  --img_size 32 --vae_path "$demo/vae.ckpt" \
+  --img_size 32 --vae_path "$vae" \
   --data_path "$demo/data" --cached_path "$demo/cache" --shard_size 360 --num_workers 0 \
   --device cpu
 
 stage 'Train the generator, on 2 processes' \
   torchrun --standalone --nproc_per_node=2 main_tokenbridge.py --config configs/digits.yaml \
-  --cached_path "$demo/cache" --vae_path "$demo/vae.ckpt" --val_path "$demo/data/val" \
-  --output_dir "$demo/model" --device cpu
+  --cached_path "$demo/cache" --vae_path "$vae" --val_path "$demo/data/val" \
+  --output_dir "$demo/model" --device cpu "${train[@]}"
 
 stage 'Export the averaged weights, for demo/generate.ipynb' \
   python -m util.export --resume "$demo/model" --output_dir "$demo/exported"
@@ -48,12 +83,13 @@ stage 'Export the averaged weights, for demo/generate.ipynb' \
 # main_cache.py measured 1 / std of the latents; KL-16's is built in, any other comes from a cache
 stage 'Reconstruct held-out digits at several bit widths' \
   torchrun --standalone --nproc_per_node=2 reconstruction.py \
-  --image_dir "$demo/data/val" --img_size 32 --vae_path "$demo/vae.ckpt" \
+  --image_dir "$demo/data/val" --img_size 32 --vae_path "$vae" \
   --cached_path "$demo/cache" --bits "${bits[@]}" --range 5.0 --num_workers 0 --no_metrics \
   --output_dir "$demo/reconstruction" --device cpu
 
 stage 'Train a classifier of real digits, the judge' \
-  python demo/classifier.py train --data_path "$demo/data" --output "$demo/classifier.pth"
+  python -m demo.classifier train --data_path "$demo/data" --output "$demo/classifier.pth" \
+  "${judge[@]}"
 
 # FID's arithmetic in the classifier's features: Inception's weights are a download
 stage 'Statistics of the training digits, in its features' \
@@ -63,19 +99,19 @@ stage 'Statistics of the training digits, in its features' \
 
 stage 'Generate digits, with guidance, and measure them' \
   torchrun --standalone --nproc_per_node=2 main_tokenbridge.py --evaluate \
-  --model tokenbridge_tiny --img_size 32 --vae_path "$demo/vae.ckpt" --resume "$demo/model" \
-  --num_images 360 --eval_bsz 90 --num_iter 16 --cfg 2.0 --temperature 0.5 \
+  --model tokenbridge_tiny --img_size 32 --vae_path "$vae" --resume "$demo/model" \
+  "${sample[@]}" --cfg 2.0 --temperature 0.5 --seed "$seed" \
   --feature_extractor demo.classifier:digits --inception_weights "$demo/classifier.pth" \
   --fid_stats "$demo/digits.npz" --keep_images \
   --output_dir "$demo/generated" --device cpu
 
 generated=("$demo"/generated/ariter*/)
 stage 'Judge them by the classifier' \
-  python demo/classifier.py judge --data_path "$demo/data" --classifier "$demo/classifier.pth" \
+  python -m demo.classifier judge --data_path "$demo/data" --classifier "$demo/classifier.pth" \
   --stats "$demo/digits.npz" --generated "${generated[0]}" --output "$demo/scores.json"
 
 stage 'Report' \
-  python demo/report.py --root "$demo" --data_path "$demo/data" --generated "${generated[0]}" \
+  python -m demo.report --root "$demo" --data_path "$demo/data" --generated "${generated[0]}" \
   --scores "$demo/scores.json" --timings "$demo/timings.tsv" --output "$demo/report.html"
 
 printf '\nDone in %d min %02d s. Open %s in a browser; draw more with make app.\n' \

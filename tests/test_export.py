@@ -169,7 +169,7 @@ def test_wrong_calls_are_answered_in_one_line(trained, tmp_path, capsys):
     assert "class_num" in line("--resume", str(trained), "--class_num", "7")
     flags = published_form(trained, tmp_path / "weights.pth")
     wrong = [*flags[:-1], "5"]
-    assert "3 classes, the model 5" in line("--resume", str(tmp_path / "weights.pth"), *wrong)
+    assert "do not match" in line("--resume", str(tmp_path / "weights.pth"), *wrong)
     (tmp_path / "weights.pth").write_bytes(b"junk")
     assert "not tensors" in line("--resume", str(tmp_path / "weights.pth"), *flags)
 

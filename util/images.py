@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from models.generate import to_uint8 as to_uint8
 from util.files import atomic_write
@@ -20,6 +19,8 @@ def save_png(image: Tensor | np.ndarray, path: str | Path) -> None:
 
 def grid(images: Tensor, columns: int) -> Tensor:
     """images: uint8 [N, 3, H, W] -> one uint8 [3, H', W'], row by row."""
+    from torchvision.utils import make_grid  # slow to import
+
     return make_grid(images, nrow=columns, padding=2, pad_value=255)
 
 
