@@ -169,6 +169,7 @@ def test_a_file_in_the_names_of_latent_diffusion_is_the_network_of_diffusers(tmp
     save_file(made.state_dict(), tmp_path / "vae.safetensors")
     use = {"use_quant_conv": quant_conv, "use_post_quant_conv": quant_conv}
     config = dict(network(3, norm_num_groups=32, block_out_channels=(32, 64, 64), **use).config)
+    config["_class_name"] = "AutoencoderKL"
     state = single_file_utils.convert_ldm_vae_checkpoint(made.state_dict(), config)
     found = load_vae(tmp_path / "vae.safetensors")
     assert_same_network(found.eval(), DiffusersVAE(config, state).network)
