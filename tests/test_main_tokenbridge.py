@@ -77,8 +77,7 @@ def test_two_processes_train_as_one_and_only_one_writes(inputs, trained, tmp_pat
     difference of any other: its first steps have the same length for the smallest gradients.
     """
     argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", accum_iter=1, num_workers=1)
-    launch = ("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}")
-    result = run_script(*launch, "main_tokenbridge.py", *argv)
+    result = on_processes(2, "main_tokenbridge.py", *argv)
     assert result.returncode == 0, result.stderr
     assert "2 processes (torchrun), backend gloo" in result.stdout
     assert result.stdout.count("step 6/6") == result.stdout.count("saved") == 1
@@ -349,7 +348,7 @@ def test_two_processes_draw_the_bytes_of_one(inputs, trained, drawn, tmp_path):
 
 def test_one_process_draws_from_the_command_line(inputs, trained, drawn, tmp_path):
     argv = flags(inputs, EVALUATE_FLAGS, resume=trained, output_dir=tmp_path)
-    result = run_script("main_tokenbridge.py", *argv)
+    result = on_processes(1, "main_tokenbridge.py", *argv)
     assert result.returncode == 0, result.stderr
     assert "--inception_weights" in result.stdout
     assert images(tmp_path) == drawn
