@@ -51,7 +51,8 @@ from util.vae_files import save_vae
 SMALL = {
     **dict(model="tokenbridge_tiny", img_size=64, class_num=3, buffer_size=4, device="cpu"),
     **dict(num_workers=0, batch_size=4, global_batch=8, epochs=1, warmup_epochs=0, preview_iter=2),
-    **dict(num_images=12, eval_bsz=6, num_iter=3, images_per_class=2, feature_extractor=PIXELS),
+    **dict(num_images=12, eval_bsz=12, num_iter=2, temperature=0.9, images_per_class=2),
+    **dict(feature_extractor=PIXELS),
 }
 # The tiny VAE is not KL-16, whose latent scale and channel order are built in.
 IF_NOT_GIVEN = {"cached_path": "cache"}

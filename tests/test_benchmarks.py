@@ -229,6 +229,7 @@ def result(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(run.SIZES, "cpu", run.SIZES["cpu"] | TINY)
         patch.setattr(loaders, "BATCHES", 2)
+        patch.setattr(loaders, "WARM_UP", 1)
         for module in (works, pipelines):
             patch.setattr(module, "AutoencoderKL", partial(AutoencoderKL, ch=32, num_res_blocks=1))
         patch.setattr("benchmarks.machine.MATRIX", {"cpu": 64})
