@@ -83,6 +83,8 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         evaluation = eval_settings(args, config.class_num, data.classes)
     plan = make_plan(args, inputs.checkpoint, len(data.dataset), dist.world_size())
     batches = plan.schedule
+    steps = range(plan.first_step, args.epochs * batches.steps_per_epoch)
+    refuse_finished(inputs.checkpoint, args, steps)
     lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
     schedule = LRSchedule(
         lr,
@@ -95,8 +97,6 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     remarks = rate_remarks(args, schedule, plan, inputs.checkpoint)
     training = build_run(args, inputs, lr, device, precision)
     restore(inputs.checkpoint, training)
-    last_step = args.epochs * batches.steps_per_epoch
-    refuse_finished(inputs.checkpoint, args, range(plan.first_step, last_step))
     check_agreement(
         {
             "first step (--resume)": plan.first_step,

@@ -120,7 +120,9 @@ def test_another_checkout_is_named(inputs, tmp_path, monkeypatch):
         (folder / "__init__.py").touch()
     (registered / "METADATA").write_text("Name: tokenbridge\n")
     url = (tmp_path / "an editable").as_uri()
-    (registered / "direct_url.json").write_text(json.dumps({"url": url, "dir_info": {}}))
+    (registered / "direct_url.json").write_text(
+        json.dumps({"url": url, "dir_info": {"editable": True}})
+    )
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "first"), str(registered.parent)])
     places = str(tmp_path / "first"), str(tmp_path / "an editable")
     assert_found(check("code", inputs), WARNING, f"of {ROOT}", *places, "pip uninstall")

@@ -15,6 +15,7 @@ from tests.runs import (
     call,
     flags,
     load,
+    make_inputs,
     refused,
     train,
 )
@@ -27,8 +28,9 @@ NAMES = ("bee", "cat", "dog", "eel")
 
 
 @pytest.fixture(scope="module")
-def others(inputs) -> Path:
-    """The inputs, and others/ and others_cache/ of the classes bee, cat, dog and eel."""
+def others(tmp_path_factory) -> Path:
+    """Inputs, and others/ and others_cache/ of the classes bee, cat, dog and eel."""
+    inputs = make_inputs(tmp_path_factory.mktemp("others") / "inputs")
     shutil.copytree(inputs / "data", inputs / "others")
     train_folder = inputs / "others" / "train"
     (train_folder / "ant").rename(train_folder / "dog")
@@ -126,11 +128,11 @@ def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
     ("changes", "said"),
     [
         (dict(resume="RUN"), "--resume auto goes on with what has begun"),
-        (dict(finetune="auto"), "names the weights to begin with"),
+        (dict(finetune="auto"), "--finetune auto: name the folder or file"),
         (dict(finetune="/nowhere"), "--finetune /nowhere does not exist"),
         (dict(quant_bits=4), "has quant_levels 64, but the flags say 16"),
         (dict(channel_order="3,2,1,0"), "has channel_order"),
-        (dict(class_num=3), "has 4 classes, --class_num is 3"),
+        (dict(class_num=3), "has 4 classes, --class_num is 3; leave --class_num out"),
         (dict(evaluate=True), "--evaluate takes a checkpoint by --resume"),
         (dict(finetune=None, resume="RUN"), "--finetune in the place of --resume"),
         (dict(finetune=None, resume="RUN", class_num=4), "--finetune in the place of --resume"),

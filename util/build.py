@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.calibration import fit_levels
 from models.config import PUBLISHED_LATENT_SCALE, TokenBridgeConfig, default_channel_order, preset
-from models.tokenbridge import TokenBridge
+from models.tokenbridge import CLASS_ROWS, TokenBridge
 from models.vae import VAE
 from util import dist
 from util.checkpoint import FINETUNE, WEIGHT_KEYS, Checkpoint
@@ -72,7 +72,7 @@ def build_config(
                 "code, which has the published one; leave the flag out"
             )
         known["head_input"] = "published"  # as the released checkpoints were measured
-        if checkpoint.flag != FINETUNE:  # of which class_num is a flag, see util/inputs.py
+        if not checkpoint.begins:  # of which class_num is a flag, see util/inputs.py
             known |= _class_num(checkpoint)
     settings = flags.settings | {k: v for k, v in known.items() if k not in flags.given}
     missing = [f"--{name}" for name in LATENT if name not in settings]
@@ -88,7 +88,7 @@ def build_config(
 def _class_num(checkpoint: Checkpoint) -> dict:
     """The rows of the table of classes, where the weights alone tell."""
     states = (checkpoint.saved.get(key) for key in WEIGHT_KEYS.values())
-    tables = (state.get("class_emb.weight") for state in states if isinstance(state, dict))
+    tables = (state.get(CLASS_ROWS) for state in states if isinstance(state, dict))
     found = [len(table) for table in tables if isinstance(table, Tensor) and table.dim() == 2]
     return {"class_num": found[0]} if found else {}
 
@@ -110,7 +110,7 @@ def _agreed_config(flags: ModelFlags, checkpoint: Checkpoint) -> TokenBridgeConf
 
 
 def _finetune_hint(name: str, checkpoint: Checkpoint) -> str:
-    changes = name in ("class_num", "img_size") and checkpoint.flag != FINETUNE
+    changes = name in ("class_num", "img_size") and not checkpoint.begins
     return (
         f"; to train on with another {name}, {FINETUNE} in the place of --resume" if changes else ""
     )

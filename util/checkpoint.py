@@ -60,6 +60,11 @@ class Checkpoint:
         return f"{self.flag} {self.path}"
 
     @property
+    def begins(self) -> bool:
+        """Whether a training begins with its weights, and does not go on with its run."""
+        return self.flag == FINETUNE
+
+    @property
     def config(self) -> TokenBridgeConfig | None:
         """The model's settings; None if the file comes from the published code."""
         if "config" not in self.saved:
@@ -112,7 +117,7 @@ class Checkpoint:
         sized = {CLASS_ROWS: 2, **dict.fromkeys(POSITIONS, 3)}
         if any(name not in state or state[name].dim() != dims for name, dims in sized.items()):
             raise UserError(f"{self.named}: no TokenBridge model in it (it has {listed(state)})")
-        about = ("classes", "vae_sha256", "step")
+        about = ("classes", "vae_sha256")
         saved = {key: self.saved[key] for key in about if key in self.saved}
         kind = "ema" if keys[-1] == WEIGHT_KEYS["ema"] else "model"
         saved |= {"model": state, "weights": self.saved.get("weights", kind)}
@@ -130,16 +135,19 @@ class Checkpoint:
         else by number, unless the data have fewer classes than it: then labels mean nothing. The
         other rows are drawn as at the start of a training.
         """
-        state, before = self.saved["model"], self.saved.get("classes")
+        state, before = self.saved["model"], self.classes
         rows, width = state[CLASS_ROWS].shape
-        before = before if isinstance(before, list) else []
-        number = {str(name): i for i, name in enumerate(before)}
-        kept = {i: number[name] for i, name in enumerate(classes) if number.get(name, rows) < rows}
-        how = "by name"
-        if not (before and classes):
+        if before and classes:
+            number = {name: i for i, name in enumerate(before[:rows])}
+            known = classes[: config.class_num]
+            kept = {i: number[name] for i, name in enumerate(known) if name in number}
+            how = "by name"
+        else:
             fewer = 0 < len(classes) < rows
             kept = {} if fewer else {i: i for i in range(min(rows, config.class_num))}
-            how = "by number, since the file names no classes" if classes else "by number"
+            how = (
+                "by number, as the file names no classes" if classes else "by number, without data"
+            )
             how += ", and the data have fewer" if fewer else ""
         drawn = torch.randn(config.class_num, width, generator=torch.Generator().manual_seed(seed))
         table = drawn * 0.02
@@ -161,23 +169,20 @@ class Checkpoint:
 
     def load_training_state(
         self, ema: EMA, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> bool:
-        """Load all but the model itself; false for a file with weights alone, of which those of one
-        kind are also the average's first.
-        """
+    ) -> None:
+        """Load all but the model itself. Weights of one kind alone are also the average's first."""
         if "optimizer" in self.saved or "model_ema" in self.saved:
             averages = self.weights("model_ema")
             with as_user_error(f"{self.named}, 'model_ema'"):
                 ema.load_state_dict(averages)
         if "optimizer" not in self.saved:
-            return False
+            return
         damaged = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
         with as_user_error(f"{self.named}, 'optimizer'", damaged):
             load_moments(optimizer, self.saved["optimizer"])
         if self.saved.get("scaler"):
             with as_user_error(f"{self.named}, 'scaler'", damaged):
                 scaler.load_state_dict(self.saved["scaler"])
-        return True
 
     def argument(self, name: str):
         """A flag of the run that wrote it; None if it does not say."""

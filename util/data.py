@@ -2,7 +2,7 @@
 
     list_images -> read_image -> center_crop -> ImageDataset[(index, flip)] -> uint8 [3, S, S]
 
-Whatever lists images or a published cache does so here. Hidden entries and what file managers leave
+All listing of images and published caches is here. Hidden entries and what file managers leave
 behind are no data; a file is listed once however many links lead to it; what else is passed over is
 told.
 
@@ -33,19 +33,20 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util import dist
+from util import dist, stop
 from util.errors import UserError, as_user_error
+from util.files import shown
 
 Key = tuple[int, bool]  # (index of the sample, whether it is flipped left to right)
 
 # What the extensions stand for, and what such files are in truth now and then. Pillow tries no
 # other format: some of them start programs (EPS runs Ghostscript).
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 EXTENSIONS = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif")
 if features.check("jpg_2000"):
-    EXTENSIONS += (".jp2", ".j2k")
+    FORMATS, EXTENSIONS = (*FORMATS, "JPEG2000"), (*EXTENSIONS, ".jp2", ".j2k")
 if "avif" in features.modules and features.check("avif"):
-    EXTENSIONS += (".avif",)
+    FORMATS, EXTENSIONS = (*FORMATS, "AVIF"), (*EXTENSIONS, ".avif")
 # Kinds of images that are counted where they are passed over. Texts beside images are no loss.
 IMAGE_KINDS = {".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".svg", ".eps", ".psd", ".tga"}
 IMAGE_KINDS |= {".exr", ".hdr", ".ico", ".pcx", ".dcm", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
@@ -90,7 +91,8 @@ def list_images(
     """
     root, where = Path(data_path) / split, f"{flag} {data_path}"
     if not Path(data_path).is_dir():
-        raise UserError(f"{where} is not a folder; name the one that holds {split}/CLASS/")
+        holds = os.path.join(split, "CLASS", "")
+        raise UserError(f"{where} is not a folder; name the one that holds {holds}")
     walk = Walk(extensions)
     with as_user_error(where, (OSError,)):
         if not root.is_dir():
@@ -211,11 +213,6 @@ def in_short(names: list[str], most: int = 5) -> str:
     return ", ".join(map(shown, names[:most])) + more
 
 
-def shown(name: str | Path) -> str:
-    """A name as a message has it: in one line whatever is in it."""
-    return str(name) if str(name).isprintable() else repr(str(name))
-
-
 def _other_root(own: Path, split: str, flag: str) -> str:
     """What helps where a folder has no split: the folder that has one, if it is near."""
     parent = Path(os.path.normpath(own / os.pardir))
@@ -248,7 +245,7 @@ def check_level(
     alone = len(folders) == 1 and name != ONE_CLASS and len(inside) > 1 and str(inner) not in inside
     if not alone and len(splits) < len(folders):
         if len(inside) > 1 and len(folders) > 1:
-            tell(f"note: {inside[0]} and what else is in {root / name} is of one class, {name}")
+            tell(f"note: all folders in {root / name} are of one class, {name}")
         return
     if not split:
         remedy = f"name {flag} {inner}"
@@ -272,9 +269,9 @@ def class_notes(classes: list[str]) -> list[str]:
     )
     if by_number != classes:
         k = next(k for k in range(len(classes)) if classes[k] != by_number[k])
-        first = in_short(classes, max(5, k + 2))
+        some = ", ".join(map(shown, classes[max(0, k - 2) : k + 2]))
         notes.append(
-            f"note: classes are in the order of their names as text: {first}; the label of "
+            f"note: classes are in the order of their names as text: {some}, ...; the label of "
             f"{shown(classes[k])} is {k}"
         )
     spelled = Counter(name.casefold() for name in classes)
@@ -290,7 +287,7 @@ def tell_names(classes: list[str]) -> None:
 
 
 def tell_if_dark(where: str, files: list[str], tell: Tell) -> None:
-    """Say so if images of 16 bits seem to hold values of 12 or fewer, which are nearly black."""
+    """Say so if images of 16 bits seem to hold 12 bits or fewer, which come out nearly black."""
     chosen = files[:: max(1, len(files) // LOOKED_AT)][:LOOKED_AT]
     brightest = [value for path in chosen if (value := _brightest_of_16_bits(path)) is not None]
     if brightest and max(brightest) <= 16:
@@ -310,6 +307,8 @@ def _brightest_of_16_bits(path: str) -> int | None:
             if ";16" not in str(image.tile[:1]):  # Pillow's name of how the pixels are stored
                 return None
             return int(np.asarray(_to_rgb(image)).max())
+    except stop.Stopped:
+        raise
     except Exception:  # reading it for the work says what is wrong with it
         return None
 

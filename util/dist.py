@@ -151,19 +151,24 @@ def _meet(dist_url: str, world: World) -> dist.Store:
 
     With --master_addr, torchrun --max-restarts keeps one store for all attempts: without a prefix
     of its own a process might find the address of one that has died, and wait for it. Where
-    torchrun finds its nodes by itself (--rdzv_id), each attempt has a new store, and nodes may
-    count the attempts differently.
+    torchrun finds its nodes by itself (--rdzv_id), nodes may count the attempts differently, so
+    there is no prefix; after a restart all may then seem to be here at once.
     """
     where = _meeting_place(dist_url)
     opened = _in_thread(lambda: _open_store(dist_url, world))
-    _wait(opened.done, lambda: f"process 0 of {world.size} at {where}")
+    # One process of each node says so.
+    _wait(opened.done, lambda: "" if world.local_rank else f"process 0 of {world.size} at {where}")
     with as_user_error(f"cannot meet at {where}", (RuntimeError, ValueError)):
         store = opened.result()
     one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
     if one_node or os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
         store = dist.PrefixStore(f"attempt{os.environ.get(ATTEMPT, 0)}", store)
-    store.set(f"here{world.rank}", "")
-    _wait(lambda: not _missing(store, world), lambda: _told_missing(store, world, where))
+    keys = [f"here{rank}" for rank in range(world.size)]
+    try:
+        store.set(keys[world.rank], "")
+        _wait(lambda: store.check(keys), lambda: _told_missing(store, world, where))
+    except dist.DistError as error:
+        raise UserError(f"process 0 at {where} ended while others were waited for") from error
     return store
 
 
@@ -202,10 +207,16 @@ def _in_thread(work: Callable[[], dist.Store]) -> Future:
 
 
 def _wait(done: Callable[[], bool], whom: Callable[[], str]) -> None:
-    """In sleeps, which a signal ends, of a tenth of the time so far; whom: what is said then."""
+    """Wait until it is done, in short sleeps, so that a signal ends the wait.
+
+    whom: for whom one waits, in words, said after 30 s and then each minute; "" says nothing.
+    Raises UserError after TIMEOUT.
+    """
     begun, due = time.monotonic(), FIRST_WORD
     while not done():
         waited = time.monotonic() - begun
+        if waited > TIMEOUT.total_seconds():
+            raise UserError(f"waited {waited:.0f} s for {whom() or 'other processes'}: ended")
         if waited >= due:
             due += NEXT_WORD
             if words := whom():
@@ -213,15 +224,9 @@ def _wait(done: Callable[[], bool], whom: Callable[[], str]) -> None:
         time.sleep(min(0.01 + waited / 10, 0.5))
 
 
-def _missing(store: dist.Store, world: World) -> list[int]:
-    if store.check([f"here{rank}" for rank in range(world.size)]):
-        return []
-    return [rank for rank in range(world.size) if not store.check([f"here{rank}"])]
-
-
 def _told_missing(store: dist.Store, world: World, where: str) -> str:
     """Whom one waits for, in words; none but on the first rank that is here."""
-    missing = _missing(store, world)
+    missing = [rank for rank in range(world.size) if not store.check([f"here{rank}"])]
     if not missing or world.rank != min(set(range(world.size)) - set(missing)):
         return ""
     shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")

@@ -22,7 +22,6 @@ from models.quantizer import build_quantizer
 from models.tokenizer import Tokenizer
 from util import ROOT, dist
 from util.build import cache_histogram, calibrated_levels, check_vae
-from util.checkpoint import FINETUNE
 from util.data import center_crop, class_notes, list_images, read_image
 from util.device import resolve_precision
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown, judged
@@ -65,8 +64,9 @@ def _has_our_names(place: Path) -> bool:
 def _editable_checkouts() -> set[Path]:
     """Those that pip install -e . has registered under our name."""
     found = (d.read_text("direct_url.json") for d in metadata.distributions(name="tokenbridge"))
-    urls = (json.loads(text)["url"] for text in found if text)
-    return {Path(unquote(urlsplit(url).path)).resolve() for url in urls if url[:5] == "file:"}
+    records = [json.loads(text) for text in found if text]
+    editable = [r["url"] for r in records if r.get("dir_info", {}).get("editable")]
+    return {Path(unquote(urlsplit(url).path)).resolve() for url in editable}
 
 
 def device(patient: Patient) -> Finding:
@@ -313,7 +313,7 @@ def checkpoint(patient: Patient) -> Finding:
             raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
         return Finding(OK, "none yet: training starts from scratch")
     said: list[str] = []
-    if found.flag == FINETUNE:
+    if found.begins:
         found, said = found.fitted(patient.config, patient.classes, patient.args.seed)
     expected = {name: tuple(p.shape) for name, p in patient.model.published_parameters()}
     state = found.weights("model")

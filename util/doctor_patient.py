@@ -16,13 +16,13 @@ from models.tokenbridge import TokenBridge
 from models.tokenizer import Tokenizer
 from models.vae import VAE
 from util.build import ModelFlags, build_config, build_vae
-from util.checkpoint import AUTO, FINETUNE, Checkpoint, find_checkpoint, load_checkpoint, saved_in
+from util.checkpoint import Checkpoint, find_checkpoint
 from util.data import ImageDataset, ImageList, list_images
 from util.errors import UserError
 from util.extractor import INCEPTION, Extractor, published_weights, registered_name
 from util.files import load_tensors
 from util.histogram import LatentHistogram
-from util.inputs import prepare_finetuning
+from util.inputs import open_checkpoint, prepare_finetuning
 from util.latent_cache import CachedLatents, open_cache
 from util.vae_files import vae_digest
 
@@ -118,15 +118,6 @@ class Patient:
         except UserError:
             raise Unknown("it needs the images of --data_path") from None
 
-    @property
-    def class_count(self) -> int | None:
-        """Of the training data; None where they cannot be read or are not wanted."""
-        try:
-            data = self.cache if self.args.use_cached else self.images
-        except Unknown:
-            return None
-        return len(data.classes) if data is not None and not self.args.evaluate else None
-
     @cached_property
     def extractor(self) -> Extractor | None:
         """None where its weights are not at hand: nothing is downloaded here."""
@@ -140,25 +131,24 @@ class Patient:
 
     @cached_property
     def found_checkpoint(self) -> Checkpoint | None:
-        """As a training finds it, but nothing is set aside."""
+        """As a training or an evaluation finds it, but nothing is set aside."""
         args = self.args
-        if args.resume == AUTO or args.finetune:
-            newest = saved_in(Path(args.output_dir))[:1]
-            if newest or not args.finetune:
-                return load_checkpoint(newest[0]) if newest else None
-            found = find_checkpoint(args.finetune, args.output_dir, True, flag=FINETUNE)
-            return prepare_finetuning(found, args, self.classes)
-        if not args.resume:
-            return None
-        return find_checkpoint(args.resume, args.output_dir, args.evaluate)
+        if args.evaluate:
+            return (
+                find_checkpoint(args.resume, args.output_dir, True, True) if args.resume else None
+            )
+        found = open_checkpoint(args.resume, args.output_dir, True, args.finetune)
+        begins = found is not None and found.begins
+        return prepare_finetuning(found, args, self.classes) if begins else found
 
     @property
     def classes(self) -> list[str]:
-        """Of the cache or the images; none where they cannot be read."""
+        """Of the training data; none where they cannot be read."""
         try:
-            return (self.cache or self.images).classes
+            data = self.cache if self.args.use_cached else self.images
         except Unknown:
             return []
+        return data.classes if data is not None else []
 
     @cached_property
     def config_or_error(self) -> TokenBridgeConfig | UserError:
@@ -169,7 +159,8 @@ class Patient:
             raise Unknown("it needs the checkpoint") from None
         try:
             flags = ModelFlags.of(self.args)
-            return build_config(flags, checkpoint, self.manifest, vae, self.class_count)
+            classes = 0 if self.args.evaluate else len(self.classes)
+            return build_config(flags, checkpoint, self.manifest, vae, classes)
         except UserError as error:
             return error
 

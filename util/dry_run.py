@@ -16,7 +16,6 @@ from torch import Tensor
 
 from util import dist
 from util.build import ModelFlags, build_config, build_vae
-from util.checkpoint import FINETUNE
 from util.flops import training_step
 from util.hardware import GIB, peak_flops, peak_memory
 from util.inputs import (
@@ -52,7 +51,7 @@ def open_what_is_there(args: argparse.Namespace) -> Inputs:
     if named or (Path(args.data_path) / "train").is_dir():
         return open_inputs(args)
     checkpoint = open_checkpoint(args.resume, args.output_dir, True, args.finetune)
-    begins = checkpoint is not None and checkpoint.flag == FINETUNE
+    begins = checkpoint is not None and checkpoint.begins
     checkpoint = prepare_finetuning(checkpoint, args, []) if begins else checkpoint
     wanted = "vae_path" in args.explicit or Path(args.vae_path).exists()
     vae = build_vae(args) if wanted else None

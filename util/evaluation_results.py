@@ -44,8 +44,8 @@ def finish(
     trained = len(settings.names) or config.class_num
     if scores.figures and len(drawn) < trained:
         scores.warnings.append(
-            f"these figures are of {len(drawn)} of {trained} classes: they compare with nothing "
-            "but images of the same classes"
+            f"these figures are of {len(drawn)} of {trained} classes: compare them only "
+            "with images of the same classes"
         )
     record = {
         "metrics": scores.figures,

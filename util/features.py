@@ -24,6 +24,7 @@ from util.data import LOADING, ImageDataset, Loading, center_crop, collate_skipp
 from util.errors import UserError, as_user_error
 from util.extractor import Extractor
 from util.files import atomic_write
+from util.stop import Stopped
 
 SHARED_WAIT = 60.0  # seconds until a file of another node is seen on a network file system
 MAX_IDS_BYTES = 1 << 24
@@ -185,5 +186,7 @@ def _shorter_side(path: Path) -> int:
     try:
         with open_image(path) as image:
             return min(image.size)
+    except Stopped:
+        raise
     except Exception:
         return 2**31  # reading it in full says what is wrong with it

@@ -154,8 +154,8 @@ PASSED_OVER = re.compile(r"(pytorch_lightning|lightning\w*|omegaconf|typing)\.")
 def load_tensors(path: str | Path, flag: str, wide: bool = False) -> dict:
     """Read a dict of tensors and plain values; nothing in the file is ever executed.
 
-    wide: read safetensors, too, and pass over types of PyTorch Lightning and OmegaConf; not where
-    somebody else reads the file once it was found to be harmless.
+    wide: also safetensors, and files of PyTorch Lightning and OmegaConf. False where another
+    library unpickles the file after this check.
     Raises UserError, naming the flag, on a file that is missing, damaged, or not such a dict.
     """
     path = Path(path)
@@ -258,19 +258,27 @@ def is_safetensors(path: Path) -> bool:
 def _what_failed(error: Exception) -> str:
     """What a reader says, without its advice and a terminal's escape codes, and the remedy."""
     said = ESCAPES.sub("", str(error)).rpartition("WeightsUnpickler error: ")[2].strip()
-    asked = re.search(r"GLOBAL (\S+) (was not|whose)", said)
+    asked = re.search(r"GLOBAL (\S+) (?:was not|whose)|Can only build .* got (.+)", said)
     if asked is not None:
         return (
-            f"holds {asked[1][:100]}, which is not read, since reading it may run code; where you "
-            "trust the file, load it with weights_only=False and save its state dicts alone"
+            f"holds {(asked[1] or asked[2])[:100]}, which is not read, since reading it may run "
+            "code; where you trust the file, load it with weights_only=False and save its state "
+            "dicts alone"
         )
+    if said.startswith("Unsupported operand"):
+        return "is pickled in another form than torch.save's own; save it again by torch.save alone"
     reason = said.splitlines()[0][:120] if said else "it is empty, or its end is missing"
     return f"damaged ({reason}); fetch or save it again"
 
 
+def shown(name: str | Path) -> str:
+    """A name as a message has it: in one line, without control codes, whatever is in it."""
+    return str(name) if str(name).isprintable() else repr(str(name))
+
+
 def listed(names: Iterable) -> str:
     """A handful of names, and how many more there are."""
-    names = [str(name)[:80] for name in names]
+    names = [shown(str(name)[:80]) for name in names]
     more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
     return ", ".join(names[:MOST_NAMES]) + more if names else "nothing"
 

@@ -62,10 +62,12 @@ def open_checkpoint(
     folder = Path(output_dir).resolve()
     begun = dist.gather_objects(bool(saved_in(folder)))[0]
     elsewhere = resume not in ("", AUTO) and not Path(resume).resolve().is_relative_to(folder)
-    if finetune and (elsewhere or finetune == AUTO):
+    if finetune == AUTO:
+        raise UserError(f"{FINETUNE} {AUTO}: name the folder or file of the weights to begin with")
+    if finetune and elsewhere:
         raise UserError(
-            f"{FINETUNE} {finetune} with --resume {resume or 'left out'}: --finetune names the "
-            "weights to begin with, and --resume auto goes on with what has begun"
+            f"{FINETUNE} {finetune} with --resume {resume}: --finetune names the weights to begin "
+            "with, and --resume auto goes on with what has begun"
         )
     # Nodes may count restarts differently: one that lost no worker of its own has none.
     if begun and any(dist.gather_objects(dist.is_restarted())):
@@ -94,9 +96,9 @@ def prepare_finetuning(
 
     Both are put into args, too, where the command line did not say them.
     """
-    state = checkpoint.to_finetune().weights("model")
     if "class_num" not in args.explicit:
-        args.class_num = len(classes) or len(state[CLASS_ROWS])
+        rows = checkpoint.to_finetune().weights("model")[CLASS_ROWS]
+        args.class_num = len(classes) or len(rows)
     if "img_size" not in args.explicit and checkpoint.config is not None:
         args.img_size = checkpoint.config.img_size
     return checkpoint.to_finetune(class_num=args.class_num, img_size=args.img_size)
@@ -118,11 +120,9 @@ def refuse_finished(checkpoint: Checkpoint | None, args: argparse.Namespace, ste
 
     steps: of this training. A run that has come to its end may be started again.
     """
-    if (
-        steps
-        or checkpoint is None
-        or checkpoint.path.resolve().is_relative_to(Path(args.output_dir).resolve())
-    ):
+    if steps or checkpoint is None or checkpoint.begins:
+        return
+    if checkpoint.path.resolve().is_relative_to(Path(args.output_dir).resolve()):
         return
     raise UserError(
         f"{checkpoint.named} has done all of --epochs {args.epochs}, so there is nothing to train; "
@@ -133,7 +133,7 @@ def refuse_finished(checkpoint: Checkpoint | None, args: argparse.Namespace, ste
 
 def open_inputs(args: argparse.Namespace) -> Inputs:
     checkpoint = open_checkpoint(args.resume, args.output_dir, args.dry_run, args.finetune)
-    begins = checkpoint is not None and checkpoint.flag == FINETUNE
+    begins = checkpoint is not None and checkpoint.begins
     vae = build_vae(args) if needs_vae(args) else None
     if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
         args.img_size = checkpoint.config.img_size
@@ -142,15 +142,15 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
     if begins:
         checkpoint = prepare_finetuning(checkpoint, args, data.classes)
     config = build_config(ModelFlags.of(args), checkpoint, data.manifest, vae, len(data.classes))
-    if begins:
-        checkpoint = fit(checkpoint, config, data.classes, args.seed)
-    trained = data.classes if checkpoint is None else checkpoint.saved.get("classes", data.classes)
-    if trained != data.classes:
+    goes_on = checkpoint is not None and not begins
+    if goes_on and checkpoint.saved.get("classes", data.classes) != data.classes:
         raise UserError(
             f"{data.source} has other classes than {checkpoint.named} was trained on; their labels "
             f"would not mean the same; {FINETUNE} in the place of --resume trains it on them"
         )
     check_data(data, config, checkpoint)
+    if begins:
+        checkpoint = fit(checkpoint, config, data.classes, args.seed)
     args.class_num = config.class_num  # as it is written down
     if vae is not None:
         check_vae(vae, config, args.vae_path)
@@ -214,10 +214,10 @@ def check_data(
     """Raise UserError unless classes and latents fit the model."""
     found, known = len(data.classes), config.class_num
     if found > known:
-        if checkpoint is not None:
+        if checkpoint is not None and not checkpoint.begins:
             raise UserError(
-                f"{data.source} has {found} classes, --resume {checkpoint.path} was trained on "
-                f"{known}; name the data it was trained on"
+                f"{data.source} has {found} classes, {checkpoint.named} was trained on {known}; "
+                "name the data it was trained on"
             )
         raise UserError(
             f"{data.source} has {found} classes, --class_num is {known}; leave --class_num out"

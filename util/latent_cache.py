@@ -236,6 +236,8 @@ def _open_published(folder: Path) -> NpzLatents:
         raise UserError(
             f"--cached_path {folder} is no cache but holds some; name --cached_path {inside[0]}"
         )
+    if not folder.is_dir():
+        raise UserError(f"--cached_path {folder} is not a folder; main_cache.py makes one")
     with as_user_error("no cache of main_cache.py"):
         found = list_images(folder, "", "--cached_path", (".npz",))
     files, labels = zip(*found.samples, strict=True)

@@ -40,10 +40,6 @@ class LRSchedule:
     steps_per_epoch: int
     kind: str = "cosine"
 
-    @property
-    def last_step(self) -> int:
-        return self.epochs * self.steps_per_epoch - 1
-
     def __call__(self, step: int) -> float:
         epoch = step / self.steps_per_epoch
         if epoch < self.warmup_epochs:

@@ -70,7 +70,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 def expand_home(word: str) -> str:
-    """~ and ~user, as the shell does for a word of its own, but not in --flag=~/folder."""
+    """~ and ~user in every value, as the shell does, but for --flag=~/folder, where it does not."""
     flag, equals, value = word.partition("=")
     if equals and flag.startswith("--"):
         return f"{flag}={os.path.expanduser(value)}"
@@ -125,7 +125,10 @@ class Parser(argparse.ArgumentParser):
             if word == "" or re.fullmatch(r"--\w+=", word):
                 name = (word or before).rstrip("=")
                 where = f"the value of {name}" if name.startswith("-") else "an argument"
-                self.error(f"{where} is empty: set the shell variable, or leave the flag out")
+                self.error(
+                    f"{where} is empty: set the shell variable, or leave the flag out (and, to "
+                    "undo what a file of settings says, remove its line there)"
+                )
 
     def _add_negations(self) -> None:
         """--no_NAME for every switch, to turn off what a file turns on."""

@@ -141,11 +141,11 @@ def rate_remarks(
     args: argparse.Namespace, rate: LRSchedule, plan: Plan, checkpoint: Checkpoint | None
 ) -> list[str]:
     """Warnings of a learning rate that never gets high, or that jumps where a run goes on."""
-    remarks, step = [], plan.first_step - 1
-    if step >= rate.last_step:
+    remarks, step, last = [], plan.first_step - 1, rate.epochs * rate.steps_per_epoch - 1
+    if step >= last:
         return []
     if rate.warmup_epochs >= rate.epochs:
-        reached = f"{rate(rate.last_step):.3g} of {rate.lr:.3g}"
+        reached = f"{rate(last):.3g} of {rate.lr:.3g}"
         remarks.append(
             f"warning: --warmup_epochs {rate.warmup_epochs:g} does not end before --epochs "
             f"{rate.epochs}: the learning rate reaches {reached}; --warmup_epochs "
@@ -155,7 +155,7 @@ def rate_remarks(
     if before is not None and step >= 0 and not math.isclose(rate(step), before, rel_tol=0.01):
         remarks.append(
             f"warning: the learning rate of step {step + 1} was {before:.3g} when "
-            f"{checkpoint.path} was saved, and is {rate(step):.3g} by the flags of now"
+            f"{checkpoint.path} was saved, and is {rate(step):.3g} with these flags"
             f"{other_flags(args, checkpoint)}"
         )
     return remarks
@@ -165,8 +165,13 @@ def other_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
     known = {name: checkpoint.argument(name) for name in OF_THE_RATE}
     if known["epochs"] is None:  # a file of the published code
         return ""
-    changed = (name for name in OF_THE_RATE if known[name] != getattr(args, name))
-    return "".join(f", --{name} {getattr(args, name)} (was {known[name]})" for name in changed)
+    now = {name: getattr(args, name) for name in OF_THE_RATE}
+    changed = [name for name in OF_THE_RATE if known[name] != now[name]]
+    return "".join(f", --{name} {told(now[name])} (was {told(known[name])})" for name in changed)
+
+
+def told(value) -> str:
+    return "not given" if value is None else str(value)
 
 
 def differences(schedule: Schedule, saved: Schedule) -> str:

@@ -18,6 +18,7 @@ from util.arrays import ImageArray, read_npz
 from util.data import list_files
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, load_tensors, sha256
+from util.stop import Stopped
 
 ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256
@@ -63,6 +64,8 @@ def _images_in(path: str | Path) -> str:
     """What to do with a file that holds images in the place of statistics; or nothing."""
     try:
         count = len(ImageArray.of(path))
+    except Stopped:
+        raise
     except Exception:  # a damaged file can make its reader fail in any way
         return ""
     made = Path(path).with_name(f"{Path(path).stem}_stats.npz")

@@ -151,7 +151,7 @@ def check_mode(args: argparse.Namespace) -> None:
     """Raise UserError if flags of training, evaluation and dry run contradict each other."""
     if args.dry_run and args.evaluate:
         raise UserError("--dry_run is of a training; leave --evaluate out (--no_evaluate)")
-    if args.finetune and args.evaluate:
+    if args.finetune and args.evaluate and not args.resume:
         raise UserError("--finetune begins a training; --evaluate takes a checkpoint by --resume")
     if args.json and not (args.dry_run or args.evaluate):
         raise UserError(
