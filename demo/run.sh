@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 demo=output/demo seed=0
-stages=(4 10 100 5 15 19 5 28 5 5) # seconds of each on a quiet machine with two cores
+stages=(4 10 105 5 16 20 5 18 5 5) # seconds of each on a quiet machine with two cores
 train=() judge=(--epochs 30) bits=(-1 8 6 4 3 2) sample=(--num_images 360 --eval_bsz 90 --num_iter 16)
 while [ $# -gt 0 ]; do
   case $1 in
@@ -100,7 +100,7 @@ stage 'Statistics of the training digits, in its features' \
 stage 'Generate digits, with guidance, and measure them' \
   torchrun --standalone --nproc_per_node=2 main_tokenbridge.py --evaluate \
   --model tokenbridge_tiny --img_size 32 --vae_path "$vae" --resume "$demo/model" \
-  "${sample[@]}" --cfg 2.0 --temperature 0.5 --seed "$seed" \
+  "${sample[@]}" --cfg 2.0 --temperature 0.4 --seed "$seed" \
   --feature_extractor demo.classifier:digits --inception_weights "$demo/classifier.pth" \
   --fid_stats "$demo/digits.npz" --keep_images \
   --output_dir "$demo/generated" --device cpu

@@ -2,8 +2,9 @@
 
 python -m demo.seeds
 
-The README reports seeds 1, 2 and 3. All settings, those of configs/digits.yaml and of sampling in
-demo/run.sh, were chosen by the accuracy of seeds 11, 12 and 13, and the VAE before any of them.
+The README reports seeds 21, 22 and 23. All settings, those of configs/digits.yaml and of sampling
+in demo/run.sh, were chosen by the accuracy of seeds 11 to 14, and the VAE before any of them. Seed 1
+was seen once, at a higher temperature, so it is none of the reported ones.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def table(folders: dict[int, Path]) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--seeds", type=seed, nargs="+", default=[1, 2, 3], help="one demo each")
+    parser.add_argument("--seeds", type=seed, nargs="+", default=[21, 22, 23], help="one demo each")
     parser.add_argument("--quick", action="store_true", help="few steps, to try this script")
     return parser.parse()
 

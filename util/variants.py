@@ -69,11 +69,16 @@ def ssim(pixels: Tensor, original: Tensor) -> Tensor:
     """Structural similarity of uint8 images [N, 3, H, W] on the scale of 0 to 255: [N]."""
     from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
 
-    precise = torch.float32 if pixels.device.type == "mps" else torch.float64  # MPS has no doubles
-    found = structural_similarity_index_measure(
-        pixels.to(precise), original.to(precise), data_range=255.0, reduction="none"
-    )
-    return found.reshape(-1)
+    kind = pixels.device.type
+    precise = torch.float32 if kind == "mps" else torch.float64  # MPS has no doubles
+    # A CPU convolves doubles through a copy of the batch for each tap, too large to stay mapped.
+    size = 1 if kind == "cpu" else len(pixels)
+    parts = zip(pixels.to(precise).split(size), original.to(precise).split(size), strict=True)
+    found = [
+        structural_similarity_index_measure(*part, data_range=255.0, reduction="none").reshape(-1)
+        for part in parts
+    ]
+    return torch.cat(found)
 
 
 def summarise(name: str, records: dict[str, Tensor]) -> dict:
