@@ -83,8 +83,6 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
         evaluation = eval_settings(args, config.class_num, data.classes)
     plan = make_plan(args, inputs.checkpoint, len(data.dataset), dist.world_size())
     batches = plan.schedule
-    steps = range(plan.first_step, args.epochs * batches.steps_per_epoch)
-    refuse_finished(inputs.checkpoint, args, steps)
     lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
     schedule = LRSchedule(
         lr,
@@ -108,6 +106,8 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
             "learning rate": lr,
         }
     )
+    steps = range(plan.first_step, args.epochs * batches.steps_per_epoch)
+    refuse_finished(inputs.checkpoint, args, steps)
     settings = TrainSettings(
         plan=plan,
         epochs=args.epochs,

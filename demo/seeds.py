@@ -3,8 +3,8 @@
 python -m demo.seeds
 
 The README reports seeds 21, 22 and 23. All settings, those of configs/digits.yaml and of sampling
-in demo/run.sh, were chosen by the accuracy of seeds 11 to 14, and the VAE before any of them. Seed 1
-was seen once, at a higher temperature, so it is none of the reported ones.
+in demo/run.sh, were chosen by the accuracy of seeds 11 to 14, and the VAE before any of them. Seed
+1 was seen once, at a higher temperature, so it is none of the reported ones.
 """
 
 import argparse

@@ -145,9 +145,7 @@ class Checkpoint:
         else:
             fewer = 0 < len(classes) < rows
             kept = {} if fewer else {i: i for i in range(min(rows, config.class_num))}
-            how = (
-                "by number, as the file names no classes" if classes else "by number, without data"
-            )
+            how = "by number, since the file names no classes" if classes else "by number"
             how += ", and the data have fewer" if fewer else ""
         drawn = torch.randn(config.class_num, width, generator=torch.Generator().manual_seed(seed))
         table = drawn * 0.02
