@@ -129,9 +129,10 @@ def main() -> None:
             f"--img_size {args.img_size} is no multiple of {vae.stride}, the stride of "
             f"{len(args.ch_mult)} values of --ch_mult"
         )
+    images, held_out = (load_part(args.data_path, part, args.img_size) for part in ("train", "val"))
     train(
         vae,
-        load_part(args.data_path, "train", args.img_size),
+        images,
         steps=args.steps,
         batch_size=args.batch_size,
         lr=args.lr,
@@ -139,7 +140,6 @@ def main() -> None:
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_vae(args.output, vae.half())
-    held_out = load_part(args.data_path, "val", args.img_size)
     found = psnr(load_vae(args.output).eval(), held_out)
     print(f"{args.output}: stride {vae.stride}, {found:.1f} dB on held-out images")
 

@@ -146,6 +146,17 @@ def test_what_contradicts_it_is_refused(others, trained, tmp_path, capsys, chang
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_stays_known_by_what_it_began_with(others, trained, tmp_path, capsys):
+    """However the path is spelled, and after the run went on without the flag."""
+    goes = dict(output_dir=tmp_path / "out", blr=0)
+    argv = [flags(others, TRAIN_FLAGS, AGAIN, goes, epochs=epochs) for epochs in (1, 2, 3)]
+    call(main_tokenbridge.main, *argv[0], "--finetune", str(trained))
+    call(main_tokenbridge.main, *argv[1], "--resume", "auto")
+    capsys.readouterr()
+    call(main_tokenbridge.main, *argv[2], "--finetune", f"{trained}/checkpoint-last.pth")
+    assert "going on after step 8" in capsys.readouterr().out
+
+
 def test_a_folder_of_another_run_is_not_gone_on_with(others, trained, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "out")
     for resume in ("auto", None):

@@ -19,6 +19,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from util.files import listed, what_else
+
 try:
     import resource
 except ImportError:  # not a Unix, which has no such limit
@@ -68,10 +70,18 @@ def allow_open_files(count: int) -> None:
 
 def read_npz(path: str | Path, names: Iterable[str], max_bytes: int) -> dict[str, np.ndarray]:
     """Those arrays of these names that are there, each of at most max_bytes; no others are read."""
-    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+    with open_regular(path) as file, _zip_archive(file, path) as archive:
         there = set(archive.namelist())
         wanted = [name for name in names if f"{name}.npy" in there]
         return {name: _read_entry(archive, f"{name}.npy", max_bytes) for name in wanted}
+
+
+def _zip_archive(file: BinaryIO, path: str | Path) -> zipfile.ZipFile:
+    """Raises ValueError, saying what the file is, where it is no zip archive."""
+    try:
+        return zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"this is {what_else(Path(path)) or f'damaged ({error})'}") from error
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str, max_bytes: int) -> np.ndarray:
@@ -135,7 +145,9 @@ class ImageArray:
 @contextmanager
 def _opened_images(path: str | Path) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
     """The file at the first pixel of arr_0, and the array's shape."""
-    with open_regular(path) as raw, zipfile.ZipFile(raw) as archive:
+    with open_regular(path) as raw, _zip_archive(raw, path) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            raise ValueError(f"it has no arr_0, but {listed(archive.namelist())}")
         entry = _checked_entry(archive, "arr_0.npy")
         with archive.open(entry) as file:
             shape, dtype, order = _read_header(file, entry.file_size)

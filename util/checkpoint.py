@@ -104,6 +104,12 @@ class Checkpoint:
                 f"{self.named} has {rows} classes, the model {classes} (--class_num); "
                 f"main_tokenbridge.py {FINETUNE} trains its weights on other classes"
             )
+        broken = (n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all())
+        if name := next(broken, None):
+            raise UserError(
+                f"{self.named}, {key!r}: {name} holds numbers that are not finite; take an earlier "
+                "checkpoint"
+            )
         with as_user_error(f"{self.named}, {key!r}"):
             model.load_published(state, head_input=model.config.head_input)
 
@@ -234,8 +240,10 @@ def load_checkpoint(path: Path, remedy: str = "", flag: str = "--resume") -> Che
         saved = load_tensors(path, flag, wide=True)
     except UserError as error:
         raise UserError(f"{error}{remedy}") from error
-    if saved and all(isinstance(value, Tensor) for value in saved.values()):
-        saved = {"model": saved, "weights": "model"}
+    bare = saved.get("state_dict", saved)
+    tensors = isinstance(bare, dict) and all(isinstance(value, Tensor) for value in bare.values())
+    if "model" not in saved and tensors and bare:
+        saved = {"model": bare, "weights": "model"}
     for key in ("model", "model_ema"):
         if isinstance(saved.get(key), dict):
             with as_user_error(f"{flag} {path}, {key!r}"):

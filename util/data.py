@@ -14,6 +14,7 @@ memory between processes; `models.tokenizer.from_uint8` makes numbers of them.
 """
 
 import argparse
+import errno
 import io
 import os
 import re
@@ -154,7 +155,7 @@ class Walk:
     def classes(self, root: Path) -> dict[str, list[str]]:
         """The files of each class folder, by its name, in the order of names."""
         real = os.path.realpath(root)
-        folders = [entry for entry in visible(root) if entry.is_dir()]
+        folders = [e for e in visible(root) if not self._leads_nowhere(e) and e.is_dir()]
         kept = [entry for entry in folders if not self._leads_back(entry, real)]
         return {entry.name: self.files(os.path.join(root, entry.name)) for entry in kept}
 
@@ -169,6 +170,8 @@ class Walk:
                 continue
             entered.add(real)
             for entry in visible(place):
+                if self._leads_nowhere(entry):
+                    continue
                 if entry.is_dir():
                     if not self._leads_back(entry, real):
                         # links last, so that a folder goes by its own name
@@ -184,6 +187,17 @@ class Walk:
             if files.setdefault(own, path) is not path:
                 self.again.append(path)
         return list(files.values())
+
+    def _leads_nowhere(self, entry: os.DirEntry) -> bool:
+        """Whether a link leads to itself, in the end; it is remembered."""
+        try:
+            entry.is_dir()
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            self.again.append(entry.path)
+            return True
+        return False
 
     def _leads_back(self, entry: os.DirEntry, folder: str) -> bool:
         """Whether a link leads to the folder it is in or to one above it; it is remembered."""
@@ -269,9 +283,10 @@ def class_notes(classes: list[str]) -> list[str]:
     )
     if by_number != classes:
         k = next(k for k in range(len(classes)) if classes[k] != by_number[k])
-        some = ", ".join(map(shown, classes[max(0, k - 2) : k + 2]))
+        some = classes[max(0, k - 2) : k + 2]
+        names = ", ".join(map(shown, some)) + (", ..." if len(some) < len(classes) else "")
         notes.append(
-            f"note: classes are in the order of their names as text: {some}, ...; the label of "
+            f"note: classes are in the order of their names as text: {names}; the label of "
             f"{shown(classes[k])} is {k}"
         )
     spelled = Counter(name.casefold() for name in classes)

@@ -29,6 +29,7 @@ from util.errors import UserError
 from util.extractor import INCEPTION, published_weights, registered_name
 from util.histogram import BINS, LatentHistogram
 from util.images import psnr, to_uint8
+from util.inputs import check_same_classes
 from util.latent_cache import open_cache
 from util.reference import ADM_STATISTICS, check_statistics, load_fid_statistics
 from util.variants import entropy
@@ -315,6 +316,8 @@ def checkpoint(patient: Patient) -> Finding:
     said: list[str] = []
     if found.begins:
         found, said = found.fitted(patient.config, patient.classes, patient.args.seed)
+    elif patient.classes and not patient.args.evaluate:
+        check_same_classes(found, patient.classes, "the data")
     expected = {name: tuple(p.shape) for name, p in patient.model.published_parameters()}
     state = found.weights("model")
     wrong = [n for n, shape in expected.items() if n not in state or state[n].shape != shape]

@@ -14,6 +14,7 @@ from util.build import ModelFlags, build_config, build_vae, check_vae, warn_othe
 from util.checkpoint import (
     AUTO,
     FINETUNE,
+    LAST,
     Checkpoint,
     find_checkpoint,
     refuse_other_run,
@@ -75,18 +76,25 @@ def open_checkpoint(
     elif begun and (elsewhere or (finetune and not resume)):
         own = find_checkpoint(AUTO, output_dir, False, read_only)
         name, value = ("finetune", finetune) if finetune else ("resume", resume)
-        if own is not None and own.argument(name) == value:
+        if own is not None and same_place(own.argument(name), value):
             return own
     checkpoint = find_checkpoint(resume, output_dir, False, read_only) if resume else None
     refuse_other_run(output_dir, checkpoint)
     if finetune and checkpoint is None:
         return find_checkpoint(finetune, output_dir, must_exist=True, flag=FINETUNE)
-    if finetune and checkpoint.argument("finetune") != finetune:
+    if finetune and not same_place(checkpoint.argument("finetune"), finetune):
         raise UserError(
             f"--output_dir {output_dir} holds a run that did not begin with {FINETUNE} {finetune}; "
             "name another folder, or leave the flag out to go on with that run"
         )
     return checkpoint
+
+
+def same_place(*paths: str | None) -> bool:
+    """Whether all name one folder of a checkpoint, or the checkpoint in it."""
+    places = [Path(path).resolve() for path in paths if path]
+    folders = {place.parent if place.name == LAST else place for place in places}
+    return len(places) == len(paths) and len(folders) == 1
 
 
 def prepare_finetuning(
@@ -134,6 +142,8 @@ def refuse_finished(checkpoint: Checkpoint | None, args: argparse.Namespace, ste
 def open_inputs(args: argparse.Namespace) -> Inputs:
     checkpoint = open_checkpoint(args.resume, args.output_dir, args.dry_run, args.finetune)
     begins = checkpoint is not None and checkpoint.begins
+    if checkpoint is not None and not begins:  # what a run began with stays known
+        args.finetune = args.finetune or checkpoint.argument("finetune") or ""
     vae = build_vae(args) if needs_vae(args) else None
     if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
         args.img_size = checkpoint.config.img_size
@@ -142,12 +152,8 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
     if begins:
         checkpoint = prepare_finetuning(checkpoint, args, data.classes)
     config = build_config(ModelFlags.of(args), checkpoint, data.manifest, vae, len(data.classes))
-    goes_on = checkpoint is not None and not begins
-    if goes_on and checkpoint.saved.get("classes", data.classes) != data.classes:
-        raise UserError(
-            f"{data.source} has other classes than {checkpoint.named} was trained on; their labels "
-            f"would not mean the same; {FINETUNE} in the place of --resume trains it on them"
-        )
+    if checkpoint is not None and not begins:
+        check_same_classes(checkpoint, data.classes, data.source)
     check_data(data, config, checkpoint)
     if begins:
         checkpoint = fit(checkpoint, config, data.classes, args.seed)
@@ -157,6 +163,15 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
     if checkpoint is not None and data.vae_sha256:
         warn_other_vae(checkpoint, data.vae_sha256)
     return Inputs(checkpoint, vae, data, config)
+
+
+def check_same_classes(checkpoint: Checkpoint, classes: list[str], source: str) -> None:
+    """Raise UserError if a training would go on with other classes than it had."""
+    if checkpoint.saved.get("classes", classes) != classes:
+        raise UserError(
+            f"{source} has other classes than {checkpoint.named} was trained on; their labels "
+            f"would not mean the same; {FINETUNE} in the place of --resume trains it on them"
+        )
 
 
 def needs_vae(args: argparse.Namespace) -> bool:

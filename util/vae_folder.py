@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from util.errors import UserError, as_user_error
-from util.files import sha256
+from util.files import sha256, what_else
 
 WEIGHTS = "diffusion_pytorch_model"
 CONFIG = "config.json"
@@ -41,6 +41,8 @@ class VaeFolder:
         """Raises UserError, naming the file, if one is damaged."""
         state: dict[str, Tensor] = {}
         for path in self.weights:
+            if other := what_else(path, wide=True):
+                raise UserError(f"--vae_path {path}: this is {other}")
             with as_user_error(
                 f"--vae_path {path}: damaged, fetch or save it again", (SafetensorError, OSError)
             ):
@@ -69,6 +71,8 @@ def folder_of_file(path: Path) -> VaeFolder | None:
     """
     if path.suffix != ".safetensors" or not path.is_file():
         return None
+    if other := what_else(path, wide=True):
+        raise UserError(f"--vae_path {path}: this is {other}")
     damaged = as_user_error(f"--vae_path {path}: damaged, fetch it again", (SafetensorError,))
     with damaged, safe_open(path, framework="pt") as file:
         if not any(".resnets." in name for name in file.keys()):  # noqa: SIM118
