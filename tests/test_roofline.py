@@ -15,10 +15,9 @@ from models.config import TokenBridgeConfig
 from models.masking import Mask, random_orders
 from models.tokenbridge import TokenBridge
 from models.vae import KL16
-from tests.test_memory import SETTINGS
+from tests.test_memory import PRODUCTS, SETTINGS, result_of
 from util import flops
 
-PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 USES = ("training", "sampling")
 NO_KERNEL = ("detach", "empty", "empty_like", "new_empty", "empty_strided", "_unsafe_view")
 CLOSE = (0.85, 1.15)  # times what is counted
@@ -35,7 +34,7 @@ class Moved(TorchDispatchMode):
         self.bytes = self.kernels = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
+        result = result_of(func, args, kwargs)
         name = func.name().split("::")[1].split(".")[0]
         if func.is_view or name in NO_KERNEL:
             return result
