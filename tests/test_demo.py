@@ -13,7 +13,7 @@ from demo import classifier, digits, seeds
 from demo import train_vae as vae_training
 from models.vae import AutoencoderKL
 from tests.conftest import ROOT, run_script
-from tests.runs import call
+from tests.runs import call, on_processes
 from util import fid_stats, metrics
 from util.errors import UserError
 from util.metrics import frechet, statistics
@@ -89,7 +89,7 @@ def test_the_vae_that_comes_with_the_demo_knows_digits_that_it_never_saw(few):
 def test_a_vae_of_wrong_sizes_is_refused_in_one_line(flags, named, few, tmp_path):
     output = tmp_path / "vae.ckpt"
     command = ("demo/train_vae.py", "--data_path", few, "--output", output)
-    result = run_script(*command, *flags)
+    result = on_processes(1, *command, *flags)
     (line,) = result.stderr.splitlines()
     assert result.returncode == 2 and named in line and not output.exists()
 
