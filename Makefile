@@ -13,7 +13,7 @@ ARGS ?=
 help:
 	@echo 'TokenBridge'
 	@echo '  make demo   train on real handwritten digits and draw new ones; ends with a report'
-	@echo '              (about 4 minutes on 2 CPU cores); ARGS=--quick: few steps, poor digits'
+	@echo '              (about 5 minutes on 2 CPU cores); ARGS=--quick: few steps, poor digits'
 	@echo '  make app    a page to draw with the demo model or any other, in the browser'
 	@echo '  make test   run the tests (under 15 minutes on 2 CPU cores); ARGS="-k vae" picks some'
 	@echo '  make soak   do harm to training, saving and caching, over 50 times; prints a table'

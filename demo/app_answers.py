@@ -82,7 +82,7 @@ class Page:
     def opened(self, name: str | None, weights: str):
         """Facts and settings of the checkpoint that was picked."""
         if not name:
-            note = "No checkpoint found. <code>make demo</code> trains one in about 9 minutes."
+            note = "No checkpoint found. <code>make demo</code> trains one in about 5 minutes."
             return f'<p class="tb-facts">{note}</p>', *[gr.skip()] * 7
         loaded = self.library.load(name, weights)
         for warning in loaded.warnings:

@@ -12,8 +12,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 demo=output/demo seed=0
-stages=(4 10 105 5 16 20 5 18 5 5) # seconds of each on a quiet machine with two cores
-train=() judge=(--epochs 30) bits=(-1 8 6 4 3 2) sample=(--num_images 360 --eval_bsz 90 --num_iter 16)
+stages=(7 12 180 5 28 22 6 13 5 6) # seconds of each, on two cores of 2021
+train=() judge=(--epochs 30) bits=(-1 8 6 4 3 2)
+sample=(--num_images 360 --eval_bsz 90 --num_iter 16)
 while [ $# -gt 0 ]; do
   case $1 in
     --quick)
