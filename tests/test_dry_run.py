@@ -93,7 +93,7 @@ def test_resumed_run_is_counted_from_its_checkpoint(inputs, tmp_path, capsys):
         (
             *(True, dict(epochs=4, min_lr=1e-6)),
             "the learning rate of step 6 was 7.81e-05 when {checkpoint} was saved, and is 0.000276 "
-            "by the flags of now, --epochs 4 (was 2), --min_lr 1e-06 (was 0.0)",
+            "with these flags, --epochs 4 (was 2), --min_lr 1e-06 (was 0.0)",
         ),
         (True, dict(epochs=3, warmup_epochs=0, lr_schedule="constant", lr=7.8125e-5), None),
         (False, dict(warmup_epochs=1.9), None),

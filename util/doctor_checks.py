@@ -129,7 +129,10 @@ def vae(patient: Patient) -> Finding:
             others.append(("--cached_path", patient.manifest["vae_sha256"]))
     except Unknown:
         pass  # the cache's own check says why
-    trained = patient.found_checkpoint.saved if patient.found_checkpoint is not None else {}
+    try:
+        trained = patient.found_checkpoint.saved if patient.found_checkpoint is not None else {}
+    except UserError:  # its own check says why
+        trained = {}
     if trained.get("vae_sha256"):
         others.append(("--resume", trained["vae_sha256"]))
     problems = [f"{flag} was made with {d[:12]}" for flag, d in others if d != patient.vae_sha256]

@@ -265,7 +265,7 @@ def _what_failed(error: Exception) -> str:
             "code; where you trust the file, load it with weights_only=False and save its state "
             "dicts alone"
         )
-    if said.startswith("Unsupported operand"):
+    if said.startswith("Unsupported operand 149"):  # of pickle's protocol 4
         return "is pickled in another form than torch.save's own; save it again by torch.save alone"
     reason = said.splitlines()[0][:120] if said else "it is empty, or its end is missing"
     return f"damaged ({reason}); fetch or save it again"
