@@ -243,6 +243,10 @@ def spoiled(tmp_path: Path, spoil) -> Path:
         (lambda s: s["model_ema"].pop("z_proj.bias"), "z_proj.bias"),
         (lambda s: s["model"].pop("mask_token"), "mask_token"),
         (lambda s: s["model"].update(gain=torch.ones(1)), "gain"),
+        (
+            lambda s: s["model"]["mask_token"].fill_(torch.nan),
+            "mask_token holds numbers that are not",
+        ),
         (lambda s: s["model_ema"].update({"z_proj.bias": torch.ones(1)}), "z_proj.bias is (1,)"),
         (lambda s: s["model"].update(z_proj=1), "'model'"),
         (lambda s: s["optimizer"]["param_groups"].pop(), "another model"),
@@ -391,7 +395,10 @@ def test_tensors_with_and_without_a_wrapper_are_not_merged(inputs, trained, tmp_
 
 def test_a_bare_state_dict_is_the_raw_weights(inputs, trained, tmp_path):
     content, path = load(trained), tmp_path / "bare.pth"
+    torch.save({"state_dict": content["model"]}, path)
+    wrapped = load_checkpoint(path).weights("model")
     torch.save(content["model"], path)
+    assert wrapped.keys() == load_checkpoint(path).weights("model").keys()
     order = ",".join(map(str, content["config"]["channel_order"]))
     same = dict(channel_order=order, latent_scale=content["config"]["latent_scale"])
     same |= PUBLISHED | dict(eval_weights="model", no_metrics=True)

@@ -33,7 +33,7 @@ from util.agreement import Agreement
 from util.data import MicroBatchSampler
 from util.device import resolve_precision
 from util.ema import EMA
-from util.errors import EXIT_STOPPED, UserError, run
+from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, run
 from util.inputs import check_agreement
 from util.plan import Plan, Run, Schedule, TrainSettings
 
@@ -277,6 +277,24 @@ def test_who_waits_says_for_whom_and_a_signal_ends_it(
     os.kill(process.pid, stop.SIGNALS[rank])
     process.join(10)
     assert process.exitcode == EXIT_STOPPED and expected in said
+
+
+def test_the_end_of_process_0_ends_the_wait_of_the_others(environment, monkeypatch, capfd):
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
+    monkeypatch.setattr(dist, "FIRST_WORD", 0.5)
+    context, started = multiprocessing.get_context("fork"), []
+    for rank in ("0", "1"):
+        environment(meeting | {"RANK": rank, "LOCAL_RANK": rank})
+        started.append(context.Process(target=lambda: run(lambda: dist.init("cpu"))))
+        started[-1].start()
+    said, deadline = "", time.monotonic() + 60
+    while "waiting for 1 of 3 processes (rank 2)" not in said and time.monotonic() < deadline:
+        said += capfd.readouterr().err
+        time.sleep(0.02)
+    started[0].kill()  # when both are here
+    started[1].join(20)
+    assert started[1].exitcode == EXIT_USER_ERROR
+    assert "ended while others were waited for" in capfd.readouterr().err
 
 
 def test_a_taken_port_is_told(environment):

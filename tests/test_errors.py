@@ -472,11 +472,17 @@ def test_a_file_of_another_kind_is_called_what_it_is(inputs, script, tmp_path, c
     assert has(line, f"--vae_path {path}: ", said) and len(line) < 500 and "\x1b" not in line
 
 
-@pytest.mark.parametrize("flag", ["resume", "inception_weights", "fid_stats"])
-def test_every_flag_that_names_a_file_of_tensors_says_so(inputs, script, tmp_path, flag):
-    path = tmp_path / "file.pt"
+@pytest.mark.parametrize(
+    ("flag", "ending"),
+    [
+        *(("resume", "pt"), ("inception_weights", "pt"), ("fid_stats", "pt")),
+        *(("fid_stats", "npz"), ("fid_reference", "npz"), ("vae_path", "safetensors")),
+    ],
+)
+def test_every_flag_that_names_a_file_says_so(inputs, script, tmp_path, flag, ending):
+    path = tmp_path / f"file.{ending}"
     path.write_bytes(LFS_POINTER)
-    stand_in = {"feature_extractor": PIXELS} if flag == "fid_stats" else {}
+    stand_in = {"feature_extractor": PIXELS} if flag.startswith("fid_") else {}
     assert has(script.evaluate(inputs, **{flag: path}, **stand_in), f"--{flag} {path}", "git lfs")
 
 

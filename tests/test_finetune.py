@@ -122,6 +122,11 @@ def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
     lines = {line[9:26].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert lines["checkpoint"].startswith("ok") and "2 new (dog, eel)" in lines["checkpoint"]
     assert "4 classes" in lines["model"] and not (tmp_path / "out").exists()
+    argv = flags(others, TRAIN_FLAGS, AGAIN, resume=trained, output_dir=tmp_path / "out")
+    with pytest.raises(SystemExit):
+        call(doctor.main, *argv, "--vae_path", str(others / "vae.ckpt"), "--no_metrics")
+    said = capsys.readouterr().out
+    assert "FAILURE  checkpoint" in said and "--finetune in the place of --resume" in said
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,12 @@ def test_hidden_entries_and_loops_are_no_data(inputs, data, capsys, tool):
     (data / "train" / "loop").symlink_to(".")
     (data / "train" / "ant" / "loop").symlink_to("../..")
     (data / "train" / "ant" / "a.png").symlink_to("0.png")
+    (data / "train" / "bee" / "self.png").symlink_to("self.png")
     call(*command(inputs, tool, data))
     out = capsys.readouterr().out
     assert COUNTS[tool] in out
     (line,) = (line for line in out.splitlines() if "links lead to" in line)
-    assert all(str(data / "train" / name) in line for name in ("loop", "ant/loop"))
+    assert all(str(data / "train" / name) in line for name in ("loop", "ant/loop", "bee/self"))
 
 
 def test_hidden_entries_are_no_held_out_data(inputs, data, capsys):
