@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from util import dist, stop
 from util.debug import Reload, write_dump
 from util.errors import UserError
-from util.evaluation import evaluate
+from util.evaluation.evaluator import evaluate
 from util.log import StepResult, TrainingLog
 from util.look import Look
 from util.optim import LRSchedule, guarded_step, seed_micro_batch, set_lr

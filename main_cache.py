@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from models.tokenizer import from_uint8
-from models.vae import VAE
+from models.tokenizers.kl16 import VAE
+from models.tokenizers.tokenizer import from_uint8
 from util import config_file, dist, stop
 from util.args import (
     add_device_flags,
@@ -29,16 +29,16 @@ from util.args import (
     add_vae_flags,
     positive_int,
 )
-from util.background import in_background
 from util.build import build_vae
-from util.cache_files import DTYPES, FORMATS, MAX_SHARD_SIZE
-from util.cache_writer import CacheSettings, CacheWriter, list_digest
 from util.config_file import CONFIG
-from util.data import ImageDataset, ImageList, collate_skipping, list_images, tell_names
+from util.data.background import in_background
+from util.data.cache_files import DTYPES, FORMATS, MAX_SHARD_SIZE
+from util.data.cache_writer import CacheSettings, CacheWriter, list_digest
+from util.data.images import ImageDataset, ImageList, collate_skipping, list_images, tell_names
+from util.data.latent_cache import verify
 from util.dry_cache import rehearse
 from util.errors import UserError, run
 from util.json_output import figures_on_stdout
-from util.latent_cache import verify
 from util.lock import only_job_in
 from util.parser import Parser
 from util.vae_files import vae_digest

@@ -14,26 +14,27 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from engine_tokenbridge import train, train_step
-from models.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer
 from util import config_file, dist, stop
 from util.agreement import Agreement
 from util.build import build_model, cache_histogram, calibrated_levels
 from util.checkpoint import Checkpoint
 from util.config_file import CONFIG
-from util.data import Key, MicroBatchSampler, collate_skipping
+from util.data.images import Key, MicroBatchSampler, collate_skipping
+from util.data.latent_cache import as_one_batch
 from util.debug import Reload, replay
 from util.device import Precision, compile_model, resolve_device, resolve_precision
 from util.dry_run import open_what_is_there, rehearse
 from util.ema import EMA
 from util.errors import run
-from util.evaluation import drawn_classes, eval_settings
+from util.evaluation.evaluator import drawn_classes, eval_settings
+from util.evaluation.sweep import evaluate_checkpoint, prepare_measure
 from util.files import check_writable
 from util.flops import training_step
 from util.hardware import Meter, peak_flops
 from util.heldout import HeldOut, find_heldout
 from util.inputs import Inputs, TrainingData, check_agreement, open_inputs, refuse_finished
 from util.json_output import figures_on_stdout
-from util.latent_cache import as_one_batch
 from util.lock import only_job_in, refuse_busy
 from util.log import TrainingLog
 from util.look import Look, LookSettings
@@ -43,7 +44,6 @@ from util.parser import Parser
 from util.plan import Run, TrainSettings, make_plan, rate_remarks
 from util.provenance import environment
 from util.saver import CheckpointSaver, SaveSettings
-from util.sweep import evaluate_checkpoint, prepare_measure
 from util.training_args import check_mode, training_parser
 
 

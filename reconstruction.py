@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from models.config import PUBLISHED_LATENT_SCALE
 from models.quantizer import build_quantizer
-from models.tokenizer import Tokenizer
-from models.vae import VAE, Posterior
-from util import config_file, dist, metrics, stop
+from models.tokenizers.kl16 import VAE, Posterior
+from models.tokenizers.tokenizer import Tokenizer
+from util import config_file, dist, stop
 from util.args import (
     add_device_flags,
     add_distributed_flags,
@@ -42,22 +42,24 @@ from util.args import (
     positive_int,
 )
 from util.build import build_vae, cache_histogram, calibrated_levels
-from util.cache_writer import list_digest
 from util.config_file import CONFIG
-from util.data import ImageDataset, ImageList, collate_skipping, list_files, list_images, visible
+from util.data.cache_writer import list_digest
+from util.data.images import (
+    ImageDataset,
+    ImageList,
+    collate_skipping,
+    list_files,
+    list_images,
+    visible,
+)
+from util.data.latent_cache import open_cache
 from util.dry_reconstruction import rehearse
 from util.errors import UserError, as_user_error, run
-from util.files import check_writable
-from util.images import to_uint8
-from util.json_output import figures_on_stdout
-from util.latent_cache import open_cache
-from util.metrics import Measure, frechet, score, statistics
-from util.metrics_file import MetricsFile
-from util.parser import Parser
-from util.reconstruction_folder import ReconstructionFolder
-from util.reconstruction_report import as_scalars, tell, write_grid, write_results
-from util.vae_files import vae_digest
-from util.variants import (
+from util.evaluation import metrics
+from util.evaluation.metrics import Measure, frechet, score, statistics
+from util.evaluation.reconstruction_folder import ReconstructionFolder
+from util.evaluation.reconstruction_report import as_scalars, tell, write_grid, write_results
+from util.evaluation.variants import (
     CONTINUOUS,
     ORIGINAL,
     QUANTIZED,
@@ -66,6 +68,12 @@ from util.variants import (
     fidelity,
     summarise,
 )
+from util.files import check_writable
+from util.images import to_uint8
+from util.json_output import figures_on_stdout
+from util.metrics_file import MetricsFile
+from util.parser import Parser
+from util.vae_files import vae_digest
 
 GRID_IMAGES = 8
 RECORDED = ("image_dir", "images_per_class", "vae_path")  # for the reader of results.json alone

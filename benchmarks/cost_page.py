@@ -13,7 +13,7 @@ from benchmarks.tables import seconds_text
 from benchmarks.targets import find
 from benchmarks.work import FAST
 from models.config import TokenBridgeConfig, preset
-from models.vae import KL16
+from models.tokenizers.kl16 import KL16
 from util.hardware import HARDWARE, find_hardware, readable
 from util.page import write_between
 

@@ -17,19 +17,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demo.classifier import EXTRACTOR, FEATURES
-from models.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer
 from util.args import positive_int
 from util.build import build_model
 from util.checkpoint import find_checkpoint
 from util.device import Precision
 from util.errors import UserError, run
-from util.evaluation import EvalSettings, generate
-from util.extractor import Extractor
-from util.metrics import frechet, statistics
+from util.evaluation.evaluator import EvalSettings, generate
+from util.evaluation.extractor import Extractor
+from util.evaluation.metrics import frechet, statistics
+from util.evaluation.reference import load_fid_statistics
 from util.page import check_place, write_between
 from util.parser import Parser
 from util.provenance import environment
-from util.reference import load_fid_statistics
 from util.vae_files import load_vae
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from statistics import median
 from benchmarks.render import read
 from benchmarks.roofline import Rates, Roofline, Seconds
 from models.config import TokenBridgeConfig, preset
-from models.diffusers_vae import MAX_SIZE, check_config
-from models.vae import KL16
+from models.tokenizers.diffusers import MAX_SIZE, check_config
+from models.tokenizers.kl16 import KL16
 from util import flops
 from util.errors import UserError, as_user_error
 from util.hardware import HARDWARE, find_hardware, readable

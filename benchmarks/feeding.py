@@ -32,7 +32,7 @@ from benchmarks.run import SIZES
 from benchmarks.tables import row_of, speed, spread
 from benchmarks.work import FAST, Settings, Variant, Work, measure
 from benchmarks.works import vae
-from models.vae import KL16, AutoencoderKL
+from models.tokenizers.kl16 import KL16, AutoencoderKL
 from util.args import positive_int
 from util.errors import run
 from util.hardware import readable

@@ -25,13 +25,13 @@ from torch import Tensor
 from benchmarks.loaders import JPEG_QUALITY
 from benchmarks.tables import row_of
 from models.quantizer import GaussianQuantizer
-from models.tokenizer import Tokenizer
-from models.vae import KL16, AutoencoderKL
+from models.tokenizers.kl16 import KL16, AutoencoderKL
+from models.tokenizers.tokenizer import Tokenizer
 from util.args import positive_int
-from util.data import center_crop, read_image
+from util.data.images import center_crop, read_image
+from util.data.statistics import LatentStats
 from util.device import resolve_device
 from util.errors import UserError, run
-from util.latent_stats import LatentStats
 from util.page import check_place, write_between
 from util.parser import Parser
 from util.provenance import environment

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.work import FAST, Settings, Variant, Work
 from main_cache import make_parser
-from util.cache_files import FORMATS
-from util.cache_writer import CacheSettings, CacheWriter, list_digest
-from util.data import ImageDataset, MicroBatchSampler, collate_skipping, list_images
-from util.latent_cache import CachedLatents, as_one_batch, open_cache
+from util.data.cache_files import FORMATS
+from util.data.cache_writer import CacheSettings, CacheWriter, list_digest
+from util.data.images import ImageDataset, MicroBatchSampler, collate_skipping, list_images
+from util.data.latent_cache import CachedLatents, as_one_batch, open_cache
 from util.provenance import cores
 
 CHANNELS, SIDE = 16, 16  # of the latents of a 256 px image

@@ -20,13 +20,13 @@ from benchmarks.plain import swapped
 from benchmarks.work import FAST, Settings, Variant, Work
 from benchmarks.works import GUIDANCE, build_model
 from models.config import PUBLISHED_LATENT_SCALE
-from models.tokenizer import Tokenizer
-from models.vae import AutoencoderKL
-from util.evaluation import EvalSettings, evaluate
-from util.extractor import INCEPTION, Extractor
-from util.metrics import Measure
+from models.tokenizers.kl16 import AutoencoderKL
+from models.tokenizers.tokenizer import Tokenizer
+from util.evaluation.evaluator import EvalSettings, evaluate
+from util.evaluation.extractor import INCEPTION, Extractor
+from util.evaluation.metrics import Measure
+from util.evaluation.reference import Reference
 from util.provenance import cores
-from util.reference import Reference
 from util.vae_files import save_vae
 
 

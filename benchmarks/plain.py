@@ -19,14 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import engine_tokenbridge
-from models import channel_head, layers, sampler, vae
+from models import layers, sampler
 from models.backbone import Backbone
-from models.channel_head import ChannelHead, inverse_cdf
+from models.heads import channel as channel_head
+from models.heads.channel import ChannelHead, inverse_cdf
 from models.layers import modulate
 from models.masking import Mask
 from models.quantizer import SPAN, GaussianQuantizer
 from models.sampler import SamplingOptions
 from models.tokenbridge import TokenBridge
+from models.tokenizers import kl16 as vae
 from util.ema import EMA
 
 

@@ -20,8 +20,8 @@ from models import masking
 from models.quantizer import GaussianQuantizer
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
-from models.vae import KL16, AutoencoderKL
+from models.tokenizers.kl16 import KL16, AutoencoderKL
+from models.tokenizers.tokenizer import Tokenizer
 from util import flops
 from util.agreement import Agreement
 from util.ema import EMA

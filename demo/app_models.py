@@ -16,8 +16,8 @@ import torch
 
 from models.config import PRESETS, PUBLISHED_LATENT_SCALE, preset
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
-from models.vae import VAE
+from models.tokenizers.kl16 import VAE
+from models.tokenizers.tokenizer import Tokenizer
 from util.build import check_vae
 from util.checkpoint import AUTO, WEIGHT_KEYS, Checkpoint, find_checkpoint, saved_in
 from util.errors import UserError

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import register_feature_extractor
 
-from util.extractor import Extractor
+from util.evaluation.extractor import Extractor
+from util.evaluation.metrics import frechet, statistics
+from util.evaluation.reference import load_fid_statistics
 from util.files import atomic_write, load_tensors
-from util.metrics import frechet, statistics
-from util.reference import load_fid_statistics
 
 EXTRACTOR = "digits"
 FEATURES = 64

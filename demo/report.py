@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from util import report
 from util.parser import Parser
-from util.report_html import Section, cards, page, picture, table
-from util.report_run import find
+from util.report import __main__ as report
+from util.report.html import Section, cards, page, picture, table
+from util.report.run import find
 
 SHOWN = 8  # images of a class, real and generated
 LEAD = """<p>A class-conditional generator, trained just now on this machine's processor: a small,

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from models.precision import arithmetic
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
-from models.vae import VAE
+from models.tokenizers.kl16 import VAE
+from models.tokenizers.tokenizer import Tokenizer
 
 DECODE_BATCH = 32
 

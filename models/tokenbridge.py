@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbone import Backbone
-from models.channel_head import ChannelHead
 from models.config import PRESETS, TokenBridgeConfig, preset
+from models.heads.channel import ChannelHead
+from models.hub import Pretrained
 from models.layers import take
 from models.masking import Mask, training_mask
 from models.patchify import patchify
-from models.pretrained import Pretrained
 from models.quantizer import build_quantizer
-from models.vae import check_layout
+from models.tokenizers.kl16 import check_layout
 
 # Tensors, in the published names, whose size is that of the classes or of the grid.
 CLASS_ROWS = "class_emb.weight"

@@ -40,7 +40,7 @@ import main_cache
 import main_tokenbridge
 from models.config import preset
 from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import ROOT, environment
 from tests.measures import PIXELS
 from tests.runs import call, free_port, make_images

@@ -21,7 +21,7 @@ from PIL import Image
 
 import main_cache
 import main_tokenbridge
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import ROOT, environment
 from util.errors import EXIT_USER_ERROR, run
 from util.vae_files import save_vae

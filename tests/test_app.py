@@ -32,15 +32,15 @@ from demo.app_pictures import (
 from demo.app_reconstruction import gaussian_shares, level_edges, quantizer_for, read_photo
 from demo.app_reconstruction import reconstruct as reconstruct_photo
 from models.generate import generate
-from models.pretrained import Origin
+from models.hub import Origin
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer
 from models.sampler import SamplingOptions
 from models.tokenbridge import tokenbridge_tiny
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import tiny_model
 from tests.runs import call, refused
 from util.errors import UserError
-from util.evaluation import find_class
+from util.evaluation.evaluator import find_class
 from util.vae_files import save_vae, vae_digest
 
 CLASSES = ("ant", "bee", "red <b>cat</b> ${x}")

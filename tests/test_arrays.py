@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from util.arrays import map_npy, read_npz
+from util.data.arrays import map_npy, read_npz
 
 ARRAY = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 LIMIT = 10_000

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from util.background import in_background
+from util.data.background import in_background
 
 
 def test_calls_are_done_in_order_and_when_the_block_is():

@@ -20,12 +20,14 @@ from benchmarks.plain import SWITCHES, Parts, plain
 from benchmarks.tables import share, times
 from benchmarks.targets import PUBLISHED_RATES, comparisons
 from benchmarks.work import FAST, PLAIN, Settings, Timing, Variant, Work, measure
-from models import channel_head, sampler, vae
+from models import sampler
+from models.heads import channel as channel_head
 from models.masking import Mask, random_orders
 from models.quantizer import GaussianQuantizer
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
+from models.tokenizers import kl16 as vae
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import ROOT, tiny_model
 from tests.runs import call
 from util.ema import EMA

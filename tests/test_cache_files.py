@@ -18,8 +18,8 @@ from tests.test_latent_cache import (
     rewrite,
     writer_for,
 )
+from util.data.latent_cache import open_cache, verify
 from util.errors import UserError
-from util.latent_cache import open_cache, verify
 
 
 def test_missing_and_unfinished_caches_are_refused(tmp_path):
@@ -105,7 +105,7 @@ def test_damaged_npz_files_are_named_and_never_unpickled(tmp_path, monkeypatch):
         np.savez(path, **arrays)
         assert "3.png.npz" in complaint(lambda: cache[3])
     path.write_bytes(whole)
-    monkeypatch.setattr("util.cache_files.MAX_NPZ_BYTES", 100)
+    monkeypatch.setattr("util.data.cache_files.MAX_NPZ_BYTES", 100)
     assert "unpacks to more than 100 bytes" in complaint(lambda: cache[3])
 
 
@@ -235,7 +235,7 @@ def test_a_senseless_manifest_is_refused_in_one_line(tmp_path):
 
 def test_json_that_would_fill_memory_is_refused(tmp_path, monkeypatch):
     fill(tmp_path)
-    monkeypatch.setattr("util.cache_files.MAX_JSON_BYTES", 100)
+    monkeypatch.setattr("util.data.cache_files.MAX_JSON_BYTES", 100)
     assert "larger than 100 bytes" in complaint(open_cache, tmp_path)
 
 

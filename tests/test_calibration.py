@@ -6,7 +6,7 @@ from torch.special import ndtr
 
 from models.calibration import cut, fit_levels
 from models.quantizer import SPAN, GaussianQuantizer
-from util.histogram import LatentHistogram
+from util.data.histogram import LatentHistogram
 
 
 def normal_counts(bins: int = 8192, limit: float = 8.0) -> tuple[torch.Tensor, torch.Tensor]:

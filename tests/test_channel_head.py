@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from models.channel_head import ChannelHead, inverse_cdf
+from models.heads.channel import ChannelHead, inverse_cdf
 from tests.conftest import tiny_model
 
 ORDER = (3, 0, 5, 1, 4, 2)

@@ -19,8 +19,8 @@ import main_cache
 from engine_tokenbridge import training_state
 from models.config import preset
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
+from models.tokenizers.tokenizer import Tokenizer
 from tests.runs import (
     CACHE_FLAGS,
     CHANNELS,

@@ -12,7 +12,7 @@ from benchmarks.estimate import BOUNDS, Setup, cost, peak, rates_of
 from benchmarks.roofline import Rates, Roofline, Seconds
 from benchmarks.run import FORMAT
 from models.config import TokenBridgeConfig, preset
-from models.vae import KL16
+from models.tokenizers.kl16 import KL16
 from tests.conftest import ROOT
 from tests.runs import call, refused
 from util import flops

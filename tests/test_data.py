@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from util.data import (
+from util.data.images import (
     ImageDataset,
     MicroBatchSampler,
     center_crop,

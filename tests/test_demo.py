@@ -11,12 +11,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from demo import classifier, digits, seeds
 from demo import train_vae as vae_training
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import ROOT, run_script
 from tests.runs import call, on_processes
-from util import fid_stats, metrics
+from util import fid_stats
 from util.errors import UserError
-from util.metrics import frechet, statistics
+from util.evaluation import metrics
+from util.evaluation.metrics import frechet, statistics
 from util.vae_files import load_vae
 
 

@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 import main_cache
 import main_tokenbridge
 import reconstruction
-from models.diffusers_vae import DiffusersVAE
 from models.generate import generate
 from models.patchify import patchify
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer, from_uint8
-from models.vae import AutoencoderKL
+from models.tokenizers.diffusers import DiffusersVAE
+from models.tokenizers.kl16 import AutoencoderKL
+from models.tokenizers.tokenizer import Tokenizer, from_uint8
 from tests.conftest import relative_error
 from tests.runs import CACHE_FLAGS, TRAIN_FLAGS, call, evaluate, flags, make_inputs, refused, train
 from util import doctor, export
-from util.data import ImageDataset, list_images
+from util.data.images import ImageDataset, list_images
+from util.data.latent_cache import open_cache
 from util.errors import UserError
-from util.latent_cache import open_cache
 from util.vae_files import load_vae, save_vae, vae_digest
 
 diffusers = pytest.importorskip("diffusers", reason="an extra: pip install -e '.[diffusers]'")

@@ -20,7 +20,7 @@ import main_cache
 import main_tokenbridge
 import reconstruction
 from engine_tokenbridge import train_step
-from models.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.runs import (
     call,
@@ -28,12 +28,13 @@ from tests.runs import (
     free_port,
     ranks,
 )
-from util import dist, extractor, stop
+from util import dist, stop
 from util.agreement import Agreement
-from util.data import MicroBatchSampler
+from util.data.images import MicroBatchSampler
 from util.device import resolve_precision
 from util.ema import EMA
 from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, run
+from util.evaluation import extractor
 from util.inputs import check_agreement
 from util.plan import Plan, Run, Schedule, TrainSettings
 

@@ -12,7 +12,8 @@ from benchmarks import render
 from benchmarks import run as benchmark
 from demo import app
 from tests.conftest import ROOT
-from util import doctor, download, export, fid_stats, report
+from util import doctor, download, export, fid_stats
+from util.report import __main__ as report
 
 PARSERS = {
     "main_tokenbridge.py": main_tokenbridge.make_parser,
@@ -21,7 +22,7 @@ PARSERS = {
     "demo/app.py": app.make_parser,
     "util.fid_stats": fid_stats.make_parser,
     "util.doctor": doctor.make_parser,
-    "util.report": report.make_parser,
+    "util.report.__main__": report.make_parser,
     "util.download": download.make_parser,
     "util.export": export.make_parser,
     "benchmarks.run": benchmark.make_parser,
@@ -29,7 +30,7 @@ PARSERS = {
     "scripts/train_torchrun.sh": main_tokenbridge.make_parser,
     "scripts/train_slurm.sh": main_tokenbridge.make_parser,
 }
-OUTSIDE_THE_DEMO = {"util.doctor", "util.report", "util.download", "benchmarks.run"}
+OUTSIDE_THE_DEMO = {"util.doctor", "util.report.__main__", "util.download", "benchmarks.run"}
 OUTSIDE_THE_DEMO |= {"benchmarks.render", *(n for n in PARSERS if n.startswith("scripts/"))}
 OUTSIDE_THE_DEMO |= {"demo/app.py"}
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from models.quantizer import GaussianQuantizer
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import ROOT
 from tests.measures import PIXELS, save_random_inception
 from tests.runs import (
@@ -29,9 +29,9 @@ from tests.runs import (
     train,
 )
 from util import doctor, doctor_checks
-from util.cache_files import read_json, write_json
+from util.data.cache_files import read_json, write_json
+from util.data.histogram import posterior_noise
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient
-from util.histogram import posterior_noise
 from util.vae_files import load_vae, save_vae
 
 GOOD = {
@@ -168,7 +168,7 @@ def photo(folder: Path) -> Path:
 def test_a_photograph_comes_back(inputs, tmp_path, monkeypatch):
     path = photo(tmp_path)
     assert_found(check("photograph", inputs, photo=path), WARNING, "not KL-16", "below 18 dB")
-    monkeypatch.setattr("models.vae.AutoencoderKL.is_kl16", True)
+    monkeypatch.setattr("models.tokenizers.kl16.AutoencoderKL.is_kl16", True)
     assert_found(check("photograph", inputs, photo=path), FAILURE, "not kl16.ckpt as published")
     monkeypatch.setattr(doctor_checks, "psnr", lambda *_: torch.tensor([18.5]))
     assert_found(check("photograph", inputs, photo=path), OK, "photo.png 18.5 dB")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine_tokenbridge import train_step
-from models.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from util.agreement import Agreement
 from util.device import Precision, resolve_precision

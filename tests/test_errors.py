@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import main_tokenbridge
 import reconstruction
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import assert_user_error, run_script
 from tests.faults.harness import Job
 from tests.measures import PIXELS

@@ -12,24 +12,24 @@ import torch
 import main_tokenbridge
 from demo.classifier import generated_images
 from models.sampler import sample_latents
-from models.tokenizer import Tokenizer
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
+from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.measures import PIXELS, save_model
 from tests.runs import SIZE, TRAIN_FLAGS, flags, on_processes, refused, train
 from tests.runs import evaluate as evaluate_here
 from tools import compare_images
-from util import evaluation
 from util.device import resolve_precision
 from util.ema import EMA
 from util.errors import UserError
-from util.evaluation import EvalSettings, evaluate, generate
-from util.evaluation_folder import read_png
-from util.evaluation_results import shown_ids
-from util.extractor import Extractor
+from util.evaluation import evaluator as evaluation
+from util.evaluation.evaluator import EvalSettings, evaluate, generate
+from util.evaluation.extractor import Extractor
+from util.evaluation.folder import read_png
+from util.evaluation.metrics import Measure
+from util.evaluation.reference import Reference
+from util.evaluation.results import shown_ids
 from util.images import save_png, to_uint8
-from util.metrics import Measure
-from util.reference import Reference
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)

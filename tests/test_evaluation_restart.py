@@ -21,10 +21,10 @@ from tests.runs import (
     ranks,
     start_fork,
 )
-from util import evaluation
-from util.data import center_crop, read_image
+from util.data.images import center_crop, read_image
 from util.errors import UserError
-from util.evaluation_folder import read_png
+from util.evaluation import evaluator as evaluation
+from util.evaluation.folder import read_png
 
 IMAGES, BATCH = 84, 4  # of three classes
 SETTINGS = dict(num_images=IMAGES, eval_bsz=BATCH, feature_extractor=PIXELS, keep_images=True)
@@ -220,7 +220,7 @@ def test_nothing_is_removed_before_the_figures_are_written(inputs, tmp_path, mon
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("util.evaluation_results.write_json", stopped)
+    monkeypatch.setattr("util.evaluation.results.write_json", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_here(inputs, tmp_path, **SMALL | dict(keep_images=None))
     (folder,) = tmp_path.glob("ariter*")

@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 
 import main_tokenbridge
-from models.pretrained import CONFIG, HEADER, WEIGHTS, Origin
+from models.hub import CONFIG, HEADER, WEIGHTS, Origin
 from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import run_script
 from tests.hub import TOKEN, Hub, in_place_of_the_hub, running
 from tests.runs import (

@@ -13,7 +13,7 @@ from models.layers import modulations_of
 from models.masking import Mask, draw_mask_ratio, mask_schedule, masked_counts, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
-from models.vae import KL16, AutoencoderKL
+from models.tokenizers.kl16 import KL16, AutoencoderKL
 from tests.conftest import tiny_model
 from util import flops
 

@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 
 from models.generate import generate
-from models.pretrained import Origin
+from models.hub import Origin
 from models.sampler import sample_latents
-from models.tokenizer import Tokenizer
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
+from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 
 LABELS = [0, 1, 2, 0, 1]

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_cache
 import main_tokenbridge
 from models.masking import draw_mask_ratio
-from models.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.runs import (
     CACHE_FLAGS,
@@ -27,6 +27,7 @@ from tests.runs import (
     train,
 )
 from util import stop
+from util.data.latent_cache import open_cache
 from util.device import resolve_precision
 from util.heldout import (
     RATIOS,
@@ -39,7 +40,6 @@ from util.heldout import (
     spread,
 )
 from util.inputs import TrainingData
-from util.latent_cache import open_cache
 from util.saver import CheckpointSaver
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from util.histogram import BINS, MIN_EXPONENT, LatentHistogram, posterior_noise
+from util.data.histogram import BINS, MIN_EXPONENT, LatentHistogram, posterior_noise
 
 
 def assert_same(found: LatentHistogram, expected: LatentHistogram) -> None:

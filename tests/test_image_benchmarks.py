@@ -9,10 +9,10 @@ import torch
 
 import main_cache
 from benchmarks import decoding, feeding, images, loaders, pipelines, run, works
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import tiny_model
 from tests.runs import call, refused
-from util.data import ImageDataset
+from util.data.images import ImageDataset
 from util.page import END, begin
 
 JPEG = images.dead_leaves(260, 180, np.random.default_rng(0))

@@ -14,14 +14,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
-from util import cache_writer
-from util.arrays import allow_open_files
-from util.cache_files import json_digest
-from util.cache_writer import CacheSettings, CacheWriter, list_digest
-from util.data import MicroBatchSampler
+from util.data import cache_writer
+from util.data.arrays import allow_open_files
+from util.data.cache_files import json_digest
+from util.data.cache_writer import CacheSettings, CacheWriter, list_digest
+from util.data.images import MicroBatchSampler
+from util.data.latent_cache import as_one_batch, open_cache, verify
+from util.data.statistics import LatentStats
 from util.errors import UserError
-from util.latent_cache import as_one_batch, open_cache, verify
-from util.latent_stats import LatentStats
 
 C, H, W = 3, 4, 5
 NAMES = [f"{name}/{i}.png" for name in ("ant", "bee") for i in range(5)]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from util.histogram import BINS
-from util.latent_stats import LatentStats
+from util.data.histogram import BINS
+from util.data.statistics import LatentStats
 
 SIDE = 8
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import main_cache
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import run_script
 from tests.runs import (
     on_processes,
@@ -21,9 +21,9 @@ from tests.runs import (
 from tests.test_lock import holder
 from util import stop
 from util.config_file import CONFIG
-from util.data import center_crop
+from util.data.images import center_crop
+from util.data.latent_cache import open_cache
 from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, run
-from util.latent_cache import open_cache
 from util.vae_files import load_vae, save_vae
 
 SIZE = 16

@@ -13,13 +13,13 @@ from scipy.linalg import sqrtm
 
 from tests.measures import FEATURES, PIXELS, Pixels, save_model, save_random_inception
 from tests.runs import evaluate, make_inputs
-from util import extractor, jackknife, metrics
-from util.data import Loading
+from util.data.images import Loading
 from util.errors import UserError
-from util.extractor import WEIGHTS_FILE, Extractor, published_weights
-from util.features import FeatureStore, batch_ranges, folder_batches
-from util.metrics import Measure
-from util.reference import Reference
+from util.evaluation import extractor, jackknife, metrics
+from util.evaluation.extractor import WEIGHTS_FILE, Extractor, published_weights
+from util.evaluation.features import FeatureStore, batch_ranges, folder_batches
+from util.evaluation.metrics import Measure
+from util.evaluation.reference import Reference
 
 CPU = torch.device("cpu")
 

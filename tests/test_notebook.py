@@ -11,7 +11,7 @@ from PIL import Image
 
 from models.generate import generate
 from models.tokenbridge import TokenBridge
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import ROOT, tiny_model
 from util.vae_files import save_vae
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.pretrained import CONFIG, HEADER, WEIGHTS, Origin
+from models.hub import CONFIG, HEADER, WEIGHTS, Origin
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from tests.conftest import tiny_model
@@ -113,7 +113,7 @@ def test_a_disk_that_fails_leaves_no_half_of_a_file(model, tmp_path, monkeypatch
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("models.pretrained.save_file", fail)
+    monkeypatch.setattr("models.hub.save_file", fail)
     with pytest.raises(OSError, match="No space"):
         model.save_pretrained(tmp_path)
     assert list(tmp_path.iterdir()) == []

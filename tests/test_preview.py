@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from models.sampler import SamplingOptions, sample_latents
-from models.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.runs import make_inputs, train
 from util import preview

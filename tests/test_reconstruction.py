@@ -14,7 +14,7 @@ from PIL import Image
 import reconstruction
 from models.calibration import fit_levels
 from models.quantizer import gaussian_levels
-from models.tokenizer import from_uint8
+from models.tokenizers.tokenizer import from_uint8
 from tests.measures import PIXELS
 from tests.runs import (
     CHANNELS,
@@ -26,14 +26,14 @@ from tests.runs import (
     on_processes,
     refused,
 )
-from util import metrics
-from util.data import ImageDataset, list_images
+from util.data.histogram import LatentHistogram
+from util.data.images import ImageDataset, list_images
 from util.errors import UserError
-from util.histogram import LatentHistogram
+from util.evaluation import metrics
+from util.evaluation.reconstruction_folder import ReconstructionFolder
+from util.evaluation.variants import ssim
 from util.images import psnr, to_uint8
-from util.reconstruction_folder import ReconstructionFolder
 from util.vae_files import load_vae
-from util.variants import ssim
 
 SCALE, RANGE, BITS = 4.0, 2.0, (2, 6)  # some scaled posterior means lie outside the range
 VARIANTS = ("original", "continuous", *(f"bits{bits}" for bits in BITS))

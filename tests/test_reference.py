@@ -13,11 +13,12 @@ from tests.runs import (
     call,
     on_processes,
 )
-from util import fid_stats, metrics, reference
-from util.data import center_crop, read_image
+from util import fid_stats
+from util.data.images import center_crop, read_image
 from util.errors import UserError
-from util.extractor import Extractor
-from util.reference import load_fid_statistics
+from util.evaluation import metrics, reference
+from util.evaluation.extractor import Extractor
+from util.evaluation.reference import load_fid_statistics
 
 CPU = torch.device("cpu")
 

@@ -14,10 +14,10 @@ import reconstruction
 from tests.browser import chromium
 from tests.measures import PIXELS
 from tests.runs import COMMON, call, evaluate, flags, refused, train
-from util import report
-from util.report_charts import POINTS, SIDE, Series, chart, limits, thinned, ticks
-from util.report_html import Section, figure, page, picture, table, tabs
-from util.report_run import find
+from util.report import __main__ as report
+from util.report.charts import POINTS, SIDE, Series, chart, limits, thinned, ticks
+from util.report.html import Section, figure, page, picture, table, tabs
+from util.report.run import find
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from models import layers
 from models.config import TokenBridgeConfig
 from models.masking import Mask, random_orders
 from models.tokenbridge import TokenBridge
-from models.vae import KL16
+from models.tokenizers.kl16 import KL16
 from tests.test_memory import PRODUCTS, SETTINGS, result_of
 from util import flops
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 from tests.measures import PIXELS, save_model
 from tests.runs import SIZE, evaluate, make_inputs
-from util import sweep
 from util.errors import UserError
-from util.evaluation import EvalSettings, eval_settings
-from util.evaluation_folder import read_png
+from util.evaluation import sweep
+from util.evaluation.evaluator import EvalSettings, eval_settings
+from util.evaluation.folder import read_png
 
 CFG, TEMPERATURE = [1.0, 3.0, 2.0], [0.5, 1.0]
 
@@ -113,7 +113,7 @@ def test_rows_of_the_first_look_are_the_same_images_at_every_point(swept):
 
 def test_finished_points_are_not_drawn_again(swept, inputs, monkeypatch):
     before = (swept[0] / "sweep.csv").read_text()
-    monkeypatch.setattr("util.evaluation.generate", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr("util.evaluation.evaluator.generate", lambda *_: pytest.fail("drawn again"))
     run(inputs, swept[0])
     assert (swept[0] / "sweep.csv").read_text() == before
 

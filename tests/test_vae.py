@@ -4,9 +4,9 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_tensor
 
-from models import vae as vae_module
-from models.tokenizer import Tokenizer, from_uint8
-from models.vae import AutoencoderKL, Posterior
+from models.tokenizers import kl16 as vae_module
+from models.tokenizers.kl16 import AutoencoderKL, Posterior
+from models.tokenizers.tokenizer import Tokenizer, from_uint8
 from tests.conftest import formula_weight, golden, golden_json, relative_error
 
 

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from models.calibration import EXPONENT, fit_levels
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer
-from models.vae import Posterior
+from models.tokenizers.kl16 import Posterior
 from util.args import bit_width
+from util.data.histogram import LatentHistogram, posterior_noise
+from util.data.latent_cache import open_cache
 from util.errors import UserError, run
+from util.evaluation.variants import entropy, level_counts
 from util.files import atomic_write
-from util.histogram import LatentHistogram, posterior_noise
-from util.latent_cache import open_cache
 from util.page import write_between
 from util.parser import Parser
 from util.provenance import processor
-from util.variants import entropy, level_counts
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "tools/quantizer_table.py"  # of the place in the page

@@ -7,10 +7,10 @@ import argparse
 import math
 
 from models.config import HEAD_INPUTS, PRESETS, QUANTIZERS, TokenBridgeConfig
-from util.data import MAX_PIXELS
+from util.data.images import MAX_PIXELS
 from util.device import PRECISIONS
 from util.dist import NO_PROGRESS
-from util.extractor import INCEPTION
+from util.evaluation.extractor import INCEPTION
 from util.metrics_file import metrics_path
 from util.parser import Parser
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from models.calibration import fit_levels
 from models.config import PUBLISHED_LATENT_SCALE, TokenBridgeConfig, default_channel_order, preset
 from models.tokenbridge import CLASS_ROWS, TokenBridge
-from models.vae import VAE
+from models.tokenizers.kl16 import VAE
 from util import dist
 from util.checkpoint import FINETUNE, WEIGHT_KEYS, Checkpoint
+from util.data.histogram import LatentHistogram
+from util.data.latent_cache import open_cache
 from util.errors import UserError, as_user_error
-from util.histogram import LatentHistogram
-from util.latent_cache import open_cache
 from util.vae_files import load_vae
 
 # Settings that may change from one use of the same weights to the next.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from models.config import TokenBridgeConfig
-from models.pretrained import CONFIG, WEIGHTS
+from models.hub import CONFIG, WEIGHTS
 from models.tokenbridge import CLASS_ROWS, POSITIONS, TokenBridge, resized_positions
 from util import dist
 from util.ema import EMA

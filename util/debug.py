@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from models.config import TokenBridgeConfig
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
-from models.vae import Posterior
+from models.tokenizers.kl16 import Posterior
+from models.tokenizers.tokenizer import Tokenizer
 from util import dist
-from util.data import Key
+from util.data.images import Key
 from util.device import Precision, resolve_precision
 from util.errors import as_user_error
 from util.files import atomic_write, load_tensors

@@ -19,20 +19,20 @@ from PIL import Image
 from torch import Tensor
 
 from models.quantizer import build_quantizer
-from models.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer
 from util import ROOT, dist
 from util.build import cache_histogram, calibrated_levels, check_vae
-from util.data import center_crop, class_notes, list_images, read_image
+from util.data.histogram import BINS, LatentHistogram
+from util.data.images import center_crop, class_notes, list_images, read_image
+from util.data.latent_cache import open_cache
 from util.device import resolve_precision
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown, judged
 from util.errors import UserError
-from util.extractor import INCEPTION, published_weights, registered_name
-from util.histogram import BINS, LatentHistogram
+from util.evaluation.extractor import INCEPTION, published_weights, registered_name
+from util.evaluation.reference import ADM_STATISTICS, check_statistics, load_fid_statistics
+from util.evaluation.variants import entropy
 from util.images import psnr, to_uint8
 from util.inputs import check_same_classes
-from util.latent_cache import open_cache
-from util.reference import ADM_STATISTICS, check_statistics, load_fid_statistics
-from util.variants import entropy
 
 # KL-16 reconstructs ImageNet's validation images at 24.1 dB, with a standard deviation of 4.2 dB
 # between images (Rombach et al., arXiv 2112.10752, appendix, table of autoencoders: f = 16,

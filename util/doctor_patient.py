@@ -13,17 +13,17 @@ import torch
 
 from models.config import TokenBridgeConfig
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
-from models.vae import VAE
+from models.tokenizers.kl16 import VAE
+from models.tokenizers.tokenizer import Tokenizer
 from util.build import ModelFlags, build_config, build_vae
 from util.checkpoint import Checkpoint, find_checkpoint
-from util.data import ImageDataset, ImageList, list_images
+from util.data.histogram import LatentHistogram
+from util.data.images import ImageDataset, ImageList, list_images
+from util.data.latent_cache import CachedLatents, open_cache
 from util.errors import UserError
-from util.extractor import INCEPTION, Extractor, published_weights, registered_name
+from util.evaluation.extractor import INCEPTION, Extractor, published_weights, registered_name
 from util.files import load_tensors
-from util.histogram import LatentHistogram
 from util.inputs import open_checkpoint, prepare_finetuning
-from util.latent_cache import CachedLatents, open_cache
 from util.vae_files import vae_digest
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"

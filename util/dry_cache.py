@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.vae import VAE
+from models.tokenizers.kl16 import VAE
 from util import dist
-from util.cache_writer import CacheWriter
+from util.data.cache_writer import CacheWriter
 from util.hardware import GIB, peak_memory
 
 VIEWS = 2  # an image and its mirror image

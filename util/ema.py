@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from models.vae import check_layout
+from models.tokenizers.kl16 import check_layout
 
 
 class EMA:

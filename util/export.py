@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from models.pretrained import WEIGHTS, Origin
+from models.hub import WEIGHTS, Origin
 from models.tokenbridge import TokenBridge
 from util.args import add_model_flags, add_vae_flags
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae

@@ -24,14 +24,14 @@ from util.args import (
     add_loader_flags,
     positive_int,
 )
-from util.arrays import ImageArray
-from util.data import Loading
+from util.data.arrays import ImageArray
+from util.data.images import Loading
 from util.errors import UserError, run
-from util.extractor import Extractor, load_extractor
-from util.features import batch_ranges, folder_batches, upsampled
+from util.evaluation.extractor import Extractor, load_extractor
+from util.evaluation.features import batch_ranges, folder_batches, upsampled
+from util.evaluation.reference import open_images, write_statistics
 from util.files import check_writable
 from util.parser import Parser
-from util.reference import open_images, write_statistics
 
 
 def make_parser() -> Parser:

@@ -215,7 +215,7 @@ class VaeShape:
 
     @classmethod
     def of(cls, vae: dict) -> "VaeShape":
-        """vae: settings of `models.vae.AutoencoderKL` (KL16 for example), or of diffusers' one.
+        """vae: settings of `AutoencoderKL` (KL16 for example), or of diffusers' one.
 
         Raises ValueError on a diffusers VAE with other levels than plain ones.
         """

@@ -22,15 +22,15 @@ from models.config import TokenBridgeConfig
 from models.masking import MASK_RATIO_MEAN, MASK_RATIO_STD
 from models.sampler import evaluation_mode, image_randomness
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
-from models.vae import Posterior
+from models.tokenizers.kl16 import Posterior
+from models.tokenizers.tokenizer import Tokenizer
 from util import dist, stop
-from util.data import ImageDataset, list_images
+from util.data.images import ImageDataset, list_images
+from util.data.latent_cache import CachedLatents, LatentBatch, open_cache
 from util.device import Precision
 from util.errors import UserError, as_user_error
-from util.features import batch_ranges
+from util.evaluation.features import batch_ranges
 from util.inputs import Inputs, TrainingData, held_out_folder
-from util.latent_cache import CachedLatents, LatentBatch, open_cache
 
 RATIOS = (0.25, 0.5, 0.7, 0.85, 1.0)  # training draws from 0.7 on, sampling goes through all
 BATCH = 16  # images; small beside a training batch, which has gradients, too

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from models.config import TokenBridgeConfig
 from models.tokenbridge import CLASS_ROWS
-from models.vae import VAE
+from models.tokenizers.kl16 import VAE
 from util import dist
 from util.build import ModelFlags, build_config, build_vae, check_vae, warn_other_vae
 from util.checkpoint import (
@@ -20,9 +20,9 @@ from util.checkpoint import (
     refuse_other_run,
     saved_in,
 )
-from util.data import ImageDataset, list_images, tell_names
+from util.data.images import ImageDataset, list_images, tell_names
+from util.data.latent_cache import CachedLatents, open_cache
 from util.errors import UserError, as_user_error
-from util.latent_cache import CachedLatents, open_cache
 from util.vae_files import vae_digest
 
 

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from models.sampler import SamplingOptions, evaluation_mode
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer
 from util import dist, stop
 from util.args import non_negative_float, non_negative_int, positive_int
 from util.device import Precision
 from util.ema import EMA
-from util.evaluation import unchanged_randomness
+from util.evaluation.evaluator import unchanged_randomness
+from util.evaluation.variants import entropy, level_counts
 from util.heldout import Data, HeldOut, HeldOutLoss, as_scalars, read_latents, spread
 from util.log import TrainingLog
 from util.parser import Parser
 from util.preview import PreviewSettings, about_average, decode, draw, side_by_side
-from util.variants import entropy, level_counts
 
 WEIGHTS = ("raw", "ema")
 COUNTED = 64  # training images whose levels are counted

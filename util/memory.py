@@ -13,8 +13,8 @@ from functools import cache
 
 import torch
 
-from models.channel_head import CHUNK_ROWS, CHUNK_ROWS_ELSEWHERE
 from models.config import TokenBridgeConfig
+from models.heads.channel import CHUNK_ROWS, CHUNK_ROWS_ELSEWHERE
 from models.tokenbridge import TokenBridge
 
 FULL = 4  # bytes of fp32: weights, optimizer, EMA, and the sums that run through the blocks
@@ -108,7 +108,7 @@ def training_memory(
 
 
 def chunk_positions(config: TokenBridgeConfig, head_chunk: int | None, device_type: str) -> int:
-    """Positions that the head works on at once, of `models.channel_head`."""
+    """Positions that the head works on at once, of `models.heads.channel`."""
     if head_chunk is None:
         rows = CHUNK_ROWS.get(device_type, CHUNK_ROWS_ELSEWHERE)
         return max(1, rows // config.token_dim)

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer
 from util.agreement import Agreement
 from util.checkpoint import Checkpoint
-from util.data import steps_per_epoch
+from util.data.images import steps_per_epoch
 from util.device import Precision
 from util.ema import EMA
 from util.errors import UserError
-from util.evaluation import EvalSettings
-from util.metrics import Measure
+from util.evaluation.evaluator import EvalSettings
+from util.evaluation.metrics import Measure
 from util.optim import LRSchedule
 
 

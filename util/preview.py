@@ -17,7 +17,7 @@ from torch import Tensor
 from models.generate import spread_labels
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer
 from util.device import Precision
 from util.images import grid, to_uint8
 

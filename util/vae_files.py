@@ -12,8 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.diffusers_vae import DiffusersVAE
-from models.vae import KL16, PARTS, VAE, VARIANTS, AutoencoderKL, check_layout, settings_of
+from models.tokenizers.diffusers import DiffusersVAE
+from models.tokenizers.kl16 import (
+    KL16,
+    PARTS,
+    VAE,
+    VARIANTS,
+    AutoencoderKL,
+    check_layout,
+    settings_of,
+)
 from util import dist
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, listed, load_tensors, sha256, unwrapped

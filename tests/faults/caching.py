@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from main_cache import QUEUED
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.faults.harness import Job, Row, send
 from tests.runs import free_port
 from util.vae_files import save_vae

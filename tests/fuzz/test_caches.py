@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from tests.fuzz.harness import damaged, fuzz, outcome, seeds
 from tests.test_latent_cache import MOMENTS, NAMES, fill, rewrite, writer_for
 from util.build import cache_histogram
-from util.cache_files import read_moments
+from util.data.cache_files import read_moments
+from util.data.latent_cache import open_cache, verify
 from util.errors import UserError
 from util.files import sha256
-from util.latent_cache import open_cache, verify
 
 FORMS = st.sampled_from(["npy", "npz"])
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.config import TokenBridgeConfig
-from models.vae import AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.fuzz.harness import damaged, fuzz, outcome, repacked, seeds
 from util.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from util.errors import UserError

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.fuzz.harness import damaged, fuzz, outcome, seeds
-from util.data import ImageDataset, read_image
+from util.data.images import ImageDataset, read_image
 from util.errors import UserError
 
 SIZE = 16

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.harness import damaged, fuzz, outcome, seeds
 from util.errors import UserError
-from util.reference import load_fid_statistics, statistics_record
+from util.evaluation.reference import load_fid_statistics, statistics_record
 
 D = 4
 RNG = np.random.default_rng(0)

@@ -1,6 +1,6 @@
 """A latent cache as a data set: posteriors of every image and of its mirror image.
 
-Reads every form of `util.cache_files` without being told which, and the published one, which is
+Reads every form of cache_files.py without being told which, and the published one, which is
 CLASS/IMAGE.npz and nothing beside. Each posterior is checked against its CRC-32 when it is read.
 Letters: N images, B batch, C latent channels, h, w positions.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from util.arrays import allow_open_files
-from util.cache_files import (
+from util.data.arrays import allow_open_files
+from util.data.cache_files import (
     AGAIN,
     MANIFEST,
     NPZ_NAMES,
@@ -33,7 +33,7 @@ from util.cache_files import (
     unreadable,
     view_crc,
 )
-from util.data import Key, list_images, parse_key
+from util.data.images import Key, list_images, parse_key
 from util.errors import UserError, as_user_error
 from util.files import sha256
 

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint at every combination of the sampling settings, and compare them.
 
 Image i is made of the same noise at every point of a sweep, so that points are compared in pairs:
-the error of a difference comes from the replicates of both (util/jackknife.py) and is smaller
+the error of a difference comes from the replicates of both (jackknife.py) and is smaller
 than the errors of the two figures would tell.
 """
 
@@ -13,20 +13,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from models.tokenizer import Tokenizer
-from util import config_file, dist, metrics
+from models.tokenizers.tokenizer import Tokenizer
+from util import config_file, dist
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.checkpoint import find_checkpoint
 from util.config_file import EVALUATION_CONFIG
-from util.data import Loading
+from util.data.images import Loading
 from util.device import Precision, compile_model
 from util.errors import UserError
-from util.evaluation import SWEPT, EvalSettings, evaluate, refuse_other_images, sweep_settings
-from util.evaluation_folder import check_shared, read_json, read_png
+from util.evaluation import metrics
+from util.evaluation.evaluator import (
+    SWEPT,
+    EvalSettings,
+    evaluate,
+    refuse_other_images,
+    sweep_settings,
+)
+from util.evaluation.folder import check_shared, read_json, read_png
+from util.evaluation.jackknife import fid_error, is_error
+from util.evaluation.metrics import Measure
 from util.files import atomic_write, sha256
 from util.images import save_png
-from util.jackknife import fid_error, is_error
-from util.metrics import Measure
 from util.metrics_file import MetricsFile
 from util.vae_files import vae_digest
 

@@ -19,10 +19,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util import dist
-from util.arrays import ImageArray, read_npz
-from util.data import LOADING, ImageDataset, Loading, center_crop, collate_skipping, open_image
+from util.data.arrays import ImageArray, read_npz
+from util.data.images import (
+    LOADING,
+    ImageDataset,
+    Loading,
+    center_crop,
+    collate_skipping,
+    open_image,
+)
 from util.errors import UserError, as_user_error
-from util.extractor import Extractor
+from util.evaluation.extractor import Extractor
 from util.files import atomic_write
 from util.stop import Stopped
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from util.report_html import as_json, figure
+from util.report.html import as_json, figure
 
 Point = tuple[float, float]
 SIDE = 1000  # units of a drawing, both ways

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.config import TokenBridgeConfig
-from models.vae import check_layout
+from models.tokenizers.kl16 import check_layout
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HEADER = "tokenbridge"  # the one entry of the safetensors header

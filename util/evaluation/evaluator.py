@@ -27,16 +27,16 @@ from tqdm import tqdm
 from models.generate import decode_images, spread_labels
 from models.sampler import CFG_SCHEDULES, ORDERS, evaluation_mode, sample_latents
 from models.tokenbridge import TokenBridge
-from models.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer
 from util import dist
 from util.args import non_negative_float, non_negative_int, positive_int
 from util.checkpoint import WEIGHT_KEYS
 from util.device import Precision
 from util.errors import UserError, as_user_error, did_you_mean
-from util.evaluation_folder import EvaluationFolder, file_label, plain, read_png
-from util.evaluation_results import finish, tell
-from util.features import FeatureStore
-from util.metrics import Measure
+from util.evaluation.features import FeatureStore
+from util.evaluation.folder import EvaluationFolder, file_label, plain, read_png
+from util.evaluation.metrics import Measure
+from util.evaluation.results import finish, tell
 from util.parser import Parser
 from util.provenance import digest
 

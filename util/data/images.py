@@ -10,7 +10,7 @@ Datasets are pure functions of the key (index, flip); `MicroBatchSampler` alone 
 Its unit is the micro-batch: G of them make the global batch of one training step, and what one of
 them holds depends on (seed, step, its number j in the global batch), never on the number of
 processes that share the work. Pixels stay bytes until they are on the device: a quarter of the
-memory between processes; `models.tokenizer.from_uint8` makes numbers of them.
+memory between processes; `models.tokenizers.tokenizer.from_uint8` makes numbers of them.
 """
 
 import argparse

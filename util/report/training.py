@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from util.preview import about_average, initial_share
-from util.report_charts import Series, chart, colour, ramp, thinned
-from util.report_html import Section, facts, figure, more, note, picture, table, tabs, viewer
-from util.report_run import Training
+from util.report.charts import Series, chart, colour, ramp, thinned
+from util.report.html import Section, facts, figure, more, note, picture, table, tabs, viewer
+from util.report.run import Training
 
 FRAMES = 16  # previews in the page, spread over the run
 CURVES = {  # of the training itself, in the order of the page; the loss has a chart of its own

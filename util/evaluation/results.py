@@ -6,13 +6,14 @@ from datetime import datetime, timezone
 from torch import Tensor
 
 from models.config import TokenBridgeConfig
-from util import dist, metrics
-from util.evaluation_folder import EvaluationFolder, write_json, write_samples
-from util.features import wait_for
+from util import dist
+from util.evaluation import metrics
+from util.evaluation.features import wait_for
+from util.evaluation.folder import EvaluationFolder, write_json, write_samples
+from util.evaluation.metrics import Measure, Scores
+from util.evaluation.reference import write_statistics
 from util.images import grid, save_png
-from util.metrics import Measure, Scores
 from util.provenance import git_revision, versions
-from util.reference import write_statistics
 
 GRID_ROWS, GRID_COLUMNS = 8, 10
 

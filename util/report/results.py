@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from util.evaluation import SWEPT
-from util.evaluation_results import GRID_COLUMNS
-from util.report_charts import Series, chart, colour
-from util.report_html import Section, facts, figure, more, note, picture, table, viewer
-from util.report_run import Found, Record
-from util.sweep import PLOTTED, compared
-from util.variants import CONTINUOUS, ORIGINAL
+from util.evaluation.evaluator import SWEPT
+from util.evaluation.results import GRID_COLUMNS
+from util.evaluation.sweep import PLOTTED, compared
+from util.evaluation.variants import CONTINUOUS, ORIGINAL
+from util.report.charts import Series, chart, colour
+from util.report.html import Section, facts, figure, more, note, picture, table, viewer
+from util.report.run import Found, Record
 
 TITLES = {
     "fid": "FID",

@@ -17,7 +17,7 @@ from string import Template
 import numpy as np
 from PIL import Image
 
-from util.report_style import PAGE, SCRIPT, STYLE
+from util.report.style import PAGE, SCRIPT, STYLE
 
 LARGEST_PNG = 120_000  # bytes; larger pictures become JPEG
 WIDEST = 1400  # pixels

@@ -1,10 +1,10 @@
 """A diffusers AutoencoderKL as tokenizer: that of Stable Diffusion, SDXL, SD 3, Flux, or one's own.
 
-The network is diffusers' own code, wrapped as a `models.vae.VAE`. Its latents are unscaled and
+The network is diffusers' own code, wrapped as a `VAE` of kl16.py. Its latents are unscaled and
 unshifted, as the encoder makes them: `scaling_factor`, `shift_factor`, `latents_mean` and
 `latents_std` of its configuration are for diffusers' pipelines, and never applied here. The scale
-that brings latents to unit variance is measured (util/latent_stats.py) and belongs to
-`models.tokenizer`.
+that brings latents to unit variance is measured (util/data/statistics.py) and belongs to
+`models.tokenizers.tokenizer`.
 Letters: B batch, C latent channels, h = H / stride.
 """
 
@@ -14,7 +14,7 @@ from inspect import signature
 import torch
 from torch import Tensor
 
-from models.vae import VAE, check_layout, fastest_layout
+from models.tokenizers.kl16 import VAE, check_layout, fastest_layout
 
 CLASS = "AutoencoderKL"
 SIZES = ("latent_channels", "layers_per_block", "norm_num_groups")

@@ -8,7 +8,7 @@ Letters: B batch, C latent channels, h, w latent positions.
 import torch
 from torch import Tensor, nn
 
-from models.vae import VAE, Posterior
+from models.tokenizers.kl16 import VAE, Posterior
 
 
 def from_uint8(images: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.vae import Posterior
-from util.histogram import LatentHistogram, posterior_noise
+from models.tokenizers.kl16 import Posterior
+from util.data.histogram import LatentHistogram, posterior_noise
 
 LOW_FREQUENCY = 0.25  # cycles per position; sampling frequency 1, Nyquist 0.5
 _ROWS = ("mean", "square", "variance", "low_power")

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from util import dist
-from util.data import LOADING, Loading
+from util.data.images import LOADING, Loading
 from util.errors import UserError
-from util.extractor import INCEPTION, Extractor, load_extractor
-from util.features import FeatureStore, folder_features, upsampled
-from util.jackknife import fid_error, fid_replicates, is_replicates
-from util.reference import (
+from util.evaluation.extractor import INCEPTION, Extractor, load_extractor
+from util.evaluation.features import FeatureStore, folder_features, upsampled
+from util.evaluation.jackknife import fid_error, fid_replicates, is_replicates
+from util.evaluation.reference import (
     ADM_STATISTICS,
     Reference,
     check_statistics,
@@ -69,7 +69,7 @@ class Measure:
 class Scores:
     """figures by name; what their numbers would mean, where that is not what a reader expects.
 
-    replicates: {"fid": [G], "inception_score": [G]}, see util/jackknife.py; where they can be had.
+    replicates: {"fid": [G], "inception_score": [G]}, see jackknife.py; where they can be had.
     """
 
     figures: dict[str, float] = field(default_factory=dict)

@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from util.arrays import map_npy, open_regular, read_npz
+from util.data.arrays import map_npy, open_regular, read_npz
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, sha256
 

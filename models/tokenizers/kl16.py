@@ -1,7 +1,7 @@
 """KL-regularised convolutional autoencoder of latent diffusion (KL-16 by default).
 
 Images in [-1, 1] -> diagonal Gaussian posterior over latents -> images. Everything here speaks
-of unscaled latents; the scale that brings them to unit variance belongs to `models.tokenizer`.
+of unscaled latents; the scale that brings them to unit variance belongs to the tokenizer.
 Tensor names are those of the published `kl16.ckpt`.
 Letters: B batch, C latent channels, S stride, h = H / S.
 Source: Rombach et al., arXiv 2112.10752; Li et al. (MAR), arXiv 2406.11838.

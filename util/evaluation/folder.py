@@ -2,7 +2,7 @@
 
     settings.json              what decides the images, written first; another run's is refused
     images/00000_bee.png ...   image i and its class; removed unless they were asked for
-    features/EXTRACTOR/        the features of every batch, util/features.py
+    features/EXTRACTOR/        the features of every batch, util/evaluation/features.py
     statistics.npz             mu and sigma of the images' features, as --fid_stats reads them
     samples.npz                --save_npz: all images in one array, for ADM's evaluator
     grid.png, metrics.json     a first look; the figures, written when all is done
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from util import dist
 from util.errors import UserError
-from util.extractor import Extractor
-from util.features import FeatureStore, batch_ranges, wait_for
+from util.evaluation.extractor import Extractor
+from util.evaluation.features import FeatureStore, batch_ranges, wait_for
 from util.files import atomic_write
 from util.images import save_png
 

@@ -1,6 +1,6 @@
 """Writing a latent cache: what it will hold, its shards one by one, and at the end the manifest.
 
-The files are those that `util.cache_files` describes. Settings come first, as soon as there is
+The files are those that `util.data.cache_files` describes. Settings come first, as soon as there is
 something to write; a shard is whole with its .json file, the cache with manifest.json.
 Letters: n images of a shard, b of a batch, C latent channels, h, w positions.
 """
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
-from util.cache_files import (
+from util.config_file import CONFIG
+from util.data.cache_files import (
     FORMAT_VERSION,
     MANIFEST,
     NPZ_NAMES,
@@ -35,10 +36,9 @@ from util.cache_files import (
     view_crc,
     write_json,
 )
-from util.config_file import CONFIG
+from util.data.statistics import LatentStats
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, check_writable, sha256
-from util.latent_stats import LatentStats
 
 STATS_IMAGES = 256  # images a step of the statistics, to bound its memory
 

@@ -10,13 +10,14 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from util import report_results, report_training
 from util.errors import UserError, as_user_error, run
 from util.files import atomic_write, check_writable
 from util.parser import Parser
 from util.provenance import git_revision
-from util.report_html import Section, cards, note, page
-from util.report_run import Found, find
+from util.report import results as report_results
+from util.report import training as report_training
+from util.report.html import Section, cards, note, page
+from util.report.run import Found, find
 from util.training_args import training_parser
 
 CARDS = 6

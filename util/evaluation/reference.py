@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from util.arrays import ImageArray, read_npz
-from util.data import list_files
+from util.data.arrays import ImageArray, read_npz
+from util.data.images import list_files
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, load_tensors, sha256
 from util.stop import Stopped
