@@ -207,3 +207,17 @@ def build_quantizer(
     if kind == "calibrated":
         return CalibratedQuantizer(levels, channels)
     return GaussianQuantizer(levels, low, high)
+
+
+def level_counts(indices: Tensor, levels: int) -> Tensor:
+    """indices: [..., C] -> how often each channel takes each level: [C, K] int64."""
+    channels = indices.shape[-1]
+    offsets = torch.arange(channels, device=indices.device) * levels
+    counts = torch.bincount((indices + offsets).flatten(), minlength=channels * levels)
+    return counts.reshape(channels, levels)
+
+
+def entropy(counts: Tensor) -> Tensor:
+    """counts: [C, K] -> entropy of each channel's levels in bits: [C]."""
+    p = counts.double() / counts.sum(dim=1, keepdim=True)
+    return -torch.special.xlogy(p, p).sum(dim=1) / torch.log(torch.tensor(2.0).double())

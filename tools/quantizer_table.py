@@ -16,13 +16,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from models.calibration import EXPONENT, fit_levels
-from models.quantizer import CalibratedQuantizer, GaussianQuantizer
+from models.quantizer import CalibratedQuantizer, GaussianQuantizer, entropy, level_counts
 from models.tokenizers.kl16 import Posterior
 from util.args import bit_width
 from util.data.histogram import LatentHistogram, posterior_noise
 from util.data.latent_cache import open_cache
 from util.errors import UserError, run
-from util.evaluation.variants import entropy, level_counts
 from util.files import atomic_write
 from util.page import write_between
 from util.parser import Parser

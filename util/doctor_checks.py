@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.quantizer import build_quantizer
+from models.quantizer import build_quantizer, entropy
 from models.tokenizers.tokenizer import Tokenizer
 from util import ROOT, dist
 from util.build import cache_histogram, calibrated_levels, check_vae
@@ -30,7 +30,6 @@ from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown,
 from util.errors import UserError
 from util.evaluation.extractor import INCEPTION, published_weights, registered_name
 from util.evaluation.reference import ADM_STATISTICS, check_statistics, load_fid_statistics
-from util.evaluation.variants import entropy
 from util.images import psnr, to_uint8
 from util.inputs import check_same_classes
 

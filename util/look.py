@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.quantizer import entropy, level_counts
 from models.sampler import SamplingOptions, evaluation_mode
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
@@ -21,7 +22,6 @@ from util.args import non_negative_float, non_negative_int, positive_int
 from util.device import Precision
 from util.ema import EMA
 from util.evaluation.evaluator import unchanged_randomness
-from util.evaluation.variants import entropy, level_counts
 from util.heldout import Data, HeldOut, HeldOutLoss, as_scalars, read_latents, spread
 from util.log import TrainingLog
 from util.parser import Parser

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.quantizer import CalibratedQuantizer, GaussianQuantizer
+from models.quantizer import CalibratedQuantizer, GaussianQuantizer, entropy, level_counts
 from util.images import psnr
 
 ORIGINAL, CONTINUOUS, QUANTIZED = "original", "continuous", "bits"
@@ -44,20 +44,6 @@ class Variant:
             "squared_error": error.cpu().double().sum(dim=0),
         }
         return values.movedim(-1, 1), {name: fact.cpu()[None] for name, fact in facts.items()}
-
-
-def level_counts(indices: Tensor, levels: int) -> Tensor:
-    """indices: [..., C] -> how often each channel takes each level: [C, K] int64."""
-    channels = indices.shape[-1]
-    offsets = torch.arange(channels, device=indices.device) * levels
-    counts = torch.bincount((indices + offsets).flatten(), minlength=channels * levels)
-    return counts.reshape(channels, levels)
-
-
-def entropy(counts: Tensor) -> Tensor:
-    """counts: [C, K] -> entropy of each channel's levels in bits: [C]."""
-    p = counts.double() / counts.sum(dim=1, keepdim=True)
-    return -torch.special.xlogy(p, p).sum(dim=1) / torch.log(torch.tensor(2.0).double())
 
 
 def fidelity(pixels: Tensor, original: Tensor) -> dict[str, Tensor]:
