@@ -5,98 +5,133 @@ a step does, all processes do alike: skip it, save after it, end after it.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
+from models.tokenbridge import TokenBridge
+from models.tokenizers.tokenizer import Tokenizer
 from util import dist, stop
-from util.debug import Reload, write_dump
+from util.data.batches import Batches, MicroBatchSampler
+from util.device import Precision
 from util.errors import UserError
-from util.evaluation.evaluator import evaluate
-from util.log import StepResult, TrainingLog
-from util.look import Look
-from util.optim import LRSchedule, guarded_step, seed_micro_batch, set_lr
-from util.plan import Run, TrainSettings
+from util.evaluation.evaluator import EvalSettings, Evaluator
+from util.logging import StepResult, TrainingLog
+from util.optim import EMA, LRSchedule, guarded_step, seed_micro_batch, set_lr
 from util.saver import EXIT_GRACE, CheckpointSaver
+from util.validation import Data, Validation
 
 
-def train(
-    run: Run,
-    loader: Iterable[list[Tensor]],
-    reload: Reload,
-    schedule: LRSchedule,
-    log: TrainingLog,
-    saver: CheckpointSaver,
-    settings: TrainSettings,
-    look: Look,
-) -> None:
-    """loader: this process's micro-batches from the first step on. reload: any of them again.
+@dataclass
+class Run:
+    """A training: its objects, and what they work on. Steps count from 0.
 
-    Raises Stopped, everything saved, if any process is asked to stop.
+    loader: this process's micro-batches from the first of `steps` on, images or posteriors (cached)
+    and labels; sampler: which samples they hold. facts: plain values that every checkpoint carries.
+    evaluator, evaluation: None without --online_eval.
     """
-    run.model.train()
-    wrapped = dist.wrap(run.model, run.device)
-    batches = iter(loader)
-    steps = range(settings.plan.first_step, settings.last_step)
-    if not steps:
-        dist.print_main(f"nothing to train: step {steps.start} is the end of --epochs")
+
+    model: TokenBridge
+    ema: EMA
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    tokenizer: Tokenizer
+    device: torch.device
+    precision: Precision
+    batches: Batches
+    steps: range
+    learning_rate: LRSchedule
+    data: Data
+    sampler: MicroBatchSampler
+    loader: Iterable
+    cached: bool
+    log: TrainingLog
+    saver: CheckpointSaver
+    validation: Validation
+    skip_vote: "SkipVote"
+    output_dir: Path
+    facts: dict
+    grad_clip: float
+    max_skipped: int
+    eval_freq: int
+    evaluator: Evaluator | None = None
+    evaluation: EvalSettings | None = None
+
+    def start(self) -> None:
+        """Before the first step: the model in training mode, wrapped for several processes."""
+        self.model.train()
+        self.wrapped = dist.wrap(self.model, self.device)
+        self.micro_batches = iter(self.loader)
+
+    @property
+    def own_micro_batches(self) -> range:
+        """Of the G of each step, those of this process."""
+        return range(dist.rank(), self.batches.micro_batches, dist.world_size())
+
+
+def train(run: Run) -> None:
+    """Raises Stopped, everything saved, if any process is asked to stop."""
+    run.start()
+    first = run.steps.start
+    if not run.steps:
+        dist.print_main(f"nothing to train: step {first} is the end of --epochs")
     try:
         with stop.deferred():
-            if evaluation_due(steps.start, settings) and not evaluated(steps.start, settings):
-                evaluate_online(run, log, steps.start, settings)  # it was stopped before its end
-            if steps and steps.start and look.due(steps.start):  # it may have been killed there
-                look(log, steps.start)
-            for step in steps:
-                lr = schedule(step)
+            if evaluation_due(run, first) and not evaluated(run, first):
+                evaluate(run, first)  # it was stopped before its end
+            if run.steps and first and run.validation.due(first):  # it may have been killed there
+                run.validation(run.model, run.ema, run.log, first)
+            for step in run.steps:
+                lr = run.learning_rate(step)
                 set_lr(run.optimizer, lr)
-                result = train_step(run, wrapped, batches, step, settings)
-                status = run.agreement.conclude(result.skipped)
-                log.step(step, lr, result)
-                if status.in_a_row >= settings.max_skipped:
-                    give_up(run, reload, step - run.agreement.lag, settings)
-                save_and_evaluate(run, log, saver, step + 1, lr, status.stop, settings, look)
+                result = train_step(run, step)
+                status = run.skip_vote.conclude(result.skipped)
+                run.log.step(step, lr, result)
+                if status.in_a_row >= run.max_skipped:
+                    give_up(run, step - run.skip_vote.lag)
+                save_and_evaluate(run, step + 1, status.stop)
                 if status.stop:
-                    saver.close()
+                    run.saver.close()
                     dist.cleanup()  # nobody leaves before everything is saved
                     raise stop.acknowledge()
-            saver.close()
+            run.saver.close()
     finally:
-        saver.wait(EXIT_GRACE)
-        log.close()
+        run.saver.wait(EXIT_GRACE)
+        run.log.close()
 
 
-def train_step(
-    run: Run, wrapped: nn.Module, batches: Iterator, step: int, settings: TrainSettings
-) -> StepResult:
+def train_step(run: Run, step: int) -> StepResult:
     """One optimizer step, from gradients that are the same on any number of processes."""
-    schedule = settings.plan.schedule
-    mine = range(dist.rank(), schedule.micro_batches, dist.world_size())
     loss, waited = torch.zeros((), device=run.device), 0.0
     finite = torch.ones((), dtype=torch.bool, device=run.device)
-    grad_scale = run.scaler.scale(torch.full((), 1 / schedule.micro_batches, device=run.device))
-    to_latents = run.tokenizer.from_moments if settings.cached else run.tokenizer.encode
-    for j in mine:
+    share = 1 / run.batches.micro_batches
+    grad_scale = run.scaler.scale(torch.full((), share, device=run.device))
+    to_latents = run.tokenizer.from_moments if run.cached else run.tokenizer.encode
+    for j in run.own_micro_batches:
         dist.beat(f"step {step + 1}: waiting for data")
         started = time.perf_counter()
-        batch, labels = (x.to(run.device, non_blocking=True) for x in next(batches))
+        batch, labels = (x.to(run.device, non_blocking=True) for x in next(run.micro_batches))
         waited += time.perf_counter() - started
         dist.beat(f"step {step + 1}: forward")
-        seed_micro_batch(schedule.seed, step, j)
+        seed_micro_batch(run.batches.seed, step, j)
         latents = to_latents(batch)
-        with dist.keep_gradients_local(wrapped, active=j != mine[-1]):
+        with dist.keep_gradients_local(run.wrapped, active=j != run.own_micro_batches[-1]):
             with run.precision.autocast(run.device):
-                loss_of_batch = wrapped(latents, labels, grad_scale=grad_scale)
-                micro_loss = loss_of_batch / schedule.micro_batches
+                loss_of_batch = run.wrapped(latents, labels, grad_scale=grad_scale)
+                micro_loss = loss_of_batch / run.batches.micro_batches
             dist.beat(f"step {step + 1}: backward")
             run.scaler.scale(micro_loss).backward()
         loss += micro_loss.detach()
         finite &= micro_loss.detach().isfinite() & latents.isfinite().all()
     run.scaler.unscale_(run.optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), settings.grad_clip)
-    skipped = run.agreement.vote(finite) | ~grad_norm.isfinite()
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.grad_clip)
+    skipped = run.skip_vote(finite) | ~grad_norm.isfinite()
     guarded_step(run.optimizer, skipped.float())
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -104,49 +139,24 @@ def train_step(
     return StepResult(loss, grad_norm, skipped, waited)
 
 
-def save_and_evaluate(
-    run: Run,
-    log: TrainingLog,
-    saver: CheckpointSaver,
-    done: int,
-    lr: float,
-    stopping: bool,
-    settings: TrainSettings,
-    look: Look,
-) -> None:
+def save_and_evaluate(run: Run, done: int, stopping: bool) -> None:
     """What is due after so many steps. An evaluation can be stopped at once, so it saves first."""
-    evaluates = evaluation_due(done, settings) and not stopping
-    looks = look.due(done) and not stopping
-    ends = stopping or evaluates or done == settings.last_step or saver.ends_epoch(done)
-    if ends or looks:
-        log.flush(done - 1, lr)  # for all processes: that the clock asks to save, one alone knows
-    if ends or saver.due(done):
-        saver.save(done, lambda: training_state(run, done, settings))
-    if looks:
-        look(log, done)
+    evaluates = evaluation_due(run, done) and not stopping
+    validates = run.validation.due(done) and not stopping
+    ends = stopping or evaluates or done == run.steps.stop or run.saver.ends_epoch(done)
+    if ends or validates:
+        # For all processes: that the clock asks to save, one alone knows.
+        run.log.flush(done - 1, run.learning_rate(done - 1))
+    if ends or run.saver.due(done):
+        run.saver.save(done, lambda: training_state(run, done))
+    if validates:
+        run.validation(run.model, run.ema, run.log, done)
     if evaluates:
-        evaluate_online(run, log, done, settings)
+        evaluate(run, done)
 
 
-def evaluation_due(done: int, settings: TrainSettings) -> bool:
-    epoch, position = divmod(done, settings.plan.schedule.steps_per_epoch)
-    wanted = settings.evaluation is not None and done > 0 and position == 0
-    return wanted and (done == settings.last_step or epoch % settings.eval_freq == 0)
-
-
-def evaluated(done: int, settings: TrainSettings) -> bool:
-    """Whether the evaluation after so many steps has its figures, on all processes alike."""
-    found = (evaluation_folder(done, settings) / "metrics.json").exists()
-    return dist.gather_objects(found)[0]
-
-
-def evaluation_folder(done: int, settings: TrainSettings) -> Path:
-    return settings.output_dir / f"eval-epoch{done // settings.plan.schedule.steps_per_epoch}"
-
-
-def training_state(run: Run, done: int, settings: TrainSettings) -> dict:
+def training_state(run: Run, done: int) -> dict:
     """What a checkpoint holds after so many steps: see `util.checkpoint`."""
-    schedule = settings.plan.schedule
     return {
         "model": run.model.published_state_dict(),
         "model_ema": run.ema.state_dict(),
@@ -154,50 +164,138 @@ def training_state(run: Run, done: int, settings: TrainSettings) -> dict:
         # The published code scales in any precision and refuses an empty state.
         "scaler": run.scaler.state_dict() or torch.amp.GradScaler("cpu").state_dict(),
         "config": run.model.config.to_dict(),
-        "epoch": done // schedule.steps_per_epoch - 1,  # the published meaning: the last whole one
+        "epoch": done // run.batches.steps_per_epoch - 1,  # as published: the last whole one
         "step": done,
-        "schedule": schedule.to_dict(),
-        "skipped_steps": run.agreement.skipped(),
-        **settings.extras,
+        "schedule": run.batches.to_dict(),
+        "skipped_steps": run.skip_vote.skipped(),
+        **run.facts,
     }
 
 
-def give_up(run: Run, reload: Reload, step: int, settings: TrainSettings) -> None:
-    """Leave what it takes to find out why step after step was skipped; raises UserError."""
-    schedule = settings.plan.schedule
-    path = write_dump(
-        settings.output_dir / f"debug-step{step + 1:08d}.pth",
-        run.model,
-        run.tokenizer,
-        run.precision,
-        reload,
-        schedule.seed,
-        step,
-        range(dist.rank(), schedule.micro_batches, dist.world_size()),
-        settings.cached,
-    )
-    raise UserError(
-        f"loss or gradient of {settings.max_skipped} steps in a row was not finite, up to step "
-        f"{step + 1} (--max_skipped); look into it with --debug_dump {path}, then resume an "
-        "earlier checkpoint with a lower --blr or another --precision"
-    )
+# --- evaluation while training
 
 
-def evaluate_online(run: Run, log: TrainingLog, done: int, settings: TrainSettings) -> None:
-    averaged = settings.evaluation.weights == "ema"
+def evaluation_due(run: Run, done: int) -> bool:
+    epoch, position = divmod(done, run.batches.steps_per_epoch)
+    if run.evaluation is None or done == 0 or position:
+        return False
+    return done == run.steps.stop or epoch % run.eval_freq == 0
+
+
+def evaluated(run: Run, done: int) -> bool:
+    """Whether the evaluation after so many steps has its figures, on all processes alike."""
+    finished = (evaluation_folder(run, done) / "metrics.json").exists()
+    return dist.gather_objects(finished)[0]
+
+
+def evaluation_folder(run: Run, done: int) -> Path:
+    return run.output_dir / f"eval-epoch{done // run.batches.steps_per_epoch}"
+
+
+def evaluate(run: Run, done: int) -> None:
+    averaged = run.evaluation.weights == "ema"
     with stop.immediate(), run.ema.swapped_in() if averaged else nullcontext():
-        results, samples = evaluate(
-            run.model,
-            run.tokenizer,
-            settings.evaluation,
-            evaluation_folder(done, settings),
-            run.device,
-            run.precision,
-            run.inception,
-            training=True,
+        figures, samples = run.evaluator.evaluate(
+            run.evaluation, evaluation_folder(run, done), training=True
         )
-    log.scalars({f"eval/{name}": value for name, value in results.items()}, done)
+    run.log.scalars({f"eval/{name}": figure for name, figure in figures.items()}, done)
     if samples is not None:
-        log.image("eval/samples", samples, done)
+        run.log.image("eval/samples", samples, done)
     dist.barrier()
-    log.restart()  # evaluating is not training time
+    run.log.restart()  # evaluating is not training time
+
+
+# --- numbers that are not finite
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """stop: a process was asked to. skipped: steps in all. in_a_row: of these, the latest."""
+
+    stop: bool = False
+    skipped: int = 0
+    in_a_row: int = 0
+
+
+class SkipVote:
+    """What all processes must know of a step, without making the GPU wait for it.
+
+    Two facts travel in one small all-reduce: whether a process was asked to stop, and whether one
+    met numbers that are not finite. The second decides on the device whether the step is skipped,
+    on all processes alike. What the host must know of both is read a step late on a GPU, by then
+    without waiting; every process reads the same values after the same step.
+    skipped: steps that were skipped before this run.
+    """
+
+    def __init__(self, device: torch.device, skipped: int = 0):
+        self.device = device
+        self.lag = 1 if device.type == "cuda" else 0
+        self.counts = torch.tensor([skipped, 0], device=device)
+        self.votes = torch.zeros(2, device=device)
+        self.unread: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def __call__(self, finite: Tensor) -> Tensor:
+        """finite: 0-d bool, of this process -> whether any has met numbers that are not."""
+        asked = torch.full((), float(stop.requested()), device=self.device)
+        self.votes = dist.all_reduce_max(torch.stack([asked, (~finite).float()]))
+        return self.votes[1] > 0
+
+    def conclude(self, skipped: Tensor) -> StepStatus:
+        """skipped: 0-d bool, the same on all processes -> the status, `lag` steps old."""
+        self.counts = torch.stack([self.counts[0] + skipped, (self.counts[1] + 1) * skipped])
+        values = torch.cat([self.votes[:1].long(), self.counts])
+        on_gpu = self.device.type == "cuda"
+        host = torch.empty(3, dtype=torch.int64, pin_memory=on_gpu)
+        host.copy_(values, non_blocking=on_gpu)
+        copied = torch.cuda.Event() if on_gpu else None
+        if copied is not None:
+            copied.record()
+        self.unread.append((host, copied))
+        if len(self.unread) <= self.lag:
+            return StepStatus()
+        host, copied = self.unread.popleft()
+        if copied is not None:
+            copied.synchronize()
+        asked, total, in_a_row = host.tolist()
+        return StepStatus(bool(asked), total, in_a_row)
+
+    def skipped(self) -> int:
+        """Steps skipped so far; waits for the device."""
+        return int(self.counts[0])
+
+
+def give_up(run: Run, step: int) -> None:
+    """Raise UserError with the first module, micro-batch and samples that are not finite."""
+    causes = [cause for j in run.own_micro_batches if (cause := find_cause(run, step, j))]
+    causes = [cause for own in dist.gather_objects(causes) for cause in own]
+    raise UserError(
+        f"loss or gradient of {run.max_skipped} steps in a row was not finite, up to step "
+        f"{step + 1} (--max_skipped): {'; '.join(causes[:3]) or 'only in the gradients'}; resume "
+        "an earlier checkpoint with a lower --blr or another --precision"
+    )
+
+
+@torch.no_grad()
+def find_cause(run: Run, step: int, j: int) -> str:
+    """Where the numbers of a micro-batch leave the finite, in words; "" if they do not."""
+    keys = run.sampler.keys(step, j)
+    batch, labels = (x.to(run.device) for x in default_collate([run.data[key] for key in keys]))
+    seed_micro_batch(run.batches.seed, step, j)
+    latents = run.tokenizer.from_moments(batch) if run.cached else run.tokenizer.encode(batch)
+    names: list[str] = [] if latents.isfinite().all() else ["its latents"]
+
+    def check(name: str, output) -> None:
+        if not names and isinstance(output, Tensor) and not output.isfinite().all():
+            names.append(f"the output of {name}")
+
+    leaves = ((name, m) for name, m in run.model.named_modules() if not list(m.children()))
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, output, name=name: check(name, output))
+        for name, module in leaves
+    ]
+    with run.precision.autocast(run.device):
+        run.model(latents, labels)
+    for hook in hooks:
+        hook.remove()
+    samples = " ".join(f"{index}{' flipped' if flip else ''}" for index, flip in keys[:8])
+    return f"in micro-batch {j} (samples {samples}) first {names[0]}" if names else ""

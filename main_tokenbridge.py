@@ -5,210 +5,223 @@ torchrun --nproc_per_node=8 main_tokenbridge.py --evaluate --resume FOLDER --cfg
 """
 
 import argparse
+import time
+from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
-from engine_tokenbridge import train, train_step
+from engine_tokenbridge import Run, SkipVote, train, train_step
 from models.tokenizers.tokenizer import Tokenizer
-from util import config_file, dist, stop
-from util.agreement import Agreement
-from util.build import build_model, cache_histogram, calibrated_levels
+from util import dist, doctor, stop
+from util.args import (
+    CONFIG,
+    Parser,
+    changed,
+    check_mode,
+    settings_saved,
+    to_save,
+    train_parser,
+    value,
+)
 from util.checkpoint import Checkpoint
-from util.config_file import CONFIG
-from util.data.images import Key, MicroBatchSampler, collate_skipping
+from util.data.batches import MicroBatchSampler
+from util.data.images import collate_skipping
 from util.data.latent_cache import as_one_batch
-from util.debug import Reload, replay
-from util.device import Precision, compile_model, resolve_device, resolve_precision
-from util.dry_run import open_what_is_there, rehearse
-from util.ema import EMA
-from util.errors import run
-from util.evaluation.evaluator import drawn_classes, eval_settings
-from util.evaluation.sweep import evaluate_checkpoint, prepare_measure
-from util.files import check_writable
-from util.flops import training_step
-from util.hardware import Meter, peak_flops
-from util.heldout import HeldOut, find_heldout
-from util.inputs import Inputs, TrainingData, check_agreement, open_inputs, refuse_finished
-from util.json_output import figures_on_stdout
-from util.lock import only_job_in, refuse_busy
-from util.log import TrainingLog
-from util.look import Look, LookSettings
-from util.metrics_file import MetricsFile
-from util.optim import BLR_BATCH, LRSchedule, build_optimizer
-from util.parser import Parser
-from util.plan import Run, TrainSettings, make_plan, rate_remarks
-from util.provenance import environment
+from util.device import Precision, compile_model, resolve_precision
+from util.evaluation.evaluator import Evaluator
+from util.evaluation.sweep import (
+    classes_of_flags,
+    evaluate_checkpoint,
+    evaluation_points,
+    prepare_measure,
+)
+from util.files import check_writable, only_job_in, refuse_busy
+from util.flops import Meter, peak_flops, peak_memory, training_memory, training_step
+from util.logging import LogSettings, TrainingLog, environment, figures_on_stdout
+from util.optim import EMA, build_optimizer
 from util.saver import CheckpointSaver, SaveSettings
-from util.training_args import check_mode, training_parser
+from util.setup import (
+    Inputs,
+    NoData,
+    Plan,
+    build_model,
+    cache_histogram,
+    calibrated_levels,
+    check_agreement,
+    learning_rate,
+    open_inputs,
+    plan_batches,
+    rate_warnings,
+    refuse_finished,
+    sampling_options,
+)
+from util.validation import Validation, ValidationSettings
+
+GIB = 2**30
+SAVED_COPIES = 4  # of the parameters in a checkpoint, fp32: weights, averages, AdamW's two moments
 
 
 def make_parser() -> Parser:
-    return training_parser(__doc__)
+    return train_parser(__doc__)
 
 
 def main() -> None:
     parser = make_parser()
     args = parser.parse()
-    if args.debug_dump:
-        replay(args.debug_dump, resolve_device(args.device))
-        return
     check_mode(args)
     with figures_on_stdout(args.json) as figures:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
         precision = resolve_precision(args.precision, device)
         check_writable(args.output_dir, "--output_dir")
         dist.print_main(f"device {device.type}, precision {precision.name}")
-        dist.print_main(config_file.changed(args, parser))
-        work = evaluate_checkpoint if args.evaluate else train_model
-        figures.update(work(args, device, precision))
+        dist.print_main(changed(args, parser))
+        job = evaluate_checkpoint if args.evaluate else dry_run if args.dry_run else train_model
+        figures.update(job(args, device, precision) or {})
     dist.cleanup()
 
 
-def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict:
-    """Everything is built and checked before anything is written. Figures: of a --dry_run."""
+def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> None:
+    """Everything is built and checked before anything is written."""
     check_writable(args.log_dir or args.output_dir, "--log_dir")
-    if dist.is_main() and not args.dry_run:
+    if dist.is_main():
         refuse_busy(args.output_dir, "--output_dir")
-    opened = open_what_is_there(args) if args.dry_run else open_inputs(args)
-    inputs, held_out = find_heldout(args, opened)
-    data, config = inputs.data, inputs.config
-    classes = drawn_classes(args.classes, config.class_num, data.classes)
-    evaluation = None
-    if args.online_eval:
-        evaluation = eval_settings(args, config.class_num, data.classes)
-    plan = make_plan(args, inputs.checkpoint, len(data.dataset), dist.world_size())
-    batches = plan.schedule
-    lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
-    schedule = LRSchedule(
-        lr,
-        args.min_lr,
-        args.warmup_epochs,
-        args.epochs,
-        batches.steps_per_epoch,
-        args.lr_schedule,
+    inputs = open_inputs(args)
+    run, plan, description = build_run(args, inputs, device, precision)
+    with (
+        only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext(),
+        settings_saved(args, run.output_dir / CONFIG, description, plan.first_step),
+    ):
+        train(run)
+
+
+def build_run(
+    args: argparse.Namespace, inputs: Inputs, device: torch.device, precision: Precision
+) -> tuple[Run, Plan, str]:
+    """The training, its plan, and what a user should see of it before weeks of it begin."""
+    data, config, checkpoint = inputs.data, inputs.config, inputs.checkpoint
+    plan = plan_batches(args, checkpoint, len(data.dataset))
+    batches, first = plan.batches, plan.first_step
+    last = max(first, args.epochs * batches.steps_per_epoch)
+    rate = learning_rate(args, batches)
+    # The same initial weights on every process, whatever was built before the model.
+    torch.manual_seed(value(args, "seed"))
+    model = build_model(
+        config,
+        checkpoint,
+        levels=new_levels(args, inputs),
+        grad_checkpointing=args.grad_checkpointing,
+        head_chunk=args.head_chunk,
+    ).to(device)
+    if args.compile:
+        compile_model(model, device)
+    tokenizer = Tokenizer(inputs.vae, config.latent_scale).to(device)
+    points = evaluation_points(args, config.class_num, data.classes) if args.online_eval else []
+    evaluator = None
+    if args.online_eval and not args.dry_run:
+        measure = prepare_measure(args, config.img_size, device)
+        evaluator = Evaluator(model, tokenizer, device, precision, measure)
+    sampler = MicroBatchSampler(
+        batches, range(first, last), dist.rank(), dist.world_size(), flip=not args.no_flip
     )
-    remarks = rate_remarks(args, schedule, plan, inputs.checkpoint)
-    training = build_run(args, inputs, lr, device, precision)
-    restore(inputs.checkpoint, training)
+    flags = to_save(args)
+    if checkpoint is not None and not checkpoint.begins:  # what a run began with stays known
+        flags["finetune"] = args.finetune or checkpoint.argument("finetune") or ""
+    about = {
+        "environment": environment(device, precision.name, dist.world_size()),
+        "flags": flags,
+        "model": config.to_dict(),
+    }
+    log_settings = LogSettings(
+        args.log_dir or args.output_dir,
+        args.log_freq,
+        batches,
+        first,
+        last,
+        about,
+        args.metrics_file,
+    )
+    meter = Meter(training_step(config), device, peak_flops(device, precision))
+    run = Run(
+        model=model,
+        ema=EMA(model.published_parameters(), args.ema_rate),
+        optimizer=build_optimizer(model.published_parameters(), rate.lr, args.weight_decay),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
+        tokenizer=tokenizer,
+        device=device,
+        precision=precision,
+        batches=batches,
+        steps=range(first, last),
+        learning_rate=rate,
+        data=data.dataset,
+        sampler=sampler,
+        loader=make_loader(args, data.dataset, sampler, device),
+        cached=args.use_cached,
+        log=TrainingLog(log_settings, meter, data.count_skipped),
+        saver=CheckpointSaver(save_settings(args), batches.steps_per_epoch, first),
+        validation=make_validation(args, inputs, tokenizer, device, precision, plan),
+        skip_vote=SkipVote(device, skipped_before(checkpoint)),
+        output_dir=Path(args.output_dir),
+        facts={"classes": data.classes, "vae_sha256": data.vae_sha256, "args": flags},
+        grad_clip=args.grad_clip,
+        max_skipped=args.max_skipped,
+        eval_freq=args.eval_freq,
+        evaluator=evaluator,
+        evaluation=points[0] if points else None,
+    )
+    if checkpoint is not None:
+        checkpoint.load_training_state(run.ema, run.optimizer, run.scaler)
+        checkpoint.release()
+        dist.print_main(f"loaded {checkpoint.path}")
     check_agreement(
         {
-            "first step (--resume)": plan.first_step,
+            "first step (--resume)": first,
             "number of images": len(data.dataset),
-            "number of held-out images": len(held_out.dataset) if held_out else 0,
+            "number of validation images": len(run.validation.numbers),
             "classes": data.classes,
             "settings of the model": config.to_dict(),
             "micro-batches of a step": batches.to_dict(),
-            "learning rate": lr,
+            "learning rate": rate.lr,
         }
     )
-    steps = range(plan.first_step, args.epochs * batches.steps_per_epoch)
-    refuse_finished(inputs.checkpoint, args, steps)
-    settings = TrainSettings(
-        plan=plan,
-        epochs=args.epochs,
-        grad_clip=args.grad_clip,
-        max_skipped=args.max_skipped,
-        cached=args.use_cached,
-        eval_freq=args.eval_freq,
-        output_dir=Path(args.output_dir),
-        extras={"classes": data.classes, "vae_sha256": data.vae_sha256, "args": plain(args)},
-        evaluation=evaluation,
-    )
-    description = "\n".join([*describe(args, training, data, settings, lr), *remarks])
+    refuse_finished(args, checkpoint, run.steps)
+    lines = [*describe(args, run, inputs), *plan.notes]
+    lines += [f"going on after step {first}"] if first else []
+    description = "\n".join([*lines, *rate_warnings(args, rate, first, checkpoint)])
     dist.print_main(description)
-    metrics_file = MetricsFile(args.metrics_file, plan.first_step)
-    if args.dry_run:
-        return rehearse(training, settings, inputs, args.compile, train_step)
-    log = make_log(args, training, data, settings, metrics_file)
-    look = make_look(args, training, data, held_out, settings, classes)
-    loader, reload = make_loader(args, data, settings, device)
-    saver = CheckpointSaver(save_settings(args), batches.steps_per_epoch, plan.first_step)
-    settings_file = Path(args.output_dir) / CONFIG
-    with (
-        only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext(),
-        config_file.saved(args, settings_file, description, plan.first_step),
-    ):
-        train(training, loader, reload, schedule, log, saver, settings, look)
-    return {}
+    return run, plan, description
 
 
-def make_log(
-    args: argparse.Namespace,
-    training: Run,
-    data: TrainingData,
-    settings: TrainSettings,
-    metrics_file: MetricsFile,
-) -> TrainingLog:
-    plan, device = settings.plan, training.device
-    operations = training_step(training.model.config).total
-    return TrainingLog(
-        args.log_dir or args.output_dir,
-        every=args.log_freq,
-        images=plan.schedule.global_batch,
-        total_steps=settings.last_step,
-        steps_per_epoch=plan.schedule.steps_per_epoch,
-        count_skipped=data.count_skipped,
-        meter=Meter(operations, device, peak_flops(device, training.precision)),
-        first_step=plan.first_step,
-        about=about(args, training) if dist.is_main() else None,
-        metrics_file=metrics_file,
+def new_levels(args: argparse.Namespace, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
+    """Those of a calibrated quantizer at the start of a training; a checkpoint brings its own."""
+    config = inputs.config
+    if config.quantizer == "published" or inputs.checkpoint is not None:
+        return None
+    histogram = cache_histogram(args.cached_path, config.vae_embed_dim, inputs.data.vae_sha256)
+    return calibrated_levels(histogram, config.quant_levels, config.latent_scale)
+
+
+def skipped_before(checkpoint: Checkpoint | None) -> int:
+    known = checkpoint is not None and "skipped_steps" in checkpoint.saved
+    return checkpoint.whole_number("skipped_steps") if known else 0
+
+
+def make_loader(
+    args: argparse.Namespace, dataset, sampler: MicroBatchSampler, device: torch.device
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=as_one_batch if args.use_cached else collate_skipping,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+        worker_init_fn=stop.ignore_in_worker,
     )
-
-
-def make_look(
-    args: argparse.Namespace,
-    training: Run,
-    data: TrainingData,
-    held_out: HeldOut | None,
-    settings: TrainSettings,
-    classes: tuple[int, ...] | None,
-) -> Look:
-    """classes: that previews show; None is all of the model's."""
-    if held_out is not None and args.val_freq:
-        used = min(args.val_images, len(held_out.dataset))
-        dist.print_main(f"held-out loss on {used} images of {held_out.source}")
-    return Look(
-        training.model,
-        training.ema,
-        training.tokenizer,
-        training.device,
-        training.precision,
-        LookSettings.of(
-            args, settings.plan.schedule.steps_per_epoch, settings.last_step, classes, data.classes
-        ),
-        data.dataset,
-        held_out,
-        args.val_images,
-    )
-
-
-def describe(
-    args: argparse.Namespace,
-    training: Run,
-    data: TrainingData,
-    settings: TrainSettings,
-    lr: float,
-) -> list[str]:
-    """Lines that a user should see before a run of weeks begins."""
-    plan, batches = settings.plan, settings.plan.schedule
-    parameters = sum(p.numel() for p in training.model.parameters()) / 1e6
-    images = f"{batches.images} images in {len(data.classes)} classes"
-    lines = [
-        f"{parameters:.1f} M parameters, {images if data.classes else data.source}",
-        f"global batch {batches.global_batch} ({batches.micro_batches} x {batches.batch_size} on "
-        f"{dist.world_size()} processes), lr {lr:.3g}, {batches.steps_per_epoch} steps an epoch, "
-        f"{args.epochs} epochs, output {args.output_dir}",
-    ]
-    if plan.note:
-        lines.append(f"note: {plan.note}")
-    if plan.first_step:
-        lines.append(f"going on after step {plan.first_step}")
-    return lines
 
 
 def save_settings(args: argparse.Namespace) -> SaveSettings:
@@ -222,110 +235,113 @@ def save_settings(args: argparse.Namespace) -> SaveSettings:
     )
 
 
-def build_run(
+def make_validation(
     args: argparse.Namespace,
     inputs: Inputs,
-    lr: float,
+    tokenizer: Tokenizer,
     device: torch.device,
     precision: Precision,
-) -> Run:
-    # The same initial weights on every process, whatever was built before the model.
-    torch.manual_seed(args.seed)
-    model = build_model(
-        inputs.config,
-        inputs.checkpoint,
-        grad_checkpointing=args.grad_checkpointing,
-        head_chunk=args.head_chunk,
-        levels=new_levels(args, inputs),
-    ).to(device)
-    if args.compile:
-        compile_model(model, device)
-    inception = None
-    if args.online_eval and not args.dry_run:
-        inception = prepare_measure(args, inputs.config.img_size, device)
-    return Run(
-        model=model,
-        ema=EMA(model.published_parameters(), args.ema_rate),
-        optimizer=build_optimizer(model.published_parameters(), lr, args.weight_decay),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
-        agreement=Agreement(device, skipped_before(inputs.checkpoint)),
-        tokenizer=Tokenizer(inputs.vae, inputs.config.latent_scale).to(device),
-        device=device,
-        precision=precision,
-        inception=inception,
+    plan: Plan,
+) -> Validation:
+    data, steps_per_epoch = inputs.data, plan.batches.steps_per_epoch
+    loss_every, samples_every = (
+        max(1, round(freq * steps_per_epoch)) if freq else 0
+        for freq in (args.val_freq, args.preview_freq)
     )
-
-
-def skipped_before(checkpoint: Checkpoint | None) -> int:
-    known = checkpoint is not None and "skipped_steps" in checkpoint.saved
-    return checkpoint.whole_number("skipped_steps") if known else 0
-
-
-def new_levels(args: argparse.Namespace, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
-    """Those of a calibrated quantizer at the start of a training; a checkpoint brings its own."""
-    config = inputs.config
-    if config.quantizer == "published" or inputs.checkpoint is not None:
-        return None
-    histogram = cache_histogram(args.cached_path, config.vae_embed_dim, inputs.data.vae_sha256)
-    return calibrated_levels(histogram, config.quant_levels, config.latent_scale)
-
-
-def restore(checkpoint: Checkpoint | None, training: Run) -> None:
-    """Load EMA, optimizer and scaler of a checkpoint."""
-    if checkpoint is None:
-        return
-    checkpoint.load_training_state(training.ema, training.optimizer, training.scaler)
-    checkpoint.release()
-    dist.print_main(f"loaded {checkpoint.path}")
-
-
-def make_loader(
-    args: argparse.Namespace, data: TrainingData, settings: TrainSettings, device: torch.device
-) -> tuple[DataLoader, Reload]:
-    """This process's micro-batches from the first step to the last, and any of them by number."""
-    plan, batches = settings.plan, settings.plan.schedule
-    sampler = MicroBatchSampler(
-        len(data.dataset),
-        batches.batch_size,
-        batches.micro_batches,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        seed=batches.seed,
-        flip=not args.no_flip,
-        first_step=plan.first_step,
-        num_steps=max(0, settings.last_step - plan.first_step),
+    settings = ValidationSettings(
+        loss_every=loss_every,
+        loss_images=args.val_images,
+        samples_every=samples_every,
+        samples=args.preview_images,
+        last_step=args.epochs * steps_per_epoch,
+        sampling=sampling_options(args, num_iter=args.preview_iter, token_cache=0),
+        classes=classes_of_flags(args.classes, inputs.config.class_num, data.classes),
+        names=data.classes,
     )
-    loader = DataLoader(
-        data.dataset,
-        batch_sampler=sampler,
-        collate_fn=as_one_batch if args.use_cached else collate_skipping,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-        worker_init_fn=stop.ignore_in_worker,
-    )
-
-    def reload(step: int, micro_batch: int) -> tuple[list[Key], Tensor, Tensor]:
-        keys = sampler.keys(step, micro_batch)
-        return keys, *default_collate([data.dataset[key] for key in keys])
-
-    return loader, reload
+    images = inputs.validation if loss_every else None
+    if images is not None:
+        count = min(args.val_images, len(images.dataset))
+        dist.print_main(f"validation loss on {count} images of {images.source}")
+    return Validation(settings, tokenizer, device, precision, data.dataset, images)
 
 
-def about(args: argparse.Namespace, training: Run) -> dict:
-    """How the run is begun or gone on with, for those who look at it later."""
+def describe(args: argparse.Namespace, run: Run, inputs: Inputs) -> list[str]:
+    """Lines that a user should see before a run of weeks begins."""
+    data, batches = inputs.data, run.batches
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    images = f"{batches.images} images in {len(data.classes)} classes"
+    return [
+        f"{parameters:.1f} M parameters, {images if data.classes else data.source}",
+        f"global batch {batches.global_batch} ({batches.micro_batches} x {batches.batch_size} on "
+        f"{dist.world_size()} processes), lr {run.learning_rate.lr:.3g}, "
+        f"{batches.steps_per_epoch} steps an epoch, {args.epochs} epochs, output {args.output_dir}",
+    ]
+
+
+# --- dry run
+
+
+def dry_run(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict:
+    """The doctor's checks, one step on random latents, and what the training would take."""
+
+    def step() -> dict:
+        inputs = open_inputs(args)
+        run, _, _ = build_run(args, inputs, device, precision)
+        return step_figures(run, inputs, steps=2 if device.type != "cpu" or args.compile else 1)
+
+    return doctor.dry_run(args, device, doctor.TRAINING_CHECKS, step)
+
+
+def step_figures(run: Run, inputs: Inputs, steps: int) -> dict:
+    """Of the last of some steps as in training; the same on all processes."""
+    run = replace(run, loader=random_batches(run), cached=True)
+    run.start()
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    seconds = []
+    for step in range(run.steps.start, run.steps.start + steps):
+        started = time.perf_counter()
+        result = train_step(run, step)
+        loss = float(dist.all_reduce_sum(result.loss.clone()))
+        if run.device.type != "cpu":
+            torch.accelerator.synchronize(run.device)
+        seconds.append(time.perf_counter() - started)
+    slowest = torch.tensor([seconds[0], seconds[-1], float(peak_memory(run.device))])
+    first, last, peak = dist.all_reduce_max(slowest.to(run.device)).tolist()
+    config, batches, chunk = run.model.config, run.batches, run.model.head.chunk
+    memory = training_memory(config, batches.batch_size, run.precision.name, chunk, run.device)
+    parameters = sum(p.numel() for p in run.model.parameters())
+    rate = batches.global_batch / last
+    hours = None if isinstance(inputs.data.dataset, NoData) else len(run.steps) * last / 3600
     return {
-        "environment": environment(training.device, training.precision.name, dist.world_size()),
-        "flags": plain(args),
-        "model": training.model.config.to_dict(),
+        "loss": loss,
+        "parameters": parameters,
+        "images_per_step": batches.global_batch,
+        "seconds_first_step": first,
+        "seconds_per_step": last,
+        "images_per_second": rate,
+        "tflops_per_device": training_step(config) * rate / dist.world_size() / 1e12,
+        "gib_estimated": memory.total / GIB,
+        "gib_peak": peak / GIB,
+        "gib_per_checkpoint": 4 * SAVED_COPIES * parameters / GIB,
+        "steps": len(run.steps),
+        "hours": hours,
+        "device_hours": hours * dist.world_size() if hours is not None else None,
     }
 
 
-def plain(args: argparse.Namespace) -> dict:
-    """The flags as plain values, for the checkpoint."""
-    return {key: value for key, value in vars(args).items() if key != "explicit"}
+def random_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """Posteriors [B, 2C, h, w] of about unit scaled variance, labels [B], again and again."""
+    config, size = run.model.config, run.batches.batch_size
+    generator = torch.Generator().manual_seed(dist.rank())
+    while True:
+        shape = (size, *config.latent_shape)
+        means = torch.randn(shape, generator=generator) / config.latent_scale
+        labels = torch.randint(config.class_num, (size,), generator=generator)
+        yield torch.cat([means, torch.full_like(means, -10.0)], dim=1), labels
 
 
-cli = partial(run, main)
+cli = partial(dist.run, main)
 
 if __name__ == "__main__":
     cli()

@@ -1,80 +1,69 @@
-"""Command lines: types of values, and the flag groups that scripts share.
+"""Command lines: a parser that answers in one line, --config, and the flags of all scripts.
 
-Names and defaults are those of the published scripts.
+Names and defaults are those of the published scripts. A flag that something else may know better
+(a checkpoint, the data, a cache) is None unless it is given; `value` then says the published one.
 """
 
 import argparse
 import math
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 from models.config import HEAD_INPUTS, PRESETS, QUANTIZERS, TokenBridgeConfig
+from models.precision import PRECISIONS
+from models.sampler import CFG_SCHEDULES, ORDERS
+from util import dist
 from util.data.images import MAX_PIXELS
-from util.device import PRECISIONS
-from util.dist import NO_PROGRESS
+from util.errors import EXIT_USER_ERROR, UserError, as_user_error, did_you_mean
 from util.evaluation.extractor import INCEPTION
-from util.metrics_file import metrics_path
-from util.parser import Parser
-
-PUBLISHED = TokenBridgeConfig()  # whose values are the published defaults
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def non_negative_int(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
-
-
-def seed(text: str) -> int:
-    value = non_negative_int(text)
-    if value >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} has more than 63 bits")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
-
-
-def positive_float(text: str) -> float:
-    value = non_negative_float(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not finite")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
+from util.files import atomic_write
+from util.lock import LOCK
+from util.optim import BLR_BATCH
 
 MAX_BITS = 9  # see GaussianQuantizer
+CONFIG, EVALUATION_CONFIG = "config.yaml", "config-evaluation.yaml"
+# Of one call, or of one process, and not of what it does.
+NOT_SAVED = ("config", "dry_run", "world_size", "local_rank")
+# Where a run writes besides its folder: a run in another folder leaves them alone.
+OF_ONE_FOLDER = ("metrics_file", "log_dir")
+SAVED_BY, GIVEN = "saved_by", "given"  # in files that a run has left; the second until version 0.1
+COMMANDS = ("python ", "torchrun ")  # how a paragraph of examples begins
 
 
-def bit_width(text: str) -> int:
-    """Bits a latent scalar."""
-    value = int(text)
-    if not 1 <= value <= MAX_BITS:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and {MAX_BITS} bits")
-    return value
+# --- types of values
+
+
+def bounded(kind: type, low: float = -math.inf, high: float = math.inf, least: float | None = None):
+    """A number in [low, high], finite, and above `least` if that is given."""
+
+    def parse(text: str):
+        number = kind(text)
+        inside = low <= number <= high and math.isfinite(number)
+        if not inside or (least is not None and number <= least):
+            beyond = f" and above {least:g}" if least is not None else ""
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]{beyond}")
+        return number
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+positive_int = bounded(int, 1)
+non_negative_int = bounded(int, 0)
+random_seed = bounded(int, 0, 2**63 - 1)
+finite_float = bounded(float)
+non_negative_float = bounded(float, 0)
+positive_float = bounded(float, 0, least=0)
+fraction = bounded(float, 0, 1)
+bit_width = bounded(int, 1, MAX_BITS)
 
 
 def bit_width_or_continuous(text: str) -> int:
@@ -90,182 +79,601 @@ def latent_scale(text: str) -> str | float:
     return text if text == "auto" else positive_float(text)
 
 
-def add_device_flags(parser: Parser):
-    """The group, for further flags."""
-    group = parser.add_argument_group("device")
-    group.add_argument(
-        "--device",
-        default="cuda",
+def metrics_path(text: str) -> str:
+    if Path(text).suffix != ".jsonl":
+        raise argparse.ArgumentTypeError(f"{text} does not end in .jsonl")
+    return text
+
+
+# --- flags
+
+
+@dataclass(frozen=True)
+class Flag:
+    """kind: makes the value of the word; bool is a switch. published: what `value` says of a flag
+    that is None unless given. metavar: what --help calls the value.
+    """
+
+    name: str
+    kind: Callable | None
+    default: object
+    help: str
+    published: object = None
+    choices: tuple[str, ...] | None = None
+    nargs: str | None = None
+    metavar: str | None = None
+
+    def add_to(self, group) -> None:
+        if self.kind is bool:
+            group.add_argument(f"--{self.name}", action="store_true", help=self.help)
+            return
+        shown = self.published if self.default in (None, "") else self.default
+        listed = shown if isinstance(shown, list) else [shown]
+        default = f" [{' '.join(map(str, listed))}]" if shown not in (None, "") else ""
+        group.add_argument(
+            f"--{self.name}",
+            type=self.kind,
+            default=self.default,
+            choices=self.choices,
+            nargs=self.nargs,
+            metavar=None if self.choices else self.metavar or _metavar(self.kind),
+            help=(self.help + default).replace("%", "%%"),
+        )
+
+
+def _metavar(kind: Callable | None) -> str:
+    return {"int": "N", "float": "X"}.get(getattr(kind, "__name__", ""), "PATH")
+
+
+PUBLISHED: dict[str, object] = {}
+
+
+def auto(name: str, kind: Callable, published, help: str, **more) -> Flag:
+    """A flag that is None unless given, where something else may know better."""
+    PUBLISHED[name] = published
+    return Flag(name, kind, None, help, published, **more)
+
+
+def model_flag(name: str, kind: Callable, help: str, **more) -> Flag:
+    """A setting of the model, which a checkpoint knows."""
+    return auto(name, kind, getattr(TokenBridgeConfig(), name), help, **more)
+
+
+def value(args: argparse.Namespace, name: str):
+    """What a flag says, or the published value where it was not given."""
+    given = getattr(args, name)
+    return PUBLISHED[name] if given is None else given
+
+
+DATA_PATH = auto("data_path", str, "./data/imagenet", "images in train/CLASS/")
+CACHED_PATH = Flag("cached_path", str, "", "the cache that main_cache.py made")
+QUANTIZER = model_flag(
+    "quantizer",
+    str,
+    "the levels: published, or calibrated to each channel of --cached_path's latents",
+    choices=QUANTIZERS,
+)
+METRICS_FILE = Flag(
+    "metrics_file", metrics_path, None, "figures for other programs, a line of JSON each time"
+)
+JSON = Flag("json", bool, False, "the final figures as JSON on stdout, all else on stderr")
+SEED = auto("seed", random_seed, 1, "of everything random")
+DEVICE = Flag("device", str, "cuda", "cuda, mps or cpu; what the machine has instead is used")
+EVAL_WEIGHTS = Flag("eval_weights", str, "ema", "averaged or raw weights", choices=("ema", "model"))
+RESUME = Flag(
+    "resume",
+    str,
+    "",
+    "folder or file of a checkpoint, or a folder of util.export; auto: the newest whole one of "
+    "--output_dir, if any",
+)
+EXTRACTOR = [
+    Flag(
+        "feature_extractor",
+        str,
+        INCEPTION,
+        "registered with torch-fidelity, or MODULE:NAME, where MODULE registers NAME",
         metavar="NAME",
-        help="cuda, mps or cpu; what the machine has instead is used, and said",
-    )
-    group.add_argument("--seed", type=seed, default=1, help="of everything random")
-    return group
-
-
-def add_precision_flag(group) -> None:
-    group.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="arithmetic; auto: bf16 where CUDA has it, else fp16 with loss scaling; fp32 on a CPU",
-    )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the blocks with torch.compile: minutes at the start, faster steps",
-    )
-
-
-def add_distributed_flags(parser: Parser) -> None:
-    group = parser.add_argument_group(
-        "processes", "torchrun and Slurm are recognised by their environment"
-    )
-    group.add_argument("--world_size", type=int, default=1, help="set by the launcher; not read")
-    group.add_argument(
-        "--local_rank", "--local-rank", type=int, default=-1, help="set by the launcher; not read"
-    )
-    group.add_argument("--dist_on_itp", action="store_true", help="started by Open MPI")
-    group.add_argument("--dist_url", default="env://", metavar="URL", help="where they meet")
-    group.add_argument(
-        "--dist_timeout",
-        type=positive_float,
-        default=NO_PROGRESS,
-        help="seconds without any progress after which all processes stop and say who holds them",
-    )
-
-
-def add_vae_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("tokenizer")
-    group.add_argument(
-        "--img_size", type=positive_int, default=PUBLISHED.img_size, help="pixels, of a side"
-    )
-    group.add_argument(
-        "--vae_path",
-        default="pretrained_models/vae/kl16.ckpt",
-        metavar="PATH",
-        help="weights of the VAE, or a folder of diffusers",
-    )
-    group.add_argument(
-        "--vae_embed_dim",
-        type=positive_int,
-        default=PUBLISHED.vae_embed_dim,
-        help="latent channels",
-    )
-
-
-def add_loader_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("loader")
-    group.add_argument("--num_workers", type=non_negative_int, default=10, help="of each process")
-    group.add_argument(
-        "--pin_mem", action="store_true", default=True, help="page-locked batches (default)"
-    )
-    group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="pageable ones")
-    group.add_argument(
-        "--skip_bad_images", action="store_true", help="count and skip unreadable images"
-    )
-    group.add_argument(
-        "--max_image_pixels",
-        type=positive_int,
-        default=MAX_PIXELS,
-        help="of one image; larger ones count as unreadable",
-    )
-
-
-def add_metric_flags(parser: Parser) -> None:
-    group = parser.add_argument_group("metrics")
-    group.add_argument(
-        "--fid_stats",
-        metavar="FILE",
-        help="npz with mu and sigma; default: fid_stats/adm_in256_stats.npz if there",
-    )
-    group.add_argument("--no_metrics", action="store_true", help="images only, no FID and IS")
-    add_extractor_flags(group)
-
-
-def add_output_flags(group) -> None:
-    group.add_argument(
-        "--metrics_file",
-        type=metrics_path,
-        metavar="FILE",
-        help="figures for other programs, as FILE.tsv or FILE.jsonl, appended as they come",
-    )
-    group.add_argument(
-        "--json",
-        action="store_true",
-        help="the final figures as JSON on stdout, all else on stderr",
-    )
-
-
-def add_extractor_flags(group) -> None:
-    group.add_argument(
-        "--feature_extractor",
-        default=INCEPTION,
-        metavar="NAME",
-        help="registered with torch-fidelity, or MODULE:NAME, where MODULE registers NAME",
-    )
-    group.add_argument(
-        "--inception_weights",
-        metavar="FILE",
-        help="of the extractor, torch-fidelity's Inception or other",
-    )
-
-
-def add_quantizer_flag(group) -> None:
-    group.add_argument(
-        "--quantizer",
-        choices=QUANTIZERS,
-        default=PUBLISHED.quantizer,
-        help="the levels: published, or calibrated to each channel of --cached_path's latents",
-    )
-
-
-def add_model_flags(parser: Parser) -> None:
-    group = parser.add_argument_group(
-        "model", "a checkpoint made here knows its own settings; a flag given must agree with it"
-    )
-    group.add_argument("--model", choices=PRESETS, default="tokenbridge_large", help="size")
-    group.add_argument("--quant_bits", type=bit_width, default=6, help="bits a latent scalar")
-    add_quantizer_flag(group)
-    for name, kind, text in (
-        ("vae_stride", positive_int, "pixels a latent position"),
-        ("patch_size", positive_int, "latent positions a token, along one side"),
-        (
-            "class_num",
-            positive_int,
-            "classes; if not given, as many as the data or the checkpoint have",
-        ),
-        ("quant_min", finite_float, "lowest scaled latent"),
-        ("quant_max", finite_float, "highest scaled latent"),
-        ("buffer_size", positive_int, "slots filled with the class"),
-        ("attn_dropout", fraction, "on attention weights"),
-        ("proj_dropout", fraction, "after projections"),
-        ("label_drop_prob", fraction, "share of labels dropped in training"),
-        ("mask_ratio_min", fraction, "least share of masked positions in training"),
-    ):
-        group.add_argument(f"--{name}", type=kind, default=getattr(PUBLISHED, name), help=text)
-    group.add_argument(
-        "--use_quantized_value",
-        action="store_true",
-        help="the encoder reads dequantized values; it always does, as published",
-    )
-    group.add_argument(
-        "--latent_scale",
-        type=latent_scale,
-        default="auto",
+    ),
+    Flag("inception_weights", str, None, "of the extractor, torch-fidelity's Inception or other"),
+]
+DATA = [
+    DATA_PATH,
+    Flag("use_cached", bool, False, "read latents, not images"),
+    CACHED_PATH,
+    Flag("no_flip", bool, False, "no mirror images (digits, text)"),
+    Flag("output_dir", str, "./output_dir", "checkpoints, logs and images"),
+    Flag("log_dir", str, "", "TensorBoard's; default: --output_dir"),
+    METRICS_FILE,
+    JSON,
+    Flag("dry_run", bool, False, "check everything, make one step, say what a training takes"),
+    RESUME,
+    Flag(
+        "finetune",
+        str,
+        "",
+        "begin with the averaged weights of a checkpoint, also for other classes or another image "
+        "size; as --resume names it",
+    ),
+]
+MODEL = [
+    auto("model", str, "tokenbridge_large", "size", choices=PRESETS),
+    auto("quant_bits", bit_width, 6, "bits a latent scalar"),
+    QUANTIZER,
+    model_flag("vae_stride", positive_int, "pixels a latent position"),
+    model_flag("patch_size", positive_int, "latent positions a token, along one side"),
+    model_flag("class_num", positive_int, "classes; else as many as data or checkpoint have"),
+    model_flag("quant_min", finite_float, "lowest scaled latent"),
+    model_flag("quant_max", finite_float, "highest scaled latent"),
+    model_flag("buffer_size", positive_int, "slots filled with the class"),
+    model_flag("attn_dropout", fraction, "on attention weights"),
+    model_flag("proj_dropout", fraction, "after projections"),
+    model_flag("label_drop_prob", fraction, "share of labels dropped in training"),
+    model_flag("mask_ratio_min", fraction, "least share of masked positions in training"),
+    Flag("use_quantized_value", bool, False, "the encoder's input; it always is, as published"),
+    auto(
+        "latent_scale",
+        latent_scale,
+        "auto",
+        "1 / std of the latents; auto: the cache's, or the published one for KL-16",
         metavar="X",
-        help="1 / std of the latents; auto: the cache's, or the published one for KL-16",
-    )
-    group.add_argument(
-        "--channel_order",
-        type=channel_order,
-        default="auto",
+    ),
+    auto(
+        "channel_order",
+        channel_order,
+        "auto",
+        "order of the head's channels, as 8,1,10...; auto: the cache's, or the published one",
         metavar="ORDER",
-        help="order of the head's channels, as 8,1,10...; auto: the cache's, or the published one",
+    ),
+    model_flag("head_input", str, "the sampler's first input to the head", choices=HEAD_INPUTS),
+]
+VAE = [
+    model_flag("img_size", positive_int, "pixels, of a side"),
+    auto(
+        "vae_path",
+        str,
+        "pretrained_models/vae/kl16.ckpt",
+        "weights of the VAE, or a folder of diffusers",
+    ),
+    model_flag("vae_embed_dim", positive_int, "latent channels"),
+]
+TRAINING = [
+    auto("batch_size", positive_int, 16, "samples of a micro-batch"),
+    auto("accum_iter", positive_int, 1, "micro-batches a step, of each process"),
+    Flag(
+        "global_batch",
+        positive_int,
+        None,
+        "samples a step, whatever the number of processes; sets the accumulation",
+    ),
+    Flag("epochs", positive_int, 400, "in all, with those of --resume"),
+    Flag("start_epoch", non_negative_int, 0, "the first one, without --resume"),
+    Flag("warmup_epochs", non_negative_float, 100, "in which the rate rises from 0"),
+    Flag("lr", non_negative_float, None, "peak learning rate; default: by --blr"),
+    Flag("blr", non_negative_float, 1e-4, f"lr = blr * samples a step / {BLR_BATCH}"),
+    Flag("min_lr", non_negative_float, 0.0, "learning rate at the end"),
+    Flag("lr_schedule", str, "cosine", "after warm-up", choices=("cosine", "constant")),
+    Flag("weight_decay", non_negative_float, 0.02, "AdamW's"),
+    Flag("grad_clip", positive_float, 3.0, "largest norm of the gradient"),
+    Flag("ema_rate", fraction, 0.9999, "of the averaged weights, a step"),
+    Flag("grad_checkpointing", bool, False, "less memory: recompute all blocks"),
+    Flag(
+        "head_chunk",
+        non_negative_int,
+        None,
+        "masked positions that the head works on at once: less is less memory; 0 is all of them, "
+        "the plain loss; default: what keeps the device busy",
+    ),
+    Flag("log_freq", positive_int, 20, "steps between two log lines"),
+    Flag("max_skipped", positive_int, 20, "steps in a row, not finite, after which to stop"),
+]
+SAVING = [
+    Flag("save_last_freq", positive_int, 5, "epochs between two"),
+    Flag("save_steps", non_negative_int, 0, "steps, besides; 0: never"),
+    Flag("save_minutes", non_negative_float, 30.0, "minutes, besides; 0: never"),
+    Flag("keep_checkpoints", positive_int, 2, "how many of the last stay"),
+    Flag("save_every", non_negative_int, 0, "epochs between those that all stay; 0: none"),
+]
+VALIDATION = [
+    Flag("preview_freq", non_negative_float, 1.0, "epochs between image grids"),
+    Flag("preview_images", positive_int, 8, "of each, raw and averaged weights"),
+    Flag("preview_iter", positive_int, 32, "iterations"),
+    Flag("val_freq", non_negative_float, 1.0, "epochs between validation losses"),
+    Flag("val_images", positive_int, 256, "validation images used, at most"),
+    Flag("val_path", str, "", "validation images in CLASS/; default: val/ beside train/, if there"),
+    Flag("val_cached_path", str, "", "or a cache of them (main_cache.py --split val)"),
+    Flag("holdout", non_negative_int, 0, "or so many of the training images"),
+]
+SAMPLING = [
+    Flag("num_iter", positive_int, [256], "iterations an image", nargs="+"),
+    Flag("cfg", non_negative_float, [1.0], "guidance; 1 is none", nargs="+"),
+    Flag("cfg_schedule", str, "linear", "of the guidance", choices=CFG_SCHEDULES),
+    Flag("temperature", non_negative_float, [1.0], "of the levels; 0: argmax", nargs="+"),
+    Flag("order", str, "random", "in which positions are filled", choices=ORDERS),
+    Flag(
+        "token_cache",
+        non_negative_int,
+        0,
+        "faster, approximate: between two of so many iterations, compute only what was just filled "
+        "or is predicted; 0 is never",
+    ),
+]
+EVALUATION = [
+    Flag("evaluate", bool, False, "generate images, measure them and stop"),
+    Flag("online_eval", bool, False, "evaluate while training"),
+    Flag("eval_freq", positive_int, 40, "epochs between two, while training"),
+    Flag("eval_bsz", positive_int, 64, "images a batch"),
+    Flag("num_images", positive_int, 50000, "in all, spread over the classes"),
+    Flag(
+        "classes",
+        str,  # in a file of settings a number needs no quotes
+        None,
+        "draw these, by name or by number (previews too); default: all that were trained",
+        nargs="+",
+        metavar="CLASS",
+    ),
+    *SAMPLING,
+    EVAL_WEIGHTS,
+    Flag("keep_images", bool, False, "keep the PNG files once they are measured"),
+    Flag("save_npz", bool, False, "all images as samples.npz, for ADM's evaluator"),
+    Flag(
+        "fid_reference",
+        str,
+        None,
+        "real images, a folder or an npz file of them: FID, KID, precision and recall to them",
+    ),
+]
+METRICS = [
+    Flag(
+        "fid_stats",
+        str,
+        None,
+        "npz with mu and sigma; default: fid_stats/adm_in256_stats.npz if there",
+    ),
+    Flag("no_metrics", bool, False, "images only, no FID and IS"),
+    *EXTRACTOR,
+]
+LOADER = [
+    Flag("num_workers", non_negative_int, 10, "of each process"),
+    Flag("skip_bad_images", bool, False, "count and skip unreadable images"),
+    Flag(
+        "max_image_pixels",
+        positive_int,
+        MAX_PIXELS,
+        "of one image; larger ones count as unreadable",
+    ),
+]
+PRECISION = [
+    Flag(
+        "precision",
+        str,
+        "auto",
+        "arithmetic; auto: bf16 where CUDA has it, else fp16 with loss scaling; fp32 on a CPU",
+        choices=PRECISIONS,
+    ),
+    Flag("compile", bool, False, "compile the blocks: minutes at the start, faster steps"),
+]
+
+
+# --- the parser
+
+
+class Parser(argparse.ArgumentParser):
+    """--help shows defaults in 80 columns; a wrong flag gets one line and exit code 2.
+
+    description: the script's docstring; what it says of letters is for readers of the code.
+    """
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description.partition("\nLetters:")[0],
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,  # a prefix that works today is ambiguous tomorrow
+        )
+        self.file: str | None = None  # of --config
+        self.add_argument(
+            "--config",
+            metavar="FILE",
+            help="settings, as `name: value` in YAML, or the config.yaml of a run; flags go before "
+            "them, and --no_NAME switches off what the file switches on",
+        )
+
+    def add_flags(self, title: str, *flags: Flag, about: str | None = None):
+        """A group, which is returned for further flags."""
+        group = self.add_argument_group(title, about)
+        for flag in flags:
+            flag.add_to(group)
+        return group
+
+    def add_loader_flags(self) -> None:
+        group = self.add_flags("loader", *LOADER)
+        group.add_argument(
+            "--pin_mem", action="store_true", default=True, help="page-locked batches (default)"
+        )
+        group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="pageable")
+
+    def add_device_flags(self, *more: Flag) -> None:
+        self.add_flags("device", DEVICE, SEED, *more)
+        group = self.add_argument_group(
+            "processes", "torchrun and Slurm are recognised by their environment"
+        )
+        add = group.add_argument
+        add("--world_size", type=int, default=1, metavar="N", help="not read [1]")
+        add("--local_rank", "--local-rank", type=int, default=-1, metavar="N", help="not read [-1]")
+        add("--dist_on_itp", action="store_true", help="started by Open MPI")
+        add("--dist_url", default="env://", metavar="URL", help="where they meet [env://]")
+        Flag(
+            "dist_timeout",
+            positive_float,
+            dist.NO_PROGRESS,
+            "seconds without any progress after which all processes stop and say who holds them",
+        ).add_to(group)
+
+    def error(self, message: str):
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """Like parse_args, with the settings of --config before the words of the command line."""
+        self._add_negations()
+        argv = [expand_home(word) for word in (sys.argv[1:] if argv is None else argv)]
+        self._refuse_empty(argv)
+        path = _value_of("--config", argv)
+        try:
+            words = self._words_of(path, _value_of("--output_dir", argv)) if path else []
+        except (ValueError, OSError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            self.error(f"--config {path}: {reason}")
+        args, unknown = self.parse_known_args(words + argv)
+        if unknown:
+            self.error(f"unknown: {' '.join(unknown)}{self._hint(unknown)}")
+        return args
+
+    def _words_of(self, path: str, output_dir: str | None) -> list[str]:
+        """The words of a command line that say what a file of settings says, each checked alone.
+
+        output_dir: the one that the command line names. Of the file that a run in another folder
+        has left, the names of that run's own files are not taken.
+        """
+        settings = read_settings(path)
+        elsewhere = output_dir not in (None, settings.get("output_dir"))
+        if settings.pop(SAVED_BY, None) and elsewhere:
+            settings = {k: v for k, v in settings.items() if k not in OF_ONE_FOLDER}
+        words: list[str] = []
+        for name, setting in settings.items():
+            words += self._words(name, setting)
+        return words
+
+    def _words(self, name: str, setting) -> list[str]:
+        actions = {
+            option.removeprefix("--"): action
+            for action in self._actions
+            for option in action.option_strings
+            if action.dest not in ("help", "config") and action.help != argparse.SUPPRESS
+        }
+        if name not in actions:
+            raise ValueError(f"{name} is no setting of {self.prog}{did_you_mean(name, actions)}")
+        action = actions[name]
+        if action.nargs == 0:
+            if not isinstance(setting, bool):
+                raise ValueError(f"{name}: {setting!r} is not true or false")
+            return [f"--{name}"] if setting else [] if name == "no_pin_mem" else [f"--no_{name}"]
+        if setting is None or setting == "":
+            return []
+        parts = setting if isinstance(setting, list) else [setting]
+        if not parts or any(isinstance(p, bool | dict | list | None.__class__) for p in parts):
+            raise ValueError(f"{name}: {setting!r} is not a value or a list of values")
+        parts = [os.path.expanduser(str(part)) for part in parts]
+        parts = parts if action.nargs else [",".join(parts)]  # --channel_order 8,1,10
+        for part in parts:
+            self._check(name, action, part)
+        return [f"--{name}={parts[0]}"] if not action.nargs else [f"--{name}", *parts]
+
+    def _check(self, name: str, action: argparse.Action, part: str) -> None:
+        try:
+            converted = self._get_value(action, part)
+            self._check_value(action, converted)
+        except argparse.ArgumentError as error:
+            raise ValueError(f"{name}: {error.message}") from error
+
+    def _refuse_empty(self, words: list[str]) -> None:
+        """No flag has an empty value to mean: --resume "$RUN" has one where RUN is not set."""
+        for before, word in zip(["", *words], words, strict=False):
+            if word == "" or re.fullmatch(r"--\w+=", word):
+                name = (word or before).rstrip("=")
+                where = f"the value of {name}" if name.startswith("-") else "an argument"
+                self.error(
+                    f"{where} is empty: set the shell variable, or leave the flag out (and, to "
+                    "undo what a file of settings says, remove its line there)"
+                )
+
+    def _add_negations(self) -> None:
+        """--no_NAME for every switch, to turn off what a file turns on."""
+        for action in list(self._actions):
+            name = f"--no_{action.dest}"
+            if (
+                action.nargs == 0
+                and action.const is True
+                and name not in self._option_string_actions
+            ):
+                self.add_argument(
+                    name, dest=action.dest, action="store_false", help=argparse.SUPPRESS
+                ).default = argparse.SUPPRESS
+
+    def _hint(self, unknown: list[str]) -> str:
+        """The flag that may have been meant."""
+        flag = next((word.split("=")[0] for word in unknown if word.startswith("--")), None)
+        return did_you_mean(flag, self._option_string_actions) if flag is not None else ""
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """The script's paragraphs, one placeholder a flag, and no wall of flags on top."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Paragraphs are filled anew; of a paragraph of commands, each stays one."""
+        filled = []
+        for paragraph in text.strip().split("\n\n"):
+            commands = paragraph.startswith(COMMANDS)
+            for part in paragraph.splitlines() if commands else [" ".join(paragraph.split())]:
+                lines = textwrap.wrap(part, width - 6, break_long_words=False)
+                filled.append((" \\\n    " if commands else "\n").join(lines))
+            filled.append("")
+        return "\n".join(filled).rstrip()
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """As Python 3.13 does: the placeholder once, whatever the number of spellings."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        values = self._format_args(action, action.dest.upper())
+        return f"{', '.join(action.option_strings)} {values}"
+
+    def _format_usage(self, usage, actions, groups, prefix) -> str:
+        """What must be given; all the rest is below, explained."""
+        needed = [a for a in actions if a.required or not a.option_strings]
+        text = super()._format_usage(usage, needed, [], prefix)
+        return f"{text.rstrip()} [flags]\n\n"
+
+
+def expand_home(word: str) -> str:
+    """~ and ~user in every value, as the shell does, but for --flag=~/folder, where it does not."""
+    flag, equals, text = word.partition("=")
+    if equals and flag.startswith("--"):
+        return f"{flag}={os.path.expanduser(text)}"
+    return os.path.expanduser(word)
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    """The last value of a flag on a command line, before it is parsed."""
+    found = None
+    for word, following in zip(argv, [*argv[1:], None], strict=False):
+        found = following if word == flag else found
+        found = word.partition("=")[2] if word.startswith(f"{flag}=") else found
+    return found
+
+
+def train_parser(description: str) -> Parser:
+    """That of main_tokenbridge.py and of the doctor."""
+    parser = Parser(description)
+    parser.add_flags("data and output", *DATA)
+    parser.add_flags("model", *MODEL, about="a checkpoint made here knows its own settings")
+    parser.add_flags("tokenizer", *VAE)
+    parser.add_flags(
+        "training", *TRAINING, about="a step takes batch_size x accum_iter samples a process"
     )
-    group.add_argument(
-        "--head_input",
-        choices=HEAD_INPUTS,
-        default=PUBLISHED.head_input,
-        help="the sampler's first input to the head; checkpoints know theirs",
+    parser.add_flags("checkpoints", *SAVING, about="written in the background")
+    parser.add_flags(
+        "validation while training",
+        *VALIDATION,
+        about="to TensorBoard; parts of epochs are possible, 0 is never; images are drawn with "
+        "--cfg and --temperature",
     )
+    parser.add_flags(
+        "evaluation",
+        *EVALUATION,
+        about="several values of num_iter, cfg or temperature: all combinations, compared",
+    )
+    parser.add_flags("metrics", *METRICS)
+    parser.add_loader_flags()
+    parser.add_device_flags(*PRECISION)
+    return parser
+
+
+# --- files of settings
+
+
+def read_settings(path: str) -> dict:
+    """The `name: value` lines of a YAML file. Raises ValueError on anything else.
+
+    Files of runs until version 0.1 hold every value, and the names of those that were given.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"is no file of settings ({' '.join(str(error).split())})") from error
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise ValueError("has no lines of the form 'name: value'")
+    given = settings.pop(GIVEN, None)
+    if given is not None:
+        settings[SAVED_BY] = "version 0.1"
+        for name in [name for name in settings if name not in given]:
+            if settings[name] == PUBLISHED.get(name):
+                del settings[name]
+    return settings
+
+
+def to_save(args: argparse.Namespace) -> dict:
+    """The settings of a call as plain values, --channel_order as its flag has it."""
+    return {
+        name: ",".join(map(str, setting)) if isinstance(setting, tuple) else setting
+        for name, setting in vars(args).items()
+        if name not in NOT_SAVED
+    }
+
+
+def changed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """What is not as by default, in one line."""
+    words = []
+    for name, setting in to_save(args).items():
+        if setting not in (parser.get_default(name), PUBLISHED.get(name, parser)):
+            parts = setting if isinstance(setting, list) else [setting]
+            words.append(f"{name}={' '.join(map(str, parts))}")
+    return f"settings: {', '.join(words) or 'the defaults'}"
+
+
+@contextmanager
+def settings_saved(
+    args: argparse.Namespace, path: Path, remarks: str = "", step: int = 0
+) -> Iterator[None]:
+    """Leave the settings of a job beside what it makes, from the main process.
+
+    A job that fails before it has left anything else leaves nothing at all. remarks: what the
+    settings led to, for comments. step: with which a training goes on; other settings than the
+    last time are kept as those before it.
+    """
+    if not dist.is_main():
+        yield
+        return
+    save_settings(args, path, remarks, step)
+    try:
+        yield
+    except BaseException:
+        if all(other.name in (path.name, LOCK) for other in path.parent.iterdir()):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def save_settings(args: argparse.Namespace, path: Path, remarks: str = "", step: int = 0) -> None:
+    """Write a file that makes the same call again; for the arguments, see `settings_saved`."""
+    settings = to_save(args) | {SAVED_BY: Path(sys.argv[0]).name}
+    body = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, allow_unicode=True)
+    with as_user_error(f"{path}: cannot write", (OSError,)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        if "".join(re.findall(r"^[^#].*\n?", before, re.MULTILINE)) == body:
+            return
+        # A second change at one step has trained nothing with the first.
+        earlier = path.with_name(f"{path.stem}-before-step{step:08d}{path.suffix}")
+        if before and step and not earlier.exists():
+            _write(earlier, before)
+        _write(path, "".join(f"# {line}\n" for line in remarks.splitlines()) + body)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
+def check_mode(args: argparse.Namespace) -> None:
+    """Raise UserError if flags of training, evaluation and dry run contradict each other."""
+    if args.dry_run and args.evaluate:
+        raise UserError("--dry_run is of a training; leave --evaluate out (--no_evaluate)")
+    if args.finetune and args.evaluate and not args.resume:
+        raise UserError("--finetune begins a training; --evaluate takes a checkpoint by --resume")
+    if args.json and not (args.dry_run or args.evaluate):
+        raise UserError(
+            "--json is for --evaluate and --dry_run; the figures of a training go to --metrics_file"
+        )

@@ -23,9 +23,9 @@ from models.config import TokenBridgeConfig
 from models.hub import CONFIG, WEIGHTS
 from models.tokenbridge import CLASS_ROWS, POSITIONS, TokenBridge, resized_positions
 from util import dist
-from util.ema import EMA
 from util.errors import UserError, as_user_error
 from util.files import flush_file, flush_folder, listed, load_tensors, unwrapped
+from util.optim import EMA, load_moments
 
 LAST = "checkpoint-last.pth"
 AUTO = "auto"
@@ -113,24 +113,19 @@ class Checkpoint:
         with as_user_error(f"{self.named}, {key!r}"):
             model.load_published(state, head_input=model.config.head_input)
 
-    def to_finetune(self, **changes) -> "Checkpoint":
-        """Its averaged weights alone, the raw ones where it has no others, and changed settings.
-
-        changes: of `TokenBridgeConfig`; one of the published code has no settings to change.
-        """
+    def to_finetune(self) -> "Checkpoint":
+        """Its averaged weights alone, the raw ones where it has no others, and its settings."""
         keys = [key for key in ("model", "model_ema") if key in self.saved] or ["model"]
         state = {name: tensor for key in keys for name, tensor in self.weights(key).items()}
         sized = {CLASS_ROWS: 2, **dict.fromkeys(POSITIONS, 3)}
         if any(name not in state or state[name].dim() != dims for name, dims in sized.items()):
             raise UserError(f"{self.named}: no TokenBridge model in it (it has {listed(state)})")
-        about = ("classes", "vae_sha256")
+        about = ("classes", "vae_sha256", "config")
         saved = {key: self.saved[key] for key in about if key in self.saved}
         kind = "ema" if keys[-1] == WEIGHT_KEYS["ema"] else "model"
-        saved |= {"model": state, "weights": self.saved.get("weights", kind)}
-        if self.config is not None:
-            with as_user_error(self.named):
-                saved["config"] = replace(self.config, **changes).to_dict()
-        return replace(self, saved=saved)
+        return replace(
+            self, saved=saved | {"model": state, "weights": self.saved.get("weights", kind)}
+        )
 
     def fitted(
         self, config: TokenBridgeConfig, classes: list[str], seed: int
@@ -158,13 +153,13 @@ class Checkpoint:
         for i, row in kept.items():
             table[i] = state[CLASS_ROWS][row]
         new = [name for i, name in enumerate(classes) if i not in kept]
-        said = [f"class embedding: {len(kept)} of {rows} rows kept {how}; "]
-        said[0] += f"{config.class_num - len(kept)} new" + (f" ({listed(new)})" if new else "")
+        notes = [f"class embedding: {len(kept)} of {rows} rows kept {how}; "]
+        notes[0] += f"{config.class_num - len(kept)} new" + (f" ({listed(new)})" if new else "")
         sides = [math.isqrt(state[POSITIONS[-1]].shape[1]), config.grid_size]
         if sides[0] != sides[1]:
-            said.append("positions interpolated from {0} x {0} to {1} x {1}".format(*sides))
+            notes.append("positions interpolated from {0} x {0} to {1} x {1}".format(*sides))
         state = resized_positions(state, config.grid_size) | {CLASS_ROWS: table}
-        return replace(self, saved=self.saved | {"model": state, "classes": classes}), said
+        return replace(self, saved=self.saved | {"model": state, "classes": classes}), notes
 
     def release(self) -> None:
         """Let go of the tensors, which would stay in memory as long as the run."""
@@ -207,27 +202,6 @@ class Checkpoint:
             found = repr(value)[:60]
             raise UserError(f"{self.named}: {name!r} is {found}, not a whole number")
         return int(value)
-
-
-def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Load AdamW's moments and step counts; its settings stay those of this run's flags.
-
-    Raises ValueError unless they are of the same parameters in the same groups.
-    """
-    groups = optimizer.state_dict()["param_groups"]
-    numbers = [group["params"] for group in groups]
-    if [group["params"] for group in saved["param_groups"]] != numbers:
-        raise ValueError("its groups of parameters are those of another model")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, state in saved["state"].items():
-        expected = parameters[number].shape
-        for name in ("exp_avg", "exp_avg_sq"):
-            if state[name].shape != expected:
-                raise ValueError(
-                    f"{name} of parameter {number} is {tuple(state[name].shape)}, "
-                    f"not {tuple(expected)}"
-                )
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
 def load_checkpoint(path: Path, remedy: str = "", flag: str = "--resume") -> Checkpoint:
@@ -281,10 +255,10 @@ def find_checkpoint(
     """
     folder = Path(output_dir)
     if resume == AUTO:
-        found = newest_whole(folder, read_only)
-        if found is None and must_exist:
+        newest = newest_whole(folder, read_only)
+        if newest is None and must_exist:
             raise UserError(f"--resume auto: no whole checkpoint in --output_dir {output_dir}")
-        return found
+        return newest
     path = Path(resume)
     if path.is_file():
         if path.name == WEIGHTS:
@@ -372,6 +346,13 @@ def give_name(path: Path, name: Path) -> None:
         flush_file(temporary)
     os.replace(temporary, name)
     flush_folder(name.parent)
+
+
+def same_place(*paths: str | None) -> bool:
+    """Whether all name one folder of a checkpoint, or the checkpoint in it."""
+    places = [Path(path).resolve() for path in paths if path]
+    folders = {place.parent if place.name == LAST else place for place in places}
+    return len(places) == len(paths) and len(folders) == 1
 
 
 def refuse_other_run(output_dir: str, checkpoint: Checkpoint | None) -> None:

@@ -1,12 +1,15 @@
-"""AdamW's groups, the learning-rate schedule, and what is random about a micro-batch."""
+"""AdamW's groups, the learning-rate schedule, the weights' average, and a micro-batch's seed."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from models.tokenizers.kl16 import check_layout
 
 BETAS = (0.9, 0.95)
 BLR_BATCH = 256  # the global batch that a base learning rate stands for
@@ -67,6 +70,23 @@ def guarded_step(optimizer: torch.optim.AdamW, skipped: Tensor) -> None:
         del optimizer.grad_scale, optimizer.found_inf
 
 
+def load_moments(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Load AdamW's moments and step counts; its settings stay those of this run's flags.
+
+    Raises ValueError unless they are of the same parameters in the same groups.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    numbers = [group["params"] for group in groups]
+    if [group["params"] for group in saved["param_groups"]] != numbers:
+        raise ValueError("its groups of parameters are those of another model")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, state in saved["state"].items():
+        shapes = {tuple(state[name].shape) for name in ("exp_avg", "exp_avg_sq")}
+        if shapes != {tuple(parameters[number].shape)}:
+            raise ValueError(f"the moments of parameter {number} have shapes {sorted(shapes)}")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
 def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
     """Make all that is random about a micro-batch a function of these three numbers.
 
@@ -76,3 +96,47 @@ def seed_micro_batch(seed: int, step: int, micro_batch: int) -> None:
     """
     state = np.random.SeedSequence([seed, step, micro_batch]).generate_state(1, np.uint64)
     torch.manual_seed(int(state[0] >> 1))
+
+
+class EMA:
+    """Exponential moving average of parameters: ema <- rate * ema + (1 - rate) * parameter.
+
+    named_parameters: in the published names and order. The average starts at the parameters.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], rate: float):
+        named = list(named_parameters)
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.rate = rate
+        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def update(self, skipped: Tensor | float = 0.0) -> None:
+        """skipped: 1 where the step was skipped and nothing changes; 0-d, so that nobody waits."""
+        weight = (1 - self.rate) * (1 - skipped)
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            average.lerp_(parameter, weight)  # one pass over both, as no foreach kernel makes it
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.averages, strict=True))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """state: every parameter's average by its published name. Raises ValueError on another."""
+        check_layout(state, self.state_dict())
+        for name, average in zip(self.names, self.averages, strict=True):
+            average.copy_(state[name])
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The model holds the averages for a while; storage is exchanged, nothing is copied."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, parameter in enumerate(self.parameters):
+            self.averages[i], parameter.data = parameter.data, self.averages[i]

@@ -1,0 +1,354 @@
+"""What a run says: the training log, --metrics_file, --json, and where its figures come from.
+
+Statistics are summed on the device; every `every` steps they are summed over the processes, read
+once, and written by the main process.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from util import ROOT, dist
+from util.data.batches import Batches
+from util.errors import UserError
+from util.files import atomic_write, check_writable
+from util.flops import Meter, peak_memory, readable
+
+ABOUT = "run/about"  # TensorBoard's text of how a run was begun or gone on with
+FLAG = "--metrics_file"
+PACKAGES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy")
+
+
+# --- the training log
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, on this process; 0-d tensors on the device.
+
+    loss: this process's part of the global batch's mean. grad_norm: before clipping, of all.
+    skipped: bool, the same on all. waited: seconds for data.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
+    waited: float
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """every: steps between two lines. first_step: what TensorBoard and --metrics_file know of
+    later steps is of a run that was killed, and goes. about: environment, flags and so on.
+    """
+
+    folder: str
+    every: int
+    batches: Batches
+    first_step: int
+    last_step: int
+    about: dict
+    metrics_file: str | None = None
+
+
+class TrainingLog:
+    """Scalars for TensorBoard and --metrics_file, and a progress line.
+
+    meter: what an image costs, and the device. count_skipped: how many unreadable images this
+    process has passed over so far.
+    """
+
+    def __init__(self, settings: LogSettings, meter: Meter, count_skipped: Callable[[], int]):
+        self.settings, self.meter, self.count_skipped = settings, meter, count_skipped
+        self.metrics_file = MetricsFile(settings.metrics_file, settings.first_step)
+        self.restart()
+
+    @cached_property
+    def writer(self):
+        """TensorBoard's on the main process, None elsewhere.
+
+        Made when there is something to write: a run that stops at its first image leaves no folder.
+        """
+        if not dist.is_main():
+            return None
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        settings = self.settings
+        writer = SummaryWriter(settings.folder, purge_step=settings.first_step + 1)
+        text = json.dumps(settings.about, indent=1, default=str)
+        # Indented, it is a block of code for TensorBoard and still JSON.
+        writer.add_text(ABOUT, textwrap.indent(text, "    "), settings.first_step)
+        return writer
+
+    def restart(self) -> None:
+        """Begin counting steps and time anew."""
+        self.sums: Tensor | None = None
+        self.steps, self.waited = 0, 0.0
+        self.started = time.perf_counter()
+
+    def step(self, step: int, lr: float, result: StepResult) -> None:
+        """Count one step, and write at every multiple of `every`."""
+        values = torch.stack([result.loss, result.grad_norm]).float()
+        # A skipped step has no loss; what was not finite must not spoil the mean of the others.
+        values = torch.where(result.skipped, 0.0, values)
+        values = torch.cat([values, (~result.skipped).float()[None]])
+        self.sums = values if self.sums is None else self.sums + values
+        self.steps += 1
+        self.waited += result.waited
+        if (step + 1) % self.settings.every == 0:
+            self.flush(step, lr)
+
+    def flush(self, step: int, lr: float) -> None:
+        """Write what was counted since the last time."""
+        if self.steps == 0:
+            return
+        extra = self.sums.new_tensor([self.waited, self.count_skipped()])
+        sums = dist.all_reduce_sum(torch.cat([self.sums, extra]))
+        loss, grad_norm, taken, waited, unreadable = sums.tolist()
+        memory = self.sums.new_tensor([peak_memory(self.meter.device)])
+        memory = dist.all_reduce_max(memory).item()
+        elapsed = time.perf_counter() - self.started
+        processes = dist.world_size()
+        taken /= processes  # the same steps on all processes
+        speed = self.settings.batches.global_batch * self.steps / elapsed
+        scalars = {
+            "train/lr": lr,
+            "speed/images_per_second": speed,
+            "speed/data_wait_percent": 100 * waited / processes / elapsed,
+        }
+        scalars |= self.meter.figures(speed, processes, memory)
+        if taken:
+            scalars["train/loss"] = loss / taken
+            scalars["train/grad_norm"] = grad_norm / taken / processes
+        if taken < self.steps:
+            scalars["train/skipped_steps"] = self.steps - taken
+        if unreadable:
+            scalars["data/skipped_images"] = unreadable
+        self.scalars(scalars, step + 1)
+        if self.writer is not None:
+            self.writer.flush()
+            print(self._line(step + 1, scalars, elapsed / self.steps), flush=True)
+        self.restart()
+
+    def _line(self, done: int, scalars: dict[str, float], seconds_per_step: float) -> str:
+        settings = self.settings
+        seconds = round((settings.last_step - done) * seconds_per_step)
+        left = timedelta(seconds=seconds) if seconds < 86400 else f"{seconds / 3600:.0f} h"
+        work = readable(scalars["speed/tflops_per_device"] * 1e12, "FLOP/s")
+        if "speed/percent_of_peak" in scalars:
+            work += f" ({scalars['speed/percent_of_peak']:.0f} %)"
+        speed = scalars["speed/images_per_second"]
+        notes = {"train/skipped_steps": "skipped steps", "data/skipped_images": "skipped images"}
+        return (
+            f"epoch {done / settings.batches.steps_per_epoch:.2f}  "
+            f"step {done}/{settings.last_step}  "
+            f"loss {scalars.get('train/loss', math.nan):.4f}  lr {scalars['train/lr']:.2e}  "
+            f"grad {scalars.get('train/grad_norm', math.nan):.2f}  "
+            f"{speed:.{0 if speed >= 100 else 1}f} images/s  {work}  "
+            f"{scalars['speed/memory_gib']:.1f} GiB  "
+            f"data wait {scalars['speed/data_wait_percent']:.0f} %  left {left}"
+            + "".join(f"  {text} {scalars[n]:.0f}" for n, text in notes.items() if n in scalars)
+        )
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Write figures, such as those of an evaluation, to TensorBoard and --metrics_file."""
+        if self.writer is not None:
+            for name, number in values.items():
+                self.writer.add_scalar(name, number, step)
+        self.metrics_file.write(values, step)
+
+    def image(self, name: str, image: Tensor, step: int) -> None:
+        """image: uint8 [3, H, W]."""
+        if self.writer is not None:
+            self.writer.add_image(name, image, step)
+
+    def histogram(self, name: str, counts: Tensor, step: int) -> None:
+        """counts: [K] whole numbers, how often 0, 1, ..., K - 1 came up."""
+        if self.writer is not None:
+            values = torch.arange(len(counts)).repeat_interleave(counts)
+            self.writer.add_histogram(name, values, step, bins=torch.arange(len(counts) + 1) - 0.5)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        if self.writer is not None:
+            self.writer.add_text(name, text, step)
+
+    def close(self) -> None:
+        if self.__dict__.get("writer") is not None:  # asking for it would make its folder
+            self.writer.close()
+
+
+# --- figures for other programs
+
+
+class MetricsFile:
+    """--metrics_file: {"step": 20, "train/loss": 3.97, ...}, a line of JSON each time.
+
+    The step is the number of steps done, null of a published checkpoint, which does not know it.
+    The main process alone writes; what goes wrong while writing is reported, and the work goes on.
+    first_step: with which a training goes on; what a killed one wrote of later steps goes.
+    Raises UserError if the file is not one of these, or cannot be.
+    """
+
+    def __init__(self, path: str | None, first_step: int | None = None):
+        self.path = Path(path) if path and dist.is_main() else None
+        self.first_step = first_step
+        if self.path is not None:
+            check_writable(self.path.parent, FLAG)
+            self._lines()
+
+    def write(self, values: dict[str, float], step: int | None, replace: bool = False) -> None:
+        """Append the figures after so many steps. replace: the same ones of an earlier time go."""
+        if self.path is None or not values:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.first_step is not None:
+                self._drop_later(self.first_step)
+                self.first_step = None
+            if replace:
+                self._keep(lambda line: line["step"] != step or not set(line) & set(values))
+            self._append(json.dumps(finite({"step": step} | values)) + "\n")
+        except OSError as error:
+            print(f"warning: {FLAG} {self.path}: {error}; its figures are lost", file=sys.stderr)
+
+    def _append(self, text: str) -> None:
+        with open(self.path, "ab", buffering=0) as file:
+            end, content = file.tell(), text.encode()
+            try:
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with suppress(OSError):  # a part of a line would spoil the next one
+                    os.truncate(self.path, end)
+                raise
+
+    def _lines(self) -> list[dict]:
+        """The whole lines there are; the one that a killed process was writing is not."""
+        if not self.path.exists():
+            return []
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+            if all(isinstance(line, dict) and "step" in line for line in lines):
+                return lines
+        except (OSError, ValueError) as error:
+            raise UserError(f"{FLAG} {self.path}: cannot be read ({error})") from error
+        raise UserError(f"{FLAG} {self.path}: has other lines than figures; name a new file")
+
+    def _drop_later(self, step: int) -> None:
+        """Drop what is of later steps; from step 0 on, the file of another run stays as .old."""
+        if step == 0 and self._lines():
+            os.replace(self.path, f"{self.path}.old")
+            return
+        dropped = self._keep(lambda line: line["step"] is None or line["step"] <= step)
+        if dropped:
+            print(f"{self.path}: {dropped} lines of later steps dropped", flush=True)
+
+    def _keep(self, condition: Callable[[dict], bool]) -> int:
+        """Keep the lines that fulfil it; the number of those that do not."""
+        if not self.path.exists():
+            return 0
+        lines = self._lines()
+        rest = [line for line in lines if condition(line)]
+        with atomic_write(self.path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in rest).encode())
+        return len(lines) - len(rest)
+
+
+@contextmanager
+def figures_on_stdout(asked: bool) -> Iterator[dict]:
+    """--json: a dict to fill, which the main process prints at the end; all else goes to stderr."""
+    figures: dict = {}
+    if not asked:
+        yield figures
+        return
+    with redirect_stdout(sys.stderr):
+        yield figures
+    if dist.is_main():
+        print(json.dumps(finite(figures), indent=1), flush=True)
+
+
+def finite(value):
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# --- where figures come from
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 of a network's tensors: their names, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        total.update(memoryview(flat.view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def processor() -> str:
+    """Its maker's name for it where Linux knows it, else its architecture."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def git_revision() -> str | None:
+    """The commit of this code, "-dirty" after it if files differ; None outside a clone."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        return result.stdout.strip() or None
+    return None
+
+
+def environment(device: torch.device, precision: str, processes: int) -> dict[str, str]:
+    """What a run was made with and on, in words, for people who read about it later."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": name,
+        "processes": str(processes),
+        "precision": precision,
+        "processor": f"{processor()}, {cores()} cores",
+        "system": platform.system(),
+        "Python": platform.python_version(),
+        **versions(),
+        "git revision": git_revision() or "not a clone",
+    }

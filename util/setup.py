@@ -1,0 +1,711 @@
+"""From flags, checkpoint, data and VAE, checked against each other, to what a script works with.
+
+    flags -> checkpoint (util/checkpoint.py finds it) -> VAE, data -> settings -> model -> run
+
+`args` ends here: what is behind it takes frozen dataclasses, or values. Nothing is written.
+A flag that was given must agree with what a checkpoint, a cache and a VAE know; where it was not
+given, they decide, and the published value where none of them does.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from models.calibration import fit_levels
+from models.config import PUBLISHED_LATENT_SCALE, TokenBridgeConfig, default_channel_order, preset
+from models.sampler import SamplingOptions
+from models.tokenbridge import CLASS_ROWS, TokenBridge
+from models.tokenizers.kl16 import VAE
+from util import dist
+from util.args import value
+from util.checkpoint import (
+    AUTO,
+    FINETUNE,
+    WEIGHT_KEYS,
+    Checkpoint,
+    find_checkpoint,
+    refuse_other_run,
+    same_place,
+    saved_in,
+)
+from util.data.batches import Batches
+from util.data.histogram import LatentHistogram
+from util.data.images import ImageDataset, list_images, tell_names
+from util.data.latent_cache import CachedLatents, open_cache
+from util.errors import UserError, as_user_error
+from util.optim import BLR_BATCH, LRSchedule
+from util.validation import ValidationSet, evenly_spread, subset
+from util.vae_files import load_vae, vae_digest
+
+# Settings that may change from one use of the same weights to the next.
+BEHAVIOUR = ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "head_input")
+# Settings that belong to the tokenizer's latents and can be measured.
+LATENT = ("latent_scale", "channel_order")
+DIRECT = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "buffer_size")
+DIRECT += ("quant_min", "quant_max", "quantizer", *BEHAVIOUR, *LATENT)
+# Flags of which the learning rate is made.
+OF_THE_RATE = ("epochs", "warmup_epochs", "lr", "blr", "min_lr", "lr_schedule")
+
+
+# --- checkpoint
+
+
+def open_checkpoint(args: argparse.Namespace, read_only: bool = False) -> Checkpoint | None:
+    """The checkpoint that a training begins with or goes on with, if any.
+
+    A command that is started again goes on with its own run: every attempt of torchrun
+    --max-restarts after the first, and one whose --resume or --finetune names where it came from.
+    read_only: change nothing in the output folder, where a damaged checkpoint would be set aside.
+    """
+    resume, output_dir, finetune = args.resume, args.output_dir, args.finetune
+    folder = Path(output_dir).resolve()
+    begun = dist.gather_objects(bool(saved_in(folder)))[0]
+    elsewhere = resume not in ("", AUTO) and not Path(resume).resolve().is_relative_to(folder)
+    if finetune == AUTO:
+        raise UserError(f"{FINETUNE} {AUTO}: name the folder or file of the weights to begin with")
+    if finetune and elsewhere:
+        raise UserError(
+            f"{FINETUNE} {finetune} with --resume {resume}: --finetune names the weights to begin "
+            "with, and --resume auto goes on with what has begun"
+        )
+    # Nodes may count restarts differently: one that lost no worker of its own has none.
+    if begun and any(dist.gather_objects(dist.is_restarted())):
+        resume = AUTO
+    elif begun and (elsewhere or (finetune and not resume)):
+        own = find_checkpoint(AUTO, output_dir, False, read_only)
+        name, origin = ("finetune", finetune) if finetune else ("resume", resume)
+        if own is not None and same_place(own.argument(name), origin):
+            return own
+    checkpoint = find_checkpoint(resume, output_dir, False, read_only) if resume else None
+    refuse_other_run(output_dir, checkpoint)
+    if finetune and checkpoint is None:
+        return find_checkpoint(finetune, output_dir, must_exist=True, flag=FINETUNE).to_finetune()
+    if finetune and not same_place(checkpoint.argument("finetune"), finetune):
+        raise UserError(
+            f"--output_dir {output_dir} holds a run that did not begin with {FINETUNE} {finetune}; "
+            "name another folder, or leave the flag out to go on with that run"
+        )
+    return checkpoint
+
+
+# --- the model's settings
+
+
+def given_settings(args: argparse.Namespace) -> dict:
+    """Those of `TokenBridgeConfig` that the command line says."""
+    given = {name: getattr(args, name) for name in DIRECT}
+    given |= preset(args.model) if args.model is not None else {}
+    given |= {"quant_levels": 2**args.quant_bits} if args.quant_bits is not None else {}
+    return {name: setting for name, setting in given.items() if setting not in (None, "auto")}
+
+
+def build_config(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint | None,
+    manifest: dict | None = None,
+    vae: VAE | None = None,
+    classes: int = 0,
+) -> TokenBridgeConfig:
+    """The model's settings.
+
+    A checkpoint made here knows them: a flag that was given must agree with it, unless it only
+    changes behaviour. Otherwise they are the flags, completed by what is known of the latents.
+    manifest: of a cache. classes: of the data, if there are any.
+    """
+    given = given_settings(args)
+    if checkpoint is not None and checkpoint.begins:
+        rows = checkpoint.weights("model")[CLASS_ROWS]
+        given = {"class_num": classes or len(rows)} | given
+    if checkpoint is not None and checkpoint.config is not None:
+        return _agreed_config(given, checkpoint)
+    known = _known_latents(args, checkpoint, manifest, vae)
+    if checkpoint is None and classes:
+        known["class_num"] = classes
+    if checkpoint is not None:
+        if given.get("quantizer") == "calibrated":
+            raise UserError(
+                f"--quantizer calibrated, but {checkpoint.named} was made by the published "
+                "code, which has the published one; leave the flag out"
+            )
+        known["head_input"] = "published"  # as the released checkpoints were measured
+        known |= _class_num(checkpoint)
+    settings = known | given
+    missing = [f"--{name}" for name in LATENT if name not in settings]
+    if missing:
+        raise UserError(
+            f"--vae_path is not KL-16, so {' and '.join(missing)} must be given; or cache its "
+            "latents with main_cache.py, which measures them, and name the cache with --cached_path"
+        )
+    with as_user_error():
+        return TokenBridgeConfig(**settings)
+
+
+def _class_num(checkpoint: Checkpoint) -> dict:
+    """The rows of the table of classes, where the weights alone tell."""
+    states = (checkpoint.saved.get(key) for key in WEIGHT_KEYS.values())
+    tables = (state.get(CLASS_ROWS) for state in states if isinstance(state, dict))
+    rows = [len(table) for table in tables if isinstance(table, Tensor) and table.dim() == 2]
+    return {"class_num": rows[0]} if rows else {}
+
+
+def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
+    """The checkpoint's settings, with those flags that were given and may differ."""
+    saved = checkpoint.config
+    free = (*BEHAVIOUR, "class_num", "img_size") if checkpoint.begins else BEHAVIOUR
+    with as_user_error():
+        asked = replace(saved, **given)
+    for name in given:
+        before, now = getattr(saved, name), getattr(asked, name)
+        if name not in free and before != now:
+            hint = name in ("class_num", "img_size") and not checkpoint.begins
+            remedy = f"; to train on with another {name}, {FINETUNE} in the place of --resume"
+            raise UserError(
+                f"{checkpoint.named} has {name} {before}, but the flags say {now}; leave the flag "
+                f"out, or name another checkpoint{remedy if hint else ''}"
+            )
+    return asked
+
+
+def _known_latents(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint | None,
+    manifest: dict | None,
+    vae: VAE | None,
+) -> dict:
+    """Image size, channels, stride, scale and channel order, as far as anything tells them.
+
+    A cache's manifest knows them all; a VAE its shape, and if it is KL-16 the published constants;
+    published checkpoints and caches, which say nothing, belong to KL-16.
+    """
+    if manifest is not None:
+        channels, side, _ = manifest["latent_shape"]
+        known = {name: manifest[name] for name in LATENT}
+        known |= {"vae_embed_dim": channels, "vae_stride": manifest["image_size"] // side}
+        return known | {"img_size": manifest["image_size"]}
+    known = {}
+    if vae is not None:
+        known = {"vae_embed_dim": vae.channels, "vae_stride": vae.stride}
+    if checkpoint is not None or vae is None or vae.is_kl16:
+        channels = known.get("vae_embed_dim", value(args, "vae_embed_dim"))
+        known["latent_scale"] = PUBLISHED_LATENT_SCALE
+        known["channel_order"] = default_channel_order(channels)
+    return known
+
+
+# --- tokenizer and model
+
+
+def build_vae(args: argparse.Namespace) -> VAE:
+    """The VAE of --vae_path, checked against --vae_embed_dim and --img_size where given."""
+    vae = load_vae(value(args, "vae_path"), args.vae_embed_dim)
+    if args.img_size is not None and args.img_size % vae.stride:
+        raise UserError(f"--img_size {args.img_size} is not a multiple of the stride {vae.stride}")
+    return vae
+
+
+def check_vae(vae: VAE, config: TokenBridgeConfig, path: str) -> None:
+    """Raise UserError unless the VAE makes latents of the model's shape."""
+    own, expected = (vae.channels, vae.stride), (config.vae_embed_dim, config.vae_stride)
+    if own != expected:
+        raise UserError(
+            f"--vae_path {path} has {own[0]} channels and stride {own[1]}, the model "
+            f"{expected[0]} and {expected[1]}; see --vae_embed_dim and --vae_stride"
+        )
+
+
+def warn_other_vae(checkpoint: Checkpoint | None, vae_sha256: str | None) -> None:
+    """Say so if the checkpoint was trained on another VAE's latents: its images will be wrong."""
+    trained = checkpoint.saved.get("vae_sha256") if checkpoint is not None else None
+    if trained and vae_sha256 and trained != vae_sha256 and dist.is_main():
+        print(
+            f"warning: {checkpoint.path} was trained with another VAE file (sha256 {trained[:12]}, "
+            f"this one {vae_sha256[:12]}); unless its weights are the same, all figures are wrong",
+            file=sys.stderr,
+        )
+
+
+def build_model(
+    config: TokenBridgeConfig,
+    checkpoint: Checkpoint | None,
+    weights: str = "model",
+    levels: tuple[Tensor, Tensor] | None = None,
+    **options,
+) -> TokenBridge:
+    """A model, with the checkpoint's weights under that key if there is a checkpoint.
+
+    levels: of a calibrated quantizer, where no checkpoint brings them (see `calibrated_levels`).
+    options: grad_checkpointing and head_chunk of `TokenBridge`.
+    """
+    with as_user_error():
+        model = TokenBridge(**config.to_dict(), **options)
+    if levels is not None:
+        model.quantizer.set_levels(*levels)
+    if checkpoint is not None:
+        if config.quantizer == "calibrated":  # averaged weights come without buffers
+            with as_user_error(checkpoint.named, (ValueError, KeyError)):
+                state = checkpoint.weights("model")
+                model.quantizer.set_levels(state["boundaries"], state["reconstruction_values"])
+        checkpoint.load_into(model, weights)
+    return model
+
+
+def cache_histogram(cached_path: str, channels: int, vae_sha256: str | None) -> LatentHistogram:
+    """The distribution of a cache's latents, not scaled, which --quantizer calibrated fits.
+
+    Raises UserError unless the cache is of this VAE and knows it.
+    """
+    if not cached_path:
+        raise UserError(
+            "--quantizer calibrated needs --cached_path, a cache of main_cache.py: its levels are "
+            "fitted to the latents' distribution, which the cache knows"
+        )
+    manifest = open_cache(cached_path, vae_sha256=vae_sha256).manifest
+    if manifest is None or not manifest.get("histogram"):
+        raise UserError(
+            f"--cached_path {cached_path} does not say how its latents are distributed, which "
+            "--quantizer calibrated needs; make a new cache with this version's main_cache.py"
+        )
+    with as_user_error(f"--cached_path {cached_path}: manifest.json is damaged"):
+        histogram = LatentHistogram.from_dict(manifest["histogram"])
+        if len(histogram.counts) != channels:
+            raise ValueError(f"a histogram of {len(histogram.counts)} channels, not {channels}")
+    return histogram
+
+
+def calibrated_levels(
+    histogram: LatentHistogram, levels: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Boundaries [C, K + 1] and values [C, K], float32, that fit latents multiplied by scale."""
+    with as_user_error("--quantizer calibrated"):
+        fitted = fit_levels(histogram.counts, histogram.bin_widths(scale), levels)
+    boundaries, values = (table.float() for table in fitted)
+    return boundaries, values
+
+
+# --- data
+
+
+class NoData:
+    """Stands for a training set that nobody has named, in a dry run: of one step."""
+
+    def __init__(self, images: int):
+        self.images = images
+
+    def __len__(self) -> int:
+        return self.images
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training set and what is known of it. source: the flag and its value, for messages."""
+
+    dataset: ImageDataset | CachedLatents | NoData
+    classes: list[str]
+    source: str
+    vae_sha256: str | None
+    manifest: dict | None = None
+
+    def count_skipped(self) -> int:
+        """Unreadable images that this process has passed over so far."""
+        return int(self.dataset.bad.sum()) if isinstance(self.dataset, ImageDataset) else 0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a training starts from, read and checked against each other."""
+
+    checkpoint: Checkpoint | None
+    vae: VAE | None  # None where cached latents make it unnecessary
+    data: TrainingData
+    config: TokenBridgeConfig
+    validation: ValidationSet | None
+
+
+def open_inputs(args: argparse.Namespace) -> Inputs:
+    """Raises UserError, naming flags and values, if they do not make a training."""
+    checkpoint = open_checkpoint(args, read_only=args.dry_run)
+    nothing = args.dry_run and not _names_data(args)
+    vae = build_vae(args) if _needs_vae(args, nothing) else None
+    data = _no_data(args) if nothing else open_data(args, vae, checkpoint)
+    tell_names(data.classes)
+    config = build_config(args, checkpoint, data.manifest, vae, len(data.classes))
+    if checkpoint is not None:
+        if checkpoint.begins:
+            checkpoint = fitted(checkpoint, config, data.classes, value(args, "seed"))
+        else:
+            check_same_classes(checkpoint, data.classes, data.source)
+    if not nothing:
+        _check_data(data, config, checkpoint)
+    if vae is not None:
+        check_vae(vae, config, value(args, "vae_path"))
+    warn_other_vae(checkpoint, data.vae_sha256)
+    data, validation = open_validation(args, data, config, vae)
+    return Inputs(checkpoint, vae, data, config, validation)
+
+
+def _names_data(args: argparse.Namespace) -> bool:
+    named = (args.data_path, args.cached_path, args.use_cached, args.val_path)
+    named += (args.val_cached_path, args.holdout)
+    return any(named) or (Path(value(args, "data_path")) / "train").is_dir()
+
+
+def _no_data(args: argparse.Namespace) -> TrainingData:
+    accumulated = value(args, "batch_size") * value(args, "accum_iter") * dist.world_size()
+    dataset = NoData(args.global_batch or accumulated)
+    return TrainingData(dataset, [], "no --data_path or --cached_path", None)
+
+
+def _needs_vae(args: argparse.Namespace, nothing: bool) -> bool:
+    """With cached latents it draws previews and encodes validation images; its lack is said."""
+    there = Path(value(args, "vae_path")).exists()
+    if nothing:
+        return args.vae_path is not None or there
+    if not args.use_cached or args.online_eval:
+        return True
+    if args.vae_path is not None and there:
+        return bool(args.preview_freq) or _validation_folder(args) is not None
+    if args.preview_freq:
+        dist.print_main("no preview images: cached latents need no VAE, --vae_path draws them")
+    return False
+
+
+def open_data(
+    args: argparse.Namespace, vae: VAE | None, checkpoint: Checkpoint | None = None
+) -> TrainingData:
+    """The images of --data_path, or the latents of --cached_path."""
+    path, size = value(args, "vae_path"), args.img_size
+    if size is None and checkpoint is not None and checkpoint.config is not None:
+        size = checkpoint.config.img_size
+    if not args.use_cached:
+        images = list_images(value(args, "data_path"))
+        on_bad = "next" if args.skip_bad_images else "raise"
+        size = size or value(args, "img_size")
+        dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
+        source, digest = f"--data_path {value(args, 'data_path')}", vae_digest(path)
+        # Nobody published this VAE's scale and channel order; a cache of it has measured them.
+        measured = bool(args.cached_path) and vae is not None and not vae.is_kl16
+        manifest = open_cache(args.cached_path, size, digest).manifest if measured else None
+        return TrainingData(dataset, images.classes, source, digest, manifest)
+    if not args.cached_path:
+        raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
+    vae_sha256 = None
+    if Path(path).exists() and (args.online_eval or args.vae_path is not None):
+        vae_sha256 = vae_digest(path)
+    elif args.vae_path is not None:
+        dist.print_main(
+            f"--vae_path {path}: no such file; training on cached latents needs none, but whether "
+            "they are this VAE's is not checked"
+        )
+    cache = open_cache(args.cached_path, size, vae_sha256)
+    source = f"--cached_path {args.cached_path}"
+    made_by = cache.manifest["vae_sha256"] if cache.manifest else vae_sha256
+    return TrainingData(cache, cache.classes, source, made_by, cache.manifest)
+
+
+def fitted(
+    checkpoint: Checkpoint, config: TokenBridgeConfig, classes: list[str], seed: int
+) -> Checkpoint:
+    """The weights of --finetune fitted to this training's model; what was done is said."""
+    with as_user_error(checkpoint.named, (ValueError, RuntimeError)):
+        checkpoint, notes = checkpoint.fitted(config, classes, seed)
+    kind = "averaged" if checkpoint.saved["weights"] == "ema" else "raw"
+    dist.print_main("\n".join([f"beginning with the {kind} weights of {checkpoint.named}", *notes]))
+    return checkpoint
+
+
+def check_same_classes(checkpoint: Checkpoint, classes: list[str], source: str) -> None:
+    """Raise UserError if a training would go on with other classes than it had."""
+    if classes and checkpoint.saved.get("classes", classes) != classes:
+        raise UserError(
+            f"{source} has other classes than {checkpoint.named} was trained on; their labels "
+            f"would not mean the same; {FINETUNE} in the place of --resume trains it on them"
+        )
+
+
+def _check_data(
+    data: TrainingData, config: TokenBridgeConfig, checkpoint: Checkpoint | None
+) -> None:
+    """Raise UserError unless classes and latents fit the model."""
+    own, known = len(data.classes), config.class_num
+    if own > known:
+        if checkpoint is not None and not checkpoint.begins:
+            raise UserError(
+                f"{data.source} has {own} classes, {checkpoint.named} was trained on {known}; "
+                "name the data it was trained on"
+            )
+        raise UserError(
+            f"{data.source} has {own} classes, --class_num is {known}; leave --class_num out"
+        )
+    if own < known:
+        dist.print_main(
+            f"note: the model has {known} classes, {data.source} {own}: the others are never "
+            "trained"
+        )
+    if isinstance(data.dataset, CachedLatents):
+        check_latent_shape(data.dataset, config, data.source)
+
+
+def check_latent_shape(cache: CachedLatents, config: TokenBridgeConfig, source: str) -> None:
+    if tuple(cache.latent_shape) != config.latent_shape:
+        raise UserError(
+            f"{source} holds latents {tuple(cache.latent_shape)}, the model expects "
+            f"{config.latent_shape}; see --img_size, --vae_stride and --vae_embed_dim"
+        )
+
+
+# --- validation
+
+
+def _validation_folder(args: argparse.Namespace) -> Path | None:
+    """Images that no other flag holds out: --val_path, or val/ of --data_path if it is there."""
+    if not args.val_freq or args.val_cached_path or args.holdout:
+        return None
+    if args.val_path:
+        return Path(args.val_path)
+    beside = Path(value(args, "data_path")) / "val"
+    named = not args.use_cached or args.data_path is not None
+    return beside if named and beside.is_dir() else None
+
+
+def open_validation(
+    args: argparse.Namespace, data: TrainingData, config: TokenBridgeConfig, vae: VAE | None
+) -> tuple[TrainingData, ValidationSet | None]:
+    """The training data without what the flags hold out, and that.
+
+    Raises UserError, naming the flag, if it does not fit the training.
+    """
+    given = [name for name in ("val_path", "val_cached_path", "holdout") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]}: validation data comes from one of them")
+    if isinstance(data.dataset, NoData) or (args.val_freq == 0 and not args.holdout):
+        return data, None
+    if args.holdout:
+        return _set_aside(data, args.holdout)
+    if args.val_cached_path:
+        source = f"--val_cached_path {args.val_cached_path}"
+        with as_user_error(source):
+            cache = open_cache(args.val_cached_path, config.img_size, data.vae_sha256)
+        check_latent_shape(cache, config, source)
+        return data, ValidationSet(cache, _labels(cache.classes, data, source), source)
+    folder = _validation_folder(args)
+    if folder is None:
+        dist.print_main("no validation loss: --val_path, --val_cached_path or --holdout gives it")
+        return data, None
+    return data, _validation_images(args, data, config, vae, folder)
+
+
+def _set_aside(data: TrainingData, count: int) -> tuple[TrainingData, ValidationSet]:
+    """Take so many images, evenly spread over the classes, out of the training set."""
+    total = len(data.dataset)
+    if count >= total:
+        raise UserError(f"--holdout {count} leaves nothing of the {total} images of {data.source}")
+    chosen = evenly_spread(total, count)
+    rest = sorted(set(range(total)) - set(chosen))
+    source = f"{count} images that --holdout takes out of {data.source}"
+    labels = list(range(len(data.classes)))
+    aside = ValidationSet(subset(data.dataset, chosen), labels, source)
+    return replace(data, dataset=subset(data.dataset, rest)), aside
+
+
+def _validation_images(
+    args: argparse.Namespace,
+    data: TrainingData,
+    config: TokenBridgeConfig,
+    vae: VAE | None,
+    folder: Path,
+) -> ValidationSet | None:
+    """Those of --val_path must fit; a folder val/ that does not is named and left alone."""
+    try:
+        if vae is None:
+            raise UserError(
+                f"{folder} holds images, which need the VAE: give --vae_path, or a cache of them "
+                "(main_cache.py --split val) as --val_cached_path"
+            )
+        images = list_images(folder, "", flag="--val_path")
+        on_bad = "drop" if args.skip_bad_images else "raise"
+        dataset = ImageDataset(images.samples, config.img_size, on_bad, args.max_image_pixels)
+        return ValidationSet(dataset, _labels(images.classes, data, str(folder)), str(folder))
+    except UserError as error:
+        if args.val_path:
+            raise
+        dist.print_main(f"no validation loss: {error}")
+        return None
+
+
+def _labels(classes: list[str], data: TrainingData, source: str) -> list[int]:
+    known = {name: label for label, name in enumerate(data.classes)}
+    unknown = [name for name in classes if name not in known]
+    if unknown:
+        raise UserError(
+            f"{source} has class {unknown[0]!r}, which {data.source} has not; name a folder whose "
+            "classes are among those trained on"
+        )
+    return [known[name] for name in classes]
+
+
+# --- batches and learning rate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step is made of, from which step on, and what the user should know of it."""
+
+    batches: Batches
+    first_step: int
+    notes: tuple[str, ...] = ()
+
+
+def plan_batches(args: argparse.Namespace, checkpoint: Checkpoint | None, images: int) -> Plan:
+    """The batches of the flags, or of the checkpoint where they do not say.
+
+    Raises UserError if the processes cannot share the global batch.
+    """
+    saved = _saved_batches(checkpoint)
+    known = saved.to_dict() if saved is not None else {}
+    batch_size, seed = (
+        known[name] if name in known and getattr(args, name) is None else value(args, name)
+        for name in ("batch_size", "seed")
+    )
+    earlier = known.get("micro_batches") if batch_size == known.get("batch_size") else None
+    micro_batches = _count_micro_batches(args, batch_size, earlier)
+    batches = Batches(batch_size, micro_batches, images, seed)
+    if checkpoint is None or "optimizer" not in checkpoint.saved:
+        return Plan(batches, args.start_epoch * batches.steps_per_epoch)
+    if saved is None:
+        return Plan(batches, (checkpoint.whole_number("epoch") + 1) * batches.steps_per_epoch)
+    step = checkpoint.whole_number("step")
+    if batches == saved:
+        return Plan(batches, step)
+    now = batches.to_dict()
+    changes = ", ".join(f"{n} {now[n]} (was {known[n]})" for n in now if now[n] != known[n])
+    note = (
+        f"note: other than when {checkpoint.path} was saved: {changes}; going on at the same "
+        f"epoch, {step / saved.steps_per_epoch:.2f}, as another run"
+    )
+    return Plan(batches, step * batches.steps_per_epoch // saved.steps_per_epoch, (note,))
+
+
+def _saved_batches(checkpoint: Checkpoint | None) -> Batches | None:
+    """What a checkpoint says; None for those of the published code, which do not."""
+    if checkpoint is None or "schedule" not in checkpoint.saved:
+        return None
+    saved = checkpoint.saved["schedule"]
+    names = ("batch_size", "micro_batches", "images", "seed")
+    if not isinstance(saved, dict) or any(type(saved.get(name)) is not int for name in names):
+        raise UserError(f"--resume {checkpoint.path}: 'schedule' is {saved!r}, not whole numbers")
+    return Batches(**{name: saved[name] for name in names})
+
+
+def _count_micro_batches(args: argparse.Namespace, batch_size: int, earlier: int | None) -> int:
+    """Micro-batches a step: of --global_batch, of --accum_iter, or as earlier in this run."""
+    processes, micro_batches = dist.world_size(), value(args, "accum_iter") * dist.world_size()
+    if args.global_batch is not None:
+        if args.global_batch % batch_size:
+            raise UserError(
+                f"--global_batch {args.global_batch} is not a multiple of --batch_size {batch_size}"
+            )
+        if args.accum_iter is not None and micro_batches * batch_size != args.global_batch:
+            raise UserError(
+                f"--global_batch {args.global_batch} is not --batch_size {batch_size} x "
+                f"--accum_iter {args.accum_iter} x {processes} processes; leave --accum_iter out"
+            )
+        micro_batches = args.global_batch // batch_size
+    elif earlier is not None and args.accum_iter is None:
+        micro_batches = earlier
+    if processes > micro_batches:
+        raise UserError(
+            f"{processes} processes cannot share the {micro_batches} micro-batches of --batch_size "
+            f"{batch_size} in a step; start fewer, lower --batch_size, or raise --global_batch"
+        )
+    return micro_batches
+
+
+def learning_rate(args: argparse.Namespace, batches: Batches) -> LRSchedule:
+    lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
+    return LRSchedule(
+        lr, args.min_lr, args.warmup_epochs, args.epochs, batches.steps_per_epoch, args.lr_schedule
+    )
+
+
+def rate_warnings(
+    args: argparse.Namespace, rate: LRSchedule, first_step: int, checkpoint: Checkpoint | None
+) -> list[str]:
+    """Warnings of a learning rate that never gets high, or that jumps where a run goes on."""
+    warnings, step, last = [], first_step - 1, rate.epochs * rate.steps_per_epoch - 1
+    if step >= last:
+        return []
+    if rate.warmup_epochs >= rate.epochs:
+        warnings.append(
+            f"warning: --warmup_epochs {rate.warmup_epochs:g} does not end before --epochs "
+            f"{rate.epochs}: the learning rate reaches {rate(last):.3g} of {rate.lr:.3g}; "
+            f"--warmup_epochs {rate.epochs / 4:g} would be a quarter of the run, as published"
+        )
+    before = checkpoint.last_rate() if checkpoint is not None else None
+    if before is not None and step >= 0 and not math.isclose(rate(step), before, rel_tol=0.01):
+        warnings.append(
+            f"warning: the learning rate of step {step + 1} was {before:.3g} when "
+            f"{checkpoint.path} was saved, and is {rate(step):.3g} with these flags"
+            f"{_other_flags(args, checkpoint)}"
+        )
+    return warnings
+
+
+def _other_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
+    before = {name: checkpoint.argument(name) for name in OF_THE_RATE}
+    if before["epochs"] is None:  # a file of the published code
+        return ""
+    pairs = ((name, before[name], getattr(args, name)) for name in OF_THE_RATE)
+    return "".join(f", --{n} {_said(now)} (was {_said(was)})" for n, was, now in pairs if was != now)
+
+
+def _said(setting) -> str:
+    return "not given" if setting is None else str(setting)
+
+
+def refuse_finished(args: argparse.Namespace, checkpoint: Checkpoint | None, steps: range) -> None:
+    """Raise UserError if another run's checkpoint leaves nothing to train.
+
+    steps: of this training. A run that has come to its end may be started again.
+    """
+    if steps or checkpoint is None or checkpoint.begins:
+        return
+    if checkpoint.path.resolve().is_relative_to(Path(args.output_dir).resolve()):
+        return
+    raise UserError(
+        f"{checkpoint.named} has done all of --epochs {args.epochs}, so there is nothing to train; "
+        f"raise --epochs to go on, or begin a training of your own with its weights: "
+        f"{FINETUNE} {args.resume}"
+    )
+
+
+def check_agreement(facts: dict) -> None:
+    """Raise UserError, on all processes, unless all have the same.
+
+    Nodes that see different folders would train different models together without a word.
+    """
+    gathered = dist.gather_objects(facts)
+    for name in facts:
+        differing = [rank for rank, other in enumerate(gathered) if other[name] != facts[name]]
+        if differing:
+            raise UserError(
+                f"process {differing[0]} and process {dist.rank()} have different values: {name}; "
+                "--data_path, --cached_path and --resume must be the same folders on all nodes"
+            )
+
+
+def sampling_options(args: argparse.Namespace, **changes) -> SamplingOptions:
+    """Of the flags, the first where there are several values."""
+    options = SamplingOptions(
+        num_iter=args.num_iter[0],
+        cfg=args.cfg[0],
+        cfg_schedule=args.cfg_schedule,
+        temperature=args.temperature[0],
+        order=args.order,
+        seed=value(args, "seed"),
+        token_cache=args.token_cache,
+    )
+    return replace(options, **changes)
