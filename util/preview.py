@@ -14,12 +14,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from models.generate import spread_labels
+from models.generate import spread_labels, to_uint8
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
+from util.data.images import grid
 from util.device import Precision
-from util.images import grid, to_uint8
 
 TILE = (64, 128)  # least and largest side of an image as shown
 GAP = 12  # pixels between raw and averaged

@@ -36,7 +36,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import dist, stop
 from util.errors import UserError, as_user_error
-from util.files import shown
+from util.files import atomic_write, shown
 
 Key = tuple[int, bool]  # (index of the sample, whether it is flipped left to right)
 
@@ -624,3 +624,23 @@ class MicroBatchSampler(Sampler[list[Key]]):
         start = (step_in_epoch * self.global_micro_batches + j) * self.batch_size
         chosen = slice(start, start + self.batch_size)
         return list(zip(self._order[chosen].tolist(), self._flips[chosen].tolist(), strict=True))
+
+
+def save_png(image: Tensor | np.ndarray, path: str | Path) -> None:
+    """image: uint8 [3, H, W]. The file is whole or absent."""
+    # Waiting for the disk 50,000 times would take longer than some of the images.
+    with atomic_write(path, durable=False) as file:
+        Image.fromarray(np.moveaxis(np.asarray(image), 0, -1)).save(file, format="PNG")
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """images: uint8 [N, 3, H, W] -> one uint8 [3, H', W'], row by row."""
+    from torchvision.utils import make_grid  # slow to import
+
+    return make_grid(images, nrow=columns, padding=2, pad_value=255)
+
+
+def psnr(images: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of uint8 images [N, 3, H, W] in dB: [N]; 100 where identical."""
+    error = (images.double() - reference.double()).square().mean(dim=(1, 2, 3)) / 255**2
+    return -10 * error.clamp_min(1e-10).log10()
