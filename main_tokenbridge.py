@@ -20,7 +20,8 @@ from util.agreement import Agreement
 from util.build import build_model, cache_histogram, calibrated_levels
 from util.checkpoint import Checkpoint
 from util.config_file import CONFIG
-from util.data.images import Key, MicroBatchSampler, collate_skipping
+from util.data.batches import MicroBatchSampler
+from util.data.images import Key, collate_skipping
 from util.data.latent_cache import as_one_batch
 from util.debug import Reload, replay
 from util.device import Precision, compile_model, resolve_device, resolve_precision
@@ -283,17 +284,9 @@ def make_loader(
     args: argparse.Namespace, data: TrainingData, settings: TrainSettings, device: torch.device
 ) -> tuple[DataLoader, Reload]:
     """This process's micro-batches from the first step to the last, and any of them by number."""
-    plan, batches = settings.plan, settings.plan.schedule
+    steps = range(settings.plan.first_step, settings.last_step)
     sampler = MicroBatchSampler(
-        len(data.dataset),
-        batches.batch_size,
-        batches.micro_batches,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-        seed=batches.seed,
-        flip=not args.no_flip,
-        first_step=plan.first_step,
-        num_steps=max(0, settings.last_step - plan.first_step),
+        settings.plan.schedule, steps, dist.rank(), dist.world_size(), flip=not args.no_flip
     )
     loader = DataLoader(
         data.dataset,

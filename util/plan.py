@@ -7,7 +7,7 @@ same global batch, shared by others, is the same training.
 
 import argparse
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,37 +16,13 @@ from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
 from util.agreement import Agreement
 from util.checkpoint import Checkpoint
-from util.data.images import steps_per_epoch
+from util.data.batches import Batches as Schedule
 from util.device import Precision
 from util.ema import EMA
 from util.errors import UserError
 from util.evaluation.evaluator import EvalSettings
 from util.evaluation.metrics import Measure
 from util.optim import LRSchedule
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Two runs with equal schedules see the same samples at the same steps.
-
-    batch_size: samples of a micro-batch. micro_batches: of a step. images: of the training set.
-    """
-
-    batch_size: int
-    micro_batches: int
-    images: int
-    seed: int
-
-    @property
-    def global_batch(self) -> int:
-        return self.batch_size * self.micro_batches
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return steps_per_epoch(self.images, self.batch_size, self.micro_batches)
-
-    def to_dict(self) -> dict:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
