@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models.config import PUBLISHED_LATENT_SCALE
+from models.generate import to_uint8
 from models.quantizer import build_quantizer
 from models.tokenizers.kl16 import VAE, Posterior
 from models.tokenizers.tokenizer import Tokenizer
@@ -69,7 +70,6 @@ from util.evaluation.variants import (
     summarise,
 )
 from util.files import check_writable
-from util.images import to_uint8
 from util.json_output import figures_on_stdout
 from util.metrics_file import MetricsFile
 from util.parser import Parser

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.work import FAST, Settings, Variant, Work
 from main_cache import make_parser
+from util.data.batches import Batches, MicroBatchSampler
 from util.data.cache_files import FORMATS
 from util.data.cache_writer import CacheSettings, CacheWriter, list_digest
-from util.data.images import ImageDataset, MicroBatchSampler, collate_skipping, list_images
+from util.data.images import ImageDataset, collate_skipping, list_images
 from util.data.latent_cache import CachedLatents, as_one_batch, open_cache
 from util.provenance import cores
 
@@ -76,10 +77,8 @@ def seconds_of(
     seeds = iter(range(10**6))
 
     def run() -> float:
-        batches = WARM_UP + BATCHES
-        sampler = MicroBatchSampler(
-            len(dataset), batch_size, 1, 0, 1, next(seeds), 0, num_steps=batches
-        )
+        batches = Batches(batch_size, 1, len(dataset), next(seeds))
+        sampler = MicroBatchSampler(batches, range(WARM_UP + BATCHES), 0, 1)
         loader = iter(
             DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers)
         )

@@ -21,9 +21,9 @@ from models.masking import mask_schedule
 from models.patchify import unpatchify
 from models.sampler import SamplingOptions, SamplingStep, sampling_steps
 from util.args import seed as seed_number
+from util.data.images import grid, save_png
 from util.device import resolve_precision
 from util.errors import UserError
-from util.images import grid, save_png
 
 MOST_IMAGES = 16
 PAUSE = 0.05  # seconds: more pictures a second than that no browser shows

@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from demo.app_models import Loaded
+from models.generate import to_uint8
 from models.quantizer import SPAN, CalibratedQuantizer, GaussianQuantizer, entropy
 from models.tokenizers.tokenizer import Tokenizer
 from reconstruction import draw_latents
 from util.args import MAX_BITS
-from util.data.images import center_crop, read_image
+from util.data.images import center_crop, psnr, read_image
 from util.errors import UserError, as_user_error
 from util.evaluation.variants import CONTINUOUS, QUANTIZED, Variant
-from util.images import psnr, to_uint8
 
 MOST_PIXELS = 1024  # a side: a VAE's memory grows with the area
 SEED = 1  # of the posterior sample, --seed's default in reconstruction.py

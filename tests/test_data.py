@@ -9,14 +9,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from util.data.batches import Batches, MicroBatchSampler
 from util.data.images import (
     ImageDataset,
-    MicroBatchSampler,
     center_crop,
     collate_skipping,
     list_images,
     read_image,
-    steps_per_epoch,
 )
 from util.errors import UserError
 
@@ -268,9 +267,9 @@ N, B, G, SEED = 131, 3, 12, 7  # 36 samples a step, 3 steps an epoch, 23 samples
 
 def micro_batches(world_size: int, first_step: int = 0, num_steps: int = 8) -> dict:
     """{(step, j): keys} of all processes together."""
-    found = {}
+    found, steps = {}, range(first_step, first_step + num_steps)
     for rank in range(world_size):
-        sampler = MicroBatchSampler(N, B, G, rank, world_size, SEED, first_step, num_steps)
+        sampler = MicroBatchSampler(Batches(B, G, N, SEED), steps, rank, world_size)
         batches = list(sampler)
         assert len(batches) == len(sampler)
         for number, keys in enumerate(batches):
@@ -299,7 +298,8 @@ def test_every_sample_comes_at_most_once_an_epoch_and_epochs_differ():
 
 def test_flips_are_fair_and_differ_between_epochs():
     def flips(epoch: int) -> dict[int, bool]:
-        sampler = MicroBatchSampler(4000, 10, 1, 0, 1, SEED, 400 * epoch, 400)
+        steps = range(400 * epoch, 400 * epoch + 400)
+        sampler = MicroBatchSampler(Batches(10, 1, 4000, SEED), steps, 0, 1)
         return dict(key for batch in sampler for key in batch)
 
     first, second = flips(0), flips(1)
@@ -315,19 +315,20 @@ def test_restart_goes_on_identically(first_step):
 
 
 def test_other_seeds_give_other_orders_even_negative_ones():
-    one, other = (list(MicroBatchSampler(N, B, G, 0, 1, seed, 0, 1)) for seed in (1, -1))
+    batches = (Batches(B, G, N, seed) for seed in (1, -1))
+    one, other = (list(MicroBatchSampler(own, range(1), 0, 1)) for own in batches)
     assert one != other
 
 
 def test_too_few_samples_for_a_step_are_refused():
-    assert steps_per_epoch(36, B, G) == 1
+    assert Batches(B, G, 36, SEED).steps_per_epoch == 1
     with pytest.raises(UserError, match="35 samples .* 36 .*--batch_size"):
-        MicroBatchSampler(35, B, G, 0, 1, SEED, 0, 1)
+        MicroBatchSampler(Batches(B, G, 35, SEED), range(1), 0, 1)
     with pytest.raises(ValueError, match=f"{G + 1} processes"):
-        MicroBatchSampler(N, B, G, 0, G + 1, SEED, 0, 1)
+        MicroBatchSampler(Batches(B, G, N, SEED), range(1), 0, G + 1)
 
 
 @pytest.mark.parametrize("flip,expected", [(True, {True, False}), (False, {False})])
 def test_half_of_the_samples_are_mirrored_or_none(flip, expected):
-    sampler = MicroBatchSampler(64, 4, 2, 0, 1, SEED, 0, 20, flip=flip)
+    sampler = MicroBatchSampler(Batches(4, 2, 64, SEED), range(20), 0, 1, flip)
     assert {mirrored for batch in sampler for _, mirrored in batch} == expected

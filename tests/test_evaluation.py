@@ -11,6 +11,7 @@ import torch
 
 import main_tokenbridge
 from demo.classifier import generated_images
+from models.generate import to_uint8
 from models.sampler import sample_latents
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
@@ -19,6 +20,7 @@ from tests.measures import PIXELS, save_model
 from tests.runs import SIZE, TRAIN_FLAGS, flags, on_processes, refused, train
 from tests.runs import evaluate as evaluate_here
 from tools import compare_images
+from util.data.images import save_png
 from util.device import resolve_precision
 from util.ema import EMA
 from util.errors import UserError
@@ -29,7 +31,6 @@ from util.evaluation.folder import read_png
 from util.evaluation.metrics import Measure
 from util.evaluation.reference import Reference
 from util.evaluation.results import shown_ids
-from util.images import save_png, to_uint8
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)

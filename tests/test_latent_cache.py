@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
 from util.data import cache_writer
 from util.data.arrays import allow_open_files
+from util.data.batches import Batches, MicroBatchSampler
 from util.data.cache_files import json_digest
 from util.data.cache_writer import CacheSettings, CacheWriter, list_digest
-from util.data.images import MicroBatchSampler
 from util.data.latent_cache import as_one_batch, open_cache, verify
 from util.data.statistics import LatentStats
 from util.errors import UserError
@@ -110,7 +110,7 @@ def test_batches_are_the_items_to_the_bit_in_the_stored_dtype(
     stored = torch.float16 if form == "npy" else torch.float32
     fill(tmp_path, format=form, dtype=str(stored).removeprefix("torch."))
     cache = open_cache(tmp_path)
-    keys = list(MicroBatchSampler(10, 3, 1, 0, 1, seed=0, first_step=0, num_steps=5))
+    keys = list(MicroBatchSampler(Batches(3, 1, 10, seed=0), range(5), 0, 1))
     loader = DataLoader(cache, batch_sampler=keys, num_workers=num_workers, collate_fn=collate_fn)
     for (moments, labels), chosen in zip(loader, keys, strict=True):
         assert moments.dtype == stored and moments.shape == (3, 2 * C, H, W)

@@ -18,19 +18,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from models.generate import to_uint8
 from models.quantizer import build_quantizer, entropy
 from models.tokenizers.tokenizer import Tokenizer
 from util import ROOT, dist
 from util.build import cache_histogram, calibrated_levels, check_vae
 from util.data.histogram import BINS, LatentHistogram
-from util.data.images import center_crop, class_notes, list_images, read_image
+from util.data.images import center_crop, class_notes, list_images, psnr, read_image
 from util.data.latent_cache import open_cache
 from util.device import resolve_precision
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown, judged
 from util.errors import UserError
 from util.evaluation.extractor import INCEPTION, published_weights, registered_name
 from util.evaluation.reference import ADM_STATISTICS, check_statistics, load_fid_statistics
-from util.images import psnr, to_uint8
 from util.inputs import check_same_classes
 
 # KL-16 reconstructs ImageNet's validation images at 24.1 dB, with a standard deviation of 4.2 dB

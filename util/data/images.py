@@ -6,11 +6,9 @@ All listing of images and published caches is here. Hidden entries and what file
 behind are no data; a file is listed once however many links lead to it; what else is passed over is
 told.
 
-Datasets are pure functions of the key (index, flip); `MicroBatchSampler` alone decides the keys.
-Its unit is the micro-batch: G of them make the global batch of one training step, and what one of
-them holds depends on (seed, step, its number j in the global batch), never on the number of
-processes that share the work. Pixels stay bytes until they are on the device: a quarter of the
-memory between processes; `models.tokenizers.tokenizer.from_uint8` makes numbers of them.
+Datasets are pure functions of the key (index, flip); `util.data.batches` alone decides the keys.
+Pixels stay bytes until they are on the device: a quarter of the memory between processes;
+`models.tokenizers.tokenizer.from_uint8` makes numbers of them.
 """
 
 import argparse
@@ -31,12 +29,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, features
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import dist, stop
 from util.errors import UserError, as_user_error
-from util.files import shown
+from util.files import atomic_write, shown
 
 Key = tuple[int, bool]  # (index of the sample, whether it is flipped left to right)
 
@@ -547,80 +545,21 @@ def collate_skipping(items: list[tuple[Tensor, int] | None]) -> list[Tensor] | N
     return [stacked.permute(0, 3, 1, 2), torch.tensor(labels)]
 
 
-def steps_per_epoch(num_samples: int, batch_size: int, global_micro_batches: int) -> int:
-    """Whole global batches in an epoch; what is left over waits for another epoch's order.
-
-    Raises UserError if there are too few samples for a single one.
-    """
-    global_batch = batch_size * global_micro_batches
-    if num_samples < global_batch:
-        raise UserError(
-            f"{num_samples} samples do not fill one global batch of {global_batch} (--batch_size "
-            f"{batch_size} x {global_micro_batches} micro-batches); lower --batch_size"
-        )
-    return num_samples // global_batch
+def save_png(image: Tensor | np.ndarray, path: str | Path) -> None:
+    """image: uint8 [3, H, W]. The file is whole or absent."""
+    # Waiting for the disk 50,000 times would take longer than some of the images.
+    with atomic_write(path, durable=False) as file:
+        Image.fromarray(np.moveaxis(np.asarray(image), 0, -1)).save(file, format="PNG")
 
 
-def epoch_keys(num_samples: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of an epoch's samples and the flip at each position, from (seed, epoch) alone.
+def grid(images: Tensor, columns: int) -> Tensor:
+    """images: uint8 [N, 3, H, W] -> one uint8 [3, H', W'], row by row."""
+    from torchvision.utils import make_grid  # slow to import
 
-    Returns order int64 [N], a permutation, and flips bool [N].
-    Made of raw Philox words: numpy promises that these stay as they are in later releases.
-    """
-    words = np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64))
-    order = np.argsort(words.random_raw(num_samples), kind="stable")
-    flips = (words.random_raw(num_samples) & np.uint64(1)).astype(bool)
-    return order, flips
+    return make_grid(images, nrow=columns, padding=2, pad_value=255)
 
 
-class MicroBatchSampler(Sampler[list[Key]]):
-    """This process's micro-batches of num_steps steps from first_step on, as lists of keys.
-
-    With S steps an epoch, B samples a micro-batch and G = global_micro_batches, micro-batch j of
-    step s is the B positions from ((s % S) * G + j) * B on in the order of epoch s // S. Process r
-    of W has j = r, r + W, ... < G, in this order. flip: whether half of the samples are mirrored.
-    Raises UserError if one global batch exceeds the samples; ValueError if W exceeds G.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        global_micro_batches: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        first_step: int,
-        num_steps: int,
-        flip: bool = True,
-    ):
-        if world_size > global_micro_batches:
-            raise ValueError(
-                f"{world_size} processes cannot share {global_micro_batches} micro-batches"
-            )
-        self.steps_per_epoch = steps_per_epoch(num_samples, batch_size, global_micro_batches)
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.global_micro_batches = global_micro_batches
-        self.mine = range(rank, global_micro_batches, world_size)
-        self.seed = seed
-        self.flip = flip
-        self.steps = range(first_step, first_step + num_steps)
-        self._epoch = None  # whose order is at hand
-
-    def __len__(self) -> int:
-        return len(self.steps) * len(self.mine)
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return (self.keys(step, j) for step in self.steps for j in self.mine)
-
-    def keys(self, step: int, j: int) -> list[Key]:
-        """What micro-batch j of a step holds."""
-        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order, self._flips = epoch_keys(self.num_samples, self.seed, epoch)
-            self._flips &= self.flip
-        start = (step_in_epoch * self.global_micro_batches + j) * self.batch_size
-        chosen = slice(start, start + self.batch_size)
-        return list(zip(self._order[chosen].tolist(), self._flips[chosen].tolist(), strict=True))
+def psnr(images: Tensor, reference: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of uint8 images [N, 3, H, W] in dB: [N]; 100 where identical."""
+    error = (images.double() - reference.double()).square().mean(dim=(1, 2, 3)) / 255**2
+    return -10 * error.clamp_min(1e-10).log10()

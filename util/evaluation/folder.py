@@ -26,11 +26,11 @@ from PIL import Image
 from torch import Tensor
 
 from util import dist
+from util.data.images import save_png
 from util.errors import UserError
 from util.evaluation.extractor import Extractor
 from util.evaluation.features import FeatureStore, batch_ranges, wait_for
 from util.files import atomic_write
-from util.images import save_png
 
 THREADS = 8  # that read and write PNG files; a GPU draws faster than one of them packs
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from util import dist
+from util.data.images import save_png
 from util.errors import UserError
 from util.evaluation.features import FeatureStore, batch_ranges, wait_for
 from util.evaluation.folder import conflict, image_name, plain, read_png, write_json
 from util.evaluation.variants import ORIGINAL
-from util.images import save_png
 
 THREADS = 8  # that write PNG files
 

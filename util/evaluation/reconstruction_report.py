@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from util.data.images import grid, save_png
 from util.files import atomic_write
-from util.images import grid, save_png
 
 # Shown where they were measured, from left to right: name of the figure, title of its panel.
 PANELS = (

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from models.config import TokenBridgeConfig
 from util import dist
+from util.data.images import grid, save_png
 from util.evaluation import metrics
 from util.evaluation.features import wait_for
 from util.evaluation.folder import EvaluationFolder, write_json, write_samples
 from util.evaluation.metrics import Measure, Scores
 from util.evaluation.reference import write_statistics
-from util.images import grid, save_png
 from util.provenance import git_revision, versions
 
 GRID_ROWS, GRID_COLUMNS = 8, 10

@@ -18,7 +18,7 @@ from util import config_file, dist
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.checkpoint import find_checkpoint
 from util.config_file import EVALUATION_CONFIG
-from util.data.images import Loading
+from util.data.images import Loading, save_png
 from util.device import Precision, compile_model
 from util.errors import UserError
 from util.evaluation import metrics
@@ -33,7 +33,6 @@ from util.evaluation.folder import check_shared, read_json, read_png
 from util.evaluation.jackknife import fid_error, is_error
 from util.evaluation.metrics import Measure
 from util.files import atomic_write, sha256
-from util.images import save_png
 from util.metrics_file import MetricsFile
 from util.vae_files import vae_digest
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer, entropy, level_counts
-from util.images import psnr
+from util.data.images import psnr
 
 ORIGINAL, CONTINUOUS, QUANTIZED = "original", "continuous", "bits"
 SSIM_LEAST = 6  # pixels a side: 5 of them are mirrored

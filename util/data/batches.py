@@ -1,0 +1,102 @@
+"""What a step of training is made of, and in which order its samples come.
+
+The unit is the micro-batch: G of them make the global batch of one step, and what one of them holds
+depends on (seed, step, its number j in the global batch), never on the number of processes that
+share the work. So processes may come and go: the same global batch, shared by others, is the same
+training.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from util.data.images import Key
+from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Two runs with equal batches see the same samples at the same steps.
+
+    batch_size: samples of a micro-batch. micro_batches: of a step. images: of the training set.
+    """
+
+    batch_size: int
+    micro_batches: int
+    images: int
+    seed: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch_size * self.micro_batches
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole global batches in an epoch; what is left over waits for another epoch's order.
+
+        Raises UserError if there are too few images for a single one.
+        """
+        if self.images < self.global_batch:
+            raise UserError(
+                f"{self.images} samples do not fill one global batch of {self.global_batch} "
+                f"(--batch_size {self.batch_size} x {self.micro_batches} micro-batches); lower "
+                "--batch_size"
+            )
+        return self.images // self.global_batch
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def epoch_keys(num_samples: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order of an epoch's samples and the flip at each position, from (seed, epoch) alone.
+
+    Returns order int64 [N], a permutation, and flips bool [N].
+    Made of raw Philox words: numpy promises that these stay as they are in later releases.
+    """
+    words = np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64))
+    order = np.argsort(words.random_raw(num_samples), kind="stable")
+    flips = (words.random_raw(num_samples) & np.uint64(1)).astype(bool)
+    return order, flips
+
+
+class MicroBatchSampler(Sampler[list[Key]]):
+    """This process's micro-batches of some steps, as lists of keys.
+
+    With S steps an epoch, B samples a micro-batch and G micro-batches a step, micro-batch j of step
+    s is the B positions from ((s % S) * G + j) * B on in the order of epoch s // S. Process r of W
+    has j = r, r + W, ... < G, in this order. flip: whether half of the samples are mirrored.
+    Raises UserError if one global batch exceeds the samples; ValueError if W exceeds G.
+    """
+
+    def __init__(
+        self, batches: Batches, steps: range, rank: int, world_size: int, flip: bool = True
+    ):
+        if world_size > batches.micro_batches:
+            raise ValueError(
+                f"{world_size} processes cannot share {batches.micro_batches} micro-batches"
+            )
+        self.batches, self.steps, self.flip = batches, steps, flip
+        self.steps_per_epoch = batches.steps_per_epoch
+        self.own = range(rank, batches.micro_batches, world_size)
+        self._epoch = None  # whose order is at hand
+
+    def __len__(self) -> int:
+        return len(self.steps) * len(self.own)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return (self.keys(step, j) for step in self.steps for j in self.own)
+
+    def keys(self, step: int, j: int) -> list[Key]:
+        """What micro-batch j of a step holds."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._order, self._flips = epoch_keys(self.batches.images, self.batches.seed, epoch)
+            self._flips &= self.flip
+        size = self.batches.batch_size
+        start = (step_in_epoch * self.batches.micro_batches + j) * size
+        chosen = slice(start, start + size)
+        return list(zip(self._order[chosen].tolist(), self._flips[chosen].tolist(), strict=True))
