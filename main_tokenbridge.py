@@ -24,9 +24,9 @@ from util.data.images import Key, MicroBatchSampler, collate_skipping
 from util.data.latent_cache import as_one_batch
 from util.debug import Reload, replay
 from util.device import Precision, compile_model, resolve_device, resolve_precision
+from util.dist import run
 from util.dry_run import open_what_is_there, rehearse
 from util.ema import EMA
-from util.errors import run
 from util.evaluation.evaluator import drawn_classes, eval_settings
 from util.evaluation.sweep import evaluate_checkpoint, prepare_measure
 from util.files import check_writable
