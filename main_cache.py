@@ -36,8 +36,9 @@ from util.data.cache_files import DTYPES, FORMATS, MAX_SHARD_SIZE
 from util.data.cache_writer import CacheSettings, CacheWriter, list_digest
 from util.data.images import ImageDataset, ImageList, collate_skipping, list_images, tell_names
 from util.data.latent_cache import verify
+from util.dist import run
 from util.dry_cache import rehearse
-from util.errors import UserError, run
+from util.errors import UserError
 from util.json_output import figures_on_stdout
 from util.lock import only_job_in
 from util.parser import Parser

@@ -54,8 +54,9 @@ from util.data.images import (
     visible,
 )
 from util.data.latent_cache import open_cache
+from util.dist import run
 from util.dry_reconstruction import rehearse
-from util.errors import UserError, as_user_error, run
+from util.errors import UserError, as_user_error
 from util.evaluation import metrics
 from util.evaluation.metrics import Measure, frechet, score, statistics
 from util.evaluation.reconstruction_folder import ReconstructionFolder

@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.estimate import BATCH, BOUNDS, MATRIX_SHARE, MEMORY_SHARE, Setup, cost
 from models.config import PRESETS
 from util.args import bit_width, non_negative_float, positive_float, positive_int
-from util.errors import run
+from util.dist import run
 from util.hardware import HARDWARE, readable
 from util.memory import ACTIVATION
 from util.parser import Parser

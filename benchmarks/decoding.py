@@ -22,7 +22,8 @@ from util.args import positive_int
 from util.build import build_model
 from util.checkpoint import find_checkpoint
 from util.device import Precision
-from util.errors import UserError, run
+from util.dist import run
+from util.errors import UserError
 from util.evaluation.evaluator import EvalSettings, generate
 from util.evaluation.extractor import Extractor
 from util.evaluation.metrics import frechet, statistics

@@ -34,7 +34,7 @@ from benchmarks.work import FAST, Settings, Variant, Work, measure
 from benchmarks.works import vae
 from models.tokenizers.kl16 import KL16, AutoencoderKL
 from util.args import positive_int
-from util.errors import run
+from util.dist import run
 from util.hardware import readable
 from util.page import check_place, write_between
 from util.parser import Parser

@@ -31,7 +31,8 @@ from util.args import positive_int
 from util.data.images import center_crop, read_image
 from util.data.statistics import LatentStats
 from util.device import resolve_device
-from util.errors import UserError, run
+from util.dist import run
+from util.errors import UserError
 from util.page import check_place, write_between
 from util.parser import Parser
 from util.provenance import environment

@@ -32,7 +32,8 @@ from benchmarks.targets import (
     find,
 )
 from benchmarks.work import FAST, PLAIN
-from util.errors import UserError, as_user_error, run
+from util.dist import run
+from util.errors import UserError, as_user_error
 from util.files import atomic_write
 from util.hardware import readable
 from util.page import write_between

@@ -24,7 +24,8 @@ from benchmarks.work import Settings, Work, measure
 from models.config import PRESETS
 from util.args import fraction, positive_float, positive_int
 from util.device import resolve_device
-from util.errors import UserError, as_user_error, run
+from util.dist import run
+from util.errors import UserError, as_user_error
 from util.files import atomic_write, check_writable
 from util.parser import Parser
 from util.provenance import ROOT, cores, git_revision, processor, versions

@@ -23,7 +23,8 @@ from demo.app_models import Library
 from util import stop
 from util.args import add_device_flags, add_model_flags, add_vae_flags
 from util.device import resolve_device
-from util.errors import UserError, as_user_error, run
+from util.dist import run
+from util.errors import UserError, as_user_error
 from util.parser import Parser
 
 INSTALL = "pip install -c requirements.lock -e '.[app]'"

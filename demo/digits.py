@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from util.args import positive_int, seed
-from util.errors import as_user_error, run
+from util.dist import run
+from util.errors import as_user_error
 from util.files import check_writable
 from util.parser import Parser
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from demo.report import read_timings
 from util.args import seed
-from util.errors import run
+from util.dist import run
 from util.parser import Parser
 from util.provenance import git_revision, processor, versions
 

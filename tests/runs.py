@@ -23,7 +23,8 @@ import main_cache
 import main_tokenbridge
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import ROOT, environment
-from util.errors import EXIT_USER_ERROR, run
+from util.dist import run
+from util.errors import EXIT_USER_ERROR
 from util.vae_files import save_vae
 
 SIZE, CHANNELS, STRIDE = 16, 4, 4

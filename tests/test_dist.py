@@ -32,8 +32,9 @@ from util import dist, stop
 from util.agreement import Agreement
 from util.data.batches import Batches, MicroBatchSampler
 from util.device import resolve_precision
+from util.dist import run
 from util.ema import EMA
-from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError, run
+from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from util.evaluation import extractor
 from util.inputs import check_agreement
 from util.plan import Plan, Run, TrainSettings

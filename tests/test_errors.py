@@ -38,7 +38,8 @@ from tests.runs import (
 )
 from tests.test_lock import holder
 from util.checkpoint import LAST
-from util.errors import UserError, as_user_error, run
+from util.dist import run
+from util.errors import UserError, as_user_error
 from util.files import load_tensors
 from util.vae_files import save_vae
 

@@ -19,7 +19,7 @@ from torch.distributions import Normal
 from models.config import TokenBridgeConfig
 from models.masking import mask_schedule, masked_counts
 from models.quantizer import SPAN, GaussianQuantizer
-from util.errors import run
+from util.dist import run
 from util.files import atomic_write, check_writable
 from util.parser import Parser
 

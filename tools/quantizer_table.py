@@ -21,7 +21,8 @@ from models.tokenizers.kl16 import Posterior
 from util.args import bit_width
 from util.data.histogram import LatentHistogram, posterior_noise
 from util.data.latent_cache import open_cache
-from util.errors import UserError, run
+from util.dist import run
+from util.errors import UserError
 from util.files import atomic_write
 from util.page import write_between
 from util.parser import Parser

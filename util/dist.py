@@ -26,7 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util import stop
 from util.device import resolve_device
-from util.errors import UserError, as_user_error, program
+from util.errors import (
+    EXIT_LOST_PEER,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    UserError,
+    as_user_error,
+    program,
+)
 from util.watchdog import FINISHED, Watchdog
 
 # Ranks wait for each other's last batch of an evaluation or shard of a cache, on a CPU for long.
@@ -36,6 +43,8 @@ ATTEMPT = "TORCHELASTIC_RESTART_COUNT"  # torchrun counts the restarts of --max-
 NO_PROGRESS = 600.0  # seconds; the default of --dist_timeout
 # Seconds of waiting for processes that have not come yet: to the first line, and between two more.
 FIRST_WORD, NEXT_WORD = 30.0, 60.0
+# What the backends say on a process whose peer has left.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 _watchdog: Watchdog | None = None  # of this process, if there are others
 _finishers: list[Callable[[], None]] = []
 
@@ -295,6 +304,36 @@ def cleanup() -> None:
         barrier()
         say_goodbye(FINISHED)
         dist.destroy_process_group()
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a script's main and end the process.
+
+    A UserError becomes one line on stderr and exit code 2; a signal, after which the same command
+    goes on where it was, one line and exit code 75; a lost process, its name and exit code 1.
+    """
+    code, line = 0, None
+    try:
+        stop.install()
+        main()
+    except UserError as error:
+        # A DataLoader worker re-raises with its traceback inside the message: keep the last line.
+        lines = str(error).strip().splitlines() or ["unknown error"]
+        message = lines[-1].strip().removeprefix("util.errors.UserError: ")
+        code, line = EXIT_USER_ERROR, f"error: {message}"
+        say_goodbye(f"stopped with an error: {message}")
+    except stop.Stopped as signal:
+        code, line = EXIT_STOPPED, f"stopped by {signal}; start the same command again to go on"
+        say_goodbye(f"was stopped by {signal}")
+    except RuntimeError as error:
+        if not any(phrase in str(error) for phrase in LOST_PEER):
+            say_goodbye(f"failed: {type(error).__name__}")
+            raise
+        with stop.deferred():  # torchrun asks the others to end before they have found out why
+            end(f"stopped: {who_is_lost()}", EXIT_LOST_PEER)
+    if line is not None:
+        print(f"{program()}: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def rank() -> int:

@@ -14,8 +14,9 @@ from contextlib import nullcontext, redirect_stdout
 from functools import partial
 
 from util import dist, doctor_checks, stop
+from util.dist import run
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown
-from util.errors import UserError, run
+from util.errors import UserError
 from util.parser import Parser
 from util.training_args import training_parser
 

@@ -25,7 +25,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
-from util.errors import UserError, as_user_error, run
+from util.dist import run
+from util.errors import UserError, as_user_error
 from util.files import check_writable, flush_file, flush_folder
 from util.lock import only_job_in
 from util.parser import Parser

@@ -17,8 +17,9 @@ from models.tokenbridge import TokenBridge
 from util.args import add_model_flags, add_vae_flags
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.checkpoint import AUTO, WEIGHT_KEYS, Checkpoint, find_checkpoint
+from util.dist import run
 from util.download import HUB_ERRORS
-from util.errors import UserError, as_user_error, run
+from util.errors import UserError, as_user_error
 from util.files import check_writable
 from util.parser import Parser
 from util.vae_files import vae_digest

@@ -26,7 +26,8 @@ from util.args import (
 )
 from util.data.arrays import ImageArray
 from util.data.images import Loading
-from util.errors import UserError, run
+from util.dist import run
+from util.errors import UserError
 from util.evaluation.extractor import Extractor, load_extractor
 from util.evaluation.features import batch_ranges, folder_batches, upsampled
 from util.evaluation.reference import open_images, write_statistics

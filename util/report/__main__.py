@@ -10,7 +10,8 @@ from functools import partial
 from html import escape
 from pathlib import Path
 
-from util.errors import UserError, as_user_error, run
+from util.dist import run
+from util.errors import UserError, as_user_error
 from util.files import atomic_write, check_writable
 from util.parser import Parser
 from util.provenance import git_revision
