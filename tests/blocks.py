@@ -26,7 +26,6 @@ from contextlib import (
     nullcontext,
     redirect_stderr,
     redirect_stdout,
-    suppress,
 )
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Listener
@@ -45,7 +44,6 @@ from tests.conftest import ROOT, environment
 from tests.measures import PIXELS
 from tests.runs import call, free_port, make_images
 from util import fid_stats
-from util.errors import UserError
 from util.vae_files import save_vae
 
 SMALL = {
@@ -56,11 +54,7 @@ SMALL = {
 }
 # The tiny VAE is not KL-16, whose latent scale and channel order are built in.
 IF_NOT_GIVEN = {"cached_path": "cache"}
-# Scripts that write into a page of docs/ write into the copy.
-PAGE = {"benchmarks.cost": "docs/performance.md"}
-READS_A_RUN = (
-    r"(util\.(report|export)|(--evaluate|app\.py) --resume) .*\$\{OUTPUT_DIR\}|--debug_dump"
-)
+READS_A_RUN = r"(util\.(report|export)|(--evaluate|app\.py) --resume) .*\$\{OUTPUT_DIR\}"
 WRITES_A_CACHE = r"main_cache\.py .*--cached_path"
 DOWNLOADS = r"util\.download|hf download"
 # What is asked for, its arguments and surroundings; the answer is what to print and the exit code.
@@ -137,20 +131,10 @@ def make_world(folder: Path) -> Path:
     demo = folder / "output" / "demo"
     shutil.copytree(folder / "run", demo / "model")
     shutil.copy(weights / "vae" / "kl16.ckpt", demo / "vae.ckpt")
-    dump_a_step(folder, train)
     call(fid_stats.main, *smaller("util.fid_stats", statistics(folder)))
     settings = preset("tokenbridge_tiny") | {"img_size": 64, "buffer_size": 4}
     TokenBridge(**settings).save_pretrained(folder / "exported")
     return folder
-
-
-def dump_a_step(folder: Path, train: list) -> None:
-    """What a training leaves whose numbers are not finite."""
-    broken = [*train, "--output_dir", folder / "broken", "--max_skipped", "1"]
-    with suppress(UserError):
-        call(main_tokenbridge.main, *smaller("main_tokenbridge", broken), "--blr", "1e30")
-    (dump,) = (folder / "broken").glob("debug-step*.pth")
-    dump.rename(folder / "run" / "debug-step00001234.pth")
 
 
 def statistics(folder: Path) -> list:
@@ -235,9 +219,7 @@ def run_module(module: str, words: list[str]) -> None:
 
 def smaller_if_it_can_be(module: str, words: list[str]) -> list[str]:
     """Of a script of ours; of the benchmarks only what calculates is run, as it is."""
-    if module in PAGE:
-        return [*words, "--page", PAGE[module]]
-    if module.startswith("benchmarks."):
+    if module.startswith("benchmarks.") and module != "benchmarks.cost":
         sys.exit(f"{module} takes minutes: mark the block as not run")
     ours = (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
     known = ours and hasattr(importlib.import_module(module), "make_parser")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine_tokenbridge import Run, SkipVote
 from models.tokenbridge import TokenBridge
+from models.tokenizers.tokenizer import Tokenizer
+from util.data.batches import Batches
+from util.device import resolve_precision
+from util.optim import EMA, build_optimizer
 
 # Small tensors gain nothing from threads, and two test processes share two cores.
 torch.set_num_threads(1)
@@ -102,6 +108,21 @@ def tiny_model(**changes) -> TokenBridge:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+def new_run(model: TokenBridge, ema_rate: float, precision: str = "fp32") -> Run:
+    """What a step of training needs: no loader, no log, nothing that is written."""
+    device = torch.device("cpu")
+    chosen = resolve_precision(precision, device)
+    run = Run(**dict.fromkeys(field.name for field in fields(Run)))
+    run.model, run.device, run.precision = model, device, chosen
+    run.ema = EMA(model.published_parameters(), ema_rate)
+    run.optimizer = build_optimizer(model.published_parameters(), 1e-2, 0.02)
+    run.scaler = torch.amp.GradScaler("cpu", enabled=chosen.needs_scaler)
+    run.tokenizer, run.cached = Tokenizer(None, latent_scale=2.0), True
+    run.skip_vote, run.facts, run.wrapped = SkipVote(device), {}, model
+    run.batches = Batches(batch_size=2, micro_batches=1, images=100, seed=1)
+    return run
 
 
 def environment(alone: bool = False, **env) -> dict[str, str]:

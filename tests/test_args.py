@@ -1,10 +1,17 @@
-"""Flags have the published names and defaults, and every script answers --help."""
+"""Command lines: published names and defaults, --help, --config, and answers in one line."""
+
+from pathlib import Path
 
 import pytest
+import yaml
 
 import main_cache
 import main_tokenbridge
 import reconstruction
+from demo import app
+from tests.conftest import ROOT
+from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, refused, tensors
+from util import args as command_line
 from util import doctor, fid_stats
 from util.errors import EXIT_USER_ERROR
 
@@ -35,127 +42,257 @@ PUBLISHED = {
     },
 }
 SCRIPTS = pytest.mark.parametrize("script", PUBLISHED, ids=lambda script: script.__name__)
-
-
-@SCRIPTS
-def test_published_flags_have_the_published_defaults(script):
-    args = vars(script.make_parser().parse([]))
-    assert {name: args[name] for name in PUBLISHED[script]} == PUBLISHED[script]
-    assert args["explicit"] == set()
-
-
 HELPFUL = pytest.mark.parametrize(
     "tool", [*PUBLISHED, fid_stats, doctor], ids=lambda tool: tool.__name__
 )
-
-
-def help_of(tool, capsys, monkeypatch) -> str:
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as stop:
-        tool.make_parser().parse(["--help"])
-    assert stop.value.code == 0
-    return capsys.readouterr().out
-
-
-@HELPFUL
-def test_help_explains_every_flag_in_80_columns(tool, capsys, monkeypatch):
-    text = help_of(tool, capsys, monkeypatch)
-    for action in tool.make_parser()._actions:
-        assert action.option_strings[0] in text and action.help, action
-    choices = [line for line in text.splitlines() if "{" in line]  # argparse does not break them
-    assert max(len(line) for line in text.splitlines() if line not in choices) <= 80
-    assert not any(word in text for word in ("None", "True", "False", "()", "[[", "Letters:"))
-
-
-@HELPFUL
-def test_help_puts_every_flag_into_a_group_with_its_default(tool, capsys, monkeypatch):
-    text = " ".join(help_of(tool, capsys, monkeypatch).split())
-    parser = tool.make_parser()
-    ungrouped = parser._optionals._group_actions
-    assert [action.dest for action in ungrouped] == ["help", "config"]
-    for action in parser._actions:
-        if action.nargs != 0 and action.default not in (None, ""):
-            values = action.default if isinstance(action.default, list) else [action.default]
-            shown = " ".join(map(str, values))
-            assert f"{' '.join(action.help.split())} [{shown}]" in text, action
-
-
 TRAINING = """
     --img_size 256 --vae_path pretrained_models/vae/kl16.ckpt --vae_embed_dim 16 --vae_stride 16
     --patch_size 1 --model tokenbridge_large --quant_bits 6 --quant_min -5.0 --quant_max 5.0
     --epochs 400 --warmup_epochs 100 --batch_size 64 --blr 5.0e-5 --output_dir OUT --resume OUT
     --data_path DATA --use_cached --cached_path CACHE --grad_checkpointing
 """
-EVALUATION = """
-    --model tokenbridge_huge --eval_bsz 256 --num_images 50000 --num_iter 256 --cfg 3.45
-    --quant_bits 6 --cfg_schedule linear --temperature 0.91 --output_dir OUT
-    --resume pretrained_models/tokenbridge/tokenbridge_huge --data_path DATA --evaluate
-"""
-RECONSTRUCTION = "--bits -1 4 6 --range 5.0 --image_dir DIR"
+READY = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def parse(*argv, script=main_tokenbridge):
+    return script.make_parser().parse([str(word) for word in argv])
+
+
+def error_line(capsys, *argv, script=main_tokenbridge) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv, script=script)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == EXIT_USER_ERROR and " error: " in line
+    return line
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a file and returns its path."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "settings.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@SCRIPTS
+def test_published_flags_have_the_published_defaults(script):
+    args = parse(script=script)
+    assert {name: command_line.value(args, name) for name in PUBLISHED[script]} == PUBLISHED[script]
 
 
 def test_commands_of_the_published_readme_are_understood():
-    args = main_tokenbridge.make_parser().parse(TRAINING.split())
-    assert (args.blr, args.quant_min, args.resume) == (5e-5, -5.0, "OUT")
-    args = main_tokenbridge.make_parser().parse(EVALUATION.split())
-    assert args.evaluate and args.cfg == [3.45]
-    assert args.explicit == {
-        *("model", "eval_bsz", "num_images", "num_iter", "cfg", "quant_bits", "cfg_schedule"),
-        *("temperature", "output_dir", "resume", "data_path", "evaluate"),
-    }
-    args = reconstruction.make_parser().parse(RECONSTRUCTION.split())
-    assert args.bits == [-1, 4, 6]
+    args = parse(*TRAINING.split())
+    assert (args.blr, args.quant_min, args.resume, args.img_size) == (5e-5, -5.0, "OUT", 256)
+    assert parse("--bits", -1, 4, 6, script=reconstruction).bits == [-1, 4, 6]
 
 
-@pytest.mark.parametrize(
-    ("argv", "name"),
-    [
-        (["--cfg=2"], "cfg"),
-        (["--quant_min", "-5"], "quant_min"),
-        (["--seed", "1"], "seed"),  # the default, but given
-        (["--no_pin_mem"], "pin_mem"),
-        (["--use_cached"], "use_cached"),
-        (["--local-rank=3"], "local_rank"),
-    ],
-)
-def test_given_flags_are_known(argv, name):
-    assert main_tokenbridge.make_parser().parse(argv).explicit == {name}
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--epoch", "3"],  # no abbreviations
-        ["stray"],
-        ["--batch_size", "1.5"],
-        ["--ema_rate", "1.1"],
-        ["--blr", "nan"],
-        ["--lr", "-1"],
-        ["--quant_max", "inf"],
-        ["--latent_scale", "big"],
-        ["--channel_order", "0,x"],
-        ["--seed", str(2**63)],
-        ["--start_epoch", "-1"],
-        ["--head_input", "other"],
-    ],
-)
-def test_wrong_values_get_one_line(argv, capsys):
+@HELPFUL
+def test_help_explains_every_flag_and_its_default_in_80_columns(tool, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        main_tokenbridge.make_parser().parse(argv)
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == EXIT_USER_ERROR
-    assert len(lines) == 1 and " error: " in lines[0] and argv[0] in lines[0]
+        parse("--help", script=tool)
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for action in tool.make_parser()._actions:
+        assert action.option_strings[0] in text and action.help, action
+        if action.nargs != 0 and action.default not in (None, ""):
+            values = action.default if isinstance(action.default, list) else [action.default]
+            assert f"[{' '.join(map(str, values))}]" in " ".join(text.split()), action
+    choices = [line for line in text.splitlines() if "{" in line]  # argparse does not break them
+    assert max(len(line) for line in text.splitlines() if line not in choices) <= 80
+    assert not any(word in text for word in ("None", "True", "False", "()", "[[", "Letters:"))
+    assert "--no_evaluate" not in text
 
 
 @pytest.mark.parametrize(
-    ("argv", "hint"),
+    ("argv", "fragment"),
     [
-        (["--epoch", "3"], "did you mean --epochs?"),
-        (["--batchsize=3"], "did you mean --batch_size?"),
+        (["--epoch", "3"], "did you mean --epochs?"),  # no abbreviations
         (["--output-dir", "x"], "did you mean --output_dir?"),
+        (["stray"], "stray"),
+        (["--batch_size", "1.5"], "--batch_size"),
+        (["--ema_rate", "1.1"], "--ema_rate"),
+        (["--blr", "nan"], "--blr"),
+        (["--quant_max", "inf"], "--quant_max"),
+        (["--latent_scale", "big"], "--latent_scale"),
+        (["--channel_order", "0,x"], "--channel_order"),
+        (["--seed", str(2**63)], "--seed"),
+        (["--head_input", "other"], "--head_input"),
+        (["--resume", ""], "the value of --resume is empty"),
+        (["--resume="], "the value of --resume is empty"),
     ],
 )
-def test_a_mistyped_flag_gets_the_one_that_was_meant(argv, hint, capsys):
-    with pytest.raises(SystemExit):
-        main_tokenbridge.make_parser().parse(argv)
-    assert hint in capsys.readouterr().err
+def test_wrong_values_get_one_line(argv, fragment, capsys):
+    assert fragment in error_line(capsys, *argv)
+
+
+# --- files of settings
+
+
+def test_file_says_what_flags_say_and_flags_go_before_it(config):
+    path = config(
+        """
+        model: tokenbridge_base   # a comment
+        epochs: 7
+        blr: 5e-5                 # text to YAML 1.1, which wants 5.0e-5
+        use_cached: true
+        no_flip: false
+        pin_mem: false
+        cfg: [2, 3.5]
+        num_iter: 64
+        channel_order: 1,0,2
+        lr: null
+        cached_path: ''
+        """
+    )
+    argv = "--model tokenbridge_base --epochs 7 --blr 5e-5 --use_cached --no_pin_mem --cfg 2 3.5"
+    by_flags = parse(*argv.split(), "--num_iter", 64, "--channel_order", "1,0,2")
+    assert vars(parse("--config", path)) == vars(by_flags) | {"config": str(path)}
+    args = parse("--epochs", 9, "--config", path, "--no_use_cached", "--pin_mem", "--cfg", 1)
+    assert (args.epochs, args.cfg, args.use_cached, args.pin_mem) == (9, [1.0], False, True)
+
+
+def test_home_is_expanded_on_the_command_line_and_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for script, flag, name in (
+        (main_tokenbridge, "resume", "output_dir"),
+        (main_cache, "cached_path", "data_path"),
+        (reconstruction, "fid_stats", "image_dir"),
+        (fid_stats, "output", "image_dir"),
+    ):
+        (tmp_path / "own.yaml").write_text(f"{name}: ~/in the file/~\n")
+        args = parse("--config=~/own.yaml", f"--{flag}=~/flag", script=script)
+        assert getattr(args, flag) == f"{tmp_path}/flag"
+        assert getattr(args, name) == f"{tmp_path}/in the file/~"
+    (tmp_path / "own.yaml").write_text("resume: [~/a, b, ~/c]\n")
+    expected = [f"{tmp_path}/a", "b", f"{tmp_path}/c"]
+    assert parse("--config=~/own.yaml", script=app).resume == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("epoch: 3", "epoch is no setting of"),
+        ("epoch: 3", "did you mean epochs?"),
+        ("epochs: many", "epochs: "),
+        ("epochs: 3.5", "epochs: "),
+        ("epochs: true", "epochs: True"),
+        ("epochs: {a: 1}", "epochs: "),
+        ("epochs: 0", "epochs: 0 is not"),
+        ("use_cached: 1", "use_cached: 1 is not true or false"),
+        ("cfg: []", "cfg: "),
+        ("cfg: [1, x]", "cfg: "),
+        ("model: tokenbridge_larg", "tokenbridge_larg"),
+        ("config: other.yaml", "config is no setting"),
+        ("- epochs", "has no lines of the form"),
+        ("epochs: 3: 4", "mapping values are not allowed"),
+        ("epochs: !!python/object/apply:os.getcwd []", "python/object"),
+        ("[" * 5000, "settings.yaml"),
+    ],
+)
+def test_wrong_file_is_answered_in_one_line(config, capsys, text, fragment):
+    line = error_line(capsys, "--config", config(text))
+    assert f"error: --config {config(text)}" in line and fragment in line
+    assert "--config /nowhere" in error_line(capsys, "--config", "/nowhere")
+
+
+@pytest.mark.parametrize("script", PUBLISHED, ids=lambda script: script.__name__)
+def test_saved_settings_are_the_same_call_again(script, tmp_path):
+    own = {
+        main_tokenbridge: "--channel_order 2,0,1 --cfg 1 2 --lr 0.5 --no_flip --no_pin_mem",
+        main_cache: "--cached_path 007 --dtype float16",
+        reconstruction: "--bits -1 4 --latent_scale 0.5",
+    }
+    first = parse("--seed", "1", "--img_size", "32", *own[script].split(), script=script)
+    command_line.save_settings(first, tmp_path / "c.yaml", "a remark")
+    again = parse("--config", tmp_path / "c.yaml", script=script)
+    assert vars(first) | {"config": 0} == vars(again) | {"config": 0}
+
+
+def test_file_of_version_0_1_is_read_with_what_was_given(config):
+    """It holds every value; those that were not given are for the checkpoint to know."""
+    path = config("batch_size: 16\nimg_size: 32\nepochs: 3\nseed: 1\ngiven: [epochs, seed]\n")
+    args = parse("--config", path)
+    assert (args.batch_size, args.img_size, args.epochs, args.seed) == (None, 32, 3, 1)
+
+
+def test_a_run_in_another_folder_leaves_the_files_of_the_first_alone(tmp_path, config):
+    argv = ["--output_dir", "first", "--metrics_file", "first/f.jsonl", "--log_dir", "first/logs"]
+    command_line.save_settings(parse(*argv), tmp_path / "c.yaml")
+    again = parse("--config", tmp_path / "c.yaml")
+    elsewhere = parse("--config", tmp_path / "c.yaml", "--output_dir", "second")
+    assert (again.metrics_file, again.log_dir) == ("first/f.jsonl", "first/logs")
+    assert (elsewhere.metrics_file, elsewhere.log_dir) == (None, "")
+    own = config("output_dir: first\nmetrics_file: mine.jsonl\n")  # written by hand, and meant
+    assert parse("--config", own, "--output_dir", "second").metrics_file == "mine.jsonl"
+
+
+def test_other_settings_of_a_resumed_run_are_kept_as_those_before_it(tmp_path):
+    def save(step: int, *argv: str) -> None:
+        command_line.save_settings(parse(*argv), tmp_path / "config.yaml", f"step {step}", step)
+
+    def epochs() -> dict[str, int]:
+        return {p.name: yaml.safe_load(p.read_text())["epochs"] for p in tmp_path.iterdir()}
+
+    save(0, "--epochs", "1")
+    save(0, "--epochs", "2")  # nothing was trained with the first
+    assert epochs() == {"config.yaml": 2}
+    save(5, "--epochs", "2")
+    assert epochs() == {"config.yaml": 2}
+    save(9, "--epochs", "3")
+    save(9, "--epochs", "4")  # nothing was trained with 3
+    assert epochs() == {"config.yaml": 4, "config-before-step00000009.yaml": 2}
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_ready_configuration_is_understood(path):
+    args, said = parse("--config", path), yaml.safe_load(path.read_text())
+    assert all(getattr(args, name) is not None for name in said)
+
+
+def test_published_settings_are_those_of_the_paper():
+    """SPEC 4, 7 and 8: epochs, batch of 4 nodes x 8 GPUs x 64, guidance and temperature."""
+    for size, epochs, cfg, temperature in (("large", 400, 3.1, 0.96), ("huge", 800, 3.45, 0.91)):
+        args = parse("--config", ROOT / f"configs/tokenbridge_{size}.yaml")
+        assert (args.model, args.epochs, args.warmup_epochs) == (f"tokenbridge_{size}", epochs, 100)
+        assert (args.global_batch, args.batch_size, args.blr) == (2048, 64, 5e-5)
+        args = parse("--config", ROOT / f"configs/tokenbridge_{size}_eval.yaml")
+        assert args.evaluate and args.model == f"tokenbridge_{size}"
+        assert (args.cfg, args.temperature, args.num_iter) == ([cfg], [temperature], [256])
+        assert (args.cfg_schedule, args.num_images) == ("linear", 50000)
+
+
+def test_training_leaves_its_settings_and_repeats_itself_from_them(inputs, tmp_path, capsys):
+    first, again = tmp_path / "first", tmp_path / "again"
+    call(main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, output_dir=first, epochs=1))
+    out = capsys.readouterr().out
+    assert "epochs=1" in out and "model=tokenbridge_tiny" in out and "quant_bits" not in out
+    config = ["--config", str(first / "config.yaml"), "--output_dir", str(again)]
+    call(main_tokenbridge.main, *config)
+    one, other = tensors(load(first)), tensors(load(again))
+    assert all((one[name] == other[name]).all() for name in one)
+    call(main_tokenbridge.main, *config, "--resume", "auto", "--epochs", "2")
+    assert yaml.safe_load((again / "config.yaml").read_text())["epochs"] == 2
+    assert yaml.safe_load((again / "config-before-step00000003.yaml").read_text())["epochs"] == 1
+
+
+def test_evaluation_leaves_its_own_settings_and_a_refused_one_none(
+    inputs, trained, tmp_path, capsys
+):
+    """The second point of the refused one has the folder of other images."""
+    settings = dict(output_dir=tmp_path / "out", num_images=3, no_metrics=True)
+    argv = flags(inputs, EVALUATE_FLAGS, resume=trained, **settings)
+    call(main_tokenbridge.main, *argv)
+    saved = yaml.safe_load((tmp_path / "out" / "config-evaluation.yaml").read_text())
+    assert saved["evaluate"] and saved["num_images"] == 3
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    argv += ["--cfg", "3", "2", "--head_input", "published"]
+    line = refused(capsys, main_tokenbridge.main, *argv)
+    assert "model.head_input trained (now published)" in line
+    after = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert after == before

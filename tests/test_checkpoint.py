@@ -20,7 +20,7 @@ from engine_tokenbridge import training_state
 from models.config import preset
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
-from models.tokenizers.tokenizer import Tokenizer
+from tests.conftest import new_run
 from tests.runs import (
     CACHE_FLAGS,
     CHANNELS,
@@ -34,14 +34,9 @@ from tests.runs import (
     tensors,
     train,
 )
-from util.agreement import Agreement
-from util.checkpoint import LAST, find_checkpoint, load_checkpoint
-from util.device import resolve_precision
-from util.ema import EMA
+from util.checkpoint import LAST, load_checkpoint
 from util.errors import UserError
-from util.files import atomic_write
-from util.optim import build_optimizer
-from util.plan import Plan, Run, Schedule, TrainSettings
+from util.optim import EMA, build_optimizer
 from util.saver import write_checkpoint
 from util.vae_files import load_vae, save_vae
 
@@ -137,34 +132,15 @@ def test_our_file_is_drawn_from_the_way_it_was_trained(inputs, tmp_path):
 
 def write(folder: Path, model: TokenBridge) -> dict:
     """Save as training does, after two steps on random gradients; the file's content."""
-    run = new_run(model)
+    run = new_run(model, 0.5)
     ema, optimizer = run.ema, run.optimizer
     for _ in range(2):
         for parameter in model.parameters():
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
         ema.update()
-    write_checkpoint(folder / LAST, training_state(run, 2, SETTINGS))
+    write_checkpoint(folder / LAST, training_state(run, 2))
     return load(folder) | {"moments": moments(optimizer, model)}
-
-
-SETTINGS = TrainSettings(
-    **dict(plan=Plan(Schedule(4, 1, images=4, seed=1), 0), epochs=2, grad_clip=3.0, max_skipped=1),
-    **dict(cached=True, eval_freq=1, output_dir=Path(), extras={}),
-)
-
-
-def new_run(model: TokenBridge) -> Run:
-    return Run(
-        model=model,
-        ema=EMA(model.published_parameters(), 0.5),
-        optimizer=build_optimizer(model.published_parameters(), 1e-3, 0.02),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        agreement=Agreement(CPU),
-        tokenizer=Tokenizer(None, 1.0),
-        device=CPU,
-        precision=resolve_precision("fp32", CPU),
-    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -250,7 +226,10 @@ def spoiled(tmp_path: Path, spoil) -> Path:
         (lambda s: s["model_ema"].update({"z_proj.bias": torch.ones(1)}), "z_proj.bias is (1,)"),
         (lambda s: s["model"].update(z_proj=1), "'model'"),
         (lambda s: s["optimizer"]["param_groups"].pop(), "another model"),
-        (lambda s: s["optimizer"]["state"][5].update(exp_avg=torch.ones(1)), "parameter 5 is (1,)"),
+        (
+            lambda s: s["optimizer"]["state"][5].update(exp_avg=torch.ones(1)),
+            "moments of parameter 5",
+        ),
         (lambda s: s.update(optimizer=3), "'optimizer'"),
         (lambda s: s.update(step="two"), "'step' is 'two'"),
         (lambda s: (s.pop("schedule"), s.update(epoch="two")), "'epoch' is 'two'"),
@@ -266,54 +245,6 @@ def test_what_does_not_match_is_named_and_nothing_is_trained(inputs, tmp_path, s
     message = str(error.value)
     assert message.startswith(f"--resume {path}") and fragment in message and "\n" not in message
     assert not (tmp_path / "new").exists()
-
-
-def test_checkpoint_is_found_by_its_folder_or_its_own_name(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    assert find_checkpoint(str(folder), str(folder), must_exist=False) is None
-    for resume, output, must_exist in (
-        (folder, tmp_path / "other", False),
-        (folder, folder, True),
-        (tmp_path / "rnu", folder, False),
-    ):
-        with pytest.raises(UserError, match=f"--resume {resume}"):
-            find_checkpoint(str(resume), str(output), must_exist)
-    path = folder / LAST
-    torch.save({"epoch": 1}, path)
-    for resume in (folder, path):
-        found = find_checkpoint(str(resume), "elsewhere", must_exist=True)
-        assert found.path == path and found.saved == {"epoch": 1}
-
-
-# --- whole or absent
-
-
-def test_interrupted_save_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
-    before = write(tmp_path, new_model())
-
-    def save_a_part(value, file):
-        file.write(b"PK\x03\x04 half of it")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", save_a_part)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, new_model())
-    monkeypatch.undo()
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-last.pth"]
-    assert torch.equal(load(tmp_path)["model"]["z_proj.bias"], before["model"]["z_proj.bias"])
-
-
-def test_file_takes_its_name_only_when_complete(tmp_path):
-    """Who is reading the old one goes on reading the old one: it is replaced, not overwritten."""
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with path.open("rb") as reader:
-        with atomic_write(path) as file:
-            file.write(b"new")
-            assert path.read_bytes() == b"old"
-        assert path.read_bytes() == b"new" and reader.read() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 # --- what others put into files
@@ -408,43 +339,3 @@ def test_a_bare_state_dict_is_the_raw_weights(inputs, trained, tmp_path):
     assert list(found.values()) == list(named.values())
     with pytest.raises(UserError, match="pass --eval_weights model"):
         evaluate(inputs, tmp_path / "c", path, **same | {"eval_weights": "ema"})
-
-
-# --- the VAE's file
-
-
-def small_vae(**changes) -> AutoencoderKL:
-    return AutoencoderKL(**dict(embed_dim=4, ch_mult=(1, 1), ch=32, num_res_blocks=1) | changes)
-
-
-def test_vae_file_round_trips_with_its_shape(tmp_path):
-    vae = small_vae()
-    save_vae(tmp_path / "vae.ckpt", vae)
-    found = load_vae(tmp_path / "vae.ckpt")
-    assert found.config == vae.config and not found.is_kl16
-    state = found.state_dict()
-    assert all(torch.equal(state[name], t) for name, t in vae.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("content", "fragment"),
-    [
-        ({"state_dict": {}}, "no VAE, but nothing"),
-        ({f"layer{i}.weight": torch.ones(1) for i in range(300)}, "layer4.weight and 295 more"),
-        ({"model": {"encoder.conv_in.weight": torch.ones(1)}}, "decoder.conv_in.weight"),
-        ({"model": small_vae().state_dict(), "config": {"wings": 2}}, "wings"),
-        ({"model": small_vae().state_dict(), "config": small_vae(embed_dim=3).config}, "conv_out"),
-    ],
-)
-def test_vae_file_of_another_kind_is_named(tmp_path, content, fragment):
-    torch.save(content, tmp_path / "vae.ckpt")
-    with pytest.raises(UserError) as error:
-        load_vae(tmp_path / "vae.ckpt")
-    message = str(error.value)
-    assert "--vae_path" in message and fragment in message and "\n" not in message
-
-
-def test_vae_with_other_channels_than_the_flag_is_refused(tmp_path):
-    save_vae(tmp_path / "vae.ckpt", small_vae())
-    with pytest.raises(UserError, match="--vae_embed_dim 16"):
-        load_vae(tmp_path / "vae.ckpt", 16)

@@ -1,18 +1,22 @@
-"""Commands in the documentation are understood by the scripts they call."""
+"""The documentation's commands are understood, its blocks run, its links lead somewhere."""
 
 import re
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 
 import main_cache
 import main_tokenbridge
 import reconstruction
-from benchmarks import render
 from benchmarks import run as benchmark
 from demo import app
+from tests.blocks import Block, find_blocks, make_world, run_bash, settle
 from tests.conftest import ROOT
+from tests.hub import in_place_of_the_hub
 from util import doctor, download, export, fid_stats
+from util.download import PLACES, REPOSITORY
 from util.report import __main__ as report
 
 PARSERS = {
@@ -22,65 +26,102 @@ PARSERS = {
     "demo/app.py": app.make_parser,
     "util.fid_stats": fid_stats.make_parser,
     "util.doctor": doctor.make_parser,
-    "util.report.__main__": report.make_parser,
+    "util.report": report.make_parser,
     "util.download": download.make_parser,
     "util.export": export.make_parser,
     "benchmarks.run": benchmark.make_parser,
-    "benchmarks.render": render.make_parser,
     "scripts/train_torchrun.sh": main_tokenbridge.make_parser,
     "scripts/train_slurm.sh": main_tokenbridge.make_parser,
 }
-OUTSIDE_THE_DEMO = {"util.doctor", "util.report.__main__", "util.download", "benchmarks.run"}
-OUTSIDE_THE_DEMO |= {"benchmarks.render", *(n for n in PARSERS if n.startswith("scripts/"))}
-OUTSIDE_THE_DEMO |= {"demo/app.py"}
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [block for page in PAGES for block in find_blocks(page)]
+PYTHON_BLOCKS = [block for page in PAGES for block in find_blocks(page, "python")]
+# Pages whose blocks go on from each other, in one folder.
+TOURS = ("tokenizers.md", "own_dataset.md")
+UNITS = [[b] for b in BLOCKS if b.page.name not in TOURS and not b.reason]
+UNITS += [[b for b in BLOCKS if b.page.name == name and not b.reason] for name in TOURS]
 
 
-def commands(text: str) -> list[list[str]]:
-    """The command lines in blocks marked as bash, continued lines joined, comments left out."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-    lines = (line for block in blocks for line in block.replace("\\\n", " ").splitlines())
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
-
-
-def script_and_flags(words: list[str]) -> tuple[str, list[str]] | None:
-    found = next((i for i, word in enumerate(words) if word in PARSERS), None)
-    return (words[found], words[found + 1 :]) if found is not None else None
+def script_and_flags(line: str) -> tuple[str, list[str]] | None:
+    words = shlex.split(line, comments=True)
+    first = next((i for i, word in enumerate(words) if word in PARSERS), None)
+    return (words[first], words[first + 1 :]) if first is not None else None
 
 
 CALLS = [
-    pytest.param(*call, id=f"{page.name}-{number}")
-    for page in PAGES
-    for number, words in enumerate(commands(page.read_text()))
-    if (call := script_and_flags(words))
+    pytest.param(*call, id=f"{block.name}-{call[0]}")
+    for block in BLOCKS
+    for line in block.text.replace("\\\n", " ").splitlines()
+    if (call := script_and_flags(line))
 ]
 
 
 @pytest.mark.parametrize(("script", "flags"), CALLS)
 def test_command_is_understood(script, flags):
-    args = PARSERS[script]().parse(flags)
-    assert args.explicit or not any(flag.startswith("--") for flag in flags)
-
-
-def test_commands_of_the_demo_are_understood():
-    """Their flags; what the shell puts in for its variables does not matter but for numbers."""
-    text = (ROOT / "demo" / "run.sh").read_text().replace("\\\n", " ")
-    text = text.replace('"${bits[@]}"', "-1 4").replace('"$seed"', "0")
-    text = re.sub(r'"\$\{\w+\[@\]\}"', "", text)  # what --quick adds
-    lines = (line for line in text.splitlines() if line.startswith("stage "))
-    words = [shlex.split(line) for line in lines]
-    calls = [call for line in words if (call := script_and_flags(line))]
-    assert {script for script, _ in calls} == set(PARSERS) - OUTSIDE_THE_DEMO
-    for script, flags in calls:
-        PARSERS[script]().parse(flags)
+    PARSERS[script]().parse(flags)
 
 
 def test_commands_are_found():
     """A page whose commands were overlooked would pass."""
-    text = "```bash\n# a comment\ntorchrun \\\n  main_cache.py --seed 3 # why\n```\n"
-    assert script_and_flags(*commands(text)) == ("main_cache.py", ["--seed", "3"])
-    scripts = [call.values[0] for call in CALLS]
-    assert len(scripts) >= 5 and set(scripts) == set(PARSERS)
+    assert {call.values[0] for call in CALLS} == set(PARSERS)
+    assert script_and_flags("torchrun main_cache.py --seed 3 # x") == (
+        "main_cache.py",
+        ["--seed", "3"],
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def hub(world, monkeypatch):
+    """The hub's stand-in, with the world's weights and a VAE of diffusers."""
+    with in_place_of_the_hub(monkeypatch) as hub:
+        weights = world / "pretrained_models"
+        hub.repos[REPOSITORY] = {name: (weights / name).read_bytes() for name in PLACES.values()}
+        hub.repos["stabilityai/sd-vae-ft-mse"] = diffusers_vae(world / "sd-vae-ft-mse")
+        yield hub
+
+
+def diffusers_vae(folder: Path) -> dict[str, bytes]:
+    from tests.test_diffusers_vae import network
+
+    if not folder.exists():
+        network(levels=4).save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit[0].name)
+def test_blocks_run(unit: list[Block], world, hub, tmp_path):
+    text = "".join(block.text for block in unit)
+    result = run_bash(text, tmp_path, settle(world, tmp_path, text))
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=lambda block: block.name)
+def test_python_blocks_run(block, world, tmp_path, monkeypatch):
+    settle(world, tmp_path, block.text)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block.text.replace('"cuda"', '"cpu"'), block.name, "exec"), {})
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.reason], ids=lambda block: block.name)
+def test_what_is_not_run_says_why_and_is_sound(block):
+    assert len(block.reason.split()) >= 3, "say why"
+    checked = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+    targets = re.findall(r"^make (\w+)", block.text, flags=re.MULTILINE)
+    assert not [t for t in targets if f"\n{t}:" not in (ROOT / "Makefile").read_text()]
+
+
+def test_a_block_ends_where_a_command_fails(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    variables = settle(tmp_path / "nothing", tmp_path / "here", "")
+    for failing in ("python main_cache.py --nonsense", "false | cat", "echo ${NOT_SET}", "make"):
+        result = run_bash(f"{failing}\necho after", tmp_path / "here", variables)
+        assert result.returncode and "after" not in result.stdout, failing
 
 
 def anchors(text: str) -> set[str]:

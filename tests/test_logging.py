@@ -1,0 +1,232 @@
+"""The training log and --metrics_file: means over steps, each step once, whatever happens."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main_tokenbridge
+from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, refused
+from util.data.batches import Batches
+from util.errors import UserError
+from util.flops import Meter
+from util.logging import LogSettings, MetricsFile, StepResult, TrainingLog
+
+CPU = torch.device("cpu")
+METER = Meter(2e9, CPU)
+
+
+@pytest.fixture
+def new_log() -> Iterator[Callable[..., TrainingLog]]:
+    """Makes logs and closes them: TensorBoard's thread must not outlive tmp_path."""
+    with ExitStack() as stack:
+
+        def make(folder: Path, meter=METER, count_skipped=lambda: 0, **changes):
+            settings = dict(every=2, batches=Batches(10, 1, 30, 0), first_step=0, last_step=6)
+            settings = LogSettings(str(folder), **settings | {"about": {}} | changes)
+            log = TrainingLog(settings, meter, count_skipped)
+            stack.callback(log.close)
+            return log
+
+        yield make
+
+
+def step(log, number: int, loss: float, norm: float = 1.0, waited=0.0, skipped=False) -> None:
+    result = StepResult(torch.tensor(loss), torch.tensor(norm), torch.tensor(skipped), waited)
+    log.step(number, 0.5, result)
+
+
+def read(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder)).Reload()
+    names = events.Tags()["scalars"]
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
+
+
+def test_figures_are_means_over_the_steps_between(new_log, tmp_path, capsys):
+    log = new_log(tmp_path)
+    for number, (loss, norm) in enumerate([(1, 4), (2, 6), (5, 1)]):
+        step(log, number, loss, norm)
+    log.flush(2, 0.25)  # the end of an epoch, after one step
+    log.flush(2, 0.25)  # nothing since
+    log.close()
+    figures = read(tmp_path)
+    assert figures["train/loss"] == [(2, 1.5), (3, 5.0)]
+    assert figures["train/grad_norm"] == [(2, 5.0), (3, 1.0)]
+    assert figures["train/lr"] == [(2, 0.5), (3, 0.25)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("epoch 0.67  step 2/6  loss 1.5000  lr 5.00e-01  grad 5.00  ")
+    assert lines[1].startswith("epoch 1.00  step 3/6  loss 5.0000") and len(lines) == 2
+
+
+def test_speed_and_share_of_the_peak_follow_the_clock(new_log, tmp_path, monkeypatch, capsys):
+    """Two steps of 10 images and 2 GFLOP each in 4 s are 10 GFLOP/s, half of it on each of two."""
+    now = iter([0.0, 4.0, 4.0])  # made; read and made anew after two steps
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr("util.dist.world_size", lambda: 2)
+    monkeypatch.setattr("util.logging.peak_memory", lambda device: 3 * 2**29)
+    log = new_log(tmp_path, meter=Meter(flops=2e9, device=CPU, peak=2e10), last_step=62)
+    step(log, 0, 1.0, waited=2.0)
+    step(log, 1, 1.0, waited=1.0)
+    log.close()
+    figures = read(tmp_path)
+    assert figures["speed/tflops_per_device"] == [(2, pytest.approx(0.005))]
+    assert figures["speed/percent_of_peak"] == [(2, 25.0)]
+    assert figures["speed/memory_gib"] == [(2, 1.5)]
+    line = capsys.readouterr().out
+    assert "5.0 images/s  5 GFLOP/s (25 %)  1.5 GiB  data wait 38 %  left 0:02:00" in line
+
+
+def test_line_of_a_large_run_fits_a_terminal(new_log, tmp_path, monkeypatch, capsys):
+    now = iter([0.0, 27.0, 27.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    meter = Meter(flops=2.2e11, device=CPU, peak=989e12)
+    sizes = dict(every=20, batches=Batches(64, 32, 1_281_167, 0), last_step=250_000)
+    log = new_log(tmp_path, meter=meter, **sizes)
+    for number in range(123_440, 123_460):
+        step(log, number, 3.1234)
+    line = capsys.readouterr().out
+    assert "1517 images/s  334 TFLOP/s (34 %)" in line and "left 47 h" in line
+    assert len(line) <= 140
+
+
+def test_nothing_is_read_from_the_device_between(new_log, tmp_path, monkeypatch):
+    """Every step waiting for the device would cost more than the log is worth."""
+    log = new_log(tmp_path, every=20)
+    for name in ("item", "tolist", "__float__", "__bool__", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    for number in range(5):
+        step(log, number, 1.0)
+
+
+def test_folder_is_made_with_the_first_figures_by_the_main_process(new_log, tmp_path, monkeypatch):
+    log = new_log(tmp_path / "logs")
+    step(log, 0, 1.0)
+    assert not (tmp_path / "logs").exists()
+    step(log, 1, 1.0)
+    assert (tmp_path / "logs").exists()
+    monkeypatch.setattr("util.dist.is_main", lambda: False)
+    other = new_log(tmp_path / "other", every=1)
+    step(other, 0, 1.0)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf"))])
+def test_skipped_steps_are_counted_and_not_in_the_means(new_log, tmp_path, capsys, loss, norm):
+    log = new_log(tmp_path, every=3, count_skipped=lambda: 3)
+    step(log, 0, 2.0, 4.0)
+    step(log, 1, loss, norm, skipped=True)
+    step(log, 2, 3.0, 5.0)
+    for number in (3, 4, 5):
+        step(log, number, loss, norm, skipped=True)
+    log.close()
+    figures = read(tmp_path)
+    assert figures["train/loss"] == [(3, 2.5)] and figures["train/grad_norm"] == [(3, 4.5)]
+    assert figures["train/skipped_steps"] == [(3, 1.0), (6, 3.0)]
+    assert figures["data/skipped_images"] == [(3, 3.0), (6, 3.0)]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("skipped steps 1  skipped images 3") and "loss nan" in second
+
+
+def test_resumed_log_hides_what_a_killed_run_wrote_later(new_log, tmp_path):
+    log = new_log(tmp_path, every=1)
+    for number in range(4):
+        step(log, number, 1.0)
+    log.close()
+    resumed = new_log(tmp_path, every=1, first_step=2)
+    step(resumed, 2, 5.0)
+    resumed.close()
+    assert read(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 5.0)]
+
+
+# --- --metrics_file
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def fill(path: Path, first_step: int, *steps: int) -> None:
+    file = MetricsFile(str(path), first_step)
+    for number in steps:
+        file.write({"train/loss": number + 0.5}, number)
+
+
+def test_resumed_run_goes_on_as_if_nothing_had_been(tmp_path):
+    fill(tmp_path / "new" / "m.jsonl", 0, 10, 20, 30)
+    with open(tmp_path / "new" / "m.jsonl", "a") as file:
+        file.write('{"step": 40, "train/lo')  # killed
+    fill(tmp_path / "new" / "m.jsonl", 20, 30, 40)
+    fill(tmp_path / "whole.jsonl", 0, 10, 20, 30, 40)
+    assert (tmp_path / "new" / "m.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    fill(tmp_path / "whole.jsonl", 0, 5)  # from scratch: that of the other run stays
+    assert [line["step"] for line in lines_of(tmp_path / "whole.jsonl")] == [5]
+    assert len(lines_of(tmp_path / "whole.jsonl.old")) == 4
+
+
+def test_repeated_figures_are_replaced_others_stay_and_infinities_are_null(tmp_path):
+    file = MetricsFile(str(tmp_path / "m.jsonl"))
+    file.write({"a/fid": 1.0}, None)
+    file.write({"b/fid": float("inf")}, None, replace=True)
+    file.write({"a/fid": 3.0}, None, replace=True)
+    file.write({"a/fid": 4.0}, 7, replace=True)
+    assert lines_of(tmp_path / "m.jsonl") == [
+        {"step": None, "b/fid": None},
+        {"step": None, "a/fid": 3.0},
+        {"step": 7, "a/fid": 4.0},
+    ]
+
+
+@pytest.mark.parametrize("content", ["hello\n", "[1]\n", '{"loss": 1}\n', "\n"])
+def test_file_of_something_else_is_left_alone(tmp_path, content):
+    (tmp_path / "m.jsonl").write_text(content)
+    with pytest.raises(UserError, match="--metrics_file"):
+        MetricsFile(str(tmp_path / "m.jsonl"), 0)
+    assert (tmp_path / "m.jsonl").read_text() == content
+
+
+def test_full_disk_loses_figures_and_not_the_run(tmp_path, capsys):
+    file = MetricsFile(str(tmp_path / "m.jsonl"), 0)
+    file.write({"a": 1.0}, 1)
+    (tmp_path / "m.jsonl").rename(tmp_path / "aside")
+    os.symlink("/dev/full", tmp_path / "m.jsonl")
+    file.write({"a": 2.0}, 2)
+    assert "No space left on device" in capsys.readouterr().err
+    (tmp_path / "m.jsonl").unlink()
+    (tmp_path / "aside").rename(tmp_path / "m.jsonl")
+    file.write({"a": 3.0}, 3)
+    assert [line["step"] for line in lines_of(tmp_path / "m.jsonl")] == [1, 3]
+
+
+def test_training_and_evaluation_write_into_one_file(inputs, tmp_path, capsys):
+    """Six steps, the last two of them twice; then the figures of an evaluation, as JSON too."""
+    figures, output = tmp_path / "figures.jsonl", tmp_path / "out"
+    settings = flags(inputs, TRAIN_FLAGS, output_dir=output, metrics_file=figures, log_freq=2)
+    call(main_tokenbridge.main, *settings, "--epochs", "1")
+    assert [line["step"] for line in lines_of(figures)] == [2, 3]
+    assert set(lines_of(figures)[0]) > {"train/loss", "train/lr", "train/grad_norm"}
+    with open(figures, "a") as file:
+        file.write('{"step": 4, "train/loss": 9.0}\n')  # of a run that was killed
+    call(main_tokenbridge.main, *settings, "--resume", "auto")
+    assert [line["step"] for line in lines_of(figures)] == [2, 3, 4, 6]
+    argv = flags(inputs, EVALUATE_FLAGS, output_dir=tmp_path / "ev", resume=output, num_images=3)
+    argv += ["--cfg", "1", "2", "--metrics_file", str(figures), "--json", "--no_metrics"]
+    capsys.readouterr()
+    call(main_tokenbridge.main, *argv)
+    printed = json.loads(capsys.readouterr().out)
+    assert [e["settings"]["cfg"] for e in printed["evaluations"]] == [1.0, 2.0]
+    assert printed["checkpoint"] == str(output / "checkpoint-last.pth")
+    assert load(output)["step"] == printed["step"] == 6
+
+
+def test_wrong_name_and_wrong_use_are_refused(inputs, tmp_path, capsys):
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out")
+    line = refused(capsys, main_tokenbridge.main, *argv, "--metrics_file", "figures.csv")
+    assert "figures.csv does not end in .jsonl" in line
+    assert "--json" in refused(capsys, main_tokenbridge.main, *argv, "--json")
+    assert not (tmp_path / "out").exists()

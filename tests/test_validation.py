@@ -1,0 +1,323 @@
+"""Validation while training: what is held out, what is measured and drawn, and no trace of it."""
+
+import io
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main_cache
+import main_tokenbridge
+from models.generate import decode_images
+from models.masking import draw_mask_ratio
+from models.sampler import SamplingOptions, sample_latents
+from models.tokenizers.tokenizer import Tokenizer
+from tests.conftest import tiny_model
+from tests.runs import (
+    CACHE_FLAGS,
+    TRAIN_FLAGS,
+    assert_same_training,
+    call,
+    flags,
+    load,
+    make_inputs,
+    on_processes,
+    refused,
+    train,
+)
+from util import stop, validation
+from util.checkpoint import load_checkpoint
+from util.device import resolve_precision
+from util.saver import CheckpointSaver
+from util.setup import build_model
+from util.vae_files import load_vae
+from util.validation import (
+    CAPTION,
+    GAP,
+    RATIOS,
+    Validation,
+    ValidationSet,
+    ValidationSettings,
+    as_scalars,
+    evenly_spread,
+    ratio_weights,
+    validation_masks,
+)
+
+CPU = torch.device("cpu")
+FP32 = resolve_precision("fp32", CPU)
+SAMPLES = dict(preview_freq=1, preview_images=3, preview_iter=2, vae_path="vae.ckpt")
+VALIDATED = SAMPLES | dict(val_freq=0.3, log_freq=1)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """data/val/ beside data/train/, and a cache of it."""
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    for name, count in (("ant", 5), ("cat", 3)):
+        (folder / "data" / "val" / name).mkdir(parents=True)
+        for path in sorted((folder / "data" / "train" / name).iterdir())[:count]:
+            shutil.copyfile(path, folder / "data" / "val" / name / path.name)
+    argv = flags(folder, CACHE_FLAGS, cached_path=folder / "val", dtype="float32", split="val")
+    call(main_cache.main, *argv)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def validated(inputs, tmp_path_factory) -> Path:
+    """The output folder of a training, validated after steps 1, 2, 3, ..."""
+    output = tmp_path_factory.mktemp("validated") / "out"
+    train(inputs, output, **VALIDATED, val_path=inputs / "data" / "val")
+    return output
+
+
+def events_of(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = events_of(folder)
+    names = [n for n in events.Tags()["scalars"] if n.startswith(("validation", "levels"))]
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
+
+
+# --- what is held out
+
+
+@pytest.mark.parametrize(("count", "most"), [(24, 6), (24, 5), (7, 7), (3, 10), (1, 1)])
+def test_spread_is_even_and_takes_nothing_twice(count, most):
+    numbers = evenly_spread(count, most)
+    assert len(numbers) == min(count, most) and numbers == sorted(set(numbers))
+    assert numbers[0] >= 0 and numbers[-1] < count
+    gaps = np.diff([*numbers, numbers[0] + count])
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_holding_out_trains_on_the_others_alone(inputs, tmp_path, capsys):
+    found = train(inputs, tmp_path / "out", holdout=4, epochs=1)
+    assert found["schedule"]["images"] == 20
+    assert "validation loss on 4 images of 4 images that --holdout takes out" in (
+        capsys.readouterr().out
+    )
+
+
+def test_folder_beside_the_training_s_is_found_and_so_is_its_cache(inputs, tmp_path):
+    """Posteriors of one batch and of single images differ in rounding at most."""
+    train(inputs, tmp_path / "images", data_path="data", vae_path="vae.ckpt", epochs=1)
+    train(inputs, tmp_path / "cache", val_cached_path=inputs / "val", epochs=1)
+    curves, expected = (scalars(tmp_path / name) for name in ("images", "cache"))
+    assert "validation/loss_raw" in curves and list(curves) == list(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(curves[name], values, rtol=1e-5)
+
+
+def test_what_cannot_be_held_out_is_refused_in_one_line(inputs, tmp_path, capsys):
+    def line(**changes) -> str:
+        argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", **changes)
+        return refused(capsys, main_tokenbridge.main, *argv)
+
+    assert "--holdout 24 leaves nothing of the 24 images" in line(holdout=24)
+    assert "comes from one of them" in line(holdout=1, val_path=inputs / "data" / "val")
+    assert "--vae_path" in line(val_path=inputs / "data" / "val")
+    (tmp_path / "val" / "dog").mkdir(parents=True)
+    shutil.copyfile(inputs / "data" / "val" / "ant" / "0.png", tmp_path / "val" / "dog" / "0.png")
+    other = line(val_path=tmp_path / "val", vae_path="vae.ckpt")
+    assert "class 'dog'" in other and "--cached_path" in other
+    assert "--val_cached_path" in line(val_cached_path=tmp_path / "nothing")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unfit_folder_beside_the_training_s_is_said_and_training_goes_on(inputs, tmp_path, capsys):
+    data = tmp_path / "data"
+    (data / "val").mkdir(parents=True)  # as ImageNet's, unpacked without folders of classes
+    train(inputs, tmp_path / "out", data_path=data, vae_path="vae.ckpt", epochs=1)
+    assert capsys.readouterr().out.count("no validation loss: ") == 1
+
+
+# --- what is measured
+
+
+def test_masks_grow_with_the_ratio_and_depend_on_the_image_alone():
+    config = tiny_model().config
+    masks = validation_masks([3, 7, 12], config)
+    for ratio, mask in zip(RATIOS, masks, strict=True):
+        assert mask.sum(1).tolist() == [math.ceil(config.seq_len * ratio)] * 3
+    assert all(bool((small <= large).all()) for small, large in zip(masks, masks[1:], strict=False))
+    assert torch.equal(validation_masks([12], config)[:, 0], masks[:, 2])
+    assert not torch.equal(masks[1, 0], masks[1, 1])
+
+
+@pytest.mark.parametrize("minimum", [0.7, 0.3, 0.95])
+def test_weights_are_how_often_training_draws_the_ratios(minimum):
+    drawn = torch.tensor([draw_mask_ratio(minimum) for _ in range(4000)])
+    nearest = (drawn[:, None] - torch.tensor(RATIOS)).abs().argmin(dim=1)
+    counts = torch.bincount(nearest, minlength=len(RATIOS)) / len(drawn)
+    torch.testing.assert_close(torch.tensor(ratio_weights(minimum)), counts, rtol=0, atol=0.03)
+    assert ratio_weights(1.0) == [0, 0, 0, 0, 1]
+
+
+def new_validation(dataset, count: int = 99) -> Validation:
+    settings = ValidationSettings(1, count, 1, 3, 6, SamplingOptions(num_iter=2))
+    images = ValidationSet(dataset, [2, 0, 1], "")  # labels of the training's
+    return Validation(settings, Tokenizer(None, latent_scale=2.0), CPU, FP32, dataset, images)
+
+
+@pytest.fixture
+def moments() -> list[tuple[torch.Tensor, int]]:
+    """Nineteen posteriors, more than a batch, of small deviation: noise hardly matters."""
+    values = torch.randn(19, 12, 4, 4)
+    values[:, 6:] = -30
+    return [(value, i % 3) for i, value in enumerate(values)]
+
+
+def test_loss_is_the_model_s_own_at_every_ratio(moments):
+    model = tiny_model(attn_dropout=0.5, label_drop_prob=0.9).train()  # neither has a part in it
+    losses = new_validation(moments).loss(model)
+    assert model.training and losses.shape == (len(RATIOS), 6)
+    model.eval()
+    latents = 2.0 * torch.stack([value[:6] for value, _ in moments])
+    labels = torch.tensor([[2, 0, 1][label] for _, label in moments])
+    for row, mask in zip(losses, validation_masks(range(19), model.config), strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(row.mean().float(), model(latents, labels, mask))
+            channels = model.channel_losses(latents, labels, mask)
+        torch.testing.assert_close(row.float(), channels)
+
+
+def test_same_images_are_measured_whatever_was_drawn_before(moments):
+    model = tiny_model()
+    first = new_validation(moments, count=5)
+    expected, state = first.loss(model), torch.get_rng_state()
+    torch.rand(3)
+    assert torch.equal(new_validation(moments, count=5).loss(model), expected)
+    torch.set_rng_state(state)
+    first.loss(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.numbers == evenly_spread(19, 5)
+
+
+def test_signal_cuts_it_short_and_nothing_half_measured_is_said(moments, monkeypatch):
+    monkeypatch.setattr(stop, "requested", lambda: True)
+    assert new_validation(moments).loss(tiny_model()) is None
+
+
+def test_names_say_channel_and_rank_in_the_head():
+    config = tiny_model().config
+    losses = torch.arange(30, dtype=torch.float64).reshape(5, 6)
+    named = as_scalars(losses, "ema", config)
+    weights = torch.tensor(ratio_weights(0.7), dtype=torch.float64)
+    assert named["validation/loss_ema"] == pytest.approx((weights @ losses).mean().item())
+    assert named["validation_ratio_ema/0.50"] == losses[1].mean()
+    assert config.channel_order[2] == 5
+    assert named["validation_order_ema/02_channel_05"] == named["validation_channel_ema/05"]
+    assert named["validation_channel_ema/05"] == pytest.approx((weights @ losses[:, 5]).item())
+
+
+# --- what is drawn
+
+
+@pytest.mark.parametrize(("side", "shown"), [(16, 64), (48, 96), (100, 100), (256, 128)])
+def test_tiles_have_a_size_to_look_at(side, shown):
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    tiles = validation.as_tiles(images)
+    assert tiles.shape == (2, 3, shown, shown) and tiles.dtype == torch.uint8
+    if side < shown:
+        assert torch.equal(tiles[:, :, :: shown // side, :: shown // side], images)
+    assert tiles.float().mean().item() == pytest.approx(images.float().mean().item(), abs=1)
+
+
+def test_raw_is_left_averaged_right_and_the_caption_says_the_share():
+    raw, averaged = (torch.full((4, 3, 64, 64), value, dtype=torch.uint8) for value in (50, 90))
+    picture = validation.side_by_side(raw, averaged, 0.99, 10)
+    width = (picture.shape[2] - GAP) // 2
+    left, right = picture[:, CAPTION:, :width], picture[:, CAPTION:, width + GAP :]
+    assert set(left.unique().tolist()) == {50, 255} and set(right.unique().tolist()) == {90, 255}
+    differing = (picture != validation.side_by_side(raw, averaged, 0.99, 20)).any(dim=0).nonzero()
+    assert differing[:, 0].max() < CAPTION and differing[:, 1].min() > width
+
+
+def test_age_of_the_average_is_said_while_it_matters():
+    early = validation.about_average(0.9999, 1000)
+    assert "90% of it" in early and "0.9999^1000" in early and "no fault" in early
+    assert "until about step 46,050" in early  # 0.9999^46050 = 0.01
+    late = validation.about_average(0.9999, 50_000)
+    assert "less than 1 %" in late and "fault" not in late
+    for rate in (0.0, 1.0):
+        assert f"--ema_rate {rate:g}" in validation.about_average(rate, 10)
+
+
+def test_grid_and_levels_are_those_of_the_weights(inputs, validated):
+    """Six steps: after the first and the ends of both epochs."""
+    events = events_of(validated)
+    grids = events.Images("validation/raw_and_average")
+    assert [grid.step for grid in grids] == [1, 3, 6]
+    checkpoint = load_checkpoint(validated / "checkpoint-last.pth")
+    tokenizer = Tokenizer(load_vae(inputs / "vae.ckpt"), checkpoint.config.latent_scale)
+    pictures = []
+    for key in ("model", "model_ema"):
+        model = build_model(checkpoint.config, checkpoint, key).eval()
+        latents = sample_latents(model, torch.tensor([0, 1, 2]), num_iter=2, seed=1)
+        pictures.append(validation.as_tiles(decode_images(tokenizer, latents)))
+        counts = validation.count_levels(model, latents).sum(dim=0)
+        name = {"model": "raw", "model_ema": "ema"}[key]
+        logged = events.Histograms(f"levels/generated_{name}")[-1].histogram_value
+        assert logged.num == 3 * 4 * 16
+        assert logged.sum == (counts * torch.arange(64)).sum()
+    expected = validation.side_by_side(*pictures, rate=0.9, steps=6)
+    with Image.open(io.BytesIO(grids[-1].encoded_image_string)) as image:
+        assert np.array_equal(np.asarray(image), expected.permute(1, 2, 0).numpy())
+    text = events.Tensors("validation/about_the_average/text_summary")[0].tensor_proto
+    assert b"90% of it" in text.string_val[0]
+    assert b"of the classes ant, bee, cat." in text.string_val[0]
+
+
+def test_cached_latents_without_a_vae_have_no_grid_and_it_is_said_once(inputs, tmp_path, capsys):
+    train(inputs, tmp_path / "out", preview_freq=1, preview_iter=1)
+    assert capsys.readouterr().out.count("no preview images") == 1
+    tags = events_of(tmp_path / "out").Tags()
+    assert tags["images"] == [] and "levels/generated_ema" in tags["histograms"]
+
+
+# --- training goes on as without
+
+
+def test_validation_changes_nothing_of_the_training(trained, validated):
+    assert_same_training(load(validated), load(trained))
+
+
+def test_curves_begin_with_the_first_step_and_end_with_the_last(validated):
+    curves = scalars(validated)
+    assert [step for step, _ in curves["validation/loss_ema"]] == [1, 2, 3, 4, 5, 6]
+    assert curves["validation/loss_raw"][0][1] == pytest.approx(np.log(64), rel=0.3)
+    assert curves["validation_ratio_raw/1.00"][-1][1] < curves["validation_ratio_raw/1.00"][0][1]
+
+
+def test_two_processes_validate_as_one(inputs, validated, tmp_path):
+    settings = VALIDATED | dict(val_path=inputs / "data" / "val", accum_iter=1)
+    argv = flags(inputs, TRAIN_FLAGS, settings, output_dir=tmp_path / "out")
+    result = on_processes(2, "main_tokenbridge.py", *argv)
+    assert result.returncode == 0, result.stderr
+    assert_same_training(load(tmp_path / "out"), load(validated))
+    assert scalars(tmp_path / "out") == scalars(validated)
+
+
+def test_killed_between_a_checkpoint_and_its_validation_has_both_in_the_end(
+    inputs, validated, tmp_path, monkeypatch
+):
+    settings = VALIDATED | dict(val_path=inputs / "data" / "val")
+
+    def save_and_die(saver, step, state):
+        saver._write(step, state(), 0.0)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointSaver, "save", save_and_die)
+        train(inputs, tmp_path / "out", save_last_freq=1, **settings)
+    resumed = train(inputs, tmp_path / "out", resume="auto", **settings)
+    assert_same_training(resumed, load(validated))
+    assert scalars(tmp_path / "out") == scalars(validated)
