@@ -33,6 +33,7 @@ from util.checkpoint import Checkpoint
 from util.data.batches import MicroBatchSampler
 from util.data.images import collate_skipping
 from util.data.latent_cache import as_one_batch
+from util.data.training_set import NoData
 from util.device import Precision, compile_model, resolve_precision
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.sweep import (
@@ -48,7 +49,6 @@ from util.optim import EMA, build_optimizer
 from util.saver import CheckpointSaver, SaveSettings
 from util.setup import (
     Inputs,
-    NoData,
     Plan,
     build_model,
     cache_histogram,

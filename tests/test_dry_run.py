@@ -10,11 +10,9 @@ from tests.runs import (
     TRAIN_FLAGS,
     call,
     flags,
-    load,
     on_processes,
     refused,
 )
-from tests.runs import train as really_train
 
 
 def told(capsys, *argv, script=main_tokenbridge) -> dict:
@@ -41,15 +39,6 @@ def test_says_what_the_run_will_be_and_writes_nothing(inputs, tmp_path, capsys, 
     assert found["device_hours"] == found["hours"]
     assert (found["seconds_encoding"] > 0) == (not cached)
     assert 0 < found["loss"] < 10
-
-
-def test_resumed_run_is_counted_from_its_checkpoint(inputs, tmp_path, capsys):
-    output = tmp_path / "out"
-    really_train(inputs, output, epochs=1)
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=output, resume="auto", epochs=4)
-    before = files(output)
-    assert told(capsys, *argv)["steps_to_go"] == 9
-    assert files(output) == before and load(output)["step"] == 3
 
 
 @pytest.mark.parametrize(

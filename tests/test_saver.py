@@ -19,7 +19,7 @@ from util.checkpoint import (
     refuse_other_run,
 )
 from util.errors import UserError
-from util.saver import CheckpointSaver, SaveSettings, write_checkpoint
+from util.saver import CheckpointSaver, SaveSettings
 from util.setup import open_checkpoint
 
 STEPS = 4  # an epoch
@@ -74,28 +74,12 @@ def test_minutes_count_from_the_last_save(tmp_path, monkeypatch):
     assert not saver.due(2)
 
 
-def test_resumed_run_does_not_save_what_it_began_with(tmp_path):
-    saver = new_saver(tmp_path, first_step=6, steps=3)
-    assert [step for step in range(7, 12) if saver.due(step)] == [9, 10, 11]
-    saver.save(6, lambda: state(6))
-    assert saver.writing is None
-
-
 def test_run_that_goes_on_at_a_smaller_step_is_not_thrown_back(tmp_path):
     """As after a change to a larger global batch, whose epochs have fewer steps."""
     save_all(new_saver(tmp_path, steps=1), [99, 100])
     save_all(new_saver(tmp_path, first_step=50, steps=1), [51])
     for resume in (str(tmp_path), "auto"):
         assert find_checkpoint(resume, str(tmp_path), must_exist=True).saved["step"] == 51
-
-
-def test_copies_of_checkpoints_with_other_names_are_left_alone(tmp_path):
-    mine = ("checkpoint-step00000001-good.pth", "checkpoint-step00000009_old.pth")
-    for name in mine:
-        (tmp_path / name).write_bytes(b"mine")
-    save_all(new_saver(tmp_path, steps=1, keep=1), [2, 3])
-    assert names(tmp_path) == sorted([*mine, LAST, "checkpoint-step00000003.pth"])
-    assert find_checkpoint("auto", str(tmp_path), must_exist=True).saved["step"] == 3
 
 
 # --- beside the training
@@ -189,13 +173,6 @@ def test_file_system_without_links_gets_a_copy(tmp_path, monkeypatch):
     refuse_other_run(str(tmp_path), find_checkpoint(str(tmp_path), str(tmp_path), True))
 
 
-def test_leftovers_of_killed_processes_are_removed(tmp_path):
-    for name in (f".{LAST}.tmp", ".checkpoint-step00000001.pth.abc.tmp"):
-        (tmp_path / name).write_bytes(b"half")
-    write_checkpoint(tmp_path / LAST, state(1))
-    assert names(tmp_path) == [LAST]
-
-
 # --- finding one again
 
 
@@ -221,13 +198,6 @@ def test_auto_takes_the_newest_whole_one_and_names_the_damaged(tmp_path, capsys)
     assert "checkpoint-step00000003.pth: damaged" in printed and "wrong checksum" in printed
     assert "checkpoint-step00000003.pth.damaged" in names(tmp_path)
     assert load_checkpoint(tmp_path / LAST).saved["step"] == 2
-
-
-def test_damaged_one_is_refused_with_the_remedy(tmp_path):
-    write_some(tmp_path)
-    damage(tmp_path / "checkpoint-step00000003.pth")
-    with pytest.raises(UserError, match="step00000003.pth: damaged.*--resume auto"):
-        find_checkpoint(str(tmp_path), str(tmp_path), must_exist=False)
 
 
 def test_a_file_that_is_out_of_reach_is_not_set_aside(tmp_path, monkeypatch):

@@ -37,8 +37,6 @@ from util.saver import CheckpointSaver
 from util.setup import build_model
 from util.vae_files import load_vae
 from util.validation import (
-    CAPTION,
-    GAP,
     RATIOS,
     Validation,
     ValidationSet,
@@ -87,15 +85,6 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 # --- what is held out
-
-
-@pytest.mark.parametrize(("count", "most"), [(24, 6), (24, 5), (7, 7), (3, 10), (1, 1)])
-def test_spread_is_even_and_takes_nothing_twice(count, most):
-    numbers = evenly_spread(count, most)
-    assert len(numbers) == min(count, most) and numbers == sorted(set(numbers))
-    assert numbers[0] >= 0 and numbers[-1] < count
-    gaps = np.diff([*numbers, numbers[0] + count])
-    assert gaps.max() - gaps.min() <= 1
 
 
 def test_holding_out_trains_on_the_others_alone(inputs, tmp_path, capsys):
@@ -229,16 +218,6 @@ def test_tiles_have_a_size_to_look_at(side, shown):
     if side < shown:
         assert torch.equal(tiles[:, :, :: shown // side, :: shown // side], images)
     assert tiles.float().mean().item() == pytest.approx(images.float().mean().item(), abs=1)
-
-
-def test_raw_is_left_averaged_right_and_the_caption_says_the_share():
-    raw, averaged = (torch.full((4, 3, 64, 64), value, dtype=torch.uint8) for value in (50, 90))
-    picture = validation.side_by_side(raw, averaged, 0.99, 10)
-    width = (picture.shape[2] - GAP) // 2
-    left, right = picture[:, CAPTION:, :width], picture[:, CAPTION:, width + GAP :]
-    assert set(left.unique().tolist()) == {50, 255} and set(right.unique().tolist()) == {90, 255}
-    differing = (picture != validation.side_by_side(raw, averaged, 0.99, 20)).any(dim=0).nonzero()
-    assert differing[:, 0].max() < CAPTION and differing[:, 1].min() > width
 
 
 def test_age_of_the_average_is_said_while_it_matters():

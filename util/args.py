@@ -91,17 +91,16 @@ def metrics_path(text: str) -> str:
 @dataclass(frozen=True)
 class Flag:
     """kind: makes the value of the word; bool is a switch. published: what `value` says of a flag
-    that is None unless given. metavar: what --help calls the value.
+    that is None unless given.
     """
 
     name: str
-    kind: Callable | None
+    kind: Callable
     default: object
     help: str
-    published: object = None
     choices: tuple[str, ...] | None = None
     nargs: str | None = None
-    metavar: str | None = None
+    published: object = None
 
     def add_to(self, group) -> None:
         if self.kind is bool:
@@ -110,70 +109,50 @@ class Flag:
         shown = self.published if self.default in (None, "") else self.default
         listed = shown if isinstance(shown, list) else [shown]
         default = f" [{' '.join(map(str, listed))}]" if shown not in (None, "") else ""
+        metavar = {"int": "N", "float": "X"}.get(self.kind.__name__, "VALUE")
         group.add_argument(
             f"--{self.name}",
             type=self.kind,
             default=self.default,
             choices=self.choices,
             nargs=self.nargs,
-            metavar=None if self.choices else self.metavar or _metavar(self.kind),
+            metavar=None if self.choices else metavar,
             help=(self.help + default).replace("%", "%%"),
         )
-
-
-def _metavar(kind: Callable | None) -> str:
-    return {"int": "N", "float": "X"}.get(getattr(kind, "__name__", ""), "PATH")
 
 
 PUBLISHED: dict[str, object] = {}
 
 
-def auto(name: str, kind: Callable, published, help: str, **more) -> Flag:
+def auto(name: str, kind: Callable, published, help: str, choices=None) -> Flag:
     """A flag that is None unless given, where something else may know better."""
     PUBLISHED[name] = published
-    return Flag(name, kind, None, help, published, **more)
+    return Flag(name, kind, None, help, choices, published=published)
 
 
-def model_flag(name: str, kind: Callable, help: str, **more) -> Flag:
+def model_flag(name: str, kind: Callable, help: str, choices=None) -> Flag:
     """A setting of the model, which a checkpoint knows."""
-    return auto(name, kind, getattr(TokenBridgeConfig(), name), help, **more)
+    return auto(name, kind, getattr(TokenBridgeConfig(), name), help, choices)
 
 
 def value(args: argparse.Namespace, name: str):
     """What a flag says, or the published value where it was not given."""
     given = getattr(args, name)
-    return PUBLISHED[name] if given is None else given
+    return PUBLISHED.get(name) if given is None else given
 
 
 DATA_PATH = auto("data_path", str, "./data/imagenet", "images in train/CLASS/")
 CACHED_PATH = Flag("cached_path", str, "", "the cache that main_cache.py made")
-QUANTIZER = model_flag(
-    "quantizer",
-    str,
-    "the levels: published, or calibrated to each channel of --cached_path's latents",
-    choices=QUANTIZERS,
-)
-METRICS_FILE = Flag(
-    "metrics_file", metrics_path, None, "figures for other programs, a line of JSON each time"
-)
+QUANTIZER = model_flag("quantizer", str, "or fitted to --cached_path's latents", QUANTIZERS)
+METRICS_FILE = Flag("metrics_file", metrics_path, None, "figures for programs, a line of JSON each")
 JSON = Flag("json", bool, False, "the final figures as JSON on stdout, all else on stderr")
 SEED = auto("seed", random_seed, 1, "of everything random")
 DEVICE = Flag("device", str, "cuda", "cuda, mps or cpu; what the machine has instead is used")
-EVAL_WEIGHTS = Flag("eval_weights", str, "ema", "averaged or raw weights", choices=("ema", "model"))
-RESUME = Flag(
-    "resume",
-    str,
-    "",
-    "folder or file of a checkpoint, or a folder of util.export; auto: the newest whole one of "
-    "--output_dir, if any",
-)
+RESUME = Flag("resume", str, "", "folder or file of a checkpoint; auto: the newest of --output_dir")
+EVAL_WEIGHTS = Flag("eval_weights", str, "ema", "averaged or raw weights", ("ema", "model"))
 EXTRACTOR = [
     Flag(
-        "feature_extractor",
-        str,
-        INCEPTION,
-        "registered with torch-fidelity, or MODULE:NAME, where MODULE registers NAME",
-        metavar="NAME",
+        "feature_extractor", str, INCEPTION, "of torch-fidelity, or MODULE:NAME, registered there"
     ),
     Flag("inception_weights", str, None, "of the extractor, torch-fidelity's Inception or other"),
 ]
@@ -188,16 +167,10 @@ DATA = [
     JSON,
     Flag("dry_run", bool, False, "check everything, make one step, say what a training takes"),
     RESUME,
-    Flag(
-        "finetune",
-        str,
-        "",
-        "begin with the averaged weights of a checkpoint, also for other classes or another image "
-        "size; as --resume names it",
-    ),
+    Flag("finetune", str, "", "begin with a checkpoint's averaged weights, for other classes too"),
 ]
 MODEL = [
-    auto("model", str, "tokenbridge_large", "size", choices=PRESETS),
+    auto("model", str, "tokenbridge_large", "size", PRESETS),
     auto("quant_bits", bit_width, 6, "bits a latent scalar"),
     QUANTIZER,
     model_flag("vae_stride", positive_int, "pixels a latent position"),
@@ -211,59 +184,32 @@ MODEL = [
     model_flag("label_drop_prob", fraction, "share of labels dropped in training"),
     model_flag("mask_ratio_min", fraction, "least share of masked positions in training"),
     Flag("use_quantized_value", bool, False, "the encoder's input; it always is, as published"),
-    auto(
-        "latent_scale",
-        latent_scale,
-        "auto",
-        "1 / std of the latents; auto: the cache's, or the published one for KL-16",
-        metavar="X",
-    ),
-    auto(
-        "channel_order",
-        channel_order,
-        "auto",
-        "order of the head's channels, as 8,1,10...; auto: the cache's, or the published one",
-        metavar="ORDER",
-    ),
-    model_flag("head_input", str, "the sampler's first input to the head", choices=HEAD_INPUTS),
+    auto("latent_scale", latent_scale, "auto", "1 / std of the latents; auto: cache's or KL-16's"),
+    auto("channel_order", channel_order, "auto", "the head's, as 8,1,10...; auto: likewise"),
+    model_flag("head_input", str, "the sampler's first input to the head", HEAD_INPUTS),
 ]
+VAE_PATH = auto("vae_path", str, "pretrained_models/vae/kl16.ckpt", "its weights, or a folder")
 VAE = [
     model_flag("img_size", positive_int, "pixels, of a side"),
-    auto(
-        "vae_path",
-        str,
-        "pretrained_models/vae/kl16.ckpt",
-        "weights of the VAE, or a folder of diffusers",
-    ),
+    VAE_PATH,
     model_flag("vae_embed_dim", positive_int, "latent channels"),
 ]
 TRAINING = [
     auto("batch_size", positive_int, 16, "samples of a micro-batch"),
     auto("accum_iter", positive_int, 1, "micro-batches a step, of each process"),
-    Flag(
-        "global_batch",
-        positive_int,
-        None,
-        "samples a step, whatever the number of processes; sets the accumulation",
-    ),
+    Flag("global_batch", positive_int, None, "samples a step, on any number of processes"),
     Flag("epochs", positive_int, 400, "in all, with those of --resume"),
     Flag("start_epoch", non_negative_int, 0, "the first one, without --resume"),
     Flag("warmup_epochs", non_negative_float, 100, "in which the rate rises from 0"),
     Flag("lr", non_negative_float, None, "peak learning rate; default: by --blr"),
     Flag("blr", non_negative_float, 1e-4, f"lr = blr * samples a step / {BLR_BATCH}"),
     Flag("min_lr", non_negative_float, 0.0, "learning rate at the end"),
-    Flag("lr_schedule", str, "cosine", "after warm-up", choices=("cosine", "constant")),
+    Flag("lr_schedule", str, "cosine", "after warm-up", ("cosine", "constant")),
     Flag("weight_decay", non_negative_float, 0.02, "AdamW's"),
     Flag("grad_clip", positive_float, 3.0, "largest norm of the gradient"),
     Flag("ema_rate", fraction, 0.9999, "of the averaged weights, a step"),
     Flag("grad_checkpointing", bool, False, "less memory: recompute all blocks"),
-    Flag(
-        "head_chunk",
-        non_negative_int,
-        None,
-        "masked positions that the head works on at once: less is less memory; 0 is all of them, "
-        "the plain loss; default: what keeps the device busy",
-    ),
+    Flag("head_chunk", non_negative_int, None, "positions the head works on at once; 0 is all"),
     Flag("log_freq", positive_int, 20, "steps between two log lines"),
     Flag("max_skipped", positive_int, 20, "steps in a row, not finite, after which to stop"),
 ]
@@ -275,10 +221,10 @@ SAVING = [
     Flag("save_every", non_negative_int, 0, "epochs between those that all stay; 0: none"),
 ]
 VALIDATION = [
-    Flag("preview_freq", non_negative_float, 1.0, "epochs between image grids"),
+    Flag("preview_freq", non_negative_float, 1.0, "epochs between image grids; 0: never"),
     Flag("preview_images", positive_int, 8, "of each, raw and averaged weights"),
-    Flag("preview_iter", positive_int, 32, "iterations"),
-    Flag("val_freq", non_negative_float, 1.0, "epochs between validation losses"),
+    Flag("preview_iter", positive_int, 32, "iterations; guided as by --cfg"),
+    Flag("val_freq", non_negative_float, 1.0, "epochs between validation losses; 0: never"),
     Flag("val_images", positive_int, 256, "validation images used, at most"),
     Flag("val_path", str, "", "validation images in CLASS/; default: val/ beside train/, if there"),
     Flag("val_cached_path", str, "", "or a cache of them (main_cache.py --split val)"),
@@ -287,16 +233,10 @@ VALIDATION = [
 SAMPLING = [
     Flag("num_iter", positive_int, [256], "iterations an image", nargs="+"),
     Flag("cfg", non_negative_float, [1.0], "guidance; 1 is none", nargs="+"),
-    Flag("cfg_schedule", str, "linear", "of the guidance", choices=CFG_SCHEDULES),
+    Flag("cfg_schedule", str, "linear", "of the guidance", CFG_SCHEDULES),
     Flag("temperature", non_negative_float, [1.0], "of the levels; 0: argmax", nargs="+"),
-    Flag("order", str, "random", "in which positions are filled", choices=ORDERS),
-    Flag(
-        "token_cache",
-        non_negative_int,
-        0,
-        "faster, approximate: between two of so many iterations, compute only what was just filled "
-        "or is predicted; 0 is never",
-    ),
+    Flag("order", str, "random", "in which positions are filled", ORDERS),
+    Flag("token_cache", non_negative_int, 0, "approximate: iterations between whole ones; 0: off"),
 ]
 EVALUATION = [
     Flag("evaluate", bool, False, "generate images, measure them and stop"),
@@ -304,53 +244,32 @@ EVALUATION = [
     Flag("eval_freq", positive_int, 40, "epochs between two, while training"),
     Flag("eval_bsz", positive_int, 64, "images a batch"),
     Flag("num_images", positive_int, 50000, "in all, spread over the classes"),
-    Flag(
-        "classes",
-        str,  # in a file of settings a number needs no quotes
-        None,
-        "draw these, by name or by number (previews too); default: all that were trained",
-        nargs="+",
-        metavar="CLASS",
-    ),
+    Flag("classes", str, None, "draw these, by name or by number; default: all", nargs="+"),
     *SAMPLING,
     EVAL_WEIGHTS,
     Flag("keep_images", bool, False, "keep the PNG files once they are measured"),
     Flag("save_npz", bool, False, "all images as samples.npz, for ADM's evaluator"),
-    Flag(
-        "fid_reference",
-        str,
-        None,
-        "real images, a folder or an npz file of them: FID, KID, precision and recall to them",
-    ),
+    Flag("fid_reference", str, None, "real images, a folder or npz: FID, KID, precision, recall"),
 ]
 METRICS = [
-    Flag(
-        "fid_stats",
-        str,
-        None,
-        "npz with mu and sigma; default: fid_stats/adm_in256_stats.npz if there",
-    ),
+    Flag("fid_stats", str, None, "npz with mu and sigma; default: ADM's in fid_stats/, if there"),
     Flag("no_metrics", bool, False, "images only, no FID and IS"),
     *EXTRACTOR,
 ]
 LOADER = [
     Flag("num_workers", non_negative_int, 10, "of each process"),
     Flag("skip_bad_images", bool, False, "count and skip unreadable images"),
-    Flag(
-        "max_image_pixels",
-        positive_int,
-        MAX_PIXELS,
-        "of one image; larger ones count as unreadable",
-    ),
+    Flag("max_image_pixels", positive_int, MAX_PIXELS, "larger images count as unreadable"),
+]
+RECOGNISED, UNREAD = "torchrun and Slurm are recognised by their environment", "not read [-1]"
+PROCESSES = [
+    Flag("world_size", int, 1, "set by the launcher; not read"),
+    Flag("dist_on_itp", bool, False, "started by Open MPI"),
+    Flag("dist_url", str, "env://", "where they meet"),
+    Flag("dist_timeout", positive_float, dist.NO_PROGRESS, "seconds without progress: all stop"),
 ]
 PRECISION = [
-    Flag(
-        "precision",
-        str,
-        "auto",
-        "arithmetic; auto: bf16 where CUDA has it, else fp16 with loss scaling; fp32 on a CPU",
-        choices=PRECISIONS,
-    ),
+    Flag("precision", str, "auto", "auto: bf16 on CUDA, else fp16; fp32 elsewhere", PRECISIONS),
     Flag("compile", bool, False, "compile the blocks: minutes at the start, faster steps"),
 ]
 
@@ -370,7 +289,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,  # a prefix that works today is ambiguous tomorrow
         )
-        self.file: str | None = None  # of --config
+        self.source = ""  # of what is parsed: a file, or the command line
         self.add_argument(
             "--config",
             metavar="FILE",
@@ -394,23 +313,13 @@ class Parser(argparse.ArgumentParser):
 
     def add_device_flags(self, *more: Flag) -> None:
         self.add_flags("device", DEVICE, SEED, *more)
-        group = self.add_argument_group(
-            "processes", "torchrun and Slurm are recognised by their environment"
-        )
-        add = group.add_argument
-        add("--world_size", type=int, default=1, metavar="N", help="not read [1]")
-        add("--local_rank", "--local-rank", type=int, default=-1, metavar="N", help="not read [-1]")
-        add("--dist_on_itp", action="store_true", help="started by Open MPI")
-        add("--dist_url", default="env://", metavar="URL", help="where they meet [env://]")
-        Flag(
-            "dist_timeout",
-            positive_float,
-            dist.NO_PROGRESS,
-            "seconds without any progress after which all processes stop and say who holds them",
-        ).add_to(group)
+        group = self.add_flags("processes", *PROCESSES, about=RECOGNISED)
+        group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=UNREAD)
 
     def error(self, message: str):
-        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        if self.source and "are required" in message:
+            return  # the command line may give it
+        print(f"{self.prog}: error: {self.source}{message} (see --help)", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
@@ -418,12 +327,15 @@ class Parser(argparse.ArgumentParser):
         self._add_negations()
         argv = [expand_home(word) for word in (sys.argv[1:] if argv is None else argv)]
         self._refuse_empty(argv)
-        path = _value_of("--config", argv)
-        try:
-            words = self._words_of(path, _value_of("--output_dir", argv)) if path else []
-        except (ValueError, OSError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            self.error(f"--config {path}: {reason}")
+        words, path = [], _value_of("--config", argv)
+        if path is not None:
+            self.source = f"--config {path}: "
+            try:
+                words = self._words_of(path, _value_of("--output_dir", argv))
+            except (ValueError, OSError, RecursionError) as error:
+                self.error(getattr(error, "strerror", None) or " ".join(str(error).split()))
+            self.parse_known_args(words)
+            self.source = ""
         args, unknown = self.parse_known_args(words + argv)
         if unknown:
             self.error(f"unknown: {' '.join(unknown)}{self._hint(unknown)}")
@@ -464,17 +376,9 @@ class Parser(argparse.ArgumentParser):
         if not parts or any(isinstance(p, bool | dict | list | None.__class__) for p in parts):
             raise ValueError(f"{name}: {setting!r} is not a value or a list of values")
         parts = [os.path.expanduser(str(part)) for part in parts]
-        parts = parts if action.nargs else [",".join(parts)]  # --channel_order 8,1,10
-        for part in parts:
-            self._check(name, action, part)
-        return [f"--{name}={parts[0]}"] if not action.nargs else [f"--{name}", *parts]
-
-    def _check(self, name: str, action: argparse.Action, part: str) -> None:
-        try:
-            converted = self._get_value(action, part)
-            self._check_value(action, converted)
-        except argparse.ArgumentError as error:
-            raise ValueError(f"{name}: {error.message}") from error
+        if action.nargs:
+            return [f"--{name}", *parts]
+        return [f"--{name}={','.join(parts)}"]  # --channel_order 8,1,10
 
     def _refuse_empty(self, words: list[str]) -> None:
         """No flag has an empty value to mean: --resume "$RUN" has one where RUN is not set."""

@@ -34,12 +34,22 @@ from util.checkpoint import (
 )
 from util.data.batches import Batches
 from util.data.histogram import LatentHistogram
-from util.data.images import ImageDataset, list_images, tell_names
-from util.data.latent_cache import CachedLatents, open_cache
+from util.data.images import tell_names
+from util.data.latent_cache import open_cache
+from util.data.training_set import (
+    TrainingData,
+    check_data,
+    check_same_classes,
+    names_data,
+    needs_vae,
+    no_data,
+    open_data,
+    open_validation,
+)
 from util.errors import UserError, as_user_error
 from util.optim import BLR_BATCH, LRSchedule
-from util.validation import ValidationSet, evenly_spread, subset
-from util.vae_files import load_vae, vae_digest
+from util.vae_files import load_vae
+from util.validation import ValidationSet
 
 # Settings that may change from one use of the same weights to the next.
 BEHAVIOUR = ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "head_input")
@@ -286,32 +296,7 @@ def calibrated_levels(
     return boundaries, values
 
 
-# --- data
-
-
-class NoData:
-    """Stands for a training set that nobody has named, in a dry run: of one step."""
-
-    def __init__(self, images: int):
-        self.images = images
-
-    def __len__(self) -> int:
-        return self.images
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The training set and what is known of it. source: the flag and its value, for messages."""
-
-    dataset: ImageDataset | CachedLatents | NoData
-    classes: list[str]
-    source: str
-    vae_sha256: str | None
-    manifest: dict | None = None
-
-    def count_skipped(self) -> int:
-        """Unreadable images that this process has passed over so far."""
-        return int(self.dataset.bad.sum()) if isinstance(self.dataset, ImageDataset) else 0
+# --- all of it
 
 
 @dataclass(frozen=True)
@@ -328,9 +313,9 @@ class Inputs:
 def open_inputs(args: argparse.Namespace) -> Inputs:
     """Raises UserError, naming flags and values, if they do not make a training."""
     checkpoint = open_checkpoint(args, read_only=args.dry_run)
-    nothing = args.dry_run and not _names_data(args)
-    vae = build_vae(args) if _needs_vae(args, nothing) else None
-    data = _no_data(args) if nothing else open_data(args, vae, checkpoint)
+    nothing = args.dry_run and not names_data(args)
+    vae = build_vae(args) if needs_vae(args, nothing) else None
+    data = no_data(args) if nothing else open_data(args, vae, checkpoint)
     tell_names(data.classes)
     config = build_config(args, checkpoint, data.manifest, vae, len(data.classes))
     if checkpoint is not None:
@@ -339,71 +324,12 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
         else:
             check_same_classes(checkpoint, data.classes, data.source)
     if not nothing:
-        _check_data(data, config, checkpoint)
+        check_data(data, config, checkpoint)
     if vae is not None:
         check_vae(vae, config, value(args, "vae_path"))
     warn_other_vae(checkpoint, data.vae_sha256)
     data, validation = open_validation(args, data, config, vae)
     return Inputs(checkpoint, vae, data, config, validation)
-
-
-def _names_data(args: argparse.Namespace) -> bool:
-    named = (args.data_path, args.cached_path, args.use_cached, args.val_path)
-    named += (args.val_cached_path, args.holdout)
-    return any(named) or (Path(value(args, "data_path")) / "train").is_dir()
-
-
-def _no_data(args: argparse.Namespace) -> TrainingData:
-    accumulated = value(args, "batch_size") * value(args, "accum_iter") * dist.world_size()
-    dataset = NoData(args.global_batch or accumulated)
-    return TrainingData(dataset, [], "no --data_path or --cached_path", None)
-
-
-def _needs_vae(args: argparse.Namespace, nothing: bool) -> bool:
-    """With cached latents it draws previews and encodes validation images; its lack is said."""
-    there = Path(value(args, "vae_path")).exists()
-    if nothing:
-        return args.vae_path is not None or there
-    if not args.use_cached or args.online_eval:
-        return True
-    if args.vae_path is not None and there:
-        return bool(args.preview_freq) or _validation_folder(args) is not None
-    if args.preview_freq:
-        dist.print_main("no preview images: cached latents need no VAE, --vae_path draws them")
-    return False
-
-
-def open_data(
-    args: argparse.Namespace, vae: VAE | None, checkpoint: Checkpoint | None = None
-) -> TrainingData:
-    """The images of --data_path, or the latents of --cached_path."""
-    path, size = value(args, "vae_path"), args.img_size
-    if size is None and checkpoint is not None and checkpoint.config is not None:
-        size = checkpoint.config.img_size
-    if not args.use_cached:
-        images = list_images(value(args, "data_path"))
-        on_bad = "next" if args.skip_bad_images else "raise"
-        size = size or value(args, "img_size")
-        dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
-        source, digest = f"--data_path {value(args, 'data_path')}", vae_digest(path)
-        # Nobody published this VAE's scale and channel order; a cache of it has measured them.
-        measured = bool(args.cached_path) and vae is not None and not vae.is_kl16
-        manifest = open_cache(args.cached_path, size, digest).manifest if measured else None
-        return TrainingData(dataset, images.classes, source, digest, manifest)
-    if not args.cached_path:
-        raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
-    vae_sha256 = None
-    if Path(path).exists() and (args.online_eval or args.vae_path is not None):
-        vae_sha256 = vae_digest(path)
-    elif args.vae_path is not None:
-        dist.print_main(
-            f"--vae_path {path}: no such file; training on cached latents needs none, but whether "
-            "they are this VAE's is not checked"
-        )
-    cache = open_cache(args.cached_path, size, vae_sha256)
-    source = f"--cached_path {args.cached_path}"
-    made_by = cache.manifest["vae_sha256"] if cache.manifest else vae_sha256
-    return TrainingData(cache, cache.classes, source, made_by, cache.manifest)
 
 
 def fitted(
@@ -415,136 +341,6 @@ def fitted(
     kind = "averaged" if checkpoint.saved["weights"] == "ema" else "raw"
     dist.print_main("\n".join([f"beginning with the {kind} weights of {checkpoint.named}", *notes]))
     return checkpoint
-
-
-def check_same_classes(checkpoint: Checkpoint, classes: list[str], source: str) -> None:
-    """Raise UserError if a training would go on with other classes than it had."""
-    if classes and checkpoint.saved.get("classes", classes) != classes:
-        raise UserError(
-            f"{source} has other classes than {checkpoint.named} was trained on; their labels "
-            f"would not mean the same; {FINETUNE} in the place of --resume trains it on them"
-        )
-
-
-def _check_data(
-    data: TrainingData, config: TokenBridgeConfig, checkpoint: Checkpoint | None
-) -> None:
-    """Raise UserError unless classes and latents fit the model."""
-    own, known = len(data.classes), config.class_num
-    if own > known:
-        if checkpoint is not None and not checkpoint.begins:
-            raise UserError(
-                f"{data.source} has {own} classes, {checkpoint.named} was trained on {known}; "
-                "name the data it was trained on"
-            )
-        raise UserError(
-            f"{data.source} has {own} classes, --class_num is {known}; leave --class_num out"
-        )
-    if own < known:
-        dist.print_main(
-            f"note: the model has {known} classes, {data.source} {own}: the others are never "
-            "trained"
-        )
-    if isinstance(data.dataset, CachedLatents):
-        check_latent_shape(data.dataset, config, data.source)
-
-
-def check_latent_shape(cache: CachedLatents, config: TokenBridgeConfig, source: str) -> None:
-    if tuple(cache.latent_shape) != config.latent_shape:
-        raise UserError(
-            f"{source} holds latents {tuple(cache.latent_shape)}, the model expects "
-            f"{config.latent_shape}; see --img_size, --vae_stride and --vae_embed_dim"
-        )
-
-
-# --- validation
-
-
-def _validation_folder(args: argparse.Namespace) -> Path | None:
-    """Images that no other flag holds out: --val_path, or val/ of --data_path if it is there."""
-    if not args.val_freq or args.val_cached_path or args.holdout:
-        return None
-    if args.val_path:
-        return Path(args.val_path)
-    beside = Path(value(args, "data_path")) / "val"
-    named = not args.use_cached or args.data_path is not None
-    return beside if named and beside.is_dir() else None
-
-
-def open_validation(
-    args: argparse.Namespace, data: TrainingData, config: TokenBridgeConfig, vae: VAE | None
-) -> tuple[TrainingData, ValidationSet | None]:
-    """The training data without what the flags hold out, and that.
-
-    Raises UserError, naming the flag, if it does not fit the training.
-    """
-    given = [name for name in ("val_path", "val_cached_path", "holdout") if getattr(args, name)]
-    if len(given) > 1:
-        raise UserError(f"--{given[0]} and --{given[1]}: validation data comes from one of them")
-    if isinstance(data.dataset, NoData) or (args.val_freq == 0 and not args.holdout):
-        return data, None
-    if args.holdout:
-        return _set_aside(data, args.holdout)
-    if args.val_cached_path:
-        source = f"--val_cached_path {args.val_cached_path}"
-        with as_user_error(source):
-            cache = open_cache(args.val_cached_path, config.img_size, data.vae_sha256)
-        check_latent_shape(cache, config, source)
-        return data, ValidationSet(cache, _labels(cache.classes, data, source), source)
-    folder = _validation_folder(args)
-    if folder is None:
-        dist.print_main("no validation loss: --val_path, --val_cached_path or --holdout gives it")
-        return data, None
-    return data, _validation_images(args, data, config, vae, folder)
-
-
-def _set_aside(data: TrainingData, count: int) -> tuple[TrainingData, ValidationSet]:
-    """Take so many images, evenly spread over the classes, out of the training set."""
-    total = len(data.dataset)
-    if count >= total:
-        raise UserError(f"--holdout {count} leaves nothing of the {total} images of {data.source}")
-    chosen = evenly_spread(total, count)
-    rest = sorted(set(range(total)) - set(chosen))
-    source = f"{count} images that --holdout takes out of {data.source}"
-    labels = list(range(len(data.classes)))
-    aside = ValidationSet(subset(data.dataset, chosen), labels, source)
-    return replace(data, dataset=subset(data.dataset, rest)), aside
-
-
-def _validation_images(
-    args: argparse.Namespace,
-    data: TrainingData,
-    config: TokenBridgeConfig,
-    vae: VAE | None,
-    folder: Path,
-) -> ValidationSet | None:
-    """Those of --val_path must fit; a folder val/ that does not is named and left alone."""
-    try:
-        if vae is None:
-            raise UserError(
-                f"{folder} holds images, which need the VAE: give --vae_path, or a cache of them "
-                "(main_cache.py --split val) as --val_cached_path"
-            )
-        images = list_images(folder, "", flag="--val_path")
-        on_bad = "drop" if args.skip_bad_images else "raise"
-        dataset = ImageDataset(images.samples, config.img_size, on_bad, args.max_image_pixels)
-        return ValidationSet(dataset, _labels(images.classes, data, str(folder)), str(folder))
-    except UserError as error:
-        if args.val_path:
-            raise
-        dist.print_main(f"no validation loss: {error}")
-        return None
-
-
-def _labels(classes: list[str], data: TrainingData, source: str) -> list[int]:
-    known = {name: label for label, name in enumerate(data.classes)}
-    unknown = [name for name in classes if name not in known]
-    if unknown:
-        raise UserError(
-            f"{source} has class {unknown[0]!r}, which {data.source} has not; name a folder whose "
-            "classes are among those trained on"
-        )
-    return [known[name] for name in classes]
 
 
 # --- batches and learning rate
@@ -659,7 +455,9 @@ def _other_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
     if before["epochs"] is None:  # a file of the published code
         return ""
     pairs = ((name, before[name], getattr(args, name)) for name in OF_THE_RATE)
-    return "".join(f", --{n} {_said(now)} (was {_said(was)})" for n, was, now in pairs if was != now)
+    return "".join(
+        f", --{n} {_said(now)} (was {_said(was)})" for n, was, now in pairs if was != now
+    )
 
 
 def _said(setting) -> str:

@@ -12,11 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.config import TokenBridgeConfig
-from models.tokenizers.kl16 import AutoencoderKL
-from tests.fuzz.harness import damaged, fuzz, outcome, repacked, seeds
+from tests.fuzz.harness import damaged, fuzz, outcome, seeds
 from util.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from util.errors import UserError
-from util.vae_files import load_vae, save_vae
 
 SAVED = {
     "model": {"a.weight": torch.arange(40.0).view(8, 5), "a.bias": torch.ones(8, dtype=torch.half)},
@@ -64,33 +62,6 @@ def test_a_damaged_checkpoint_is_refused_or_what_was_saved(path, seed):
     path.write_bytes(damaged(ZIPPED, seed))
     found = outcome(lambda: load_checkpoint(path))
     assert isinstance(found, UserError) or same(found.saved, SAVED)
-
-
-@fuzz(150)
-@given(seeds)
-def test_a_changed_pickle_with_right_checksums_is_refused_or_a_dict(path, seed):
-    def change(name: str, content: bytes) -> bytes:
-        return damaged(content, seed) if name.endswith("data.pkl") else content
-
-    path.write_bytes(repacked(ZIPPED, change))
-    found = outcome(lambda: load_checkpoint(path))
-    assert isinstance(found, UserError) or isinstance(found.saved, dict)
-
-
-@pytest.fixture(scope="module")
-def vae_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("vae") / "vae.ckpt"
-    save_vae(path, AutoencoderKL(embed_dim=2, ch_mult=(1,), ch=32, num_res_blocks=1))
-    return path
-
-
-@fuzz(60)
-@given(seeds)
-def test_a_damaged_vae_is_refused_or_what_was_saved(path, vae_file, seed):
-    path.write_bytes(damaged(vae_file.read_bytes(), seed))
-    found = outcome(lambda: load_vae(path))
-    if isinstance(found, AutoencoderKL):
-        assert same(dict(found.state_dict()), dict(load_vae(vae_file).state_dict()))
 
 
 sizes = st.one_of(

@@ -1,0 +1,230 @@
+"""What a training learns from and is validated on: images or cached latents, by the flags.
+
+Raises UserError, naming flag and value, where flags, cache, VAE and model do not fit together.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from models.config import TokenBridgeConfig
+from models.tokenizers.kl16 import VAE
+from util import dist
+from util.args import value
+from util.checkpoint import FINETUNE, Checkpoint
+from util.data.images import ImageDataset, list_images
+from util.data.latent_cache import CachedLatents, open_cache
+from util.errors import UserError, as_user_error
+from util.vae_files import vae_digest
+from util.validation import ValidationSet, evenly_spread, subset
+
+
+class NoData:
+    """Stands for a training set that nobody has named, in a dry run: of one step."""
+
+    def __init__(self, images: int):
+        self.images = images
+
+    def __len__(self) -> int:
+        return self.images
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training set and what is known of it. source: the flag and its value, for messages."""
+
+    dataset: ImageDataset | CachedLatents | NoData
+    classes: list[str]
+    source: str
+    vae_sha256: str | None
+    manifest: dict | None = None
+
+    def count_skipped(self) -> int:
+        """Unreadable images that this process has passed over so far."""
+        return int(self.dataset.bad.sum()) if isinstance(self.dataset, ImageDataset) else 0
+
+
+def names_data(args: argparse.Namespace) -> bool:
+    named = (args.data_path, args.cached_path, args.use_cached, args.val_path)
+    named += (args.val_cached_path, args.holdout)
+    return any(named) or (Path(value(args, "data_path")) / "train").is_dir()
+
+
+def no_data(args: argparse.Namespace) -> TrainingData:
+    accumulated = value(args, "batch_size") * value(args, "accum_iter") * dist.world_size()
+    dataset = NoData(args.global_batch or accumulated)
+    return TrainingData(dataset, [], "no --data_path or --cached_path", None)
+
+
+def needs_vae(args: argparse.Namespace, nothing: bool) -> bool:
+    """With cached latents it draws previews and encodes validation images; its lack is said."""
+    there = Path(value(args, "vae_path")).exists()
+    if nothing:
+        return args.vae_path is not None or there
+    if not args.use_cached or args.online_eval:
+        return True
+    if args.vae_path is not None and there:
+        return bool(args.preview_freq) or validation_folder(args) is not None
+    if args.preview_freq:
+        dist.print_main("no preview images: cached latents need no VAE, --vae_path draws them")
+    return False
+
+
+def open_data(
+    args: argparse.Namespace, vae: VAE | None, checkpoint: Checkpoint | None = None
+) -> TrainingData:
+    """The images of --data_path, or the latents of --cached_path."""
+    path, size = value(args, "vae_path"), args.img_size
+    if size is None and checkpoint is not None and checkpoint.config is not None:
+        size = checkpoint.config.img_size
+    if not args.use_cached:
+        images = list_images(value(args, "data_path"))
+        on_bad = "next" if args.skip_bad_images else "raise"
+        size = size or value(args, "img_size")
+        dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
+        source, digest = f"--data_path {value(args, 'data_path')}", vae_digest(path)
+        # Nobody published this VAE's scale and channel order; a cache of it has measured them.
+        measured = bool(args.cached_path) and vae is not None and not vae.is_kl16
+        manifest = open_cache(args.cached_path, size, digest).manifest if measured else None
+        return TrainingData(dataset, images.classes, source, digest, manifest)
+    if not args.cached_path:
+        raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
+    vae_sha256 = None
+    if Path(path).exists() and (args.online_eval or args.vae_path is not None):
+        vae_sha256 = vae_digest(path)
+    elif args.vae_path is not None:
+        dist.print_main(
+            f"--vae_path {path}: no such file; training on cached latents needs none, but whether "
+            "they are this VAE's is not checked"
+        )
+    cache = open_cache(args.cached_path, size, vae_sha256)
+    source = f"--cached_path {args.cached_path}"
+    made_by = cache.manifest["vae_sha256"] if cache.manifest else vae_sha256
+    return TrainingData(cache, cache.classes, source, made_by, cache.manifest)
+
+
+def check_same_classes(checkpoint: Checkpoint, classes: list[str], source: str) -> None:
+    """Raise UserError if a training would go on with other classes than it had."""
+    if classes and checkpoint.saved.get("classes", classes) != classes:
+        raise UserError(
+            f"{source} has other classes than {checkpoint.named} was trained on; their labels "
+            f"would not mean the same; {FINETUNE} in the place of --resume trains it on them"
+        )
+
+
+def check_data(
+    data: TrainingData, config: TokenBridgeConfig, checkpoint: Checkpoint | None
+) -> None:
+    """Raise UserError unless classes and latents fit the model."""
+    own, known = len(data.classes), config.class_num
+    if own > known:
+        if checkpoint is not None and not checkpoint.begins:
+            raise UserError(
+                f"{data.source} has {own} classes, {checkpoint.named} was trained on {known}; "
+                "name the data it was trained on"
+            )
+        raise UserError(
+            f"{data.source} has {own} classes, --class_num is {known}; leave --class_num out"
+        )
+    if own < known:
+        dist.print_main(
+            f"note: the model has {known} classes, {data.source} {own}: the others are never "
+            "trained"
+        )
+    if isinstance(data.dataset, CachedLatents):
+        check_latent_shape(data.dataset, config, data.source)
+
+
+def check_latent_shape(cache: CachedLatents, config: TokenBridgeConfig, source: str) -> None:
+    if tuple(cache.latent_shape) != config.latent_shape:
+        raise UserError(
+            f"{source} holds latents {tuple(cache.latent_shape)}, the model expects "
+            f"{config.latent_shape}; see --img_size, --vae_stride and --vae_embed_dim"
+        )
+
+
+def validation_folder(args: argparse.Namespace) -> Path | None:
+    """Images that no other flag holds out: --val_path, or val/ of --data_path if it is there."""
+    if not args.val_freq or args.val_cached_path or args.holdout:
+        return None
+    if args.val_path:
+        return Path(args.val_path)
+    beside = Path(value(args, "data_path")) / "val"
+    named = not args.use_cached or args.data_path is not None
+    return beside if named and beside.is_dir() else None
+
+
+def open_validation(
+    args: argparse.Namespace, data: TrainingData, config: TokenBridgeConfig, vae: VAE | None
+) -> tuple[TrainingData, ValidationSet | None]:
+    """The training data without what the flags hold out, and that.
+
+    Raises UserError, naming the flag, if it does not fit the training.
+    """
+    given = [name for name in ("val_path", "val_cached_path", "holdout") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]}: validation data comes from one of them")
+    if isinstance(data.dataset, NoData) or (args.val_freq == 0 and not args.holdout):
+        return data, None
+    if args.holdout:
+        return _set_aside(data, args.holdout)
+    if args.val_cached_path:
+        source = f"--val_cached_path {args.val_cached_path}"
+        with as_user_error(source):
+            cache = open_cache(args.val_cached_path, config.img_size, data.vae_sha256)
+        check_latent_shape(cache, config, source)
+        return data, ValidationSet(cache, _labels(cache.classes, data, source), source)
+    folder = validation_folder(args)
+    if folder is None:
+        dist.print_main("no validation loss: --val_path, --val_cached_path or --holdout gives it")
+        return data, None
+    return data, _validation_images(args, data, config, vae, folder)
+
+
+def _set_aside(data: TrainingData, count: int) -> tuple[TrainingData, ValidationSet]:
+    """Take so many images, evenly spread over the classes, out of the training set."""
+    total = len(data.dataset)
+    if count >= total:
+        raise UserError(f"--holdout {count} leaves nothing of the {total} images of {data.source}")
+    chosen = evenly_spread(total, count)
+    rest = sorted(set(range(total)) - set(chosen))
+    source = f"{count} images that --holdout takes out of {data.source}"
+    labels = list(range(len(data.classes)))
+    aside = ValidationSet(subset(data.dataset, chosen), labels, source)
+    return replace(data, dataset=subset(data.dataset, rest)), aside
+
+
+def _validation_images(
+    args: argparse.Namespace,
+    data: TrainingData,
+    config: TokenBridgeConfig,
+    vae: VAE | None,
+    folder: Path,
+) -> ValidationSet | None:
+    """Those of --val_path must fit; a folder val/ that does not is named and left alone."""
+    try:
+        if vae is None:
+            raise UserError(
+                f"{folder} holds images, which need the VAE: give --vae_path, or a cache of them "
+                "(main_cache.py --split val) as --val_cached_path"
+            )
+        images = list_images(folder, "", flag="--val_path")
+        on_bad = "drop" if args.skip_bad_images else "raise"
+        dataset = ImageDataset(images.samples, config.img_size, on_bad, args.max_image_pixels)
+        return ValidationSet(dataset, _labels(images.classes, data, str(folder)), str(folder))
+    except UserError as error:
+        if args.val_path:
+            raise
+        dist.print_main(f"no validation loss: {error}")
+        return None
+
+
+def _labels(classes: list[str], data: TrainingData, source: str) -> list[int]:
+    known = {name: label for label, name in enumerate(data.classes)}
+    unknown = [name for name in classes if name not in known]
+    if unknown:
+        raise UserError(
+            f"{source} has class {unknown[0]!r}, which {data.source} has not; name a folder whose "
+            "classes are among those trained on"
+        )
+    return [known[name] for name in classes]
