@@ -21,7 +21,8 @@ from util import dist, stop
 from util.data.batches import Batches, MicroBatchSampler
 from util.device import Precision
 from util.errors import UserError
-from util.evaluation.evaluator import EvalSettings, Evaluator
+from util.evaluation.evaluator import Evaluator
+from util.evaluation.settings import EvalSettings
 from util.logging import StepResult, TrainingLog
 from util.optim import EMA, LRSchedule, guarded_step, seed_micro_batch, set_lr
 from util.saver import EXIT_GRACE, CheckpointSaver

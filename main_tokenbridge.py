@@ -36,12 +36,9 @@ from util.data.latent_cache import as_one_batch
 from util.data.training_set import NoData
 from util.device import Precision, compile_model, resolve_precision
 from util.evaluation.evaluator import Evaluator
-from util.evaluation.sweep import (
-    classes_of_flags,
-    evaluate_checkpoint,
-    evaluation_points,
-    prepare_measure,
-)
+from util.evaluation.reference import prepare_measure
+from util.evaluation.settings import drawn_classes, eval_settings
+from util.evaluation.sweep import evaluate_checkpoint
 from util.files import check_writable, only_job_in, refuse_busy
 from util.flops import Meter, peak_flops, peak_memory, training_memory, training_step
 from util.logging import LogSettings, TrainingLog, environment, figures_on_stdout
@@ -121,10 +118,12 @@ def build_run(
     if args.compile:
         compile_model(model, device)
     tokenizer = Tokenizer(inputs.vae, config.latent_scale).to(device)
-    points = evaluation_points(args, config.class_num, data.classes) if args.online_eval else []
-    evaluator = None
+    evaluator = evaluation = None
+    if args.online_eval:
+        evaluation = eval_settings(args, config.class_num, data.classes)
     if args.online_eval and not args.dry_run:
-        measure = prepare_measure(args, config.img_size, device)
+        folder = Path(args.output_dir) / "reference_features"
+        measure = prepare_measure(args, config.img_size, device, folder)
         evaluator = Evaluator(model, tokenizer, device, precision, measure)
     sampler = MicroBatchSampler(
         batches, range(first, last), dist.rank(), dist.world_size(), flip=not args.no_flip
@@ -172,7 +171,7 @@ def build_run(
         max_skipped=args.max_skipped,
         eval_freq=args.eval_freq,
         evaluator=evaluator,
-        evaluation=points[0] if points else None,
+        evaluation=evaluation,
     )
     if checkpoint is not None:
         checkpoint.load_training_state(run.ema, run.optimizer, run.scaler)
@@ -255,7 +254,7 @@ def make_validation(
         samples=args.preview_images,
         last_step=args.epochs * steps_per_epoch,
         sampling=sampling_options(args, num_iter=args.preview_iter, token_cache=0),
-        classes=classes_of_flags(args.classes, inputs.config.class_num, data.classes),
+        classes=drawn_classes(args.classes, inputs.config.class_num, data.classes),
         names=data.classes,
     )
     images = inputs.validation if loss_every else None

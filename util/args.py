@@ -23,12 +23,12 @@ from models.sampler import CFG_SCHEDULES, ORDERS
 from util import dist
 from util.data.images import MAX_PIXELS
 from util.errors import EXIT_USER_ERROR, UserError, as_user_error, did_you_mean
-from util.evaluation.extractor import INCEPTION
 from util.files import atomic_write
 from util.lock import LOCK
 from util.optim import BLR_BATCH
 
 MAX_BITS = 9  # see GaussianQuantizer
+INCEPTION = "inception-v3-compat"  # as torch-fidelity calls it
 CONFIG, EVALUATION_CONFIG = "config.yaml", "config-evaluation.yaml"
 # Of one call, or of one process, and not of what it does.
 NOT_SAVED = ("config", "dry_run", "world_size", "local_rank")
