@@ -15,7 +15,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from models.config import TokenBridgeConfig
@@ -38,8 +37,7 @@ BATCH = 16  # images; small beside a training batch, which has gradients, too
 SEED = 0  # of noise and orders, whatever --seed is: runs of other seeds compare
 WEIGHTS = ("raw", "ema")
 COUNTED = 64  # training images whose levels are counted
-TILE = (64, 128)  # least and largest side of an image as shown
-GAP, CAPTION = 12, 22  # pixels between raw and averaged, and above them
+LARGEST, GAP = 128, 12  # pixels of an image as shown, and between raw and averaged
 FORGOTTEN = 0.01  # share of the initial weights below which nobody sees it
 
 Data = ImageDataset | CachedLatents
@@ -295,7 +293,7 @@ class Validation:
                 if self.tokenizer.vae is not None:
                     parts = latents.split(8)  # training holds most of the memory
                     images = torch.cat([decode_images(self.tokenizer, p) for p in parts])
-                    images = as_tiles(images)
+                    images = shrunk(images)
                 drawn[weights] = (count_levels(model, latents), images)
         gathered = dist.gather_to_main(drawn)
         if gathered is None:
@@ -321,8 +319,7 @@ class Validation:
         log.text("validation/about_the_average", text, done)
         (_, raw), (_, averaged) = (drawn[weights] for weights in WEIGHTS)
         if raw is not None:
-            picture = side_by_side(raw, averaged, rate, done)
-            log.image("validation/raw_and_average", picture, done)
+            log.image("validation/raw_and_average", side_by_side(raw, averaged), done)
 
 
 def count_levels(model: TokenBridge, latents: Tensor) -> Tensor:
@@ -334,18 +331,14 @@ def count_levels(model: TokenBridge, latents: Tensor) -> Tensor:
 # --- pictures
 
 
-def as_tiles(images: Tensor) -> Tensor:
-    """uint8 [N, 3, H, H] -> [N, 3, S, S]: small images enlarged pixel by pixel, large ones shrunk.
+def shrunk(images: Tensor) -> Tensor:
+    """uint8 [N, 3, H, H] -> at most LARGEST pixels a side.
 
     At 256 px, a grid of whole images at every validation would fill gigabytes of logs.
     """
-    side, (least, most) = images.shape[-1], TILE
-    if side < least:
-        factor = math.ceil(least / side)
-        return images.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    if side <= most:
+    if images.shape[-1] <= LARGEST:
         return images
-    smaller = torch.nn.functional.interpolate(images.float(), size=(most, most), mode="area")
+    smaller = torch.nn.functional.interpolate(images.float(), size=(LARGEST,) * 2, mode="area")
     return smaller.round().to(torch.uint8)
 
 
@@ -368,18 +361,8 @@ def about_average(rate: float, steps: int) -> str:
     )
 
 
-def side_by_side(raw: Tensor, averaged: Tensor, rate: float, steps: int) -> Tensor:
-    """raw, averaged: uint8 [N, 3, S, S] -> one picture uint8 [3, H, W] with captions."""
+def side_by_side(raw: Tensor, averaged: Tensor) -> Tensor:
+    """raw, averaged: uint8 [N, 3, S, S] -> one picture uint8 [3, H, W], the raw weights' left."""
     columns = math.ceil(len(raw) / math.isqrt(len(raw)))
     left, right = (grid(part, columns) for part in (raw, averaged))
-    height, width = left.shape[1:]
-    canvas = torch.full((3, height + CAPTION, 2 * width + GAP), 255, dtype=torch.uint8)
-    canvas[:, CAPTION:, :width] = left
-    canvas[:, CAPTION:, width + GAP :] = right
-    picture = Image.fromarray(canvas.permute(1, 2, 0).numpy())
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=14)
-    share = rate**steps
-    note = f"average: {share:.0%} initial weights" if share >= FORGOTTEN else "average (EMA)"
-    pen.text((3, 2), "raw weights", fill=(40, 40, 40), font=font)
-    pen.text((width + GAP + 3, 2), note, fill=(40, 40, 40), font=font)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    return torch.cat([left, left.new_full((3, left.shape[1], GAP), 255), right], dim=2)
