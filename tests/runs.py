@@ -24,7 +24,7 @@ import main_tokenbridge
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import ROOT, environment
 from util.errors import EXIT_USER_ERROR, run
-from util.vae_files import save_vae
+from util.vae import save_vae
 
 SIZE, CHANNELS, STRIDE = 16, 4, 4
 OFTEN_IMPORTED = ("reconstruction", "torch.utils.tensorboard", "torchmetrics.functional.image")

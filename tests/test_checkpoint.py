@@ -43,7 +43,7 @@ from util.files import atomic_write
 from util.optim import build_optimizer
 from util.plan import Plan, Run, Schedule, TrainSettings
 from util.saver import write_checkpoint
-from util.vae_files import load_vae, save_vae
+from util.vae import load_vae, save_vae
 
 CPU = torch.device("cpu")
 

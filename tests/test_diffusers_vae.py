@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import main_cache
 import main_tokenbridge
 import reconstruction
+from models.backbone import patchify
 from models.generate import generate
-from models.patchify import patchify
 from models.tokenbridge import TokenBridge
 from models.tokenizers.diffusers import DiffusersVAE
 from models.tokenizers.kl16 import AutoencoderKL
@@ -25,7 +25,7 @@ from util import doctor, export
 from util.data.images import ImageDataset, list_images
 from util.data.latent_cache import open_cache
 from util.errors import UserError
-from util.vae_files import load_vae, save_vae, vae_digest
+from util.vae import load_vae, save_vae, vae_digest
 
 diffusers = pytest.importorskip("diffusers", reason="an extra: pip install -e '.[diffusers]'")
 single_file_utils = pytest.importorskip("diffusers.loaders.single_file_utils")

@@ -40,7 +40,7 @@ from tests.test_lock import holder
 from util.checkpoint import LAST
 from util.errors import UserError, as_user_error, run
 from util.files import load_tensors
-from util.vae_files import save_vae
+from util.vae import save_vae
 
 
 @pytest.fixture(scope="module")

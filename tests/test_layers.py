@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.layers import Attention, Dropout, dropout, plain_attention, short_attention
+from models.cpu import Dropout, attend_by_definition, attend_causal, dropout
+from models.layers import Attention
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
@@ -69,9 +70,9 @@ def test_attention_by_its_definition_is_torchs():
     seen[..., 0] = True
     for mask in (None, seen):
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        assert torch.allclose(plain_attention(q, k, v, mask, drop=0.0), expected, atol=1e-6)
+        assert torch.allclose(attend_by_definition(q, k, v, mask, drop=0.0), expected, atol=1e-6)
     causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert torch.allclose(short_attention(q, k, v, None), causal, atol=1e-6)
+    assert torch.allclose(attend_causal(q, k, v, None), causal, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [7, 600])

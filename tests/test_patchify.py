@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.patchify import patchify, unpatchify
+from models.backbone import patchify, unpatchify
 
 
 def test_token_holds_its_patch_channel_by_channel():

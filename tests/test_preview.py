@@ -19,7 +19,7 @@ from util.build import build_model
 from util.checkpoint import load_checkpoint
 from util.device import resolve_precision
 from util.preview import CAPTION, GAP, PreviewSettings
-from util.vae_files import load_vae
+from util.vae import load_vae
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)

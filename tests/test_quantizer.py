@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.patchify import patchify
+from models.backbone import patchify
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer
 from tests.conftest import golden, relative_error
 

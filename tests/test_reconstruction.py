@@ -33,7 +33,7 @@ from util.evaluation import metrics
 from util.evaluation.reconstruction_folder import ReconstructionFolder
 from util.evaluation.variants import ssim
 from util.images import psnr, to_uint8
-from util.vae_files import load_vae
+from util.vae import load_vae
 
 SCALE, RANGE, BITS = 4.0, 2.0, (2, 6)  # some scaled posterior means lie outside the range
 VARIANTS = ("original", "continuous", *(f"bits{bits}" for bits in BITS))

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from models.backbone import patchify
 from models.layers import take
 from models.masking import Mask
-from models.patchify import patchify
 from models.sampler import (
     ORDERS,
     SamplingOptions,

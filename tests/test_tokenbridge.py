@@ -5,7 +5,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from models.config import TokenBridgeConfig, preset
-from models.layers import Attention, dropout, split_heads, take
+from models.cpu import dropout
+from models.layers import Attention, split_heads, take
 from models.masking import Mask, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge

@@ -15,7 +15,7 @@ from util.checkpoint import FINETUNE, WEIGHT_KEYS, Checkpoint
 from util.data.histogram import LatentHistogram
 from util.data.latent_cache import open_cache
 from util.errors import UserError, as_user_error
-from util.vae_files import load_vae
+from util.vae import load_vae
 
 # Settings that may change from one use of the same weights to the next.
 BEHAVIOUR = ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "head_input")

@@ -23,7 +23,7 @@ from util.checkpoint import (
 from util.data.images import ImageDataset, list_images, tell_names
 from util.data.latent_cache import CachedLatents, open_cache
 from util.errors import UserError, as_user_error
-from util.vae_files import vae_digest
+from util.vae import vae_digest
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from models.tokenizers.kl16 import AutoencoderKL
 from tests.fuzz.harness import damaged, fuzz, outcome, repacked, seeds
 from util.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from util.errors import UserError
-from util.vae_files import load_vae, save_vae
+from util.vae import load_vae, save_vae
 
 SAVED = {
     "model": {"a.weight": torch.arange(40.0).view(8, 5), "a.bias": torch.ones(8, dtype=torch.half)},

@@ -35,7 +35,7 @@ from util.evaluation.metrics import Measure
 from util.files import atomic_write, sha256
 from util.images import save_png
 from util.metrics_file import MetricsFile
-from util.vae_files import vae_digest
+from util.vae import vae_digest
 
 # The figures that are drawn, and their standard errors where there are any.
 PLOTTED = {
