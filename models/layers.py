@@ -82,12 +82,24 @@ def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of the backbone: every position attends to all."""
+    """Multi-head self-attention; every position attends to all, or, if causal, to none after it.
 
-    def __init__(self, width: int, heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
+    The causal one, of few positions, has q and k normalised per head.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        causal: bool = False,
+    ):
         super().__init__()
-        self.heads, self.attn_drop = heads, attn_drop
+        self.heads, self.attn_drop, self.causal = heads, attn_drop, causal
         self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = LayerNorm(width // heads) if causal else nn.Identity()
+        self.k_norm = LayerNorm(width // heads) if causal else nn.Identity()
         self.proj = nn.Linear(width, width)
         self.proj_drop = Dropout(proj_drop)
 
@@ -96,9 +108,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x: [N, T, D] -> [N, T, D], or only of the positions [N, R] -> [N, R, D].
 
-        With a cache, x is of the cache's positions, and attends to all that it holds.
+        With a cache, x is of the cache's positions, and attends to what it says.
         """
-        mask = None
         if positions is None:
             q, k, v = split_heads(self.qkv(x), 3, self.heads)  # [N, H, T, d]
         else:
@@ -106,10 +117,14 @@ class Attention(nn.Module):
             of_q, of_kv = zip(self.qkv.weight.split(sizes), self.qkv.bias.split(sizes), strict=True)
             (q,) = split_heads(F.linear(take(x, positions), *of_q), 1, self.heads)
             k, v = split_heads(F.linear(x, *of_kv), 2, self.heads)
+        q, k, mask = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), None
         if cache is not None:
             mask = cache.visible
             k, v = cache.update(k, v)
-        out = attend(q, k, v, mask, self.attn_drop if self.training else 0.0)
+        if self.causal:
+            out = attend_causal(q, k, v, mask)
+        else:
+            out = attend(q, k, v, mask, self.attn_drop if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
@@ -134,27 +149,6 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class CausalAttention(nn.Module):
-    """Multi-head attention in which no position sees a later one; q and k normalised per head."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = LayerNorm(width // heads)
-        self.k_norm = LayerNorm(width // heads)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """x: [N, T, D]; with a cache, of its positions alone."""
-        q, k, v = split_heads(self.qkv(x), 3, self.heads)  # [N, H, T, d] each
-        q, k, mask = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), None
-        if cache is not None:
-            mask = cache.visible
-            k, v = cache.update(k, v)
-        return self.proj(attend_causal(q, k, v, mask).transpose(1, 2).flatten(2))
-
-
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
@@ -176,7 +170,7 @@ class AdaLNBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
         self.norm1 = LayerNorm(width)
-        self.attn = CausalAttention(width, heads)
+        self.attn = Attention(width, heads, causal=True)
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
@@ -184,7 +178,7 @@ class AdaLNBlock(nn.Module):
     def forward(self, x: Tensor, modulations: Tensor, cache: KVCache | None = None) -> Tensor:
         """x: [N, T, D], modulations: [N, T, 6 D] -> [N, T, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations.chunk(self.chunks, dim=-1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), cache)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), cache=cache)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 

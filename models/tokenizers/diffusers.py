@@ -8,6 +8,7 @@ and belongs to `models.tokenizers.tokenizer`.
 """
 
 import logging
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -51,7 +52,8 @@ class DiffusersVAE(VAE):
         finally:
             log.setLevel(level)
         settings = {name: value for name, value in config.items() if not name.startswith("_")}
-        loaded["unknown settings"] = sorted(set(settings) - set(network.config))
+        known = signature(diffusers.AutoencoderKL).parameters
+        loaded["unknown settings"] = sorted(set(settings) - set(known))
         for what, names in loaded.items():
             if names:
                 raise ValueError(
