@@ -82,13 +82,14 @@ class TokenBridgeConfig:
                 f"img_size {self.img_size} is not a multiple of vae_stride {self.vae_stride} "
                 f"x patch_size {self.patch_size}"
             )
-        for width, heads in (
-            ("encoder_embed_dim", self.encoder_num_heads),
-            ("decoder_embed_dim", self.decoder_num_heads),
-            ("channel_embed_dim", self.channel_heads),
+        for part, of_part in (
+            ("encoder", "num_heads"),
+            ("decoder", "num_heads"),
+            ("channel", "heads"),
         ):
-            if heads <= 0 or getattr(self, width) % heads:
-                yield f"{width} {getattr(self, width)} is not a multiple of its {heads} heads"
+            width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_{of_part}")
+            if heads <= 0 or width % heads:
+                yield f"{part}_embed_dim {width} is not a multiple of its {heads} heads"
         if not self.quant_min < self.quant_max:
             yield f"quant_min {self.quant_min} is not below quant_max {self.quant_max}"
         for name in ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min"):

@@ -96,19 +96,14 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def _labels(labels: Sequence[int | str] | Tensor, names: tuple[str, ...]) -> Tensor:
     """[B] int64. Raises ValueError on what is no list of classes, and on classes never trained."""
-    expected = f"class numbers, or of the names {str(names)[:200]}" if names else "class numbers"
-    problem = f"labels {str(labels)[:80]} are no list of {expected}"
-    try:
-        if not isinstance(labels, Tensor):
-            labels = [names.index(x) if isinstance(x, str) else x for x in labels]
-        numbers = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(problem) from error
-    if numbers.dim() != 1 or len(numbers) == 0 or numbers.is_floating_point():
-        raise ValueError(problem)
-    if names and int(numbers.max()) >= len(names):
-        raise ValueError(f"{problem}: class {int(numbers.max())} was never trained")
-    return numbers.to(torch.int64)
+    numbers = {name: number for number, name in enumerate(names)}
+    known = np.array([numbers.get(x, x) if isinstance(x, str) else x for x in labels])
+    if known.ndim != 1 or known.dtype.kind not in "iu":
+        of_names = f", or of the names {str(names)[:200]}" if names else ""
+        raise ValueError(f"labels {str(labels)[:80]} are no list of class numbers{of_names}")
+    if names and known.max() >= len(names):
+        raise ValueError(f"class {known.max()} was never trained, of {len(names)} classes")
+    return torch.from_numpy(known).long()
 
 
 def _tokenizer(vae: VAE | Tokenizer, model: TokenBridge) -> Tokenizer:
@@ -116,11 +111,10 @@ def _tokenizer(vae: VAE | Tokenizer, model: TokenBridge) -> Tokenizer:
     tokenizer = vae if isinstance(vae, Tokenizer) else Tokenizer(vae, model.config.latent_scale)
     if tokenizer.vae is None:
         raise ValueError("this tokenizer has no VAE, which would decode the latents")
-    shape = (tokenizer.vae.channels, tokenizer.vae.stride)
-    expected = (model.config.vae_embed_dim, model.config.vae_stride)
-    if shape != expected:
+    vae, config = tokenizer.vae, model.config
+    if (vae.channels, vae.stride) != (config.vae_embed_dim, config.vae_stride):
         raise ValueError(
-            f"the VAE has {shape[0]} channels and stride {shape[1]}, the model was trained on "
-            f"{expected[0]} and {expected[1]}"
+            f"the VAE has {vae.channels} channels and stride {vae.stride}, the model was trained "
+            f"on {config.vae_embed_dim} and {config.vae_stride}"
         )
     return tokenizer

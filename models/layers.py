@@ -87,19 +87,13 @@ class Attention(nn.Module):
     The causal one, of few positions, has q and k normalised per head.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        causal: bool = False,
-    ):
+    def __init__(self, width: int, heads: int, attn_drop=0.0, proj_drop=0.0, causal=False):
         super().__init__()
         self.heads, self.attn_drop, self.causal = heads, attn_drop, causal
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = LayerNorm(width // heads) if causal else nn.Identity()
-        self.k_norm = LayerNorm(width // heads) if causal else nn.Identity()
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if causal:
+            self.q_norm, self.k_norm = LayerNorm(width // heads), LayerNorm(width // heads)
         self.proj = nn.Linear(width, width)
         self.proj_drop = Dropout(proj_drop)
 

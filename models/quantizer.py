@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from models.tokenizers.kl16 import check_layout
+
 # The published codebook covers this many standard deviations to each side.
 SPAN = 3.0
 
@@ -32,7 +34,23 @@ def gaussian_levels(levels: int) -> tuple[Tensor, Tensor]:
     return boundaries, values
 
 
-class GaussianQuantizer(nn.Module):
+class _Quantizer(nn.Module):
+    """boundaries, reconstruction_values: buffers, in the published names and order."""
+
+    boundaries: Tensor
+    reconstruction_values: Tensor
+    fitted = True
+
+    def __init__(self, levels: int, boundaries: Tensor, values: Tensor):
+        super().__init__()
+        if not 2 <= levels <= 512:
+            raise ValueError(f"levels {levels} is not between 2 and 512 (1 to 9 bits)")
+        self.levels = levels
+        self.register_buffer("reconstruction_values", values)
+        self.register_buffer("boundaries", boundaries)
+
+
+class GaussianQuantizer(_Quantizer):
     """levels: K. low, high: the latent range; what lies outside is clamped to it.
 
     Buffers of the published layout: boundaries [K + 1], reconstruction_values [K].
@@ -40,20 +58,11 @@ class GaussianQuantizer(nn.Module):
     boundaries coincide at three standard deviations and their levels are undefined.
     """
 
-    boundaries: Tensor
-    reconstruction_values: Tensor
-    fitted = True
-
     def __init__(self, levels: int = 64, low: float = -5.0, high: float = 5.0):
-        super().__init__()
-        if not 2 <= levels <= 512:
-            raise ValueError(f"levels {levels} is not between 2 and 512 (1 to 9 bits)")
+        super().__init__(levels, *gaussian_levels(levels))
         if not low < high:
             raise ValueError(f"low {low} is not below high {high}")
-        self.levels, self.low, self.high = levels, low, high
-        boundaries, values = gaussian_levels(levels)
-        self.register_buffer("reconstruction_values", values)
-        self.register_buffer("boundaries", boundaries)
+        self.low, self.high = low, high
 
     @property
     def midpoints(self) -> Tensor:
@@ -81,7 +90,7 @@ class GaussianQuantizer(nn.Module):
         return (x < self.low) | (x > self.high)
 
 
-class CalibratedQuantizer(nn.Module):
+class CalibratedQuantizer(_Quantizer):
     """levels: K. channels: C. Its levels are set by `set_levels` or come with a state dict.
 
     Buffers, in the published names: boundaries [C, K + 1], of which the first and the last are the
@@ -90,24 +99,16 @@ class CalibratedQuantizer(nn.Module):
     Raises ValueError if K is not in [2, 512].
     """
 
-    boundaries: Tensor
-    reconstruction_values: Tensor
-
     def __init__(self, levels: int, channels: int):
-        super().__init__()
-        if not 2 <= levels <= 512:
-            raise ValueError(f"levels {levels} is not between 2 and 512 (1 to 9 bits)")
-        self.levels, self.channels, self.fitted = levels, channels, False
-        self.register_buffer("reconstruction_values", torch.full((channels, levels), torch.nan))
-        self.register_buffer("boundaries", torch.full((channels, levels + 1), torch.nan))
+        shapes = (channels, levels + 1), (channels, levels)
+        super().__init__(levels, *(torch.full(shape, torch.nan) for shape in shapes))
+        self.channels, self.fitted = channels, False
 
     def set_levels(self, boundaries: Tensor, values: Tensor) -> None:
         """boundaries: [C, K + 1]. values: [C, K]. Raises ValueError on what are no levels."""
-        shapes = tuple(boundaries.shape), tuple(values.shape)
-        expected = (self.channels, self.levels + 1), (self.channels, self.levels)
-        if shapes != expected:
-            raise ValueError(f"levels of shapes {shapes}, not {expected}")
-        self.load_state_dict({"boundaries": boundaries, "reconstruction_values": values})
+        state = {"boundaries": boundaries, "reconstruction_values": values}
+        check_layout(state, self.state_dict())
+        self.load_state_dict(state)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)

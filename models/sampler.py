@@ -106,28 +106,20 @@ def sample_latents(
     batch_size: int | None = None,
     image_ids: Sequence[int] | None = None,
     orders: Tensor | None = None,
-    return_log_probs: bool = False,
     **options,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Generate latents.
 
     labels: [B] int64 classes; None, with `batch_size`, for images of no class.
     image_ids: B numbers that name the images, default 0..B-1. orders: [B, L] permutations, the
     positions in the reverse order of their prediction, instead of those of the options.
     options: those of `SamplingOptions`.
-    Returns [B, C, H, W] scaled latents, every value a level of the quantizer; with
-    `return_log_probs` also, of the same shape, the log-probability of every draw in nats.
+    Returns [B, C, H, W] scaled latents, every value a level of the quantizer.
     Raises ValueError on values out of range.
     """
-    log_probs = None
-    for step in sampling_steps(
-        model, labels, SamplingOptions(**options), batch_size, image_ids, orders
-    ):
-        log_probs = torch.zeros_like(step.values) if log_probs is None else log_probs
-        _put(log_probs, step.positions, step.log_probs)
-    patch = (model.config.patch_size, model.config.grid_size)
-    latents, log_probs = (unpatchify(x, *patch) for x in (step.values, log_probs))
-    return (latents, log_probs) if return_log_probs else latents
+    how = SamplingOptions(**options), batch_size, image_ids, orders
+    *_, last = sampling_steps(model, labels, *how)
+    return unpatchify(last.values, model.config.patch_size, model.config.grid_size)
 
 
 @torch.no_grad()
@@ -171,15 +163,11 @@ def sampling_steps(
                 orders = torch.cat([positions.gather(1, ranks), orders[:, before:]], dim=1)
                 indices, log_probs = (take(x, ranks[:, after:]) for x in (indices, log_probs))
             filled = orders[:, after:before]
-            _put(values, filled, model.quantizer.decode(indices))
+            filled_values = model.quantizer.decode(indices)
+            values.scatter_(1, filled[..., None].expand_as(filled_values), filled_values)
             masked = torch.ones(values.shape[:2], dtype=torch.bool, device=device)
             masked.scatter_(1, orders[:, after:], False)
             yield SamplingStep(values, filled, log_probs, masked)
-
-
-def _put(where: Tensor, positions: Tensor, what: Tensor) -> None:
-    """where: [B, L, C], in place; positions: [B, n]; what: [B, n, C]."""
-    where.scatter_(1, positions[..., None].expand_as(what), what.to(where.dtype))
 
 
 class _Conditions:

@@ -100,17 +100,16 @@ class TokenBridge(nn.Module, Pretrained):
     def _mask(self, latents: Tensor, mask: Tensor | None) -> Mask:
         if mask is not None:
             return Mask.from_bool(mask)
-        config = self.config
-        return training_mask(len(latents), config.seq_len, config.mask_ratio_min, latents.device)
+        length, least = self.config.seq_len, self.config.mask_ratio_min
+        return training_mask(len(latents), length, least, latents.device)
 
     def _tokens(self, latents: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, L, C*p*p]."""
         config = self.config
         if latents.shape[1:] != config.latent_shape:
             raise ValueError(
-                f"latents are {tuple(latents.shape)}, expected [B, "
-                f"{', '.join(map(str, config.latent_shape))}] for img_size {config.img_size} and "
-                f"vae_stride {config.vae_stride}"
+                f"latents are {tuple(latents.shape)}, expected [B, *{config.latent_shape}] for "
+                f"img_size {config.img_size} and vae_stride {config.vae_stride}"
             )
         return patchify(latents, config.patch_size)
 

@@ -51,8 +51,11 @@ def test_levels_are_those_of_the_caches_latents(inputs, trained):
     assert values.shape == (CHANNELS, 2**BITS)
 
 
-def test_resumed_training_keeps_its_levels(inputs, trained, tmp_path):
+def test_resumed_training_keeps_its_levels_and_draws_with_them(inputs, trained, tmp_path):
     """The cache need not say them again, nor need the flag."""
+    for weights in ("ema", "model"):
+        own = tmp_path / weights
+        assert len(evaluate(inputs, own, trained, eval_weights=weights, no_metrics=True)) == 12
     own, output = shutil.copytree(inputs, tmp_path / "own"), tmp_path / "out"
     train(own, output, epochs=1, **CALIBRATED)
     forget_histogram(own / "cache")
@@ -66,12 +69,6 @@ def forget_histogram(cache: Path) -> None:
     """As a cache of an earlier version is."""
     path = cache / "manifest.json"
     write_json(path, read_json(path) | {"histogram": None})
-
-
-def test_samples_are_drawn_without_another_flag(inputs, trained, tmp_path):
-    for weights in ("ema", "model"):
-        output = tmp_path / weights
-        assert len(evaluate(inputs, output, trained, eval_weights=weights, no_metrics=True)) == 12
 
 
 def test_training_on_images_takes_the_levels_of_a_cache_of_the_same_vae(inputs, trained, tmp_path):

@@ -131,7 +131,7 @@ def test_what_are_no_levels_is_refused():
     quantizer = CalibratedQuantizer(2, 1)
     boundaries, values = torch.tensor([[-1.0, 0.0, 1.0]]), torch.tensor([[-0.5, 0.5]])
     for wrong in ((boundaries[0], values), (boundaries, values[:, :1])):
-        with pytest.raises(ValueError, match="shapes"):
+        with pytest.raises(ValueError, match="shape"):
             quantizer.set_levels(*wrong)
     with pytest.raises(ValueError, match="ascending"):
         quantizer.set_levels(boundaries, values.flip(1))

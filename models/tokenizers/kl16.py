@@ -8,6 +8,7 @@ Source: Rombach et al., arXiv 2112.10752; Li et al. (MAR), arXiv 2406.11838.
 """
 
 import re
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +37,8 @@ class Posterior:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """One draw, [B, C, h, w]."""
-        noise = torch.randn(
-            self.mean.shape,
-            generator=generator,
-            device=self.mean.device,
-            dtype=self.mean.dtype,
-        )
-        return self.mean + self.std * noise
+        like = {"device": self.mean.device, "dtype": self.mean.dtype}
+        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator, **like)
 
     def mode(self) -> Tensor:
         return self.mean
@@ -118,10 +114,9 @@ class ResBlock(nn.Module):
         self.conv1 = conv3x3(channels_in, channels_out)
         self.norm2 = group_norm(channels_out)
         self.conv2 = conv3x3(channels_out, channels_out)
+        self.nin_shortcut = nn.Identity()
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, kernel_size=1)
-        else:
-            self.nin_shortcut = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
@@ -148,37 +143,22 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
+def downsample(channels: int) -> nn.Module:
     """Zero-pad right and bottom by one, then 3x3 with stride 2."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Module:
     """Nearest x2, then 3x3."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = conv3x3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    nearest = nn.Upsample(scale_factor=2.0, mode="nearest")
+    return nn.Sequential(OrderedDict(nearest=nearest, conv=conv3x3(channels, channels)))
 
 
-class Middle(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+def middle(channels: int) -> nn.Module:
+    block_1, attn_1 = ResBlock(channels, channels), AttnBlock(channels)
+    blocks = dict(block_1=block_1, attn_1=attn_1, block_2=ResBlock(channels, channels))
+    return nn.Sequential(OrderedDict(blocks))
 
 
 class Level(nn.Module):
@@ -208,9 +188,9 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             level = Level(widths[i - 1] if i else ch, width, blocks, i in attention)
             if i + 1 < len(widths):
-                level.downsample = Downsample(width)
+                level.downsample = downsample(width)
             self.down.append(level)
-        self.mid = Middle(width)
+        self.mid = middle(width)
         self.norm_out = group_norm(width)
         self.conv_out = conv3x3(width, 2 * channels)
 
@@ -227,12 +207,12 @@ class Decoder(nn.Module):
     def __init__(self, widths: list[int], blocks: int, channels: int, attention: tuple):
         super().__init__()
         self.conv_in = conv3x3(channels, widths[-1])
-        self.mid = Middle(widths[-1])
+        self.mid = middle(widths[-1])
         levels = []
         for i, width in reversed(list(enumerate(widths))):
             level = Level(widths[min(i + 1, len(widths) - 1)], width, blocks, i in attention)
             if i > 0:
-                level.upsample = Upsample(width)
+                level.upsample = upsample(width)
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)  # the published names count from the finest level
         self.norm_out = group_norm(widths[0])
@@ -269,17 +249,17 @@ class AutoencoderKL(VAE):
             raise ValueError(f"unknown VAE settings {sorted(unknown)}")
         last = len(ch_mult) - 1
         variant = VARIANTS | variant
-        attention = [variant[f"{part}_attention"] for part in ("encoder", "decoder")]
-        attention = [(last,) if levels is None else tuple(levels) for levels in attention]
-        variant["encoder_attention"] = None if attention[0] == (last,) else attention[0]
-        variant["decoder_attention"] = attention[1]
-        config = dict(embed_dim=embed_dim, ch_mult=tuple(ch_mult), ch=ch)
-        config["num_res_blocks"] = num_res_blocks
+        encoder, decoder = variant["encoder_attention"], tuple(variant["decoder_attention"])
+        encoder = (last,) if encoder is None else tuple(encoder)
+        variant |= dict(
+            encoder_attention=None if encoder == (last,) else encoder, decoder_attention=decoder
+        )
+        config = dict(zip(KL16, (embed_dim, tuple(ch_mult), ch, num_res_blocks), strict=True))
         config |= {name: value for name, value in variant.items() if value != VARIANTS[name]}
         super().__init__(config, channels=embed_dim, stride=2**last)
         widths = [ch * mult for mult in ch_mult]
-        self.encoder = Encoder(ch, widths, num_res_blocks, embed_dim, attention[0])
-        self.decoder = Decoder(widths, num_res_blocks + 1, embed_dim, attention[1])
+        self.encoder = Encoder(ch, widths, num_res_blocks, embed_dim, encoder)
+        self.decoder = Decoder(widths, num_res_blocks + 1, embed_dim, decoder)
         self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
         if variant["quant_conv"]:
             self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, kernel_size=1)
