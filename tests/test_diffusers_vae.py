@@ -323,6 +323,10 @@ def test_what_is_no_such_folder_says_what_to_name(inputs, own, capsys):
     file = own / f"{WEIGHTS}.safetensors"
     assert vae_digest(file) == vae_digest(own)
     assert_same_network(load_vae(file).eval(), network())
+    torch.save(network().state_dict(), own / "pickled.pt")
+    assert "save it as .safetensors beside" in cache_refusal(capsys, inputs, own / "pickled.pt")
+    shutil.copy(file, own / "mine.safetensors")
+    assert f"call it {WEIGHTS}" in cache_refusal(capsys, inputs, own / "mine.safetensors")
     (own / "config.json").unlink()
     for path in (file, own):
         assert "needs config.json" in cache_refusal(capsys, inputs, path)

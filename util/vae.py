@@ -68,6 +68,8 @@ def _load_file(path: Path) -> AutoencoderKL:
     damaged = (ValueError, TypeError, AttributeError, RuntimeError, LookupError)
     with as_user_error(f"--vae_path {path}", damaged):
         state, left_out = _vae_tensors(saved)
+        if any(".resnets." in name for name in state):
+            raise ValueError(f"in diffusers' names; save it as .safetensors beside its {CONFIG}")
         own = "config" in saved and "model" in saved  # that of a trainer is of another kind
         vae = AutoencoderKL(**(saved["config"] if own else settings_of(state)))
         vae.load_published(state)
@@ -143,6 +145,8 @@ def diffusers_folder(path: str | Path) -> DiffusersFolder | None:
     names = sorted(p.name for p in folder.iterdir()) if is_folder else [path.name]
     matches = filter(None, map(NAME.fullmatch, names))
     files = {match[1] or match[2]: folder / match[0] for match in matches}  # by variant
+    if not files and not is_folder:
+        raise UserError(f"--vae_path {path}: in diffusers' names; call it {WEIGHTS}.safetensors")
     if not files:
         pickled = ", and .bin files are pickled, never read" if list(folder.glob("*.bin")) else ""
         raise UserError(

@@ -285,8 +285,12 @@ class AutoencoderKL(VAE):
 def settings_of(state: dict[str, Tensor]) -> dict:
     """The settings of an `AutoencoderKL`, from the names and shapes of its tensors.
 
-    Raises KeyError, naming it, without a tensor that tells them.
+    Raises ValueError without a tensor that tells them; others are the layout's to miss.
     """
+    parts = ("encoder.conv_in", "decoder.conv_in", "encoder.down.0.block.0.conv2")
+    missing = [f"{part}.weight" for part in parts if f"{part}.weight" not in state]
+    if missing:
+        raise ValueError(f"it has no tensor {missing[0]}")
 
     def numbers(pattern: str) -> tuple[int, ...]:
         matches = (re.match(pattern, name) for name in state)
