@@ -78,7 +78,7 @@ class GaussianQuantizer(_Quantizer):
         """
         unit = _float(x).clamp(self.low, self.high)
         unit = unit.sub_(self.low).div_(self.high - self.low).mul_(2 * SPAN).sub_(SPAN)
-        return torch.bucketize(unit, self.midpoints)
+        return torch.bucketize(unit.contiguous(), self.midpoints)
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices: [...] integers in [0, K) -> [...] float32 latents in [low, high]."""

@@ -133,7 +133,11 @@ def sampling_steps(
 ) -> Iterator[SamplingStep]:
     """The same, one iteration after the other: at least one."""
     config, device = model.config, model.backbone.fake_latent.device
-    batch = _batch_size(model, labels, batch_size)
+    if labels is None and batch_size is None:
+        raise ValueError("labels=None needs batch_size, the number of images")
+    if labels is not None and bool(((labels < 0) | (labels >= config.class_num)).any()):
+        raise ValueError(f"labels {labels.tolist()} are not all in [0, {config.class_num})")
+    batch = batch_size if labels is None else len(labels)
     ids = range(batch) if image_ids is None else image_ids
     if len(ids) != batch:
         raise ValueError(f"{len(ids)} image_ids for a batch of {batch}")
@@ -200,18 +204,6 @@ class _Conditions:
             return z
         cond, uncond = z.chunk(2)
         return uncond + scale * (cond - uncond)
-
-
-def _batch_size(model: TokenBridge, labels: Tensor | None, batch_size: int | None) -> int:
-    """Raises ValueError, naming the value, on what cannot be sampled."""
-    if labels is None:
-        if batch_size is None:
-            raise ValueError("labels=None needs batch_size, the number of images")
-        return batch_size
-    class_num = model.config.class_num
-    if bool(((labels < 0) | (labels >= class_num)).any()):
-        raise ValueError(f"labels {labels.tolist()} are not all in [0, {class_num})")
-    return len(labels)
 
 
 @contextmanager

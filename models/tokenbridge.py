@@ -6,7 +6,7 @@ Source: arXiv 2503.16430.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -115,13 +115,11 @@ class TokenBridge(nn.Module, Pretrained):
 
     def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) in the published names and order."""
-        parameters = dict(self.named_parameters())
-        return ((name, parameters[own]) for name, own in _published_names(parameters).items())
+        return iter(_published(dict(self.named_parameters())).items())
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """All tensors, parameters and buffers, in the published layout."""
-        state = self.state_dict()
-        return {name: state[own] for name, own in _published_names(state).items()}
+        return _published(self.state_dict())
 
     def load_published(self, state: dict[str, Tensor], head_input: str = "published") -> None:
         """Load a state dict of the published layout, buffers present or (as in an EMA) absent.
@@ -137,8 +135,8 @@ class TokenBridge(nn.Module, Pretrained):
             expected = own[name].cpu()
             if name in state and not torch.allclose(state[name].cpu().float(), expected, atol=1e-4):
                 raise ValueError(f"the checkpoint's quantizer differs from this one in {name!r}")
-        names = _published_names(self.state_dict())
-        self.load_state_dict({names[name]: tensor for name, tensor in (own | state).items()})
+        new = own | state
+        self.load_state_dict({name: new[_published_name(name)] for name in self.state_dict()})
         self.config = replace(self.config, head_input=head_input)
 
     def _check_kind(self, state: dict[str, Tensor]) -> None:
@@ -183,11 +181,12 @@ def resized_positions(state: dict[str, Tensor], side: int) -> dict[str, Tensor]:
     return state | {name: resized(state[name]) for name in POSITIONS}
 
 
-def _published_names(own_names: Iterable[str]) -> dict[str, str]:
-    """Published name -> own name, in the published order.
+def _published_name(name: str) -> str:
+    """The published model is flat: its names are ours without the part (backbone, head, ...)."""
+    return name.split(".", 1)[1]
 
-    The published model is flat: its names are ours without the part (backbone, head, quantizer),
-    and the tensors that belong to no submodule come first.
-    """
-    names = {name.split(".", 1)[1]: name for name in own_names}
-    return {name: names[name] for name in sorted(names, key=lambda name: "." in name)}
+
+def _published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In the published names and order: those that belong to no submodule come first."""
+    named = {_published_name(name): tensor for name, tensor in tensors.items()}
+    return dict(sorted(named.items(), key=lambda item: "." in item[0]))

@@ -10,7 +10,8 @@ are in natural order; an order of prediction is the head's own business.
         losses   [M, T]  float32, in nats; their mean is what is minimised
 
     head.loss(z, indices, grad_scale) -> mean of head(z, indices)
-        may work in chunks of `head.chunk` rows (models/chunks.py); chunk 0 is the plain mean
+    head.losses(z, indices) -> head(z, indices)
+        both may work in chunks of `head.chunk` rows (models/chunks.py); with chunk 0 they do not
 
     head.sample(z, uniforms, temperature, head_input) -> indices, log_probs
         uniforms [M, T]  in [0, 1), all that is random about the draws
