@@ -11,14 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import main_cache
-import main_tokenbridge
-import reconstruction
 from models.generate import generate
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer, from_uint8
 from tests.conftest import relative_error
-from tests.runs import CACHE_FLAGS, TRAIN_FLAGS, call, evaluate, flags, make_inputs, refused, train
+from tests.runs import CACHE_FLAGS, call, flags, make_inputs, refused, train
 from util import export
 from util.data.images import ImageDataset, list_images
 from util.data.latent_cache import open_cache
@@ -70,13 +68,6 @@ def inputs(saved, tmp_path_factory) -> Path:
     cache = folder / "diffusers_cache"
     call(main_cache.main, *flags(folder, CACHE_FLAGS, vae_path="vae", cached_path=cache))
     return folder
-
-
-@pytest.fixture(scope="module")
-def trained(inputs, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("trained")
-    train(inputs, output, **FOLDER_FLAGS, epochs=1, batch_size=12, accum_iter=1)
-    return output
 
 
 def edit_config(folder: Path, **changes) -> None:
@@ -217,39 +208,14 @@ def test_training_takes_shape_scale_and_order_from_the_cache_without_diffusers(
     assert list(config["channel_order"]) == manifest["channel_order"]
 
 
-def test_exported_weights_draw_with_the_folder(inputs, trained, tmp_path):
-    call(export.main, *flags(inputs, dict(resume=trained, output_dir=tmp_path, vae_path="vae")))
+def test_exported_weights_draw_with_the_folder(inputs, tmp_path):
+    output = tmp_path / "out"
+    train(inputs, output, **FOLDER_FLAGS, epochs=1, batch_size=12, accum_iter=1)
+    call(export.main, *flags(inputs, dict(resume=output, output_dir=tmp_path, vae_path="vae")))
     model = TokenBridge.from_pretrained(tmp_path)
     assert model.origin.vae_sha256 == vae_digest(inputs / "vae")
     images = generate(model, load_vae(inputs / "vae"), [0, 2], num_iter=2)
     assert images.shape == (2, 16, 16, 3) and images.dtype == np.uint8
-
-
-def test_training_on_images_takes_what_a_cache_has_measured(inputs, trained, tmp_path, capsys):
-    changes = dict(use_cached=None, data_path="data", vae_path="vae", patch_size=2, epochs=1)
-    found = train(inputs, tmp_path / "out", **changes, cached_path="diffusers_cache")
-    expected = torch.load(trained / "checkpoint-last.pth", weights_only=True)
-    assert found["config"] == expected["config"]
-    assert found["vae_sha256"] == expected["vae_sha256"]
-    argv = flags(inputs, TRAIN_FLAGS, changes, output_dir=tmp_path / "none", cached_path=None)
-    line = refused(capsys, main_tokenbridge.main, *argv)
-    assert "--latent_scale and --channel_order" in line and "--cached_path" in line
-    argv = flags(inputs, TRAIN_FLAGS, changes, output_dir=tmp_path / "none", cached_path="cache")
-    assert "another VAE" in refused(capsys, main_tokenbridge.main, *argv)
-
-
-def test_evaluation_and_reconstruction_decode_with_the_folder(inputs, trained, tmp_path):
-    settings = dict(num_images=3, no_metrics=True, keep_images=True, vae_path="vae")
-    assert len(evaluate(inputs, tmp_path / "eval", trained, **settings)) == 3
-    record = json.loads(next((tmp_path / "eval").glob("*/metrics.json")).read_text())
-    assert record["files"]["vae"]["sha256"] == vae_digest(inputs / "vae")
-    own = dict(image_dir="data", output_dir=tmp_path, vae_path="vae", bits=[-1, 8], no_metrics=True)
-    common = dict(img_size=16, device="cpu", num_workers=0, images_per_class=2)
-    call(reconstruction.main, *flags(inputs, common, own, cached_path="diffusers_cache"))
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["vae_sha256"] == vae_digest(inputs / "vae")
-    continuous, quantized = (found["psnr"] for found in results["results"])
-    assert abs(continuous - quantized) < 1.0
 
 
 # --- what is refused, each in one line and with exit code 2

@@ -157,22 +157,22 @@ class ChannelHead(nn.Module):
         self, z: Tensor, uniforms: Tensor, temperature: float, head_input: str
     ) -> tuple[Tensor, Tensor]:
         """No prefix is computed twice; the modulations, which know no index, all at once."""
-        uniforms, places = uniforms[:, self.order], torch.arange(len(self.order), device=z.device)
+        uniforms, channels = uniforms[:, self.order], torch.arange(len(self.order), device=z.device)
         cond = self.condition_proj(z)  # [M, D]
         c = cond + self.timesteps_embeddings[0, :, None]  # [T, M, D]
         *modulations, final = self._modulations(c)
-        caches = [KVCache.empty(cond, self.heads, len(places)) for _ in modulations]
+        caches = [KVCache.empty(cond, self.heads, len(channels)) for _ in modulations]
         token, drawn = c[0] if head_input == "published" else cond, []
         for i, channel_head in enumerate(self.channel_heads):
             x = (token + self.channel_embed[:, i])[:, None]  # [M, 1, D]
-            now = {"positions": places[None, i : i + 1], "visible": (places <= i)[None]}
+            now = {"positions": channels[None, i : i + 1], "visible": (channels <= i)[None]}
             for block, modulation, cache in zip(
                 self.channel_blocks, modulations, caches, strict=True
             ):
                 x = block(x, modulation[i][:, None], cache._replace(**now))
             x = self.channel_final(self.channel_norm(x), final[i][:, None])
             drawn.append(inverse_cdf(channel_head(x[:, 0]), uniforms[:, i], temperature))
-            if i + 1 < len(places):
+            if i + 1 < len(channels):
                 token = self.token_embeddings[i](drawn[i][0])
         indices, log_probs = (torch.stack(x, dim=1) for x in zip(*drawn, strict=True))
         return indices[:, self.inverse_order], log_probs[:, self.inverse_order]
