@@ -44,13 +44,12 @@ def normal_cost(values: torch.Tensor) -> tuple[float, float]:
     return error, -torch.special.xlogy(mass, mass).sum().item() / 0.6931472
 
 
-@pytest.mark.parametrize("bits", [1, 2, 6, 9])
+@pytest.mark.parametrize("bits", [2, 4, 6, 9])
 def test_on_normal_data_error_falls_and_entropy_rises_at_every_width(bits):
     """Where the published levels are all but the best: the hardest case there is."""
     boundaries, values = fit_levels(*normal_counts(), levels=2**bits)
-    fitted, published = normal_cost(values[0]), normal_cost(published_values(2**bits))
-    assert fitted[0] < published[0] if bits > 1 else fitted[0] <= published[0]
-    assert fitted[1] > published[1] if bits > 1 else fitted[1] == pytest.approx(1)
+    found, published = normal_cost(values[0]), normal_cost(published_values(2**bits))
+    assert found[0] < published[0] and found[1] > published[1]
     assert torch.allclose(values, -values.flip(1), atol=1e-6)  # as symmetric as the data
 
 
@@ -87,17 +86,13 @@ def test_channels_of_other_shapes_gain_on_data_not_fitted_to(bits):
     x = x.clamp(-5, 5)
     _, values = fit(x[:, ::2], 2**bits)
     published = published_values(2**bits)
-    fitted_costs = [cost(*pair) for pair in zip(x[:, 1::2], values, strict=True)]
-    published_costs = [cost(channel, published) for channel in x[:, 1::2]]
-    for (error, entropy), (published_error, published_entropy) in zip(
-        fitted_costs, published_costs, strict=True
-    ):
-        assert error < published_error
-        # A channel wider than the published codebook was made for gives evenness for error.
-        assert entropy > published_entropy - 0.25
-    fitted, published = torch.tensor(fitted_costs), torch.tensor(published_costs)
-    assert fitted[:, 0].mean() < 0.8 * published[:, 0].mean()
-    assert fitted[:, 1].mean() > published[:, 1].mean() + 0.3
+    found = torch.tensor([cost(*pair) for pair in zip(x[:, 1::2], values, strict=True)])
+    published = torch.tensor([cost(channel, published) for channel in x[:, 1::2]])
+    assert (found[:, 0] < published[:, 0]).all()  # error
+    # A channel wider than the published codebook was made for gives evenness for error.
+    assert (found[:, 1] > published[:, 1] - 0.25).all()
+    (error, entropy), (published_error, published_entropy) = found.mean(0), published.mean(0)
+    assert error < 0.8 * published_error and entropy > published_entropy + 0.3
 
 
 @pytest.mark.parametrize(

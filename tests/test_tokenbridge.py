@@ -8,13 +8,7 @@ from models.layers import take
 from models.masking import Mask, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
-from tests.conftest import (
-    golden,
-    golden_json,
-    golden_model,
-    relative_error,
-    tiny_model,
-)
+from tests.conftest import golden, golden_json, golden_model, relative_error, tiny_model
 from util.ema import EMA
 from util.optim import LRSchedule, build_optimizer, set_lr
 

