@@ -42,7 +42,7 @@ from util.errors import UserError
 from util.json_output import figures_on_stdout
 from util.lock import only_job_in
 from util.parser import Parser
-from util.vae_files import vae_digest
+from util.vae import vae_digest
 
 # Batches that may wait for the disk. At 128 images of 256 px, 8 MB each, a second or two of a GPU.
 QUEUED = 4

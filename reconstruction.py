@@ -74,7 +74,7 @@ from util.files import check_writable
 from util.json_output import figures_on_stdout
 from util.metrics_file import MetricsFile
 from util.parser import Parser
-from util.vae_files import vae_digest
+from util.vae import vae_digest
 
 GRID_IMAGES = 8
 RECORDED = ("image_dir", "images_per_class", "vae_path")  # for the reader of results.json alone

@@ -31,7 +31,7 @@ from util.evaluation.reference import load_fid_statistics
 from util.page import check_place, write_between
 from util.parser import Parser
 from util.provenance import environment
-from util.vae_files import load_vae
+from util.vae import load_vae
 
 CPU = torch.device("cpu")
 PRECISION = Precision("fp32", None)

@@ -12,13 +12,12 @@ from statistics import median
 from benchmarks.render import read
 from benchmarks.roofline import Rates, Roofline, Seconds
 from models.config import TokenBridgeConfig, preset
-from models.tokenizers.diffusers import MAX_SIZE, check_config
 from models.tokenizers.kl16 import KL16
 from util import flops
 from util.errors import UserError, as_user_error
 from util.hardware import HARDWARE, find_hardware, readable
 from util.memory import training_memory
-from util.vae_folder import open_vae_folder
+from util.vae import diffusers_folder
 
 PUBLISHED_EPOCHS = {"tokenbridge_huge": 800}  # all others 400
 BATCH = 64  # images of a device at once, if they fit
@@ -111,9 +110,8 @@ def diffusers_settings(folder: Path) -> dict:
         raise UserError(
             f"--vae_path {folder} is no folder of a diffusers VAE; for KL-16, leave it out"
         )
-    config = open_vae_folder(folder).config
-    with as_user_error(f"--vae_path {folder}"):
-        return check_config(config, MAX_SIZE)
+    config = diffusers_folder(folder).config
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def peak(setup: Setup) -> float:

@@ -39,7 +39,7 @@ from util.hardware import readable
 from util.page import check_place, write_between
 from util.parser import Parser
 from util.provenance import cores, environment
-from util.vae_files import save_vae
+from util.vae import save_vae
 
 MARK = "benchmarks.feeding"  # of the place in a page
 CPU = torch.device("cpu")

@@ -36,7 +36,7 @@ from util.errors import UserError
 from util.page import check_place, write_between
 from util.parser import Parser
 from util.provenance import environment
-from util.vae_files import load_vae
+from util.vae import load_vae
 
 MARK = "benchmarks.images"  # of the place in a page
 SIZES = ((500, 375), (1024, 768), (2048, 1536), (4032, 3024))  # ImageNet's usual one ... a phone's

@@ -27,7 +27,7 @@ from util.evaluation.extractor import INCEPTION, Extractor
 from util.evaluation.metrics import Measure
 from util.evaluation.reference import Reference
 from util.provenance import cores
-from util.vae_files import save_vae
+from util.vae import save_vae
 
 
 def in_silence(call: Callable[[], object]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import engine_tokenbridge
-from models import layers, sampler
+from models import cpu, sampler
 from models.backbone import Backbone
 from models.heads import channel as channel_head
 from models.heads.channel import ChannelHead, inverse_cdf
@@ -246,7 +246,7 @@ def _modulations(parts: Parts) -> AbstractContextManager:
 
 
 def _dropout(parts: Parts) -> AbstractContextManager:
-    return swapped(layers, "dropout", F.dropout)
+    return swapped(cpu, "dropout", F.dropout)
 
 
 @contextmanager

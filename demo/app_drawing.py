@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from demo.app_models import Loaded
+from models.backbone import unpatchify
 from models.generate import decode_images
 from models.masking import mask_schedule
-from models.patchify import unpatchify
 from models.sampler import SamplingOptions, SamplingStep, sampling_steps
 from util.args import seed as seed_number
 from util.data.images import grid, save_png

@@ -22,7 +22,7 @@ from util.build import check_vae
 from util.checkpoint import AUTO, WEIGHT_KEYS, Checkpoint, find_checkpoint, saved_in
 from util.errors import UserError
 from util.export import load
-from util.vae_files import load_vae, vae_digest
+from util.vae import load_vae, vae_digest
 
 DEMO = "output/demo"
 PLACES = (f"{DEMO}/model", f"{DEMO}/exported", "output_dir", "exported")

@@ -23,7 +23,7 @@ from util.dist import run
 from util.errors import UserError, as_user_error
 from util.files import check_writable
 from util.parser import Parser
-from util.vae_files import load_vae, save_vae
+from util.vae import load_vae, save_vae
 
 REPORT_EVERY = 50
 

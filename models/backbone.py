@@ -2,8 +2,8 @@
 
 The encoder sees the class slots and the visible tokens only; the decoder sees mask tokens in
 place of the others.
-Letters: B batch, L positions, V visible, n wanted, S class slots (`buffer_size`), D width,
-C token scalars.
+Letters: B batch, L positions, V visible, n of them to predict, S class slots (`buffer_size`),
+D width, C token scalars, p patch size.
 Source: MAR, arXiv 2406.11838; arXiv 2503.16430.
 """
 
@@ -15,6 +15,24 @@ from models.layers import Block, LayerNorm, call, init_linear, learned, take
 from models.masking import Mask
 
 
+def patchify(latents: Tensor, patch_size: int) -> Tensor:
+    """[B, C, H, W] -> [B, L, C*p*p]: tokens row-major, channel-major inside a token."""
+    b, c, h, w = latents.shape
+    p = patch_size
+    x = latents.reshape(b, c, h // p, p, w // p, p)
+    x = x.permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
+    return x.reshape(b, (h // p) * (w // p), c * p * p)
+
+
+def unpatchify(tokens: Tensor, patch_size: int, grid_size: int) -> Tensor:
+    """[B, L, C*p*p] with L = grid_size^2 -> [B, C, H, W]."""
+    b, _, d = tokens.shape
+    p, g = patch_size, grid_size
+    x = tokens.reshape(b, g, g, d // (p * p), p, p)
+    x = x.permute(0, 3, 1, 4, 2, 5)  # [B, C, H/p, p, W/p, p]
+    return x.reshape(b, d // (p * p), g * p, g * p)
+
+
 class Backbone(nn.Module):
     def __init__(self, config: TokenBridgeConfig):
         super().__init__()
@@ -22,7 +40,7 @@ class Backbone(nn.Module):
         self.num_slots = config.buffer_size
         self.label_drop_prob = config.label_drop_prob
         width, out_width = config.encoder_embed_dim, config.decoder_embed_dim
-        dropout = (config.attn_dropout, config.proj_dropout)
+        how = (config.mlp_ratio, config.attn_dropout, config.proj_dropout)
 
         self.fake_latent = learned(1, width)  # the embedding of "no class"
         self.encoder_pos_embed_learned = learned(1, self.num_slots + config.seq_len, width)
@@ -34,14 +52,12 @@ class Backbone(nn.Module):
         self.z_proj = nn.Linear(config.token_dim, width)
         self.z_proj_ln = LayerNorm(width)
         self.encoder_blocks = nn.ModuleList(
-            Block(width, config.encoder_num_heads, config.mlp_ratio, *dropout)
-            for _ in range(config.encoder_depth)
+            Block(width, config.encoder_num_heads, *how) for _ in range(config.encoder_depth)
         )
         self.encoder_norm = LayerNorm(width)
         self.decoder_embed = nn.Linear(width, out_width)
         self.decoder_blocks = nn.ModuleList(
-            Block(out_width, config.decoder_num_heads, config.mlp_ratio, *dropout)
-            for _ in range(config.decoder_depth)
+            Block(out_width, config.decoder_num_heads, *how) for _ in range(config.decoder_depth)
         )
         self.decoder_norm = LayerNorm(out_width)
         self.apply(init_linear)

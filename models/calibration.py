@@ -30,40 +30,53 @@ def fit_levels(
 
     counts: [C, B], B even: the edge in the middle is zero. widths: [C] of the bins.
     The outermost boundaries are the ends of the data.
-    Raises ValueError if a channel has no counts.
+    Raises ValueError if a channel has no counts, or on fewer than two levels.
     """
     if levels < 2:
         raise ValueError(f"{levels} levels are not at least 2")
     if not (counts.sum(dim=1) > 0).all():
         raise ValueError("there are channels without any latents to fit levels to")
-    fitted = [
-        _fit_channel(_Histogram(of_channel.double(), width.item()), levels, exponent)
-        for of_channel, width in zip(counts, widths, strict=True)
-    ]
-    boundaries, values = (torch.stack(tables) for tables in zip(*fitted, strict=True))
+    channels = zip(counts.double(), widths.tolist(), strict=True)
+    tables = [_fit_channel(_Histogram(*channel), levels, exponent) for channel in channels]
+    boundaries, values = (torch.stack(table) for table in zip(*tables, strict=True))
     return boundaries, values
+
+
+def _fit_channel(data: "_Histogram", levels: int, exponent: float) -> tuple[Tensor, Tensor]:
+    edges, smooth = data.smoothed()
+    inner = cut(edges, smooth**exponent, levels)
+    used = data.mass.nonzero()
+    low, high = data.edges[used[0]].item(), data.edges[used[-1] + 1].item()
+    ends = torch.tensor([min(low, inner[0].item()), max(high, inner[-1].item())]).double()
+    for _ in range(LLOYD_STEPS):
+        boundaries = torch.cat([ends[:1], inner, ends[1:]])
+        values = data.means(boundaries)
+        inner = (values[1:] + values[:-1]) / 2
+    return torch.cat([ends[:1], inner, ends[1:]]), values
+
+
+def cut(edges: Tensor, mass: Tensor, parts: int) -> Tensor:
+    """The parts - 1 points that cut bins, filled evenly, into parts of equal mass."""
+    below = torch.cat([mass.new_zeros(1), (mass / mass.sum()).cumsum(0)])
+    shares = torch.arange(1, parts, dtype=torch.float64) / parts
+    bins = (torch.searchsorted(below, shares) - 1).clamp(0, len(mass) - 1)
+    inside = (shares - below[bins]) / (below[bins + 1] - below[bins])
+    return edges[bins] + inside.clamp(0, 1) * (edges[bins + 1] - edges[bins])
 
 
 class _Histogram:
     """One channel's data, spread evenly inside each bin. edges: [B + 1]. mass: [B], sums to 1."""
 
     def __init__(self, counts: Tensor, width: float):
-        bins = len(counts)
-        self.samples = counts.sum().item()
-        self.width = width
+        self.samples, self.width = counts.sum().item(), width
         self.mass = counts / counts.sum()
-        self.edges = (torch.arange(bins + 1, dtype=torch.float64) - bins // 2) * width
+        self.edges = (torch.arange(len(counts) + 1, dtype=torch.float64) - len(counts) // 2) * width
         middles = (self.edges[1:] + self.edges[:-1]) / 2
         zero = self.mass.new_zeros(1)
         self.below = torch.cat([zero, self.mass.cumsum(0)])  # mass below an edge, [B + 1]
         self.first_moment = torch.cat([zero, (self.mass * middles).cumsum(0)])
-        self.mean = self.first_moment[-1].item()
-        self.variance = (self.mass * (middles - self.mean).square()).sum().item() + width**2 / 12
-
-    def support(self) -> tuple[float, float]:
-        """The outer edges of the outermost bins that hold anything."""
-        used = self.mass.nonzero()
-        return self.edges[used[0]].item(), self.edges[used[-1] + 1].item()
+        deviations = middles - self.first_moment[-1].item()
+        self.variance = (self.mass * deviations.square()).sum().item() + width**2 / 12
 
     def up_to(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Integrals of f and x f from the left end to each x."""
@@ -75,17 +88,17 @@ class _Histogram:
             self.first_moment[bins] + density * (x.square() - left.square()) / 2,
         )
 
-    def quantiles(self, parts: int) -> Tensor:
-        return cut(self.edges, self.mass, parts)
-
-    def bandwidth(self) -> float:
-        quarters = self.quantiles(4)
-        spread = min(math.sqrt(self.variance), (quarters[2] - quarters[0]).item() / 1.349)
-        return 0.9 * spread * self.samples**-0.2
+    def means(self, boundaries: Tensor) -> Tensor:
+        """The mean of the data in each cell, the middle of a cell without any: [K]."""
+        mass, moment = (integral.diff() for integral in self.up_to(boundaries))
+        middles = (boundaries[1:] + boundaries[:-1]) / 2
+        means = torch.where(mass > 1e-15, moment / mass, middles)
+        return means.clamp(boundaries[:-1], boundaries[1:])  # rounding must not leave the cell
 
     def smoothed(self) -> tuple[Tensor, Tensor]:
         """Edges and mass of the same data after a Gaussian kernel, which reaches further out."""
-        bandwidth = self.bandwidth()
+        low, _, high = cut(self.edges, self.mass, 4).tolist()
+        bandwidth = 0.9 * min(math.sqrt(self.variance), (high - low) / 1.349) * self.samples**-0.2
         # Bins that are far narrower than the kernel only cost time.
         pooled = max(1, min(len(self.mass) // 2, int(bandwidth / (32 * self.width))))
         pooled = 2 ** (pooled.bit_length() - 1)
@@ -97,32 +110,3 @@ class _Histogram:
         mass = F.conv1d(mass[None, None], kernel[None, None], padding=2 * radius)[0, 0]
         start = self.edges[0] - radius * width
         return start + torch.arange(len(mass) + 1, dtype=torch.float64) * width, mass
-
-
-def cut(edges: Tensor, mass: Tensor, parts: int) -> Tensor:
-    """The parts - 1 points that cut bins, filled evenly, into parts of equal mass."""
-    below = torch.cat([mass.new_zeros(1), (mass / mass.sum()).cumsum(0)])
-    wanted = torch.arange(1, parts, dtype=torch.float64) / parts
-    bins = (torch.searchsorted(below, wanted) - 1).clamp(0, len(mass) - 1)
-    inside = (wanted - below[bins]) / (below[bins + 1] - below[bins])
-    return edges[bins] + inside.clamp(0, 1) * (edges[bins + 1] - edges[bins])
-
-
-def _fit_channel(data: _Histogram, levels: int, exponent: float) -> tuple[Tensor, Tensor]:
-    edges, smooth = data.smoothed()
-    inner = cut(edges, smooth**exponent, levels)
-    low, high = data.support()
-    ends = torch.tensor([min(low, inner[0].item()), max(high, inner[-1].item())]).double()
-    for _ in range(LLOYD_STEPS):
-        boundaries = torch.cat([ends[:1], inner, ends[1:]])
-        values = _means(data, boundaries)
-        inner = (values[1:] + values[:-1]) / 2
-    return torch.cat([ends[:1], inner, ends[1:]]), values
-
-
-def _means(data: _Histogram, boundaries: Tensor) -> Tensor:
-    """The mean of the data in each cell, the middle of a cell without any: [K]."""
-    mass, moment = (integral.diff() for integral in data.up_to(boundaries))
-    middles = (boundaries[1:] + boundaries[:-1]) / 2
-    means = torch.where(mass > 1e-15, moment / mass, middles)
-    return means.clamp(boundaries[:-1], boundaries[1:])  # rounding must not leave the cell

@@ -5,6 +5,7 @@ latent scale 0.2325, the channel order); everything else reads them from a confi
 Source: arXiv 2503.16430 and the released checkpoints.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 
 # Multiplying KL-16's posterior samples by this brings them to about unit standard deviation.
@@ -24,6 +25,7 @@ _SIZES = {
     "tokenbridge_large": (1024, 16, 16, 1024, 4, 8),
     "tokenbridge_huge": (1280, 20, 16, 1024, 6, 8),
 }
+PRESETS = tuple(_SIZES)
 
 
 @dataclass(frozen=True)
@@ -67,48 +69,43 @@ class TokenBridgeConfig:
     quantizer: str = "published"
 
     def __post_init__(self):
-        if self.channel_order is None:
-            object.__setattr__(self, "channel_order", default_channel_order(self.vae_embed_dim))
-        object.__setattr__(self, "channel_order", tuple(self.channel_order))
-        self._check_grid()
-        self._check_widths()
-        self._check_ranges()
-        if sorted(self.channel_order) != list(range(self.vae_embed_dim)):
-            raise ValueError(
-                f"channel_order {self.channel_order} is not a permutation of the "
-                f"{self.vae_embed_dim} latent channels (vae_embed_dim)"
-            )
-        if self.head_input not in HEAD_INPUTS:
-            raise ValueError(f"head_input {self.head_input!r} is not one of {HEAD_INPUTS}")
-        if self.quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizer {self.quantizer!r} is not one of {QUANTIZERS}")
+        order = self.channel_order
+        order = default_channel_order(self.vae_embed_dim) if order is None else tuple(order)
+        object.__setattr__(self, "channel_order", order)
+        for problem in self._problems():
+            raise ValueError(problem)
 
-    def _check_grid(self):
+    def _problems(self) -> Iterator[str]:
         token_pixels = self.vae_stride * self.patch_size
         if token_pixels <= 0 or self.img_size <= 0 or self.img_size % token_pixels:
-            raise ValueError(
+            yield (
                 f"img_size {self.img_size} is not a multiple of vae_stride {self.vae_stride} "
                 f"x patch_size {self.patch_size}"
             )
-
-    def _check_widths(self):
-        for part, width, heads in (
-            ("encoder", self.encoder_embed_dim, self.encoder_num_heads),
-            ("decoder", self.decoder_embed_dim, self.decoder_num_heads),
-            ("channel head", self.channel_embed_dim, self.channel_heads),
+        for part, of_part in (
+            ("encoder", "num_heads"),
+            ("decoder", "num_heads"),
+            ("channel", "heads"),
         ):
+            width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_{of_part}")
             if heads <= 0 or width % heads:
-                raise ValueError(f"{part} width {width} is not a multiple of its {heads} heads")
-
-    def _check_ranges(self):
+                yield f"{part}_embed_dim {width} is not a multiple of its {heads} heads"
         if not self.quant_min < self.quant_max:
-            raise ValueError(f"quant_min {self.quant_min} is not below quant_max {self.quant_max}")
+            yield f"quant_min {self.quant_min} is not below quant_max {self.quant_max}"
         for name in ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} {getattr(self, name)} is not between 0 and 1")
+                yield f"{name} {getattr(self, name)} is not between 0 and 1"
         for name in ("class_num", "vae_embed_dim", "buffer_size", "latent_scale"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+                yield f"{name} {getattr(self, name)} is not positive"
+        if sorted(self.channel_order) != list(range(self.vae_embed_dim)):
+            yield (
+                f"channel_order {self.channel_order} is not a permutation of the "
+                f"{self.vae_embed_dim} latent channels (vae_embed_dim)"
+            )
+        for name, known in (("head_input", HEAD_INPUTS), ("quantizer", QUANTIZERS)):
+            if getattr(self, name) not in known:
+                yield f"{name} {getattr(self, name)!r} is not one of {known}"
 
     @property
     def grid_size(self) -> int:
@@ -146,24 +143,15 @@ class TokenBridgeConfig:
 
 def default_channel_order(channels: int) -> tuple[int, ...]:
     """KL-16's published order for its channel count, the natural order for any other."""
-    if channels == len(PUBLISHED_CHANNEL_ORDER):
-        return PUBLISHED_CHANNEL_ORDER
-    return tuple(range(channels))
+    published = PUBLISHED_CHANNEL_ORDER
+    return published if channels == len(published) else tuple(range(channels))
 
 
 def preset(name: str) -> dict:
     """Keyword arguments of a named model size. Raises ValueError on an unknown name."""
     if name not in _SIZES:
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(_SIZES)}")
-    width, depth, heads, head_width, head_depth, head_heads = _SIZES[name]
-    return {
-        **{f"{part}_embed_dim": width for part in ("encoder", "decoder")},
-        **{f"{part}_depth": depth for part in ("encoder", "decoder")},
-        **{f"{part}_num_heads": heads for part in ("encoder", "decoder")},
-        "channel_embed_dim": head_width,
-        "channel_depth": head_depth,
-        "channel_heads": head_heads,
-    }
-
-
-PRESETS = tuple(_SIZES)
+    sizes = ("embed_dim", "depth", "num_heads")
+    names = [f"{part}_{size}" for part in ("encoder", "decoder") for size in sizes]
+    names += ["channel_embed_dim", "channel_depth", "channel_heads"]
+    return dict(zip(names, _SIZES[name][:3] + _SIZES[name], strict=True))

@@ -11,15 +11,30 @@ from dataclasses import asdict
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from models.precision import arithmetic
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import VAE
 from models.tokenizers.tokenizer import Tokenizer
 
 DECODE_BATCH = 32
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+
+
+def arithmetic(name: str, device: torch.device) -> tuple[str, torch.dtype | None]:
+    """The name without "auto", and the dtype for torch.autocast, None for full precision.
+
+    What a device should compute in; weights are fp32 in all of them. auto: bf16 where CUDA has
+    it, else fp16; fp32 on a CPU or MPS. Raises ValueError on another name.
+    """
+    if name == "auto":
+        name = "fp32"
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+    if name not in dtypes:
+        raise ValueError(f"precision {name!r} is not one of {', '.join(PRECISIONS)}")
+    return name, dtypes[name]
 
 
 def spread_labels(count: int, classes: Sequence[int]) -> Tensor:
@@ -33,24 +48,17 @@ def generate(
     vae: VAE | Tokenizer,
     labels: Sequence[int | str] | Tensor,
     *,
-    num_iter: int = 64,
-    cfg: float = 1.0,
-    cfg_schedule: str = "linear",
-    temperature: float = 1.0,
-    order: str = "random",
-    seed: int = 0,
     image_ids: Sequence[int] | None = None,
     batch_size: int = 64,
     precision: str = "auto",
-    progress: bool = False,
     **options,
 ) -> np.ndarray:
     """One image for each label.
 
     vae: the one that the model was trained with; a VAE, whose latents are scaled by the model's
     latent_scale, or a Tokenizer, which has its own. labels: B classes, by number or by name.
-    num_iter, cfg, cfg_schedule, temperature, order and options: see `SamplingOptions`.
-    seed, image_ids: image i is made of the noise of (seed, image_ids[i]), default i, so it is the
+    options: num_iter, cfg, cfg_schedule, temperature, order, seed, ... of `SamplingOptions`.
+    image_ids: image i is made of the noise of (seed, image_ids[i]), default i, so it is the
     same in any batch, but for rounding. batch_size: images at once, of the memory's size only.
     precision: "auto", "bf16", "fp16" or "fp32" of the model; the VAE decodes in fp32.
     Model and VAE stay where they are, each on a device of its own if need be; a VAE is frozen.
@@ -63,16 +71,14 @@ def generate(
         raise ValueError(f"{len(ids)} image_ids, {len(labels)} labels, batch_size {batch_size}")
     device = model.backbone.fake_latent.device
     _, dtype = arithmetic(precision, device)
-    tokenizer = _tokenizer(vae, model)
-    sampling = SamplingOptions(num_iter, cfg, cfg_schedule, temperature, order, seed, **options)
-    images = np.empty((len(labels), model.config.img_size, model.config.img_size, 3), np.uint8)
-    starts = range(0, len(labels), batch_size)
-    for start in tqdm(starts, desc="generating", disable=not progress):
+    tokenizer, sampling = _tokenizer(vae, model), asdict(SamplingOptions(**options))
+    images = []
+    for start in range(0, len(labels), batch_size):
         batch = slice(start, start + batch_size)
         with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
-            latents = sample_latents(model, labels[batch], image_ids=ids[batch], **asdict(sampling))
-        images[batch] = decode_images(tokenizer, latents).permute(0, 2, 3, 1).numpy()
-    return images
+            latents = sample_latents(model, labels[batch], image_ids=ids[batch], **sampling)
+        images.append(decode_images(tokenizer, latents))
+    return torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def decode_images(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
@@ -90,19 +96,14 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def _labels(labels: Sequence[int | str] | Tensor, names: tuple[str, ...]) -> Tensor:
     """[B] int64. Raises ValueError on what is no list of classes, and on classes never trained."""
-    wanted = f"class numbers, or of the names {str(names)[:200]}" if names else "class numbers"
-    problem = f"labels {str(labels)[:80]} are no list of {wanted}"
-    try:
-        if not isinstance(labels, Tensor):
-            labels = [names.index(x) if isinstance(x, str) else x for x in labels]
-        found = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(problem) from error
-    if found.dim() != 1 or len(found) == 0 or found.is_floating_point() or found.is_complex():
-        raise ValueError(problem)
-    if names and int(found.max()) >= len(names):
-        raise ValueError(f"{problem}: class {int(found.max())} was never trained")
-    return found.to(torch.int64)
+    numbers = {name: number for number, name in enumerate(names)}
+    known = np.array([numbers.get(x, x) if isinstance(x, str) else x for x in labels])
+    if known.ndim != 1 or known.dtype.kind not in "iu":
+        of_names = f", or of the names {str(names)[:200]}" if names else ""
+        raise ValueError(f"labels {str(labels)[:80]} are no list of class numbers{of_names}")
+    if names and known.max() >= len(names):
+        raise ValueError(f"class {known.max()} was never trained, of {len(names)} classes")
+    return torch.from_numpy(known).long()
 
 
 def _tokenizer(vae: VAE | Tokenizer, model: TokenBridge) -> Tokenizer:
@@ -110,11 +111,10 @@ def _tokenizer(vae: VAE | Tokenizer, model: TokenBridge) -> Tokenizer:
     tokenizer = vae if isinstance(vae, Tokenizer) else Tokenizer(vae, model.config.latent_scale)
     if tokenizer.vae is None:
         raise ValueError("this tokenizer has no VAE, which would decode the latents")
-    found = (tokenizer.vae.channels, tokenizer.vae.stride)
-    expected = (model.config.vae_embed_dim, model.config.vae_stride)
-    if found != expected:
+    vae, config = tokenizer.vae, model.config
+    if (vae.channels, vae.stride) != (config.vae_embed_dim, config.vae_stride):
         raise ValueError(
-            f"the VAE has {found[0]} channels and stride {found[1]}, the model was trained on "
-            f"{expected[0]} and {expected[1]}"
+            f"the VAE has {vae.channels} channels and stride {vae.stride}, the model was trained "
+            f"on {config.vae_embed_dim} and {config.vae_stride}"
         )
     return tokenizer

@@ -42,7 +42,7 @@ method of [arXiv 2503.16430](https://arxiv.org/abs/2503.16430).
 ```python
 from models.generate import generate
 from models.tokenbridge import TokenBridge
-from util.vae_files import load_vae
+from util.vae import load_vae
 
 model = TokenBridge.from_pretrained("THIS_FOLDER_OR_REPOSITORY")
 vae = load_vae("pretrained_models/vae/kl16.ckpt")  # the VAE that it was trained with

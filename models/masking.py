@@ -66,10 +66,10 @@ def masked_counts(length: int, minimum: float) -> list[tuple[int, float]]:
     if mass == 0:
         return [(length, 1.0)]
     reached = [
-        (m, min(max((normal.cdf(m / length) - below) / mass, 0.0), 1.0)) for m in range(length + 1)
+        min(max((normal.cdf(m / length) - below) / mass, 0.0), 1.0) for m in range(length + 1)
     ]
-    steps = zip(reached, reached[1:], strict=False)
-    return [(m, now - before) for (_, before), (m, now) in steps if now > before]
+    steps = enumerate(zip(reached, reached[1:], strict=False), 1)
+    return [(m, after - before) for m, (before, after) in steps if after > before]
 
 
 def training_mask(batch: int, length: int, minimum: float, device: torch.device | str) -> Mask:

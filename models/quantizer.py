@@ -2,10 +2,9 @@
 
 published: K levels of equal probability under N(0, 1): boundaries b_i = clamp(Phi^-1(i/K), -3, 3),
 levels v_i = E[n | b_i < n < b_{i+1}]. A scalar x in [low, high] maps to n = (x - low)/(high - low)
-* 6 - 3, its index is the nearest v. The nearest level is found among the K - 1 midpoints through a
-table over a fine grid, a few operations a scalar and no [..., K] tensor of distances.
-calibrated: K levels of its own for each channel, fitted to the latents (models/calibration.py);
-found by binary search, O(log K) a scalar.
+* 6 - 3, its index is the nearest v.
+calibrated: K levels of its own for each channel, fitted to the latents (models/calibration.py).
+Both find the nearest level by binary search among the K - 1 borders, O(log K) a scalar.
 Letters: C latent channels, K levels, D scalars of a token: C, or C*p*p channel by channel.
 Source: arXiv 2503.16430, post-training quantization.
 """
@@ -14,12 +13,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from models.tokenizers.kl16 import check_layout
 
 # The published codebook covers this many standard deviations to each side.
 SPAN = 3.0
-# Cells of the grid over [-SPAN, SPAN]: of 64 levels, no two borders share one.
-CELLS = 1024
 
 
 def gaussian_levels(levels: int) -> tuple[Tensor, Tensor]:
@@ -36,7 +34,23 @@ def gaussian_levels(levels: int) -> tuple[Tensor, Tensor]:
     return boundaries, values
 
 
-class GaussianQuantizer(nn.Module):
+class _Quantizer(nn.Module):
+    """boundaries, reconstruction_values: buffers, in the published names and order."""
+
+    boundaries: Tensor
+    reconstruction_values: Tensor
+    fitted = True
+
+    def __init__(self, levels: int, boundaries: Tensor, values: Tensor):
+        super().__init__()
+        if not 2 <= levels <= 512:
+            raise ValueError(f"levels {levels} is not between 2 and 512 (1 to 9 bits)")
+        self.levels = levels
+        self.register_buffer("reconstruction_values", values)
+        self.register_buffer("boundaries", boundaries)
+
+
+class GaussianQuantizer(_Quantizer):
     """levels: K. low, high: the latent range; what lies outside is clamped to it.
 
     Buffers of the published layout: boundaries [K + 1], reconstruction_values [K].
@@ -44,43 +58,11 @@ class GaussianQuantizer(nn.Module):
     boundaries coincide at three standard deviations and their levels are undefined.
     """
 
-    boundaries: Tensor
-    reconstruction_values: Tensor
-
     def __init__(self, levels: int = 64, low: float = -5.0, high: float = 5.0):
-        super().__init__()
-        if not 2 <= levels <= 512:
-            raise ValueError(f"levels {levels} is not between 2 and 512 (1 to 9 bits)")
+        super().__init__(levels, *gaussian_levels(levels))
         if not low < high:
             raise ValueError(f"low {low} is not below high {high}")
-        self.levels, self.low, self.high = levels, low, high
-        boundaries, values = gaussian_levels(levels)
-        self.register_buffer("reconstruction_values", values)
-        self.register_buffer("boundaries", boundaries)
-        self.register_buffer("borders", torch.empty(levels), persistent=False)
-        self.register_buffer("below", torch.empty(CELLS + 1, dtype=torch.int64), persistent=False)
-        self._tabulate()
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        self._tabulate()
-
-    def _tabulate(self) -> None:
-        """The table by which `encode` finds a level; the borders of other levels make another.
-
-        below: [G + 1], the number of borders in the cells before. crowd: the most of one cell.
-        """
-        midpoints = self.midpoints.cpu()
-        cells = self._cells(midpoints)
-        self.crowd = int(cells.bincount().max())
-        self.borders = F.pad(midpoints, (0, 1), value=torch.inf).to(self.boundaries.device)
-        below = torch.searchsorted(cells, torch.arange(CELLS + 1, dtype=torch.int32, device="cpu"))
-        self.below = below.to(self.boundaries.device)
-
-    @staticmethod
-    def _cells(unit: Tensor) -> Tensor:
-        """[...] -> int32 in [0, G]; never falls where its argument rises. NaN is in cell 0."""
-        return ((unit + SPAN) * (CELLS / (2 * SPAN))).int().clamp_(0, CELLS)
+        self.low, self.high = low, high
 
     @property
     def midpoints(self) -> Tensor:
@@ -94,14 +76,9 @@ class GaussianQuantizer(nn.Module):
         Returns [...] int64 in [0, K).
         Raises ValueError if x is not floating point.
         """
-        if not x.is_floating_point():
-            raise ValueError(f"expected floating-point latents, got {x.dtype}")
-        unit = x.float().clamp(self.low, self.high)
-        unit = unit.sub_(self.low).div_(self.high - self.low).mul_(2 * SPAN).sub_(SPAN).flatten()
-        found = self.below.index_select(0, self._cells(unit))
-        for _ in range(self.crowd):  # one, of evenly spread levels
-            found += unit > self.borders.index_select(0, found)
-        return found.view(x.shape)
+        unit = _float(x).clamp(self.low, self.high)
+        unit = unit.sub_(self.low).div_(self.high - self.low).mul_(2 * SPAN).sub_(SPAN)
+        return torch.bucketize(unit.contiguous(), self.midpoints)
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices: [...] integers in [0, K) -> [...] float32 latents in [low, high]."""
@@ -112,92 +89,71 @@ class GaussianQuantizer(nn.Module):
         """x: [...] scaled latents -> bool [...], true where the range ends before them."""
         return (x < self.low) | (x > self.high)
 
-    def extra_repr(self) -> str:
-        return f"levels={self.levels}, low={self.low}, high={self.high}"
 
-
-class CalibratedQuantizer(nn.Module):
+class CalibratedQuantizer(_Quantizer):
     """levels: K. channels: C. Its levels are set by `set_levels` or come with a state dict.
 
     Buffers, in the published names: boundaries [C, K + 1], of which the first and the last are the
     ends of the data that the levels were fitted to; reconstruction_values [C, K].
+    fitted: whether it has levels; encode, decode and outside raise ValueError without.
     Raises ValueError if K is not in [2, 512].
     """
 
-    boundaries: Tensor
-    reconstruction_values: Tensor
-
     def __init__(self, levels: int, channels: int):
-        super().__init__()
-        if not 2 <= levels <= 512:
-            raise ValueError(f"{levels} levels are not between 2 and 512")
-        self.levels, self.channels = levels, channels
-        self.fitted = False
-        self.register_buffer("reconstruction_values", torch.full((channels, levels), torch.nan))
-        self.register_buffer("boundaries", torch.full((channels, levels + 1), torch.nan))
+        shapes = (channels, levels + 1), (channels, levels)
+        super().__init__(levels, *(torch.full(shape, torch.nan) for shape in shapes))
+        self.channels, self.fitted = channels, False
 
     def set_levels(self, boundaries: Tensor, values: Tensor) -> None:
         """boundaries: [C, K + 1]. values: [C, K]. Raises ValueError on what are no levels."""
-        shapes = tuple(boundaries.shape), tuple(values.shape)
-        expected = (self.channels, self.levels + 1), (self.channels, self.levels)
-        if shapes != expected:
-            raise ValueError(f"levels of shapes {shapes}, not {expected}")
-        self.load_state_dict({"boundaries": boundaries, "reconstruction_values": values})
+        state = {"boundaries": boundaries, "reconstruction_values": values}
+        check_layout(state, self.state_dict())
+        self.load_state_dict(state)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         tables = (self.boundaries, self.reconstruction_values)
-        finite = all(bool(table.isfinite().all()) for table in tables)
-        if finite and not all(bool((table.diff(dim=1) >= 0).all()) for table in tables):
+        self.fitted = all(bool(table.isfinite().all()) for table in tables)
+        if self.fitted and not all(bool((table.diff(dim=1) >= 0).all()) for table in tables):
             raise ValueError("the levels of a calibrated quantizer are not in ascending order")
-        self.fitted = finite
 
-    def _check(self) -> None:
+    def _repeats(self, scalars: int) -> int:
+        """How many scalars of a token each channel has."""
         if not self.fitted:
             raise ValueError(
                 "this calibrated quantizer has no levels yet: load a checkpoint or fit them"
             )
-
-    def _by_channel(self, x: Tensor) -> Tensor:
-        """[..., D] -> [C, M], the M scalars of each channel in one row."""
-        if x.shape[-1] % self.channels:
-            raise ValueError(f"{x.shape[-1]} scalars a token are no multiple of {self.channels}")
-        return x.unflatten(-1, (self.channels, -1)).movedim(-2, 0).flatten(1)
+        return scalars // self.channels
 
     def encode(self, x: Tensor) -> Tensor:
         """Index of the nearest level of its channel for every scalar; ties to the lower index.
 
         x: [..., D] floating point, scaled latents, channel by channel (see `patchify`).
         Returns [..., D] int64 in [0, K).
-        Raises ValueError if x is not floating point, or D no multiple of C.
+        Raises ValueError if x is not floating point.
         """
-        self._check()
-        if not x.is_floating_point():
-            raise ValueError(f"expected floating-point latents, got {x.dtype}")
-        rows = self._by_channel(x.float()).contiguous()
-        found = torch.searchsorted(self.boundaries[:, 1:-1].contiguous(), rows)  # [C, M]
-        area = x.shape[-1] // self.channels
-        found = found.reshape(self.channels, *x.shape[:-1], area)
-        return found.movedim(0, -2).flatten(-2)
+        by_channel = _float(x).unflatten(-1, (self.channels, self._repeats(x.shape[-1])))
+        by_channel = by_channel.movedim(-2, 0)  # [C, ..., D / C]
+        borders = self.boundaries[:, 1:-1].contiguous()
+        indices = torch.searchsorted(borders, by_channel.flatten(1).contiguous())
+        return indices.view(by_channel.shape).movedim(0, -2).flatten(-2)
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices: [..., D] integers in [0, K) -> [..., D] float32 latents."""
-        self._check()
-        channel = torch.arange(indices.shape[-1], device=indices.device) * self.channels
-        offsets = channel // indices.shape[-1] * self.levels  # of each scalar's own codebook
-        return self.reconstruction_values.flatten()[indices.long() + offsets]
+        channels = torch.arange(self.channels, device=indices.device)
+        first = channels.repeat_interleave(self._repeats(indices.shape[-1])) * self.levels
+        return self.reconstruction_values.flatten()[indices.long() + first]
 
     def outside(self, x: Tensor) -> Tensor:
         """x: [..., D] scaled latents -> bool [..., D], true beyond the data fitted to."""
-        self._check()
-        low, high = (
-            self.boundaries[:, end].repeat_interleave(x.shape[-1] // self.channels)
-            for end in (0, -1)
-        )
-        return (x < low) | (x > high)
+        ends = self.boundaries[:, [0, -1]].repeat_interleave(self._repeats(x.shape[-1]), dim=0)
+        return (x < ends[:, 0]) | (x > ends[:, 1])
 
-    def extra_repr(self) -> str:
-        return f"levels={self.levels}, channels={self.channels}"
+
+def _float(x: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        raise ValueError(f"expected floating-point latents, got {x.dtype}")
+    return x.float()
 
 
 def build_quantizer(

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.backbone import unpatchify
 from models.config import HEAD_INPUTS
 from models.layers import take
 from models.masking import Mask, mask_schedule
-from models.patchify import unpatchify
-from models.token_cache import LazyBackbone
+from models.token_cache import CachedBackbone
 from models.tokenbridge import TokenBridge
 
 CFG_SCHEDULES = ("linear", "constant")
@@ -39,12 +39,12 @@ class SamplingOptions:
     all masked positions and keeps those whose channels were the most likely together, which
     costs the head as much again as there are positions left.
     seed: with an image's number, all that is random about it.
-    head_input: "trained" or "published", None is the model's own (see `ChannelHead.steps`).
+    head_input: "trained" or "published", None is the model's own (see `ChannelHead.sample`).
     token_cache: 0 is none; else features are reused and all are computed in every so many
     iterations: an approximation, see models/token_cache.py.
     """
 
-    num_iter: int
+    num_iter: int = 64
     cfg: float = 1.0
     cfg_schedule: str = "linear"
     temperature: float = 1.0
@@ -54,13 +54,9 @@ class SamplingOptions:
     token_cache: int = 0
 
     def __post_init__(self):
-        if self.num_iter < 1:
-            raise ValueError(f"num_iter {self.num_iter} is not at least 1")
-        for name in ("temperature", "cfg"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} {getattr(self, name)} is not a number of at least 0")
-        if self.token_cache < 0:
-            raise ValueError(f"token_cache {self.token_cache} is negative")
+        for name, least in (("num_iter", 1), ("temperature", 0), ("cfg", 0), ("token_cache", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} {getattr(self, name)} is not a number from {least} on")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} is not between 0 and 2^63")
         for name, known in (
@@ -110,30 +106,20 @@ def sample_latents(
     batch_size: int | None = None,
     image_ids: Sequence[int] | None = None,
     orders: Tensor | None = None,
-    return_log_probs: bool = False,
     **options,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Generate latents.
 
     labels: [B] int64 classes; None, with `batch_size`, for images of no class.
     image_ids: B numbers that name the images, default 0..B-1. orders: [B, L] permutations, the
-    positions in the reverse order of their prediction, instead of those of --order.
-    options: those of `SamplingOptions`; num_iter is needed.
-    Returns [B, C, H, W] scaled latents, every value a level of the quantizer; with
-    `return_log_probs` also, of the same shape, the log-probability of every draw in nats.
+    positions in the reverse order of their prediction, instead of those of the options.
+    options: those of `SamplingOptions`.
+    Returns [B, C, H, W] scaled latents, every value a level of the quantizer.
     Raises ValueError on values out of range.
     """
-    log_probs = None
-    for step in sampling_steps(
-        model, labels, SamplingOptions(**options), batch_size, image_ids, orders
-    ):
-        if log_probs is None:
-            log_probs = torch.zeros_like(step.values)
-        _put(log_probs, step.positions, step.log_probs)
-    config = model.config
-    maps = (unpatchify(x, config.patch_size, config.grid_size) for x in (step.values, log_probs))
-    latents, log_probs = maps
-    return (latents, log_probs) if return_log_probs else latents
+    how = SamplingOptions(**options), batch_size, image_ids, orders
+    *_, last = sampling_steps(model, labels, *how)
+    return unpatchify(last.values, model.config.patch_size, model.config.grid_size)
 
 
 @torch.no_grad()
@@ -147,7 +133,11 @@ def sampling_steps(
 ) -> Iterator[SamplingStep]:
     """The same, one iteration after the other: at least one."""
     config, device = model.config, model.backbone.fake_latent.device
-    batch = _check(model, labels, batch_size)
+    if labels is None and batch_size is None:
+        raise ValueError("labels=None needs batch_size, the number of images")
+    if labels is not None and bool(((labels < 0) | (labels >= config.class_num)).any()):
+        raise ValueError(f"labels {labels.tolist()} are not all in [0, {config.class_num})")
+    batch = batch_size if labels is None else len(labels)
     ids = range(batch) if image_ids is None else image_ids
     if len(ids) != batch:
         raise ValueError(f"{len(ids)} image_ids for a batch of {batch}")
@@ -157,6 +147,7 @@ def sampling_steps(
     orders = (drawn_orders if orders is None else orders).to(device)
     uniforms = uniforms.to(device)
     conditions = _Conditions(model, labels.to(device) if labels is not None else None, options)
+    how = options.temperature, options.head_input or config.head_input
 
     values = torch.zeros(batch, config.seq_len, config.token_dim, device=device)
     filled = orders[:, :0]
@@ -165,32 +156,22 @@ def sampling_steps(
             if before == after:
                 continue
             # Those to fill now come last; by confidence, any of those left may be.
-            wanted = orders[:, (0 if options.order == "confidence" else after) : before]
-            mask = Mask.from_orders(orders, before)
+            positions = orders[:, (0 if options.order == "confidence" else after) : before]
             scale = guidance_scale(options.cfg, options.cfg_schedule, config.seq_len, m)
-            z = conditions(values, mask, wanted, filled, scale)
-            indices, log_probs = model.head.sample(
-                z.flatten(0, 1),
-                take(uniforms, wanted).flatten(0, 1),
-                options.temperature,
-                options.head_input or config.head_input,
-            )
-            indices, log_probs = (x.unflatten(0, wanted.shape) for x in (indices, log_probs))
+            mask = Mask.from_orders(orders, before)
+            z = conditions(values, mask, positions, filled, scale).flatten(0, 1)
+            drawn = model.head.sample(z, take(uniforms, positions).flatten(0, 1), *how)
+            indices, log_probs = (x.unflatten(0, positions.shape) for x in drawn)
             if options.order == "confidence":
                 ranks = log_probs.sum(dim=-1).argsort(dim=1)  # the least certain first
-                orders = torch.cat([wanted.gather(1, ranks), orders[:, before:]], dim=1)
+                orders = torch.cat([positions.gather(1, ranks), orders[:, before:]], dim=1)
                 indices, log_probs = (take(x, ranks[:, after:]) for x in (indices, log_probs))
             filled = orders[:, after:before]
-            _put(values, filled, model.quantizer.decode(indices))
+            filled_values = model.quantizer.decode(indices)
+            values.scatter_(1, filled[..., None].expand_as(filled_values), filled_values)
             masked = torch.ones(values.shape[:2], dtype=torch.bool, device=device)
-            yield SamplingStep(
-                values, filled, log_probs, masked.scatter(1, orders[:, after:], False)
-            )
-
-
-def _put(where: Tensor, positions: Tensor, what: Tensor) -> None:
-    """where: [B, L, C], in place; positions: [B, n]; what: [B, n, C]."""
-    where.scatter_(1, positions[..., None].expand_as(what), what.to(where.dtype))
+            masked.scatter_(1, orders[:, after:], False)
+            yield SamplingStep(values, filled, log_probs, masked)
 
 
 class _Conditions:
@@ -203,41 +184,26 @@ class _Conditions:
         self.backbone, self.labels = model.backbone, labels
         # Whether a batch is doubled must not change between two iterations that share features.
         self.guided = labels is not None and options.cfg != 1
-        self.lazy = None
-        if options.token_cache:
-            self.lazy = LazyBackbone(model.backbone, options.token_cache)
+        refresh = options.token_cache
+        self.cached = CachedBackbone(model.backbone, refresh) if refresh else None
 
     def __call__(
         self, values: Tensor, mask: Mask, positions: Tensor, filled: Tensor, scale: float
     ) -> Tensor:
         """values: [B, L, C], positions: [B, n], filled: [B, F], the last ones -> [B, n, D]."""
-        guided = self.guided and (scale != 1 or self.lazy is not None)
-        batch, choices = len(values), [self.labels, None] if guided else [self.labels]
-        classes = torch.cat([self.backbone.class_embedding(choice, batch) for choice in choices])
+        guided = self.guided and (scale != 1 or self.cached is not None)
+        choices = [self.labels, None] if guided else [self.labels]
+        classes = [self.backbone.class_embedding(choice, len(values)) for choice in choices]
         if guided:
             mask = Mask(mask.masked.repeat(2, 1), mask.visible.repeat(2, 1))
             values = values.repeat(2, 1, 1)
             positions, filled = positions.repeat(2, 1), filled.repeat(2, 1)
-        if self.lazy is not None:
-            z = self.lazy(values, classes, mask, positions, filled)
-        else:
-            z = self.backbone(values, classes, mask, positions)
+        inputs = values, torch.cat(classes), mask, positions
+        z = self.backbone(*inputs) if self.cached is None else self.cached(*inputs, filled)
         if not guided:
             return z
         cond, uncond = z.chunk(2)
         return uncond + scale * (cond - uncond)
-
-
-def _check(model: TokenBridge, labels: Tensor | None, batch_size: int | None) -> int:
-    """The batch size. Raises ValueError, naming the value, on what cannot be sampled."""
-    if labels is None:
-        if batch_size is None:
-            raise ValueError("labels=None needs batch_size, the number of images")
-        return batch_size
-    class_num = model.config.class_num
-    if bool(((labels < 0) | (labels >= class_num)).any()):
-        raise ValueError(f"labels {labels.tolist()} are not all in [0, {class_num})")
-    return len(labels)
 
 
 @contextmanager

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.backbone import Backbone
+from models.backbone import Backbone, patchify
 from models.config import PRESETS, TokenBridgeConfig, preset
 from models.heads.channel import ChannelHead
 from models.hub import Pretrained
 from models.layers import take
 from models.masking import Mask, training_mask
-from models.patchify import patchify
 from models.quantizer import build_quantizer
 from models.tokenizers.kl16 import check_layout
 
@@ -34,7 +33,7 @@ class TokenBridge(nn.Module, Pretrained):
 
     grad_checkpointing: recompute the blocks of encoder, decoder and channel head in backward.
     head_chunk: masked positions that the head works on at once; None is chosen by the device, 0
-    is all of them.
+    is all of them in one graph.
     """
 
     def __init__(
@@ -43,22 +42,9 @@ class TokenBridge(nn.Module, Pretrained):
         super().__init__()
         self.config = config = TokenBridgeConfig(**kwargs)
         self.backbone = Backbone(config)
-        self.head = ChannelHead(
-            cond_dim=config.decoder_embed_dim,
-            width=config.channel_embed_dim,
-            depth=config.channel_depth,
-            heads=config.channel_heads,
-            mlp_ratio=config.mlp_ratio,
-            levels=config.quant_levels,
-            order=token_order(config),
-        )
-        self.quantizer = build_quantizer(
-            config.quantizer,
-            config.quant_levels,
-            config.quant_min,
-            config.quant_max,
-            config.vae_embed_dim,
-        )
+        self.head = ChannelHead(config)
+        levels = (config.quant_levels, config.quant_min, config.quant_max)
+        self.quantizer = build_quantizer(config.quantizer, *levels, config.vae_embed_dim)
         self.backbone.grad_checkpointing = self.head.grad_checkpointing = grad_checkpointing
         self.head.chunk = head_chunk
 
@@ -86,25 +72,26 @@ class TokenBridge(nn.Module, Pretrained):
         grad_scale: what backward will multiply the loss by (see `models.chunks`).
         Raises ValueError on other shapes.
         """
-        return self.head.loss(*self._predicted(latents, labels, mask), grad_scale)
+        z, indices = self.conditions(latents, labels, mask)  # [M, D], [M, C]
+        # The cross-entropy itself is in `ChannelHead.forward`; a loss on z is added here.
+        return self.head.loss(z, indices, grad_scale)
 
     def channel_losses(
         self, latents: Tensor, labels: Tensor | None, mask: Tensor | None = None
     ) -> Tensor:
         """The same for each channel on its own, [C] in natural order; their mean is the loss."""
-        return self.head.losses(*self._predicted(latents, labels, mask)).mean(dim=0)
+        return self.head.losses(*self.conditions(latents, labels, mask)).mean(dim=0)
 
     def logits(self, latents: Tensor, labels: Tensor | None, mask: Tensor) -> Tensor:
         """Teacher-forced logits of the masked positions, row by row: [M, C, K], natural order."""
-        return self.head(*self._predicted(latents, labels, mask))
+        return self.head.logits(*self.conditions(latents, labels, mask))
 
-    def _predicted(
+    def conditions(
         self, latents: Tensor, labels: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """z [M, D] and indices [M, C] of the masked positions."""
-        tokens = self._tokens(latents)
-        drawn = self._mask(latents, mask)
-        indices = self.quantizer.encode(tokens)
+        """z [M, D] and indices [M, C] of the masked positions; arguments as those of `forward`."""
+        tokens, drawn = self._tokens(latents), self._mask(latents, mask)
+        indices = self.quantizer.encode(tokens)  # [B, L, C]
         values = self.quantizer.decode(indices)
         classes = self.backbone.class_embedding(labels, len(tokens))
         z = self.backbone(values, classes, drawn, drawn.masked)
@@ -113,29 +100,26 @@ class TokenBridge(nn.Module, Pretrained):
     def _mask(self, latents: Tensor, mask: Tensor | None) -> Mask:
         if mask is not None:
             return Mask.from_bool(mask)
-        config = self.config
-        return training_mask(len(latents), config.seq_len, config.mask_ratio_min, latents.device)
+        length, least = self.config.seq_len, self.config.mask_ratio_min
+        return training_mask(len(latents), length, least, latents.device)
 
     def _tokens(self, latents: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, L, C*p*p]."""
-        if latents.shape[1:] != self.config.latent_shape:
+        config = self.config
+        if latents.shape[1:] != config.latent_shape:
             raise ValueError(
-                f"latents are {tuple(latents.shape)}, expected [B, "
-                f"{', '.join(map(str, self.config.latent_shape))}] for img_size "
-                f"{self.config.img_size} and vae_stride {self.config.vae_stride}"
+                f"latents are {tuple(latents.shape)}, expected [B, *{config.latent_shape}] for "
+                f"img_size {config.img_size} and vae_stride {config.vae_stride}"
             )
-        return patchify(latents, self.config.patch_size)
+        return patchify(latents, config.patch_size)
 
     def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) in the published names and order."""
-        names = _published_names(dict(self.named_parameters()))
-        parameters = dict(self.named_parameters())
-        return ((published, parameters[own]) for published, own in names.items())
+        return iter(_published(dict(self.named_parameters())).items())
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """All tensors, parameters and buffers, in the published layout."""
-        state = self.state_dict()
-        return {published: state[own] for published, own in _published_names(state).items()}
+        return _published(self.state_dict())
 
     def load_published(self, state: dict[str, Tensor], head_input: str = "published") -> None:
         """Load a state dict of the published layout, buffers present or (as in an EMA) absent.
@@ -145,24 +129,23 @@ class TokenBridge(nn.Module, Pretrained):
         Raises ValueError, naming the tensors, unless all of them match.
         """
         self._check_kind(state)
-        own = self.state_dict()
-        names = _published_names(own)
-        buffers = [name for name, _ in self.named_buffers() if name in own]
-        absent = {name for name, own_name in names.items() if own_name in buffers} - set(state)
-        check_layout(state, {name: own[names[name]] for name in names if name not in absent})
-        self._check_codebook(state)
-        self.load_state_dict(own | {names[name]: tensor for name, tensor in state.items()})
+        own, parameters = self.published_state_dict(), dict(self.published_parameters())
+        check_layout(state, {k: t for k, t in own.items() if k in state or k in parameters})
+        for name in ("boundaries", "reconstruction_values") if self.fitted else ():
+            expected = own[name].cpu()
+            if name in state and not torch.allclose(state[name].cpu().float(), expected, atol=1e-4):
+                raise ValueError(f"the checkpoint's quantizer differs from this one in {name!r}")
+        new = own | state
+        self.load_state_dict({name: new[_published_name(name)] for name in self.state_dict()})
         self.config = replace(self.config, head_input=head_input)
 
     def _check_kind(self, state: dict[str, Tensor]) -> None:
         """Levels are one table in the published layout, one a channel if they are calibrated."""
-        found = state.get("reconstruction_values")
-        if found is None:
-            if not self.fitted:
-                raise ValueError("it holds no levels, and this model's calibrated ones are not set")
-            return
-        kind = "calibrated" if found.dim() == 2 else "published"
-        if kind != self.config.quantizer:
+        levels = state.get("reconstruction_values")
+        if levels is None and not self.fitted:
+            raise ValueError("it holds no levels, and this model's calibrated ones are not set")
+        kind = "calibrated" if levels is not None and levels.dim() == 2 else "published"
+        if levels is not None and kind != self.config.quantizer:
             raise ValueError(
                 f"its quantizer is the {kind} one, this model's the {self.config.quantizer} one; "
                 "see --quantizer"
@@ -170,27 +153,13 @@ class TokenBridge(nn.Module, Pretrained):
 
     @property
     def fitted(self) -> bool:
-        """Whether its levels are known: the published ones always are."""
-        return getattr(self.quantizer, "fitted", True)
-
-    def _check_codebook(self, state: dict[str, Tensor]) -> None:
-        if not self.fitted:
-            return  # nothing to differ from: the state brings the levels
-        for name in ("boundaries", "reconstruction_values"):
-            expected = getattr(self.quantizer, name).cpu()
-            if name in state and not torch.allclose(state[name].cpu().float(), expected, atol=1e-4):
-                raise ValueError(f"the checkpoint's quantizer differs from this one in {name!r}")
+        """Whether the quantizer has levels: the published one always does."""
+        return self.quantizer.fitted
 
 
 tokenbridge_tiny, tokenbridge_base, tokenbridge_large, tokenbridge_huge = (
     partial(TokenBridge, **preset(name)) for name in PRESETS
 )
-
-
-def token_order(config: TokenBridgeConfig) -> tuple[int, ...]:
-    """The head's order over all C*p*p scalars of a token: channel by channel, then row-major."""
-    area = config.patch_size**2
-    return tuple(c * area + k for c in config.channel_order for k in range(area))
 
 
 def resized_positions(state: dict[str, Tensor], side: int) -> dict[str, Tensor]:
@@ -212,11 +181,12 @@ def resized_positions(state: dict[str, Tensor], side: int) -> dict[str, Tensor]:
     return state | {name: resized(state[name]) for name in POSITIONS}
 
 
-def _published_names(own_names) -> dict[str, str]:
-    """Published name -> own name, in the published order.
+def _published_name(name: str) -> str:
+    """The published model is flat: its names are ours without the part (backbone, head, ...)."""
+    return name.split(".", 1)[1]
 
-    The published model is flat: its names are ours without the part (backbone, head, quantizer),
-    and the tensors that belong to no submodule come first.
-    """
-    names = {name.split(".", 1)[1]: name for name in own_names}
-    return {name: names[name] for name in sorted(names, key=lambda name: "." in name)}
+
+def _published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In the published names and order: those that belong to no submodule come first."""
+    named = {_published_name(name): tensor for name, tensor in tensors.items()}
+    return dict(sorted(named.items(), key=lambda item: "." in item[0]))

@@ -17,7 +17,7 @@ from tests.browser import chromium
 from tests.conftest import ROOT, environment
 from tests.runs import free_port
 from tests.test_app import CLASSES, make_place
-from util.vae_files import load_vae
+from util.vae import load_vae
 
 SECONDS = 60_000  # milliseconds at most for anything to appear
 # What the stage shows, every time it changes: the iteration and how many positions the map has.

@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,7 +12,6 @@ from tests.runs import (
     CHANNELS,
     EVALUATE_FLAGS,
     TRAIN_FLAGS,
-    assert_same_training,
     evaluate,
     flags,
     load,
@@ -53,8 +51,11 @@ def test_levels_are_those_of_the_caches_latents(inputs, trained):
     assert values.shape == (CHANNELS, 2**BITS)
 
 
-def test_resumed_training_keeps_its_levels(inputs, trained, tmp_path):
+def test_resumed_training_keeps_its_levels_and_draws_with_them(inputs, trained, tmp_path):
     """The cache need not say them again, nor need the flag."""
+    for weights in ("ema", "model"):
+        own = tmp_path / weights
+        assert len(evaluate(inputs, own, trained, eval_weights=weights, no_metrics=True)) == 12
     own, output = shutil.copytree(inputs, tmp_path / "own"), tmp_path / "out"
     train(own, output, epochs=1, **CALIBRATED)
     forget_histogram(own / "cache")
@@ -68,12 +69,6 @@ def forget_histogram(cache: Path) -> None:
     """As a cache of an earlier version is."""
     path = cache / "manifest.json"
     write_json(path, read_json(path) | {"histogram": None})
-
-
-@pytest.mark.parametrize("weights", ["ema", "model"])
-def test_samples_are_drawn_without_another_flag(inputs, trained, tmp_path, weights):
-    drawn = evaluate(inputs, tmp_path, trained, eval_weights=weights, no_metrics=True)
-    assert len(drawn) == 12
 
 
 def test_training_on_images_takes_the_levels_of_a_cache_of_the_same_vae(inputs, trained, tmp_path):
@@ -97,21 +92,11 @@ def test_what_has_no_distribution_is_refused(inputs, tmp_path, capsys):
     forget_histogram(own / "cache")
     line = refuse(capsys, own, tmp_path / "out", **CALIBRATED)
     assert "does not say how its latents are distributed" in line and "main_cache.py" in line
-    published = tmp_path / "published" / "ant"
-    published.mkdir(parents=True)
-    moments = np.zeros((2 * CHANNELS, 4, 4), np.float32)
-    np.savez(published / "0.npz", moments=moments, moments_flip=moments)
-    changes = CALIBRATED | {"cached_path": tmp_path / "published", "class_num": 1, "batch_size": 1}
-    changes |= {"accum_iter": 1, "vae_stride": 4, "vae_embed_dim": CHANNELS}
-    assert "--quantizer calibrated needs" in refuse(capsys, inputs, tmp_path / "out", **changes)
     damaged = read_json(inputs / "cache" / "manifest.json")
     damaged["histogram"]["counts"] = "AAAA"
     write_json(own / "cache" / "manifest.json", damaged)
     line = refuse(capsys, own, tmp_path / "out", **CALIBRATED)
     assert "manifest.json is damaged" in line
-
-
-def test_images_without_a_cache_have_no_distribution(inputs, tmp_path, capsys):
     on_images = {"use_cached": None, "cached_path": None, "data_path": "data"}
     on_images |= {"vae_path": "vae.ckpt", "latent_scale": 1, "channel_order": "0,1,2,3"}
     line = refuse(capsys, inputs, tmp_path / "out", **CALIBRATED | on_images)
@@ -125,13 +110,3 @@ def test_a_checkpoint_of_the_other_quantizer_is_refused(inputs, trained, tmp_pat
         argv = flags(inputs, EVALUATE_FLAGS, output_dir=tmp_path / "out", resume=resume)
         line = refused(capsys, main_tokenbridge.main, *argv, "--quantizer", asked)
         assert f"but the flags say {asked}" in line
-    weights = {key: load(published)[key] for key in ("model", "model_ema")}
-    torch.save(weights, tmp_path / "weights.pth")
-    argv = flags(inputs, EVALUATE_FLAGS, output_dir=tmp_path / "out")
-    argv += ["--resume", str(tmp_path / "weights.pth"), "--quantizer", "calibrated"]
-    line = refused(capsys, main_tokenbridge.main, *argv)
-    assert "was made by the published code" in line
-
-
-def test_two_trainings_with_the_same_seed_are_the_same(inputs, trained, tmp_path):
-    assert_same_training(train(inputs, tmp_path, **CALIBRATED), load(trained))

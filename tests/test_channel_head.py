@@ -1,12 +1,12 @@
-"""The channel head: causality, the cache against recomputation, and its draws."""
-
-from functools import partial
+"""The channel head: causality, its loss in chunks, the cache against recomputation, its draws."""
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
+from models.config import TokenBridgeConfig
+from models.heads import channel
 from models.heads.channel import ChannelHead, inverse_cdf
 from tests.conftest import tiny_model
 
@@ -21,83 +21,97 @@ def head() -> ChannelHead:
 def test_no_channel_sees_itself_or_a_later_one(head):
     """Changing a channel's index may change only the logits of channels after it in the order."""
     z, indices = torch.randn(5, 16), torch.randint(0, 8, (5, 6))
-    logits = head(z, indices)
-    for place, channel in enumerate(ORDER):
+    logits = head.logits(z, indices)
+    for place, changed_channel in enumerate(ORDER):
         changed = indices.clone()
-        changed[:, channel] = (changed[:, channel] + 1) % 8
-        differs = (head(z, changed) != logits).any(dim=2).any(dim=0)
+        changed[:, changed_channel] = (changed[:, changed_channel] + 1) % 8
+        differs = (head.logits(z, changed) != logits).any(dim=2).any(dim=0)
         assert not differs[list(ORDER[: place + 1])].any()
         assert differs[list(ORDER[place + 1 :])].all()
 
 
-def stepwise(head: ChannelHead, z: torch.Tensor, indices: torch.Tensor, head_input="trained"):
-    """Logits [M, T, K], head order, of the generator that is sent the indices [M, T]."""
-    steps, ordered = head.steps(z, head_input), indices[:, head.order]
-    logits = [next(steps)]
-    logits += [steps.send(ordered[:, i]) for i in range(indices.shape[1] - 1)]
-    return torch.stack(logits, dim=1)
+@pytest.fixture
+def sampled_logits(head, monkeypatch):
+    """Of (z, indices, head_input): the logits [M, T, K], head order, of draws of those indices."""
+
+    def logits(z, indices, head_input="trained"):
+        ordered, seen = indices[:, head.order], []
+
+        def draw(logits, uniforms, temperature):
+            seen.append(logits)
+            return ordered[:, len(seen) - 1], torch.zeros(len(logits))
+
+        monkeypatch.setattr(channel, "inverse_cdf", draw)
+        assert torch.equal(head.sample(z, torch.rand(z.shape[0], 6), 1.0, head_input)[0], indices)
+        return torch.stack(seen, dim=1)
+
+    return logits
 
 
-def test_cached_steps_equal_the_teacher_forced_logits(head):
+def test_sampling_sees_the_teacher_forced_logits(head, sampled_logits):
     z, indices = torch.randn(7, 16), torch.randint(0, 8, (7, 6))
-    expected = head(z, indices)[:, head.order]
-    assert torch.allclose(stepwise(head, z, indices), expected, atol=1e-5)
+    expected = head.logits(z, indices)[:, head.order]
+    assert torch.allclose(sampled_logits(z, indices), expected, atol=1e-5)
 
 
-def test_the_published_input_adds_the_first_timestep_embedding(head):
+def test_the_published_input_adds_the_first_timestep_embedding(head, sampled_logits):
     """Feeding the sum by hand through the trained path gives the published first step."""
     z, indices = torch.randn(4, 16), torch.randint(0, 8, (4, 6))
-    published = stepwise(head, z, indices, "published")[:, 0]
+    published = sampled_logits(z, indices, "published")[:, 0]
     with torch.no_grad():
         head.channel_embed[:, 0] += head.timesteps_embeddings[:, 0]
-    by_hand = stepwise(head, z, indices)[:, 0]
+    by_hand = sampled_logits(z, indices)[:, 0]
     assert torch.allclose(published, by_hand, atol=1e-6)
 
 
 def plain_loss(head: ChannelHead, z: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(head(z, indices).flatten(0, 1), indices.flatten())
+    return F.cross_entropy(head.logits(z, indices).flatten(0, 1), indices.flatten())
 
 
 @pytest.mark.parametrize("chunk", [None, 0, 1, 4, 1000])
-def test_the_chunked_loss_and_its_gradients_equal_the_plain_ones(head, chunk):
+def test_the_loss_and_its_gradients_equal_the_plain_ones(head, chunk):
+    """Beside another loss on the same z, too."""
     head.chunk = chunk
     z, indices = torch.randn(11, 16, requires_grad=True), torch.randint(0, 8, (11, 6))
-    wanted = [z, *head.parameters()]
-    expected = torch.autograd.grad(3 * plain_loss(head, z, indices), wanted)
+    inputs = [z, *head.parameters()]
+    auxiliary = z.square().mean()
+    expected = torch.autograd.grad(3 * plain_loss(head, z, indices) + auxiliary, inputs)
     loss = head.loss(z, indices, grad_scale=128.0)
-    found = torch.autograd.grad(3 * loss, wanted)
+    found = torch.autograd.grad(3 * loss + z.square().mean(), inputs)
     assert torch.allclose(loss, plain_loss(head, z, indices), rtol=1e-6)
     for ours, plain in zip(found, expected, strict=True):
         assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-7)
+    with torch.no_grad():
+        assert torch.allclose(head.loss(z, indices), loss, rtol=1e-6)
+    each = F.cross_entropy(head.logits(z, indices).mT, indices, reduction="none")
+    assert torch.allclose(head.losses(z, indices), each, atol=1e-6)
 
 
 def test_what_a_chunked_loss_keeps_does_not_grow_with_the_positions(head):
     """Bytes saved for backward, by saved-tensor hooks; the plain loss keeps more for each."""
 
-    def kept(positions: int, loss) -> int:
-        sizes = []
+    def kept(positions: int, chunk: int) -> int:
+        head.chunk, sizes = chunk, []
         z = torch.randn(positions, 16, requires_grad=True)
         with saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
-            loss(z, torch.randint(0, 8, (positions, 6)))
+            head.loss(z, torch.randint(0, 8, (positions, 6)))
         return sum(sizes)
 
-    head.chunk = 4
-    assert kept(64, head.loss) == kept(8, head.loss)
-    assert kept(64, partial(plain_loss, head)) > 4 * kept(8, partial(plain_loss, head))
+    assert kept(64, chunk=4) == kept(8, chunk=4)
+    assert kept(64, chunk=0) > 4 * kept(8, chunk=0)
 
 
-def test_chunks_are_of_about_equal_size_and_no_larger_than_asked(head):
-    head.chunk, sizes = 4, []
+def test_chunks_are_of_about_equal_size_and_a_hook_sees_the_whole_gradient_once(head):
+    head.chunk, sizes, gradients = 4, [], []
     head.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    head.loss(torch.randn(9, 16), torch.randint(0, 8, (9, 6)))
-    assert sizes == [3, 3, 3]
-
-
-def test_a_hook_on_a_parameter_sees_its_whole_gradient_once(head):
-    head.chunk, seen = 2, []
-    head.condition_proj.weight.register_hook(lambda gradient: seen.append(gradient.clone()))
-    head.loss(torch.randn(9, 16), torch.randint(0, 8, (9, 6))).backward()
-    assert len(seen) == 1 and torch.equal(seen[0], head.condition_proj.weight.grad)
+    weight = head.condition_proj.weight
+    weight.register_hook(lambda gradient: gradients.append(gradient.clone()))
+    loss = head.loss(torch.randn(9, 16), torch.randint(0, 8, (9, 6)))
+    assert sizes == [3, 3, 3] and not gradients
+    loss.backward(retain_graph=True)
+    assert len(gradients) == 1 and torch.equal(gradients[0], weight.grad)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
 
 
 def test_a_scaled_half_precision_gradient_does_not_underflow(head):
@@ -112,21 +126,6 @@ def test_a_scaled_half_precision_gradient_does_not_underflow(head):
     assert gradients[0] > gradients[1] >= gradients[2]
 
 
-def test_a_chunked_loss_can_be_differentiated_once(head):
-    loss = head.loss(torch.randn(4, 16), torch.randint(0, 8, (4, 6)))
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second time"):
-        loss.backward()
-
-
-def test_losses_are_the_cross_entropy_of_every_index(head):
-    head.chunk = 2
-    z, indices = torch.randn(5, 16), torch.randint(0, 8, (5, 6))
-    expected = F.cross_entropy(head(z, indices).flatten(0, 1), indices.flatten(), reduction="none")
-    assert torch.allclose(head.losses(z, indices), expected.view(5, 6), atol=1e-6)
-    assert torch.allclose(head.losses(z, indices).mean(), head.loss(z, indices), atol=1e-6)
-
-
 def test_sampling_in_chunks_draws_the_same(head):
     z, uniforms = torch.randn(9, 16), torch.rand(9, 6)
     whole = head.sample(z, uniforms)[0]
@@ -135,24 +134,21 @@ def test_sampling_in_chunks_draws_the_same(head):
 
 
 def test_a_head_of_one_channel_works():
-    head = ChannelHead(8, 8, 1, 2, 2.0, 4, (0,))
-    z, indices = torch.randn(3, 8), torch.zeros(3, 1, dtype=torch.int64)
-    assert head(z, indices).shape == (3, 1, 4)
+    sizes = dict(channel_embed_dim=8, channel_depth=1, channel_heads=2, decoder_embed_dim=16)
+    head = ChannelHead(TokenBridgeConfig(vae_embed_dim=1, quant_levels=4, **sizes))
+    z, indices = torch.randn(3, 16), torch.zeros(3, 1, dtype=torch.int64)
+    assert head(z, indices).shape == (3, 1)
     assert head.sample(z, torch.rand(3, 1))[0].shape == (3, 1)
 
 
-def test_greedy_sampling_is_the_argmax_of_its_own_logits(head):
-    z = torch.randn(9, 16)
-    indices, _ = head.sample(z, torch.rand(9, 6), temperature=0)
-    assert torch.equal(indices, head(z, indices).argmax(dim=-1))
-
-
-def test_no_prefix_is_recomputed(head, monkeypatch):
+def test_greedy_sampling_is_the_argmax_and_no_prefix_is_recomputed(head):
     """Each block runs once a channel, on one position: T calls with T = 1 each."""
-    lengths = []
+    z, lengths = torch.randn(9, 16), []
     attention = head.channel_blocks[0].attn
-    attention.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-    head.sample(torch.randn(3, 16), torch.rand(3, 6))
+    hook = attention.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    indices, _ = head.sample(z, torch.rand(9, 6), temperature=0)
+    hook.remove()
+    assert torch.equal(indices, head.logits(z, indices).argmax(dim=-1))
     assert lengths == [1] * 6
 
 
@@ -160,7 +156,7 @@ def test_no_prefix_is_recomputed(head, monkeypatch):
 def test_log_probabilities_are_those_of_the_draws(head, temperature):
     z = torch.randn(9, 16)
     indices, log_probs = head.sample(z, torch.rand(9, 6), temperature)
-    expected = (head(z, indices) / temperature).log_softmax(dim=-1)
+    expected = (head.logits(z, indices) / temperature).log_softmax(dim=-1)
     expected = expected.gather(-1, indices[..., None])[..., 0]
     assert torch.allclose(log_probs, expected, atol=1e-5)
 
@@ -175,7 +171,7 @@ def test_draws_follow_the_joint_distribution_of_the_head():
     counts = torch.bincount(drawn[:, first] * 3 + drawn[:, second], minlength=9) / n
     probe = torch.zeros(3, 6, dtype=torch.int64)
     probe[:, first] = torch.arange(3)
-    p = head(z[:3], probe).softmax(dim=-1)
+    p = head.logits(z[:3], probe).softmax(dim=-1)
     expected = (p[0, first][:, None] * p[:, second]).flatten()
     assert (counts - expected).abs().max() < 0.015
 
@@ -187,18 +183,13 @@ def test_inverse_cdf_draws_each_level_by_its_probability():
     assert drawn.tolist() == [0, 0, 2, 2, 3, 3]
 
 
-def test_temperature_sharpens_and_zero_takes_the_largest():
+def test_temperature_sharpens_and_none_is_too_low_to_divide_by():
     logits = torch.tensor([[0.0, 1.0, 0.5]]).expand(2000, -1)
     uniforms = torch.rand(2000)
     shares = [
         (inverse_cdf(logits, uniforms, t)[0] == 1).float().mean() for t in (2.0, 1.0, 0.5, 0.0)
     ]
     assert shares == sorted(shares) and shares[-1] == 1
-    expected = (logits[0] / 0.5).softmax(0)[1]
-    assert shares[2] == pytest.approx(expected.item(), abs=0.04)
-
-
-def test_no_temperature_is_too_low_to_divide_by():
-    logits, uniforms = torch.randn(50, 8) * 3, torch.rand(50)
+    assert shares[2] == pytest.approx((logits[0] / 0.5).softmax(0)[1].item(), abs=0.04)
     drawn, log_probs = inverse_cdf(logits, uniforms, temperature=1e-40)
-    assert torch.equal(drawn, logits.argmax(dim=-1)) and torch.equal(log_probs, torch.zeros(50))
+    assert (drawn == 1).all() and torch.equal(log_probs, torch.zeros(2000))

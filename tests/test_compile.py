@@ -21,26 +21,10 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def masked(count: int) -> torch.Tensor:
+def loss(model, masked: int) -> torch.Tensor:
     mask = torch.zeros(2, 16)
-    mask[:, :count] = 1
-    return mask
-
-
-def gradients(model) -> list[torch.Tensor]:
-    model.zero_grad()
-    model(LATENTS, LABELS, masked(11)).backward()
-    return [parameter.grad for parameter in model.parameters()]
-
-
-def test_compiled_blocks_give_the_same_gradients():
-    model = tiny_model().eval()
-    expected = gradients(model)
-    compile_model(model, torch.device("cpu"))
-    assert counters["stats"]["unique_graphs"] == 0
-    for found, plain in zip(gradients(model), expected, strict=True):
-        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-6)
-    assert counters["stats"]["unique_graphs"] == 3  # a block, one of wanted positions, the head's
+    mask[:, :masked] = 1
+    return model(LATENTS, LABELS, mask)
 
 
 def graphs() -> int:
@@ -48,31 +32,36 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def test_the_number_of_masked_positions_does_not_change_the_number_of_graphs():
-    model = tiny_model().train()
+def test_compiled_blocks_give_the_same_gradients():
+    model = tiny_model().eval()
+    loss(model, 11).backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    compile_model(model, torch.device("cpu"))
+    loss(model, 11).backward()
+    for parameter, plain in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, plain, rtol=1e-4, atol=1e-6)
+    assert graphs() == 3  # a block, one of some positions, the head's
+
+
+def test_masked_positions_iterations_and_channels_do_not_change_the_number_of_graphs():
+    model, after = tiny_model().train(), []
     model.compile_blocks(backend="aot_eager")
-    after = []
     for count in (11, 14, 12, 16, 13, 15, 9, 5, 7):
-        model(LATENTS, LABELS, masked(count)).backward()
+        loss(model, count).backward()
         after.append(graphs())
     assert after == after[:1] * len(after)
-
-
-def test_iterations_positions_and_channels_do_not_change_the_number_of_graphs():
-    model, after = tiny_model().eval(), []
+    torch._dynamo.reset()
+    counters.clear()
+    expected = sample_latents(tiny_model(), LABELS, num_iter=7, cfg=2.0, temperature=0)
+    model, after = tiny_model(), []
     model.compile_blocks(backend="aot_eager")
     for num_iter in (16, 3, 8, 5, 1, 7):
-        sample_latents(model, LABELS, num_iter=num_iter, cfg=2.0)
+        found = sample_latents(model, LABELS, num_iter=num_iter, cfg=2.0, temperature=0)
         after.append(graphs())
     assert after[1] <= 8  # one position at a time, and several, each with its few kinds
     assert after[2:] == after[1:2] * 4
-
-
-def test_compiled_sampling_draws_the_same():
-    model = tiny_model().eval()
-    expected = sample_latents(model, LABELS, num_iter=4, temperature=0)
-    model.compile_blocks(backend="aot_eager")
-    assert torch.equal(sample_latents(model, LABELS, num_iter=4, temperature=0), expected)
+    assert torch.equal(found, expected)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

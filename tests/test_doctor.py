@@ -32,7 +32,7 @@ from util import doctor, doctor_checks
 from util.data.cache_files import read_json, write_json
 from util.data.histogram import posterior_noise
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient
-from util.vae_files import load_vae, save_vae
+from util.vae import load_vae, save_vae
 
 GOOD = {
     **COMMON,

@@ -27,7 +27,7 @@ from tests.runs import (
 )
 from util import export
 from util.checkpoint import LAST, find_checkpoint
-from util.vae_files import save_vae
+from util.vae import save_vae
 
 FACTS = ("step", "epoch", "classes", "vae_sha256", "config")
 

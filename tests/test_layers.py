@@ -1,15 +1,16 @@
-"""Dropout on a CPU, and attention by its definition against torch's."""
+"""What a CPU computes in another way: dropout, and attention by its definition against torch's."""
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from models.layers import Attention, Dropout, dropout, plain_attention, short_attention
+from models.cpu import Dropout, attend, attend_causal, dropout
+from models.layers import Attention, split_heads
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_dropout_drops_its_share_and_keeps_the_mean(p):
-    torch.manual_seed(0)
     x = torch.ones(1000, 1001)
     out = dropout(x, p)
     kept = out != 0
@@ -20,27 +21,21 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p):
 
 def test_dropout_draws_each_element_on_its_own():
     """Two elements share a random word, rows and columns share nothing."""
-    torch.manual_seed(0)
     kept = (dropout(torch.ones(200_000), 0.5) != 0).double()
     for lag in (1, 2, 3, 64):
         both = (kept[:-lag] * kept[lag:]).mean().item()
         assert both == pytest.approx(0.25, abs=0.006)
 
 
-def test_gradients_pass_where_values_did():
-    x = torch.randn(7, 33, requires_grad=True)
-    out = dropout(x, 0.3)
-    out.sum().backward()
-    assert torch.equal(x.grad != 0, out != 0)
-    assert torch.allclose(out, x * x.grad)
-
-
-def test_the_seed_decides_what_is_dropped():
-    x = torch.ones(3, 5, 7)
+def test_gradients_pass_where_values_did_and_the_seed_decides():
     draws = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        draws.append(dropout(x, 0.5))
+        x = torch.arange(1.0, 232.0).view(33, 7).t().requires_grad_()
+        out = dropout(x, 0.3)
+        out.sum().backward()
+        assert torch.equal(x.grad != 0, out != 0) and torch.allclose(out, x * x.grad)
+        draws.append(out)
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
@@ -50,28 +45,25 @@ def test_half_precision_is_scaled_without_bias():
     assert set(out.tolist()) <= {0.0, 10.0}
 
 
-def test_views_and_no_elements():
-    x = torch.randn(6, 4).t()
-    out = dropout(x, 0.5)
-    assert torch.allclose(out[out != 0], 2 * x[out != 0])
-    assert dropout(torch.empty(0, 3), 0.5).shape == (0, 3)
-
-
-def test_dropout_is_for_training_alone():
+def test_dropout_at_its_limits_is_torchs():
     x = torch.randn(100)
-    assert torch.equal(Dropout(0.5).eval()(x), x)
-    assert torch.equal(Dropout(0.0).train()(x), x)
+    assert torch.equal(Dropout(0.5).eval()(x), x) and torch.equal(Dropout(0.0).train()(x), x)
+    assert torch.equal(dropout(x, 1.0), torch.zeros(100))
+    assert dropout(torch.empty(0, 3), 0.5).shape == (0, 3)
+    for p in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="probability"):
+            dropout(x, p)
 
 
 def test_attention_by_its_definition_is_torchs():
     q, k, v = torch.randn(3, 2, 2, 5, 4)
-    seen = torch.rand(2, 1, 1, 5) < 0.7
-    seen[..., 0] = True
-    for mask in (None, seen):
+    visible = torch.rand(2, 1, 1, 5) < 0.7
+    visible[..., 0] = True
+    for mask in (None, visible):
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        assert torch.allclose(plain_attention(q, k, v, mask, drop=0.0), expected, atol=1e-6)
+        assert torch.allclose(attend(q, k, v, mask, 1e-9), expected, atol=1e-6)
     causal = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert torch.allclose(short_attention(q, k, v, None), causal, atol=1e-6)
+    assert torch.allclose(attend_causal(q, k, v, None), causal, atol=1e-6)
 
 
 @pytest.mark.parametrize("length", [7, 600])
@@ -84,18 +76,23 @@ def test_half_precision_attends_as_full_precision_does(length):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = attention(x)
     assert (found - expected).abs().max() < 0.03 * expected.abs().max()
-
-
-def test_no_gradients_are_lost_where_nothing_is_dropped():
-    attention = Attention(8, 2, attn_drop=0.0).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        attention(torch.randn(2, 7, 8)).sum().backward()
+        attention.train()(x).sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in (attention.qkv.weight, attention.proj.weight))
 
 
-def test_dropout_of_everything_and_of_no_probability_is_torchs():
-    x = torch.randn(5)
-    assert torch.equal(dropout(x, 1.0), torch.zeros(5))
-    for p in (-0.1, 1.5):
-        with pytest.raises(ValueError, match="probability"):
-            dropout(x, p)
+def test_attention_dropout_keeps_no_weights_of_pairs_of_positions():
+    """Where no fused kernel has dropout they are computed again, with the same draws."""
+    attention = Attention(8, 2, attn_drop=0.5).train()
+    x, sizes = torch.randn(3, 64, 8), []
+    with saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        torch.manual_seed(0)
+        attention(x).square().sum().backward()
+    assert max(sizes) <= 3 * 64 * 8 * 3
+    found = attention.qkv.weight.grad.clone()
+    attention.zero_grad()
+    torch.manual_seed(0)
+    q, k, v = split_heads(attention.qkv(x), 3, 2)
+    out = dropout((q @ k.mT / 2).softmax(dim=-1), 0.5) @ v  # heads of 4 channels
+    attention.proj(out.transpose(1, 2).flatten(2)).square().sum().backward()
+    assert torch.allclose(found, attention.qkv.weight.grad, rtol=1e-5)

@@ -23,9 +23,8 @@ from util import stop
 from util.config_file import CONFIG
 from util.data.images import center_crop
 from util.data.latent_cache import open_cache
-from util.dist import run
-from util.errors import EXIT_STOPPED, EXIT_USER_ERROR
-from util.vae_files import load_vae, save_vae
+from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, run
+from util.vae import load_vae, save_vae
 
 SIZE = 16
 

@@ -24,7 +24,7 @@ from util.errors import UserError
 from util.evaluation.extractor import INCEPTION, Extractor, published_weights, registered_name
 from util.files import load_tensors
 from util.inputs import open_checkpoint, prepare_finetuning
-from util.vae_files import vae_digest
+from util.vae import vae_digest
 
 OK, WARNING, FAILURE = "ok", "warning", "failure"
 MEASURED_IMAGES = 64  # of --data_path, where no cache says how the latents are distributed

@@ -22,7 +22,7 @@ from util.download import HUB_ERRORS
 from util.errors import UserError, as_user_error
 from util.files import check_writable
 from util.parser import Parser
-from util.vae_files import vae_digest
+from util.vae import vae_digest
 
 
 def make_parser() -> Parser:

@@ -9,14 +9,13 @@ Source: arXiv 2503.16430, dimension-wise autoregressive prediction.
 """
 
 import math
-from collections.abc import Generator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.chunks import chunked_loss, cross_entropies
-from models.config import HEAD_INPUTS
+from models.chunks import chunked_mean, split
+from models.config import HEAD_INPUTS, TokenBridgeConfig
 from models.layers import (
     AdaLNBlock,
     FinalNorm,
@@ -33,86 +32,96 @@ CHUNK_ROWS = {"cpu": 1024}
 CHUNK_ROWS_ELSEWHERE = 16384
 
 
-class ChannelHead(nn.Module):
-    """cond_dim: width of the condition z. levels: K. order: a permutation of the T channels.
+def token_order(config: TokenBridgeConfig) -> list[int]:
+    """The order over all C*p*p scalars of a token: channel by channel, then row-major."""
+    area = config.patch_size**2
+    return [c * area + k for c in config.channel_order for k in range(area)]
 
-    chunk: positions worked on at once; None is chosen by the device, 0 is all of them.
+
+class ChannelHead(nn.Module):
+    """See models/heads/__init__.py for what it is given and returns.
+
+    chunk: positions worked on at once; None is chosen by the device, 0 is all of them in one graph.
     """
 
     order: Tensor
     inverse_order: Tensor
 
-    def __init__(
-        self,
-        cond_dim: int,
-        width: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float,
-        levels: int,
-        order: tuple[int, ...],
-    ):
+    def __init__(self, config: TokenBridgeConfig):
         super().__init__()
         self.grad_checkpointing = False
         self.chunk: int | None = None
-        self.levels = levels
+        self.levels, self.heads = config.quant_levels, config.channel_heads
+        width = config.channel_embed_dim
+        order = torch.tensor(token_order(config))
         channels = len(order)
         self.channel_embed = learned(1, channels, width)
         self.timesteps_embeddings = learned(1, channels, width)
         # Part of the published layout only: the attention itself is causal.
         self.register_buffer("channel_mask", torch.ones(channels, channels).tril())
-        self.register_buffer("order", torch.tensor(order), persistent=False)
-        self.register_buffer("inverse_order", torch.tensor(order).argsort(), persistent=False)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("inverse_order", order.argsort(), persistent=False)
 
-        self.condition_proj = nn.Linear(cond_dim, width)
+        self.condition_proj = nn.Linear(config.decoder_embed_dim, width)
         self.token_embeddings = nn.ModuleList(
-            nn.Embedding(levels, width) for _ in range(channels - 1)
+            nn.Embedding(self.levels, width) for _ in range(channels - 1)
         )
         self.channel_blocks = nn.ModuleList(
-            AdaLNBlock(width, heads, mlp_ratio) for _ in range(depth)
+            AdaLNBlock(width, self.heads, config.mlp_ratio) for _ in range(config.channel_depth)
         )
         self.channel_norm = LayerNorm(width)
         self.channel_final = FinalNorm(width)
-        self.channel_heads = nn.ModuleList(nn.Linear(width, levels) for _ in range(channels))
+        self.channel_heads = nn.ModuleList(nn.Linear(width, self.levels) for _ in range(channels))
         self.apply(init_linear)
         for part in (*self.channel_blocks, self.channel_final):  # adaLN-zero
             nn.init.zeros_(part.adaLN_modulation[1].weight)
 
     def forward(self, z: Tensor, indices: Tensor) -> Tensor:
+        """Cross-entropy of every index: z [M, cond_dim], indices [M, T] -> [M, T], in nats."""
+        logits = self.logits(z, indices).float()  # [M, T, K]
+        losses = F.cross_entropy(logits.flatten(0, 1), indices.flatten(), reduction="none")
+        return losses.view_as(indices)
+
+    def loss(self, z: Tensor, indices: Tensor, grad_scale: Tensor | float = 1.0) -> Tensor:
+        """The mean of all cross-entropies; in chunks, see `chunked_mean`, unless chunk is 0."""
+        if self.chunk == 0:
+            return self(z, indices).mean()
+        return chunked_mean(self, z, indices, self._pieces(z), grad_scale)
+
+    def losses(self, z: Tensor, indices: Tensor) -> Tensor:
+        """All cross-entropies [M, T]; what backward needs of all positions is kept."""
+        return torch.cat([self(*part) for part in split(self._pieces(z), z, indices)])
+
+    def logits(self, z: Tensor, indices: Tensor) -> Tensor:
         """Teacher-forced logits.
 
         z: [M, cond_dim]. indices: [M, T] int64, natural order; channel i's logits depend only on
         the indices of channels before it in `order`.
         Returns [M, T, K], natural order.
         """
-        indices = indices[:, self.order]
         cond = self.condition_proj(z)  # [M, D]
         *modulations, final = self._modulations(cond[:, None] + self.timesteps_embeddings)
-        x = self._tokens(cond, indices)
+        x = self._tokens(cond, indices[:, self.order])
         for block, modulation in zip(self.channel_blocks, modulations, strict=True):
             x = call(block, x, modulation, recompute=self.grad_checkpointing)
-        x = self.channel_final(self.channel_norm(x), final)
+        x = self.channel_final(self.channel_norm(x), final)  # [M, T, D]
         weight = torch.stack([head.weight for head in self.channel_heads])  # [T, K, D]
         bias = torch.stack([head.bias for head in self.channel_heads])
         logits = torch.baddbmm(bias[:, None], x.transpose(0, 1), weight.transpose(1, 2))
         return logits[self.inverse_order].transpose(0, 1)
 
-    def losses(self, z: Tensor, indices: Tensor) -> Tensor:
-        """Cross-entropy, in nats, of every index: [M, T], natural order.
+    def _tokens(self, cond: Tensor, indices: Tensor) -> Tensor:
+        """The inputs of all channels [M, T, D], in head order, given the indices [M, T]."""
+        inputs = [cond[:, None]]
+        if len(self.token_embeddings) > 0:
+            table = torch.cat([embedding.weight for embedding in self.token_embeddings])
+            first = torch.arange(len(self.token_embeddings), device=cond.device) * self.levels
+            inputs.append(F.embedding(indices[:, :-1] + first, table))  # [M, T - 1, D]
+        return torch.cat(inputs, dim=1) + self.channel_embed
 
-        z: [M, cond_dim]. indices: [M, T] int64, natural order.
-        With gradients it keeps all that backward needs of all positions; `loss` does not.
-        """
-        parts = zip(*(x.tensor_split(self._pieces(z)) for x in (z, indices)), strict=True)
-        return torch.cat([cross_entropies(self(*part), part[1]) for part in parts])
-
-    def loss(self, z: Tensor, indices: Tensor, grad_scale: Tensor | float = 1.0) -> Tensor:
-        """The mean of `losses`, of which gradients can be taken.
-
-        Works through the positions in chunks, each forward and backward at once, so that its
-        memory does not grow with their number: see `models.chunks`, also for grad_scale.
-        """
-        return chunked_loss(self, z, indices, self._pieces(z), grad_scale)
+    def _modulations(self, c: Tensor) -> list[Tensor]:
+        """c: [..., D] -> those of every block, [..., 6 D], and of the final norm, [..., 2 D]."""
+        return modulations_of(c, [*self.channel_blocks, self.channel_final])
 
     def _pieces(self, z: Tensor) -> int:
         """The number of chunks to work in."""
@@ -123,19 +132,6 @@ class ChannelHead(nn.Module):
             chunk = max(1, rows // len(self.order))
         return max(1, math.ceil(len(z) / chunk)) if chunk else 1
 
-    def _tokens(self, cond: Tensor, indices: Tensor) -> Tensor:
-        """The inputs of all channels [M, T, D], in head order, given the indices [M, T]."""
-        inputs = [cond[:, None]]
-        if len(self.token_embeddings) > 0:
-            table = torch.cat([embedding.weight for embedding in self.token_embeddings])
-            places = torch.arange(len(self.token_embeddings), device=cond.device) * self.levels
-            inputs.append(F.embedding(indices[:, :-1] + places, table))  # [M, T - 1, D]
-        return torch.cat(inputs, dim=1) + self.channel_embed
-
-    def _modulations(self, c: Tensor) -> list[Tensor]:
-        """c: [..., D] -> those of every block, [..., 6 D], and of the final norm, [..., 2 D]."""
-        return modulations_of(c, [*self.channel_blocks, self.channel_final])
-
     @torch.no_grad()
     def sample(
         self, z: Tensor, uniforms: Tensor, temperature: float = 1.0, head_input: str = "trained"
@@ -143,11 +139,16 @@ class ChannelHead(nn.Module):
         """Draw the T channels of each position, one after the other.
 
         z: [M, cond_dim]. uniforms: [M, T] in [0, 1), natural order, one for each draw.
-        temperature: 0 takes the most likely level. head_input: see `steps`.
+        temperature: 0 takes the most likely level.
+        head_input: "trained" feeds the condition at the first position, as training does;
+        "published" feeds condition + first timestep embedding, as the published sampler does
+        and as the published FIDs were measured. Raises ValueError on another.
         Returns indices [M, T] int64 and the log-probabilities [M, T], in nats, with which they
         were drawn (at temperature 0 those of temperature 1), in natural order.
         """
-        parts = zip(*(x.tensor_split(self._pieces(z)) for x in (z, uniforms)), strict=True)
+        if head_input not in HEAD_INPUTS:
+            raise ValueError(f"head_input {head_input!r} is not one of {HEAD_INPUTS}")
+        parts = split(self._pieces(z), z, uniforms)
         drawn = [self._sample(*part, temperature, head_input) for part in parts]
         indices, log_probs = (torch.cat(x) for x in zip(*drawn, strict=True))
         return indices, log_probs
@@ -155,39 +156,26 @@ class ChannelHead(nn.Module):
     def _sample(
         self, z: Tensor, uniforms: Tensor, temperature: float, head_input: str
     ) -> tuple[Tensor, Tensor]:
-        uniforms, steps = uniforms[:, self.order], self.steps(z, head_input)
-        drawn, token = [], None
-        for i in range(len(self.order)):
-            drawn.append(inverse_cdf(steps.send(token), uniforms[:, i], temperature))
-            token = drawn[-1][0]
+        """No prefix is computed twice; the modulations, which know no index, all at once."""
+        uniforms, channels = uniforms[:, self.order], torch.arange(len(self.order), device=z.device)
+        cond = self.condition_proj(z)  # [M, D]
+        c = cond + self.timesteps_embeddings[0, :, None]  # [T, M, D]
+        *modulations, final = self._modulations(c)
+        caches = [KVCache.empty(cond, self.heads, len(channels)) for _ in modulations]
+        token, drawn = c[0] if head_input == "published" else cond, []
+        for i, channel_head in enumerate(self.channel_heads):
+            x = (token + self.channel_embed[:, i])[:, None]  # [M, 1, D]
+            now = {"positions": channels[None, i : i + 1], "visible": (channels <= i)[None]}
+            for block, modulation, cache in zip(
+                self.channel_blocks, modulations, caches, strict=True
+            ):
+                x = block(x, modulation[i][:, None], cache._replace(**now))
+            x = self.channel_final(self.channel_norm(x), final[i][:, None])
+            drawn.append(inverse_cdf(channel_head(x[:, 0]), uniforms[:, i], temperature))
+            if i + 1 < len(channels):
+                token = self.token_embeddings[i](drawn[i][0])
         indices, log_probs = (torch.stack(x, dim=1) for x in zip(*drawn, strict=True))
         return indices[:, self.inverse_order], log_probs[:, self.inverse_order]
-
-    def steps(self, z: Tensor, head_input: str) -> Generator[Tensor, Tensor, None]:
-        """Yields the logits [M, K] of one channel after the other, in head order.
-
-        Each is sent the indices [M] drawn for the one before. No prefix is computed twice, and
-        the modulations, which know no index, are computed for all channels at once.
-        head_input: "trained" feeds the condition at the first position, as training does;
-        "published" feeds condition + first timestep embedding, as the published sampler does
-        and as the published FIDs were measured. Raises ValueError on another.
-        """
-        if head_input not in HEAD_INPUTS:
-            raise ValueError(f"head_input {head_input!r} is not one of {HEAD_INPUTS}")
-        cond = self.condition_proj(z)
-        c = cond + self.timesteps_embeddings[0, :, None]  # [T, M, D]
-        modulations = self._modulations(c)
-        like = modulations[-1][0, :, : cond.shape[1]]
-        caches = [KVCache(like, block.attn.heads, len(self.order)) for block in self.channel_blocks]
-        token = c[0] if head_input == "published" else cond
-        for i, head in enumerate(self.channel_heads):
-            x = (token + self.channel_embed[:, i])[:, None]  # [M, 1, D]
-            *blocks, final = (part[i][:, None] for part in modulations)
-            for block, modulation, cache in zip(self.channel_blocks, blocks, caches, strict=True):
-                x = block(x, modulation, cache.at(i))
-            drawn = yield head(self.channel_final(self.channel_norm(x), final)[:, 0])
-            if i + 1 < len(self.order):
-                token = self.token_embeddings[i](drawn)
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ Source: Rombach et al., arXiv 2112.10752; Li et al. (MAR), arXiv 2406.11838.
 """
 
 import re
-from pathlib import Path
+from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ KL16 = {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), "ch": 128, "num_res_blocks"
 # What other VAEs of these tensor names have otherwise: KL-16's encoder attends in its coarsest
 # level alone (None), and those of Flux and SD 3 have no 1x1 convolutions around the latents.
 VARIANTS = {"encoder_attention": None, "decoder_attention": (), "quant_conv": True}
-PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 GROUPS = 32
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -38,13 +37,8 @@ class Posterior:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """One draw, [B, C, h, w]."""
-        noise = torch.randn(
-            self.mean.shape,
-            generator=generator,
-            device=self.mean.device,
-            dtype=self.mean.dtype,
-        )
-        return self.mean + self.std * noise
+        like = {"device": self.mean.device, "dtype": self.mean.dtype}
+        return self.mean + self.std * torch.randn(self.mean.shape, generator=generator, **like)
 
     def mode(self) -> Tensor:
         return self.mean
@@ -120,10 +114,9 @@ class ResBlock(nn.Module):
         self.conv1 = conv3x3(channels_in, channels_out)
         self.norm2 = group_norm(channels_out)
         self.conv2 = conv3x3(channels_out, channels_out)
+        self.nin_shortcut = nn.Identity()
         if channels_in != channels_out:
             self.nin_shortcut = nn.Conv2d(channels_in, channels_out, kernel_size=1)
-        else:
-            self.nin_shortcut = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
@@ -150,49 +143,33 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
+def downsample(channels: int) -> nn.Module:
     """Zero-pad right and bottom by one, then 3x3 with stride 2."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Module:
     """Nearest x2, then 3x3."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = conv3x3(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    nearest = nn.Upsample(scale_factor=2.0, mode="nearest")
+    return nn.Sequential(OrderedDict(nearest=nearest, conv=conv3x3(channels, channels)))
 
 
-class Middle(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels)
-        self.attn_1 = AttnBlock(channels)
-        self.block_2 = ResBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+def middle(channels: int) -> nn.Module:
+    block_1, attn_1 = ResBlock(channels, channels), AttnBlock(channels)
+    blocks = dict(block_1=block_1, attn_1=attn_1, block_2=ResBlock(channels, channels))
+    return nn.Sequential(OrderedDict(blocks))
 
 
 class Level(nn.Module):
     """The residual blocks of one resolution, attention after each, then a change of resolution."""
 
-    def __init__(self, widths: list[int], attention: bool = False):
+    def __init__(self, channels_in: int, channels: int, blocks: int, attends: bool):
         super().__init__()
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
-        self.block = nn.ModuleList(ResBlock(a, b) for a, b in pairs)
-        self.attn = nn.ModuleList(AttnBlock(b) for _, b in pairs if attention)
-        self.downsample: nn.Module = nn.Identity()
-        self.upsample: nn.Module = nn.Identity()
+        widths = [channels_in] + [channels] * (blocks - 1)
+        self.block = nn.ModuleList(ResBlock(width, channels) for width in widths)
+        self.attn = nn.ModuleList(AttnBlock(channels) for _ in widths if attends)
+        self.downsample = self.upsample = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -202,28 +179,20 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, H, W] -> [B, 2C, h, w]."""
+    """Images [B, 3, H, W] -> [B, 2C, h, w]. ch, widths: of the first convolution and the levels."""
 
-    def __init__(
-        self,
-        ch: int,
-        ch_mult: tuple[int, ...],
-        num_res_blocks: int,
-        z_channels: int,
-        attention: tuple[int, ...],
-    ):
+    def __init__(self, ch: int, widths: list[int], blocks: int, channels: int, attention: tuple):
         super().__init__()
         self.conv_in = conv3x3(3, ch)
         self.down = nn.ModuleList()
-        width, last = ch, len(ch_mult) - 1
-        for i, mult in enumerate(ch_mult):
-            level = Level([width] + [ch * mult] * num_res_blocks, i in attention)
-            width = ch * mult
-            level.downsample = Downsample(width) if i < last else nn.Identity()
+        for i, width in enumerate(widths):
+            level = Level(widths[i - 1] if i else ch, width, blocks, i in attention)
+            if i + 1 < len(widths):
+                level.downsample = downsample(width)
             self.down.append(level)
-        self.mid = Middle(width)
+        self.mid = middle(width)
         self.norm_out = group_norm(width)
-        self.conv_out = conv3x3(width, 2 * z_channels)
+        self.conv_out = conv3x3(width, 2 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -233,29 +202,21 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, C, h, w] -> images [B, 3, H, W]; one residual block a level more than above."""
+    """Latents [B, C, h, w] -> images [B, 3, H, W]."""
 
-    def __init__(
-        self,
-        ch: int,
-        ch_mult: tuple[int, ...],
-        num_res_blocks: int,
-        z_channels: int,
-        attention: tuple[int, ...],
-    ):
+    def __init__(self, widths: list[int], blocks: int, channels: int, attention: tuple):
         super().__init__()
-        width = ch * ch_mult[-1]
-        self.conv_in = conv3x3(z_channels, width)
-        self.mid = Middle(width)
+        self.conv_in = conv3x3(channels, widths[-1])
+        self.mid = middle(widths[-1])
         levels = []
-        for i in reversed(range(len(ch_mult))):
-            level = Level([width] + [ch * ch_mult[i]] * (num_res_blocks + 1), i in attention)
-            width = ch * ch_mult[i]
-            level.upsample = Upsample(width) if i > 0 else nn.Identity()
+        for i, width in reversed(list(enumerate(widths))):
+            level = Level(widths[min(i + 1, len(widths) - 1)], width, blocks, i in attention)
+            if i > 0:
+                level.upsample = upsample(width)
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)  # the published names count from the finest level
-        self.norm_out = group_norm(width)
-        self.conv_out = conv3x3(width, 3)
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = conv3x3(widths[0], 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
@@ -270,50 +231,39 @@ class AutoencoderKL(VAE):
     embed_dim: C, latent channels. ch: width of the finest level, a multiple of 32.
     ch_mult: width multiplier of each level, finest first; the stride is 2^(levels - 1).
     num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
-    encoder_attention, decoder_attention: the levels that attend. quant_conv: whether there are 1x1
-    convolutions around the latents.
-    ckpt_path: a file in the published form, a dict whose key `model` holds the tensors.
-    Raises ValueError if ch does not fit the group norms, or if the file's tensors do not match.
+    variant: see `VARIANTS`; encoder_attention and decoder_attention are the levels that attend.
+    Raises ValueError if ch does not fit the group norms.
     """
 
     def __init__(
         self,
         embed_dim: int = KL16["embed_dim"],
         ch_mult: tuple[int, ...] = KL16["ch_mult"],
-        ckpt_path: str | Path | None = None,
         ch: int = KL16["ch"],
         num_res_blocks: int = KL16["num_res_blocks"],
-        encoder_attention: tuple[int, ...] | None = None,
-        decoder_attention: tuple[int, ...] = (),
-        quant_conv: bool = True,
+        **variant,
     ):
         if ch <= 0 or ch % GROUPS:
             raise ValueError(f"ch {ch} is not a multiple of {GROUPS}, the group norms' groups")
-        config = {
-            "embed_dim": embed_dim,
-            "ch_mult": tuple(ch_mult),
-            "ch": ch,
-            "num_res_blocks": num_res_blocks,
-        }
+        if unknown := set(variant) - set(VARIANTS):
+            raise ValueError(f"unknown VAE settings {sorted(unknown)}")
         last = len(ch_mult) - 1
-        attention = (last,) if encoder_attention is None else tuple(encoder_attention)
-        variant = {
-            "encoder_attention": None if attention == (last,) else attention,
-            "decoder_attention": tuple(decoder_attention),
-            "quant_conv": quant_conv,
-        }
+        variant = VARIANTS | variant
+        encoder, decoder = variant["encoder_attention"], tuple(variant["decoder_attention"])
+        encoder = (last,) if encoder is None else tuple(encoder)
+        variant |= dict(
+            encoder_attention=None if encoder == (last,) else encoder, decoder_attention=decoder
+        )
+        config = dict(zip(KL16, (embed_dim, tuple(ch_mult), ch, num_res_blocks), strict=True))
         config |= {name: value for name, value in variant.items() if value != VARIANTS[name]}
         super().__init__(config, channels=embed_dim, stride=2**last)
-        shape = (ch, ch_mult, num_res_blocks, embed_dim)
-        self.encoder = Encoder(*shape, attention)
-        self.decoder = Decoder(*shape, tuple(decoder_attention))
+        widths = [ch * mult for mult in ch_mult]
+        self.encoder = Encoder(ch, widths, num_res_blocks, embed_dim, encoder)
+        self.decoder = Decoder(widths, num_res_blocks + 1, embed_dim, decoder)
         self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
-        if quant_conv:
+        if variant["quant_conv"]:
             self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, kernel_size=1)
             self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, kernel_size=1)
-        if ckpt_path is not None:
-            saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-            self.load_published(saved["model"])
 
     @property
     def is_kl16(self) -> bool:
@@ -337,47 +287,40 @@ def settings_of(state: dict[str, Tensor]) -> dict:
 
     Raises ValueError without a tensor that tells them; others are the layout's to miss.
     """
+    parts = ("encoder.conv_in", "decoder.conv_in", "encoder.down.0.block.0.conv2")
+    missing = [f"{part}.weight" for part in parts if f"{part}.weight" not in state]
+    if missing:
+        raise ValueError(f"it has no tensor {missing[0]}")
 
-    def shape(name: str) -> torch.Size:
-        if name not in state:
-            raise ValueError(f"it has no tensor {name}")
-        return state[name].shape
+    def numbers(pattern: str) -> tuple[int, ...]:
+        matches = (re.match(pattern, name) for name in state)
+        return tuple(sorted({int(match[1]) for match in matches if match}))
 
-    def indices(pattern: str) -> tuple[int, ...]:
-        found = (re.match(pattern, name) for name in state)
-        return tuple(sorted({int(match[1]) for match in found if match}))
-
-    ch = shape("encoder.conv_in.weight")[0]
-    levels = indices(r"encoder\.down\.(\d+)\.block\.")
-    widths = (shape(f"encoder.down.{i}.block.0.conv2.weight")[0] for i in levels)
+    ch = len(state["encoder.conv_in.weight"])
+    levels = numbers(r"encoder\.down\.(\d+)\.block\.")
+    widths = (len(state[f"encoder.down.{i}.block.0.conv2.weight"]) for i in levels)
     return {
-        "embed_dim": shape("decoder.conv_in.weight")[1],
+        "embed_dim": state["decoder.conv_in.weight"].shape[1],
         "ch_mult": tuple(width // max(ch, 1) for width in widths),
         "ch": ch,
-        "num_res_blocks": len(indices(r"encoder\.down\.0\.block\.(\d+)\.")),
-        "encoder_attention": indices(r"encoder\.down\.(\d+)\.attn\."),
-        "decoder_attention": indices(r"decoder\.up\.(\d+)\.attn\."),
+        "num_res_blocks": len(numbers(r"encoder\.down\.0\.block\.(\d+)\.")),
+        "encoder_attention": numbers(r"encoder\.down\.(\d+)\.attn\."),
+        "decoder_attention": numbers(r"decoder\.up\.(\d+)\.attn\."),
         "quant_conv": "quant_conv.weight" in state,
     }
 
 
 def check_layout(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise ValueError naming the tensors that are missing, unexpected or of another shape."""
-    missing = sorted(set(expected) - set(state))
-    unexpected = sorted(set(state) - set(expected))
-    shapes = [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
-        for name in expected
-        if name in state and state[name].shape != expected[name].shape
-    ]
-    problems = [
-        f"{len(names)} {kind} (first: {names[0]})"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", shapes),
-        )
-        if names
-    ]
-    if problems:
-        raise ValueError("tensors do not match: " + "; ".join(problems))
+    problems = {
+        "missing": sorted(set(expected) - set(state)),
+        "unexpected": sorted(set(state) - set(expected)),
+        "of another shape": [
+            f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    parts = [f"{len(ns)} {kind} (first: {ns[0]})" for kind, ns in problems.items() if ns]
+    if parts:
+        raise ValueError("tensors do not match: " + "; ".join(parts))

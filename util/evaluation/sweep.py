@@ -34,7 +34,7 @@ from util.evaluation.jackknife import fid_error, is_error
 from util.evaluation.metrics import Measure
 from util.files import atomic_write, sha256
 from util.metrics_file import MetricsFile
-from util.vae_files import vae_digest
+from util.vae import vae_digest
 
 # The figures that are drawn, and their standard errors where there are any.
 PLOTTED = {
