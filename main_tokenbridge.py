@@ -30,8 +30,7 @@ from util.errors import run
 from util.evaluation.evaluator import drawn_classes, eval_settings
 from util.evaluation.sweep import evaluate_checkpoint, prepare_measure
 from util.files import check_writable
-from util.flops import training_step
-from util.hardware import Meter, peak_flops
+from util.flops import Meter, peak_flops, training_step
 from util.heldout import HeldOut, find_heldout
 from util.inputs import Inputs, TrainingData, check_agreement, open_inputs, refuse_finished
 from util.json_output import figures_on_stdout
@@ -145,7 +144,7 @@ def make_log(
     metrics_file: MetricsFile,
 ) -> TrainingLog:
     plan, device = settings.plan, training.device
-    operations = training_step(training.model.config).total
+    operations = training_step(training.model.config)
     return TrainingLog(
         args.log_dir or args.output_dir,
         every=args.log_freq,

@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from util.device import Precision
-from util.hardware import HARDWARE, Meter, find_hardware, peak_flops, peak_memory, readable
+from util.flops import HARDWARE, Meter, find_hardware, peak_flops, peak_memory, readable
 from util.log import StepResult, TrainingLog
 
 CPU = torch.device("cpu")

@@ -16,8 +16,14 @@ from torch import Tensor
 
 from util import dist
 from util.build import ModelFlags, build_config, build_vae
-from util.flops import training_step
-from util.hardware import GIB, peak_flops, peak_memory
+from util.flops import (
+    GIB,
+    count_parameters,
+    peak_flops,
+    peak_memory,
+    training_memory,
+    training_step,
+)
 from util.inputs import (
     Inputs,
     TrainingData,
@@ -27,7 +33,6 @@ from util.inputs import (
     prepare_finetuning,
 )
 from util.log import StepResult
-from util.memory import training_memory
 from util.plan import Run, TrainSettings
 
 SAVED_COPIES = 4  # of the parameters in a checkpoint, fp32: weights, averages, AdamW's two moments
@@ -158,21 +163,13 @@ def encoding_seconds(run: Run, settings: TrainSettings) -> float:
 
 def of_the_model(run: Run, batch_size: int) -> dict:
     """Figures that need no step. batch_size: of a micro-batch."""
-    model, head = run.model, run.model.head
-    count = sum(p.numel() for p in model.parameters())
-    memory = training_memory(
-        model.config,
-        batch_size,
-        run.precision.name,
-        head.grad_checkpointing,
-        head.chunk,
-        run.device.type,
-    )
+    count = count_parameters(run.model)
+    memory = training_memory(run.model, batch_size, run.precision.name, run.device.type)
     return {
         "parameters": count,
-        "flops_per_image": training_step(model.config).total,
-        "bytes_estimated": memory.total,
-        "bytes_of_states": memory.parameters + memory.gradients + memory.optimizer + memory.ema,
+        "flops_per_image": training_step(run.model.config),
+        "bytes_estimated": sum(memory.values()),
+        "bytes_of_states": memory["states"],
         "bytes_per_checkpoint": 4 * SAVED_COPIES * count,
     }
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from util import dist
-from util.hardware import Meter, peak_memory, readable
+from util.flops import Meter, peak_memory, readable
 from util.metrics_file import MetricsFile
 
 ABOUT = "run/about"  # TensorBoard's text of how a run was begun or gone on with
