@@ -1,12 +1,9 @@
 """The same mathematics the plain way: what the fast paths are compared with, in time and in value.
 
-Everything here works on the weights of the project's own modules, in the shape in which the paper
-and the published layout describe it: K distances a scalar, all masked tokens in one graph, masks
-as tensors, all positions in every block, prefixes computed again for every channel, one pass for
-each half of guidance, loops over parameters. Nothing of the published code is in it. `SWITCHES`
-puts these ways in the place of the fast ones, each alone or all of them, so the gain of each is a
-row of one run; tests/test_benchmarks.py holds both to the same values. `token_cache` alone is no
-plain way, but an approximation that is off by default.
+It works on the weights of the project's own modules, as the paper describes it; nothing of the
+published code is in it. `SWITCHES` puts these ways in the place of the fast ones, each alone or
+together, so the gain of each is a row of one run; tests/test_benchmarks.py holds both to the same
+values. `token_cache` alone is no plain way, but an approximation that is off by default.
 Letters: B batch, L positions, S class slots, V visible, M masked positions, T channels of a token,
 K levels, D width.
 """
@@ -32,8 +29,6 @@ from models.tokenbridge import TokenBridge
 from models.tokenizers import kl16
 from util.ema import EMA
 
-HEADS = {"encoder_blocks": "encoder_num_heads", "decoder_blocks": "decoder_num_heads"}
-
 
 def nearest_levels(quantizer: GaussianQuantizer, x: Tensor) -> Tensor:
     """[...] scaled latents -> indices [...]: the smallest of K distances, a [..., K] tensor."""
@@ -43,22 +38,21 @@ def nearest_levels(quantizer: GaussianQuantizer, x: Tensor) -> Tensor:
     return distances.argmin(dim=-1)
 
 
-def attention(attn: nn.Module, x: Tensor, heads: int, dropout: float = 0.0, mask=None) -> Tensor:
+def attention(attn: nn.Module, x: Tensor, dropout: float = 0.0, mask=None) -> Tensor:
     """x: [N, T, D] -> [N, T, D]; q and k normalised where the module has norms for them."""
-    q, k, v = attn.qkv(x).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    q, k, v = attn.qkv(x).unflatten(-1, (3, attn.heads, -1)).permute(2, 0, 3, 1, 4)
     if hasattr(attn, "q_norm"):
         q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     return attn.proj(out.transpose(1, 2).flatten(2))
 
 
-def run_blocks(model: TokenBridge, name: str, x: Tensor) -> Tensor:
+def run_blocks(model: TokenBridge, blocks: nn.ModuleList, x: Tensor) -> Tensor:
     """x: [N, T, D] -> [N, T, D], for all T positions."""
-    config, heads = model.config, getattr(model.config, HEADS[name])
-    attn_drop = config.attn_dropout if model.training else 0.0
-    drop = config.proj_dropout if model.training else 0.0
-    for block in getattr(model.backbone, name):
-        x = x + F.dropout(attention(block.attn, block.norm1(x), heads, attn_drop), drop)
+    attn_drop, drop = model.config.attn_dropout, model.config.proj_dropout
+    attn_drop, drop = (attn_drop, drop) if model.training else (0.0, 0.0)
+    for block in blocks:
+        x = x + F.dropout(attention(block.attn, block.norm1(x), attn_drop), drop)
         hidden = F.dropout(F.gelu(block.mlp.fc1(block.norm2(x))), drop)
         x = x + F.dropout(block.mlp.fc2(hidden), drop)
     return x
@@ -76,11 +70,11 @@ def conditions(
     x = torch.cat([slots, part.z_proj(values)], dim=1) + part.encoder_pos_embed_learned
     slots = torch.arange(part.num_slots, device=x.device).expand(len(x), -1)
     places = torch.cat([slots, mask.visible + part.num_slots], dim=1)  # [B, S + V]
-    x = run_blocks(model, "encoder_blocks", take(part.z_proj_ln(x), places))
+    x = run_blocks(model, part.encoder_blocks, take(part.z_proj_ln(x), places))
     x = part.decoder_embed(part.encoder_norm(x))
     whole = part.mask_token.to(x.dtype).expand(len(x), part.num_slots + values.shape[1], -1)
     whole = whole.scatter(1, places[..., None].expand_as(x), x) + part.decoder_pos_embed_learned
-    x = run_blocks(model, "decoder_blocks", whole)
+    x = run_blocks(model, part.decoder_blocks, whole)
     z = part.decoder_norm(x)[:, part.num_slots :] + part.output_pos_embed
     return take(z, positions)
 
@@ -95,7 +89,7 @@ def head_outputs(head: ChannelHead, inputs: Tensor, cond: Tensor) -> Tensor:
         modulations = block.adaLN_modulation(c).chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulations
         normed = modulate(block.norm1(x), shift1, scale1)
-        x = x + gate1 * attention(block.attn, normed, block.attn.heads, mask=causal)
+        x = x + gate1 * attention(block.attn, normed, mask=causal)
         x = x + gate2 * block.mlp(modulate(block.norm2(x), shift2, scale2))
     scale, shift = head.channel_final.adaLN_modulation(c).chunk(2, dim=-1)
     return modulate(head.channel_final.norm_final(head.channel_norm(x)), shift, scale)

@@ -113,23 +113,6 @@ def training(settings: Settings) -> Work:
     return Work(title, batch, "images", step, parts, whole, single, operations)
 
 
-def forward(settings: Settings) -> Work:
-    model, batch = settings.build_model().eval(), settings.batch_size
-    config, mask, labels = model.config, settings.random_mask(), settings.labels
-    latents = torch.randn(batch, *config.latent_shape, device=settings.device)
-
-    @torch.no_grad()
-    def loss(precision: str) -> None:
-        with settings.autocast(precision):
-            model(latents, labels, mask)
-
-    title = f"loss without gradients, batch {batch}, {settings.masked} masked positions"
-    operations = flops.backbone(config, config.seq_len - settings.masked, settings.masked)
-    operations = batch * (operations + flops.head(config, settings.masked))
-    whole = ("quantizer", "head", "backbone")
-    return Work(title, batch, "images", loss, Parts(model), whole, (), operations)
-
-
 def head_sampling(settings: Settings) -> Work:
     model, count = settings.build_model().eval(), HEAD_POSITIONS * settings.batch_size
     z = torch.randn(count, model.config.decoder_embed_dim, device=settings.device)
@@ -187,13 +170,12 @@ def vae(settings: Settings, direction: str) -> Work:
     batch, size = settings.batch_size, settings.config.img_size
     images = torch.randn(batch, 3, size, size, device=settings.device)
     latents = tokenizer.mode(tokenizer.posterior(images))
-    ways = {
-        "encode": lambda: tokenizer.posterior(images),
-        "decode": lambda: tokenizer.decode(latents),
-    }
-    title, operations = f"VAE {direction}, batch {batch}", vae_operations(size)[direction]
-    work = in_fp32(title, (batch, "images"), ways[direction], Parts(), "channels_last")
-    return replace(work, operations=batch * operations)
+
+    def run() -> Tensor:
+        return tokenizer.decode(latents) if direction == "decode" else tokenizer.posterior(images)
+
+    work = in_fp32(f"VAE {direction}", (batch, "images"), run, Parts(), "channels_last")
+    return replace(work, operations=batch * vae_operations(size)[direction])
 
 
 def in_fp32(
@@ -220,7 +202,6 @@ def vae_operations(size: int, **vae) -> dict[str, int]:
 
 WORKS: dict[str, Callable[[Settings], Work]] = {
     "train": training,
-    "forward": forward,
     "head": head_sampling,
     "sample": sampling,
     "quantizer": quantizer,

@@ -48,9 +48,7 @@ def quantizer_figure() -> Figure:
     top.plot(x, Normal(0, 1).log_prob(x).exp(), "k", label="latents, N(0, 1)")
     label = f"what the levels are made for: stretched by {wide:.2f} = {high:g}/{SPAN:g}"
     top.plot(x, Normal(0, wide).log_prob(x).exp(), "--", color=ORANGE, label=label)
-    top.set(
-        xlim=(low, high), ylim=(0, 0.53), yticks=[], title=f"{2**SHADED} cells of the nearest level"
-    )
+    top.set(xlim=(low, high), ylim=(0, 0.53), yticks=[], title=f"{2**SHADED} cells")
     top.legend(frameon=False, fontsize=8)
     for row, bits in enumerate(BITS):
         levels, edges = levels_and_edges(bits)
@@ -70,9 +68,7 @@ def head_figure() -> Figure:
     axes.text(3.5, 1.4, f"causal transformer, {PUBLISHED.channel_depth} blocks", ha="center")
     box(axes, -1.1, 1.5, "z of one\nposition", ORANGE)
     arrow(axes, (-0.7, 1.5), (-0.3, 1.5))
-    axes.text(
-        -0.4, 3.2, "channels of the position, low frequencies first; each reads the one before"
-    )
+    axes.text(-0.4, 3.2, "channels of the position, low frequencies first")
     for place, number in enumerate([0, 1, 2, 3, 4, len(order) - 2, len(order) - 1]):
         x = place + (number > 4)  # the dots are between
         read = f"level of\n{order[number - 1]}" if number else "z"
@@ -108,9 +104,7 @@ def mask_figure() -> Figure:
         panel.yaxis.get_major_locator().set_params(integer=True, nbins=5)
     counts, chances = zip(*masked_counts(PUBLISHED.seq_len, PUBLISHED.mask_ratio_min), strict=True)
     axes[-1].bar(counts, [100 * c for c in chances], width=1.0, color=ORANGE)
-    axes[-1].set(
-        xlabel=f"masked, of {PUBLISHED.seq_len}", ylabel="% of the steps", title="training"
-    )
+    axes[-1].set(xlabel="positions masked", ylabel="% of the steps", title="training")
     return figure
 
 
