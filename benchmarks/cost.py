@@ -1,198 +1,120 @@
-"""What training and sampling cost on GPUs: a calculator.
+"""What training and sampling cost on GPUs: operations, hours and memory.
 
-Counts the arithmetic (util/flops.py), estimates the memory traffic (benchmarks/roofline.py), and
-divides them by rates: shares of the data sheet's that are assumed, or, with --rates, those that
-python -m benchmarks.run measured on such a device. Every rate is printed with where it comes from.
+Operations are counted (util/flops.py) and divided by the share of the data sheet's peak that a run
+reaches. That share is assumed: training's log says its own as a percentage beside TFLOP/s.
 
 python -m benchmarks.cost --model tokenbridge_large
-python -m benchmarks.cost --model tokenbridge_huge --nodes 4 --img_size 512
-python -m benchmarks.cost --table
-
-The last one writes the tables of docs/performance.md.
+python -m benchmarks.cost --model tokenbridge_huge --hardware H200 --devices 32 --img_size 512
 """
 
+import argparse
 import json
-from argparse import ArgumentTypeError
-from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
 
-from benchmarks.estimate import BATCH, BOUNDS, MATRIX_SHARE, MEMORY_SHARE, Setup, cost
-from models.config import PRESETS
-from util.args import bit_width, non_negative_float, positive_float, positive_int
-from util.dist import run
-from util.hardware import HARDWARE, readable
-from util.memory import ACTIVATION
+import torch
+
+from models.config import PRESETS, TokenBridgeConfig, preset
+from models.tokenbridge import TokenBridge
+from util import flops
+from util.args import bit_width, fraction, non_negative_float, positive_int
+from util.errors import UserError, as_user_error, run
+from util.flops import ACTIVATION, HARDWARE, count_parameters, readable, training_memory
 from util.parser import Parser
-from util.provenance import ROOT
 
-
-def told(found: dict) -> str:
-    """For people."""
-    setup = Setup(**found["setup"])
-    trained, sampled = found["training"], found["sampling"]
-    rates = (
-        f"  {name:<12}{rate_text(name, rate['value']):<14}{rate['from']}"
-        for name, rate in found["rates"].items()
-    )
-    parts = ", ".join(f"{name} {share:.1%}" for name, share in trained["shares"].items())
-    return "\n".join(
-        [
-            f"{setup.model}, {found['parameters']:,} parameters, {setup.img_size} px, "
-            f"{setup.quant_bits} bits, {setup.vae_embed_dim} channels; {setup.nodes} x "
-            f"{setup.devices} {setup.hardware}, {setup.precision}",
-            *rates,
-            f"training, {trained['epochs']} epochs of {setup.images:,} images",
-            *hours_text(trained, setup),
-            f"  {readable(trained['flops_per_image'], 'FLOP')} an image: {parts}; "
-            f"{trained['batch_size']} images at once, about "
-            f"{trained['bytes_per_device'] / 1e9:.0f} GB",
-            *parts_text(trained, f"{setup.global_batch:,} images"),
-            f"  caching the latents before: {figure(trained['caching_device_hours'])} GPU-hours",
-            f"sampling {sampled['images']:,} images, {setup.num_iter} iterations, guidance "
-            f"{setup.cfg:g}",
-            *hours_text(sampled, setup),
-            f"  {readable(sampled['flops_per_image'], 'FLOP')} an image, and its VAE",
-            *parts_text(sampled, f"{setup.eval_bsz:,} images"),
-        ]
-    )
-
-
-def rate_text(name: str, value: float) -> str:
-    if name == "launch":
-        return f"{value * 1e6:g} us"
-    if name == "fusion":
-        return f"{value:g}"
-    return readable(value, "FLOP/s" if name in ("matrix", "convolution") else "B/s")
-
-
-def figure(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
-
-
-def hours_text(found: dict, setup: Setup) -> list[str]:
-    return [
-        f"  {figure(found['device_hours'])} GPU-hours, {figure(found['hours'])} hours on "
-        f"{setup.processes} GPUs, {figure(found['images_per_second_per_device'])} images/s each; "
-        f"bound by {found['bound']}",
-        f"  {found['share_of_peak']:.0%} of the peak, at which it would be "
-        f"{figure(found['floor_device_hours'])} GPU-hours",
-    ]
-
-
-def parts_text(found: dict, of: str) -> list[str]:
-    return [
-        f"  {name:<12}{figure(part['total'])} s for {of}: {bounds_text(part)}"
-        for name, part in found["parts"].items()
-        if part["total"]
-    ]
-
-
-def bounds_text(part: dict) -> str:
-    """What the time of a part goes to, the most first."""
-    shares = {text: part[kind] / part["total"] for kind, text in BOUNDS.items()}
-    kept = sorted(
-        (text for text in shares if shares[text] >= 0.005), key=lambda text: -shares[text]
-    )
-    return ", ".join(f"{text} {shares[text]:.0%}" for text in kept)
-
-
-def share(text: str) -> float:
-    value = positive_float(text)
-    if value > 1:
-        raise ArgumentTypeError(f"{text} is more than 1")
-    return value
-
-
-def up_to(most: int) -> Callable[[str], int]:
-    """A positive number that small."""
-
-    def number(text: str) -> int:
-        value = positive_int(text)
-        if value > most:
-            raise ArgumentTypeError(f"{text[:20]} is more than {most}")
-        return value
-
-    return number
-
-
-count = up_to(10**15)  # all of which a float tells apart
-side = up_to(4096)  # positions of an image are listed one by one, and so are the iterations
-
-
-FLAGS: dict[str, list[tuple[str, Callable, str]]] = {
-    "model": [
-        ("img_size", side, "pixels a side"),
-        ("vae_stride", side, "pixels a latent position"),
-        ("vae_embed_dim", side, "latent channels"),
-        ("quant_bits", bit_width, "bits a latent scalar"),
-    ],
-    "training": [
-        ("epochs", count, "[as published: huge 800, others 400]"),
-        ("images", count, "of the training set"),
-        ("global_batch", count, "images a step, of all devices"),
-        ("batch_size", count, f"images of a device at once [{BATCH}, or as many as fit]"),
-    ],
-    "sampling": [
-        ("num_images", count, "in all"),
-        ("num_iter", side, "iterations an image"),
-        ("cfg", non_negative_float, "guidance; 1 is none, and half the backbone's work"),
-        ("eval_bsz", count, "images a batch"),
-    ],
-    "machine": [
-        ("devices", count, "of a node"),
-        ("nodes", count, "of so many devices each"),
-        ("network", positive_float, "GB/s that a node sends to the others, all adapters together"),
-    ],
-    "rates": [
-        ("matrix_share", share, f"of the peak, in products [{MATRIX_SHARE}; of --rates 1]"),
-        ("memory_share", share, f"of the memory's bandwidth [{MEMORY_SHARE}; of --rates 1]"),
-        ("link_share", share, "of the bandwidth between devices, and between nodes"),
-        ("launch", non_negative_float, "microseconds that a kernel costs at least"),
-        ("fusion", share, "share of the memory traffic that is left; below 1 with --compile"),
-    ],
-}
+PUBLISHED_EPOCHS = {"tokenbridge_huge": 800}  # all others 400
+USABLE = 0.9  # of a device's memory: the rest is the context's and the allocator's
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    groups = {name: parser.add_argument_group(name) for name in FLAGS}
-    groups["model"].add_argument("--model", choices=PRESETS, default=Setup.model, help="size")
-    for name, flags in FLAGS.items():
-        for flag, kind, text in flags:
-            default = getattr(Setup, flag)
-            groups[name].add_argument(f"--{flag}", type=kind, default=default, help=text)
-    groups["model"].add_argument(
-        "--vae_path",
-        type=Path,
-        metavar="FOLDER",
-        help="a VAE of diffusers, which then decides stride and channels; else KL-16's form",
-    )
-    switches = (("grad_checkpointing", "as in training"), ("encode", "images, not cached latents"))
-    for name, text in switches:
-        groups["training"].add_argument(f"--{name}", action="store_true", help=text)
-    machine = groups["machine"].add_argument
-    machine("--hardware", choices=HARDWARE, default=Setup.hardware, help="of util/hardware.py")
-    machine("--precision", choices=ACTIVATION, default=Setup.precision, help="arithmetic")
-    groups["rates"].add_argument(
-        "--rates", type=Path, metavar="FILE", help="of benchmarks.run on that device: measured"
-    )
-    add = parser.add_argument_group("output").add_argument
+    add = parser.add_argument
+    add("--model", choices=PRESETS, default="tokenbridge_large", help="size")
+    add("--img_size", type=positive_int, default=256, help="pixels a side")
+    add("--vae_stride", type=positive_int, default=16, help="pixels a latent position")
+    add("--vae_embed_dim", type=positive_int, default=16, help="latent channels")
+    add("--quant_bits", type=bit_width, default=6, help="bits a latent scalar")
+    add("--epochs", type=positive_int, help="of training [as published: huge 800, others 400]")
+    add("--images", type=positive_int, default=1_281_167, help="of the training set")
+    add("--grad_checkpointing", action="store_true", help="as in training: a third more to compute")
+    add("--num_images", type=positive_int, default=50_000, help="to sample")
+    add("--num_iter", type=positive_int, default=256, help="iterations of the sampling")
+    add("--cfg", type=non_negative_float, default=3.1, help="guidance; 1 is none")
+    add("--hardware", choices=HARDWARE, default="H100", help="of util/flops.py")
+    add("--devices", type=positive_int, default=8, help="of that hardware, in all")
+    add("--precision", choices=ACTIVATION, default="bf16", help="arithmetic")
+    add("--share", type=fraction, default=0.3, help="of the peak that is reached")
     add("--json", action="store_true", help="all figures, to standard output")
-    add("--table", action="store_true", help="write the tables of --page instead")
-    add("--page", type=Path, default=ROOT / "docs" / "performance.md", help="with --table")
     return parser
+
+
+def largest_batch(model: TokenBridge, precision: str, usable: float) -> tuple[int, int]:
+    """As many of 64 images at once as fit into the bytes, and the bytes that they take."""
+    for batch in (64, 32, 16, 8, 4, 2, 1):
+        taken = sum(training_memory(model, batch, precision).values())
+        if taken <= usable:
+            return batch, taken
+    raise UserError(
+        f"one image takes about {taken / 1e9:.0f} GB, of which a device has {usable / 1e9:.0f}; "
+        "see --hardware and --grad_checkpointing"
+    )
+
+
+def cost(args: argparse.Namespace) -> dict:
+    """All figures, as plain values. Raises UserError, in one line, on what cannot be."""
+    hardware = HARDWARE[args.hardware]
+    peak = getattr(hardware, args.precision)
+    if peak is None:
+        raise UserError(f"--hardware {args.hardware} has no {args.precision}; see --precision")
+    sizes = {name: getattr(args, name) for name in ("img_size", "vae_stride", "vae_embed_dim")}
+    levels = {"quant_levels": 2**args.quant_bits}
+    with as_user_error(), torch.device("meta"):
+        config = TokenBridgeConfig(**preset(args.model), **sizes, **levels)
+        model = TokenBridge(**config.to_dict(), grad_checkpointing=args.grad_checkpointing)
+    batch, taken = largest_batch(model, args.precision, USABLE * hardware.memory * 1e9)
+    step, sample = flops.training_step(config), flops.sampling(config, args.num_iter, args.cfg != 1)
+    epochs = args.epochs or PUBLISHED_EPOCHS.get(args.model, 400)
+    again = 4 / 3 if args.grad_checkpointing else 1
+
+    def hours(operations: float) -> float:
+        return operations / (peak * 1e12 * args.share) / 3600
+
+    return {
+        "parameters": count_parameters(model),
+        "operations_of_a_step": step,
+        "operations_of_a_sample": sample,
+        "epochs": epochs,
+        "batch_size": batch,
+        "bytes_per_device": taken,
+        "training_device_hours": hours(epochs * args.images * step * again),
+        "sampling_device_hours": hours(args.num_images * sample),
+    }
+
+
+def report(args: argparse.Namespace, figures: dict) -> str:
+    """For people."""
+
+    def hours(work: str) -> str:
+        value = figures[f"{work}_device_hours"]
+        return f"{value:,.4g} GPU-hours, {value / args.devices:,.4g} hours"
+
+    return "\n".join(
+        [
+            f"{args.model}, {figures['parameters']:,} parameters, {args.img_size} px; "
+            f"{args.devices} x {args.hardware}, {args.precision}",
+            f"assumed   {args.share:.0%} of the data sheet's peak is reached (--share)",
+            f"memory    {figures['bytes_per_device'] / 1e9:.0f} GB a device by estimate, "
+            f"{figures['batch_size']} images at once",
+            f"training  {hours('training')}: {figures['epochs']} epochs of {args.images:,} images, "
+            f"{readable(figures['operations_of_a_step'], 'FLOP')} an image",
+            f"sampling  {hours('sampling')}: {args.num_images:,} images, {args.num_iter} steps"
+            f", {readable(figures['operations_of_a_sample'], 'FLOP')} an image without the VAE",
+        ]
+    )
 
 
 def main() -> None:
     args = make_parser().parse()
-    if args.table:
-        from benchmarks.cost_page import write_page
-
-        return write_page(args.page)
-    found = cost(Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)}))
-    print(json.dumps(found, indent=2) if args.json else told(found))
+    figures = cost(args)
+    print(json.dumps(figures, indent=2) if args.json else report(args, figures))
 
 
 if __name__ == "__main__":

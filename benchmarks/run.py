@@ -1,66 +1,42 @@
-"""How fast everything is: each work in all its variants, timed in turn, as JSON and as a table.
+"""How fast everything is: each work fast, plain, and with each plain part alone, as one table.
 
 python -m benchmarks.run [--model tokenbridge_base --batch_size 2 --precision fp32 bf16]
 python -m benchmarks.run --only train head --repeats 5 [--json FILE]
-python -m benchmarks.render      writes the tables and the figure of docs/performance.md
+
+Beside every run the rate of a matrix product is measured. The table is printed and written as JSON.
 """
 
-import argparse
 import json
-import platform
-import re
-import tempfile
+import math
 import time
-from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 
-from benchmarks import loaders, pipelines, works
-from benchmarks.machine import PRODUCTS, Machine
-from benchmarks.tables import row_line
-from benchmarks.work import Settings, Work, measure
-from models.config import PRESETS
-from util.args import fraction, positive_float, positive_int
+from benchmarks.plain import plain
+from benchmarks.works import WORKS, Settings, Work
+from models.config import PRESETS, TokenBridgeConfig, preset
+from util.args import positive_int
 from util.device import resolve_device
-from util.dist import run
-from util.errors import UserError, as_user_error
+from util.errors import as_user_error, run
 from util.files import atomic_write, check_writable
+from util.flops import peak_memory, readable
 from util.parser import Parser
-from util.provenance import ROOT, cores, git_revision, processor, versions
+from util.provenance import environment
 
-FORMAT = 1
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 # A GPU's sizes are those of a training on it; a CPU's end within half an hour on 2 cores.
-SIZES = {
-    "cpu": dict(model="tokenbridge_base", long_model="tokenbridge_tiny", batch_size=2),
-    "cuda": dict(model="tokenbridge_large", long_model="tokenbridge_large", batch_size=64),
-}
-SIZES["mps"] = SIZES["cpu"]
-PRECISIONS = {"cpu": ["fp32", "bf16"], "mps": ["fp32", "bf16"], "cuda": ["bf16"]}
-MASK_RATIOS = {"cpu": 0.85, "mps": 0.85, "cuda": 0.867}  # the published run's; training's mean
-MORE = dict(sampled=64, head_tokens=4096, cached=2048, evaluated=64, read=65536, photos=4096)
-
-Builder = Callable[[Settings, Path], Work]
-WORKS: dict[str, Builder] = {
-    "train": lambda settings, _: works.training_step(settings),
-    "forward": lambda settings, _: works.forward(settings),
-    "head": lambda settings, _: works.head_sampling(settings),
-    "sample8": lambda settings, _: works.sampling(settings, settings.iterations[0]),
-    "sample64": lambda settings, _: works.sampling(settings, settings.iterations[1]),
-    "sample256": lambda settings, _: works.sampling(settings, settings.iterations[2]),
-    "quantizer": lambda settings, _: works.quantizer(settings),
-    "ema": lambda settings, _: works.ema(settings),
-    "optimizer": lambda settings, _: works.optimizer(settings),
-    "vae_encode": lambda settings, _: works.vae(settings, "encode"),
-    "vae_decode": lambda settings, _: works.vae(settings, "decode"),
-    "caching": pipelines.caching,
-    "loaders": loaders.latent_loaders,
-    "images": loaders.image_loader,
-    "evaluation": pipelines.evaluation,
-}
-KEPT = "kept"  # bytes, not seconds
+SIZES = {"cuda": ("tokenbridge_large", 64), "cpu": ("tokenbridge_base", 2)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MATRIX = {"cpu": 2048, "mps": 2048, "cuda": 8192}  # side; a GPU is not filled by less
+SHORTEST = 0.2  # seconds: what is over sooner is called several times
+LIMIT = 30.0  # seconds of a variant after which two runs are enough
+FAST, PLAIN = "fast", "plain"  # as the project computes it; as benchmarks/plain.py does
+HEAD = ("work", "variant", "precision", "seconds, median (range)", "a second", "of products")
+HEAD += ("memory", "fast is faster")
 
 
 def make_parser() -> Parser:
@@ -68,120 +44,132 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("--device", default="cuda", help="cuda, mps or cpu; what is there if absent")
     add("--model", choices=PRESETS, help="[tokenbridge_base; on CUDA tokenbridge_large]")
-    add(
-        "--long_model",
-        choices=PRESETS,
-        help="of samplings of 64 and 256 iterations and of the evaluation "
-        "[tokenbridge_tiny, which takes seconds on a CPU; on CUDA tokenbridge_large]",
-    )
-    add("--batch_size", type=positive_int, help="of training, forward and VAE [2; on CUDA 64]")
+    add("--batch_size", type=positive_int, help="[2; on CUDA 64]")
     add("--img_size", type=positive_int, default=256, help="pixels")
-    add("--mask_ratio", type=fraction, help="of training and forward [0.85; on CUDA 0.867]")
-    add("--precision", nargs="+", choices=tuple(PRODUCTS), help="[fp32 bf16; on CUDA bf16]")
-    add("--only", nargs="+", choices=(*WORKS, KEPT), help="these works [all]")
+    add("--num_iter", type=positive_int, default=8, help="of the sampling")
+    add("--precision", nargs="+", choices=tuple(DTYPES), default=["bf16"], help="arithmetic")
+    add("--only", nargs="+", choices=tuple(WORKS), help="these works [all]")
     add("--repeats", type=positive_int, default=3, help="timed runs of each variant")
-    add("--limit", type=positive_float, default=30.0, help="seconds, then two runs are enough")
-    add("--no_switches", action="store_true", help="no plain variants")
-    add("--compile", action="store_true", help="compiled variants as well, which takes minutes")
-    add(
-        "--json",
-        type=Path,
-        help="file to write [benchmarks/results/MACHINE.json; with --only in output/bench/]",
-    )
+    add("--compile", action="store_true", help="compile the blocks of what is not plain")
+    add("--json", type=Path, help="file to write [benchmarks/results/DEVICE.json; --only: none]")
     return parser
 
 
-def make_settings(args: argparse.Namespace, device: torch.device) -> Settings:
-    sizes = SIZES[device.type] | (MORE if device.type == "cuda" else {})
-    given = {name: getattr(args, name) for name in ("model", "long_model", "batch_size")}
-    return Settings(
-        **sizes | {name: value for name, value in given.items() if value is not None},
-        img_size=args.img_size,
-        device=device,
-        precisions=tuple(dict.fromkeys(args.precision or PRECISIONS[device.type])),
-        mask_ratio=MASK_RATIOS[device.type] if args.mask_ratio is None else args.mask_ratio,
-        compile=args.compile,
-        switches=not args.no_switches,
-    )
+class Machine:
+    """What is timed on it, and the products that are timed beside."""
+
+    def __init__(self, device: torch.device):
+        self.device, side = device, MATRIX[device.type]
+        self.operands = {
+            name: [torch.randn(side, side, device=device, dtype=dtype) for _ in range(3)]
+            for name, dtype in DTYPES.items()
+        }
+
+    def synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def seconds(self, call: Callable[[], object], times: int) -> float:
+        """Of each of so many calls, until the device is done with them."""
+        self.synchronize()
+        started = time.perf_counter()
+        for _ in range(times):
+            call()
+        self.synchronize()
+        return (time.perf_counter() - started) / times
+
+    def product_rate(self, precision: str) -> float:
+        """FLOP/s of a product of two square matrices, 2 n^3 operations; the median of three."""
+        a, b, out = self.operands[precision]
+        times = 20 if self.device.type == "cuda" else 1  # a single one is soon over
+        taken = (self.seconds(lambda: torch.mm(a, b, out=out), times) for _ in range(3))
+        return 2 * len(a) ** 3 / median(taken)
+
+
+def variants(work: Work, precisions: Sequence[str]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Name, precision, and what is computed the plain way: nothing or everything in each precision,
+    and each part alone in the last one."""
+    precisions = work.precisions or precisions
+    chosen = [(FAST, precision, ()) for precision in precisions]
+    chosen += [(PLAIN, precision, work.whole) for precision in precisions]
+    return chosen + [(f"{PLAIN}: {name}", precisions[-1], (name,)) for name in work.single]
+
+
+def measure(work: Work, machine: Machine, precisions: Sequence[str], repeats: int) -> list[dict]:
+    """Rows of all variants, run in turn, so that what else a shared machine does meets them all."""
+    rows = []
+    for variant, precision, names in variants(work, precisions):
+        row = dict(title=work.title, variant=variant, precision=precision, plain_parts=names)
+        row |= dict(items=work.items, unit=work.unit, operations=work.operations)
+        rows.append(row | dict(seconds=[], product_rates=[], memory=None, times=1))
+        time_once(work, rows[-1], machine)  # what comes first takes longer
+        if machine.device.type != "cpu" or rows[-1]["seconds"][0] < LIMIT:
+            rows[-1]["times"] = math.ceil(SHORTEST / rows[-1]["seconds"].pop()) or 1
+            rows[-1]["product_rates"].pop()
+    for _ in range(repeats):
+        for row in rows:
+            enough = len(row["seconds"]) >= 2 and row["times"] * sum(row["seconds"]) > LIMIT
+            if len(row["seconds"]) < repeats and not enough:
+                time_once(work, row, machine)
+    return rows
+
+
+def time_once(work: Work, row: dict, machine: Machine) -> None:
+    """Product rates are the mean of one before and one after; memory is known on CUDA alone."""
+    on_cuda = machine.device.type == "cuda"
+    with plain(work.parts, *row["plain_parts"]):
+        before = machine.product_rate(row["precision"])
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        row["seconds"].append(machine.seconds(partial(work.run, row["precision"]), row["times"]))
+        row["memory"] = peak_memory(machine.device) if on_cuda else None
+        row["product_rates"].append((before + machine.product_rate(row["precision"])) / 2)
+
+
+def cells(row: dict, rows: list[dict]) -> list[str]:
+    """A line of the table: see HEAD."""
+    seconds, share = median(row["seconds"]), ""
+    if row["operations"] is not None:
+        pairs = zip(row["seconds"], row["product_rates"], strict=True)
+        share = f"{median(row['operations'] / s / rate for s, rate in pairs):.0%}"
+    fast = next(r for r in rows if (r["variant"], r["precision"]) == (FAST, row["precision"]))
+    return [
+        *(row["title"], row["variant"], row["precision"]),
+        f"{seconds:.3g} ({min(row['seconds']):.3g} to {max(row['seconds']):.3g})",
+        f"{readable(row['items'] / seconds, '').strip()} {row['unit']}",
+        *(share, "" if row["memory"] is None else readable(row["memory"], "B")),
+        "" if fast is row else f"{seconds / median(fast['seconds']):.2f} x",
+    ]
+
+
+def line(row: Sequence[str]) -> str:
+    return f"| {' | '.join(row)} |"
 
 
 def main() -> None:
     args = make_parser().parse()
-    device = resolve_device(args.device)
-    settings = make_settings(args, device)
-    with as_user_error(f"--img_size {args.img_size}"):
-        for model in (settings.model, settings.long_model):
-            settings.config(model)
-    path = args.json or default_path(device, bool(args.only))
-    check_writable(path.parent, "--json")
-    if path.is_dir():
-        raise UserError(f"--json {path} is a folder; name a file")
-    result = benchmark(settings, args.only or [*WORKS, KEPT], args.repeats, args.limit)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write((json.dumps(result, indent=1) + "\n").encode())
-    print(f"{result['seconds']:.0f} s in all; written: {path}", flush=True)
-
-
-def default_path(device: torch.device, partial_run: bool) -> Path:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    name = re.sub(r"[^a-z0-9]+", "-", f"{device.type} {name}".lower()).strip("-")
-    folder = ROOT / "output" / "bench" if partial_run else RESULTS
-    return folder / f"{name}.json"
-
-
-def benchmark(settings: Settings, names: list[str], repeats: int, limit: float) -> dict:
-    """The content of the JSON file."""
-    started, machine = time.monotonic(), Machine(settings.device)
-    facts = describe(settings, machine)
-    print("  ".join(f"{key} {value}" for key, value in facts["machine"].items()), flush=True)
-    rows, copies = [], [machine.copy_rate()]
-    for name in WORKS:
-        if name in names:
-            for row in timed(name, settings, machine, repeats, limit):
-                rows.append(row)
-                print(row_line(row), flush=True)
-            copies.append(machine.copy_rate())
-    kept = works.kept(settings) if KEPT in names else []
-    return {
-        **facts,
-        "settings": plain_settings(settings) | {"repeats": repeats, "limit": limit},
-        "copy_rates": copies,
-        "rows": rows,
-        "kept": kept,
-        "seconds": time.monotonic() - started,
-    }
-
-
-def timed(
-    name: str, settings: Settings, machine: Machine, repeats: int, limit: float
-) -> Iterator[dict]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield from measure(WORKS[name](settings, Path(folder)), machine, repeats, limit)
-
-
-def describe(settings: Settings, machine: Machine) -> dict:
-    """Hardware, versions and time: what a figure must be read with."""
-    facts = {"processor": processor(), "cores": cores(), "threads": torch.get_num_threads()}
-    if settings.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(settings.device)
-        facts |= {"gpu": properties.name, "gpu_bytes": properties.total_memory}
-    facts |= {"system": platform.system(), "python": platform.python_version()}
-    return {
-        "format": FORMAT,
-        "machine": facts,
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "matrix": machine.side,
-    }
-
-
-def plain_settings(settings: Settings) -> dict:
-    return vars(settings) | {
-        "device": settings.device.type,
-        "published_conditions": settings.published_conditions,
-    }
+    device, precisions = resolve_device(args.device), tuple(dict.fromkeys(args.precision))
+    model, batch_size = SIZES.get(device.type, SIZES["cpu"])
+    model, batch_size = args.model or model, args.batch_size or batch_size
+    with as_user_error():
+        config = TokenBridgeConfig(**preset(model), img_size=args.img_size)
+    settings = Settings(config, batch_size, args.num_iter, device, args.compile)
+    path = args.json or (None if args.only else RESULTS / f"{device.type}.json")
+    if path is not None:
+        check_writable(path.parent, "--json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    about = environment(device, " ".join(precisions), 1) | {"model": model}
+    print(*(f"{key}: {value}" for key, value in about.items()), "", sep="\n")
+    print(line(HEAD), line(["---"] * len(HEAD)), sep="\n", flush=True)
+    machine, rows = Machine(device), []
+    for name in args.only or WORKS:
+        measured = measure(WORKS[name](settings), machine, precisions, args.repeats)
+        print(*(line(cells(row, measured)) for row in measured), sep="\n", flush=True)
+        rows += [{"work": name} | row for row in measured]
+    if path is not None:
+        with atomic_write(path) as file:
+            file.write((json.dumps(about | {"rows": rows}, indent=1) + "\n").encode())
+        print(f"\nwritten: {path}")
 
 
 if __name__ == "__main__":

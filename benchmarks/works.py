@@ -1,314 +1,212 @@
-"""The works of the model: training step, forward, head, sampling, quantizer, optimizer, VAE."""
+"""The works that are timed. Weights are random, which costs the same.
 
-import itertools
+A training step is that of `engine_tokenbridge` in one process, without log and checkpoints.
+"""
+
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-import engine_tokenbridge
-from benchmarks.kept import kept_for_backward
-from benchmarks.plain import SAMPLING, TRAINING, Parts, plain, swapped
-from benchmarks.variants import variants
-from benchmarks.work import FAST, PLAIN, Settings, Variant, Work
-from engine_tokenbridge import train_step
-from models import masking
+from benchmarks.plain import Parts
+from models.config import TokenBridgeConfig
+from models.masking import random_orders
 from models.quantizer import GaussianQuantizer
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
-from models.tokenizers.kl16 import KL16, AutoencoderKL
+from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
 from util import flops
-from util.agreement import Agreement
+from util.device import compile_model, resolve_precision
 from util.ema import EMA
-from util.optim import build_optimizer
-from util.plan import Plan, Run, Schedule, TrainSettings
+from util.optim import build_optimizer, guarded_step
 
-GUIDANCE = 3.0
-TOKEN_CACHE = 4  # iterations
-
-
-def build_model(settings: Settings, name: str | None = None, **changes) -> TokenBridge:
-    """The named model of random weights, by default the one to be measured."""
-    torch.manual_seed(0)
-    config = replace(settings.config(name or settings.model), **changes)
-    return TokenBridge(**config.to_dict()).to(settings.device)
-
-
-def class_labels(count: int, model: TokenBridge, device: torch.device | None = None) -> Tensor:
-    """One class after the other, int64 [count]; after the last comes the first."""
-    return torch.arange(count, device=device) % model.config.class_num
+MASK_RATIO = 0.867  # the mean of training's
+CFG = 3.0  # guidance
+HEAD_POSITIONS = 32  # for each image of the batch
+QUANTIZED = (64, 16, 16, 16)
 
 
 @dataclass(frozen=True)
-class Training:
-    """A training run without files, and one batch of cached posteriors."""
+class Settings:
+    """The sizes of everything: a batch of images, and a batch of HEAD_POSITIONS times as many."""
 
-    run: Run
-    batch: list[Tensor]
-    settings: TrainSettings
-
-    @classmethod
-    def of(cls, settings: Settings) -> "Training":
-        model, device = build_model(settings).train(), settings.device
-        channels, *sides = model.config.latent_shape
-        moments = torch.randn(settings.batch_size, 2 * channels, *sides, device=device)
-        labels = class_labels(settings.batch_size, model, device)
-        schedule = Schedule(settings.batch_size, micro_batches=1, images=10**6, seed=0)
-        run = Run(
-            model=model,
-            ema=EMA(model.published_parameters(), 0.9999),
-            optimizer=build_optimizer(model.published_parameters(), 1e-4, 0.02),
-            scaler=torch.amp.GradScaler(device.type, enabled=False),
-            agreement=Agreement(device),
-            tokenizer=Tokenizer(None, model.config.latent_scale),
-            device=device,
-            precision=settings.precision("fp32"),
-        )
-        plan = TrainSettings(
-            plan=Plan(schedule, 0),
-            epochs=1,
-            grad_clip=3.0,
-            max_skipped=20,
-            cached=True,
-            eval_freq=1,
-            output_dir=Path(),
-            extras={},
-        )
-        return cls(run, [moments, labels], plan)
+    config: TokenBridgeConfig
+    batch_size: int
+    num_iter: int
+    device: torch.device
+    compile: bool = False
 
     @property
-    def parts(self) -> Parts:
-        return Parts(self.run.model, self.run.optimizer, self.run.ema)
+    def masked(self) -> int:
+        """Masked positions of an image in training and forward."""
+        return math.ceil(self.config.seq_len * MASK_RATIO)
 
-    def step(self, settings: Settings, precision: str) -> Callable[[], None]:
-        """What `engine_tokenbridge.train` does in a step, but for log and checkpoints."""
-        run, numbers = replace(self.run, precision=settings.precision(precision)), itertools.count()
+    def autocast(self, precision: str) -> AbstractContextManager:
+        return resolve_precision(precision, self.device).autocast(self.device)
 
-        def step() -> None:
-            batches = iter([self.batch])
-            result = train_step(run, run.model, batches, next(numbers), self.settings)
-            run.agreement.conclude(result.skipped)
+    @property
+    def labels(self) -> Tensor:
+        return torch.arange(self.batch_size, device=self.device) % self.config.class_num
 
-        return step
+    def random_mask(self) -> Tensor:
+        """[B, L] bool, in each row as many as the mask ratio says."""
+        return random_orders(self.batch_size, self.config.seq_len, self.device) < self.masked
 
-
-def fixed_mask(settings: Settings) -> AbstractContextManager:
-    """Training masks the same number of positions in every run; which ones remains random."""
-    return swapped(masking, "draw_mask_ratio", lambda minimum: settings.mask_ratio)
-
-
-def training_step(settings: Settings) -> Work:
-    training = Training.of(settings)
-    single = (
-        "chunks",
-        "modulations",
-        "dropout",
-        "backbone",
-    )  # EMA and AdamW are works of their own
-    return Work(
-        "train",
-        f"training step, batch {settings.batch_size}, {settings.masked} masked positions",
-        settings.batch_size,
-        "images",
-        variants(
-            settings,
-            partial(training.step, settings),
-            training.parts,
-            TRAINING,
-            single,
-            partial(fixed_mask, settings),
-        ),
-        settings.batch_size * flops.training_step(training.run.model.config, settings.masked).total,
-    )
+    def build_model(self) -> TokenBridge:
+        torch.manual_seed(0)
+        model = TokenBridge(**self.config.to_dict()).to(self.device)
+        if self.compile:
+            compile_model(model, self.device)
+        return model
 
 
-def random_mask(settings: Settings, model: TokenBridge) -> Tensor:
-    orders = masking.random_orders(settings.batch_size, model.config.seq_len, settings.device)
-    return (orders < settings.masked).to(settings.device)
+@dataclass(frozen=True)
+class Work:
+    """run: once, given a precision's name. items: of that unit, done in one run.
+
+    whole: the switches that together make it plain. single: those to be timed alone.
+    operations: of one run, None where nothing counts them. precisions: None is all.
+    """
+
+    title: str
+    items: int
+    unit: str
+    run: Callable[[str], object]
+    parts: Parts
+    whole: tuple[str, ...]
+    single: tuple[str, ...] = ()
+    operations: float | None = None
+    precisions: tuple[str, ...] | None = None
 
 
-def latents_and_labels(settings: Settings, model: TokenBridge) -> tuple[Tensor, Tensor]:
-    shape = settings.batch_size, *model.config.latent_shape
-    labels = class_labels(settings.batch_size, model, settings.device)
-    return torch.randn(shape, device=settings.device), labels
+def training(settings: Settings) -> Work:
+    model, batch = settings.build_model().train(), settings.batch_size
+    channels, *sides = model.config.latent_shape
+    moments = torch.randn(batch, 2 * channels, *sides, device=settings.device)
+    labels, skipped = settings.labels, moments.new_zeros(())
+    tokenizer = Tokenizer(None, model.config.latent_scale)
+    optimizer = build_optimizer(model.published_parameters(), 1e-4, 0.02)
+    ema = EMA(model.published_parameters(), 0.9999)
 
+    def step(precision: str) -> None:
+        latents = tokenizer.from_moments(moments)
+        with settings.autocast(precision):
+            loss = model(latents, labels, settings.random_mask())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        guarded_step(optimizer, skipped)
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(skipped)
 
-def forward(settings: Settings) -> Work:
-    model = build_model(settings).eval()
-    latents, labels = latents_and_labels(settings, model)
-    mask = random_mask(settings, model)
-
-    def run(precision: str) -> Callable[[], None]:
-        @torch.no_grad()
-        def once() -> None:
-            with settings.precision(precision).autocast(settings.device):
-                model(latents, labels, mask)
-
-        return once
-
-    return Work(
-        "forward",
-        f"evaluation forward, batch {settings.batch_size}, {settings.masked} masked positions",
-        settings.batch_size,
-        "images",
-        variants(settings, run, Parts(model), ("quantizer", "head", "backbone")),
-        settings.batch_size * flops.forward(model.config, settings.masked).total,
-    )
+    title = f"training step, batch {batch}, {settings.masked} masked positions"
+    whole, single = ("quantizer", "head", "backbone", "ema", "optimizer"), ("chunks", "backbone")
+    operations = batch * flops.training_step(model.config, settings.masked)
+    parts = Parts(model, optimizer, ema)
+    return Work(title, batch, "images", step, parts, whole, single, operations)
 
 
 def head_sampling(settings: Settings) -> Work:
-    model = build_model(settings).eval()
-    config, count = model.config, settings.head_tokens
-    z = torch.randn(count, config.decoder_embed_dim, device=settings.device)
-    uniforms = torch.rand(count, config.token_dim, device=settings.device)
+    model, count = settings.build_model().eval(), HEAD_POSITIONS * settings.batch_size
+    z = torch.randn(count, model.config.decoder_embed_dim, device=settings.device)
+    uniforms = torch.rand(count, model.config.token_dim, device=settings.device)
 
-    def run(precision: str) -> Callable[[], None]:
-        def once() -> None:
-            with settings.precision(precision).autocast(settings.device):
-                model.head.sample(z, uniforms)
+    def sample(precision: str) -> None:
+        with settings.autocast(precision):
+            model.head.sample(z, uniforms)
 
-        return once
-
-    return Work(
-        "head",
-        f"head sampling, {count} tokens",
-        count,
-        "tokens",
-        variants(settings, run, Parts(model), ("sampling",)),
-        flops.head_sampling(config, count).total,
-    )
+    title, operations = f"head sampling, {count} tokens", flops.head(model.config, count)
+    return Work(title, count, "tokens", sample, Parts(model), ("sampling",), (), operations)
 
 
-def sampling(settings: Settings, num_iter: int) -> Work:
-    short = num_iter == settings.iterations[0]
-    name = settings.model if short else settings.long_model
-    model = build_model(settings, name).eval()
-    labels = class_labels(settings.sampled, model)
+def sampling(settings: Settings) -> Work:
+    model, sampler = settings.build_model().eval(), SimpleNamespace(sample=sample_latents)
+    count, num_iter, labels = settings.batch_size, settings.num_iter, settings.labels
 
-    def run(precision: str, token_cache: int = 0) -> Callable[[], None]:
-        def once() -> None:
-            with settings.precision(precision).autocast(settings.device):
-                sample_latents(
-                    model, labels, num_iter=num_iter, cfg=GUIDANCE, token_cache=token_cache
-                )
+    def sample(precision: str) -> None:
+        with settings.autocast(precision):
+            sampler.sample(model, labels, num_iter=num_iter, cfg=CFG)
 
-        return once
-
-    single = ("sampling", "guidance", "backbone") if short else ()
-    if not short:
-        settings = replace(settings, switches=False)
-    found = variants(settings, run, Parts(model), SAMPLING, single)
-    last = settings.precisions[-1]
-    lazy = Variant(f"--token_cache {TOKEN_CACHE}", last, run(last, TOKEN_CACHE), counted=False)
-    found.append(lazy)
-    return Work(
-        f"sample{num_iter}",
-        f"sampling {settings.sampled} images, {num_iter} iterations, cfg {GUIDANCE}, {name}",
-        settings.sampled,
-        "images",
-        found,
-        settings.sampled * flops.sampling(model.config, num_iter, guided=True).total,
-    )
+    title = f"sampling {count} images, {num_iter} iterations, cfg {CFG:g}"
+    whole = ("sampling", "guidance", "backbone")
+    operations = count * flops.sampling(model.config, num_iter, guided=True)
+    parts = Parts(model, sampler=sampler)
+    return Work(title, count, "images", sample, parts, whole, (*whole, "token_cache"), operations)
 
 
 def quantizer(settings: Settings) -> Work:
     module = GaussianQuantizer(64).to(settings.device)
-    x = torch.randn(settings.quantized, device=settings.device)
-    parts = Parts(model=WithQuantizer(module))
-    only = replace(settings, precisions=("fp32",))
-    return Work(
-        "quantizer",
-        f"quantizer, {list(settings.quantized)}, 6 bits, encode",
-        x.numel(),
-        "scalars",
-        variants(only, lambda _: lambda: module.encode(x), parts, ("quantizer",)),
-    )
-
-
-@dataclass(frozen=True)
-class WithQuantizer:
-    quantizer: GaussianQuantizer
+    x = torch.randn(QUANTIZED, device=settings.device)
+    title, parts = f"quantizer, {list(QUANTIZED)}", Parts(SimpleNamespace(quantizer=module))
+    return in_fp32(title, (x.numel(), "scalars"), lambda: module.encode(x), parts, "quantizer")
 
 
 def ema(settings: Settings) -> Work:
-    model = build_model(settings)
+    model, skipped = settings.build_model(), torch.zeros((), device=settings.device)
     average = EMA(model.published_parameters(), 0.9999)
-    only = replace(settings, precisions=("fp32",))
-    skipped = torch.zeros((), device=settings.device)
-    count = sum(p.numel() for p in model.parameters())
-    parts = Parts(ema=average)
-    found = variants(only, lambda _: lambda: average.update(skipped), parts, ("ema",))
-    return Work("ema", "EMA update", count, "parameters", found)
+    items = flops.count_parameters(model), "parameters"
+    return in_fp32("EMA update", items, lambda: average.update(skipped), Parts(ema=average), "ema")
 
 
 def optimizer(settings: Settings) -> Work:
-    model = build_model(settings)
+    model, skipped = settings.build_model(), torch.zeros((), device=settings.device)
     adamw = build_optimizer(model.published_parameters(), 1e-4, 0.02)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
-    skipped = torch.zeros((), device=settings.device)
-    only = replace(settings, precisions=("fp32",))
-    count = sum(p.numel() for p in model.parameters())
-
-    def run(_: str) -> Callable[[], None]:
-        return lambda: engine_tokenbridge.guarded_step(adamw, skipped)  # the one that is swapped
-
-    found = variants(only, run, Parts(optimizer=adamw), ("optimizer",))
-    return Work("optimizer", "AdamW step", count, "parameters", found)
+    items, parts = (flops.count_parameters(model), "parameters"), Parts(optimizer=adamw)
+    return in_fp32("AdamW step", items, lambda: guarded_step(adamw, skipped), parts, "optimizer")
 
 
 def vae(settings: Settings, direction: str) -> Work:
     torch.manual_seed(0)
     tokenizer = Tokenizer(AutoencoderKL(), 1.0).to(settings.device)
-    images = torch.randn(
-        settings.batch_size, 3, settings.img_size, settings.img_size, device=settings.device
-    )
+    batch, size = settings.batch_size, settings.config.img_size
+    images = torch.randn(batch, 3, size, size, device=settings.device)
     latents = tokenizer.mode(tokenizer.posterior(images))
-    only = replace(settings, precisions=("fp32",))
-    once = {
-        "encode": lambda: tokenizer.posterior(images),
-        "decode": lambda: tokenizer.decode(latents),
-    }[direction]
-    count = {"encode": flops.vae_encode, "decode": flops.vae_decode}[direction]
-    return Work(
-        f"vae_{direction}",
-        f"VAE {direction}, batch {settings.batch_size}",
-        settings.batch_size,
-        "images",
-        variants(only, lambda _: once, Parts(), ("channels_last",)),
-        settings.batch_size * count(KL16, settings.img_size),
-    )
+
+    def run() -> Tensor:
+        return tokenizer.decode(latents) if direction == "decode" else tokenizer.posterior(images)
+
+    work = in_fp32(f"VAE {direction}", (batch, "images"), run, Parts(), "channels_last")
+    return replace(work, operations=batch * vae_operations(size)[direction])
 
 
-def kept(settings: Settings) -> list[dict]:
-    """Bytes that a training forward keeps for backward, plain and fast, at two batch sizes."""
-    model = build_model(settings).train()
-    latents, labels = latents_and_labels(settings, model)
-    mask, rows = random_mask(settings, model), []
-    sizes = [settings.batch_size, settings.batch_size // 2]
-    for precision in settings.precisions:
-        for name, switches in ((FAST, ()), (PLAIN, ("quantizer", "head", "backbone"))):
-            row = {"variant": name, "precision": precision, "images": sizes}
-            found = []
-            for size in filter(None, sizes):
-                with plain(Parts(model), *switches):
-                    found.append(
-                        kept_for_backward(
-                            lambda n=size, p=precision: _loss(
-                                settings, p, model, latents[:n], labels[:n], mask[:n]
-                            ),
-                            model.parameters(),
-                        )
-                    )
-            rows.append(row | {key: [asdict(k)[key] for k in found] for key in ("hooks", "alive")})
-    return rows
+def in_fp32(
+    title: str, items: tuple[int, str], run: Callable[[], object], parts: Parts, switch: str
+) -> Work:
+    """Of what has no other arithmetic."""
+    return Work(title, *items, lambda _: run(), parts, (switch,), precisions=("fp32",))
 
 
-def _loss(settings, precision, model, latents, labels, mask) -> Tensor:
-    with settings.precision(precision).autocast(settings.device):
-        return model(latents, labels, mask)
+@torch.no_grad()
+def vae_operations(size: int, **vae) -> dict[str, int]:
+    """Of encoding an image of so many pixels a side and of decoding it, by torch's own counter.
+
+    vae: settings of `AutoencoderKL`.
+    """
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):  # shapes alone; no fused attention
+        network = AutoencoderKL(**vae)
+        with FlopCounterMode(display=False) as encode:
+            moments = network.moments(torch.empty(1, 3, size, size))
+        with FlopCounterMode(display=False) as decode:
+            network.decode(moments[:, : network.channels])
+    return {"encode": encode.get_total_flops(), "decode": decode.get_total_flops()}
+
+
+WORKS: dict[str, Callable[[Settings], Work]] = {
+    "train": training,
+    "head": head_sampling,
+    "sample": sampling,
+    "quantizer": quantizer,
+    "ema": ema,
+    "optimizer": optimizer,
+    "vae_encode": partial(vae, direction="encode"),
+    "vae_decode": partial(vae, direction="decode"),
+}

@@ -11,16 +11,13 @@ import torch
 
 import main_tokenbridge
 from demo.classifier import generated_images
-from models.generate import to_uint8
 from models.sampler import sample_latents
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.measures import PIXELS, save_model
-from tests.runs import SIZE, TRAIN_FLAGS, flags, on_processes, refused, train
+from tests.runs import SIZE, TRAIN_FLAGS, flags, refused, train
 from tests.runs import evaluate as evaluate_here
-from tools import compare_images
-from util.data.images import save_png
 from util.device import resolve_precision
 from util.ema import EMA
 from util.errors import UserError
@@ -31,6 +28,7 @@ from util.evaluation.folder import read_png
 from util.evaluation.metrics import Measure
 from util.evaluation.reference import Reference
 from util.evaluation.results import shown_ids
+from util.images import to_uint8
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)
@@ -217,17 +215,3 @@ def test_evaluation_while_training_takes_another_folder_where_a_script_refuses(t
     assert names == ["eval-epoch2", "eval-epoch2-2", "eval-epoch2-3"]
     with pytest.raises(UserError, match="settings.cfg 1.5 .now 4.0."):
         evaluate(model, tokenizer, replace(EVALUATION, cfg=4.0), folder, CPU, FP32, None)
-
-
-def test_comparison_counts_the_images_that_differ(tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
-    for number, change in enumerate((0, 1, 20)):
-        changed = image.clone()
-        changed[0, 0, 0] += change
-        for folder, shown in ((first, image), (second, changed)):
-            folder.mkdir(exist_ok=True)
-            save_png(shown, folder / f"{number}.png")
-    assert compare_images.differences(first, second).tolist() == [0, 1, 20]
-    result = on_processes(1, "tools/compare_images.py", first, second)
-    assert "3 images: 2 differ at all, 1 by more than 8 levels" in result.stdout

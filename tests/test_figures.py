@@ -1,15 +1,10 @@
 """The figures of docs/method.md show what models/ computes, as the committed script draws it."""
 
-import io
-import math
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from models.config import TokenBridgeConfig
-from models.masking import training_mask
 from models.quantizer import GaussianQuantizer
 from tests.conftest import ROOT, golden, tiny_model
 from tests.runs import call
@@ -26,62 +21,34 @@ def test_levels_and_edges_are_where_encode_changes(bits):
     assert after.tolist() == list(range(1, 2**bits))
 
 
-def test_levels_of_the_figure_are_the_published_ones():
-    values = golden("quantizer")["b6_-5_5_reconstruction_values"]
-    expected = (values + 3) / 6 * 10 - 5
-    assert torch.allclose(torch.tensor(figures.levels_and_edges(6)[0]), expected, atol=1e-5)
-
-
-def test_drawn_dots_are_all_levels():
-    below = figures.quantizer_figure().axes[1]
-    dots = [line.get_xdata() for line in below.lines]
+def test_drawn_dots_are_the_published_levels():
+    dots = [line.get_xdata() for line in figures.quantizer_figure().axes[1].lines]
     assert [len(x) for x in dots] == [2**bits for bits in figures.BITS]
-    assert np.allclose(dots[-1], figures.levels_and_edges(6)[0])
+    published = (golden("quantizer")["b6_-5_5_reconstruction_values"] + 3) / 6 * 10 - 5
+    assert np.allclose(dots[-1], published, atol=1e-5)
 
 
 def test_head_figure_names_the_channels_in_the_models_order():
-    model = tiny_model(vae_embed_dim=16, channel_order=None)
-    order = model.head.order.tolist()
+    order = tiny_model(vae_embed_dim=16, channel_order=None).head.order.tolist()
     words = [text.get_text() for text in figures.head_figure().axes[0].texts]
-    channels = [int(word.split("\n")[1]) for word in words if word.startswith("channel\n")]
-    assert channels == order[:5] + order[-2:]
+    predicted = [int(word.split("\n")[1]) for word in words if word.startswith("channel\n")]
     read = [int(word.split("\n")[1]) for word in words if word.startswith("level of\n")]
-    assert read == order[:4] + order[-3:-1]
+    assert predicted == order[:5] + order[-2:] and read == order[:4] + order[-3:-1]
 
 
-@pytest.mark.parametrize("num_iter", figures.ITERATIONS)
-def test_filled_positions_follow_the_cosine(num_iter):
-    left, expected = 256, []
-    for s in range(num_iter):
-        keep = max(1, min(left - 1, math.floor(256 * math.cos(math.pi / 2 * (s + 1) / num_iter))))
-        keep = 0 if s == num_iter - 1 else keep
-        expected.append(left - keep)
-        left = keep
-    assert figures.filled_positions(num_iter) == expected and sum(expected) == 256
+def test_filled_positions_are_all_in_growing_steps():
+    for num_iter in figures.ITERATIONS:
+        filled = figures.filled_positions(num_iter)
+        assert sum(filled) == 256 and len(filled) == num_iter
+    assert figures.filled_positions(8)[0] == 5 and figures.filled_positions(8)[-1] == 49
 
 
-def test_masked_shares_are_those_of_training():
-    counts, chances = figures.masked_shares()
-    assert sum(chances) == pytest.approx(1)
-    drawn = [training_mask(1, 256, 0.7, "cpu").masked.shape[1] for _ in range(3000)]
-    assert min(counts) <= min(drawn) and max(drawn) <= max(counts)
-    mean = sum(m * p for m, p in zip(counts, chances, strict=True))
-    assert np.mean(drawn) == pytest.approx(mean, abs=5 * np.std(drawn) / 3000**0.5)
-
-
-def test_figures_are_of_the_published_settings():
-    assert TokenBridgeConfig() == figures.PUBLISHED
-
-
-def test_committed_pictures_are_what_the_script_draws(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["figures.py"])
+def test_committed_pictures_are_what_the_script_draws(tmp_path):
     call(figures.main, "--output", str(tmp_path))
     for name in figures.FIGURES:
-        content = (ROOT / "docs" / "images" / name).read_bytes()
-        assert len(content) < 100_000
         committed, drawn = (
-            np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=float)
-            for data in (content, (tmp_path / name).read_bytes())
+            np.asarray(Image.open(folder / name).convert("RGB"), dtype=float)
+            for folder in (ROOT / "docs" / "images", tmp_path)
         )
         assert committed.shape == drawn.shape
         assert np.abs(committed - drawn).mean() < 2  # of 255; fonts differ by a little

@@ -1,21 +1,28 @@
-"""The analytic counts are those of torch's counter on the modules themselves, part by part."""
+"""Operations are those of torch's counter on the modules; memory is that of real steps."""
 
 import math
 from collections import Counter
 
 import pytest
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.works import vae_operations
 from models.config import TokenBridgeConfig, preset
-from models.layers import modulations_of
 from models.masking import Mask, draw_mask_ratio, mask_schedule, masked_counts, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import KL16, AutoencoderKL
-from tests.conftest import tiny_model
+from tests.conftest import golden_json, tiny_model
 from util import flops
+from util.ema import EMA
+from util.flops import count_parameters, training_memory
+from util.optim import build_optimizer
 
 VARIANTS = {
     "square": {},
@@ -25,15 +32,11 @@ VARIANTS = {
 }
 
 
-def count(compute) -> dict:
-    """By operation, attention written out: the CPU's fused kernel has no formula."""
+def counted(compute) -> int:
+    """Attention written out: the CPU's fused kernel has no formula."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         compute()
-    return counter.get_flop_counts()["Global"]
-
-
-def counted(compute) -> int:
-    return sum(count(compute).values())
+    return counter.get_total_flops()
 
 
 @pytest.fixture(params=VARIANTS)
@@ -41,155 +44,160 @@ def model(request) -> TokenBridge:
     return tiny_model(**VARIANTS[request.param])
 
 
-def inputs(model: TokenBridge, masked: int, batch: int = 2) -> tuple:
-    """values, class embeddings and mask of a batch."""
-    config = model.config
+def test_backbone_and_head(model):
+    config, batch, masked, predicted = model.config, 2, 11, 5
     values = torch.randn(batch, config.seq_len, config.token_dim)
     classes = model.backbone.class_embedding(torch.zeros(batch, dtype=torch.long), batch)
-    return values, classes, Mask.from_orders(random_orders(batch, config.seq_len, "cpu"), masked)
+    mask = Mask.from_orders(random_orders(batch, config.seq_len, "cpu"), masked)
+    found = counted(lambda: model.backbone(values, classes, mask, mask.masked[:, :predicted]))
+    assert found == batch * flops.backbone(config, config.seq_len - masked, predicted)
+    z = torch.randn(masked, config.decoder_embed_dim)
+    indices = torch.randint(config.quant_levels, (masked, config.token_dim))
+    assert counted(lambda: model.head(z, indices)) == flops.head(config, masked)
 
 
-def head_inputs(model: TokenBridge, positions: int) -> tuple:
-    config = model.config
-    indices = torch.randint(config.quant_levels, (positions, config.token_dim))
-    return torch.randn(positions, config.decoder_embed_dim, requires_grad=True), indices
-
-
-def test_forward_of_each_part(model):
-    config, masked = model.config, 11
-    values, classes, mask = inputs(model, masked)
-    encoded = model.backbone.encode(values, classes, mask)
-    expected = flops.forward(config, masked)
-    assert counted(lambda: model.backbone.encode(values, classes, mask)) == (
-        2 * expected.encoder.total
-    )
-    found = counted(lambda: model.backbone.decode(encoded, mask, mask.masked[:, :5]))
-    assert found == 2 * flops.decoder(config, config.seq_len - masked, predicted=5).total
-    found = counted(lambda: model.backbone.decode(encoded, mask, mask.masked))
-    assert found == 2 * expected.decoder.total
-    head = flops.head(config, 2 * masked)
-    assert counted(lambda: model.head(*head_inputs(model, 2 * masked))) == head.total
-    assert head == 2 * expected.head
-
-
-def test_attention_and_adaln_are_told_apart(model):
-    """Attention is the batched products without a bias."""
-    head, expected = model.head, flops.head(model.config, 11)
-    found = count(lambda: head(*head_inputs(model, 11)))
-    assert found[torch.ops.aten.bmm] == expected.attention
-    conditions = torch.randn(11, model.config.token_dim, model.config.channel_embed_dim)
-    parts = [*head.channel_blocks, head.channel_final]
-    assert counted(lambda: modulations_of(conditions, parts)) == expected.adaln
-
-
-@pytest.mark.parametrize("grad_checkpointing", [False, True])
 @pytest.mark.parametrize("head_chunk", [0, 7])
-def test_training_step(model, grad_checkpointing, head_chunk):
-    """With dropout, whose masks are what a recomputation ends with.
-
-    Not in attention, which a CPU then computes a second time: that is no part of the model.
-    """
-    model = TokenBridge(
-        **model.config.to_dict() | dict(attn_dropout=0.0, proj_dropout=0.1),
-        grad_checkpointing=grad_checkpointing,
-        head_chunk=head_chunk,
-    )
-    config, batch = model.config, 3
-    mask = torch.zeros(batch, config.seq_len, dtype=torch.bool)
-    mask[:, :12] = True
-    latents, labels = torch.randn(batch, *config.latent_shape), torch.zeros(batch).long()
+def test_training_step(model, head_chunk):
+    config = dict(model.config.to_dict(), attn_dropout=0.0)  # a CPU then attends a second time
+    model = TokenBridge(**config, head_chunk=head_chunk)
+    batch, length = 3, model.config.seq_len
+    mask = (torch.arange(length) < 12).expand(batch, -1)
+    latents, labels = torch.randn(batch, *model.config.latent_shape), torch.zeros(batch).long()
     found = counted(lambda: model(latents, labels, mask).backward())
-    assert found == batch * flops.training_step(config, 12, grad_checkpointing).total
+    assert found == batch * flops.training_step(model.config, 12)
 
 
-@pytest.mark.parametrize("cfg", [1.0, 2.0])
-@pytest.mark.parametrize("num_iter", [1, 5, 9])
-def test_sampling(model, num_iter, cfg):
+@pytest.mark.parametrize(("num_iter", "cfg"), [(1, 1.0), (5, 2.0), (100, 2.0)])
+def test_sampling_passes_over_iterations_without_positions(model, num_iter, cfg):
     labels = torch.tensor([0, 1])
     found = counted(lambda: sample_latents(model, labels, num_iter=num_iter, cfg=cfg))
-    expected = flops.sampling(model.config, num_iter, guided=cfg != 1)
-    assert found == 2 * expected.total
+    assert found == 2 * flops.sampling(model.config, num_iter, guided=cfg != 1)
+    assert len(mask_schedule(model.config.seq_len, num_iter)) == num_iter
 
 
 @pytest.mark.parametrize(
     "vae", [KL16 | {"ch": 32}, dict(embed_dim=3, ch_mult=(1, 2), ch=32, num_res_blocks=1)]
 )
-def test_vae(vae):
-    model = AutoencoderKL(**vae).eval()
-    images = torch.randn(2, 3, 32, 32)
+def test_vae_without_memory_is_counted_as_a_real_one(vae):
+    model, expected = AutoencoderKL(**vae).eval(), vae_operations(32, **vae)
     with torch.no_grad():
-        latents = model.encode(images).mean
-        assert counted(lambda: model.encode(images)) == 2 * flops.vae_encode(vae, 32)
-        assert counted(lambda: model.decode(latents)) == 2 * flops.vae_decode(vae, 32)
+        latents = model.encode(torch.randn(2, 3, 32, 32)).mean
+        assert counted(lambda: model.decode(latents)) == 2 * expected["decode"]
+        assert counted(lambda: model.encode(torch.randn(2, 3, 32, 32))) == 2 * expected["encode"]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        dict(use_quant_conv=False, use_post_quant_conv=False),
-        dict(block_out_channels=(8, 16, 16), layers_per_block=2, mid_block_add_attention=False),
-    ],
-)
-def test_vae_of_diffusers(changes):
-    diffusers = pytest.importorskip("diffusers")
-    settings = dict(block_out_channels=(8, 16), latent_channels=3, norm_num_groups=4) | changes
-    levels = len(settings["block_out_channels"])
-    settings |= dict(down_block_types=("DownEncoderBlock2D",) * levels)
-    settings |= dict(up_block_types=("UpDecoderBlock2D",) * levels, layers_per_block=1) | changes
-    model = diffusers.AutoencoderKL(**settings)
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        latents = model.encode(images).latent_dist.mean
-        assert counted(lambda: model.encode(images)) == 2 * flops.vae_encode(settings, 32)
-        assert counted(lambda: model.decode(latents)) == 2 * flops.vae_decode(settings, 32)
-    with pytest.raises(ValueError, match="AttnDownEncoderBlock2D"):
-        flops.vae_encode(settings | dict(down_block_types=("AttnDownEncoderBlock2D",)), 32)
-
-
-def test_masked_counts_are_the_frequencies_of_the_draws():
-    length, draws = 16, 20_000
-    expected = masked_counts(length, 0.7)
-    assert sum(p for _, p in expected) == pytest.approx(1)
-    found = Counter(math.ceil(length * draw_mask_ratio(0.7)) for _ in range(draws))
-    assert set(found) == {m for m, _ in expected}
-    for m, p in expected:
-        assert found[m] / draws == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / draws))
-
-
-@pytest.mark.parametrize("minimum", [0.0, 0.5, 0.7, 1.0])
-def test_masked_counts_have_the_mean_of_the_truncated_normal(minimum):
-    """mu + sigma (phi(a) - phi(0)) / (Phi(0) - Phi(a)); rounding up adds half a position."""
-    length = 4096
-    mean = sum(m * p for m, p in masked_counts(length, minimum)) / length
-    a = (minimum - 1) / 0.25
-    phi = math.exp(-(a**2) / 2) / math.sqrt(2 * math.pi)
-    mass = 0.5 * math.erf(-a / math.sqrt(2))
-    closed = 1 + 0.25 * (phi - 1 / math.sqrt(2 * math.pi)) / mass if mass else 1.0
-    assert mean == pytest.approx(closed + (0.5 / length if mass else 0), abs=1e-5)
-    if minimum == 0.7:
-        assert mean == pytest.approx(0.867, abs=5e-4)
-
-
-def test_mean_step_is_the_mean_over_the_masks():
-    config = tiny_model().config
-    found = flops.training_step(config).total
-    counts = masked_counts(config.seq_len, config.mask_ratio_min)
-    assert found == pytest.approx(sum(p * flops.training_step(config, m).total for m, p in counts))
+def test_mean_step_is_the_mean_over_the_draws_of_the_mask():
+    config, draws = tiny_model().config, 20_000
+    length, counts = config.seq_len, masked_counts(config.seq_len, 0.7)
+    drawn = Counter(math.ceil(length * draw_mask_ratio(0.7)) for _ in range(draws))
+    assert set(drawn) == {m for m, _ in counts} and sum(p for _, p in counts) == pytest.approx(1)
+    for m, p in counts:
+        assert drawn[m] / draws == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / draws))
+    mean = sum(p * flops.training_step(config, m) for m, p in counts)
+    assert flops.training_step(config) == pytest.approx(mean)
 
 
 def test_large_model_spends_three_quarters_in_the_head():
-    """About 2.1 TFLOP an image: 76 % head, a third of it adaLN; 18 % decoder, 6 % encoder."""
-    step = flops.training_step(TokenBridgeConfig(**preset("tokenbridge_large")))
-    assert step.total == pytest.approx(2.1e12, rel=0.05)
-    assert step.head.total / step.total == pytest.approx(0.76, abs=0.01)
-    assert step.decoder.total / step.total == pytest.approx(0.18, abs=0.01)
-    assert step.encoder.total / step.total == pytest.approx(0.06, abs=0.01)
-    assert step.head.adaln / step.head.total == pytest.approx(1 / 3, abs=0.02)
+    config = TokenBridgeConfig(**preset("tokenbridge_large"))
+    assert flops.training_step(config) == pytest.approx(2.1e12, rel=0.05)
+    in_head = sum(p * 3 * flops.head(config, m) for m, p in masked_counts(256, 0.7))
+    assert in_head / flops.training_step(config) == pytest.approx(0.76, abs=0.01)
 
 
-def test_sampling_passes_over_iterations_without_positions():
-    config = tiny_model().config
-    assert len(mask_schedule(config.seq_len, 100)) == 100
-    busy = flops.sampling(config, config.seq_len, guided=False)
-    assert flops.sampling(config, 100, guided=False).head == busy.head
+# Wide enough that activations, not small change, fill the memory. Without dropout: the CPU's masks
+# have four bytes, and there attention with dropout is not fused.
+WIDE = {
+    **dict(img_size=128, vae_stride=16, class_num=10, buffer_size=16, quant_levels=64),
+    **dict(encoder_embed_dim=128, encoder_depth=3, encoder_num_heads=4),
+    **dict(decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4),
+    **dict(channel_embed_dim=128, channel_depth=2, channel_heads=2),
+    **dict(attn_dropout=0.0, proj_dropout=0.0),
+}
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes alive at once, of all storages that operations make but the known ones."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bound = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):
+            a, b = args[-2:]  # zeros will do: bf16 takes a CPU long, and what is counted are bytes
+            result = a.new_zeros(*a.shape[:-1], b.shape[-1])
+        else:
+            result = func(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage.data_ptr() not in self.known:
+                held = self.storages.get(storage.data_ptr())
+                if held is None or held[0].expired():
+                    self.bound += storage.nbytes()
+                self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        if self.bound > self.most:  # perhaps: leave out what has died meanwhile
+            held = self.storages.items()
+            self.storages = {place: x for place, x in held if not x[0].expired()}
+            self.bound = sum(size for _, size in self.storages.values())
+            self.most = max(self.most, self.bound)
+        return result
+
+
+def most_alive(model: TokenBridge, batch: int, precision: str, ratio: float) -> int:
+    """Of a step beside parameters and gradients, which a step before has already made."""
+    config, parameters = model.config, list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    mask = torch.arange(config.seq_len) < math.ceil(ratio * config.seq_len)
+    latents, labels = torch.randn(batch, *config.latent_shape), torch.zeros(batch).long()
+    with Alive([*parameters, *(p.grad for p in parameters)]) as alive:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(latents, labels, mask.expand(batch, -1))
+        loss.backward()
+    return alive.most
+
+
+@pytest.mark.parametrize("grad_checkpointing", [False, True])
+@pytest.mark.parametrize(("precision", "head_chunk"), [("fp32", 64), ("bf16", 64), ("bf16", 1000)])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(encoder_depth=5, buffer_size=32), dict(channel_depth=3, channel_embed_dim=160)],
+    ids=["square", "deep backbone", "wide head"],
+)
+def test_estimate_is_close_to_what_is_alive(changes, precision, head_chunk, grad_checkpointing):
+    settings = dict(grad_checkpointing=grad_checkpointing, head_chunk=head_chunk)
+    model = TokenBridge(**WIDE | changes, **settings).train()
+    found = max(most_alive(model, 4, precision, ratio) for ratio in (0.7, 1.0))
+    memory = training_memory(model, 4, precision)
+    assert 0.9 < (sum(memory.values()) - memory["states"]) / found < 1.2
+
+
+def test_weights_gradients_moments_and_averages_are_exact():
+    model = TokenBridge(**golden_json("config")["config"])
+    optimizer = build_optimizer(model.published_parameters(), 1e-3, 0.02)
+    ema = EMA(model.published_parameters(), 0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [s[name] for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    states = [*model.parameters(), *(p.grad for p in model.parameters()), *moments, *ema.averages]
+    memory = training_memory(model, 1, "fp32")
+    assert memory["states"] == sum(tensor.nbytes for tensor in states) and memory["casts"] == 0
+
+
+def test_chunks_and_checkpointing_keep_less():
+    """The head is by far the largest part without chunks."""
+    expected = {"base": 218_024_704, "large": 486_889_472, "huge": 910_040_576}
+    for name, parameters in expected.items():
+        config = TokenBridgeConfig(**preset(f"tokenbridge_{name}")).to_dict()
+        with torch.device("meta"):
+            model, whole = TokenBridge(**config), TokenBridge(**config, head_chunk=0)
+            checkpointed = TokenBridge(**config, grad_checkpointing=True)
+        assert count_parameters(model) == parameters
+        memory = training_memory(model, 64)
+        assert training_memory(model, 128)["head"] == memory["head"]
+        assert training_memory(whole, 64)["head"] > 10 * memory["head"]
+        less = training_memory(checkpointed, 64)
+        assert less["backbone"] < memory["backbone"] / 3 and less["head"] < memory["head"]

@@ -11,7 +11,7 @@ import torch
 from models.tokenizers.kl16 import VAE
 from util import dist
 from util.data.cache_writer import CacheWriter
-from util.hardware import GIB, peak_memory
+from util.flops import GIB, peak_memory
 
 VIEWS = 2  # an image and its mirror image
 

@@ -15,7 +15,7 @@ from util.data.images import ImageDataset, collate_skipping
 from util.dry_cache import free_bytes
 from util.errors import UserError
 from util.evaluation.reconstruction_folder import ReconstructionFolder
-from util.hardware import GIB, peak_memory
+from util.flops import GIB, peak_memory
 
 # images uint8 [N, 3, H, W] and their numbers -> pixels of every variant and of the crops, measured
 Decode = Callable[[Tensor, list[int]], list[Tensor]]

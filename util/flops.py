@@ -1,285 +1,226 @@
-"""Floating-point operations of the model, counted from its configuration, per image.
+"""What a training step takes: operations, memory, and the share of a device that is used.
 
-Matrix products and convolutions only, a multiply-add being two operations; attention is counted as
-if no position were hidden, and a backward pass as two forward ones. That is the convention of
-torch.utils.flop_counter, with which tests/test_flops.py compares every part.
-Letters: L positions, V of them visible, M masked, S class slots, T channels of a token, K levels,
-D width.
+Operations are those of matrix products and convolutions, a multiply-add being two; attention is
+counted as if no position were hidden, and a backward pass as two forward ones: the convention of
+torch.utils.flop_counter, with which tests/test_flops.py compares them.
+Letters: L positions, V of them visible, S class slots, T channels of a token, a bytes of a number.
 """
 
-from dataclasses import dataclass
-from functools import reduce
-from operator import add
+import math
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
 
 from models.config import TokenBridgeConfig
+from models.heads.channel import CHUNK_ROWS, CHUNK_ROWS_ELSEWHERE
 from models.masking import mask_schedule, masked_counts
+from models.tokenbridge import TokenBridge
+from util.device import Precision
 
-
-@dataclass(frozen=True)
-class Flops:
-    """linear: products with weights, without adaln: the head's modulations. attention: q k, p v."""
-
-    linear: float = 0
-    attention: float = 0
-    adaln: float = 0
-
-    @property
-    def total(self) -> float:
-        return self.linear + self.attention + self.adaln
-
-    def __add__(self, other: "Flops") -> "Flops":
-        return Flops(
-            self.linear + other.linear,
-            self.attention + other.attention,
-            self.adaln + other.adaln,
-        )
-
-    def __rmul__(self, times: float) -> "Flops":
-        return Flops(times * self.linear, times * self.attention, times * self.adaln)
-
-
-@dataclass(frozen=True)
-class ModelFlops:
-    encoder: Flops = Flops()
-    decoder: Flops = Flops()
-    head: Flops = Flops()
-
-    @property
-    def total(self) -> float:
-        return self.encoder.total + self.decoder.total + self.head.total
-
-    def __add__(self, other: "ModelFlops") -> "ModelFlops":
-        return ModelFlops(
-            self.encoder + other.encoder, self.decoder + other.decoder, self.head + other.head
-        )
-
-    def __rmul__(self, times: float) -> "ModelFlops":
-        return ModelFlops(times * self.encoder, times * self.decoder, times * self.head)
+GIB = 2**30
+FULL = 4  # bytes of fp32: weights, optimizer, EMA, and the sums that run through the blocks
+ACTIVATION = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def linear(rows: float, inputs: int, outputs: int) -> float:
-    """[rows, inputs] x [inputs, outputs]."""
+    """Operations of [rows, inputs] x [inputs, outputs]."""
     return 2 * rows * inputs * outputs
 
 
-def vit_block(width: int, mlp_ratio: float, tokens: int, leaving: int | None = None) -> Flops:
+def vit_block(width: int, mlp_ratio: float, tokens: int, leaving: int) -> float:
     """leaving: how many of the tokens are read afterwards; all keys and values are needed."""
-    leaving = tokens if leaving is None else leaving
-    products = linear(tokens, width, 2 * width) + linear(leaving, width, 2 * width)
-    products += 2 * linear(leaving, width, int(width * mlp_ratio))
-    return Flops(products, attention=2 * linear(leaving, width, tokens))
+    projections = linear(tokens, width, 2 * width) + linear(leaving, width, 2 * width)
+    attention = 2 * linear(leaving, width, tokens)
+    return projections + attention + 2 * linear(leaving, width, int(width * mlp_ratio))
 
 
-def encoder(config: TokenBridgeConfig, visible: int) -> Flops:
-    """The projection of all tokens; blocks on the slots and the visible ones, S + V."""
-    width = config.encoder_embed_dim
-    block = vit_block(width, config.mlp_ratio, config.buffer_size + visible)
-    return Flops(_input_projection(config)) + config.encoder_depth * block
+def backbone(config: TokenBridgeConfig, visible: int, predicted: int) -> float:
+    """Encoder: the projection of L, blocks on S + V. Decoder: the projection of S + V, blocks on
+    S + L, of which those to predict alone leave the last one."""
+    width, out, ratio = config.encoder_embed_dim, config.decoder_embed_dim, config.mlp_ratio
+    some, every = config.buffer_size + visible, config.buffer_size + config.seq_len
+    total = linear(config.seq_len, config.token_dim, width) + linear(some, width, out)
+    total += config.encoder_depth * vit_block(width, ratio, some, some)
+    total += (config.decoder_depth - 1) * vit_block(out, ratio, every, every)
+    return total + vit_block(out, ratio, every, predicted)
 
 
-def _input_projection(config: TokenBridgeConfig) -> float:
-    return linear(config.seq_len, config.token_dim, config.encoder_embed_dim)
-
-
-def decoder(config: TokenBridgeConfig, visible: int, predicted: int) -> Flops:
-    """The projection of the encoder's output, S + V; blocks on all S + L.
-
-    Only the positions to predict leave the last block.
-    """
-    width, tokens = config.decoder_embed_dim, config.buffer_size + config.seq_len
-    blocks = (config.decoder_depth - 1) * vit_block(width, config.mlp_ratio, tokens)
-    last = vit_block(width, config.mlp_ratio, tokens, leaving=predicted)
-    return Flops(_decoder_projection(config, visible)) + blocks + last
-
-
-def _decoder_projection(config: TokenBridgeConfig, visible: int) -> float:
-    rows = config.buffer_size + visible
-    return linear(rows, config.encoder_embed_dim, config.decoder_embed_dim)
-
-
-def head(config: TokenBridgeConfig, positions: int) -> Flops:
-    """Teacher-forced: all T channels of so many positions."""
+def head(config: TokenBridgeConfig, positions: int) -> float:
+    """All T channels of so many positions, at once as in training, or one by one in sampling."""
+    width, depth = config.channel_embed_dim, config.channel_depth
     tokens = positions * config.token_dim
-    attention = 2 * linear(tokens, config.channel_embed_dim, config.token_dim)
-    return _head_products(config, positions) + Flops(attention=config.channel_depth * attention)
+    attention = linear(tokens, width, 4 * width + 2 * config.token_dim)
+    block = attention + linear(tokens, width, 2 * int(width * config.mlp_ratio))
+    modulations = linear(tokens, width, (6 * depth + 2) * width)
+    ends = linear(positions, config.decoder_embed_dim, width)
+    return ends + depth * block + modulations + linear(tokens, width, config.quant_levels)
 
 
-def head_sampling(config: TokenBridgeConfig, positions: int) -> Flops:
-    """Channel after channel, over keys and values of all T, those to come hidden: the same."""
-    return head(config, positions)
-
-
-def _head_products(config: TokenBridgeConfig, positions: int) -> Flops:
-    width, tokens = config.channel_embed_dim, positions * config.token_dim
-    products = linear(positions, config.decoder_embed_dim, width)
-    products += linear(tokens, width, config.quant_levels)
-    products += config.channel_depth * _head_block_linear(config, tokens)
-    return Flops(products, adaln=linear(tokens, width, (6 * config.channel_depth + 2) * width))
-
-
-def _head_block_linear(config: TokenBridgeConfig, tokens: int) -> float:
-    width = config.channel_embed_dim
-    return linear(tokens, width, 4 * width + 2 * int(width * config.mlp_ratio))
-
-
-def forward(config: TokenBridgeConfig, masked: int) -> ModelFlops:
-    """Latents -> logits of the masked positions."""
-    visible = config.seq_len - masked
-    return ModelFlops(
-        encoder(config, visible), decoder(config, visible, masked), head(config, masked)
-    )
-
-
-def recomputed(config: TokenBridgeConfig, masked: int) -> ModelFlops:
-    """What gradient checkpointing computes once more: the blocks, the head's modulations apart."""
-    whole, rows = forward(config, masked), masked * config.token_dim
-    outside = linear(masked, config.decoder_embed_dim, config.channel_embed_dim)
-    outside += linear(rows, config.channel_embed_dim, config.quant_levels)
-    return whole + (-1) * ModelFlops(
-        Flops(_input_projection(config)),
-        Flops(_decoder_projection(config, config.seq_len - masked)),
-        Flops(outside, adaln=whole.head.adaln),
-    )
-
-
-def training_step(
-    config: TokenBridgeConfig, masked: int | None = None, grad_checkpointing: bool = False
-) -> ModelFlops:
+def training_step(config: TokenBridgeConfig, masked: int | None = None) -> float:
     """Forward and backward of one image; the mean over the training's masks if masked is None.
 
-    Twice the forward pass for backward, but that the input needs no gradient. Without
-    grad_checkpointing these are the model's FLOPs, of which utilisation is a share by definition.
+    What gradient checkpointing computes again is no part of the model, so not of this number.
     """
     if masked is None:
         counts = masked_counts(config.seq_len, config.mask_ratio_min)
-        steps = (p * training_step(config, m, grad_checkpointing) for m, p in counts)
-        return reduce(add, steps)
-    step = 3 * forward(config, masked)
-    step += ModelFlops(encoder=Flops(-_input_projection(config)))
-    return step + recomputed(config, masked) if grad_checkpointing else step
+        return sum(share * training_step(config, count) for count, share in counts)
+    forward = backbone(config, config.seq_len - masked, masked) + head(config, masked)
+    gradient_of_input = linear(config.seq_len, config.token_dim, config.encoder_embed_dim)
+    return 3 * forward - gradient_of_input  # which nobody needs
 
 
-def sampling_iteration(
-    config: TokenBridgeConfig, before: int, after: int, guided: bool
-) -> ModelFlops:
-    """From `before` masked positions to `after`; guidance is a doubled batch of the backbone."""
-    visible = config.seq_len - before
-    passes = 2 if guided else 1
-    return ModelFlops(
-        passes * encoder(config, visible),
-        passes * decoder(config, visible, before - after),
-        head_sampling(config, before - after),
-    )
+def sampling(config: TokenBridgeConfig, num_iter: int, guided: bool) -> float:
+    """All iterations of one image; guidance is a doubled batch of the backbone."""
+    total = 0.0
+    for before, after, _ in mask_schedule(config.seq_len, num_iter):
+        if before > after:
+            passes = 2 if guided else 1
+            total += passes * backbone(config, config.seq_len - before, before - after)
+            total += head(config, before - after)
+    return total
 
 
-def sampling(config: TokenBridgeConfig, num_iter: int, guided: bool) -> ModelFlops:
-    """All iterations of one image; those that predict nothing are passed over."""
-    schedule = mask_schedule(config.seq_len, num_iter)
-    iterations = (
-        sampling_iteration(config, before, after, guided)
-        for before, after, _ in schedule
-        if before > after
-    )
-    return reduce(add, iterations)
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _conv(size: int, inputs: int, outputs: int, positions: int) -> float:
-    return linear(positions, size**2 * inputs, outputs)
+def training_memory(
+    model: TokenBridge, batch_size: int, precision: str = "bf16", device_type: str = "cuda"
+) -> dict[str, int]:
+    """Bytes on a device, by part; without VAE, loader, CUDA context and the allocator's losses.
+
+    model: on any device, meta too. batch_size: of a micro-batch. precision: bf16, fp16 or fp32.
+    states: weights, gradients, AdamW's moments, EMA. casts: weights in half precision.
+    backbone, head: what the backbone, and a chunk of the head, keep for backward with eager torch
+    and fused attention, an estimate; and a second time the gradients of the head's weights.
+    """
+    config, head, a = model.config, model.head, ACTIVATION[precision]
+    multiplied = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    rows = CHUNK_ROWS.get(device_type, CHUNK_ROWS_ELSEWHERE)
+    positions = batch_size * config.seq_len
+    chunk = rows // config.token_dim if head.chunk is None else head.chunk or positions
+    image, position = _activations(config, a, head.grad_checkpointing)
+    in_head = min(max(1, chunk), positions) * position + FULL * count_parameters(head)
+    return {
+        "states": 5 * FULL * count_parameters(model),
+        "casts": a * multiplied if a < FULL else 0,
+        "backbone": round(batch_size * image),
+        "head": round(in_head),
+    }
 
 
-def _res_block(inputs: int, outputs: int, positions: int) -> float:
-    shortcut = _conv(1, inputs, outputs, positions) if inputs != outputs else 0
-    convs = _conv(3, inputs, outputs, positions) + _conv(3, outputs, outputs, positions)
-    return convs + shortcut
+def _activations(config: TokenBridgeConfig, a: int, recompute: bool) -> tuple[float, float]:
+    """Bytes of an image in the backbone, and of a position in the head.
+
+    A block keeps the sums before both norms; their outputs, q, k, v and what attention gives;
+    twice the MLP's width around GELU; dropout's masks of one byte. The head's last summands are
+    gradients in flight at the beginning of its backward.
+    """
+    masked, tokens = math.ceil(config.seq_len * config.mask_ratio_min), config.seq_len
+    image = 2 * FULL * (config.buffer_size + tokens) * config.encoder_embed_dim
+    image += 2 * FULL * masked * config.decoder_embed_dim
+    largest = 0.0
+    for width, positions, depth in (
+        (config.encoder_embed_dim, tokens - masked, config.encoder_depth),
+        (config.decoder_embed_dim, tokens, config.decoder_depth),
+    ):
+        rows, hidden = config.buffer_size + positions, int(width * config.mlp_ratio)
+        masks = 2 * width + hidden if config.proj_dropout else 0
+        block = rows * (width * (2 * FULL + 6 * a) + hidden * 2 * a + masks)
+        image += depth * (FULL * rows * width if recompute else block)
+        largest = max(largest, block)
+    width, depth = config.channel_embed_dim, config.channel_depth
+    block = width * (4 * FULL + 12 * a) + int(width * config.mlp_ratio) * 2 * a
+    channel = depth * FULL * width + block if recompute else depth * block
+    channel += (6 * depth + 2) * width * a  # modulations
+    channel += width * (5 * FULL + 4 * a) + config.quant_levels * (2 * FULL + a) + width * 2 * FULL
+    return image + (largest if recompute else 0), config.token_dim * channel
 
 
-def _vae_attention(width: int, positions: int) -> float:
-    return 4 * _conv(1, width, width, positions) + 2 * linear(positions, width, positions)
+class Hardware(NamedTuple):
+    """TFLOP/s of dense products at boost clocks, None where there are none, and GB of memory.
 
-
-@dataclass(frozen=True)
-class VaeShape:
-    """widths of the levels, the first at full resolution; blocks of an encoder's level.
-
-    last_attends: attention after each block of the encoder's last level. moments, latents: 1x1
-    convolutions of them at the ends.
+    pattern: of torch.cuda.get_device_name, without the vendor; a slice of a device (MIG) or a
+    relative (GH200, 4090 Laptop) has another name. fp16: accumulated in fp32. fp32: not TF32.
     """
 
-    widths: tuple[int, ...]
-    blocks: int
-    channels: int
-    last_attends: bool = True
-    middle_attends: bool = True
-    moments: bool = True
-    latents: bool = True
-
-    @classmethod
-    def of(cls, vae: dict) -> "VaeShape":
-        """vae: settings of `AutoencoderKL` (KL16 for example), or of diffusers' one.
-
-        Raises ValueError on a diffusers VAE with other levels than plain ones.
-        """
-        if "block_out_channels" not in vae:
-            widths = tuple(vae["ch"] * mult for mult in vae["ch_mult"])
-            last = len(widths) - 1
-            return cls(
-                widths,
-                vae["num_res_blocks"],
-                vae["embed_dim"],
-                last_attends=last in vae.get("encoder_attention", (last,)),
-                moments=vae.get("quant_conv", True),
-                latents=vae.get("quant_conv", True),
-            )
-        kinds = {*vae["down_block_types"], *vae["up_block_types"]}
-        others = kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"}
-        if others:
-            raise ValueError(f"a VAE with {min(others)[:60]!r} has no count here")
-        return cls(
-            tuple(vae["block_out_channels"]),
-            vae["layers_per_block"],
-            vae["latent_channels"],
-            last_attends=False,
-            middle_attends=vae.get("mid_block_add_attention", True),
-            moments=vae.get("use_quant_conv", True),
-            latents=vae.get("use_post_quant_conv", True),
-        )
-
-    def middle(self, positions: int) -> float:
-        width = self.widths[-1]
-        attention = _vae_attention(width, positions) if self.middle_attends else 0
-        return 2 * _res_block(width, width, positions) + attention
+    pattern: str
+    bf16: float | None
+    fp16: float
+    fp32: float
+    memory: float
+    source: str  # NVIDIA's data sheet or whitepaper, by its title
 
 
-def vae_encode(vae: dict, img_size: int) -> float:
-    """Image -> moments. vae: see `VaeShape.of`."""
-    shape = VaeShape.of(vae)
-    positions, width, last = img_size**2, shape.widths[0], len(shape.widths) - 1
-    flops = _conv(3, 3, width, positions)
-    for i, outputs in enumerate(shape.widths):
-        for _ in range(shape.blocks):
-            flops += _res_block(width, outputs, positions)
-            flops += _vae_attention(outputs, positions) if i == last and shape.last_attends else 0
-            width = outputs
-        if i < last:
-            positions //= 4
-            flops += _conv(3, width, width, positions)
-    moments = 2 * shape.channels
-    flops += shape.middle(positions) + _conv(3, width, moments, positions)
-    return flops + (_conv(1, moments, moments, positions) if shape.moments else 0)
+HARDWARE = {
+    "A100": Hardware("A100-SXM4-(40|80)GB", 312, 312, 19.5, 80, "A100, June 2021"),
+    "A100-PCIe": Hardware("A100(-PCIE-40GB| 80GB PCIe)", 312, 312, 19.5, 80, "A100, 2021"),
+    "H100": Hardware("H100 80GB HBM3", 989.4, 989.4, 66.9, 80, "H100 architecture, SXM5"),
+    "H100-PCIe": Hardware("H100 PCIe", 756, 756, 51.2, 80, "H100 architecture, PCIe"),
+    "H100-NVL": Hardware("H100 NVL", 835.5, 835.5, 60, 94, "H100, NVL"),
+    "H200": Hardware("H200", 989.4, 989.4, 66.9, 141, "H200, SXM"),
+    "B200": Hardware("B200", 2250, 2250, 75, 180, "Blackwell and HGX B200, 2024"),
+    "L40S": Hardware("L40S", 362, 362, 91.6, 48, "L40S"),
+    "RTX-4090": Hardware("GeForce RTX 4090", 165.2, 165.2, 82.6, 24, "Ada architecture"),
+    "V100": Hardware("V100-SXM2-(16|32)GB(-LS)?", None, 125, 15.7, 32, "V100, 2020"),
+}
 
 
-def vae_decode(vae: dict, img_size: int) -> float:
-    """Latents -> image."""
-    shape = VaeShape.of(vae)
-    widths, channels, width = shape.widths, shape.channels, shape.widths[-1]
-    positions = (img_size // 2 ** (len(widths) - 1)) ** 2
-    flops = _conv(1, channels, channels, positions) if shape.latents else 0
-    flops += _conv(3, channels, width, positions) + shape.middle(positions)
-    for i in reversed(range(len(widths))):
-        for _ in range(shape.blocks + 1):
-            flops += _res_block(width, widths[i], positions)
-            width = widths[i]
-        if i > 0:
-            positions *= 4
-            flops += _conv(3, width, width, positions)
-    return flops + _conv(3, width, 3, positions)
+def find_hardware(name: str) -> Hardware | None:
+    """name: as torch.cuda.get_device_name says it. None if it is not in the table."""
+    name = re.sub(r"^(NVIDIA|Tesla) ", "", name)
+    return next((h for h in HARDWARE.values() if re.fullmatch(h.pattern, name)), None)
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float | None:
+    """The most FLOP/s of matrix products in that precision; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    tera = getattr(find_hardware(torch.cuda.get_device_name(device)), precision.name, None)
+    return tera * 1e12 if tera is not None else None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a CUDA device, what MPS holds, else the process's most.
+
+    Counters of the host: nothing waits for the device.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    if (status := Path("/proc/self/status")).exists():  # Linux, whose getrusage counts the parent
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class Meter(NamedTuple):
+    """flops: of an image's `training_step`. peak: FLOP/s of the device, None if not known."""
+
+    flops: float
+    device: torch.device
+    peak: float | None = None
+
+    def figures(self, images_per_second: float, processes: int, memory: float) -> dict[str, float]:
+        """By their names in TensorBoard. memory: bytes, of the process with most."""
+        achieved = self.flops * images_per_second / processes
+        figures = {"speed/tflops_per_device": achieved / 1e12, "speed/memory_gib": memory / GIB}
+        if self.peak is not None:
+            figures["speed/percent_of_peak"] = 100 * achieved / self.peak
+        return figures
+
+
+def readable(value: float, unit: str) -> str:
+    """Three digits and a prefix: 3.97e14 FLOP/s is 397 TFLOP/s."""
+    prefixes = ["", "K", "M", "G", "T", "P", "E"]
+    while value >= 999.5 and len(prefixes) > 1:
+        value /= 1000
+        prefixes.pop(0)
+    return f"{value:.3g} {prefixes[0]}{unit}"
