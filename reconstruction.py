@@ -45,15 +45,9 @@ from util.args import (
 from util.build import build_vae, cache_histogram, calibrated_levels
 from util.config_file import CONFIG
 from util.data.cache_writer import list_digest
-from util.data.images import (
-    ImageDataset,
-    ImageList,
-    collate_skipping,
-    list_files,
-    list_images,
-    visible,
-)
+from util.data.images import ImageDataset, collate_skipping
 from util.data.latent_cache import open_cache
+from util.data.listing import ImageList, list_files, list_images, visible
 from util.dry_reconstruction import rehearse
 from util.errors import UserError, as_user_error, run
 from util.evaluation import metrics

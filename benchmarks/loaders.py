@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.work import FAST, Settings, Variant, Work
 from main_cache import make_parser
 from util.data.batches import Batches, MicroBatchSampler
-from util.data.cache_files import FORMATS
-from util.data.cache_writer import CacheSettings, CacheWriter, list_digest
-from util.data.images import ImageDataset, collate_skipping, list_images
+from util.data.cache_writer import FORMATS, CacheSettings, CacheWriter, list_digest
+from util.data.images import ImageDataset, collate_skipping
 from util.data.latent_cache import CachedLatents, as_one_batch, open_cache
+from util.data.listing import list_images
 from util.provenance import cores
 
 CHANNELS, SIDE = 16, 16  # of the latents of a 256 px image

@@ -27,7 +27,7 @@ from tests.runs import (
     train,
 )
 from util import doctor, fid_stats
-from util.data.images import list_images
+from util.data.listing import list_images
 from util.doctor_patient import Patient
 
 NO_CACHE = dict(use_cached=None, cached_path=None, vae_path="vae.ckpt", latent_scale=1.0)

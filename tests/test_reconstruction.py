@@ -28,7 +28,8 @@ from tests.runs import (
     refused,
 )
 from util.data.histogram import LatentHistogram
-from util.data.images import ImageDataset, list_images, psnr
+from util.data.images import ImageDataset, psnr
+from util.data.listing import list_images
 from util.errors import UserError
 from util.evaluation import metrics
 from util.evaluation.reconstruction_folder import ReconstructionFolder

@@ -25,8 +25,9 @@ from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import Posterior
 from models.tokenizers.tokenizer import Tokenizer
 from util import dist, stop
-from util.data.images import ImageDataset, list_images
-from util.data.latent_cache import CachedLatents, LatentBatch, open_cache
+from util.data.images import ImageDataset
+from util.data.latent_cache import CachedLatents, open_cache
+from util.data.listing import list_images
 from util.device import Precision
 from util.errors import UserError, as_user_error
 from util.evaluation.features import batch_ranges
@@ -48,24 +49,6 @@ class HeldOut:
     source: str
 
 
-class SomeLatents(CachedLatents):
-    """The chosen images of a cache, numbered anew."""
-
-    def __init__(self, whole: CachedLatents, chosen: list[int]):
-        self.whole, self.chosen = whole, chosen
-        self.manifest, self.classes = whole.manifest, whole.classes
-        self.labels, self.latent_shape, self.dtype = (
-            whole.labels[chosen],
-            whole.latent_shape,
-            whole.dtype,
-        )
-        self.crcs = whole.crcs[chosen] if whole.crcs is not None else None
-
-    def __getitems__(self, keys: list) -> LatentBatch:
-        pairs = (key if isinstance(key, tuple) else (key, False) for key in keys)
-        return self.whole.__getitems__([(self.chosen[index], flip) for index, flip in pairs])
-
-
 def spread(count: int, wanted: int) -> list[int]:
     """So many numbers below count, evenly spread: lists of images are sorted by class."""
     wanted = min(count, wanted)
@@ -77,7 +60,7 @@ def some(dataset: Data, chosen: list[int]) -> Data:
     if isinstance(dataset, ImageDataset):
         samples = [dataset.samples[i] for i in chosen]
         return ImageDataset(samples, dataset.size, dataset.on_bad, dataset.max_pixels)
-    return SomeLatents(dataset, chosen)
+    return dataset.subset(chosen)
 
 
 def set_aside(data: TrainingData, count: int) -> tuple[TrainingData, HeldOut]:

@@ -20,8 +20,9 @@ from util.checkpoint import (
     refuse_other_run,
     saved_in,
 )
-from util.data.images import ImageDataset, list_images, tell_names
+from util.data.images import ImageDataset
 from util.data.latent_cache import CachedLatents, open_cache
+from util.data.listing import list_images, print_class_notes
 from util.errors import UserError, as_user_error
 from util.vae_files import vae_digest
 
@@ -148,7 +149,7 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
     if "img_size" not in args.explicit and checkpoint is not None and checkpoint.config is not None:
         args.img_size = checkpoint.config.img_size
     data = open_data(args, vae)
-    tell_names(data.classes)
+    print_class_notes(data.classes)
     if begins:
         checkpoint = prepare_finetuning(checkpoint, args, data.classes)
     config = build_config(ModelFlags.of(args), checkpoint, data.manifest, vae, len(data.classes))
