@@ -216,7 +216,7 @@ def encode(vae: VAE, images: Tensor) -> np.ndarray:
 def try_batch(writer: CacheWriter, vae: VAE, batch_size: int, device: torch.device) -> dict:
     """The step of --dry_run: encode one batch of black images; what the whole cache would take."""
     missing = sum(len(writer.missing(shard)) for shard in writer.unfinished())
-    size = writer.settings.image_size
+    size, folder = writer.settings.image_size, writer.folder.absolute()
     images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device)
     for _ in range(1 if device.type == "cpu" else 2):  # a GPU chooses its kernels at first
         started = time.perf_counter()
@@ -224,20 +224,17 @@ def try_batch(writer: CacheWriter, vae: VAE, batch_size: int, device: torch.devi
         seconds = time.perf_counter() - started
     slowest = torch.tensor([seconds, float(peak_memory(device))], device=device)
     seconds, peak = dist.all_reduce_max(slowest).tolist()
+    speed = batch_size * dist.world_size() / seconds
     bytes_per_image = moments[0].astype(writer.settings.dtype).nbytes
-    hours = missing / batch_size * seconds / 3600
-    folder = writer.folder.absolute()
     disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
-    if disk.free < missing * bytes_per_image:
-        dist.print_main("warning: the disk is too small: name another --cached_path")
+    if disk.free < bytes_per_image * missing:
+        dist.print_main(f"warning: {folder}: the disk is too small for the cache")
     return {
-        "device": device.type,
-        "processes": dist.world_size(),
         "images": len(writer.names),
         "images_to_encode": missing,
-        "images_per_second": batch_size * dist.world_size() / seconds,
-        "hours": hours / dist.world_size(),
-        "device_hours": hours,
+        "images_per_second": speed,
+        "hours": missing / speed / 3600,
+        "device_hours": missing / speed / 3600 * dist.world_size(),
         "bytes_of_cache": bytes_per_image * len(writer.names),
         "bytes_to_write": bytes_per_image * missing,
         "bytes_free": disk.free,

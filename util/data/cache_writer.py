@@ -172,8 +172,7 @@ class CacheWriter:
         if not parts:
             raise UserError(f"none of the {len(self.names)} images can be read; see --data_path")
         stats = sum(parts[1:], parts[0])
-        with as_user_error(f"--cached_path {folder}"):
-            scale, order = stats.latent_scale(), stats.channel_order()
+        scale, order = stats.latent_scale(), stats.channel_order()
         published = PUBLISHED_LATENT_SCALE, list(PUBLISHED_CHANNEL_ORDER)
         manifest = {
             **self.settings.to_dict(),

@@ -77,8 +77,11 @@ class LatentHistogram:
 
     @classmethod
     def from_dict(cls, values: dict) -> "LatentHistogram":
-        """The inverse of `to_dict`."""
-        counts = np.frombuffer(zlib.decompress(base64.b64decode(values["counts"])), "<i8")
+        """The inverse of `to_dict`. Raises ValueError if that is not what it is."""
+        try:
+            counts = np.frombuffer(zlib.decompress(base64.b64decode(values["counts"])), "<i8")
+        except zlib.error as error:
+            raise ValueError(f"no histogram of latents ({error})") from error
         counts = torch.from_numpy(counts.astype(np.int64)).reshape(-1, BINS)
         return cls(torch.tensor(values["exponents"]), counts)
 

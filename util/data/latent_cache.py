@@ -188,12 +188,7 @@ class CachedLatents(Dataset):
         if self.files:
             return
         self.starts = [0, *accumulate(self.counts)]
-        files = len(self.counts)
-        with as_user_error(
-            f"--cached_path {self.folder} has {files} shards, which must be open at once (raise "
-            "ulimit -n, or make it with a larger --shard_size)"
-        ):
-            _allow_open_files(files)
+        _allow_open_files(len(self.counts))
         self.shards = [self._map(shard) if n else None for shard, n in enumerate(self.counts)]
 
     def _map(self, shard: int) -> np.ndarray:
@@ -266,10 +261,11 @@ def _open_published(folder: Path) -> CachedLatents:
 
 
 def _allow_open_files(count: int) -> None:
-    """Let this process map so many files beside others. Raises ValueError if it may not."""
+    """Let this process map so many files beside others, as far as the system allows it."""
     with suppress(ImportError):  # not a Unix, which has no such limit
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if 0 <= soft < count + SPARE_FILES:  # -1 is no limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (count + SPARE_FILES, hard))
+            most = count + SPARE_FILES if hard < 0 else min(count + SPARE_FILES, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -54,12 +54,12 @@ def list_images(
     """
     root, where = Path(data_path) / split, f"{flag} {data_path}"
     if not Path(data_path).is_dir():
-        raise UserError(f"{where} is not a folder; name the one that holds {split}/CLASS/")
-    if not root.is_dir():
-        remedy = _other_root(Path(data_path), split, flag)
-        raise UserError(f"{where} has no folder {split!r}; {remedy}")
+        raise UserError(f"{where} is not a folder; name the one that holds CLASS/IMAGE in {split}/")
     walk = _Walk(extensions)
     with as_user_error(where, (OSError,)):
+        if not root.is_dir():
+            remedy = _other_root(Path(data_path), split, flag)
+            raise UserError(f"{where} has no folder {split!r}; {remedy}")
         classes = walk.classes(root)
         loose = sum(entry.name.lower().endswith(extensions) for entry in visible(root))
     _check_level(root, classes, split, flag)
