@@ -43,6 +43,20 @@ def test_center_crop_equals_golden(k):
     np.testing.assert_array_equal(np.asarray(cropped), golden[f"out{k}"])
 
 
+def test_halving_is_the_box_filter_of_resize_to_the_bit():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        width, height = rng.integers(8, 65, 2)
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        size = min(width, height) // 4
+        expected = image
+        while min(expected.size) >= 2 * size:
+            half = (expected.width // 2, expected.height // 2)
+            expected = expected.resize(half, Image.Resampling.BOX)
+        expected = center_crop(expected, size)  # which has nothing left to halve
+        np.testing.assert_array_equal(center_crop(image, size), expected, f"{image.size}")
+
+
 def test_center_crop_refuses_a_thread_that_would_fill_memory():
     with pytest.raises(ValueError, match="1 x 60000"):
         center_crop(Image.new("RGB", (1, 60000)), 256)

@@ -127,8 +127,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     Source: the centre crop of ADM (arXiv 2105.05233).
     """
     while min(image.size) >= 2 * size:
-        half = (image.width // 2, image.height // 2)
-        image = image.resize(half, Image.Resampling.BOX)
+        image = _halve(image)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_PIXELS:
@@ -138,6 +137,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def _halve(image: Image.Image) -> Image.Image:
+    """resize() to half of both sides, rounded down, with a box filter, to the bit."""
+    if image.width % 2 or image.height % 2:
+        half = (image.width // 2, image.height // 2)
+        return image.resize(half, Image.Resampling.BOX)
+    return image.reduce((2, 1)).reduce((1, 2))  # faster; rounded after each axis, too
 
 
 def parse_key(key: Key | int, length: int) -> Key:

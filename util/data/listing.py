@@ -116,9 +116,11 @@ class _Walk:
 
         None of a link to the root or to what it is in.
         """
-        real = [os.path.realpath(path) for path in (folder, root) if path]
-        above = {str(parent) for path in real for parent in Path(path).parents} | {*real[1:]}
-        listed, entered, waiting = [], {*above}, [folder]
+        above = set(map(str, Path(os.path.realpath(folder)).parents))
+        if root is not None:  # which is not above a class folder that is a link
+            real = Path(os.path.realpath(root))
+            above |= set(map(str, [real, *real.parents]))
+        listed, entered, waiting = [], set(above), [folder]
         while waiting:
             parent = waiting.pop()
             real = os.path.realpath(parent)
