@@ -45,18 +45,11 @@ from util.args import (
 from util.build import build_vae, cache_histogram, calibrated_levels
 from util.config_file import CONFIG
 from util.data.cache_writer import list_digest
-from util.data.images import (
-    ImageDataset,
-    ImageList,
-    collate_skipping,
-    list_files,
-    list_images,
-    visible,
-)
+from util.data.images import ImageDataset, collate_skipping
 from util.data.latent_cache import open_cache
-from util.dist import run
+from util.data.listing import ImageList, list_files, list_images, visible
 from util.dry_reconstruction import rehearse
-from util.errors import UserError, as_user_error
+from util.errors import UserError, as_user_error, run
 from util.evaluation import metrics
 from util.evaluation.metrics import Measure, frechet, score, statistics
 from util.evaluation.reconstruction_folder import ReconstructionFolder
@@ -74,7 +67,7 @@ from util.files import check_writable
 from util.json_output import figures_on_stdout
 from util.metrics_file import MetricsFile
 from util.parser import Parser
-from util.vae import vae_digest
+from util.vae_files import vae_digest
 
 GRID_IMAGES = 8
 RECORDED = ("image_dir", "images_per_class", "vae_path")  # for the reader of results.json alone

@@ -18,12 +18,12 @@ from torch import Tensor
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import from_uint8
 from util.args import non_negative_float, positive_float, positive_int, seed
-from util.data.images import ImageDataset, list_images
-from util.dist import run
-from util.errors import UserError, as_user_error
+from util.data.images import ImageDataset
+from util.data.listing import list_images
+from util.errors import UserError, as_user_error, run
 from util.files import check_writable
 from util.parser import Parser
-from util.vae import load_vae, save_vae
+from util.vae_files import load_vae, save_vae
 
 REPORT_EVERY = 50
 

@@ -10,13 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from util.data.batches import Batches, MicroBatchSampler
-from util.data.images import (
-    ImageDataset,
-    center_crop,
-    collate_skipping,
-    list_images,
-    read_image,
-)
+from util.data.images import ImageDataset, center_crop, collate_skipping, read_image
 from util.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "center_crop.npz"
@@ -49,13 +43,12 @@ def test_center_crop_equals_golden(k):
     np.testing.assert_array_equal(np.asarray(cropped), golden[f"out{k}"])
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_halving_is_the_box_filter_of_resize_to_the_bit(mode):
+def test_halving_is_the_box_filter_of_resize_to_the_bit():
     rng = np.random.default_rng(0)
-    for _ in range(200):
+    for _ in range(100):
         width, height = rng.integers(8, 65, 2)
-        pixels = rng.integers(0, 256, (height, width, len(mode)), np.uint8).squeeze()
-        image, size = Image.fromarray(pixels), min(width, height) // 4
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+        size = min(width, height) // 4
         expected = image
         while min(expected.size) >= 2 * size:
             half = (expected.width // 2, expected.height // 2)
@@ -151,36 +144,6 @@ def test_image_bomb_is_refused_with_its_size(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="30 x 40 is 1200 pixels.* --max_image_pixels 1199"):
         read_image(path, 1199)
     assert read_image(path, 1200).size == (30, 40)
-
-
-# --- listing
-
-
-def test_listing_is_sorted_and_labels_follow_the_classes(tmp_path):
-    for name in ("cat/b.png", "cat/a.JPEG", "ant/z.png", "cat/sub/c.png"):
-        save(tmp_path / "train" / name, gradient())
-    (tmp_path / "train" / "ant" / "notes.txt").write_text("not an image")
-    images = list_images(tmp_path)
-    assert images.classes == ["ant", "cat"]
-    found = [(os.path.relpath(path, images.root), label) for path, label in images.samples]
-    assert found == [("ant/z.png", 0), ("cat/a.JPEG", 1), ("cat/b.png", 1), ("cat/sub/c.png", 1)]
-
-
-def test_listing_names_what_is_missing(tmp_path):
-    def complaint() -> str:
-        with pytest.raises(UserError) as error:
-            list_images(tmp_path / "data")
-        assert "--data_path" in one_line(error) and str(tmp_path / "data") in one_line(error)
-        return one_line(error)
-
-    assert "not a folder" in complaint()
-    (tmp_path / "data").mkdir()
-    assert "no folder 'train'" in complaint()
-    (tmp_path / "data" / "train").mkdir()
-    assert "no class folder" in complaint()
-    save(tmp_path / "data" / "train" / "full" / "a.png", gradient())
-    (tmp_path / "data" / "train" / "hollow").mkdir()
-    assert "hollow" in complaint()
 
 
 # --- the dataset

@@ -29,8 +29,9 @@ from tests.runs import (
     train,
 )
 from util import doctor, doctor_checks
-from util.data.cache_files import read_json, write_json
+from util.data.cache_writer import write_json
 from util.data.histogram import posterior_noise
+from util.data.latent_cache import read_json
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient
 from util.vae import load_vae, save_vae
 

@@ -1,13 +1,15 @@
-"""Scale and channel order of latents whose spectra are known by construction."""
+"""Scale and channel order of latents whose spectra are known; histograms that add up exactly."""
 
 import json
 import math
+from functools import reduce
+from itertools import permutations
 
 import numpy as np
 import pytest
 import torch
 
-from util.data.histogram import BINS
+from util.data.histogram import BINS, LatentHistogram, posterior_noise
 from util.data.statistics import LatentStats
 
 SIDE = 8
@@ -89,29 +91,22 @@ def test_scale_counts_the_variance_between_channels():
     assert LatentStats.of(moments_of(means, std=4.0)).latent_scale() == pytest.approx(1 / 5)
 
 
-def test_latents_without_a_scale_are_refused():
+def test_latents_that_are_not_finite_are_refused():
     for value in (math.inf, math.nan):
-        with pytest.raises(ValueError, match="variance"):
-            LatentStats.of(moments_of(torch.full((2, 1, 4, 4), value))).latent_scale()
-    with pytest.raises(ValueError, match="variance"):
-        LatentStats.empty((1, 4, 4)).latent_scale()
+        with pytest.raises(ValueError, match="not finite"):
+            LatentStats.of(moments_of(torch.full((2, 1, 4, 4), value)))
 
 
 def test_merged_parts_equal_the_whole_and_survive_json():
     moments = random_moments(10)
     whole = LatentStats.of(moments)
-    merged = LatentStats.empty((3, SIDE, SIDE + 2))
-    for part in moments.split([1, 4, 5]):
-        state = json.loads(json.dumps(LatentStats.of(part).to_dict()))
-        merged = merged + LatentStats.from_dict(state)
+    states = [json.dumps(LatentStats.of(part).to_dict()) for part in moments.split([1, 4, 5])]
+    merged = reduce(lambda a, b: a + b, (LatentStats.from_dict(json.loads(s)) for s in states))
     assert merged.count == 10 and merged.latent_shape == whole.latent_shape
     torch.testing.assert_close(merged.sums, whole.sums, rtol=1e-12, atol=0)
-    assert merged.latent_scale() == pytest.approx(whole.latent_scale(), rel=1e-12)
     assert merged.channel_order() == whole.channel_order()
-    assert torch.equal(merged.histogram.counts, whole.histogram.counts)
-    assert torch.equal(merged.histogram.exponents, whole.histogram.exponents)
-    with pytest.raises(ValueError, match="do not mix"):
-        merged + LatentStats.empty((3, SIDE, SIDE))
+    assert_same(merged.histogram, whole.histogram)
+    assert len(states[2]) < whole.histogram.counts.numel()  # of 8 bytes each
 
 
 def test_histogram_is_of_posterior_samples():
@@ -126,12 +121,45 @@ def test_histogram_is_of_posterior_samples():
     torch.testing.assert_close(std, stats.channel_std(), rtol=0.02, atol=0)
 
 
-def test_statistics_without_a_histogram_are_read_and_pass_it_on():
-    """Caches of earlier versions have none; a sum with a part of them would be of another whole."""
-    stats = LatentStats.of(random_moments(2))
-    values = stats.to_dict()
-    del values["histogram"]
-    earlier = LatentStats.from_dict(values)
-    assert earlier.histogram is None and "histogram" not in earlier.to_dict()
-    assert (stats + earlier).histogram is None and (earlier + stats).histogram is None
-    assert (stats + earlier).count == 4
+# --- histograms
+
+
+def assert_same(found: LatentHistogram, expected: LatentHistogram) -> None:
+    assert torch.equal(found.exponents, expected.exponents)
+    assert torch.equal(found.counts, expected.counts)
+
+
+def test_counts_are_numpys():
+    latents = torch.randn(3, 2, 4, 5) * torch.tensor([1.0, 30.0])[:, None, None]
+    histogram = LatentHistogram.of(latents)
+    for channel in range(2):
+        values = latents[:, channel].flatten().double().numpy()
+        limit = 2.0 ** histogram.exponents[channel].item()
+        assert limit / 2 <= np.abs(values).max() < limit
+        edges = np.linspace(-limit, limit, BINS + 1)
+        assert np.array_equal(histogram.counts[channel], np.histogram(values, edges)[0])
+        assert histogram.bin_widths()[channel] == edges[1] - edges[0]
+    assert histogram.bin_widths(0.5).tolist() == (histogram.bin_widths() / 2).tolist()
+    on_edges = torch.tensor([-1.0, 0.0, 1.0, 1.5])[:, None, None, None]  # of the bin above
+    bins = LatentHistogram.of(on_edges).counts[0].nonzero().flatten()
+    assert bins.tolist() == [BINS // 4, BINS // 2, 3 * BINS // 4, 7 * BINS // 8]
+
+
+def test_parts_of_any_range_add_up_to_the_whole_in_any_order():
+    """Also where one part's bins are so much wider that the other's fall into one of each sign."""
+    parts = [torch.randn(2, 3, 2, 2) * scale for scale in (1.0, 1e-6, 37.0, 0.0)]
+    whole = LatentHistogram.of(torch.cat(parts))
+    for order in permutations(parts):
+        summed = reduce(lambda a, b: a + b, map(LatentHistogram.of, order))
+        assert_same(LatentHistogram.empty(3) + summed, whole)
+    assert whole.counts.sum(dim=1).tolist() == [32] * 3
+
+
+def test_noise_is_standard_normal_and_each_latents_own():
+    moments = torch.randn(40, 8, 16, 16)
+    noise = torch.stack([posterior_noise(m) for m in moments])
+    assert noise.shape == (40, 4, 16, 16)
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+    correlation = torch.corrcoef(noise.flatten(1)) - torch.eye(40)
+    assert correlation.abs().max() < 0.2
+    assert torch.equal(posterior_noise(moments[3]), noise[3])

@@ -93,6 +93,14 @@ def attempt(name: str, check: Callable[[Patient], Finding], patient: Patient) ->
         return Finding(FAILURE, f"unexpected {type(error).__name__}: {message}").named(name)
 
 
+def dry_run(args, device, checks: tuple[str, ...], step: Callable[[], dict]) -> dict:
+    """--dry_run of a script: one step of it, and what it measured. Nothing is written."""
+    figures = step()
+    lines = [f"{name.replace('_', ' '):<24} {value}" for name, value in figures.items()]
+    dist.print_main("\n".join([*lines, "nothing was written"]))
+    return figures
+
+
 def tell(findings: list[Finding]) -> None:
     for finding in findings:
         mark = finding.state.upper() if finding.state == FAILURE else finding.state

@@ -24,8 +24,9 @@ from models.tokenizers.tokenizer import Tokenizer
 from util import ROOT, dist
 from util.build import cache_histogram, calibrated_levels, check_vae
 from util.data.histogram import BINS, LatentHistogram
-from util.data.images import center_crop, class_notes, list_images, psnr, read_image
+from util.data.images import center_crop, psnr, read_image
 from util.data.latent_cache import open_cache
+from util.data.listing import list_images, print_class_notes
 from util.device import resolve_precision
 from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown, judged
 from util.errors import UserError
@@ -248,15 +249,12 @@ def data(patient: Patient) -> Finding:
         return Finding(OK, "not read: --use_cached reads the cache")
     if args.evaluate:
         return Finding(OK, "not read: --evaluate needs none")
-    notes: list[str] = []
-    images = list_images(args.data_path, tell=notes.append)
+    images = list_images(args.data_path)
     source = f"--data_path {args.data_path}"
-    return _classes(source, images.classes, len(images.samples), patient, notes)
+    return _classes(source, images.classes, len(images.samples), patient)
 
 
-def _classes(
-    source: str, classes: list[str], count: int, patient: Patient, notes: list[str]
-) -> Finding:
+def _classes(source: str, classes: list[str], count: int, patient: Patient) -> Finding:
     """Whether the model has these classes, and what else is to be said of them."""
     try:
         known = patient.config.class_num
@@ -267,8 +265,8 @@ def _classes(
     if len(classes) > known:
         return Finding(FAILURE, f"{text}: more classes than the model has", remedy)
     problems = ["the others are never trained"] if len(classes) < known else []
-    notes = [note.partition(": ")[2] for note in notes + class_notes(classes)]
-    return judged(problems + notes, text, remedy if problems else "")
+    print_class_notes(classes)
+    return judged(problems, text, remedy)
 
 
 def cache(patient: Patient) -> Finding:
@@ -284,7 +282,7 @@ def cache(patient: Patient) -> Finding:
             f"model's {patient.config.latent_shape}; see --img_size, --vae_stride, --vae_embed_dim"
         )
     source = f"--cached_path {args.cached_path}"
-    finding = _classes(source, found.classes, len(found), patient, [])
+    finding = _classes(source, found.classes, len(found), patient)
     if found.manifest is None and finding.state == OK:
         text = f"{finding.text}: of the published form, which does not say by which VAE"
         return Finding(WARNING, text, "make sure that it was this one")

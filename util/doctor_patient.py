@@ -18,8 +18,9 @@ from models.tokenizers.tokenizer import Tokenizer
 from util.build import ModelFlags, build_config, build_vae
 from util.checkpoint import Checkpoint, find_checkpoint
 from util.data.histogram import LatentHistogram
-from util.data.images import ImageDataset, ImageList, list_images
+from util.data.images import ImageDataset
 from util.data.latent_cache import CachedLatents, open_cache
+from util.data.listing import ImageList, list_images
 from util.errors import UserError
 from util.evaluation.extractor import INCEPTION, Extractor, published_weights, registered_name
 from util.files import load_tensors
@@ -114,7 +115,7 @@ class Patient:
     @cached_property
     def images(self) -> ImageList:
         try:
-            return list_images(self.args.data_path, tell=lambda _: None)  # `data` says it
+            return list_images(self.args.data_path)
         except UserError:
             raise Unknown("it needs the images of --data_path") from None
 

@@ -2,8 +2,10 @@
 run will take is told, nothing is written."""
 
 import io
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +14,6 @@ from torch import Tensor
 
 from util import dist
 from util.data.images import ImageDataset, collate_skipping
-from util.dry_cache import free_bytes
 from util.errors import UserError
 from util.evaluation.reconstruction_folder import ReconstructionFolder
 from util.flops import GIB, peak_memory
@@ -53,7 +54,7 @@ def rehearse(
         "hours": device_hours / dist.world_size(),
         "device_hours": device_hours,
         "bytes_to_write": missing * per_batch,
-        "bytes_free": free_bytes(folder.path),
+        "bytes_free": free_bytes(folder.path.absolute()),
         "bytes_peak": int(peak),
     }
     dist.print_main(told(figures))
@@ -84,3 +85,8 @@ def told(found: dict) -> str:
             "nothing was written",
         ]
     )
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk on which a folder is, or would be."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free

@@ -71,27 +71,6 @@ def test_a_damaged_image_is_refused_or_has_pixels(path, form, seed):
     check(path)
 
 
-@fuzz(100)
-@given(
-    st.sampled_from(
-        [
-            b"",
-            b"\x89PNG\r\n\x1a\n",
-            b"\xff\xd8\xff",
-            b"GIF89a",
-            b"II*\0",
-            b"P6 ",
-            b"RIFF\x10\0\0\0WEBPVP8 ",
-            b"BM",
-        ]
-    ),
-    st.binary(max_size=200),
-)
-def test_anything_after_a_signature_is_refused_or_has_pixels(path, signature, rest):
-    path.write_bytes(signature + rest)
-    check(path)
-
-
 def test_undamaged_images_are_read(path):
     for content in IMAGES.values():
         path.write_bytes(content)
@@ -102,16 +81,12 @@ def test_undamaged_images_are_read(path):
 
 
 def chunk(name: bytes, content: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(content))
-        + name
-        + content
-        + struct.pack(">I", zlib.crc32(name + content))
-    )
+    crc = zlib.crc32(name + content)
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
 
 
-def png(width: int, height: int, *chunks: bytes, depth: int = 8, colour: int = 2) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+def png(width: int, height: int, *chunks: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunks) + chunk(b"IEND", b"")
 
 
@@ -123,34 +98,15 @@ def packed(size: int) -> bytes:
     return b"".join(parts) + packer.flush()
 
 
-def gif(width: int, height: int) -> bytes:
-    content = bytearray(IMAGES["gif"])
-    content[6:10] = struct.pack("<HH", width, height)
-    return bytes(content)
-
-
-def bmp(width: int, height: int) -> bytes:
-    content = bytearray(IMAGES["bmp"])
-    content[18:26] = struct.pack("<ii", width, height)
-    return bytes(content)
-
-
 BOMBS: dict[str, Callable[[], bytes]] = {
     "png size": lambda: png(60000, 60000, chunk(b"IDAT", packed(1 << 24))),
     "png data": lambda: png(8, 8, chunk(b"IDAT", packed(1 << 28))),
     "png text": lambda: png(8, 8, chunk(b"zTXt", b"a\0\0" + packed(1 << 28))),
-    "png profile": lambda: png(8, 8, chunk(b"iCCP", b"a\0\0" + packed(1 << 28))),
-    "png chunk": lambda: png(8, 8)[:33] + struct.pack(">I", 2**31 - 1) + b"tEXt" + bytes(50),
-    "gif": lambda: gif(65535, 65535),
-    "bmp": lambda: bmp(2**30, 2**30),
-    "bmp negative": lambda: bmp(-(2**31), -(2**31)),
     "ppm": lambda: b"P6 999999999 999999999 255\n" + bytes(100),
-    "ppm digits": lambda: b"P6 " + b"9" * 10**6,
-    "tiff": lambda: IMAGES["tiff"].replace(struct.pack("<H", 40), struct.pack("<H", 65535)),
     "thin": lambda: encoded("PNG", size=(60000, 1)),
 }
 # What is too much of these is left aside or short of the limit.
-HARMLESS = ("png data", "png text", "png profile", "tiff", "thin")
+HARMLESS = ("png data", "png text", "thin")
 
 
 @pytest.mark.parametrize("kind", BOMBS)
@@ -170,14 +126,6 @@ def test_a_jpeg_of_many_scans_takes_no_minutes(path):
     assert "scans" in str(check(path))
     path.write_bytes(content[:last] + content[last:-2] * 50 + content[-2:])
     assert not isinstance(check(path), UserError)
-
-
-@fuzz(60)
-@given(st.integers(0, 3), st.integers(0, 3), st.sampled_from(["P1", "P2", "P3", "P4", "P5", "P6"]))
-def test_tiny_images_and_none_at_all(path, width, height, kind):
-    path.write_bytes(f"{kind} {width} {height} 255\n".encode() + b"1 " * 40)
-    found = check(path)
-    assert isinstance(found, UserError) or width * height > 0
 
 
 def test_no_image_is_read_from_a_pipe_or_a_device(tmp_path):

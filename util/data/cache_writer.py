@@ -1,49 +1,49 @@
-"""Writing a latent cache: what it will hold, its shards one by one, and at the end the manifest.
+"""Writing a latent cache, and checking one as a whole. The files: util/data/latent_cache.py.
 
-The files are those that `util.data.cache_files` describes. Settings come first, as soon as there is
-something to write; a shard is whole with its .json file, the cache with manifest.json.
-Letters: n images of a shard, b of a batch, C latent channels, h, w positions.
+Settings come first, as soon as there is something to write; a shard is whole with its .json file,
+the cache with manifest.json. Shard k stands for images [k*S, (k+1)*S) of the sorted list, whoever
+writes it, so any number of processes can go on where others were stopped.
+Letters: n images of a shard, S its size, b of a batch, C latent channels, h, w positions.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
 from util.config_file import CONFIG
-from util.data.cache_files import (
+from util.data.latent_cache import (
+    CHECKSUM,
     FORMAT_VERSION,
     MANIFEST,
     NPZ_NAMES,
     SETTINGS,
-    check_inside,
-    load_shard,
-    npz_path,
+    CachedLatents,
+    json_digest,
+    open_cache,
     read_json,
+    read_moments,
     read_sidecar,
-    shard_digest,
     shard_path,
-    unreadable,
-    view_crc,
-    write_json,
 )
 from util.data.statistics import LatentStats
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, check_writable, sha256
 
+FORMATS = ("npy", "npz")
+DTYPES = ("float16", "float32")
 STATS_IMAGES = 256  # images a step of the statistics, to bound its memory
-
-# What the encoder hands over: numbers of the images, their moments [b, 2, 2C, h, w] float32.
-Batch = tuple[list[int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -85,44 +85,33 @@ class CacheWriter:
     """
 
     def __init__(self, path: str, settings: CacheSettings, names: list[str], labels: list[int]):
-        self.folder = Path(path)
-        self.settings = settings
-        self.names = names
-        self.labels = labels
+        self.folder, self.settings, self.names, self.labels = Path(path), settings, names, labels
+        self.num_shards = math.ceil(len(names) / settings.shard_size)
         self._check_folder()
 
     def _check_folder(self) -> None:
-        folder = self.folder
-        check_writable(folder, "--cached_path")
-        if not folder.exists():
+        check_writable(self.folder, "--cached_path")
+        if not self.folder.exists():
             return
-        names = (entry.name for entry in folder.iterdir())
-        visible = [name for name in names if not name.startswith(".") and name != CONFIG]
-        if SETTINGS in visible:
-            self._check_settings(read_json(folder / SETTINGS))
+        names = [entry.name for entry in self.folder.iterdir()]
+        others = [name for name in names if not name.startswith(".") and name != CONFIG]
+        if SETTINGS in others:
+            given, own = read_json(self.folder / SETTINGS), self.settings.to_dict()
+            if differences := [
+                f"{key} is {str(given.get(key))[:40]}, not {str(own.get(key))[:40]}"
+                for key in {**own, **given}
+                if own.get(key) != given.get(key)
+            ]:
+                raise UserError(
+                    f"--cached_path {self.folder} holds a cache with other settings: "
+                    f"{'; '.join(differences)}; name another folder or remove this one"
+                )
         # Without settings, every shard still says what it belongs to.
-        elif visible and not any(folder.glob("shard-*.json")):
+        elif others and not any(self.folder.glob("shard-*.json")):
             raise UserError(
-                f"--cached_path {self.folder} holds other files already ({visible[0]}); "
+                f"--cached_path {self.folder} holds other files already ({others[0]}); "
                 "name a folder that is new or was begun by main_cache.py"
             )
-
-    def _check_settings(self, found: dict) -> None:
-        mine = self.settings.to_dict()
-        differences = [
-            f"{key} is {str(found.get(key))[:40]}, not {str(mine.get(key))[:40]}"
-            for key in {**mine, **found}
-            if mine.get(key) != found.get(key)
-        ]
-        if differences:
-            raise UserError(
-                f"--cached_path {self.folder} holds a cache with other settings: "
-                f"{'; '.join(differences)}; name another folder or remove this one"
-            )
-
-    @property
-    def num_shards(self) -> int:
-        return math.ceil(len(self.names) / self.settings.shard_size)
 
     def pending(self) -> list[int]:
         """The shards still to be written, after removing what killed processes left unfinished.
@@ -142,10 +131,13 @@ class CacheWriter:
     def _is_whole(self, shard: int) -> bool:
         if not shard_path(self.folder, shard, ".json").exists():
             return False
-        kept = read_sidecar(self.folder, shard, self.settings.cache_id)["names"]
+        names = read_sidecar(self.folder, shard, self.settings.cache_id)["names"]
         if self.settings.format == "npz":
-            return all(os.path.isfile(npz_path(self.folder, name)) for name in kept)
+            return all(os.path.isfile(self.npz_path(name)) for name in names)
         return os.path.isfile(shard_path(self.folder, shard, ".npy"))
+
+    def npz_path(self, name: str) -> Path:
+        return self.folder / f"{name}.npz"
 
     def images(self, shard: int) -> range:
         """Numbers of the images that a shard stands for."""
@@ -154,20 +146,10 @@ class CacheWriter:
 
     def missing(self, shard: int) -> list[int]:
         """Numbers of the images that must be encoded to write a pending shard."""
+        images = list(self.images(shard))
         if self.settings.format == "npy":
-            return list(self.images(shard))
-        files = {i: npz_path(self.folder, self.names[i]) for i in self.images(shard)}
-        return [i for i, file in files.items() if not os.path.isfile(file)]
-
-    def write_shard(self, shard: int, batches: Iterable[Batch]) -> None:
-        """Write a shard from batches that hold the images in `missing`, but for unreadable ones."""
-        filled = self.begin(shard)
-        for images, moments in batches:
-            filled.take(images, moments)
-        filled.finish()
-
-    def begin(self, shard: int) -> "ShardWriter":
-        return {"npy": NpyShard, "npz": NpzShard}[self.settings.format](self, shard)
+            return images
+        return [i for i in images if not os.path.isfile(self.npz_path(self.names[i]))]
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -178,16 +160,6 @@ class CacheWriter:
                 write_json(self.folder / SETTINGS, self.settings.to_dict())
             yield
 
-    def stored(self, moments: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            stored = moments.astype(self.settings.dtype)
-        if not np.isfinite(stored).all():
-            raise UserError(
-                f"the VAE gives values that are not finite in {self.settings.dtype}; check "
-                "--vae_path, or pass --dtype float32"
-            )
-        return stored
-
     def write_manifest(self, published_constants: bool) -> dict:
         """Declare the cache whole, when all shards are.
 
@@ -196,27 +168,25 @@ class CacheWriter:
         """
         folder, cache_id = self.folder, self.settings.cache_id
         sidecars = [read_sidecar(folder, shard, cache_id) for shard in range(self.num_shards)]
-        with as_user_error(unreadable(folder / "shard-*.json"), (Exception,)):
-            parts = [LatentStats.from_dict(s["statistics"]) for s in sidecars if s["names"]]
+        parts = [LatentStats.from_dict(s["statistics"]) for s in sidecars if s["names"]]
         if not parts:
             raise UserError(f"none of the {len(self.names)} images can be read; see --data_path")
         stats = sum(parts[1:], parts[0])
-        measured = {"latent_scale": stats.latent_scale(), "channel_order": stats.channel_order()}
-        published = {
-            "latent_scale": PUBLISHED_LATENT_SCALE,
-            "channel_order": list(PUBLISHED_CHANNEL_ORDER),
-        }
+        scale, order = stats.latent_scale(), stats.channel_order()
+        published = PUBLISHED_LATENT_SCALE, list(PUBLISHED_CHANNEL_ORDER)
         manifest = {
             **self.settings.to_dict(),
             "cache_id": cache_id,
             "count": sum(len(sidecar["names"]) for sidecar in sidecars),
             "latent_shape": list(stats.latent_shape),
-            **(published if published_constants else measured),
-            **{f"measured_{key}": value for key, value in measured.items()},
+            "latent_scale": published[0] if published_constants else scale,
+            "channel_order": published[1] if published_constants else order,
+            "measured_latent_scale": scale,
+            "measured_channel_order": order,
             "channel_mean": stats.channel_mean().tolist(),
             "channel_std": stats.channel_std().tolist(),
             "channel_low_frequency_share": stats.low_frequency_share().tolist(),
-            "histogram": stats.histogram.to_dict() if stats.histogram else None,
+            "histogram": stats.histogram.to_dict(),
             "skipped": [name for sidecar in sidecars for name in sidecar["skipped"]],
             "shards": [
                 {
@@ -235,40 +205,70 @@ class CacheWriter:
 class ShardWriter:
     """A shard that is being filled: `take` its batches, then `finish` it.
 
-    Statistics are summed in steps of STATS_IMAGES however large the batches are, an npy shard's
-    while it fills. Training meets images and mirror images alike, so both count.
+    An npy shard is held in memory until it is full; npz files are written as they come, and what a
+    stopped job has left stays. Statistics are summed in steps of STATS_IMAGES however large the
+    batches are. Training meets images and mirror images alike, so both count.
     Raises UserError if the disk refuses, or if values do not fit the dtype.
     """
 
     def __init__(self, writer: CacheWriter, shard: int):
-        self.writer = writer
-        self.shard = shard
+        self.writer, self.shard, self.is_npy = writer, shard, writer.settings.format == "npy"
+        self.missing = set(writer.missing(shard))
+        self.kept: list[int] = []  # numbers of the images in the shard
+        self.moments = np.empty(0, writer.settings.dtype)  # those of an npy shard
         self.statistics: list[LatentStats] = []
 
     def take(self, images: list[int], moments: np.ndarray) -> None:
-        """moments: [b, 2, 2C, h, w] float32."""
-        raise NotImplementedError
-
-    def _kept(self) -> list[int]:
-        """Write what is left to write; numbers of all images in the shard."""
-        raise NotImplementedError
+        """moments: [b, 2, 2C, h, w] float32, of the images of those numbers."""
+        writer = self.writer
+        with np.errstate(over="ignore"):
+            stored = moments.astype(writer.settings.dtype)
+        if not np.isfinite(stored).all():
+            raise UserError(
+                f"the VAE gives values that are not finite in {stored.dtype}; check --vae_path, "
+                "or pass --dtype float32"
+            )
+        if self.is_npy:
+            if not self.kept:
+                size = len(writer.images(self.shard))
+                self.moments = np.empty((size, *stored.shape[1:]), stored.dtype)
+            self.moments[len(self.kept) : len(self.kept) + len(images)] = stored
+            self.kept += images
+            self._sum_up(self.moments[: len(self.kept)])
+            return
+        for i, of_image in zip(images, stored, strict=True):
+            if i in self.missing:
+                path = writer.npz_path(writer.names[i])
+                with writer.writing():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with atomic_write(path) as file:
+                        np.savez(file, **dict(zip(NPZ_NAMES, of_image, strict=True)))
 
     def finish(self) -> None:
         """From here on the shard is whole."""
-        kept, writer, shard = self._kept(), self.writer, self.shard
-        form, names = writer.settings.format, [writer.names[i] for i in kept]
-        moments = load_shard(writer.folder, form, shard, names)
+        writer, shard, images = self.writer, self.shard, self.writer.images(self.shard)
+        if self.is_npy:
+            path, moments = shard_path(writer.folder, shard, ".npy"), self.moments[: len(self.kept)]
+            with writer.writing(), atomic_write(path) as file:
+                np.save(whole := io.BytesIO(), moments)
+                file.write(whole.getbuffer())  # np.save itself does not say why it fails
+            digest = sha256(path)
+        else:
+            self.kept = sorted(set(images) - set(writer.missing(shard)))
+            files = [writer.npz_path(writer.names[i]) for i in self.kept]
+            moments = np.array([read_moments(file) for file in files], np.float32)
+            digest = hashlib.sha256(moments.tobytes()).hexdigest()
         self._sum_up(moments, 1)
         parts = self.statistics
         sidecar = {
             "cache_id": writer.settings.cache_id,
             "shard": shard,
-            "sha256": shard_digest(writer.folder, form, shard, moments),
+            "sha256": digest,
             "statistics": sum(parts[1:], parts[0]).to_dict() if parts else None,
-            "skipped": [writer.names[i] for i in sorted(set(writer.images(shard)) - set(kept))],
-            "names": names,
-            "labels": [writer.labels[i] for i in kept],
-            "crc32": [view_crc(view) for image in moments for view in image],
+            "skipped": [writer.names[i] for i in sorted(set(images) - set(self.kept))],
+            "names": [writer.names[i] for i in self.kept],
+            "labels": [writer.labels[i] for i in self.kept],
+            "crc32": [zlib.crc32(view) for image in moments for view in image],
         }
         with writer.writing():
             write_json(shard_path(writer.folder, shard, ".json"), sidecar)
@@ -280,58 +280,28 @@ class ShardWriter:
             self.statistics.append(LatentStats.of(step.flatten(0, 1)))
 
 
-class NpyShard(ShardWriter):
-    """Held in memory, once, until it is full."""
-
-    def __init__(self, writer: CacheWriter, shard: int):
-        super().__init__(writer, shard)
-        self.kept: list[int] = []
-        self.moments = np.empty(0, writer.settings.dtype)
-
-    def take(self, images: list[int], moments: np.ndarray) -> None:
-        stored = self.writer.stored(moments)
-        if not self.kept:
-            size = len(self.writer.images(self.shard))
-            self.moments = np.empty((size, *stored.shape[1:]), stored.dtype)
-        self.moments[len(self.kept) : len(self.kept) + len(images)] = stored
-        self.kept += images
-        self._sum_up(self.moments[: len(self.kept)])
-
-    def _kept(self) -> list[int]:
-        path = shard_path(self.writer.folder, self.shard, ".npy")
-        with self.writer.writing(), atomic_write(path) as file:
-            write_array(file, self.moments[: len(self.kept)])
-        return self.kept
-
-
-class NpzShard(ShardWriter):
-    """One file an image, written as it comes; what a stopped job has left stays."""
-
-    def __init__(self, writer: CacheWriter, shard: int):
-        super().__init__(writer, shard)
-        self.missing = set(writer.missing(shard))
-
-    def take(self, images: list[int], moments: np.ndarray) -> None:
-        writer = self.writer
-        for i, of_image in zip(images, writer.stored(moments), strict=True):
-            if i in self.missing:
-                with writer.writing():
-                    check_inside(writer.folder, [writer.names[i]])
-                    write_npz(npz_path(writer.folder, writer.names[i]), of_image)
-
-    def _kept(self) -> list[int]:
-        return sorted(set(self.writer.images(self.shard)) - set(self.writer.missing(self.shard)))
-
-
-def write_array(file: BinaryIO, array: np.ndarray) -> None:
-    """As np.save, which on a full disk only says how many numbers it could not write."""
-    header = np.lib.format.header_data_from_array_1_0(array)
-    np.lib.format.write_array_header_1_0(file, header)
-    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-
-def write_npz(path: Path, moments: np.ndarray) -> None:
-    """moments: [2, 2C, h, w] float32, of the image and of its mirror image."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_json(path: Path, value: dict) -> None:
+    """A JSON file of a cache, with its checksum."""
     with atomic_write(path) as file:
-        np.savez(file, **dict(zip(NPZ_NAMES, moments, strict=True)))
+        signed = value | {CHECKSUM: json_digest(value)}
+        file.write((json.dumps(signed, indent=1) + "\n").encode())
+
+
+def verify(path: str | Path) -> CachedLatents:
+    """Read all of a cache and compare the checksums; a published one has none, and is read only.
+
+    Raises UserError, naming what is damaged.
+    """
+    cache = open_cache(path)
+    if cache.files:
+        for index in tqdm(range(len(cache)), "reading", disable=None):
+            cache.__getitems__([(index, False), (index, True)])
+        return cache
+    files = [shard_path(cache.folder, shard, ".npy") for shard in range(len(cache.counts))]
+    said = zip(tqdm(files, "reading", disable=None), cache.manifest["shards"], strict=True)
+    if damaged := [file.stem for file, entry in said if sha256(file) != entry["sha256"]]:
+        raise UserError(
+            f"--cached_path {path}: wrong checksums in {', '.join(damaged)}; remove the files of "
+            "these shards and run main_cache.py again"
+        )
+    return cache

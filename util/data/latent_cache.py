@@ -1,62 +1,113 @@
 """A latent cache as a data set: posteriors of every image and of its mirror image.
 
-Reads every form of cache_files.py without being told which, and the published one, which is
-CLASS/IMAGE.npz and nothing beside. Each posterior is checked against its CRC-32 when it is read.
-Letters: N images, B batch, C latent channels, h, w positions.
+    FOLDER/settings.json     what the folder is being filled with; the first file
+    FOLDER/shard-00000.npy   [n, 2, 2C, h, w] float16 or float32: images, mirror images
+    FOLDER/shard-00000.json  the shard is whole: its images' names, labels, checksums, statistics
+    FOLDER/manifest.json     the cache is whole: VAE, image size, classes, scale, channel order, ...
+
+Every file is whole or absent. The published form, CLASS/IMAGE.npz with float32 `moments` and
+`moments_flip` [2C, h, w], takes the place of the .npy files on request, or is all there is. Field
+by field: docs/formats.md. Nothing here is pickled, no name in a file leads out of the folder, and
+each posterior is checked against its CRC-32 when it is read.
+Letters: N images, n those of a shard, B batch, C latent channels, h, w positions.
 """
 
+import hashlib
+import io
+import json
+import os
+import zipfile
+import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from contextlib import suppress
+from copy import copy
 from itertools import accumulate
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from util.data.arrays import allow_open_files
-from util.data.cache_files import (
-    AGAIN,
-    MANIFEST,
-    NPZ_NAMES,
-    SETTINGS,
-    load_shard,
-    npz_path,
-    open_npy,
-    read_manifest,
-    read_moments,
-    read_sidecar,
-    shard_digest,
-    shard_path,
-    unreadable,
-    view_crc,
-)
-from util.data.images import Key, list_images, parse_key
+from util.data.images import Key, parse_key
+from util.data.listing import list_images
 from util.errors import UserError, as_user_error
 from util.files import sha256
 
-
-class LatentBatch(Sequence):
-    """Items of a CachedLatents, (moments, label) each, that lie in one tensor.
-
-    moments: [B, 2C, h, w] as stored. labels: int64 [B].
-    """
-
-    def __init__(self, moments: Tensor, labels: Tensor):
-        self.moments, self.labels = moments, labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
-        return self.moments[position], int(self.labels[position])
+FORMAT_VERSION = 2
+SETTINGS, MANIFEST = "settings.json", "manifest.json"
+NPZ_NAMES = ("moments", "moments_flip")
+CHECKSUM = "checksum"  # the last entry of every JSON file, over all others
+SPARE_FILES = 512  # that a process may open beside the shards
+AGAIN = "remove it and run main_cache.py again"
 
 
-def as_one_batch(batch: LatentBatch) -> tuple[Tensor, Tensor]:
+def shard_path(folder: Path, shard: int, suffix: str) -> Path:
+    return folder / f"shard-{shard:05d}{suffix}"
+
+
+def unreadable(path: str | Path) -> str:
+    """How a complaint about a file begins, with the remedy."""
+    return f"--cached_path: cannot read {path} (if it is damaged, {AGAIN})"
+
+
+def json_digest(value: dict) -> str:
+    """SHA-256 of what a JSON file says, however it is spaced and ordered."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file of a cache, without its checksum. Raises UserError, naming it, if it is wrong."""
+    with as_user_error(unreadable(path), (Exception,)):
+        value = json.loads(path.read_bytes())
+        checksum = value.pop(CHECKSUM)
+    if value.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise UserError(
+            f"--cached_path: {path} has format version {value['format_version']}, this program "
+            f"reads {FORMAT_VERSION}; make the cache again in another folder"
+        )
+    if checksum != json_digest(value):
+        raise UserError(f"{unreadable(path)}: wrong checksum")
+    return value
+
+
+def read_sidecar(folder: Path, shard: int, cache_id: str) -> dict:
+    """What shard-00000.json says. Raises UserError if it is of another cache or not in order."""
+    path = shard_path(folder, shard, ".json")
+    sidecar = read_json(path)
+    if sidecar.get("cache_id") != cache_id or sidecar.get("shard") != shard:
+        raise UserError(
+            f"--cached_path: {path} belongs to another place or to a cache with other settings "
+            "(VAE, image size, dtype or list of images); remove the shard and run main_cache.py "
+            "again"
+        )
+    with as_user_error(unreadable(path)):
+        _check_inside(sidecar["names"])
+    return sidecar
+
+
+def _check_inside(names: list[str]) -> None:
+    """Raise ValueError if a name leads out of the folder."""
+    for name in names:
+        if os.path.isabs(name) or ".." in PurePosixPath(name).parts:
+            raise ValueError(f"{name[:80]!r} leads out of the folder")
+
+
+def read_moments(path: str | Path, names: tuple[str, ...] = NPZ_NAMES) -> np.ndarray:
+    """[len(names), 2C, h, w] float32, of an npz file. Raises UserError, naming the file."""
+    # zipfile and numpy meet a damaged file with nearly any exception, so all of them count.
+    with as_user_error(unreadable(path), (Exception,)):
+        with zipfile.ZipFile(path) as archive:  # compares the checksums of whole entries
+            entries = [io.BytesIO(archive.read(f"{name}.npy")) for name in names]
+        array = np.stack([np.load(entry, allow_pickle=False) for entry in entries])
+        if array.ndim != 4 or array.shape[1] % 2 or array.dtype.kind != "f" or not array.size:
+            raise ValueError(f"it holds {array.dtype} {array.shape[1:]}, not floats [2C, h, w]")
+        return array.astype(np.float32, copy=False)
+
+
+def as_one_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """A `collate_fn`: what torch's own would put together item by item is together already."""
-    return batch.moments, batch.labels
+    return batch
 
 
 class CachedLatents(Dataset):
@@ -64,129 +115,98 @@ class CachedLatents(Dataset):
 
     Moments are handed over as they are stored: float16 is half the bytes between processes, and
     `Tokenizer.from_moments` widens them on the device.
-    classes: their names, by label. latent_shape: (C, h, w). dtype: of the stored moments.
+    classes: their names, by label. labels: int64 [N]. latent_shape: (C, h, w). dtype: as stored.
     manifest: what `main_cache.py` wrote about the cache (scale, channel order, VAE, ...); None for
     a published one, which says nothing.
     """
 
-    classes: list[str]
-    labels: np.ndarray  # int64 [N]
-    latent_shape: tuple[int, int, int]
-    dtype: torch.dtype
-    manifest: dict | None
-    crcs: np.ndarray | None  # [N, 2], of the image and of the mirror image
+    def __init__(
+        self, folder: Path, classes: list[str], sidecars: list[dict], manifest: dict | None = None
+    ):
+        self.folder, self.classes, self.manifest = folder, classes, manifest
+        self.counts = [len(sidecar["names"]) for sidecar in sidecars]
+        self.labels = np.concatenate([np.array(s["labels"], np.int64) for s in sidecars])
+        self.rows = range(len(self.labels))  # of each image among all that are stored
+        self.files, self.shards, self.crcs = [], [], None
+        if manifest is None or manifest["format"] == "npz":
+            self.files = [str(folder / f"{name}.npz") for s in sidecars for name in s["names"]]
+        if manifest is None:
+            channels, *sides = read_moments(self.files[0]).shape[1:]
+            self.latent_shape, self.dtype = (channels // 2, *sides), torch.float32
+        else:
+            self.crcs = np.concatenate([np.array(s["crc32"], np.uint32) for s in sidecars])
+            self.latent_shape = tuple(manifest["latent_shape"])
+            self.dtype = getattr(torch, manifest["dtype"])
+        self._map_shards()
+
+    def subset(self, chosen: list[int]) -> "CachedLatents":
+        """The images of those numbers, numbered anew."""
+        part = copy(self)
+        part.labels, part.rows = self.labels[chosen], [self.rows[i] for i in chosen]
+        return part
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, key: Key | int) -> tuple[Tensor, int]:
-        return self.__getitems__([key])[0]
+        moments, labels = self.__getitems__([key])
+        return moments[0], int(labels[0])
 
-    def __getitems__(self, keys: list[Key | int]) -> LatentBatch:
-        """A whole batch, as a DataLoader asks for it. Raises UserError, naming a damaged file."""
-        channels, height, width = self.latent_shape
-        moments = torch.empty(len(keys), 2 * channels, height, width, dtype=self.dtype)
-        views, chosen = moments.numpy(), []
-        for view, key in zip(views, keys, strict=True):
-            index, flip = parse_key(key, len(self))
-            view[...] = self._read(index, flip)
-            if self.crcs is not None and view_crc(view) != self.crcs[index, int(flip)]:
-                raise UserError(f"{self._complaint(index)}: wrong checksum")
-            chosen.append(index)
-        return LatentBatch(moments, torch.from_numpy(self.labels[chosen]))
+    def __getitems__(self, keys: list[Key | int]) -> tuple[Tensor, Tensor]:
+        """A whole batch, as a DataLoader asks for it: moments [B, 2C, h, w], labels int64 [B].
 
-    def _read(self, index: int, flip: bool) -> np.ndarray:
-        """[2C, h, w] of the stored dtype."""
-        raise NotImplementedError
+        Raises UserError, naming a damaged file.
+        """
+        moments = torch.empty(len(keys), *self._shape, dtype=self.dtype)
+        pairs = [parse_key(key, len(self)) for key in keys]
+        for view, (index, flip) in zip(moments.numpy(), pairs, strict=True):
+            row = self.rows[index]
+            file, stored = self._read(row, flip)
+            view[...] = stored
+            if self.crcs is not None and zlib.crc32(view) != self.crcs[2 * row + flip]:
+                raise UserError(f"{unreadable(file)}: wrong checksum")
+        return moments, torch.from_numpy(self.labels[[index for index, _ in pairs]])
 
-    def _complaint(self, index: int) -> str:
-        """Which file of which image is damaged, and the remedy."""
-        raise NotImplementedError
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        """Of the moments of a posterior: (2C, h, w)."""
+        return (2 * self.latent_shape[0], *self.latent_shape[1:])
 
-
-class ShardedLatents(CachedLatents):
-    """The npy form, mapped into memory."""
-
-    def __init__(self, folder: Path, manifest: dict, sidecars: list[dict]):
-        self.manifest = manifest
-        self.classes = manifest["classes"]
-        self.labels, self.crcs = _labels(sidecars), _crcs(sidecars)
-        self.latent_shape = tuple(manifest["latent_shape"])
-        self.dtype = getattr(torch, manifest["dtype"])
-        self.folder = folder
-        self.counts = [len(sidecar["names"]) for sidecar in sidecars]
-        self._map_shards()
+    def _read(self, row: int, flip: bool) -> tuple[str | Path, np.ndarray]:
+        """The file that a posterior is in, and the posterior [2C, h, w]."""
+        if not self.files:
+            shard = bisect_right(self.starts, row) - 1
+            stored = self.shards[shard][row - self.starts[shard], int(flip)]
+            return shard_path(self.folder, shard, ".npy"), stored
+        (moments,) = read_moments(self.files[row], NPZ_NAMES[flip : flip + 1])
+        if moments.shape != (shape := self._shape):
+            raise UserError(f"{unreadable(self.files[row])}: it is {moments.shape}, not {shape}")
+        return self.files[row], moments
 
     def _map_shards(self) -> None:
-        channels, height, width = self.latent_shape
-        with as_user_error(f"--cached_path {self.folder} has many shards (see --shard_size)"):
-            allow_open_files(len(self.counts))
+        """Map the shards into memory: read where they are touched, never written."""
+        if self.files:
+            return
         self.starts = [0, *accumulate(self.counts)]
-        self.shards = []
-        for shard, count in enumerate(self.counts):
-            path = shard_path(self.folder, shard, ".npy")
-            array = open_npy(path, count)
-            found, expected = (array.shape[1:], array.dtype), (2, 2 * channels, height, width)
-            if count and found != (expected, self.manifest["dtype"]):
-                raise UserError(
-                    f"--cached_path: {path} is {array.dtype} {array.shape}, unlike the manifest "
-                    f"({AGAIN})"
-                )
-            self.shards.append(array)
+        _allow_open_files(len(self.counts))
+        self.shards = [self._map(shard) if n else None for shard, n in enumerate(self.counts)]
 
-    def _read(self, index: int, flip: bool) -> np.ndarray:
-        shard = bisect_right(self.starts, index) - 1
-        return self.shards[shard][index - self.starts[shard], int(flip)]
-
-    def _complaint(self, index: int) -> str:
-        shard = bisect_right(self.starts, index) - 1
+    def _map(self, shard: int) -> np.ndarray:
         path = shard_path(self.folder, shard, ".npy")
-        return f"{unreadable(path)}, image {index - self.starts[shard]}"
+        with as_user_error(unreadable(path), (Exception,)):
+            array = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+            shape, dtype = (self.counts[shard], 2, *self._shape), self.manifest["dtype"]
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"it holds {array.dtype} {array.shape}, not {dtype} {shape}")
+        return array
 
     # Worker processes that are not forked get the dataset pickled: the files' names, not the data.
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "shards": None}
+        return self.__dict__ | {"shards": []}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._map_shards()
-
-
-class NpzLatents(CachedLatents):
-    """The published form, one file an image."""
-
-    dtype = torch.float32
-
-    def __init__(
-        self,
-        files: list[str],
-        labels: np.ndarray,
-        classes: list[str],
-        manifest: dict | None = None,
-        crcs: np.ndarray | None = None,
-    ):
-        self.manifest = manifest
-        self.classes = classes
-        self.labels, self.crcs = labels, crcs
-        self.files = files
-        # Names that a manifest leads to stay in its folder; what a user linked into one is his.
-        self.links = manifest is None
-        channels, height, width = read_moments(files[0], links=self.links).shape[1:]
-        self.latent_shape = (channels // 2, height, width)
-
-    def _read(self, index: int, flip: bool) -> np.ndarray:
-        name = NPZ_NAMES[flip : flip + 1]
-        moments = read_moments(self.files[index], name, self.links)[0]
-        channels, height, width = self.latent_shape
-        if moments.shape != (2 * channels, height, width):
-            raise UserError(
-                f"--cached_path: {self.files[index]} has shape {moments.shape}, the first file of "
-                f"the cache {(2 * channels, height, width)}; cache it again"
-            )
-        return moments
-
-    def _complaint(self, index: int) -> str:
-        return unreadable(self.files[index])
 
 
 def open_cache(
@@ -202,7 +222,7 @@ def open_cache(
         raise UserError(f"--cached_path {path} is not a folder; make a cache with main_cache.py")
     if not (folder / MANIFEST).exists():
         return _open_published(folder)
-    manifest = read_manifest(folder)
+    manifest = read_json(folder / MANIFEST)
     made_for, made_by = manifest["image_size"], manifest["vae_sha256"]
     if img_size not in (None, made_for):
         raise UserError(
@@ -214,82 +234,38 @@ def open_cache(
             f"--cached_path {path} was made with another VAE (SHA-256 {made_by[:12]}) than "
             f"--vae_path ({vae_sha256[:12]}); name that one or make another cache"
         )
-    sidecars = _read_sidecars(folder, manifest)
-    if manifest["format"] == "npy":
-        return ShardedLatents(folder, manifest, sidecars)
-    files = [str(npz_path(folder, name)) for sidecar in sidecars for name in sidecar["names"]]
-    cache = NpzLatents(files, _labels(sidecars), manifest["classes"], manifest, _crcs(sidecars))
-    if cache.latent_shape != tuple(manifest["latent_shape"]):
-        raise UserError(f"--cached_path: {files[0]} is unlike the manifest ({AGAIN})")
-    return cache
+    sidecars = []
+    for shard, entry in enumerate(manifest["shards"]):
+        sidecars.append(read_sidecar(folder, shard, manifest["cache_id"]))
+        sidecar = shard_path(folder, shard, ".json")
+        if sha256(sidecar) != entry["sidecar_sha256"]:
+            raise UserError(f"--cached_path: {sidecar} does not fit the manifest ({AGAIN})")
+    return CachedLatents(folder, manifest["classes"], sidecars, manifest)
 
 
-def _open_published(folder: Path) -> NpzLatents:
+def _open_published(folder: Path) -> CachedLatents:
     if (folder / SETTINGS).exists() or any(folder.glob("shard-*")):
         raise UserError(
             f"--cached_path {folder} is not finished, it has no {MANIFEST}; run main_cache.py with "
             "the same flags again, it goes on where it was stopped"
         )
-    if inside := sorted(
-        p.parent for name in (MANIFEST, SETTINGS) for p in folder.glob(f"*/{name}")
-    ):
+    if inside := sorted(path.parent for path in folder.glob(f"*/{SETTINGS}")):
         raise UserError(
             f"--cached_path {folder} is no cache but holds some; name --cached_path {inside[0]}"
         )
-    if not folder.is_dir():
-        raise UserError(f"--cached_path {folder} is not a folder; main_cache.py makes one")
     with as_user_error("no cache of main_cache.py"):
-        found = list_images(folder, "", "--cached_path", (".npz",))
-    files, labels = zip(*found.samples, strict=True)
-    return NpzLatents(list(files), np.array(labels), found.classes)
+        images = list_images(folder, "", "--cached_path", (".npz",))
+    names = [os.path.relpath(path, folder).removesuffix(".npz") for path, _ in images.samples]
+    labels = [label for _, label in images.samples]
+    return CachedLatents(folder, images.classes, [{"names": names, "labels": labels}])
 
 
-def _read_sidecars(folder: Path, manifest: dict) -> list[dict]:
-    """Of all shards; what they say of names, labels and checksums is what the manifest vouches for.
+def _allow_open_files(count: int) -> None:
+    """Let this process map so many files beside others, as far as the system allows it."""
+    with suppress(ImportError):  # not a Unix, which has no such limit
+        import resource
 
-    Raises UserError, naming the file, where it is not.
-    """
-    sidecars, known = [], set(range(len(manifest["classes"])))
-    for shard, entry in enumerate(manifest["shards"]):
-        sidecar = read_sidecar(folder, shard, manifest["cache_id"])
-        path = shard_path(folder, shard, ".json")
-        fits = len(sidecar["labels"]) == entry["count"] and set(sidecar["labels"]) <= known
-        if not fits or sha256(path) != entry.get("sidecar_sha256"):
-            raise UserError(f"--cached_path: {path} does not fit the manifest ({AGAIN})")
-        sidecars.append(sidecar)
-    return sidecars
-
-
-def _labels(sidecars: list[dict]) -> np.ndarray:
-    return np.concatenate([np.array(sidecar["labels"], np.int64) for sidecar in sidecars])
-
-
-def _crcs(sidecars: list[dict]) -> np.ndarray:
-    return np.concatenate([np.array(s["crc32"], np.uint32).reshape(-1, 2) for s in sidecars])
-
-
-def verify(path: str | Path) -> CachedLatents:
-    """Read all of a cache and compare the checksums; a published one has none, and is read only.
-
-    Raises UserError, naming what is damaged.
-    """
-    cache = open_cache(path)
-    if cache.manifest is None:
-        for index in tqdm(range(len(cache)), "reading", disable=None):
-            for flip in (False, True):
-                cache[(index, flip)]
-        return cache
-    folder, form = Path(path), cache.manifest["format"]
-    damaged = []
-    for shard, entry in enumerate(tqdm(cache.manifest["shards"], "reading", disable=None)):
-        sidecar_path = shard_path(folder, shard, ".json")
-        names = read_sidecar(folder, shard, cache.manifest["cache_id"])["names"]
-        moments = load_shard(folder, form, shard, names)
-        if shard_digest(folder, form, shard, moments) != entry["sha256"]:
-            damaged.append(sidecar_path.stem)
-    if damaged:
-        raise UserError(
-            f"--cached_path {path}: wrong checksums in {', '.join(damaged)}; remove the files of "
-            "these shards and run main_cache.py again"
-        )
-    return cache
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < count + SPARE_FILES:  # -1 is no limit
+            most = count + SPARE_FILES if hard < 0 else min(count + SPARE_FILES, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

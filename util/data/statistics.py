@@ -15,7 +15,6 @@ Letters: N latents, C channels, h, w positions.
 Source: arXiv 2503.16430, the Fourier analysis of KL-16's channels.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -34,18 +33,13 @@ class LatentStats:
 
     sums: [4, C] float64, over images and positions: the posterior's mean, its square, the
     posterior's variance, and the power of the mean's low frequencies.
-    histogram: of a posterior sample of each, not scaled; None where a part of them has none.
+    histogram: of a posterior sample of each, not scaled.
     """
 
     latent_shape: tuple[int, int, int]
     count: int
     sums: Tensor
-    histogram: LatentHistogram | None = None
-
-    @classmethod
-    def empty(cls, latent_shape: tuple[int, int, int]) -> "LatentStats":
-        sums = torch.zeros(len(_ROWS), latent_shape[0], dtype=torch.float64)
-        return cls(latent_shape, 0, sums, LatentHistogram.empty(latent_shape[0]))
+    histogram: LatentHistogram
 
     @classmethod
     def of(cls, moments: Tensor) -> "LatentStats":
@@ -54,31 +48,25 @@ class LatentStats:
         mean, variance = posterior.mean, posterior.std.square()
         power = torch.fft.fft2(mean).abs().square() * _low_frequencies(*mean.shape[2:])
         sums = torch.stack([x.sum(dim=(0, 2, 3)) for x in (mean, mean.square(), variance, power)])
-        return cls(tuple(mean.shape[1:]), len(mean), sums, _histogram(moments, posterior))
+        noise = torch.stack([posterior_noise(of_latent) for of_latent in moments])
+        samples = mean + posterior.std * noise
+        return cls(tuple(mean.shape[1:]), len(mean), sums, LatentHistogram.of(samples))
 
     def __add__(self, other: "LatentStats") -> "LatentStats":
-        if self.latent_shape != other.latent_shape:
-            raise ValueError(f"latents of {self.latent_shape} and {other.latent_shape} do not mix")
-        both = self.histogram is not None and other.histogram is not None
-        return LatentStats(
-            self.latent_shape,
-            self.count + other.count,
-            self.sums + other.sums,
-            self.histogram + other.histogram if both else None,
-        )
+        sums, histogram = self.sums + other.sums, self.histogram + other.histogram
+        return LatentStats(self.latent_shape, self.count + other.count, sums, histogram)
 
     def to_dict(self) -> dict:
         """Plain values only, as a JSON file holds them."""
         rows = dict(zip(_ROWS, self.sums.tolist(), strict=True))
         values = {"latent_shape": list(self.latent_shape), "count": self.count, **rows}
-        return values | ({"histogram": self.histogram.to_dict()} if self.histogram else {})
+        return values | {"histogram": self.histogram.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict) -> "LatentStats":
-        """The inverse of `to_dict`; caches of earlier versions hold no histogram."""
+        """The inverse of `to_dict`."""
         sums = torch.tensor([values[row] for row in _ROWS], dtype=torch.float64)
-        kept = values.get("histogram")
-        histogram = LatentHistogram.from_dict(kept) if kept else None
+        histogram = LatentHistogram.from_dict(values["histogram"])
         return cls(tuple(values["latent_shape"]), values["count"], sums, histogram)
 
     @property
@@ -96,12 +84,8 @@ class LatentStats:
         return (square + variance - self.channel_mean().square()).clamp(min=0).sqrt()
 
     def latent_scale(self) -> float:
-        """Raises ValueError if there are no latents, or some are not finite."""
         mean, square, variance, _ = (self.sums / self._per_channel).mean(dim=1).tolist()
-        total = square + variance - mean**2
-        if not (math.isfinite(total) and total > 0):
-            raise ValueError(f"latents have variance {total}, which no scale brings to 1")
-        return total**-0.5
+        return (square + variance - mean**2) ** -0.5
 
     def low_frequency_share(self) -> Tensor:
         """Part of each channel's energy at low frequencies, [C] in [0, 1]; 0 without energy."""
@@ -117,13 +101,6 @@ class LatentStats:
         """Channels, largest share of low-frequency energy first; equal ones by their number."""
         share = self.low_frequency_share().round(decimals=9)  # equal up to rounding is equal
         return share.argsort(descending=True, stable=True).tolist()
-
-
-def _histogram(moments: Tensor, posterior: Posterior) -> LatentHistogram | None:
-    """moments: [N, 2C, h, w]. None where they are not finite: what is wrong then is said later."""
-    noise = [posterior_noise(of_latent) for of_latent in moments]
-    samples = posterior.mean + posterior.std * torch.stack(noise)
-    return LatentHistogram.of(samples) if samples.isfinite().all() else None
 
 
 def _low_frequencies(height: int, width: int) -> Tensor:

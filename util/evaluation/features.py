@@ -34,7 +34,6 @@ from util.files import atomic_write
 from util.stop import Stopped
 
 SHARED_WAIT = 60.0  # seconds until a file of another node is seen on a network file system
-MAX_IDS_BYTES = 1 << 24
 LOOKED_AT = 1000  # images of a folder whose size is looked at
 
 
@@ -89,7 +88,7 @@ class FeatureStore:
         """Numbers of the images in a batch's file: all that could be read."""
         path = self.path(number)
         with _told_if_damaged(path):
-            return read_npz(path, ["ids"], MAX_IDS_BYTES)["ids"].tolist()
+            return read_npz(path, ["ids"])["ids"].tolist()
 
 
 def _told_if_damaged(path: Path) -> AbstractContextManager:

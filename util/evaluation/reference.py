@@ -15,14 +15,13 @@ import numpy as np
 from torch import Tensor
 
 from util.data.arrays import ImageArray, read_npz
-from util.data.images import list_files
+from util.data.listing import list_files
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, load_tensors, sha256
 from util.stop import Stopped
 
 ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256
-MAX_STATISTICS_BYTES = 1 << 28  # of sigma: 5792 features in float64
 # Written by `util.fid_stats` beside mu and sigma; files of others have none of them.
 RECORDED = ("count", "img_size", "extractor", "layer", "weights_sha256")
 
@@ -85,7 +84,7 @@ def _read(path: str | Path) -> dict[str, np.ndarray]:
         if saved is not None:
             found = {key: np.asarray(value) for key, value in saved.items()}
         else:  # ADM's files hold 10,000 images besides
-            found = read_npz(path, ("mu", "sigma", *RECORDED), MAX_STATISTICS_BYTES)
+            found = read_npz(path, ("mu", "sigma", *RECORDED))
         wide = {k: _wide(found[k]) for k in ("mu", "sigma") if k in found}
         return found | wide
 
