@@ -39,8 +39,8 @@ from util.data.latent_cache import verify
 from util.dist import run
 from util.dry_cache import rehearse
 from util.errors import UserError
+from util.files import only_job_in
 from util.json_output import figures_on_stdout
-from util.lock import only_job_in
 from util.parser import Parser
 from util.vae_files import vae_digest
 

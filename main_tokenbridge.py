@@ -29,13 +29,12 @@ from util.dry_run import open_what_is_there, rehearse
 from util.ema import EMA
 from util.evaluation.evaluator import drawn_classes, eval_settings
 from util.evaluation.sweep import evaluate_checkpoint, prepare_measure
-from util.files import check_writable
+from util.files import check_writable, only_job_in, refuse_busy
 from util.flops import training_step
 from util.hardware import Meter, peak_flops
 from util.heldout import HeldOut, find_heldout
 from util.inputs import Inputs, TrainingData, check_agreement, open_inputs, refuse_finished
 from util.json_output import figures_on_stdout
-from util.lock import only_job_in, refuse_busy
 from util.log import TrainingLog
 from util.look import Look, LookSettings
 from util.metrics_file import MetricsFile

@@ -28,7 +28,6 @@ from tests.runs import (
 )
 from util import doctor, fid_stats
 from util.data.images import list_images
-from util.doctor_patient import Patient
 
 NO_CACHE = dict(use_cached=None, cached_path=None, vae_path="vae.ckpt", latent_scale=1.0)
 NO_CACHE |= {"channel_order": "0,1,2,3", "class_num": None}
@@ -59,8 +58,8 @@ def command(inputs: Path, tool: str, path: Path) -> tuple:
 def examined(inputs: Path, path: Path) -> str:
     """What the doctor finds of the data."""
     argv = flags(inputs, TRAIN_FLAGS, NO_CACHE, data_path=path, output_dir=path / "out")
-    patient = Patient(doctor.make_parser().parse(argv), torch.device("cpu"))
-    return doctor.attempt("data", doctor.CHECKS["data"], patient).text
+    opened = doctor.Opened(doctor.make_parser().parse(argv), torch.device("cpu"))
+    return doctor.attempt("data", opened).text
 
 
 COUNTS = {

@@ -21,8 +21,7 @@ import yaml
 
 from util import dist
 from util.errors import as_user_error, did_you_mean
-from util.files import atomic_write
-from util.lock import LOCK
+from util.files import LOCK, atomic_write
 
 CONFIG, EVALUATION_CONFIG = "config.yaml", "config-evaluation.yaml"
 GIVEN = "given"
