@@ -220,14 +220,22 @@ def test_place_is_what_the_launcher_says(environment, variables, itp, expected):
 
 
 @pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("gpu7", "gpu7"), ("rack[0-1]node[08-15,17],other", "rack0node08"), ("a-1,b-2", "a-1")],
+)
+def test_the_first_host_of_a_slurm_job_serves_the_meeting(environment, nodes, host):
+    environment(SLURM | {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "20007"})
+    assert dist._address("env://", dist.detect_world()) == (host, 20007)
+
+
+@pytest.mark.parametrize(
     ("variables", "arguments", "fragment"),
     [
         ({}, {"dist_on_itp": True}, "OMPI_COMM_WORLD_RANK=None"),
         (SLURM | {"SLURM_LOCALID": "x"}, {}, "SLURM_LOCALID='x'"),
-        (TORCHRUN, {}, "MASTER_ADDR and MASTER_PORT"),
-        (TORCHRUN | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, {}, "MASTER_PORT): invalid"),
-        (TORCHRUN, {"dist_url": "tcp://127.0.0.1"}, "tcp://127.0.0.1: host or port is missing"),
-        (SLURM | {"SLURM_NODELIST": "node[1-2]", "PATH": ""}, {}, "node[1-2]"),
+        (TORCHRUN, {}, "--dist_url env://: set MASTER_ADDR and MASTER_PORT"),
+        (TORCHRUN | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, {}, "env://: invalid"),
+        (TORCHRUN, {"dist_url": "tcp://127.0.0.1"}, "tcp://127.0.0.1: set MASTER_ADDR"),
         ({}, {"device": "tpu"}, "--device 'tpu'"),
     ],
 )
@@ -250,9 +258,9 @@ def test_a_plain_python_in_an_allocation_is_one_process_and_that_is_said(environ
 @pytest.mark.parametrize(
     ("rank", "url", "words"),
     [
-        (0, "env://", "2 of 3 processes (rank 1, 2) at 127.0.0.1:{port} (MASTER_ADDR"),
-        (1, "env://", "process 0 of 3 at 127.0.0.1:{port} (MASTER_ADDR"),
-        (0, "tcp://127.0.0.1:{port}", "2 of 3 processes (rank 1, 2) at tcp://127.0.0.1:{port} for"),
+        (0, "env://", "2 of 3 processes (rank 1, 2) at 127.0.0.1:{port} for"),
+        (1, "env://", "process 0 of 3 at 127.0.0.1:{port} for"),
+        (0, "tcp://127.0.0.1:{port}", "2 of 3 processes (rank 1, 2) at 127.0.0.1:{port} for"),
     ],
 )
 def test_who_waits_says_for_whom_and_a_signal_ends_it(
@@ -294,7 +302,7 @@ def test_the_end_of_process_0_ends_the_wait_of_the_others(environment, monkeypat
     started[0].kill()  # when both are here
     started[1].join(20)
     assert started[1].exitcode == EXIT_USER_ERROR
-    assert "ended while others were waited for" in capfd.readouterr().err
+    assert f"cannot meet process 0 at 127.0.0.1:{meeting['MASTER_PORT']}" in capfd.readouterr().err
 
 
 def test_a_taken_port_is_told(environment):
@@ -303,13 +311,16 @@ def test_a_taken_port_is_told(environment):
         listener.listen()
         port = str(listener.getsockname()[1])
         environment(TORCHRUN | {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        with pytest.raises(UserError, match=f"cannot meet at 127.0.0.1:{port} .* already in use"):
+        with pytest.raises(
+            UserError, match="cannot meet process 0 at .* already in use"
+        ):
             dist.init("cpu")
 
 
 def test_a_missing_device_is_replaced_and_that_is_said(environment, capsys, monkeypatch):
     environment({})
-    monkeypatch.setattr("util.device._available", lambda: ["cpu"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
     assert dist.init("cuda") == torch.device("cpu")
     assert capsys.readouterr().err == "no cuda device here: running on cpu\n"
 

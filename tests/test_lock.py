@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from util import lock
+from util import files
 from util.errors import UserError
-from util.lock import only_job_in
+from util.files import only_job_in
 
 HOLD = """
 import os, sys, time
-from util.lock import only_job_in
+from util.files import only_job_in
 with only_job_in(sys.argv[1], "--flag"):
     child = os.fork() if "fork" in sys.argv else -1
     if child:  # two that print could print into each other's line
@@ -81,16 +81,15 @@ def test_what_a_job_wrote_stays_and_so_does_an_empty_folder_of_before(tmp_path):
 
 
 def test_a_lock_on_a_file_that_its_last_holder_removed_is_taken_anew(tmp_path, monkeypatch):
-    calls = []
-    original = lock._lock
+    calls, original = [], files.fcntl.lockf
 
-    def late(descriptor, *args):
+    def late(*arguments):
         if not calls:
             (tmp_path / ".lock").unlink()
-        calls.append(descriptor)
-        original(descriptor, *args)
+        calls.append(arguments)
+        original(*arguments)
 
-    monkeypatch.setattr(lock, "_lock", late)
+    monkeypatch.setattr(files.fcntl, "lockf", late)
     with only_job_in(tmp_path, "--flag"):
         assert len(calls) == 2 and (tmp_path / ".lock").exists()
 
@@ -100,7 +99,7 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys,
     def refuse(*args):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(lock.fcntl, "lockf", refuse)
+    monkeypatch.setattr(files.fcntl, "lockf", refuse)
     with only_job_in(tmp_path, "--flag"):
         (line,) = capsys.readouterr().err.splitlines()
         assert f"--flag {tmp_path}" in line and "no locks" in line

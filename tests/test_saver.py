@@ -205,10 +205,10 @@ def test_a_file_that_is_out_of_reach_is_not_set_aside(tmp_path, monkeypatch):
     write_some(tmp_path)
     before = names(tmp_path)
 
-    def stale(_path):
+    def stale(*_arguments):
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(files, "checked_archive", stale)
+    monkeypatch.setattr(files, "what_else", stale)
     with pytest.raises(UserError, match="step00000003.pth.*Stale file handle"):
         find_checkpoint("auto", str(tmp_path), must_exist=False)
     assert names(tmp_path) == before

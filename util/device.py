@@ -17,20 +17,20 @@ from util.errors import UserError, as_user_error
 
 def _available() -> list[str]:
     kinds = ["cuda"] if torch.cuda.is_available() else []
-    kinds += ["mps"] if torch.backends.mps.is_available() else []
-    return [*kinds, "cpu"]
+    return [*kinds, "mps", "cpu"] if torch.backends.mps.is_available() else [*kinds, "cpu"]
 
 
 def resolve_device(name: str, local_rank: int = 0, quiet: bool = False) -> torch.device:
     """The device of that name, or the best the machine has instead, which is said on stderr."""
     kind, _, index = name.partition(":")
+    available = _available()
     if kind not in ("cuda", "mps", "cpu"):
         raise UserError(f"--device {name!r} is not one of cuda, mps, cpu")
-    if kind not in _available():
+    if kind not in available:
+        found = available[0]
         if not quiet:
-            found = _available()[0]
             print(f"no {kind} device here: running on {found}", file=sys.stderr, flush=True)
-        kind, index = _available()[0], ""
+        kind, index = found, ""
     if kind != "cuda":
         return torch.device(kind)
     count = torch.cuda.device_count()
@@ -53,9 +53,7 @@ class Precision:
         return self.dtype is torch.float16
 
     def autocast(self, device: torch.device):
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(device.type, dtype=self.dtype)
+        return torch.autocast(device.type, dtype=self.dtype) if self.dtype else nullcontext()
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:

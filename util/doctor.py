@@ -5,39 +5,567 @@ torchrun --nproc_per_node=8 -m util.doctor FLAGS OF main_tokenbridge.py
 
 One line a check: ok, warning or FAILURE, with the remedy. The exit code is 1 if anything failed.
 --json prints the same as one object. Nothing is written.
+
+Letters: C latent channels, K levels, B bins.
 """
 
+import argparse
+import io
 import json
+import math
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-from util import dist, doctor_checks, stop
-from util.dist import run
-from util.doctor_patient import FAILURE, OK, WARNING, Finding, Patient, Unknown
+import torch
+from torch import Tensor
+
+from models.config import TokenBridgeConfig
+from models.quantizer import build_quantizer, entropy
+from models.tokenbridge import TokenBridge
+from models.tokenizers.kl16 import VAE
+from models.tokenizers.tokenizer import Tokenizer
+from util import ROOT, build, checkpoint, dist, inputs, stop
+from util.data.histogram import BINS, LatentHistogram
+from util.data.images import ImageDataset, ImageList, list_images, tell_names
+from util.data.latent_cache import CachedLatents, open_cache
+from util.device import resolve_precision
 from util.errors import UserError
+from util.evaluation.extractor import INCEPTION, Extractor, published_weights, registered_name
+from util.evaluation.reference import ADM_STATISTICS, check_statistics, load_fid_statistics
+from util.files import load_tensors
+from util.images import psnr, to_uint8
 from util.parser import Parser
 from util.training_args import training_parser
+from util.vae_files import vae_digest
 
-CHECKS: dict[str, Callable[[Patient], Finding | list[Finding]]] = {
-    "code": doctor_checks.code,
-    "device": doctor_checks.device,
-    "precision": doctor_checks.precision,
-    "processes": doctor_checks.processes,
-    "VAE": doctor_checks.vae,
-    "photograph": doctor_checks.photograph,
-    "latents": doctor_checks.latents,
-    "quantizer": doctor_checks.quantizer,
-    "data": doctor_checks.data,
-    "cache": doctor_checks.cache,
-    "model": doctor_checks.model,
-    "checkpoint": doctor_checks.checkpoint,
-    "FID statistics": doctor_checks.fid_statistics,
-    "feature weights": doctor_checks.feature_weights,
-    "disk space": doctor_checks.disk_space,
+FAILURE, WARNING, OK = STATES = "failure", "warning", "ok"
+# KL-16 reconstructs ImageNet's validation images at 24.1 dB, with a standard deviation of 4.2 dB
+# between images (Rombach et al., arXiv 2112.10752, appendix, table of autoencoders: f = 16,
+# d = 16). 18 dB is 1.5 of them lower; random weights give 8 to 9 dB.
+LEAST_PSNR = 18.0
+# Of unit-variance latents. KL-16's channels differ; far beyond these, scale or VAE is another one.
+STD_OF_ALL, STD_OF_CHANNEL, MEAN_OF_CHANNEL = (0.9, 1.1), (0.5, 2.0), 1.0
+MOST_SATURATED, MOST_UNUSED_BITS = 0.001, 1.0
+MEASURED_IMAGES = 64  # of --data_path, where no cache says how the latents are distributed
+INCEPTION_FEATURES = 2048
+ROOM = 2.0  # times the checkpoints' size, below which the space is called little
+
+
+@dataclass(frozen=True)
+class Finding:
+    """text: what was found, with its values. remedy: what helps, if anything has to.
+
+    by_channel: figures of every channel by name, for --json; the text has their extremes.
+    """
+
+    state: str
+    text: str
+    remedy: str = ""
+    name: str = ""
+    by_channel: dict[str, list[float]] = field(default_factory=dict)
+
+
+def judged(problems: list[str], text: str, remedy: str, state: str = WARNING) -> Finding:
+    """ok, or the problems with the remedy."""
+    if problems:
+        return Finding(state, f"{text}: {'; '.join(problems)}", remedy)
+    return Finding(OK, text)
+
+
+def once(read: Callable) -> property:
+    """A property that is read once; its UserError is kept, too."""
+
+    def get(self: "Opened"):
+        if read not in self.parts:
+            try:
+                self.parts[read] = read(self)
+            except UserError as error:
+                self.parts[read] = error
+        if isinstance(self.parts[read], UserError):
+            raise self.parts[read]
+        return self.parts[read]
+
+    return property(get)
+
+
+class Opened:
+    """What the flags of a script lead to; each part is opened when a check first asks for it.
+
+    Flags that only a training has are at their defaults.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args = argparse.Namespace(**vars(make_parser().parse([])) | vars(args))
+        self.device, self.parts = device, {}
+
+    def known(self, name: str):
+        """A part, or None where it cannot be opened, which is for another check to say."""
+        try:
+            return getattr(self, name)
+        except UserError:
+            return None
+
+    @once
+    def vae(self) -> VAE:
+        return build.build_vae(self.args).eval()
+
+    @once
+    def vae_sha256(self) -> str | None:
+        """None where there is no VAE."""
+        return vae_digest(self.args.vae_path) if Path(self.args.vae_path).exists() else None
+
+    @once
+    def images(self) -> ImageList:
+        return list_images(self.args.data_path)
+
+    @once
+    def cache(self) -> CachedLatents | None:
+        if not self.args.cached_path:
+            return None
+        return open_cache(self.args.cached_path, self.args.img_size, self.vae_sha256)
+
+    @property
+    def classes(self) -> list[str]:
+        """Of the training data; none where they cannot be read."""
+        data = self.known("cache" if self.args.use_cached else "images")
+        return data.classes if data is not None else []
+
+    @once
+    def checkpoint(self) -> checkpoint.Checkpoint | None:
+        """As a training or an evaluation finds it, but nothing is set aside."""
+        args = self.args
+        if args.evaluate and not args.resume:
+            raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
+        if args.evaluate:
+            return checkpoint.find_checkpoint(args.resume, args.output_dir, True, True)
+        found = inputs.open_checkpoint(args.resume, args.output_dir, True, args.finetune)
+        begins = found is not None and found.begins
+        return inputs.prepare_finetuning(found, args, self.classes) if begins else found
+
+    @once
+    def config(self) -> TokenBridgeConfig:
+        manifest = self.cache.manifest if self.cache is not None else None
+        flags = build.ModelFlags.of(self.args)
+        classes = 0 if self.args.evaluate else len(self.classes)
+        return build.build_config(flags, self.checkpoint, manifest, self.known("vae"), classes)
+
+    @once
+    def model(self) -> TokenBridge:
+        """Without its numbers."""
+        settings = self.config.to_dict()  # which may read the VAE, and that one with its numbers
+        with torch.device("meta"):
+            return TokenBridge(**settings)
+
+    @once
+    def extractor(self) -> Extractor | None:
+        """None where its weights are not at hand: nothing is downloaded here."""
+        given, name = self.args.inception_weights, registered_name(self.args.feature_extractor)
+        path = Path(given) if given else published_weights()
+        if not given and (name != INCEPTION or not path.is_file()):
+            return None
+        load_tensors(path, "--inception_weights")
+        return Extractor(name, path, torch.device("cpu"))
+
+    @once
+    def latents(self) -> tuple[LatentHistogram, Tensor, str]:
+        """How the latents are distributed, the scaled value of each bin [C, B], whose they are."""
+        cache = self.cache
+        if cache is not None and cache.manifest and cache.manifest.get("histogram"):
+            histogram = LatentHistogram.from_dict(cache.manifest["histogram"])
+            source = f"{len(cache)} cached images"
+        else:
+            samples = self.images.samples[:: max(1, len(self.images.samples) // MEASURED_IMAGES)]
+            source = f"{len(samples[:MEASURED_IMAGES])} images of --data_path"
+            histogram = self._measured(samples[:MEASURED_IMAGES])
+        middles = torch.arange(BINS) - BINS // 2 + 0.5
+        return histogram, middles * histogram.bin_widths(self.config.latent_scale)[:, None], source
+
+    def _measured(self, samples: list[tuple[str, int]]) -> LatentHistogram:
+        args, tokenizer = self.args, Tokenizer(self.vae, 1.0).to(self.device)
+        histogram = LatentHistogram.empty(self.vae.channels)
+        dataset = ImageDataset(samples, args.img_size, "drop", args.max_image_pixels)
+        for item in filter(None, (dataset[i] for i in range(len(samples)))):
+            generator = torch.Generator(self.device).manual_seed(args.seed)
+            latents = tokenizer.encode(item[0][None].to(self.device), generator)
+            histogram += LatentHistogram.of(latents.cpu())
+        if not histogram.counts.any():
+            raise UserError(f"none of {len(samples)} images of --data_path can be read")
+        return histogram
+
+
+def code(_opened: Opened) -> Finding:
+    """No other checkout or package has our names, where Python or pip would find it first."""
+    found = (d.read_text("direct_url.json") for d in metadata.distributions(name="tokenbridge"))
+    records = [json.loads(text) for text in found if text]
+    editable = [r["url"] for r in records if r.get("dir_info", {}).get("editable")]
+    places = {Path(entry).resolve() for entry in sys.path}
+    places |= {Path(unquote(urlsplit(url).path)).resolve() for url in editable}
+    names = [f"{name}{end}" for name in ("models", "util") for end in ("/__init__.py", ".py")]
+    others = [p for p in sorted(places - {ROOT}) if any((p / name).is_file() for name in names)]
+    problems = [f"another models or util is in {place}" for place in others]
+    remedy = "pip install -e . here, pip uninstall the other, or take it off PYTHONPATH"
+    return judged(problems, f"of {ROOT}", remedy)
+
+
+def device(opened: Opened) -> Finding:
+    found, asked = opened.device, opened.args.device
+    text = f"torch {torch.__version__}, {found}"
+    if found.type == "cuda":
+        properties = torch.cuda.get_device_properties(found)
+        text += f" ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
+    missing = [f"--device {asked} is not here"] if asked.partition(":")[0] != found.type else []
+    return judged(missing, text, "install a torch that sees it, or pass --device cpu")
+
+
+def precision(opened: Opened) -> Finding:
+    """A small product in the training's arithmetic, against the same in double precision."""
+    chosen = resolve_precision(opened.args.precision, opened.device)
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(64, 64, generator=generator) for _ in range(2))
+    with chosen.autocast(opened.device):
+        product = (a.to(opened.device) @ b.to(opened.device)).cpu()
+    exact = a.double() @ b.double()
+    error = ((product.double() - exact).norm() / exact.norm()).item()
+    text = f"{chosen.name}, relative error of a product {error:.1e}"
+    problems = [] if error < 0.02 else ["the arithmetic is wrong here"]  # NaN compares as false
+    return judged(problems, text, "pass another --precision", FAILURE)
+
+
+def processes(opened: Opened) -> Finding:
+    """A sum over all processes, where there are several."""
+    size = dist.world_size()
+    if size == 1:
+        return Finding(OK, "one process; under torchrun this tries the backend, too")
+    total = dist.all_reduce_sum(torch.tensor([dist.rank() + 1.0], device=opened.device)).item()
+    expected = size * (size + 1) / 2
+    problems = [] if total == expected else [f"it should be {expected:g}"]
+    text = f"{size} processes by {dist.backend()}, their sum is {total:g}"
+    return judged(problems, text, "see NCCL_DEBUG=INFO", FAILURE)
+
+
+def vae(opened: Opened) -> Finding:
+    path, args = opened.args.vae_path, opened.args
+    needed = not args.use_cached or args.online_eval or args.evaluate
+    if not needed and not Path(path).exists():
+        return Finding(OK, f"--vae_path {path} is not there, and cached latents do without it")
+    kind = "KL-16" if opened.vae.is_kl16 else "a VAE that is not KL-16"
+    text = (
+        f"{kind}, {opened.vae.channels} channels, stride {opened.vae.stride}, all tensors match, "
+        f"sha256 {opened.vae_sha256}"
+    )
+    found = opened.known("checkpoint")
+    other = found.saved.get("vae_sha256") if found is not None else None
+    problems = (
+        [f"--resume was made with {other[:12]}"] if other not in (None, opened.vae_sha256) else []
+    )
+    return judged(problems, text, "name the file it was made with by --vae_path", FAILURE)
+
+
+def photograph(opened: Opened) -> Finding:
+    """A natural photograph must come back from the VAE about as well as KL-16's do."""
+    args, paths = opened.args, [opened.args.photo]
+    if args.photo is None:
+        try:
+            from sklearn import datasets
+        except ImportError:
+            remedy = "pip install scikit-learn, which has two photographs, or name one by --photo"
+            return Finding(WARNING, "not checked", remedy)
+        folder = Path(datasets.__file__).parent / "images"
+        paths = [str(folder / name) for name in ("china.jpg", "flower.jpg")]
+    tokenizer, values = Tokenizer(opened.vae, 1.0).to(opened.device), {}
+    photos = ImageDataset(
+        [(path, 0) for path in paths], args.img_size, "raise", args.max_image_pixels
+    )
+    for i, path in enumerate(paths):
+        pixels = photos[i][0][None]  # uint8 [1, 3, S, S]
+        posterior = tokenizer.posterior(pixels.to(opened.device))
+        decoded = to_uint8(tokenizer.decode(tokenizer.mode(posterior))).cpu()
+        values[Path(path).name] = psnr(decoded, pixels).item()
+    text = ", ".join(f"{name} {value:.1f} dB" for name, value in values.items())
+    problems = [] if min(values.values()) >= LEAST_PSNR else [f"below {LEAST_PSNR:g} dB"]
+    if opened.vae.is_kl16:
+        return judged(problems, text, "this is not kl16.ckpt as published: fetch it", FAILURE)
+    remedy = "right only if it was trained for other images than photographs"
+    return judged(problems, f"{text} (not KL-16)", remedy)
+
+
+def _channels(problem: Tensor, text: str) -> list[str]:
+    """problem: [C] bool. The text with those channels, if there are any."""
+    return [text.format(problem.nonzero().flatten().tolist())] if problem.any() else []
+
+
+def latents(opened: Opened) -> Finding:
+    """Mean and std of each channel after scaling: about 0 and 1."""
+    histogram, values, source = opened.latents
+    share = histogram.counts / histogram.counts.sum(dim=1, keepdim=True).double()  # [C, B]
+    mean = (share * values).sum(dim=1)
+    std = (share * (values - mean[:, None]).square()).sum(dim=1).sqrt()
+    total = ((share * values.square()).sum(dim=1).mean() - mean.mean() ** 2).sqrt().item()
+    text = (
+        f"of {source}, scaled by {opened.config.latent_scale:.4g}: std {total:.3f}, by channel "
+        f"{std.min():.2f} to {std.max():.2f}, mean {mean.min():.2f} to {mean.max():.2f}"
+    )
+    problems = [] if STD_OF_ALL[0] <= total <= STD_OF_ALL[1] else ["std is not near 1"]
+    far = (std < STD_OF_CHANNEL[0]) | (std > STD_OF_CHANNEL[1])
+    problems += _channels(far, "std of channels {} is far from 1")
+    problems += _channels(mean.abs() > MEAN_OF_CHANNEL, "mean of channels {} is far from 0")
+    remedy = "check --vae_path and --latent_scale; --quantizer calibrated adapts"
+    by_channel = {"mean": mean.tolist(), "std": std.tolist()}
+    return replace(judged(problems, text, remedy), by_channel=by_channel)
+
+
+def quantizer(opened: Opened) -> Finding:
+    """Use of the levels by the latents, and how much of them lies beyond the range."""
+    histogram, values, source = opened.latents
+    config, channels = opened.config, len(histogram.counts)
+    kind, levels = config.quantizer, config.quant_levels
+    made = build_quantizer(kind, levels, config.quant_min, config.quant_max, channels)
+    if kind == "calibrated" and opened.checkpoint is not None:
+        weights = opened.checkpoint.weights("model")
+        made.set_levels(weights["boundaries"], weights["reconstruction_values"])
+    elif kind == "calibrated":
+        known = build.cache_histogram(opened.args.cached_path, channels, opened.vae_sha256)
+        made.set_levels(*build.calibrated_levels(known, levels, config.latent_scale))
+    scalars = values.T.float()  # [B, C]
+    counts = torch.zeros(channels, levels, dtype=torch.int64)
+    counts.scatter_add_(1, made.encode(scalars).T, histogram.counts)
+    bits, full = entropy(counts), math.log2(levels)
+    outside = (made.outside(scalars).T * histogram.counts).sum(dim=1) / histogram.counts.sum(dim=1)
+    text = (
+        f"{kind}, entropy {bits.min():.2f} to {bits.max():.2f} of {full:g} bits by channel, "
+        f"out of range {outside.min():.2%} to {outside.max():.2%} ({source})"
+    )
+    poor = bits < full - MOST_UNUSED_BITS
+    problems = _channels(poor, "channels {} use less than half of the levels")
+    problems += _channels(outside > MOST_SATURATED, "channels {} saturate")
+    remedy = "check --latent_scale, --quant_min and --quant_max, or pass --quantizer calibrated"
+    by_channel = {"entropy_bits": bits.tolist(), "out_of_range_share": outside.tolist()}
+    return replace(judged(problems, text, remedy), by_channel=by_channel)
+
+
+def data(opened: Opened) -> Finding:
+    args = opened.args
+    if args.use_cached or args.evaluate:
+        used = "--use_cached reads the cache" if args.use_cached else "--evaluate needs none"
+        return Finding(OK, f"not read: {used}")
+    images, source = opened.images, f"--data_path {args.data_path}"
+    return _fitting(
+        opened, inputs.TrainingData(images, images.classes, source, None), len(images.samples)
+    )
+
+
+def _fitting(opened: Opened, found: inputs.TrainingData, count: int) -> Finding:
+    """Raises UserError unless classes and latents fit the model."""
+    tell_names(found.classes)
+    if (config := opened.known("config")) is not None:
+        inputs.check_data(found, config, opened.checkpoint)
+    return Finding(OK, f"{found.source}: {count} images in {len(found.classes)} classes")
+
+
+def cache(opened: Opened) -> Finding:
+    args, found = opened.args, opened.cache
+    if found is None:
+        if args.use_cached:
+            raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
+        return Finding(OK, "none: images are encoded on the way")
+    source = f"--cached_path {args.cached_path}"
+    finding = _fitting(opened, inputs.TrainingData(found, found.classes, source, None), len(found))
+    problems = [] if found.manifest else ["of the published form, which does not say by which VAE"]
+    return judged(problems, finding.text, "make sure that it was this one")
+
+
+def model(opened: Opened) -> Finding:
+    """Flags, checkpoint, cache and VAE agree on the model's settings."""
+    config = opened.config
+    if (found := opened.known("vae")) is not None:
+        build.check_vae(found, config, opened.args.vae_path)
+    millions = sum(p.numel() for p in opened.model.parameters()) / 1e6
+    return Finding(
+        OK,
+        f"{millions:.1f} M parameters, {config.seq_len} positions of {config.token_dim} scalars, "
+        f"{config.quant_levels} levels ({config.quantizer}), {config.class_num} classes",
+    )
+
+
+def trained(opened: Opened) -> Finding:
+    found, classes = opened.checkpoint, opened.classes
+    if found is None:
+        return Finding(OK, "none yet: training starts from scratch")
+    if found.begins:
+        found = inputs.fit(found, opened.config, classes, opened.args.seed)
+    elif classes and not opened.args.evaluate:
+        inputs.check_same_classes(found, classes, "the data")
+    expected = {name: tuple(p.shape) for name, p in opened.model.published_parameters()}
+    state = found.weights("model")
+    wrong = [n for n, shape in expected.items() if n not in state or state[n].shape != shape]
+    problems = [f"{len(wrong)} are missing or of another shape, as {wrong[0]}"] if wrong else []
+    text = f"{found.path}, checksums agree, {len(expected)} tensors"
+    remedy = "it is of another model: see --model and --patch_size"
+    return judged(problems, text, remedy, FAILURE)
+
+
+def fid_statistics(opened: Opened) -> Finding:
+    args, name = opened.args, registered_name(opened.args.feature_extractor)
+    published = name == INCEPTION and ADM_STATISTICS.is_file()
+    path = args.fid_stats or (str(ADM_STATISTICS) if published else None)
+    if args.no_metrics:
+        return Finding(OK, "not needed: --no_metrics")
+    if path is None:
+        if args.fid_reference:
+            return Finding(OK, f"taken from --fid_reference {args.fid_reference}")
+        remedy = "put ADM's adm_in256_stats.npz into fid_stats/, or name a file with --fid_stats"
+        return Finding(WARNING, "no statistics, so FID cannot be computed", remedy)
+    extractor = opened.extractor
+    if extractor is not None:
+        features = extractor.width("fid", args.img_size)
+        identity = extractor.identity() | {"layer": extractor.layers["fid"]}
+    elif name == INCEPTION:
+        features, identity = INCEPTION_FEATURES, {"extractor": name}
+    else:
+        remedy = f"name a file of {name}'s weights by --inception_weights"
+        return Finding(WARNING, "not checked without the extractor", remedy)
+    load_fid_statistics(path, features)
+    record, doubts = check_statistics(path, identity, opened.config.img_size, features)
+    text = f"{path}, {features} features, sha256 {record['fid_stats_sha256']}"
+    return judged(doubts, text, "python -m util.fid_stats makes statistics of your own images")
+
+
+def feature_weights(opened: Opened) -> Finding:
+    args = opened.args
+    if args.no_metrics:
+        return Finding(OK, "not needed: --no_metrics")
+    found, path = opened.extractor, args.inception_weights or published_weights()
+    if found is None and registered_name(args.feature_extractor) != INCEPTION:
+        return Finding(OK, f"{args.feature_extractor} finds its own weights")
+    if found is None:
+        remedy = f"put torch-fidelity's file at {path}, or name it with --inception_weights"
+        return Finding(WARNING, "no Inception weights here; they would be downloaded", remedy)
+    widths = {metric: found.width(metric, args.img_size) for metric in found.layers}
+    return Finding(OK, f"{path}, features {widths}, sha256 {found.weights_sha256}")
+
+
+def disk_space(opened: Opened) -> Finding:
+    """fp32 weights, their average and AdamW's two moments, for every file that is kept."""
+    args = opened.args
+    if args.evaluate:
+        return Finding(OK, "not needed: an evaluation saves no checkpoint")
+    size = 4 * 4 * sum(p.numel() for p in opened.model.parameters())
+    milestones = args.epochs // args.save_every if args.save_every else 0
+    files = args.keep_checkpoints + milestones + 1  # the one being written
+    folder = Path(args.output_dir).absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free, needed = shutil.disk_usage(place).free, size * files
+    text = (
+        f"{free / 2**30:.1f} GiB free in {place}, {files} checkpoints of {size / 2**30:.2f} GiB "
+        f"take {needed / 2**30:.1f}"
+    )
+    problems = ["too little"] if free < needed else ["little is left for images and logs"]
+    remedy = "free some, name another --output_dir, or keep fewer (--keep_checkpoints)"
+    state = FAILURE if free < needed else WARNING
+    return judged(problems if free < ROOM * needed else [], text, remedy, state)
+
+
+CHECKS: dict[str, Callable[[Opened], Finding]] = {
+    "code": code,
+    "device": device,
+    "precision": precision,
+    "processes": processes,
+    "VAE": vae,
+    "photograph": photograph,
+    "data": data,
+    "cache": cache,
+    "checkpoint": trained,
+    "model": model,
+    "latents": latents,
+    "quantizer": quantizer,
+    "FID statistics": fid_statistics,
+    "feature weights": feature_weights,
+    "disk space": disk_space,
 }
-WORST = (FAILURE, WARNING, OK)
+
+
+def attempt(name: str, opened: Opened) -> Finding:
+    """One check; whatever goes wrong in it is its finding, and the next one goes on."""
+    with redirect_stdout(io.StringIO()) as printed:
+        try:
+            found = CHECKS[name](opened)
+        except stop.Stopped:
+            raise
+        except UserError as error:
+            known = getattr(error, "check", name)  # which has said it already
+            error.check = known
+            found = Finding(FAILURE, str(error))
+            if known != name:
+                found = Finding(WARNING, f"not checked: see {known}")
+        except Exception as error:  # an unforeseen failure must not hide the other checks
+            message = " ".join(str(error).split())[:200]
+            found = Finding(FAILURE, f"unexpected {type(error).__name__}: {message}")
+    notes = printed.getvalue().splitlines()
+    doubted = found.state == OK and any(n.startswith(("note: ", "warning: ")) for n in notes)
+    state = WARNING if doubted else found.state
+    return replace(found, name=name, state=state, text="; ".join([found.text, *notes]))
+
+
+def examine(opened: Opened, names: tuple[str, ...] = tuple(CHECKS)) -> list[Finding]:
+    """Those checks on all processes; what one of them finds worse than the main one counts."""
+    own, merged = [], []
+    for name in names:
+        dist.beat(f"examining: {name}")
+        own.append(attempt(name, opened))
+    for findings in zip(*dist.gather_objects(own), strict=True):
+        rank = min(range(len(findings)), key=lambda r: (STATES.index(findings[r].state), r))
+        text = f"process {rank}: {findings[rank].text}" if rank else findings[rank].text
+        merged.append(replace(findings[rank], text=text))
+    return merged
+
+
+def report(findings: list[Finding]) -> str:
+    lines = []
+    for finding in findings:
+        mark = finding.state.upper() if finding.state == FAILURE else finding.state
+        remedy = f"; {finding.remedy}" if finding.remedy else ""
+        lines.append(f"{mark:<8} {finding.name:<16} {finding.text}{remedy}")
+    counts = [sum(f.state == state for f in findings) for state in reversed(STATES)]
+    return "\n".join([*lines, "{} ok, {} warnings, {} failures".format(*counts)])
+
+
+def dry_run(
+    args: argparse.Namespace,
+    device: torch.device,
+    checks: tuple[str, ...],
+    step: Callable[[], dict],
+) -> dict:
+    """--dry_run of a script: those checks, then one step and what it measured.
+
+    step: makes one step of the script at hand and returns figures by name. Nothing is written.
+    Raises UserError if a check fails.
+    """
+    findings = examine(Opened(args, device), checks)
+    dist.print_main(report(findings))
+    for finding in findings:
+        if finding.state == FAILURE:
+            raise UserError("; ".join(filter(None, (finding.text, finding.remedy))))
+    figures = step()
+    lines = [f"{name.replace('_', ' '):<24} {_shown(name, x)}" for name, x in figures.items()]
+    dist.print_main("\n".join([*lines, "nothing was written"]))
+    return figures
+
+
+def _shown(name: str, value) -> str:
+    """A figure with its unit."""
+    if name.startswith("bytes") and value is not None:
+        return f"{value / 2**30:.3g} GiB"
+    if name.startswith("flops") and value is not None:
+        return f"{value / 1e12:.3g} TFLOP"
+    kinds = {int: f"{value:,}", float: f"{value:.4g}"} if isinstance(value, int | float) else {}
+    return kinds.get(type(value), "not known" if value is None else str(value))
 
 
 def make_parser() -> Parser:
@@ -51,66 +579,17 @@ def main() -> None:
     args = make_parser().parse()
     with redirect_stdout(sys.stderr) if args.json else nullcontext():
         device = dist.init(args.device, args.dist_url, args.dist_on_itp)
-        findings = examine(Patient(args, device))
+        findings = examine(Opened(args, device))
     healthy = all(finding.state != FAILURE for finding in findings)
-    if dist.is_main():
-        if args.json:
-            listed = [finding.to_dict() for finding in findings]
-            print(json.dumps({"ok": healthy, "checks": listed}, indent=1))
-        else:
-            tell(findings)
-    dist.barrier()
+    checks = [asdict(finding) for finding in findings]
+    listed = json.dumps({"ok": healthy, "checks": checks}, indent=1)
+    dist.print_main(listed if args.json else report(findings))
     dist.cleanup()
     if not healthy:
         sys.exit(1)
 
 
-def examine(patient: Patient) -> list[Finding]:
-    """All checks on all processes; what one of them finds worse than the main one is told, too."""
-    own = []
-    for name, check in CHECKS.items():
-        dist.beat(f"examining: {name}")
-        own.append(attempt(name, check, patient))
-    merged = []
-    for findings in zip(*dist.gather_objects(own), strict=True):
-        rank = min(range(len(findings)), key=lambda r: (WORST.index(findings[r].state), r))
-        merged.append(findings[rank].on_process(rank))
-    return merged
-
-
-def attempt(name: str, check: Callable[[Patient], Finding], patient: Patient) -> Finding:
-    """One check; whatever goes wrong in it is its finding, and the next one goes on."""
-    try:
-        return check(patient).named(name)
-    except stop.Stopped:
-        raise
-    except Unknown as error:
-        return Finding(WARNING, f"not checked: {error}").named(name)
-    except UserError as error:
-        return Finding(FAILURE, str(error)).named(name)
-    except Exception as error:  # a check that fails in an unforeseen way must not hide the others
-        message = " ".join(str(error).split())[:200]
-        return Finding(FAILURE, f"unexpected {type(error).__name__}: {message}").named(name)
-
-
-def dry_run(args, device, checks: tuple[str, ...], step: Callable[[], dict]) -> dict:
-    """--dry_run of a script: one step of it, and what it measured. Nothing is written."""
-    figures = step()
-    lines = [f"{name.replace('_', ' '):<24} {value}" for name, value in figures.items()]
-    dist.print_main("\n".join([*lines, "nothing was written"]))
-    return figures
-
-
-def tell(findings: list[Finding]) -> None:
-    for finding in findings:
-        mark = finding.state.upper() if finding.state == FAILURE else finding.state
-        remedy = f"; {finding.remedy}" if finding.remedy else ""
-        print(f"{mark:<8} {finding.name:<16} {finding.text}{remedy}")
-    counts = [sum(f.state == state for f in findings) for state in (OK, WARNING, FAILURE)]
-    print("{} ok, {} warnings, {} failures".format(*counts))
-
-
-cli = partial(run, main)
+cli = partial(dist.run, main)
 
 if __name__ == "__main__":
     cli()

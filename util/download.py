@@ -27,8 +27,7 @@ from huggingface_hub.utils import build_hf_headers
 
 from util.dist import run
 from util.errors import UserError, as_user_error
-from util.files import check_writable, flush_file, flush_folder
-from util.lock import only_job_in
+from util.files import check_writable, flush_file, flush_folder, only_job_in
 from util.parser import Parser
 
 REPOSITORY = "Epiphqny/TokenBridge"

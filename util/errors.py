@@ -5,10 +5,8 @@ remedy, exit code 2. Everything else is a defect of ours and keeps its traceback
 """
 
 import difflib
-import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
-from pathlib import Path
 
 from util import stop
 
@@ -19,7 +17,7 @@ LONGEST = 500  # characters of what a library says, which may quote a damaged fi
 
 
 class UserError(ValueError):
-    """A mistake of the caller's, told in one line: what is wrong, the value, the remedy."""
+    """A mistake of the caller's in one line: what is wrong, the value, the remedy."""
 
 
 @contextmanager
@@ -40,8 +38,3 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "; did you mean ...?", or nothing where no known name is like it."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def program() -> str:
-    """The name by which this process was started, of a script or a console command."""
-    return Path(sys.argv[0]).name

@@ -1,21 +1,29 @@
-"""Files that are whole or absent, and reading tensors without running what a file holds."""
+"""Files that are whole or absent, folders that one job has, and reading tensors without running
+what a file holds.
+
+The lock of a folder is kept by hand: `filelock` uses flock, which a forked loader worker of a
+killed run keeps. A POSIX record lock is its holder's alone, and ends with it.
+"""
 
 import argparse
 import datetime
+import errno
+import fcntl
 import hashlib
 import io
 import os
 import pathlib
-import pickle
 import pickletools
 import re
 import secrets
+import socket
+import sys
 import types
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,12 +32,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 from util.stop import Stopped
 
-DIRECTORY = 0x10  # among a zip record's attributes
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # on this file system
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours and bold of a terminal
 MOST_NAMES = 5  # that a message lists
+DIRECTORY = 0x10  # among a zip record's attributes
 TORCH_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how files of torch before 1.6 begin
 # How files begin that are something else, and what to do.
 BEGINNINGS = {
@@ -40,6 +50,11 @@ BEGINNINGS = {
     ),
     b"\x89HDF": "an HDF5 file, as Keras writes, not one of torch.save",
     b"\x93NUMPY": "an array of NumPy, not a file of torch.save",
+    b"<": "a web page, not the file: its address asks for a login or a confirmation; fetch it in "
+    "a browser, or by the site's own program",
+    TORCH_PICKLE: None,
+    b"\x80": "a pickle that torch.save did not write, and not read, since reading one may run "
+    "code; where you trust it, save its tensors by torch.save",
 }
 
 
@@ -66,19 +81,15 @@ def atomic_write(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 def flush_file(path: Path) -> None:
-    """Put a file that something else has written on the disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    """Put on the disk what something else has written to a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def flush_folder(folder: Path) -> None:
-    """Put the new name itself on the disk; where folders cannot be opened, the system does it."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+flush_folder = flush_file
 
 
 def check_writable(folder: str | Path, flag: str) -> None:
@@ -98,26 +109,67 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def checked_archive(path: Path) -> Path | BinaryIO:
-    """The file for torch.load, once the checksum (CRC-32) of each record, which torch does not
-    compare, is right.
+@contextmanager
+def only_job_in(folder: str | Path, flag: str) -> Iterator[None]:
+    """Hold the folder's lock; the folder is made if need be, and removed if it stays empty.
 
-    Files of torch before 1.6 are no zip archives and have none. They come as their bytes, beyond
-    which a damaged length in them cannot make the reader reserve memory.
+    Raises UserError, naming the flag, if another job holds it or the folder cannot be written to.
+    A file system without locks is said once, and the work goes on.
     """
-    if not zipfile.is_zipfile(path):
-        return io.BytesIO(path.read_bytes())
-    with zipfile.ZipFile(path) as archive:
-        for record in archive.infolist():
-            stored = record.compress_type == zipfile.ZIP_STORED
-            if not stored or record.file_size != record.compress_size:
-                raise ValueError(f"{record.filename} is compressed, which torch.save never does")
-            if record.external_attr & DIRECTORY:  # torch would leave its memory as it finds it
-                raise ValueError(f"{record.filename} is marked as a folder")
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"wrong checksum of {damaged}")
-    return path
+    folder = Path(folder)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    with as_user_error(f"{flag} {folder}: cannot write", (OSError,)):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder, flag, "a+b")
+    try:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(folder / LOCK)  # while it is held: see _locked
+        lock.close()
+        with suppress(OSError):  # not empty
+            for place in made:
+                place.rmdir()
+
+
+def refuse_busy(folder: str | Path, flag: str) -> None:
+    """Raise UserError, naming the flag, if another job holds the folder's lock now.
+
+    Early, before its files are read, which the other job replaces and removes; nothing is made.
+    """
+    nothing = suppress(FileNotFoundError, NotADirectoryError)
+    with as_user_error(f"{flag} {folder}: cannot write", (OSError,)), nothing:
+        _locked(Path(folder), flag, "r+b").close()
+
+
+def _locked(folder: Path, flag: str, mode: str) -> BinaryIO:
+    """The open file .lock, which holds the lock until it is closed."""
+    file = open(folder / LOCK, mode, buffering=0)  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            holder = ascii(file.read(100).decode(errors="replace"))[1:-1] or "starting"
+            file.close()
+            raise UserError(
+                f"{flag} {folder} is in use by another job ({holder}); wait for it or stop it"
+            ) from None
+        if error.errno not in NO_LOCKS:
+            raise
+        print(
+            f"warning: {flag} {folder}: this file system has no locks ({error.strerror}); see to "
+            "it that no second job works in this folder",
+            file=sys.stderr,
+            flush=True,
+        )
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+            return file
+    file.close()  # its last holder has removed it meanwhile
+    return _locked(folder, flag, mode)
 
 
 class PassedOver:
@@ -127,26 +179,20 @@ class PassedOver:
         return OrderedDict()
 
 
-def _plain_types() -> list:
-    """What may stand beside tensors: types that are nothing but their value."""
-    scalar, rebuild = (f.__reduce__()[0] for f in (np.float64(0), np.zeros(1)))
-    arrays = ("numpy.core.multiarray", "numpy._core.multiarray")  # moved between releases
-    homes = ("pathlib", "pathlib._local")
-    paths = {"Posix": pathlib.PurePosixPath, "Windows": pathlib.PureWindowsPath}
-    return [
-        *(argparse.Namespace, types.SimpleNamespace, dict, list, tuple, str, int, float, bool),
-        *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
-        *(np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdgFDSUMm"}),
-        *((scalar, f"{home}.scalar") for home in arrays),
-        *((rebuild, f"{home}._reconstruct") for home in arrays),
-        *((kind, f"{home}.{name}Path") for home in homes for name, kind in paths.items()),
-        *((kind, f"{home}.Pure{name}Path") for home in homes for name, kind in paths.items()),
-        (str, "torch.torch_version.TorchVersion"),
-        (PassedOver, "collections.defaultdict"),
-    ]
-
-
-PLAIN_TYPES = _plain_types()
+NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")  # moved between releases
+PATHS = [f"{home}.{pure}" for home in ("pathlib", "pathlib._local") for pure in ("", "Pure")]
+# What may stand beside tensors: types that are nothing but their value.
+PLAIN_TYPES = [
+    *(argparse.Namespace, types.SimpleNamespace, dict, list, tuple, str, int, float, bool),
+    *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
+    *(np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdgFDSUMm"}),
+    *((np.float64(0).__reduce__()[0], f"{home}.scalar") for home in NUMPY),
+    *((np.zeros(1).__reduce__()[0], f"{home}._reconstruct") for home in NUMPY),
+    *((pathlib.PurePosixPath, f"{path}PosixPath") for path in PATHS),
+    *((pathlib.PureWindowsPath, f"{path}WindowsPath") for path in PATHS),
+    (str, "torch.torch_version.TorchVersion"),
+    (PassedOver, "collections.defaultdict"),
+]
 # Of training frameworks, whose files hold them beside the tensors.
 PASSED_OVER = re.compile(r"(pytorch_lightning|lightning\w*|omegaconf|typing)\.")
 
@@ -163,8 +209,7 @@ def load_tensors(path: str | Path, flag: str, wide: bool = False) -> dict:
         raise UserError(f"{flag} {path}: {'a folder, not a' if path.is_dir() else 'no such'} file")
     try:
         other = what_else(path, wide)
-        if other is None:
-            saved = _read(path, wide)
+        saved = _read(path, wide) if other is None else None
     except Stopped:
         raise
     except Exception as error:  # a damaged file can make the reader fail in any way
@@ -177,59 +222,47 @@ def load_tensors(path: str | Path, flag: str, wide: bool = False) -> dict:
 
 
 def _read(path: Path, wide: bool) -> object:
-    if wide and is_safetensors(path):
+    if is_safetensors(path):
         return safetensors.torch.load_file(path)
-    archive = checked_archive(path)
-    try:
-        return _load(archive, [])
-    except pickle.UnpicklingError:
-        found = _types_in(path) if wide and zipfile.is_zipfile(path) else []
-        if not any(PASSED_OVER.match(name) for name in found):
-            raise
-    return _load(archive, [(PassedOver, name) for name in found if PASSED_OVER.match(name)])
+    if not zipfile.is_zipfile(path):  # of torch before 1.6; a wrong length ends with the bytes
+        return _load(io.BytesIO(path.read_bytes()))
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            stored = (record.compress_type, record.file_size) == (0, record.compress_size)
+            if not stored or record.external_attr & DIRECTORY:  # torch would not fill its memory
+                raise ValueError(f"{record.filename} is compressed or marked as a folder")
+        if damaged := archive.testzip():  # compares the checksums (CRC-32), which torch does not
+            raise ValueError(f"wrong checksum of {damaged}")
+        (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        steps = pickletools.genops(archive.read(pickled)) if wide else ()
+        # Types and functions that it asks for; none is looked up.
+        asked = {text.replace(" ", ".") for step, text, _ in steps if step.name == "GLOBAL"}
+    return _load(path, [(PassedOver, name) for name in asked if PASSED_OVER.match(name)])
 
 
-def _load(archive: Path | BinaryIO, more: list) -> object:
+def _load(file: Path | BinaryIO, more: Iterable = ()) -> object:
     with torch.serialization.safe_globals([*PLAIN_TYPES, *more]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch wonders about in a damaged file
-        return torch.load(archive, map_location="cpu", weights_only=True)
-
-
-def _types_in(path: Path) -> set[str]:
-    """Names of the types and functions that an archive's pickle asks for; none is looked up."""
-    with zipfile.ZipFile(path) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        steps = pickletools.genops(archive.read(name))
-        return {text.replace(" ", ".") for step, text, _ in steps if step.name == "GLOBAL"}
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def what_else(path: Path, wide: bool = False) -> str | None:
     """What a file is that is no file of torch.save, and the remedy; None if it may be one."""
     with open(path, "rb") as file:
         head = file.read(512)
-    text = head.strip().decode("latin-1")
-    beginning = next((said for start, said in BEGINNINGS.items() if head.startswith(start)), None)
-    if beginning is not None:
-        return beginning
+    if is_safetensors(path):
+        return None if wide else "a file of safetensors; here one of torch.save is read"
     if head.startswith(b"PK\x03\x04"):
         return _other_archive(path)
     if head[257:262] == b"ustar":
         return "a tar archive; unpack it (tar -xf) and name the file inside"
-    if is_safetensors(path):
-        return None if wide else "a file of safetensors; here one of torch.save is read"
-    if text.startswith("<"):
-        return (
-            "a web page, not the file: its address asks for a login or a confirmation; fetch it in "
-            "a browser, or by the site's own program"
-        )
-    if text and text.isascii() and text.replace("\n", " ").isprintable():
-        said = " ".join(text[:60].split())
+    for start, said in BEGINNINGS.items():
+        if head.lstrip().startswith(start):
+            return said
+    text = " ".join(head.decode("latin-1").split())
+    if text and text.isascii() and text.isprintable():
+        said = text[:60]
         return f"text, not tensors ({said!r}...), perhaps a server's answer; fetch the file again"
-    if head.startswith(b"\x80") and not head.startswith(TORCH_PICKLE):
-        return (
-            "a pickle that torch.save did not write, and not read, since reading one may run code; "
-            "where you trust it, save its tensors by torch.save"
-        )
     return None
 
 
@@ -251,8 +284,7 @@ def is_safetensors(path: Path) -> bool:
     """By its beginning: the length of a header, which is JSON."""
     with open(path, "rb") as file:
         head = file.read(9)
-    length = int.from_bytes(head[:8], "little")
-    return head[8:] == b"{" and length < path.stat().st_size
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
 
 
 def _what_failed(error: Exception) -> str:

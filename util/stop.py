@@ -11,27 +11,15 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from types import SimpleNamespace
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
-)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Of the process: signals have no other place. pid: whose handlers they are.
+_state = SimpleNamespace(pid=0, received=None, deferred=False)
 
 
 class Stopped(Exception):
     """The process was asked to stop, and has done what it must not lose."""
-
-
-@dataclass
-class _State:
-    """Of the process: signals have no other place. pid: whose handlers they are."""
-
-    pid: int = 0
-    received: str | None = None
-    deferred: bool = False
-
-
-_state = _State()
 
 
 def install() -> None:
@@ -44,11 +32,9 @@ def install() -> None:
 def _on_signal(number: int, _frame) -> None:
     # torchrun repeats what the terminal has sent already, so a second signal changes nothing;
     # and a forked child that has not set its own handlers yet is not the one who was meant.
-    if os.getpid() != _state.pid or _state.received is not None:
-        return
-    _state.received = signal.Signals(number).name
-    if not _state.deferred:
-        raise Stopped(_state.received)
+    if os.getpid() == _state.pid and _state.received is None:
+        _state.received = signal.Signals(number).name
+        check()
 
 
 def requested() -> bool:
@@ -67,24 +53,19 @@ def acknowledge() -> Stopped:
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
+def deferred(active: bool = True) -> Iterator[None]:
     """Signals are only noted; who asks `requested` does what is right."""
-    _state.deferred = True
-    try:
-        yield
-    finally:
-        _state.deferred = False
-
-
-@contextmanager
-def immediate() -> Iterator[None]:
-    """Within `deferred`: signals raise again, those that wait included."""
-    _state.deferred = False
+    before, _state.deferred = _state.deferred, active
     try:
         check()
         yield
     finally:
-        _state.deferred = True
+        _state.deferred = before
+
+
+def immediate():
+    """Context within `deferred`: signals raise again, those that wait included."""
+    return deferred(active=False)
 
 
 def ignore_in_worker(_worker: int) -> None:
@@ -93,12 +74,9 @@ def ignore_in_worker(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@atexit.register  # later than multiprocessing's own, so before it: handlers run in reverse order
 def _end_workers() -> None:
     """At exit, multiprocessing asks its workers to end by SIGTERM, which ours ignore."""
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
-
-
-# Exit handlers run in the opposite order of their registration: before multiprocessing's own.
-atexit.register(_end_workers)
