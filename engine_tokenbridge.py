@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from util import dist, stop
 from util.debug import Reload, write_dump
 from util.errors import UserError
-from util.evaluation.evaluator import evaluate
+from util.evaluation.evaluator import Evaluator
 from util.log import StepResult, TrainingLog
 from util.look import Look
 from util.optim import LRSchedule, guarded_step, seed_micro_batch, set_lr
@@ -186,16 +186,9 @@ def give_up(run: Run, reload: Reload, step: int, settings: TrainSettings) -> Non
 def evaluate_online(run: Run, log: TrainingLog, done: int, settings: TrainSettings) -> None:
     averaged = settings.evaluation.weights == "ema"
     with stop.immediate(), run.ema.swapped_in() if averaged else nullcontext():
-        results, samples = evaluate(
-            run.model,
-            run.tokenizer,
-            settings.evaluation,
-            evaluation_folder(done, settings),
-            run.device,
-            run.precision,
-            run.inception,
-            training=True,
-        )
+        evaluator = Evaluator(run.model, run.tokenizer, run.device, run.precision, run.inception)
+        folder = evaluation_folder(done, settings)
+        results, samples = evaluator.evaluate(settings.evaluation, folder, training=True)
     log.scalars({f"eval/{name}": value for name, value in results.items()}, done)
     if samples is not None:
         log.image("eval/samples", samples, done)

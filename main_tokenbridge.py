@@ -27,8 +27,9 @@ from util.device import Precision, compile_model, resolve_device, resolve_precis
 from util.dry_run import open_what_is_there, rehearse
 from util.ema import EMA
 from util.errors import run
-from util.evaluation.evaluator import drawn_classes, eval_settings
-from util.evaluation.sweep import evaluate_checkpoint, prepare_measure
+from util.evaluation.reference import prepare_measure
+from util.evaluation.settings import drawn_classes, eval_settings
+from util.evaluation.sweep import evaluate_checkpoint
 from util.files import check_writable
 from util.flops import training_step
 from util.hardware import Meter, peak_flops
@@ -242,7 +243,8 @@ def build_run(
         compile_model(model, device)
     inception = None
     if args.online_eval and not args.dry_run:
-        inception = prepare_measure(args, inputs.config.img_size, device)
+        reference = Path(args.output_dir) / "reference_features"
+        inception = prepare_measure(args, inputs.config.img_size, device, reference)
     return Run(
         model=model,
         ema=EMA(model.published_parameters(), args.ema_rate),

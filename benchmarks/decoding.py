@@ -17,16 +17,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demo.classifier import EXTRACTOR, FEATURES
+from models.sampler import SamplingOptions
 from models.tokenizers.tokenizer import Tokenizer
 from util.args import positive_int
 from util.build import build_model
 from util.checkpoint import find_checkpoint
 from util.device import Precision
 from util.errors import UserError, run
-from util.evaluation.evaluator import EvalSettings, generate
+from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import Extractor
 from util.evaluation.metrics import frechet, statistics
 from util.evaluation.reference import load_fid_statistics
+from util.evaluation.settings import EvalSettings
 from util.page import check_place, write_between
 from util.parser import Parser
 from util.provenance import environment
@@ -36,12 +38,8 @@ CPU = torch.device("cpu")
 PRECISION = Precision("fp32", None)
 DEMO = EvalSettings(
     num_images=360,
-    eval_bsz=90,
-    num_iter=16,
-    cfg=2.0,
-    cfg_schedule="linear",
-    temperature=0.5,
-    seed=1,
+    batch_size=90,
+    sampling=SamplingOptions(num_iter=16, cfg=2.0, temperature=0.5, seed=1),
 )
 POINTS = {
     "random order": {},
@@ -82,15 +80,17 @@ def measure(demo: Path, seeds: int) -> dict[str, list[tuple[float, float, float]
     checkpoint = find_checkpoint(str(demo / "model"), "", must_exist=True)
     model = build_model(checkpoint.config, checkpoint, "model_ema").eval()
     tokenizer = Tokenizer(load_vae(str(demo / "vae.ckpt")), checkpoint.config.latent_scale)
-    classes = checkpoint.config.class_num
+    evaluator, classes = Evaluator(model, tokenizer, CPU, PRECISION), checkpoint.config.class_num
     labels = torch.arange(DEMO.num_images) // (DEMO.num_images // classes)
-    batches = [range(i, i + DEMO.eval_bsz) for i in range(0, DEMO.num_images, DEMO.eval_bsz)]
+    batches = [range(i, i + DEMO.batch_size) for i in range(0, DEMO.num_images, DEMO.batch_size)]
     found: dict[str, list] = {name: [] for name in POINTS}
     for seed in tqdm(range(1, seeds + 1), "seeds", disable=None):
         for name, change in POINTS.items():
-            settings = replace(DEMO, seed=seed, **change)
+            sampling = replace(DEMO.sampling, seed=seed, **change)
             began = time.perf_counter()
-            parts = [generate(model, tokenizer, ids, settings, CPU, PRECISION) for ids in batches]
+            parts = [
+                evaluator.generate(ids, labels[ids.start : ids.stop], sampling) for ids in batches
+            ]
             seconds = time.perf_counter() - began
             found[name].append((*judge(torch.cat(parts), labels), seconds))
     return found
@@ -131,8 +131,9 @@ def main() -> None:
     lines = [
         *table(found),
         "",
-        f"Means over {args.seeds} seeds of {DEMO.num_images} images each, {DEMO.num_iter} "
-        f"iterations, `--cfg {DEMO.cfg:g} --temperature {DEMO.temperature:g}`; the least and the "
+        f"Means over {args.seeds} seeds of {DEMO.num_images} images each, "
+        f"{DEMO.sampling.num_iter} iterations, `--cfg {DEMO.sampling.cfg:g} "
+        f"--temperature {DEMO.sampling.temperature:g}`; the least and the "
         f"most in brackets. Seconds with the VAE. {where['processor']}, {where['system']}, Python "
         f"{where['Python']}, torch {where['torch']}, {torch.get_num_threads()} threads, git "
         f"{where['git revision'][:12]}.",

@@ -20,12 +20,12 @@ from benchmarks.plain import swapped
 from benchmarks.work import FAST, Settings, Variant, Work
 from benchmarks.works import GUIDANCE, build_model
 from models.config import PUBLISHED_LATENT_SCALE
+from models.sampler import SamplingOptions
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
-from util.evaluation.evaluator import EvalSettings, evaluate
+from util.evaluation.evaluator import EvalSettings, Evaluator
 from util.evaluation.extractor import INCEPTION, Extractor
-from util.evaluation.metrics import Measure
-from util.evaluation.reference import Reference
+from util.evaluation.metrics import Measure, Reference
 from util.provenance import cores
 from util.vae_files import save_vae
 
@@ -82,12 +82,8 @@ def evaluation(settings: Settings, folder: Path) -> Work:
     measure = Measure(Extractor(INCEPTION, weights, device), Reference(None, {}))
     asked = EvalSettings(
         num_images=count,
-        eval_bsz=count,
-        num_iter=settings.iterations[0],
-        cfg=GUIDANCE,
-        cfg_schedule="linear",
-        temperature=1.0,
-        seed=0,
+        batch_size=count,
+        sampling=SamplingOptions(num_iter=settings.iterations[0], cfg=GUIDANCE),
     )
 
     def run(precision: str) -> Callable[[], None]:
@@ -95,13 +91,14 @@ def evaluation(settings: Settings, folder: Path) -> Work:
             arithmetic = settings.precision(precision)
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 target = Path(place) / "evaluation"
-                in_silence(
-                    lambda: evaluate(model, tokenizer, asked, target, device, arithmetic, measure)
-                )
+                evaluator = Evaluator(model, tokenizer, device, arithmetic, measure)
+                in_silence(lambda: evaluator.evaluate(asked, target))
 
         return once
 
     last = settings.precisions[-1]
     found = [Variant(FAST, last, run(last))]
-    title = f"evaluation of {count} images, {settings.long_model}, {asked.num_iter} iterations"
+    title = (
+        f"evaluation of {count} images, {settings.long_model}, {asked.sampling.num_iter} iterations"
+    )
     return Work("evaluation", f"{title}, PNG and features", count, "images", found)

@@ -29,7 +29,7 @@ from util.data.images import ImageDataset, list_images
 from util.data.latent_cache import CachedLatents, LatentBatch, open_cache
 from util.device import Precision
 from util.errors import UserError, as_user_error
-from util.evaluation.features import batch_ranges
+from util.evaluation.folder import batch_ranges
 from util.inputs import Inputs, TrainingData, held_out_folder
 
 RATIOS = (0.25, 0.5, 0.7, 0.85, 1.0)  # training draws from 0.7 on, sampling goes through all

@@ -20,8 +20,8 @@ from util.data.images import steps_per_epoch
 from util.device import Precision
 from util.ema import EMA
 from util.errors import UserError
-from util.evaluation.evaluator import EvalSettings
 from util.evaluation.metrics import Measure
+from util.evaluation.settings import EvalSettings
 from util.optim import LRSchedule
 
 

@@ -18,7 +18,7 @@ from util.args import (
     positive_int,
 )
 from util.errors import UserError
-from util.evaluation.evaluator import add_evaluation_flags
+from util.evaluation.settings import add_evaluation_flags
 from util.look import add_look_flags
 from util.optim import BLR_BATCH
 from util.parser import Parser
