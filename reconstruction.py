@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models.config import PUBLISHED_LATENT_SCALE
+from models.generate import to_uint8
 from models.quantizer import build_quantizer
 from models.tokenizers.kl16 import VAE, Posterior
 from models.tokenizers.tokenizer import Tokenizer
@@ -71,7 +72,7 @@ from util.evaluation.reconstruction import (
 )
 from util.evaluation.reference import prepare_measure
 from util.files import check_writable
-from util.images import grid, save_png, to_uint8
+from util.images import grid, save_png
 from util.json_output import figures_on_stdout
 from util.metrics_file import MetricsFile
 from util.parser import Parser

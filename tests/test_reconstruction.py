@@ -227,14 +227,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_finished_run_is_not_done_again(inputs, done, tmp_path, monkeypatch, capsys):
-    folder = shutil.copytree(done, tmp_path / "done")
-    monkeypatch.setattr(reconstruction, "draw_latents", None)  # would fail if called
-    reconstruct(inputs, folder)
-    assert "5 of 5 batches are there already" in capsys.readouterr().out
-    assert results(folder) == results(done)
-
-
 def test_more_bits_join_later_and_stand_beside_the_others(inputs, done, tmp_path):
     reconstruct(inputs, tmp_path, bits=[2])
     reconstruct(inputs, tmp_path, bits=[-1, 6])

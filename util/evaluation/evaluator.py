@@ -1,17 +1,13 @@
 """Evaluation: image numbers -> sampler -> VAE decoder -> uint8 -> PNG files, features -> figures.
 
-    for each batch of image numbers, unless it was done before:     Evaluator.evaluate
-        images = evaluator.generate(ids, ...)      on the process whose turn it is
-        evaluator.update(images)                   images/*.png, features/.../batch-k.npz
-    evaluator.result()                             figures, on the main process
+    for each batch of image numbers, unless it was done before:    Evaluator.evaluate
+        images = generate(ids, labels, sampling)       on the process whose turn it is
+        update(images)                                 images/*.png, features/.../batch-k.npz
+    result()                                           figures, on the main process
 
 A batch holds the same image numbers on any number of processes, so nothing depends on their
-number, and a run that was stopped goes on with the batches that are missing. An evaluation leaves
-
-    settings.json, images/, features/      see folder.py
-    statistics.npz     mu and sigma of the images' features, as --fid_stats reads them
-    samples.npz        --save_npz: all images in one array, for ADM's evaluator
-    grid.png, metrics.json     a first look; the figures, written when all is done
+number. Beside what folder.py has, an evaluation leaves statistics.npz (mu and sigma, as
+--fid_stats reads them), samples.npz (--save_npz), grid.png and, when all is done, metrics.json.
 """
 
 import random

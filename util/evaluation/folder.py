@@ -10,6 +10,7 @@ absent, so what is there is not done again, on whatever number of processes.
 
 import json
 import re
+import socket
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -99,6 +100,21 @@ def wait_for(paths: list[Path], seconds: float = SHARED_WAIT) -> None:
                 "files); --output_dir must be one folder that all nodes share"
             )
         time.sleep(0.5)
+
+
+def check_shared(folder: Path) -> None:
+    """Raise UserError unless all nodes have one folder: now, and not at the first evaluation."""
+    if len(set(dist.gather_objects(socket.gethostname()))) == 1:
+        return
+    mark = folder / ".shared-by-all-nodes"
+    if dist.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    dist.barrier()
+    wait_for([mark])
+    dist.barrier()
+    if dist.is_main():
+        mark.unlink()
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,9 @@
 
 The figures are those of `torch_fidelity.calculate_metrics` on the PNG files of the same images,
 with its default splits, order, subsets and seeds. FID adds up moments; features are kept for KID,
-precision and recall alone, of at most 50,000 images.
-How sure a figure is: two evaluations with the same seed make image i of the same noise, so their
-figures rise and fall together from one group of images to the next, and the error of a difference
-comes from the differences of replicates. FID: delete-a-group jackknife, replicate j is the FID
-without the images i with i % G == j. IS: its splits are replicates already.
+precision and recall alone, of at most 50,000 images. Replicates say how sure a figure is, or a
+difference of two evaluations with the same noise: of FID by the delete-a-group jackknife (replicate
+j is without the images i with i % G == j), of IS its splits.
 Letters: N images, D features, G groups.
 Source: Heusel et al., arXiv 1706.08500 (FID); Salimans et al., arXiv 1606.03498 (IS); Binkowski
 et al., arXiv 1801.01401 (KID); Kynkaanniemi et al., arXiv 1904.06991 (precision and recall); Kott,

@@ -3,7 +3,6 @@
     latents -> quantizer (or none) -> decoder -> pixels
     PSNR and SSIM of each image against its crop, use of the levels, error of the latents
 
-    settings.json                   what decides the images, written first; another run's is refused
     original/00000.png ...          the crops
     continuous/, bits6/, ...        the same images through the VAE, without and with a quantizer
     records/VARIANT/batch-K.npz     PSNR, SSIM and use of the levels of batch K: it is done

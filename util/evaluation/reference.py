@@ -33,7 +33,7 @@ from util.data.images import (
 from util.errors import UserError, as_user_error
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import INCEPTION, load_extractor
-from util.evaluation.folder import FeatureFiles, batch_ranges
+from util.evaluation.folder import FeatureFiles, batch_ranges, check_shared
 from util.evaluation.metrics import (
     RECORDED,
     Accumulator,
@@ -60,6 +60,8 @@ def prepare_measure(
     What cannot be measured is said in one line, with the remedy. Files are checked before the
     first image is made. reference_cache: for the features of --fid_reference, where that is a flag.
     """
+    if reference_cache is not None:
+        check_shared(reference_cache.parent)
     if args.no_metrics:
         return None
     folder = args.fid_reference if reference_cache is not None else None
