@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models.config import PUBLISHED_LATENT_SCALE
@@ -29,7 +28,7 @@ from models.generate import to_uint8
 from models.quantizer import build_quantizer
 from models.tokenizers.kl16 import VAE, Posterior
 from models.tokenizers.tokenizer import Tokenizer
-from util import config_file, dist, stop
+from util import config_file, dist
 from util.args import (
     add_device_flags,
     add_distributed_flags,
@@ -49,7 +48,6 @@ from util.data.cache_writer import list_digest
 from util.data.images import (
     ImageDataset,
     ImageList,
-    collate_skipping,
     list_files,
     list_images,
     visible,
@@ -70,7 +68,7 @@ from util.evaluation.reconstruction import (
     summarise,
     write_results,
 )
-from util.evaluation.reference import prepare_measure
+from util.evaluation.reference import prepare_measure, read_batches
 from util.files import check_writable
 from util.images import grid, save_png
 from util.json_output import figures_on_stdout
@@ -259,23 +257,16 @@ class Reconstruction:
 
     def run(self, num_workers: int) -> None:
         """This process's share of the batches that some variant lacks."""
-        folder, bad = self.folder, self.dataset.bad
+        folder, count = self.folder, len(self.folder.batches)
         # As the main process finds them, so that all agree.
         missing = dist.gather_objects({name: folder.missing(name) for name in self.names})[0]
         mine = folder.share(set().union(*missing.values()))
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=[list(folder.batches[number]) for number in mine],
-            num_workers=num_workers,
-            collate_fn=collate_skipping,
-            worker_init_fn=stop.ignore_in_worker,
-        )
-        progress = tqdm(loader, desc="reconstructing", disable=not (mine and dist.is_main()))
-        for number, batch in zip(mine, progress, strict=True):
-            dist.beat(f"reconstructing batch {number + 1} of {len(folder.batches)}")
-            ids = [i for i in folder.batches[number] if not bad[i]]
+        batches = read_batches(self.dataset, [folder.batches[k] for k in mine], num_workers)
+        hidden = not (mine and dist.is_main())
+        progress = tqdm(batches, desc="reconstructing", total=len(mine), disable=hidden)
+        for number, (ids, images) in zip(mine, progress, strict=True):
+            dist.beat(f"reconstructing batch {number + 1} of {count}")
             names = [name for name in self.names if number in missing[name]]
-            images = batch[0] if batch is not None else torch.empty(0)  # none can be read
             for name, pixels, record in self.decode(images, ids, names):
                 if folder.extractor is not None:
                     self.evaluator.begin(folder.features(name))
@@ -306,12 +297,11 @@ class Reconstruction:
         """One batch through everything, for --dry_run: what the run would take."""
         folder = self.folder
         todo = len(set().union(*(folder.missing(name) for name in self.names)))
-        batch = collate_skipping([self.dataset[i] for i in folder.batches[0]])
-        if batch is None:
+        ids, images = next(read_batches(self.dataset, folder.batches[:1], num_workers=0))
+        if not ids:
             raise UserError("none of the first batch of images can be read; see --image_dir")
-        ids = [i for i in folder.batches[0] if not self.dataset.bad[i]]
         began = time.perf_counter()
-        for _, pixels, _ in self.decode(batch[0], ids, self.names):
+        for _, pixels, _ in self.decode(images, ids, self.names):
             if folder.extractor is not None:
                 self.evaluator.update(pixels)
         seconds = time.perf_counter() - began
@@ -322,7 +312,7 @@ class Reconstruction:
             "variants": self.names,
             "images_per_second": len(ids) * dist.world_size() / seconds,
             "hours": todo * seconds / 3600 / dist.world_size(),
-            "bytes_to_write_at_most": todo * batch[0].nbytes * len(self.names),
+            "bytes_to_write_at_most": todo * images.nbytes * len(self.names),
         }
 
     def finish(self, settings: dict) -> dict:

@@ -8,6 +8,8 @@ A batch is a fixed range of image numbers, whichever process works on it. All fi
 absent, so what is there is not done again, on whatever number of processes.
 """
 
+import csv
+import io
 import json
 import re
 import socket
@@ -234,6 +236,16 @@ def write_samples(path: Path, images: Iterable[Tensor], labels: Tensor, side: in
 def write_json(path: Path, value: dict) -> None:
     with atomic_write(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_csv(path: Path, rows: Iterable[dict], names: Iterable[str]) -> None:
+    """A line for each row, of the values of those names; what a row lacks is empty."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(names), extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def read_json(path: Path) -> dict:

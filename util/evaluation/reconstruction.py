@@ -15,9 +15,6 @@ Source: Wang et al. 2004 (SSIM), by torchmetrics with its defaults: Gaussian win
 mirrored.
 """
 
-import csv
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +30,9 @@ from util.evaluation.folder import (
     image_name,
     read_images,
     whole_files,
+    write_csv,
     write_images,
+    write_json,
 )
 from util.files import atomic_write
 from util.images import psnr
@@ -181,23 +180,12 @@ def summarise(name: str, files: FeatureFiles) -> dict:
 
 def write_results(folder: Path, settings: dict, results: list[dict]) -> None:
     """settings: what they were measured with. results: of each variant."""
-    with atomic_write(folder / "results.json") as file:
-        file.write((json.dumps(settings | {"results": results}, indent=1) + "\n").encode())
+    write_json(folder / "results.json", settings | {"results": results})
     by_bits = sorted(results, key=lambda r: r["bits"] if r["bits"] > 0 else float("inf"))
-    with atomic_write(folder / "results.csv") as file:
-        file.write(_as_csv(by_bits, dict.fromkeys(name for r in results for name in r)).encode())
+    names = dict.fromkeys(name for r in results for name in r if not name.endswith("_by_channel"))
+    write_csv(folder / "results.csv", by_bits, names)
     with atomic_write(folder / "quality.png") as file:
         _plot(file, by_bits)
-
-
-def _as_csv(results: list[dict], names: Sequence[str]) -> str:
-    """A row for each variant, of the figures that are one number; what is not known is empty."""
-    text = io.StringIO()
-    numbers = [name for name in names if not name.endswith("_by_channel")]
-    writer = csv.DictWriter(text, numbers, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(results)
-    return text.getvalue()
 
 
 def _plot(file, results: list[dict]) -> None:

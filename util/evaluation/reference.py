@@ -9,7 +9,8 @@ Letters: N images, D features, S side in pixels.
 import argparse
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -128,15 +129,14 @@ def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
 
 def _images_in(path: str | Path) -> str:
     """What to do with a file that holds images in the place of statistics; or nothing."""
-    try:
-        count = len(ImageArray.of(path))
-    except (OSError, ValueError, EOFError):
-        return ""
     made = Path(path).with_name(f"{Path(path).stem}_stats.npz")
-    return (
-        f", but of {count} images; compare with them by --fid_reference {path}, or make statistics "
-        f"with python -m util.fid_stats --image_dir {path} --output {made}"
-    )
+    with suppress(UserError), as_user_error(catch=(Exception,)):
+        return (
+            f", but of {len(ImageArray.of(path))} images; compare with them by --fid_reference "
+            f"{path}, or make statistics with python -m util.fid_stats --image_dir {path} "
+            f"--output {made}"
+        )
+    return ""
 
 
 def _read(path: str | Path) -> dict[str, np.ndarray]:
@@ -289,7 +289,9 @@ def image_batches(
     if isinstance(images, ImageArray):
         parts = _of_array(images, size, batches, own)
     else:
-        parts = _of_files(images, size, list(own.values()), loading)
+        on_bad = "drop" if loading.skip_bad else "raise"
+        dataset = ImageDataset([(path, 0) for path in images], size, on_bad, loading.max_pixels)
+        parts = read_batches(dataset, list(own.values()), loading.num_workers)
     hidden = not (mine and dist.is_main())
     progress = tqdm(parts, desc="real images", total=len(mine), disable=hidden)
     for number, (ids, pixels) in zip(mine, progress, strict=True):
@@ -297,21 +299,20 @@ def image_batches(
         yield number, ids, pixels
 
 
-def _of_files(
-    paths: list[str], size: int, batches: list[range], loading: Loading
+def read_batches(
+    dataset: ImageDataset, batches: Sequence[range], num_workers: int
 ) -> Iterator[tuple[list[int], Tensor]]:
-    on_bad = "drop" if loading.skip_bad else "raise"
-    dataset = ImageDataset([(path, 0) for path in paths], size, on_bad, loading.max_pixels)
+    """(ids, images uint8 [n, 3, S, S]) of each batch: those that could be read."""
     loader = DataLoader(
         dataset,
         batch_sampler=[list(ids) for ids in batches],
-        num_workers=loading.num_workers,
+        num_workers=num_workers,
         collate_fn=collate_skipping,
         generator=torch.Generator(),  # else it would draw from the global one, which is training's
         worker_init_fn=stop.ignore_in_worker,
     )
+    nothing = torch.empty(0, 3, dataset.size, dataset.size, dtype=torch.uint8)
     for ids, batch in zip(batches, loader, strict=True):
-        nothing = torch.empty(0, 3, size, size, dtype=torch.uint8)
         yield [i for i in ids if not dataset.bad[i]], batch[0] if batch else nothing
 
 
@@ -337,8 +338,6 @@ def enlarged(images: ImageSource, size: int) -> list[str]:
 
 
 def _shorter_side(path: str) -> float:
-    try:
-        with open_image(path) as image:
-            return min(image.size)
-    except (OSError, ValueError):
-        return float("inf")  # reading it in full says what is wrong with it
+    with suppress(UserError), as_user_error(catch=(Exception,)), open_image(path) as image:
+        return min(image.size)
+    return float("inf")  # reading it in full says what is wrong with it

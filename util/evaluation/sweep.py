@@ -6,8 +6,6 @@ errors of the two figures would suggest.
 """
 
 import argparse
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ from util.config_file import EVALUATION_CONFIG
 from util.device import Precision, compile_model
 from util.errors import UserError
 from util.evaluation.evaluator import Evaluator
-from util.evaluation.folder import read_json, read_png
+from util.evaluation.folder import read_json, read_png, write_csv
 from util.evaluation.metrics import fid_error, is_error
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import SWEPT, EvalSettings
@@ -121,12 +119,7 @@ def write_sweep(output: Path, points: list[EvalSettings], side: int) -> None:
     rows = compared([sweep_row(point, record_of(output, point)) for point in points])
     names = dict.fromkeys(name for row in rows for name in row if name != "replicates")
     names = [*(name for name in names if name != "folder"), "folder"]
-    text = io.StringIO()
-    table = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    with atomic_write(output / "sweep.csv") as file:
-        file.write(text.getvalue().encode())
+    write_csv(output / "sweep.csv", rows, names)
     save_png(first_images(output, points, side), output / "sweep_images.png")
     if any(name in PLOTTED for name in rows[0]):
         plot_sweep(rows, output / "sweep.png")
