@@ -255,7 +255,7 @@ def test_evaluation_that_was_stopped_is_made_up_for(inputs, tmp_path, monkeypatc
         raise stop.Stopped("SIGTERM")
 
     with monkeypatch.context() as patch, pytest.raises(stop.Stopped):
-        patch.setitem(main_tokenbridge.train.__globals__, "evaluate", stopped)
+        patch.setattr("util.evaluation.evaluator.Evaluator.evaluate", stopped)
         train(inputs, tmp_path / "out", **sampling)
     assert load_checkpoint(tmp_path / "out" / "checkpoint-step00000003.pth")  # saved before
     train(inputs, tmp_path / "out", **sampling)
