@@ -25,7 +25,7 @@ from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
 from util.evaluation.evaluator import EvalSettings, Evaluator
 from util.evaluation.extractor import INCEPTION, Extractor
-from util.evaluation.metrics import Measure, Reference
+from util.evaluation.metrics import Measure
 from util.provenance import cores
 from util.vae_files import save_vae
 
@@ -79,7 +79,7 @@ def evaluation(settings: Settings, folder: Path) -> Work:
     torch.manual_seed(0)
     tokenizer = Tokenizer(AutoencoderKL(), PUBLISHED_LATENT_SCALE).to(device)
     weights = save_random_inception(folder / "inception.pth")
-    measure = Measure(Extractor(INCEPTION, weights, device), Reference(None, {}))
+    measure = Measure(Extractor(INCEPTION, weights, device))
     asked = EvalSettings(
         num_images=count,
         batch_size=count,

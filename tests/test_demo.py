@@ -18,7 +18,7 @@ from util import fid_stats
 from util.errors import UserError
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import load_extractor
-from util.evaluation.metrics import Measure, Reference, frechet, statistics
+from util.evaluation.metrics import Measure, frechet, statistics
 from util.evaluation.reference import compare_with_statistics
 from util.vae_files import load_vae
 
@@ -140,7 +140,7 @@ def test_demo_s_distance_comes_from_the_evaluation_s_own_path(few, tmp_path):
     argv = ["--image_dir", few / "train", "--output", stats, "--img_size", 32, "--device", "cpu"]
     argv += ["--feature_extractor", "demo.classifier:digits", "--inception_weights", weights]
     call(fid_stats.main, *map(str, [*argv, "--num_workers", 0]))
-    measure = Measure(load_extractor(EXTRACTOR, weights, CPU), Reference(None, {}))
+    measure = Measure(load_extractor(EXTRACTOR, weights, CPU))
     measure = compare_with_statistics(measure, stats, 32)
     held_out = classifier.labelled_images(few / "val")
     evaluator = Evaluator(None, None, CPU, measure=measure)

@@ -24,7 +24,7 @@ from util.errors import UserError
 from util.evaluation.evaluator import Evaluator, shown_ids
 from util.evaluation.extractor import Extractor
 from util.evaluation.folder import read_png
-from util.evaluation.metrics import Measure, Reference
+from util.evaluation.metrics import Measure
 from util.evaluation.settings import EvalSettings
 from util.images import save_png, to_uint8
 
@@ -167,7 +167,7 @@ def test_training_goes_on_as_if_it_had_not_been_evaluated(tokenizer, tmp_path):
     states = (torch.get_rng_state, np.random.get_state, random.getstate)
     kept = [tensor.clone() for tensor in (*model.state_dict().values(), *ema.averages)]
     before = [state() for state in states]
-    measure = Measure(Extractor("pixels", None, CPU), Reference(None, {}))
+    measure = Measure(Extractor("pixels", None, CPU))
     evaluator = Evaluator(model, tokenizer, CPU, FP32, measure)
     with ema.swapped_in():
         averaged, _ = evaluator.evaluate(ENOUGH, tmp_path / "a")

@@ -10,7 +10,6 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_cache
-import main_tokenbridge
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import run_script
 from tests.runs import (

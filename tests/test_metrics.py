@@ -20,7 +20,7 @@ from util.evaluation import extractor, metrics
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import INCEPTION, WEIGHTS_FILE, Extractor, published_weights
 from util.evaluation.folder import FeatureFiles, batch_ranges
-from util.evaluation.metrics import Measure, Moments, Reference, Scores
+from util.evaluation.metrics import Measure, Moments, Scores
 from util.evaluation.reference import compare_with_images, image_batches, prepare_measure
 
 CPU = torch.device("cpu")
@@ -88,8 +88,8 @@ def test_inception_figures_of_an_evaluation_are_those_of_its_png_files(weights, 
 # --- the arithmetic, with an extractor of nine features
 
 
-def pixels_measure(reference: Reference | None = None) -> Measure:
-    return Measure(Extractor("pixels", None, CPU), reference or Reference(None, {}))
+def pixels_measure(stats: dict | None = None) -> Measure:
+    return Measure(Extractor("pixels", None, CPU), stats)
 
 
 def images_of(folder: Path) -> torch.Tensor:
@@ -134,7 +134,7 @@ def test_figures_equal_torch_fidelity_s_whichever_batch_came_first(folders, tmp_
 def test_features_are_kept_of_so_many_images_at_most(folders, tmp_path, monkeypatch):
     """Moments are of all; KID, precision and recall of the first of every three."""
     monkeypatch.setattr(metrics, "MOST_KEPT", 15)
-    found = compare_with_images(pixels_measure(), folders[1], 16, tmp_path).reference
+    found = compare_with_images(pixels_measure(), folders[1], 16, tmp_path)
     features = pixels_measure().extractor(images_of(folders[1]))["mixed"]
     assert torch.equal(found.features["mixed"], features[::3]) and found.record["images"] == 37
     np.testing.assert_allclose(found.stats["sigma"], np.cov(features.T.numpy()), rtol=1e-6)
@@ -154,11 +154,11 @@ def features_of(folder: Path) -> np.ndarray:
 def test_distance_and_its_replicates_are_frechets(folders):
     x, y = map(features_of, folders)
     stats = {"mu": y.mean(axis=0), "sigma": np.cov(y, rowvar=False)}
-    scores = scores_of(images_of(folders[0]), pixels_measure(Reference(stats, {})))
+    scores = scores_of(images_of(folders[0]), pixels_measure(stats))
     assert scores.figures["frechet_distance"] == pytest.approx(definition(x, y), rel=1e-6)
     kept = [np.arange(43) % 10 != group for group in range(10)]
     assert scores.replicates["fid"] == pytest.approx([definition(x[k], y) for k in kept], rel=1e-6)
-    few = scores_of(images_of(folders[0])[:10], pixels_measure(Reference(stats, {})))
+    few = scores_of(images_of(folders[0])[:10], pixels_measure(stats))
     assert "fid" not in few.replicates  # 9 features
     parts = scores.replicates["inception_score"]
     assert np.mean(parts) == scores.figures["score_mean"] and len(parts) == 10
@@ -183,7 +183,7 @@ def test_moments_are_those_of_all_rows_however_they_come():
 
 def test_too_few_images_are_warned_about():
     stats = {"mu": np.zeros(FEATURES), "sigma": np.eye(FEATURES)}
-    measure = pixels_measure(Reference(stats, {}))
+    measure = pixels_measure(stats)
 
     def warnings_of(count: int) -> str:
         images = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8)
@@ -205,7 +205,7 @@ def test_reference_counts_the_images_that_could_be_read(folders, tmp_path):
         path.write_bytes(b"broken")
     loading = Loading(skip_bad=True)
     found = compare_with_images(pixels_measure(), folder, 16, tmp_path / "cache", loading)
-    assert found.reference.record["images"] == 34
+    assert found.record["images"] == 34
 
 
 def test_extractor_without_a_layer_for_fid_still_has_its_score(folders, tmp_path, monkeypatch):
@@ -237,10 +237,10 @@ def test_reference_features_are_made_once_for_the_same_images(folders, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(measure.extractor.network, "forward", lambda _: pytest.fail("made again"))
         again = compare_with_images(measure, folder, 16, tmp_path / "cache")
-    assert torch.equal(again.reference.features["mixed"], first.reference.features["mixed"])
+    assert torch.equal(again.features["mixed"], first.features["mixed"])
     (folder / "00003.png").unlink()
     other = compare_with_images(pixels_measure(), folder, 16, tmp_path / "cache")
-    assert len(other.reference.features["mixed"]) == 36
+    assert len(other.features["mixed"]) == 36
     assert other.identity() != first.identity()
 
 

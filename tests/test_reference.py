@@ -15,7 +15,7 @@ from util.data.images import center_crop, read_image
 from util.errors import UserError
 from util.evaluation import reference
 from util.evaluation.extractor import Extractor
-from util.evaluation.metrics import Measure, Reference
+from util.evaluation.metrics import Measure
 from util.evaluation.reference import load_fid_statistics
 
 CPU = torch.device("cpu")
@@ -170,10 +170,9 @@ def test_images_in_the_place_of_statistics_are_told_the_two_ways(array):
 
 
 def test_an_npz_file_of_images_is_a_reference(images, array, tmp_path, capsys):
-    measure = Measure(Extractor("pixels", None, CPU), Reference(None, {}))
+    measure = Measure(Extractor("pixels", None, CPU))
     first, second = (
-        reference.compare_with_images(measure, source, SIZE, tmp_path).reference
-        for source in (images, array)
+        reference.compare_with_images(measure, source, SIZE, tmp_path) for source in (images, array)
     )
     assert torch.equal(first.features["mixed"], second.features["mixed"])
     np.testing.assert_array_equal(first.stats["sigma"], second.stats["sigma"])

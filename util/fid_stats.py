@@ -25,7 +25,7 @@ from util.errors import UserError, run
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import load_extractor
 from util.evaluation.folder import batch_ranges
-from util.evaluation.metrics import Accumulator, Measure, Reference, few_for_covariance
+from util.evaluation.metrics import Accumulator, Measure, few_for_covariance
 from util.evaluation.reference import enlarged, image_batches, open_images
 from util.files import check_writable
 from util.parser import Parser
@@ -75,7 +75,7 @@ def main() -> None:
             f"--feature_extractor {args.feature_extractor} declares no layer for a Frechet "
             "distance, so statistics of it are of no use"
         )
-    evaluator = Evaluator(None, None, device, None, Measure(extractor, Reference(None, {})))
+    evaluator = Evaluator(None, None, device, None, Measure(extractor))
     evaluator.begin(sums=Accumulator({"fid": layer}, groups=1))
     batches = batch_ranges(len(images), args.batch_size)
     todo = range(len(batches))

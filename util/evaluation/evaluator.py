@@ -47,7 +47,9 @@ from util.evaluation.folder import (
     write_samples,
 )
 from util.evaluation.metrics import Accumulator, Measure, Scores, score
+from util.evaluation.settings import SWEPT as SWEPT
 from util.evaluation.settings import EvalSettings
+from util.evaluation.settings import find_class as find_class
 from util.images import grid, save_png
 from util.provenance import digest, git_revision, versions
 
@@ -150,7 +152,7 @@ class Evaluator:
         """
         self.files, self.sums = files, sums
         if sums is None and self.measure is not None:
-            keep = self.measure.reference.features is not None
+            keep = self.measure.features is not None
             count = files.batches[-1].stop if files else 0
             self.sums = Accumulator(self.measure.extractor.layers, count, keep)
 
@@ -298,7 +300,7 @@ class Evaluator:
             "labels": drawn,
             "counts": counts,
             **facts,
-            "reference": measure.reference.record if measure is not None else None,
+            "reference": measure.record if measure is not None else None,
             "metric_settings": scores.settings,
             "replicates": scores.replicates,
             "versions": versions(),

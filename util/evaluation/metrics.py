@@ -36,31 +36,21 @@ Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64
 
 
 @dataclass(frozen=True)
-class Reference:
-    """stats: what FID is the distance to. record: for metrics.json: where they come from.
+class Measure:
+    """The extractor and what its features are compared with.
 
-    features: {layer: [N, D]} of real images, on the main process; else None.
+    stats: what FID is the distance to. features: {layer: [N, D]} of real images, on the main
+    process. record: where these come from, for metrics.json.
     """
 
-    stats: Statistics | None
-    record: dict
-    features: dict[str, Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Measure:
-    """The extractor and what its features are compared with."""
-
     extractor: Extractor
-    reference: Reference
-
-    @property
-    def stats(self) -> Statistics | None:
-        return self.reference.stats
+    stats: Statistics | None = None
+    record: dict = field(default_factory=dict)
+    features: dict[str, Tensor] | None = None
 
     def identity(self) -> dict:
         """What decides the figures of given images, as plain values."""
-        digests = {k: v for k, v in self.reference.record.items() if k.endswith("sha256")}
+        digests = {k: v for k, v in self.record.items() if k.endswith("sha256")}
         return self.extractor.identity() | {"reference": digests}
 
 
@@ -182,8 +172,8 @@ def score(sums: Accumulator, measure: Measure) -> Scores:
         _inception_score(sums.logits, scores)
     if "fid" in layers and measure.stats is not None:
         _frechet_distance(sums.moments, measure.stats, inception, scores)
-    if measure.reference.features is not None:
-        own, other = sums.features, measure.reference.features
+    if measure.features is not None:
+        own, other = sums.features, measure.features
         for metric, compute in (("kid", _kid), ("prc", _precision_recall)):
             if metric in layers:
                 compute(own[layers[metric]], other[layers[metric]], scores)

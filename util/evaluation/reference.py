@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,6 @@ from util.evaluation.metrics import (
     RECORDED,
     Accumulator,
     Measure,
-    Reference,
     Statistics,
     few_for_covariance,
 )
@@ -74,7 +74,7 @@ def prepare_measure(
     extractor = load_extractor(args.feature_extractor, args.inception_weights, device)
     if extractor is None:
         return None
-    measure = Measure(extractor, Reference(None, {}))
+    measure = Measure(extractor)
     if path is not None:
         measure = compare_with_statistics(measure, path, size)
     if folder is not None:
@@ -103,7 +103,7 @@ def compare_with_statistics(measure: Measure, path: str, size: int) -> Measure:
     record, warnings = check_statistics(path, identity, size, len(stats["mu"]))
     for warning in warnings:
         dist.print_main(f"warning: {warning}")
-    return Measure(extractor, Reference(stats, record))
+    return replace(measure, stats=stats, record=record)
 
 
 def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
@@ -237,12 +237,9 @@ def compare_with_images(
     for number, ids, pixels in image_batches(images, size, files.batches, missing, loading):
         evaluator.update(pixels, number, ids)
     dist.barrier()
-    record = measure.reference.record | {
-        "fid_reference": str(source),
-        "listing_sha256": key,
-    }
+    record = measure.record | {"fid_reference": str(source), "listing_sha256": key}
     if not dist.is_main():
-        return Measure(extractor, Reference(measure.stats, record))
+        return replace(measure, record=record)
     sums, stats = evaluator.collect(), measure.stats
     if sums.count == 0:
         raise UserError(f"--fid_reference {source}: none of the images could be read")
@@ -254,7 +251,7 @@ def compare_with_images(
         if sums.count <= len(stats["mu"]):
             few = few_for_covariance(sums.count, len(stats["mu"]))
             print(f"warning: --fid_reference {source}: {few}", flush=True)
-    return Measure(extractor, Reference(stats, record, sums.features))
+    return Measure(extractor, stats, record, sums.features)
 
 
 def open_images(source: str | Path, flag: str = "--fid_reference") -> ImageSource:
