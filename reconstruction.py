@@ -11,7 +11,8 @@ Letters: N images, C latent channels, K levels.
 """
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -20,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from models.config import PUBLISHED_LATENT_SCALE
@@ -28,7 +28,7 @@ from models.generate import to_uint8
 from models.quantizer import build_quantizer
 from models.tokenizers.kl16 import VAE, Posterior
 from models.tokenizers.tokenizer import Tokenizer
-from util import config_file, dist, stop
+from util import config_file, dist
 from util.args import (
     add_device_flags,
     add_distributed_flags,
@@ -45,46 +45,61 @@ from util.args import (
 from util.build import build_vae, cache_histogram, calibrated_levels
 from util.config_file import CONFIG
 from util.data.cache_writer import list_digest
-from util.data.images import ImageDataset, collate_skipping
+from util.data.images import (
+    ImageDataset,
+    ImageList,
+    list_files,
+    list_images,
+    visible,
+)
 from util.data.latent_cache import open_cache
-from util.data.listing import ImageList, list_files, list_images, visible
-from util.dry_reconstruction import rehearse
 from util.errors import UserError, as_user_error, run
-from util.evaluation import metrics
-from util.evaluation.metrics import Measure, frechet, score, statistics
-from util.evaluation.reconstruction_folder import ReconstructionFolder
-from util.evaluation.reconstruction_report import as_scalars, tell, write_grid, write_results
-from util.evaluation.variants import (
+from util.evaluation.evaluator import Evaluator
+from util.evaluation.extractor import Extractor
+from util.evaluation.metrics import frechet
+from util.evaluation.reconstruction import (
     CONTINUOUS,
     ORIGINAL,
     QUANTIZED,
     SSIM_LEAST,
-    Variant,
+    QuantizerVariant,
+    ReconstructionFolder,
     fidelity,
     summarise,
+    write_results,
 )
+from util.evaluation.reference import prepare_measure, read_batches
 from util.files import check_writable
+from util.images import grid, save_png
 from util.json_output import figures_on_stdout
 from util.metrics_file import MetricsFile
 from util.parser import Parser
 from util.vae_files import vae_digest
 
+try:
+    from util.doctor import dry_run
+except ImportError:  # until the doctor has it
+
+    def dry_run(args, device, checks, step) -> dict:
+        figures = step()
+        dist.print_main("\n".join(f"{k}: {v}" for k, v in figures.items()))
+        return figures
+
+
 GRID_IMAGES = 8
 RECORDED = ("image_dir", "images_per_class", "vae_path")  # for the reader of results.json alone
 # What decides the images, beside the list of them and the VAE.
 SETTINGS = ("img_size", "posterior", "batch_size")
+DRY_RUN_CHECKS = ("device", "processes", "VAE")
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     group = parser.add_argument_group("reconstruction")
-    group.add_argument(
-        "--image_dir", default="./data/imagenet", metavar="FOLDER", help="train/CLASS/ or CLASS/"
-    )
-    group.add_argument(
-        "--output_dir", default="quantization_results", metavar="FOLDER", help="images and results"
-    )
-    group.add_argument(
+    add = group.add_argument
+    add("--image_dir", default="./data/imagenet", metavar="FOLDER", help="train/CLASS/ or CLASS/")
+    add("--output_dir", default="quantization_results", metavar="FOLDER", help="of all results")
+    add(
         "--bits",
         type=bit_width_or_continuous,
         nargs="+",
@@ -92,31 +107,20 @@ def make_parser() -> Parser:
         metavar="N",
         help="a latent scalar; negative: not quantized",
     )
-    group.add_argument(
-        "--range", type=positive_float, default=5.0, help="latents in [-range, range]"
-    )
+    add("--range", type=positive_float, default=5.0, help="latents in [-range, range]")
     add_quantizer_flag(group)
-    group.add_argument(
-        "--images_per_class", type=positive_int, default=50, help="of each class, the first"
-    )
-    group.add_argument("--batch_size", type=positive_int, default=32, help="images a batch")
-    group.add_argument(
-        "--posterior", choices=("sample", "mode"), default="sample", help="the latent taken"
-    )
-    group.add_argument(
+    add("--images_per_class", type=positive_int, default=50, help="of each class, the first")
+    add("--batch_size", type=positive_int, default=32, help="images a batch")
+    add("--posterior", choices=("sample", "mode"), default="sample", help="the latent taken")
+    add(
         "--latent_scale",
         type=latent_scale,
         default="auto",
         metavar="X",
         help="1 / std of the latents; auto: the one of --cached_path, or KL-16's",
     )
-    group.add_argument(
-        "--cached_path",
-        default="",
-        metavar="FOLDER",
-        help="a cache of main_cache.py's, for scale and levels",
-    )
-    group.add_argument(
+    add("--cached_path", default="", metavar="FOLDER", help="a cache, for scale and levels")
+    add(
         "--dry_run",
         action="store_true",
         help="check everything, reconstruct one batch, say what the run would take, and stop",
@@ -147,38 +151,39 @@ def measure_variants(args, device: torch.device) -> dict:
     if args.img_size < SSIM_LEAST:
         raise UserError(f"--img_size {args.img_size}: SSIM needs {SSIM_LEAST} px at least")
     images = choose_images(args.image_dir, args.images_per_class)
-    vae = build_vae(args)
-    vae_sha256 = vae_digest(args.vae_path)
+    vae, vae_sha256 = build_vae(args), vae_digest(args.vae_path)
     scale = find_scale(args, vae, vae_sha256)
-    tokenizer = Tokenizer(vae, scale).to(device)
-    variants, level_settings = make_variants(args, vae.channels, scale, vae_sha256)
-    measure = metrics.prepare_by_flags(args, args.img_size, device)
-    folder = ReconstructionFolder(
-        Path(args.output_dir),
-        len(images.samples),
-        args.batch_size,
-        measure.extractor.label if measure is not None else None,
-    )
-    settings = image_settings(args, images, vae_sha256, scale) | level_settings
-    for variant in variants:
-        if variant.quantizer is not None:
-            variant.quantizer.to(device)
+    variants, level_settings = make_variants(args, vae.channels, scale, vae_sha256, device)
+    names = [str(Path(path).relative_to(images.root)) for path, _ in images.samples]
+    settings = {name: getattr(args, name) for name in SETTINGS} | level_settings
+    settings |= {"count": len(names), "vae_sha256": vae_sha256, "latent_scale": scale}
+    settings["images_sha256"] = list_digest(names, [label for _, label in images.samples])
+    if args.posterior == "sample":
+        settings["seed"] = args.seed
+    measure = prepare_measure(args, args.img_size, device)
+    label = measure.extractor.label if measure is not None else None
+    folder = ReconstructionFolder(Path(args.output_dir), len(names), args.batch_size, label)
     on_bad = "drop" if args.skip_bad_images else "raise"
     dataset = ImageDataset(images.samples, args.img_size, on_bad, args.max_image_pixels)
-    noise_seed = args.seed if args.posterior == "sample" else None
-    work = Work(folder, dataset, tokenizer, variants, measure, noise_seed)
-    names = [ORIGINAL, *(variant.name for variant in variants)]
+    evaluator = Evaluator(None, Tokenizer(vae, scale).to(device), device, None, measure)
+    job = Reconstruction(folder, dataset, evaluator, variants, settings.get("seed"))
     if args.dry_run:
         folder.refuse_other(settings)
-        return rehearse(folder, dataset, names, partial(decode_and_measure, work, names), device)
-    folder.claim(settings, names)
+        return dry_run(args, device, DRY_RUN_CHECKS, job.first_batch)
     figures = {}
+    folder.begin(settings)
     with config_file.saved(args, folder.path / CONFIG):
-        reconstruct(work, args.num_workers)
+        job.run(args.num_workers)
         dist.barrier()
         if dist.is_main():
-            figures = finish(work, settings | {name: getattr(args, name) for name in RECORDED})
-            metrics_file.write(as_scalars(figures["results"]), None, replace=True)
+            figures = job.finish(settings | {name: getattr(args, name) for name in RECORDED})
+            numbers = {
+                f"reconstruction/{result['name']}/{name}": value
+                for result in figures["results"]
+                for name, value in result.items()
+                if isinstance(value, float)
+            }
+            metrics_file.write(numbers, None, replace=True)
     dist.barrier()
     return figures
 
@@ -214,7 +219,9 @@ def find_scale(args, vae: VAE, vae_sha256: str) -> float:
     return PUBLISHED_LATENT_SCALE
 
 
-def make_variants(args, channels: int, scale: float, vae_sha256: str) -> tuple[list[Variant], dict]:
+def make_variants(
+    args, channels: int, scale: float, vae_sha256: str, device: torch.device
+) -> tuple[list[QuantizerVariant], dict]:
     """One for each of --bits, and what decides their levels beside the bits, as plain values."""
     levels_of, settings = None, {"quantizer": args.quantizer, "range": args.range}
     if args.quantizer == "calibrated":
@@ -224,104 +231,136 @@ def make_variants(args, channels: int, scale: float, vae_sha256: str) -> tuple[l
     variants = []
     for bits in dict.fromkeys(args.bits):
         if bits < 0:
-            variants.append(Variant(CONTINUOUS))
+            variants.append(QuantizerVariant(CONTINUOUS))
             continue
         with as_user_error(f"--bits {bits} --range {args.range}"):
             quantizer = build_quantizer(args.quantizer, 2**bits, -args.range, args.range, channels)
         if levels_of is not None:
             quantizer.set_levels(*levels_of(2**bits))
-        variants.append(Variant(f"{QUANTIZED}{bits}", quantizer))
+        variants.append(QuantizerVariant(f"{QUANTIZED}{bits}", quantizer.to(device)))
     return variants, settings
 
 
-def image_settings(args, images: ImageList, vae_sha256: str, scale: float) -> dict:
-    """All that decides the images beside their levels, as plain values."""
-    names = [str(Path(path).relative_to(images.root)) for path, _ in images.samples]
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    settings |= {
-        "count": len(names),
-        "images_sha256": list_digest(names, [label for _, label in images.samples]),
-        "vae_sha256": vae_sha256,
-        "latent_scale": scale,
-    }
-    return settings | ({"seed": args.seed} if args.posterior == "sample" else {})
-
-
 @dataclass(frozen=True)
-class Work:
+class Reconstruction:
     """What is reconstructed, how, and where it goes. noise_seed: None takes posterior means."""
 
     folder: ReconstructionFolder
     dataset: ImageDataset
-    tokenizer: Tokenizer
-    variants: list[Variant]
-    measure: Measure | None
+    evaluator: Evaluator
+    variants: list[QuantizerVariant]
     noise_seed: int | None
 
+    @property
+    def names(self) -> list[str]:
+        return [ORIGINAL, *(variant.name for variant in self.variants)]
 
-def reconstruct(work: Work, num_workers: int) -> None:
-    """This process's share of the batches that some variant lacks."""
-    folder, dataset, measure = work.folder, work.dataset, work.measure
-    names = [ORIGINAL, *(variant.name for variant in work.variants)]
-    # As the main process sees them, so that all agree.
-    missing = dist.gather_objects({name: folder.missing(name) for name in names})[0]
-    wanted = sorted(set().union(*missing.values()))
-    if len(wanted) < len(folder.batches):
-        done = len(folder.batches) - len(wanted)
-        dist.print_main(f"{folder.path}: {done} of {len(folder.batches)} batches are there already")
-    mine = wanted[dist.rank() :: dist.world_size()]
-    loader = DataLoader(
-        dataset,
-        batch_sampler=[list(folder.batches[number]) for number in mine],
-        num_workers=num_workers,
-        collate_fn=collate_skipping,
-        worker_init_fn=stop.ignore_in_worker,
-    )
-    progress = tqdm(loader, desc="reconstructing", disable=not (mine and dist.is_main()))
-    for number, batch in zip(mine, progress, strict=True):
-        dist.beat(f"reconstructing batch {number + 1} of {len(folder.batches)}")
-        lacking = [name for name in names if number in missing[name]]
-        ids = [i for i in folder.batches[number] if not dataset.bad[i]]
-        if batch is None:  # none of its images can be read
-            for name in lacking:
-                folder.write(name, number, [], torch.empty(0), {}, {})
-            continue
-        decoded = decode_batch(work, work.variants, lacking, batch[0], ids)
-        for name, pixels, record in decoded:
-            features = measure.extractor(pixels) if measure is not None else {}
-            folder.write(name, number, ids, pixels, record, features)
+    def run(self, num_workers: int) -> None:
+        """This process's share of the batches that some variant lacks."""
+        folder, count = self.folder, len(self.folder.batches)
+        # As the main process finds them, so that all agree.
+        missing = dist.gather_objects({name: folder.missing(name) for name in self.names})[0]
+        mine = folder.share(set().union(*missing.values()))
+        batches = read_batches(self.dataset, [folder.batches[k] for k in mine], num_workers)
+        hidden = not (mine and dist.is_main())
+        progress = tqdm(batches, desc="reconstructing", total=len(mine), disable=hidden)
+        for number, (ids, images) in zip(mine, progress, strict=True):
+            dist.beat(f"reconstructing batch {number + 1} of {count}")
+            names = [name for name in self.names if number in missing[name]]
+            for name, pixels, record in self.decode(images, ids, names):
+                if folder.extractor is not None:
+                    self.evaluator.begin(folder.features(name))
+                    self.evaluator.update(pixels, number, ids)
+                folder.write(name, number, ids, pixels, record)
 
+    def decode(
+        self, images: Tensor, ids: list[int], names: Sequence[str]
+    ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """(name, pixels uint8 [N, 3, H, W], record) of the crops and variants of these names.
 
-def decode_batch(
-    work: Work, variants: list[Variant], lacking: list[str], images: Tensor, ids: list[int]
-) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-    """(name, pixels uint8 [N, 3, H, W], record) of the crops and variants that are lacking.
+        images: uint8 [N, 3, H, W], numbered by ids.
+        """
+        tokenizer, latents = self.evaluator.tokenizer, None
+        original = images.to(self.evaluator.device)
+        variants = {variant.name: variant for variant in self.variants}
+        for name in names:
+            if name == ORIGINAL or not ids:
+                yield name, images, {}
+                continue
+            if latents is None:
+                latents = draw_latents(tokenizer, original, ids, self.noise_seed)
+            values, record = variants.get(name, QuantizerVariant(name)).apply(latents)
+            pixels = to_uint8(tokenizer.decode(values))
+            yield name, pixels.cpu(), record | fidelity(pixels, original)
 
-    images: uint8 [N, 3, H, W], numbered by ids.
-    """
-    if ORIGINAL in lacking:
-        yield ORIGINAL, images, {}
-    wanted = [variant for variant in variants if variant.name in lacking]
-    if not wanted:
-        return
-    device = next(work.tokenizer.parameters()).device
-    original = images.to(device)
-    latents = draw_latents(work.tokenizer, original, ids, work.noise_seed)
-    for variant in wanted:
-        values, record = variant.apply(latents)
-        pixels = to_uint8(work.tokenizer.decode(values))
-        record |= fidelity(pixels, original)
-        yield variant.name, pixels.cpu(), record
+    def first_batch(self) -> dict:
+        """One batch through everything, for --dry_run: what the run would take."""
+        folder = self.folder
+        todo = len(set().union(*(folder.missing(name) for name in self.names)))
+        ids, images = next(read_batches(self.dataset, folder.batches[:1], num_workers=0))
+        if not ids:
+            raise UserError("none of the first batch of images can be read; see --image_dir")
+        began = time.perf_counter()
+        for _, pixels, _ in self.decode(images, ids, self.names):
+            if folder.extractor is not None:
+                self.evaluator.update(pixels)
+        seconds = time.perf_counter() - began
+        return {
+            "images": folder.count,
+            "batches": len(folder.batches),
+            "batches_to_do": todo,
+            "variants": self.names,
+            "images_per_second": len(ids) * dist.world_size() / seconds,
+            "hours": todo * seconds / 3600 / dist.world_size(),
+            "bytes_to_write_at_most": todo * images.nbytes * len(self.names),
+        }
 
+    def finish(self, settings: dict) -> dict:
+        """Figures of all variants in the folder and a grid of a few images; on the main process.
 
-def decode_and_measure(
-    work: Work, names: list[str], images: Tensor, ids: list[int]
-) -> list[Tensor]:
-    """The pixels of all of names, whose features are computed too."""
-    pixels = [found for _, found, _ in decode_batch(work, work.variants, names, images, ids)]
-    for found in pixels if work.measure is not None else []:
-        work.measure.extractor(found)
-    return pixels
+        Returns what results.json holds.
+        """
+        folder, measure = self.folder, self.evaluator.measure
+        readable = folder.readable()
+        if not readable:
+            raise UserError("none of the images can be read; see --image_dir")
+        names = list(dict.fromkeys([*self.names[1:], *folder.finished()]))
+        results = [summarise(name, folder.records(name)) for name in names]
+        if measure is not None:
+            self.add_scores(results, measure.extractor)
+        settings |= {"images": len(readable), "measured": measure.identity() if measure else None}
+        write_results(folder.path, settings, results)
+        shown = readable[:: -(-len(readable) // GRID_IMAGES)]
+        # What the quantizer starts from is always there to compare.
+        order = list(dict.fromkeys([ORIGINAL, CONTINUOUS, *names]))
+        rows = {name: folder.read(name, shown) for name in (ORIGINAL, *names)}
+        if CONTINUOUS not in rows:
+            rows[CONTINUOUS] = next(self.decode(rows[ORIGINAL], shown, [CONTINUOUS]))[1]
+        path = folder.path / "grid.png"
+        save_png(grid(torch.cat([rows[name] for name in order]), len(shown)), path)
+        print(f"{len(readable)} images, rows of {path}: {', '.join(order)}")
+        for result in results:
+            figures = [f"{k} {v:.5g}" for k, v in result.items() if isinstance(v, float)]
+            print(f"{result['name']:>10}  " + "  ".join(figures))
+        return settings | {"results": results}
+
+    def add_scores(self, results: list[dict], extractor: Extractor) -> None:
+        """Add the figures of the features, and the distance to the features of the crops."""
+        evaluator, features, warnings, crops = self.evaluator, self.folder.features, [], None
+        distance = "rfid" if extractor.is_inception else "reconstruction_frechet_distance"
+        if "fid" in extractor.layers and results[0]["images"] > 1:  # a covariance takes two
+            evaluator.begin(features(ORIGINAL))
+            crops = evaluator.collect().moments.statistics()
+        for result in results:
+            dist.beat(f"measuring {result['name']}")
+            evaluator.begin(features(result["name"]))
+            scores = evaluator.result()
+            result |= scores.figures
+            if crops is not None:
+                result[distance] = frechet(evaluator.sums.moments.statistics(), crops)
+            warnings += scores.warnings
+        for warning in dict.fromkeys(warnings):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int | None) -> Tensor:
@@ -339,54 +378,6 @@ def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int
         generator = torch.Generator(images.device).manual_seed(int(mixed))
         drawn.append(tokenizer.sample(Posterior(parameters[None]), generator))
     return torch.cat(drawn)
-
-
-def finish(work: Work, settings: dict) -> dict:
-    """Figures of all variants in the folder and a look at a few images; on the main process.
-
-    Returns what results.json holds.
-    """
-    folder, measure = work.folder, work.measure
-    kept = folder.kept(ORIGINAL)
-    if not kept:
-        raise UserError("none of the images can be read; see --image_dir")
-    asked = [variant.name for variant in work.variants]
-    names = asked + [name for name in folder.variants() if name not in asked]
-    results = measured(folder, names, measure)
-    settings |= {"images": len(kept), "measured": measure.identity() if measure else None}
-    write_results(folder.path, settings, results)
-    shown = kept[:: -(-len(kept) // GRID_IMAGES)]
-    rows = {name: folder.read_images(name, shown) for name in (ORIGINAL, *names)}
-    if CONTINUOUS not in rows:  # what the quantizer starts from is always there to compare
-        images, plain = torch.stack([work.dataset[i][0] for i in shown]), Variant(CONTINUOUS)
-        decoded = decode_batch(work, [plain], [CONTINUOUS], images, shown)
-        rows[CONTINUOUS] = next(decoded)[1]
-    order = [ORIGINAL, CONTINUOUS, *(name for name in names if name != CONTINUOUS)]
-    write_grid(folder.path, [rows[name] for name in order])
-    tell(folder.path, len(kept), order, results)
-    return settings | {"results": results}
-
-
-def measured(folder: ReconstructionFolder, names: list[str], measure: Measure | None) -> list[dict]:
-    """The figures of each variant, those of the features included where there are any."""
-    results = [summarise(name, folder.records(name).load(folder.batches)) for name in names]
-    if measure is None:
-        return results
-    layer, crops, warnings = measure.extractor.layers.get("fid"), None, []
-    if layer is not None and results[0]["images"] > 1:  # a covariance takes two
-        crops = statistics(folder.features(ORIGINAL).load(folder.batches)[layer])
-    for result in results:
-        dist.beat(f"measuring {result['name']}")
-        features = folder.features(result["name"]).load(folder.batches)
-        scores = score(features, measure)
-        result |= scores.figures
-        if crops is not None:
-            name = "rfid" if measure.extractor.is_inception else "reconstruction_frechet_distance"
-            result[name] = frechet(statistics(features[layer]), crops)
-        warnings += scores.warnings
-    for warning in dict.fromkeys(warnings):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
-    return results
 
 
 cli = partial(run, main)

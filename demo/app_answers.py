@@ -19,8 +19,8 @@ from demo.app_pictures import STATUS, histogram, image, stage, text
 from demo.app_reconstruction import Reconstruction, quantizer_for, read_photo, reconstruct
 from models.sampler import SamplingOptions
 from util.errors import UserError, as_user_error
-from util.evaluation.evaluator import find_class
 from util.evaluation.folder import file_label
+from util.evaluation.settings import find_class
 
 FIRST = 4  # images, and classes, to begin with
 UNLIKE = 18.0  # dB of PSNR below which a VAE did not recognise much

@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from demo.app_models import Loaded
-from models.generate import to_uint8
 from models.quantizer import SPAN, CalibratedQuantizer, GaussianQuantizer, entropy
 from models.tokenizers.tokenizer import Tokenizer
 from reconstruction import draw_latents
 from util.args import MAX_BITS
-from util.data.images import center_crop, psnr, read_image
+from util.data.images import center_crop, read_image
 from util.errors import UserError, as_user_error
-from util.evaluation.variants import CONTINUOUS, QUANTIZED, Variant
+from util.evaluation.reconstruction import CONTINUOUS, QUANTIZED, QuantizerVariant
+from util.images import psnr, to_uint8
 
 MOST_PIXELS = 1024  # a side: a VAE's memory grows with the area
 SEED = 1  # of the posterior sample, --seed's default in reconstruction.py
@@ -102,7 +102,11 @@ def reconstruct(
     seed = SEED if posterior == "sample" else None
     latents = draw_latents(tokenizer, original.to(device), [0], seed)
     decoded, quality, record = {}, {}, {}
-    for name, variant in ((CONTINUOUS, Variant(CONTINUOUS)), ("", Variant(QUANTIZED, quantizer))):
+    variants = (
+        (CONTINUOUS, QuantizerVariant(CONTINUOUS)),
+        ("", QuantizerVariant(QUANTIZED, quantizer)),
+    )
+    for name, variant in variants:
         values, record = variant.apply(latents)
         found = to_uint8(tokenizer.decode(values))
         quality[name] = psnr(found.cpu(), original).item()

@@ -40,8 +40,8 @@ from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import tiny_model
 from tests.runs import call, refused
 from util.errors import UserError
-from util.evaluation.evaluator import find_class
-from util.vae import save_vae, vae_digest
+from util.evaluation.settings import find_class
+from util.vae_files import save_vae, vae_digest
 
 CLASSES = ("ant", "bee", "red <b>cat</b> ${x}")
 USUAL = {"preview_iter": 6, "cfg": [2.0], "temperature": 0.5}

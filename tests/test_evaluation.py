@@ -11,24 +11,22 @@ import torch
 
 import main_tokenbridge
 from demo.classifier import generated_images
-from models.sampler import sample_latents
+from models.sampler import SamplingOptions, sample_latents
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.measures import PIXELS, save_model
-from tests.runs import SIZE, TRAIN_FLAGS, flags, refused, train
-from tests.runs import evaluate as evaluate_here
+from tests.runs import SIZE, TRAIN_FLAGS, evaluate, flags, on_processes, refused, train
+from tools import compare_images
 from util.device import resolve_precision
 from util.ema import EMA
 from util.errors import UserError
-from util.evaluation import evaluator as evaluation
-from util.evaluation.evaluator import EvalSettings, evaluate, generate
+from util.evaluation.evaluator import Evaluator, shown_ids
 from util.evaluation.extractor import Extractor
 from util.evaluation.folder import read_png
 from util.evaluation.metrics import Measure
-from util.evaluation.reference import Reference
-from util.evaluation.results import shown_ids
-from util.images import to_uint8
+from util.evaluation.settings import EvalSettings
+from util.images import save_png, to_uint8
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)
@@ -40,16 +38,16 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(AutoencoderKL(6, (1, 1, 1), ch=32, num_res_blocks=1), latent_scale=0.5)
 
 
-EVALUATION = EvalSettings(
-    num_images=6, eval_bsz=4, num_iter=3, cfg=1.5, cfg_schedule="linear", temperature=1.0, seed=5
-)
+EVALUATION = EvalSettings(6, 4, SamplingOptions(num_iter=3, cfg=1.5, seed=5))
 ENOUGH = replace(EVALUATION, num_images=12)  # for the ten splits of the score
 
 
 def test_images_are_those_of_the_sampler_class_by_class(tokenizer):
     model = tiny_model()
-    images = generate(model, tokenizer, range(1, 5), EVALUATION, CPU, FP32)
-    labels = torch.tensor([0, 1, 1, 2])  # two images of each of three classes
+    labels = EVALUATION.labels(3)[1:5]
+    assert labels.tolist() == [0, 1, 1, 2]  # two images of each of three classes
+    evaluator = Evaluator(model, tokenizer, CPU, FP32)
+    images = evaluator.generate(range(1, 5), labels, EVALUATION.sampling)
     chosen = dict(num_iter=3, cfg=1.5, seed=5, image_ids=[1, 2, 3, 4])
     latents = sample_latents(model, labels, **chosen)
     assert torch.equal(images, to_uint8(tokenizer.decode(latents)))
@@ -58,7 +56,7 @@ def test_images_are_those_of_the_sampler_class_by_class(tokenizer):
 
 def test_evaluation_leaves_the_model_in_training_mode_and_shows_a_grid(tokenizer, tmp_path):
     model = tiny_model().train()
-    found, samples = evaluate(model, tokenizer, EVALUATION, tmp_path, CPU, FP32, None)
+    found, samples = Evaluator(model, tokenizer, CPU, FP32).evaluate(EVALUATION, tmp_path)
     assert found == {} and model.training and model.head.training
     assert samples.shape == (3, 2 * 18 + 2, 3 * 18 + 2)  # a column for each class
     assert len(list((tmp_path / "images").iterdir())) == 6
@@ -69,11 +67,6 @@ def test_first_look_has_a_column_for_each_of_the_first_classes():
     assert shown_ids(torch.tensor([5, 5, 5, 2, 2])) == [0, 3, 1, 4]
     large = shown_ids(torch.arange(50000) // 50)
     assert len(large) == 80 and large[:3] == [0, 50, 100] and large[10] == 1
-
-
-def test_folder_is_named_by_what_decides_the_images():
-    name = "ariter3-temp1-linearcfg1.5-image6-seed5-ema"
-    assert EVALUATION.folder_name() == name
 
 
 # --- which classes
@@ -89,7 +82,7 @@ def model(tmp_path_factory) -> Path:
 
 def run(inputs: Path, output: Path, resume: Path, **changes) -> tuple[Path, dict]:
     """The folder of one evaluation and its metrics.json."""
-    evaluate_here(inputs, output, resume, **dict(num_images=5, no_metrics=True) | changes)
+    evaluate(inputs, output, resume, **dict(num_images=5, no_metrics=True) | changes)
     (folder,) = output.glob("ariter*")
     return folder, json.loads((folder / "metrics.json").read_text())
 
@@ -141,26 +134,6 @@ def test_classes_that_cannot_be_drawn_are_refused(inputs, model, tmp_path, chang
     assert not list(tmp_path.iterdir())
 
 
-def test_folder_whose_images_have_no_classes_in_their_names_is_gone_on_with(
-    inputs, model, tmp_path, monkeypatch
-):
-    folder, _ = run(inputs, tmp_path, model)
-    before = {path.name[:5]: path.read_bytes() for path in (folder / "images").iterdir()}
-    for path in (folder / "images").iterdir():
-        path.rename(path.with_name(f"{path.name[:5]}.png"))
-    (folder / "images" / "00002.png").unlink()
-    (folder / "metrics.json").unlink()
-    drawn = []
-    monkeypatch.setattr(
-        evaluation, "generate", lambda *given: drawn.append(given[2]) or generate(*given)
-    )
-    run(inputs, tmp_path, model, eval_bsz=5)
-    assert drawn == [range(5)]
-    kept = {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
-    assert {name[:5]: data for name, data in kept.items()} == before
-    assert sorted(kept)[1:3] == ["00001.png", "00002_red-ant-é.png"]
-
-
 def test_number_of_classes_of_a_published_checkpoint_is_that_of_its_weights(inputs, tmp_path):
     place = save_model(tmp_path / "model")
     saved = torch.load(place / "checkpoint-last.pth", weights_only=True)
@@ -194,10 +167,11 @@ def test_training_goes_on_as_if_it_had_not_been_evaluated(tokenizer, tmp_path):
     states = (torch.get_rng_state, np.random.get_state, random.getstate)
     kept = [tensor.clone() for tensor in (*model.state_dict().values(), *ema.averages)]
     before = [state() for state in states]
-    measure = Measure(Extractor("pixels", None, CPU), Reference(None, {}))
+    measure = Measure(Extractor("pixels", None, CPU))
+    evaluator = Evaluator(model, tokenizer, CPU, FP32, measure)
     with ema.swapped_in():
-        averaged, _ = evaluate(model, tokenizer, ENOUGH, tmp_path / "a", CPU, FP32, measure)
-    raw, _ = evaluate(model, tokenizer, ENOUGH, tmp_path / "b", CPU, FP32, measure)
+        averaged, _ = evaluator.evaluate(ENOUGH, tmp_path / "a")
+    raw, _ = evaluator.evaluate(ENOUGH, tmp_path / "b")
     assert averaged["score_mean"] != raw["score_mean"]
     after = [state() for state in states]
     assert torch.equal(before[0], after[0]) and before[2] == after[2]
@@ -207,11 +181,28 @@ def test_training_goes_on_as_if_it_had_not_been_evaluated(tokenizer, tmp_path):
 
 
 def test_evaluation_while_training_takes_another_folder_where_a_script_refuses(tokenizer, tmp_path):
-    folder, model = tmp_path / "eval-epoch2", tiny_model()
+    folder, evaluator = tmp_path / "eval-epoch2", Evaluator(tiny_model(), tokenizer, CPU, FP32)
+
+    def guided(cfg: float) -> EvalSettings:
+        return replace(EVALUATION, sampling=replace(EVALUATION.sampling, cfg=cfg))
+
     for cfg in (1.5, 2.0, 1.5, 3.0):
-        settings = replace(EVALUATION, cfg=cfg)
-        evaluate(model, tokenizer, settings, folder, CPU, FP32, None, training=True)
+        evaluator.evaluate(guided(cfg), folder, training=True)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["eval-epoch2", "eval-epoch2-2", "eval-epoch2-3"]
     with pytest.raises(UserError, match="settings.cfg 1.5 .now 4.0."):
-        evaluate(model, tokenizer, replace(EVALUATION, cfg=4.0), folder, CPU, FP32, None)
+        evaluator.evaluate(guided(4.0), folder)
+
+
+def test_comparison_counts_the_images_that_differ(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    for number, change in enumerate((0, 1, 20)):
+        changed = image.clone()
+        changed[0, 0, 0] += change
+        for folder, shown in ((first, image), (second, changed)):
+            folder.mkdir(exist_ok=True)
+            save_png(shown, folder / f"{number}.png")
+    assert compare_images.differences(first, second).tolist() == [0, 1, 20]
+    result = on_processes(1, "tools/compare_images.py", first, second)
+    assert "3 images: 2 differ at all, 1 by more than 8 levels" in result.stdout

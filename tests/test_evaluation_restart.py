@@ -5,15 +5,11 @@ import time
 from multiprocessing import Process
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-import torch_fidelity
 
 from tests.measures import PIXELS, save_model
 from tests.runs import (
     EVALUATE_FLAGS,
-    SIZE,
     evaluate,
     flags,
     make_inputs,
@@ -21,10 +17,8 @@ from tests.runs import (
     ranks,
     start_fork,
 )
-from util.data.images import center_crop, read_image
 from util.errors import UserError
-from util.evaluation import evaluator as evaluation
-from util.evaluation.folder import read_png
+from util.evaluation.evaluator import Evaluator
 
 IMAGES, BATCH = 84, 4  # of three classes
 SETTINGS = dict(num_images=IMAGES, eval_bsz=BATCH, feature_extractor=PIXELS, keep_images=True)
@@ -111,44 +105,9 @@ def test_killed_run_ends_as_an_undisturbed_one(inputs, whole, tmp_path, before, 
     assert (found["processes"], expected["processes"]) == (after, 1)
 
 
-def test_figures_are_those_of_torch_fidelity_on_the_folder(inputs, whole, tmp_path):
-    flat = tmp_path / "reference"
-    flat.mkdir()
-    for i, path in enumerate(sorted((inputs / "data").rglob("*.png"), key=str)):
-        center_crop(read_image(path), SIZE).save(flat / f"{i:03d}.png")
-    expected = torch_fidelity.calculate_metrics(
-        **dict(input1=str(whole / "images"), input2=str(flat), cuda=False, cache=False),
-        **dict(isc=True, fid=True, kid=True, prc=True, verbose=False, save_cpu_ram=True),
-        **dict(feature_extractor="pixels", kid_subset_size=24),
-    )
-    found = figures(whole)["metrics"]
-    assert found["frechet_distance"] == pytest.approx(
-        expected["frechet_inception_distance"], rel=1e-4
-    )
-    assert found["score_mean"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
-    assert found["score_std"] == pytest.approx(expected["inception_score_std"], rel=1e-4)
-    assert found["kernel_distance_mean"] == pytest.approx(
-        expected["kernel_inception_distance_mean"], rel=1e-4
-    )
-    assert (found["precision"], found["recall"]) == (expected["precision"], expected["recall"])
-
-
-def test_array_for_adm_holds_the_images_and_labels_in_order(whole):
-    with np.load(whole / "samples.npz") as file:
-        assert file.files == ["arr_0", "arr_1"]
-        images, labels = file["arr_0"], file["arr_1"]
-    assert images.shape == (IMAGES, 16, 16, 3) and images.dtype == np.uint8
-    for i in (0, 7, IMAGES - 1):
-        shown = read_png(whole / "images" / f"{i:05d}.png").permute(1, 2, 0)
-        assert np.array_equal(images[i], shown)
-    assert (
-        labels.tolist() == [i // (IMAGES // 3) for i in range(IMAGES)] and labels.dtype == np.int64
-    )
-
-
 def test_finished_run_is_not_done_again(inputs, whole, monkeypatch):
     before = content(whole), figures(whole)
-    monkeypatch.setattr(evaluation, "draw", lambda *_: pytest.fail("drawn again"))
+    monkeypatch.setattr(Evaluator, "_draw", lambda *_: pytest.fail("drawn again"))
     run_here(inputs, whole.parent)
     assert (content(whole), figures(whole)) == before
 
@@ -176,15 +135,6 @@ def test_folder_of_another_checkpoint_is_refused(inputs, whole, tmp_path):
         evaluate(inputs, whole.parent, other, **settings_of(inputs))
 
 
-def test_images_of_unknown_settings_are_refused(inputs, tmp_path):
-    folder = tmp_path / f"ariter16-temp1-linearcfg2-image{IMAGES}-seed1-ema" / "images"
-    folder.mkdir(parents=True)
-    (folder / "00000.png").write_bytes(b"somebody's")
-    with pytest.raises(UserError, match="holds images of unknown settings"):
-        run_here(inputs, tmp_path)
-    assert (folder / "00000.png").read_bytes() == b"somebody's"
-
-
 def test_measured_images_are_removed_and_measured_again_without_them(inputs, small, tmp_path):
     """The features stay: another reference needs no image."""
     asked = SMALL | dict(keep_images=None, save_npz=None)
@@ -194,7 +144,7 @@ def test_measured_images_are_removed_and_measured_again_without_them(inputs, sma
     assert figures(folder)["images"] == "removed"
     stats = small / "statistics.npz"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "generate", lambda *_: pytest.fail("drawn again"))
+        patch.setattr(Evaluator, "generate", lambda *_: pytest.fail("drawn again"))
         run_here(inputs, tmp_path, fid_reference=None, fid_stats=stats, **asked)
     assert figures(folder)["metrics"]["frechet_distance"] == pytest.approx(0, abs=1e-6)
     assert not (folder / "images").exists()
@@ -220,21 +170,8 @@ def test_nothing_is_removed_before_the_figures_are_written(inputs, tmp_path, mon
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("util.evaluation.results.write_json", stopped)
+    monkeypatch.setattr("util.evaluation.evaluator.write_json", stopped)
     with pytest.raises(KeyboardInterrupt):
         run_here(inputs, tmp_path, **SMALL | dict(keep_images=None))
     (folder,) = tmp_path.glob("ariter*")
     assert len(list((folder / "images").glob("*.png"))) == 24
-
-
-def test_random_state_is_left_as_it_was(inputs, tmp_path):
-    """The extractor of these tests draws from the global generator."""
-    torch.manual_seed(7)
-    np.random.seed(7)
-    expected = torch.rand(3), np.random.rand(3)
-    torch.manual_seed(7)
-    np.random.seed(7)
-    with evaluation.unchanged_randomness(torch.device("cpu")):
-        torch.rand(5), np.random.rand(5)
-    assert torch.equal(torch.rand(3), expected[0])
-    assert np.array_equal(np.random.rand(3), expected[1])

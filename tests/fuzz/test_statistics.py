@@ -47,25 +47,17 @@ def test_undamaged_statistics_are_read(folder, suffix):
     assert right(outcome(lambda: load_fid_statistics(path, D)))
 
 
+@pytest.mark.parametrize("suffix", FILES)
 @fuzz(150)
-@given(seeds)
-def test_damaged_npz_statistics_are_refused_or_the_same(folder, seed):
-    path = folder / "damaged.npz"
-    path.write_bytes(damaged(FILES[".npz"], seed))
+@given(seed=seeds)
+def test_damaged_statistics_are_refused_or_the_same(folder, suffix, seed):
+    path = folder / f"damaged{suffix}"
+    path.write_bytes(damaged(FILES[suffix], seed))
     found = outcome(lambda: load_fid_statistics(path, D))
     assert isinstance(found, UserError) or right(found)
     told = outcome(lambda: statistics_record(path))
     if not isinstance(told, UserError):
         assert all(told[name] == RECORD[name].item() for name in told)
-
-
-@fuzz(150)
-@given(seeds)
-def test_damaged_pt_statistics_are_refused_or_the_same(folder, seed):
-    path = folder / "damaged.pt"
-    path.write_bytes(damaged(FILES[".pt"], seed))
-    found = outcome(lambda: load_fid_statistics(path, D))
-    assert isinstance(found, UserError) or right(found)
 
 
 arrays = st.one_of(

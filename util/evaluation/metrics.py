@@ -1,15 +1,18 @@
-"""FID, IS, KID, precision and recall: torch-fidelity's network and torch-fidelity's arithmetic.
+"""FID, IS, KID, precision and recall: torch-fidelity's arithmetic on features that come in batches.
 
-    images -> Extractor -> features [N, D] of each layer, in image order -> figures
+    features {layer: [n, D]} in image order -> Accumulator -> score -> figures
 
 The figures are those of `torch_fidelity.calculate_metrics` on the PNG files of the same images,
-with its default splits, order, subsets and seeds.
-Letters: N images, D features.
+with its default splits, order, subsets and seeds. FID adds up moments; features are kept for KID,
+precision and recall alone, of at most 50,000 images. Replicates say how sure a figure is, or a
+difference of two evaluations with the same noise: of FID by the delete-a-group jackknife (replicate
+j is without the images i with i % G == j), of IS its splits.
+Letters: N images, D features, G groups.
 Source: Heusel et al., arXiv 1706.08500 (FID); Salimans et al., arXiv 1606.03498 (IS); Binkowski
-et al., arXiv 1801.01401 (KID); Kynkaanniemi et al., arXiv 1904.06991 (precision and recall).
+et al., arXiv 1801.01401 (KID); Kynkaanniemi et al., arXiv 1904.06991 (precision and recall); Kott,
+The delete-a-group jackknife, Journal of Official Statistics 17 (2001).
 """
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,50 +21,36 @@ import torch
 from torch import Tensor
 
 from util import dist
-from util.data.images import LOADING, Loading
-from util.errors import UserError
-from util.evaluation.extractor import INCEPTION, Extractor, load_extractor
-from util.evaluation.features import FeatureStore, folder_features, upsampled
-from util.evaluation.jackknife import fid_error, fid_replicates, is_replicates
-from util.evaluation.reference import (
-    ADM_STATISTICS,
-    Reference,
-    check_statistics,
-    listing_digest,
-    load_fid_statistics,
-    open_images,
-)
+from util.evaluation.extractor import Extractor
+from util.files import atomic_write
 
 FULL_COUNT = 50000  # images of the FID that papers report
-ISC_SPLITS = 10
+MOST_KEPT = 50000  # images whose features are kept
+ISC_SPLITS, ISC_SEED = 10, 2020
 KID_SUBSET = 1000
-REFERENCE_BATCH = 64
+GROUPS = 10
 PRC_IN_MEMORY = 10000  # above, distances are computed in parts: 50,000 x 50,000 fill 10 GB
-# Names of the figures: with Inception, and with another network, where FID is not FID.
-NAMES = {
-    "frechet_inception_distance": ("fid", "frechet_distance"),
-    "kernel_inception_distance_mean": ("kernel_inception_distance_mean", "kernel_distance_mean"),
-    "kernel_inception_distance_std": ("kernel_inception_distance_std", "kernel_distance_std"),
-    "inception_score_mean": ("inception_score_mean", "score_mean"),
-    "inception_score_std": ("inception_score_std", "score_std"),
-}
+# Written beside mu and sigma; files of others have none of them.
+RECORDED = ("count", "img_size", "extractor", "layer", "weights_sha256")
+Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64
 
 
-@dataclass
+@dataclass(frozen=True)
 class Measure:
-    """The extractor and what its features are compared with."""
+    """The extractor and what its features are compared with.
+
+    stats: what FID is the distance to. features: {layer: [N, D]} of real images, on the main
+    process. record: where these come from, for metrics.json.
+    """
 
     extractor: Extractor
-    reference: Reference
-
-    @property
-    def stats(self) -> dict[str, np.ndarray] | None:
-        """The statistics that FID is the distance to, if there are any."""
-        return self.reference.stats
+    stats: Statistics | None = None
+    record: dict = field(default_factory=dict)
+    features: dict[str, Tensor] | None = None
 
     def identity(self) -> dict:
         """What decides the figures of given images, as plain values."""
-        digests = {k: v for k, v in self.reference.record.items() if k.endswith("sha256")}
+        digests = {k: v for k, v in self.record.items() if k.endswith("sha256")}
         return self.extractor.identity() | {"reference": digests}
 
 
@@ -69,7 +58,7 @@ class Measure:
 class Scores:
     """figures by name; what their numbers would mean, where that is not what a reader expects.
 
-    replicates: {"fid": [G], "inception_score": [G]}, see jackknife.py; where they can be had.
+    replicates: {"fid": [G], "inception_score": [G]}, where they can be had.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
@@ -78,216 +67,228 @@ class Scores:
     settings: dict = field(default_factory=dict)
 
 
-def score(features: dict[str, Tensor], measure: Measure) -> Scores:
-    """All figures that can be had. features: {layer: [N, D]} in the order of image numbers."""
+class Moments:
+    """Sums of features in float64, of each of G groups: image i is of group i % G."""
+
+    def __init__(self, groups: int = 1):
+        self.counts = torch.zeros(groups, dtype=torch.float64)
+        self.first: Tensor | int = 0  # [G, D] and [G, D, D], from the first batch on
+        self.second: Tensor | int = 0
+
+    @property
+    def count(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def width(self) -> int:
+        return self.first.shape[1]
+
+    def update(self, features: Tensor) -> None:
+        """features: [n, D]."""
+        groups, count, width = len(self.counts), self.count, features.shape[1]
+        if count == 0:
+            self.first = torch.zeros(groups, width, dtype=torch.float64)
+            self.second = torch.zeros(groups, width, width, dtype=torch.float64)
+        wide = features.double()
+        for group in range(groups):
+            rows = wide[(group - count) % groups :: groups]
+            self.counts[group] += len(rows)
+            self.first[group] += rows.sum(dim=0)
+            self.second[group].addmm_(rows.T, rows)
+
+    def gather(self) -> None:
+        """Everybody's together, on the main process."""
+        parts = dist.gather_to_main((self.counts, self.first, self.second))
+        if parts is not None:
+            self.counts, self.first, self.second = map(sum, zip(*parts, strict=True))
+
+    def statistics(self, without: int | None = None) -> Statistics:
+        """Mean and covariance of all groups, or of all but one."""
+        kept = torch.ones(len(self.counts), dtype=torch.float64)
+        if without is not None:
+            kept[without] = 0
+        count = (kept * self.counts).sum()
+        mu = kept @ self.first / count
+        second = torch.einsum("g,gij->ij", kept, self.second)
+        sigma = (second - count * torch.outer(mu, mu)) / (count - 1)
+        return {"mu": mu.numpy(), "sigma": sigma.numpy()}
+
+
+class Accumulator:
+    """What figures need of features, added up batch by batch in the order of images.
+
+    layers: {metric: layer} of the metrics that are computed. count: images that will come, so
+    that features are kept of the first of every so many. keep: features, for KID, precision and
+    recall. groups: of the jackknife.
+    """
+
+    def __init__(
+        self, layers: dict[str, str], count: int = 0, keep: bool = False, groups: int = GROUPS
+    ):
+        self.layers, self.count = layers, 0
+        self.step = max(1, -(-count // MOST_KEPT))
+        self.moments = Moments(groups)
+        self._logits: list[Tensor] = []
+        kept = [layers[metric] for metric in ("kid", "prc") if keep and metric in layers]
+        self._features: dict[str, list[Tensor]] = {layer: [] for layer in kept}
+
+    def update(self, features: dict[str, Tensor]) -> None:
+        """features: {layer: [n, D]}."""
+        if "isc" in self.layers:
+            self._logits.append(features[self.layers["isc"]])
+        if "fid" in self.layers:
+            self.moments.update(features[self.layers["fid"]])
+        for layer, kept in self._features.items():
+            kept.append(features[layer][-self.count % self.step :: self.step].clone())
+        self.count += len(next(iter(features.values())))
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.cat(self._logits)
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        """{layer: [n, D]} of the images whose features are kept."""
+        return {layer: torch.cat(kept) for layer, kept in self._features.items()}
+
+    def save_statistics(self, path: Path, extractor: Extractor, size: int) -> None:
+        """mu and sigma as --fid_stats reads them, if there is a layer for FID.
+
+        size: of the images in pixels.
+        """
+        if "fid" in self.layers:
+            facts = {"layer": self.layers["fid"], "count": self.moments.count, "img_size": size}
+            facts |= extractor.identity()
+            with atomic_write(path) as file:
+                recorded = {name: np.array(facts[name]) for name in RECORDED}
+                np.savez(file, **self.moments.statistics(), **recorded)
+
+
+def score(sums: Accumulator, measure: Measure) -> Scores:
+    """All figures that can be had."""
     layers, inception = measure.extractor.layers, measure.extractor.is_inception
-    found = Scores()
+    scores = Scores()
     if "isc" in layers:
-        _inception_score(features[layers["isc"]], found)
+        _inception_score(sums.logits, scores)
     if "fid" in layers and measure.stats is not None:
-        _frechet_distance(features[layers["fid"]], measure.stats, inception, found)
-    if measure.reference.features is not None:
-        _kid(features, measure, found)
-        _precision_recall(features, measure, found)
-    named = {name: pair[0 if inception else 1] for name, pair in NAMES.items()}
-    if not inception:
-        named["fid_standard_error"] = "frechet_distance_standard_error"
-    found.figures = {named.get(name, name): value for name, value in found.figures.items()}
-    return found
+        _frechet_distance(sums.moments, measure.stats, inception, scores)
+    if measure.features is not None:
+        own, other = sums.features, measure.features
+        for metric, compute in (("kid", _kid), ("prc", _precision_recall)):
+            if metric in layers:
+                compute(own[layers[metric]], other[layers[metric]], scores)
+        if sums.step > 1:
+            scores.settings["features_kept_of_every"] = sums.step
+    if not inception:  # in the features of another network they are not FID, IS and KID
+        renamed = {name.replace("inception_", ""): v for name, v in scores.figures.items()}
+        scores.figures = renamed
+    return scores
 
 
-def _inception_score(logits: Tensor, found: Scores) -> None:
+def _inception_score(logits: Tensor, scores: Scores) -> None:
+    """Mean and deviation over the splits, which are replicates. logits: [N, K]."""
     from torch_fidelity.metric_isc import isc_features_to_metric
 
-    if len(logits) < ISC_SPLITS:
-        found.warnings.append(
-            f"IS is not computed: {len(logits)} images are fewer than its {ISC_SPLITS} splits"
+    count, splits = len(logits), ISC_SPLITS
+    if count < splits:
+        scores.warnings.append(
+            f"IS is not computed: {count} images are fewer than its {splits} splits"
         )
         return
-    found.figures |= isc_features_to_metric(logits)
-    found.replicates["inception_score"] = is_replicates(logits)
+    shuffled = logits[np.random.RandomState(ISC_SEED).permutation(count)]
+    parts = [shuffled[i * count // splits : (i + 1) * count // splits] for i in range(splits)]
+    whole = [isc_features_to_metric(part, splits=1, shuffle=False) for part in parts]
+    values = [score["inception_score_mean"] for score in whole]
+    scores.figures["inception_score_mean"] = float(np.mean(values))
+    scores.figures["inception_score_std"] = float(np.std(values))
+    scores.replicates["inception_score"] = values
 
 
-def _frechet_distance(
-    own: Tensor, stats: dict[str, np.ndarray], inception: bool, found: Scores
-) -> None:
-    if len(own) < 2:
-        found.warnings.append("no Frechet distance is computed: a covariance takes two images")
+def _frechet_distance(moments: Moments, stats: Statistics, inception: bool, scores: Scores) -> None:
+    count, width = moments.count, len(stats["mu"])
+    if count < 2:
+        scores.warnings.append("no Frechet distance is computed: a covariance takes two images")
         return
-    found.figures["frechet_inception_distance"] = frechet(statistics(own), stats)
-    found.warnings += _few_images(*own.shape, inception)
-    replicates = fid_replicates(own, stats)
-    if replicates is not None:
-        found.replicates["fid"] = replicates
-        found.figures["fid_standard_error"] = fid_error(replicates)
-
-
-def _few_images(count: int, width: int, inception: bool) -> list[str]:
+    name = "fid" if inception else "frechet_distance"
+    scores.figures[name] = frechet(moments.statistics(), stats)
     if count <= width:
-        return [
-            f"{count} images are not more than the {width} features: the covariance is singular "
-            "and FID far too large; compare it with nothing but the same number of images"
-        ]
-    if inception and count != FULL_COUNT:
-        return [
+        scores.warnings.append(
+            f"{few_for_covariance(count, width)}; compare it with nothing but the same number"
+        )
+    elif inception and count != FULL_COUNT:
+        scores.warnings.append(
             f"this is FID-{count}: FID falls with the number of images, so it is not comparable "
             "with the FID-50K of papers"
-        ]
-    return []
+        )
+    if count - moments.counts.max() > width:  # else the replicates are of singular covariances
+        groups = range(len(moments.counts))
+        values = [frechet(moments.statistics(without=group), stats) for group in groups]
+        scores.replicates["fid"] = values
+        scores.figures[f"{name}_standard_error"] = fid_error(values)
 
 
-def statistics(features: Tensor) -> dict[str, np.ndarray]:
-    """mu and sigma of [N, D], float64."""
-    from torch_fidelity.metric_fid import fid_features_to_statistics
-
-    found = fid_features_to_statistics(features)
-    return {key: value.astype(np.float64) for key, value in found.items()}
-
-
-def frechet(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> float:
-    from torch_fidelity.metric_fid import fid_statistics_to_metric
-
-    return next(iter(fid_statistics_to_metric(first, second, False).values()))
+def few_for_covariance(count: int, width: int) -> str:
+    return (
+        f"{count} images are not more than the {width} features: their covariance is singular "
+        "and FID far too large"
+    )
 
 
-def _kid(features: dict[str, Tensor], measure: Measure, found: Scores) -> None:
+def _kid(own: Tensor, other: Tensor, scores: Scores) -> None:
     from torch_fidelity.metric_kid import kid_features_to_metric
 
-    layer = measure.extractor.layers.get("kid")
-    if layer is None:
-        return
-    own, other = features[layer], measure.reference.features[layer]
     subset = min(KID_SUBSET, len(own), len(other))
     if subset < 2:
-        found.warnings.append("KID is not computed: it needs two images on each side")
+        scores.warnings.append("KID is not computed: it needs two images on each side")
         return
     if subset < KID_SUBSET:
-        found.warnings.append(
+        scores.warnings.append(
             f"KID is of subsets of {subset} images, not {KID_SUBSET}: its standard deviation is "
             "not comparable with others'"
         )
-    found.settings["kid_subset_size"] = subset
+    scores.settings["kid_subset_size"] = subset
     kid = kid_features_to_metric(own, other, kid_subset_size=subset, verbose=False)
     if subset == len(own) == len(other):
         del kid["kernel_inception_distance_std"]  # all subsets are the whole: it is rounding
-    found.figures |= kid
+    scores.figures |= kid
 
 
-def _precision_recall(features: dict[str, Tensor], measure: Measure, found: Scores) -> None:
+def _precision_recall(own: Tensor, other: Tensor, scores: Scores) -> None:
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    layer = measure.extractor.layers.get("prc")
-    if layer is None:
-        return
-    own, other = features[layer], measure.reference.features[layer]
     if min(len(own), len(other)) < 4:  # the third neighbour beside itself
-        found.warnings.append("precision and recall need four images on each side")
+        scores.warnings.append("precision and recall need four images on each side")
         return
     in_parts = max(len(own), len(other)) > PRC_IN_MEMORY
-    found.figures |= prc_features_to_metric(own, other, save_cpu_ram=in_parts, verbose=False)
+    scores.figures |= prc_features_to_metric(own, other, save_cpu_ram=in_parts, verbose=False)
 
 
-def prepare_by_flags(
-    args: argparse.Namespace, size: int, device: torch.device, folder_follows: bool = False
-) -> Measure | None:
-    """`prepare` for scripts with `util.args.add_metric_flags`."""
-    return prepare(
-        args.fid_stats,
-        args.inception_weights,
-        device,
-        wanted=not args.no_metrics,
-        feature_extractor=args.feature_extractor,
-        size=size,
-        folder_follows=folder_follows,
-    )
+def statistics(features: Tensor) -> Statistics:
+    """mu and sigma of [N, D]."""
+    moments = Moments()
+    moments.update(features)
+    return moments.statistics()
 
 
-def prepare(
-    fid_stats: str | None,
-    inception_weights: str | None,
-    device: torch.device,
-    wanted: bool = True,
-    feature_extractor: str = INCEPTION,
-    size: int | None = None,
-    folder_follows: bool = False,
-) -> Measure | None:
-    """What can be measured here; what cannot is said in one line, with the remedy.
+def frechet(own: Statistics, other: Statistics) -> float:
+    """|m - mu|^2 + tr(C + S - 2 (C S)^1/2).
 
-    Files are checked before the first image is made. fid_stats: None takes ADM's if it is there
-    and the extractor is Inception. size: of the images, so that another one is noticed.
-    folder_follows: `compare_with_folder` will give the reference, so none is missing.
+    The root's trace is that of (R C R)^1/2 with R R = S, which is symmetric: fast and exact.
     """
-    if not wanted:
-        return None
-    inception = feature_extractor == INCEPTION
-    if fid_stats is None and inception and not folder_follows and ADM_STATISTICS.is_file():
-        fid_stats = str(ADM_STATISTICS)
-    stats = None
-    if fid_stats is not None and inception:  # before the weights, which may be a download
-        stats = load_fid_statistics(fid_stats)
-    extractor = load_extractor(feature_extractor, inception_weights, device)
-    if extractor is None:
-        return None
-    if fid_stats is None:
-        if not folder_follows:
-            dist.print_main(
-                "FID is not computed: no statistics; put ADM's adm_in256_stats.npz into fid_stats/ "
-                "or name an npz file with mu and sigma with --fid_stats"
-            )
-        return Measure(extractor, Reference(None, {}))
-    if "fid" not in extractor.layers:
-        raise UserError(
-            f"--fid_stats {fid_stats}: --feature_extractor {feature_extractor} declares no layer "
-            "for a Frechet distance; leave --fid_stats out"
-        )
-    if stats is None:
-        stats = load_fid_statistics(fid_stats, extractor.width("fid", size))
-    identity = extractor.identity() | {"layer": extractor.layers["fid"]}
-    record, warnings = check_statistics(fid_stats, identity, size, len(stats["mu"]))
-    for warning in warnings:
-        dist.print_main(f"warning: {warning}")
-    return Measure(extractor, Reference(stats, record))
+    own, other = ({k: torch.from_numpy(v) for k, v in stats.items()} for stats in (own, other))
+    values, vectors = torch.linalg.eigh(other["sigma"])
+    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    roots = torch.linalg.eigvalsh(root @ own["sigma"] @ root).clamp_min(0).sqrt()
+    shift = own["mu"] - other["mu"]
+    return (shift @ shift + own["sigma"].trace() + other["sigma"].trace() - 2 * roots.sum()).item()
 
 
-def compare_with_folder(
-    measure: Measure,
-    folder: str | Path,
-    size: int,
-    cache: Path,
-    loading: Loading = LOADING,
-) -> Measure:
-    """The same measure with real images as its reference; all processes take part.
+def fid_error(replicates: list[float]) -> float:
+    """Standard error of a figure, or of a difference, from its jackknife replicates."""
+    values = np.asarray(replicates)
+    return float(np.sqrt((len(values) - 1) / len(values) * ((values - values.mean()) ** 2).sum()))
 
-    folder: of images, or an npz file of them. FID stays the distance to the file of statistics if
-    there is one. cache: a folder for the features, which a restart finds again. Raises UserError
-    if there are too few.
-    """
-    files = open_images(folder)
-    extractor = measure.extractor
-    key = listing_digest(Path(folder), files)
-    smaller = dist.gather_objects(upsampled(files, size) if dist.is_main() else None)[0]
-    if smaller:
-        dist.print_main(
-            f"warning: --fid_reference {folder}: {smaller} and are enlarged: figures measure the "
-            "blur of that too"
-        )
-    name = f"{extractor.label}-{size}px-{key[:12]}"
-    features = folder_features(
-        extractor, files, size, FeatureStore(cache / name), REFERENCE_BATCH, loading
-    )
-    record = {"fid_reference": str(folder), "listing_sha256": key}
-    stats = measure.stats
-    if features is not None:
-        record["images"] = len(next(iter(features.values())))  # those that could be read
-    if features is not None and stats is None and "fid" in extractor.layers:
-        own = features[extractor.layers["fid"]]
-        if len(own) < 2:
-            raise UserError(f"--fid_reference {folder}: a covariance takes two images")
-        if len(own) <= own.shape[1]:
-            print(
-                f"warning: --fid_reference {folder}: {len(own)} images are not more than the "
-                f"{own.shape[1]} features: their covariance is singular and FID far too large",
-                flush=True,
-            )
-        stats = statistics(own)
-    return Measure(extractor, Reference(stats, measure.reference.record | record, features))
+
+def is_error(replicates: list[float]) -> float:
+    """Standard error of the mean of independent splits."""
+    return float(np.std(replicates, ddof=1) / np.sqrt(len(replicates)))

@@ -3,42 +3,110 @@
 Statistics are mu [D] and sigma [D, D] of the features of real images, all that FID needs: an npz
 file as ADM's, one of `python -m util.fid_stats`, or a .pt file from torch-fidelity's cache. KID,
 precision and recall need the features themselves, so images: a folder, or ADM's npz of them.
-Letters: N images, D features.
+Letters: N images, D features, S side in pixels.
 """
 
+import argparse
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
+from util import dist, stop
 from util.data.arrays import ImageArray, read_npz
-from util.data.listing import list_files
+from util.data.images import (
+    LOADING,
+    ImageDataset,
+    Loading,
+    center_crop,
+    collate_skipping,
+    list_files,
+    open_image,
+)
 from util.errors import UserError, as_user_error
-from util.files import atomic_write, load_tensors, sha256
-from util.stop import Stopped
+from util.evaluation.evaluator import Evaluator
+from util.evaluation.extractor import INCEPTION, load_extractor
+from util.evaluation.folder import FeatureFiles, batch_ranges, check_shared
+from util.evaluation.metrics import (
+    RECORDED,
+    Accumulator,
+    Measure,
+    Statistics,
+    few_for_covariance,
+)
+from util.files import load_tensors, sha256
 
 ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256
-# Written by `util.fid_stats` beside mu and sigma; files of others have none of them.
-RECORDED = ("count", "img_size", "extractor", "layer", "weights_sha256")
+MAX_STATISTICS_BYTES = 1 << 28  # of sigma: 5792 features in float64
+BATCH = 64
+SAMPLED = 1000  # images of a folder whose size is looked up
+ImageSource = list[str] | ImageArray
 
 
-@dataclass(frozen=True)
-class Reference:
-    """stats: mu and sigma, float64. record: for metrics.json: where they come from.
+def prepare_measure(
+    args: argparse.Namespace, size: int, device: torch.device, reference_cache: Path | None = None
+) -> Measure | None:
+    """What the flags ask to measure of images of that size; all processes take part.
 
-    features: {layer: [N, D]} of a reference folder, on the main process; else None.
+    What cannot be measured is said in one line, with the remedy. Files are checked before the
+    first image is made. reference_cache: for the features of --fid_reference, where that is a flag.
     """
+    if reference_cache is not None:
+        check_shared(reference_cache.parent)
+    if args.no_metrics:
+        return None
+    folder = args.fid_reference if reference_cache is not None else None
+    inception, path = args.feature_extractor == INCEPTION, args.fid_stats
+    if path is None and inception and folder is None and ADM_STATISTICS.is_file():
+        path = str(ADM_STATISTICS)
+    if path is not None and inception:  # before the weights, which may be a download
+        load_fid_statistics(path)
+    extractor = load_extractor(args.feature_extractor, args.inception_weights, device)
+    if extractor is None:
+        return None
+    measure = Measure(extractor)
+    if path is not None:
+        measure = compare_with_statistics(measure, path, size)
+    if folder is not None:
+        measure = compare_with_images(measure, folder, size, reference_cache, Loading.of(args))
+    elif path is None:
+        dist.print_main(
+            "FID is not computed: no statistics; put ADM's adm_in256_stats.npz into fid_stats/ "
+            "or name an npz file with mu and sigma with --fid_stats"
+        )
+    return measure
 
-    stats: dict[str, np.ndarray] | None
-    record: dict
-    features: dict[str, Tensor] | None = None
+
+# --- files of statistics
 
 
-def load_fid_statistics(path: str | Path, features: int = 2048) -> dict[str, np.ndarray]:
+def compare_with_statistics(measure: Measure, path: str, size: int) -> Measure:
+    """The same measure with a file of statistics as its reference. size: of the images."""
+    extractor = measure.extractor
+    if "fid" not in extractor.layers:
+        raise UserError(
+            f"--fid_stats {path}: --feature_extractor {extractor.name} declares no layer "
+            "for a Frechet distance; leave --fid_stats out"
+        )
+    stats = load_fid_statistics(path, extractor.width("fid", size))
+    identity = extractor.identity() | {"layer": extractor.layers["fid"]}
+    record, warnings = check_statistics(path, identity, size, len(stats["mu"]))
+    for warning in warnings:
+        dist.print_main(f"warning: {warning}")
+    return replace(measure, stats=stats, record=record)
+
+
+def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
     """mu [D] and sigma [D, D], float64.
 
     features: D. Raises UserError, naming --fid_stats, on a damaged file, on another number of
@@ -61,17 +129,14 @@ def load_fid_statistics(path: str | Path, features: int = 2048) -> dict[str, np.
 
 def _images_in(path: str | Path) -> str:
     """What to do with a file that holds images in the place of statistics; or nothing."""
-    try:
-        count = len(ImageArray.of(path))
-    except Stopped:
-        raise
-    except Exception:  # a damaged file can make its reader fail in any way
-        return ""
     made = Path(path).with_name(f"{Path(path).stem}_stats.npz")
-    return (
-        f", but of {count} images; compare with them by --fid_reference {path}, or make statistics "
-        f"with python -m util.fid_stats --image_dir {path} --output {made}"
-    )
+    with suppress(UserError), as_user_error(catch=(Exception,)):
+        return (
+            f", but of {len(ImageArray.of(path))} images; compare with them by --fid_reference "
+            f"{path}, or make statistics with python -m util.fid_stats --image_dir {path} "
+            f"--output {made}"
+        )
+    return ""
 
 
 def _read(path: str | Path) -> dict[str, np.ndarray]:
@@ -82,17 +147,14 @@ def _read(path: str | Path) -> dict[str, np.ndarray]:
     # A damaged file can make its reader fail in any way.
     with as_user_error(f"--fid_stats {path}: not an npz file with mu and sigma", (Exception,)):
         if saved is not None:
-            found = {key: np.asarray(value) for key, value in saved.items()}
+            arrays = {key: np.asarray(value) for key, value in saved.items()}
         else:  # ADM's files hold 10,000 images besides
-            found = read_npz(path, ("mu", "sigma", *RECORDED))
-        wide = {k: _wide(found[k]) for k in ("mu", "sigma") if k in found}
-        return found | wide
-
-
-def _wide(array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind not in "fiu":
-        raise ValueError(f"numbers of type {array.dtype}")
-    return array.astype(np.float64)
+            arrays = read_npz(path, ("mu", "sigma", *RECORDED), MAX_STATISTICS_BYTES)
+        for name in arrays.keys() & {"mu", "sigma"}:
+            if arrays[name].dtype.kind not in "fiu":
+                raise ValueError(f"numbers of type {arrays[name].dtype}")
+            arrays[name] = arrays[name].astype(np.float64)
+        return arrays
 
 
 def _defect(mu: np.ndarray, sigma: np.ndarray) -> str | None:
@@ -111,9 +173,9 @@ def _defect(mu: np.ndarray, sigma: np.ndarray) -> str | None:
 
 def statistics_record(path: str | Path) -> dict:
     """What a file says of itself, as plain values: the names in RECORDED that it has."""
-    found = _read(path)
+    arrays = _read(path)
     with as_user_error(f"--fid_stats {path}: what it says of itself is no single value"):
-        return {name: found[name].item() for name in RECORDED if name in found}
+        return {name: arrays[name].item() for name in RECORDED if name in arrays}
 
 
 def check_statistics(
@@ -125,16 +187,16 @@ def check_statistics(
     features: of that layer.
     Raises UserError if a distance to these statistics would mean nothing.
     """
-    told = statistics_record(path)
+    record = statistics_record(path)
     for name, own in identity.items():
-        if told.get(name, own) != own:
+        if record.get(name, own) != own:
             raise UserError(
-                f"--fid_stats {path} was made with {name} {str(told[name])[:20]}, this run has "
+                f"--fid_stats {path} was made with {name} {str(record[name])[:20]}, this run has "
                 f"{own[:20]}: a distance between features of two networks means nothing"
             )
-    if size is not None and told.get("img_size", size) != size:
+    if size is not None and record.get("img_size", size) != size:
         raise UserError(
-            f"--fid_stats {path} is of images of {told['img_size']} px, these are of {size} px: "
+            f"--fid_stats {path} is of images of {record['img_size']} px, these are of {size} px: "
             "the distance would measure the size; make statistics with "
             f"python -m util.fid_stats --img_size {size}"
         )
@@ -144,40 +206,135 @@ def check_statistics(
             f"--fid_stats {path} is of {ADM_SIZE} px images and these are of {size} px: "
             "FID measures the difference in size too, and is comparable with nothing"
         )
-    if told.get("count", features + 1) <= features:
-        warnings.append(
-            f"--fid_stats {path} is of {told['count']} images, not more than the {features} "
-            "features: their covariance is singular and FID to them far too large"
-        )
-    return {"fid_stats": str(path), "fid_stats_sha256": sha256(path)} | told, warnings
+    if record.get("count", features + 1) <= features:
+        warnings.append(f"--fid_stats {path}: {few_for_covariance(record['count'], features)}")
+    return {"fid_stats": str(path), "fid_stats_sha256": sha256(path)} | record, warnings
 
 
-def list_folder(folder: str | Path, flag: str = "--fid_reference") -> list[Path]:
-    """All images in a folder and the folders in it, in the order torch-fidelity takes them in."""
-    return [Path(name) for name in list_files(folder, flag)]
+# --- real images
 
 
-def open_images(source: str | Path, flag: str = "--fid_reference") -> list[Path] | ImageArray:
-    """The files of a folder, or the images of an npz file."""
+def compare_with_images(
+    measure: Measure, source: str | Path, size: int, cache: Path, loading: Loading = LOADING
+) -> Measure:
+    """The same measure with real images as its reference; all processes take part.
+
+    source: a folder of images, or an npz file of them. FID stays the distance to the file of
+    statistics if there is one. cache: a folder for the features, which a restart reads again.
+    Raises UserError if there are too few.
+    """
+    images, extractor = open_images(source), measure.extractor
+    key = listing_digest(Path(source), images)
+    for warning in enlarged(images, size):
+        dist.print_main(f"warning: --fid_reference {source}: {warning}")
+    files = FeatureFiles(
+        cache / f"{extractor.label}-{size}px-{key[:12]}", batch_ranges(len(images), BATCH)
+    )
+    layers = {metric: layer for metric, layer in extractor.layers.items() if metric != "isc"}
+    evaluator = Evaluator(None, None, extractor.device, None, measure)
+    evaluator.begin(files, Accumulator(layers, len(images), keep=True, groups=1))
+    missing = dist.gather_objects(files.missing())[0]  # as the main process finds it
+    for number, ids, pixels in image_batches(images, size, files.batches, missing, loading):
+        evaluator.update(pixels, number, ids)
+    dist.barrier()
+    record = measure.record | {"fid_reference": str(source), "listing_sha256": key}
+    if not dist.is_main():
+        return replace(measure, record=record)
+    sums, stats = evaluator.collect(), measure.stats
+    if sums.count == 0:
+        raise UserError(f"--fid_reference {source}: none of the images could be read")
+    record["images"] = sums.count  # those that could be read
+    if stats is None and "fid" in layers:
+        if sums.count < 2:
+            raise UserError(f"--fid_reference {source}: a covariance takes two images")
+        stats = sums.moments.statistics()
+        if sums.count <= len(stats["mu"]):
+            few = few_for_covariance(sums.count, len(stats["mu"]))
+            print(f"warning: --fid_reference {source}: {few}", flush=True)
+    return Measure(extractor, stats, record, sums.features)
+
+
+def open_images(source: str | Path, flag: str = "--fid_reference") -> ImageSource:
+    """The files of a folder and the folders in it, in order, or the images of an npz file."""
     if Path(source).suffix != ".npz" or not Path(source).is_file():
-        return list_folder(source, flag)
+        return list_files(source, flag)
     with as_user_error(f"{flag} {source}: not an npz file of images", (Exception,)):
         return ImageArray.of(source)
 
 
-def listing_digest(root: Path, files: list[Path] | ImageArray) -> str:
+def listing_digest(root: Path, images: ImageSource) -> str:
     """SHA-256 of the names, sizes and times of change of files: enough to notice another folder."""
-    files = [files.path] if isinstance(files, ImageArray) else files
-    facts = [(str(path.relative_to(root)), *_facts(path)) for path in files]
+    paths = [images.path] if isinstance(images, ImageArray) else map(Path, images)
+    stats = ((str(path.relative_to(root)), path.stat()) for path in paths)
+    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _facts(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+def image_batches(
+    images: ImageSource,
+    size: int,
+    batches: list[range],
+    todo: Iterable[int],
+    loading: Loading = LOADING,
+) -> Iterator[tuple[int, list[int], Tensor]]:
+    """(number, ids, images uint8 [n, 3, S, S]) of this process's share of the batches to do.
+
+    Images are cropped as the training's are; ids are those that could be read.
+    """
+    mine = sorted(todo)[dist.rank() :: dist.world_size()]
+    own = {number: batches[number] for number in mine}
+    if isinstance(images, ImageArray):
+        parts = _of_array(images, size, batches, own)
+    else:
+        on_bad = "drop" if loading.skip_bad else "raise"
+        dataset = ImageDataset([(path, 0) for path in images], size, on_bad, loading.max_pixels)
+        parts = read_batches(dataset, list(own.values()), loading.num_workers)
+    hidden = not (mine and dist.is_main())
+    progress = tqdm(parts, desc="real images", total=len(mine), disable=hidden)
+    for number, (ids, pixels) in zip(mine, progress, strict=True):
+        dist.beat(f"batch {number + 1} of {len(batches)} of real images")
+        yield number, ids, pixels
 
 
-def write_statistics(path: str | Path, stats: dict[str, np.ndarray], facts: dict) -> None:
-    """mu and sigma as --fid_stats reads them. facts: the values of RECORDED."""
-    with atomic_write(path) as file:
-        np.savez(file, **stats, **{name: np.array(facts[name]) for name in RECORDED})
+def read_batches(
+    dataset: ImageDataset, batches: Sequence[range], num_workers: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """(ids, images uint8 [n, 3, S, S]) of each batch: those that could be read."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[list(ids) for ids in batches],
+        num_workers=num_workers,
+        collate_fn=collate_skipping,
+        generator=torch.Generator(),  # else it would draw from the global one, which is training's
+        worker_init_fn=stop.ignore_in_worker,
+    )
+    nothing = torch.empty(0, 3, dataset.size, dataset.size, dtype=torch.uint8)
+    for ids, batch in zip(batches, loader, strict=True):
+        yield [i for i in ids if not dataset.bad[i]], batch[0] if batch else nothing
+
+
+def _of_array(
+    array: ImageArray, size: int, batches: list[range], own: dict[int, range]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """own: the batches that are wanted, by number; the array is read once through."""
+    with as_user_error(f"{array.path} is damaged", (Exception,)):
+        for ids, pixels in zip(own.values(), array.batches(batches, own), strict=True):
+            crops = [np.array(center_crop(Image.fromarray(image), size)) for image in pixels]
+            yield list(ids), torch.from_numpy(np.stack(crops)).movedim(3, 1)
+
+
+def enlarged(images: ImageSource, size: int) -> list[str]:
+    """A warning if images are smaller than they are needed, of those that are looked up."""
+    if isinstance(images, ImageArray):
+        sides = [images.side] * len(images)
+    else:
+        sides = [_shorter_side(path) for path in images[:: max(1, len(images) // SAMPLED)]]
+    smaller = sum(side < size for side in sides)
+    what = f"{smaller} of {len(sides)} images looked at are smaller than {size} px and are enlarged"
+    return [f"{what}: FID measures the blur of that too"] if smaller else []
+
+
+def _shorter_side(path: str) -> float:
+    with suppress(UserError), as_user_error(catch=(Exception,)), open_image(path) as image:
+        return min(image.size)
+    return float("inf")  # reading it in full says what is wrong with it

@@ -1,13 +1,11 @@
 """Evaluate a checkpoint at every combination of the sampling settings, and compare them.
 
 Image i is made of the same noise at every point of a sweep, so that points are compared in pairs:
-the error of a difference comes from the replicates of both (jackknife.py) and is smaller
-than the errors of the two figures would tell.
+the error of a difference comes from the replicates of both (metrics.py) and is smaller than the
+errors of the two figures would suggest.
 """
 
 import argparse
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +16,17 @@ from util import config_file, dist
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.checkpoint import find_checkpoint
 from util.config_file import EVALUATION_CONFIG
-from util.data.images import Loading, save_png
 from util.device import Precision, compile_model
 from util.errors import UserError
-from util.evaluation import metrics
-from util.evaluation.evaluator import (
-    SWEPT,
-    EvalSettings,
-    evaluate,
-    refuse_other_images,
-    sweep_settings,
-)
-from util.evaluation.folder import check_shared, read_json, read_png
-from util.evaluation.jackknife import fid_error, is_error
-from util.evaluation.metrics import Measure
+from util.evaluation.evaluator import Evaluator
+from util.evaluation.folder import read_json, read_png, write_csv
+from util.evaluation.metrics import fid_error, is_error
+from util.evaluation.reference import prepare_measure
+from util.evaluation.settings import SWEPT, EvalSettings
 from util.files import atomic_write, sha256
+from util.images import save_png
 from util.metrics_file import MetricsFile
-from util.vae import vae_digest
+from util.vae_files import vae_digest
 
 # The figures that are drawn, and their standard errors where there are any.
 PLOTTED = {
@@ -45,7 +37,7 @@ PLOTTED = {
     "precision": None,
     "recall": None,
 }
-SHOWN = 8  # images of each point in sweep_images.png
+SHOWN = 8  # images of each point in sweep_images.png, and classes that are listed
 
 
 def evaluate_checkpoint(
@@ -58,32 +50,35 @@ def evaluate_checkpoint(
     if not args.resume:
         raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
     checkpoint = find_checkpoint(args.resume, args.output_dir, must_exist=True)
-    vae = build_vae(args)
+    vae, vae_sha256 = build_vae(args), vae_digest(args.vae_path)
     config = build_config(ModelFlags.of(args), checkpoint, manifest=None, vae=vae)
     check_vae(vae, config, args.vae_path)
-    warn_other_vae(checkpoint, vae_digest(args.vae_path))
-    points = sweep_settings(args, config.class_num, checkpoint.classes)
+    warn_other_vae(checkpoint, vae_sha256)
+    points = EvalSettings.of(args, config.class_num, checkpoint.classes)
     model = build_model(config, checkpoint, checkpoint.key(args.eval_weights)).to(device)
     if args.compile:
         compile_model(model, device)
     tokenizer = Tokenizer(vae, config.latent_scale).to(device)
-    measure = prepare_measure(args, config.img_size, device)
+    output = Path(args.output_dir)
+    measure = prepare_measure(args, config.img_size, device, output / "reference_features")
     dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
     dist.print_main(what_is_drawn(points[0], config.class_num))
-    record = files_record(args, checkpoint.path) if dist.is_main() else {}
+    files = {"vae": {"path": args.vae_path, "sha256": vae_sha256}}
+    if dist.is_main():
+        files["checkpoint"] = {"path": str(checkpoint.path), "sha256": sha256(checkpoint.path)}
+    if measure is not None and args.inception_weights is not None:
+        sha = measure.extractor.weights_sha256
+        files["extractor"] = {"path": args.inception_weights, "sha256": sha}
     checkpoint.release()
-    output = Path(args.output_dir)
-    step = checkpoint.saved.get("step")
-    metrics_file = MetricsFile(args.metrics_file)
-    refuse_other_images(model, tokenizer, points, output, device, precision)
+    evaluator = Evaluator(model, tokenizer, device, precision, measure)
+    evaluator.refuse_other_images(points, output)
+    step, metrics_file = checkpoint.saved.get("step"), MetricsFile(args.metrics_file)
     with config_file.saved(args, output / EVALUATION_CONFIG):
         for done, settings in enumerate(points, start=1):
             name = settings.folder_name()
             if len(points) > 1:
                 dist.print_main(f"{done} of {len(points)}: {name}")
-            figures, _ = evaluate(
-                model, tokenizer, settings, output / name, device, precision, measure, record
-            )
+            figures, _ = evaluator.evaluate(settings, output / name, {"files": files})
             named = {f"eval/{name}/{key}": value for key, value in figures.items()}
             metrics_file.write(named, step, replace=True)
             if len(points) > 1 and dist.is_main():
@@ -105,59 +100,34 @@ def what_is_drawn(settings: EvalSettings, class_num: int) -> str:
     return f"{each} {images} of each of {len(drawn)} classes{room}: {named}{rest}"
 
 
+def record_of(output: Path, point: EvalSettings) -> dict:
+    return read_json(output / point.folder_name() / "metrics.json")
+
+
 def final_figures(output: Path, points: list[EvalSettings]) -> dict:
     """Of every point: its settings, its figures and what is to be known of them."""
     evaluations = []
     for point in points:
-        folder = output / point.folder_name()
-        found = read_json(folder / "metrics.json")
-        kept = {name: found[name] for name in ("metrics", "warnings")}
-        evaluations.append({"folder": str(folder), "settings": point.of_images()} | kept)
+        own = {"folder": str(output / point.folder_name()), "settings": point.to_dict()}
+        record = record_of(output, point)
+        evaluations.append(own | {name: record[name] for name in ("metrics", "warnings")})
     return {"evaluations": evaluations}
-
-
-def prepare_measure(args: argparse.Namespace, size: int, device: torch.device) -> Measure | None:
-    """What the flags ask to measure of images of that size; all processes take part."""
-    check_shared(Path(args.output_dir))
-    follows = args.fid_reference is not None
-    measure = metrics.prepare_by_flags(args, size, device, folder_follows=follows)
-    if measure is None or not follows:
-        return measure
-    cache = Path(args.output_dir) / "reference_features"
-    return metrics.compare_with_folder(measure, args.fid_reference, size, cache, Loading.of(args))
-
-
-def files_record(args: argparse.Namespace, checkpoint: Path) -> dict:
-    """The files that were used, for metrics.json."""
-    given = {"checkpoint": checkpoint, "vae": args.vae_path, "extractor": args.inception_weights}
-    found = {
-        name: {"path": str(path), "sha256": (vae_digest if name == "vae" else sha256)(path)}
-        for name, path in given.items()
-        if path is not None
-    }
-    return {"files": found}
 
 
 def write_sweep(output: Path, points: list[EvalSettings], side: int) -> None:
     """sweep.csv, sweep.png and sweep_images.png of the points that are done."""
-    records = [read_json(output / point.folder_name() / "metrics.json") for point in points]
-    rows = compared([sweep_row(point, found) for point, found in zip(points, records, strict=True)])
+    rows = compared([sweep_row(point, record_of(output, point)) for point in points])
     names = dict.fromkeys(name for row in rows for name in row if name != "replicates")
     names = [*(name for name in names if name != "folder"), "folder"]
-    text = io.StringIO()
-    table = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    with atomic_write(output / "sweep.csv") as file:
-        file.write(text.getvalue().encode())
+    write_csv(output / "sweep.csv", rows, names)
     save_png(first_images(output, points, side), output / "sweep_images.png")
-    if any(records[0]["metrics"]):
+    if any(name in PLOTTED for name in rows[0]):
         plot_sweep(rows, output / "sweep.png")
 
 
 def sweep_row(point: EvalSettings, record: dict) -> dict:
     """One line of the table; `replicates` are not for the file."""
-    settings = {name: getattr(point, name) for name in SWEPT}
+    settings = {name: getattr(point.sampling, name) for name in SWEPT}
     own = {"folder": point.folder_name(), "replicates": record["replicates"]}
     return settings | record["metrics"] | own
 
@@ -179,7 +149,7 @@ def compared(rows: list[dict]) -> list[dict]:
             if name is None:
                 continue
             row[f"{name}_difference"] = row[name] - best[name]
-            own, other = (found["replicates"].get(replicates) for found in (row, best))
+            own, other = (x["replicates"].get(replicates) for x in (row, best))
             if own and other:
                 row[f"{name}_difference_error"] = error(np.subtract(own, other).tolist())
     return rows
@@ -194,34 +164,23 @@ def first_images(output: Path, points: list[EvalSettings], side: int) -> torch.T
 
 def plot_sweep(rows: list[dict], path: Path) -> None:
     """Each figure over the setting with the most values; a line for each choice of the others."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"{path.name} is not drawn: pip install matplotlib", flush=True)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     shown = [name for name in rows[0] if name in PLOTTED]
     axis = max(SWEPT, key=lambda name: len({row[name] for row in rows}))
     others = [name for name in SWEPT if len({r[name] for r in rows}) > 1 and name != axis]
     lines: dict[str, list[dict]] = {}
-    for row in rows:
-        label = ", ".join(f"{name} {row[name]:g}" for name in others)
-        lines.setdefault(label, []).append(row)
-    figure, panels = pyplot.subplots(
-        1, len(shown), figsize=(4.2 * len(shown), 3.4), squeeze=False, layout="constrained"
-    )
-    for panel, name in zip(panels[0], shown, strict=True):
+    for row in sorted(rows, key=lambda row: row[axis]):
+        lines.setdefault(", ".join(f"{name} {row[name]:g}" for name in others), []).append(row)
+    figure = Figure(figsize=(4.2 * len(shown), 3.4), layout="constrained")
+    for name, panel in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
         for label, line in lines.items():
-            line = sorted(line, key=lambda row: row[axis])
             errors = [row.get(PLOTTED[name], 0) for row in line]
             x, y = ([row[key] for row in line] for key in (axis, name))
             panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, label=label)
         panel.set(xlabel=axis, ylabel=name.removesuffix("_mean").replace("_", " "))
         panel.grid(alpha=0.3)
-    if others:
-        panels[0][0].legend(fontsize="small")
+        if others:
+            panel.legend(fontsize="small")
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    pyplot.close(figure)

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from util.evaluation.evaluator import SWEPT
-from util.evaluation.results import GRID_COLUMNS
+from util.evaluation.evaluator import GRID_COLUMNS
+from util.evaluation.reconstruction import CONTINUOUS, ORIGINAL
+from util.evaluation.settings import SWEPT
 from util.evaluation.sweep import PLOTTED, compared
-from util.evaluation.variants import CONTINUOUS, ORIGINAL
 from util.report.charts import Series, chart, colour
 from util.report.html import Section, facts, figure, more, note, picture, table, viewer
 from util.report.run import Found, Record

@@ -1,0 +1,179 @@
+"""What is drawn for an evaluation: how many images, of which classes, sampled how."""
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+
+from torch import Tensor
+
+from models.generate import spread_labels
+from models.sampler import CFG_SCHEDULES, ORDERS, SamplingOptions
+from util.args import non_negative_float, non_negative_int, positive_int
+from util.checkpoint import WEIGHT_KEYS
+from util.errors import UserError, as_user_error, did_you_mean
+from util.parser import Parser
+
+SWEPT = ("num_iter", "cfg", "temperature")
+
+
+def add_evaluation_flags(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "evaluation", "several values of num_iter, cfg or temperature: all combinations, compared"
+    )
+    add = group.add_argument
+    add("--evaluate", action="store_true", help="generate images, measure them and stop")
+    add("--online_eval", action="store_true", help="evaluate while training")
+    add("--eval_freq", type=positive_int, default=40, help="epochs between two, while training")
+    add("--eval_bsz", type=positive_int, default=64, help="images a batch")
+    add("--num_images", type=positive_int, default=50000, help="in all, spread over the classes")
+    add(
+        "--classes",
+        type=str,  # and in a file of settings a number needs no quotes
+        nargs="+",
+        metavar="CLASS",
+        help="draw these, by name or by number (previews too); default: all that were trained",
+    )
+    add("--num_iter", type=positive_int, nargs="+", default=[256], help="iterations an image")
+    add("--cfg", type=non_negative_float, nargs="+", default=[1.0], help="guidance; 1 is none")
+    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="of the guidance")
+    add("--order", choices=ORDERS, default="random", help="in which positions are filled")
+    add(
+        "--token_cache",
+        type=non_negative_int,
+        default=0,
+        metavar="ITERATIONS",
+        help="faster, approximate: between two of so many, compute only what was just filled or "
+        "is wanted; 0 is never",
+    )
+    add("--temperature", type=non_negative_float, nargs="+", default=[1.0], help="0: argmax")
+    add("--eval_weights", choices=WEIGHT_KEYS, default="ema", help="averaged or raw weights")
+    add("--keep_images", action="store_true", help="keep the PNG files once they are measured")
+    add("--save_npz", action="store_true", help="all images as samples.npz, for ADM's evaluator")
+    add(
+        "--fid_reference",
+        metavar="PATH",
+        help="real images, a folder or an npz file of them: FID, KID, precision and recall to them",
+    )
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What decides the generated images, which are drawn class by class.
+
+    weights: "ema", or "model", the raw ones. keep_images, save_npz: what becomes of the images.
+    classes: the labels that are drawn, in this order; None is all of the model's. names: of all
+    classes that were trained, as far as they are known.
+    """
+
+    num_images: int
+    batch_size: int
+    sampling: SamplingOptions
+    weights: str = "ema"
+    keep_images: bool = False
+    save_npz: bool = False
+    classes: tuple[int, ...] | None = None
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls, args: argparse.Namespace, class_num: int, names: Sequence[str] = ()
+    ) -> list["EvalSettings"]:
+        """All combinations of --num_iter, --cfg and --temperature, each once, in that order.
+
+        names: of the classes that were trained, as far as they are known.
+        """
+        classes = drawn_classes(args.classes, class_num, names)
+        if args.classes and args.num_images < len(classes or ()):
+            raise UserError(
+                f"--num_images {args.num_images} is less than one of each of the {len(classes)} "
+                "--classes"
+            )
+        others = {name: getattr(args, name) for name in ("cfg_schedule", "order", "seed")}
+        sampling = SamplingOptions(1, **others, token_cache=args.token_cache)
+        what_becomes = (args.eval_weights, args.keep_images, args.save_npz)
+        common = cls(args.num_images, args.eval_bsz, sampling, *what_becomes, classes, tuple(names))
+        values = product(*(dict.fromkeys(getattr(args, name)) for name in SWEPT))
+        swept = [dict(zip(SWEPT, value, strict=True)) for value in values]
+        points = [replace(common, sampling=replace(sampling, **changes)) for changes in swept]
+        if len({point.folder_name() for point in points}) < len(points):
+            raise UserError(
+                f"two of --cfg {args.cfg} or of --temperature {args.temperature} are too close: "
+                "folders are named by six digits"
+            )
+        return points
+
+    def labels(self, class_num: int) -> Tensor:
+        """[num_images] the class of every image, as evenly as it goes."""
+        return spread_labels(self.num_images, self.classes or range(class_num))
+
+    def name(self, label: int) -> str:
+        return self.names[label] if self.names else str(label)
+
+    def folder_name(self) -> str:
+        s = self.sampling
+        order = "" if s.order == "random" else f"-{s.order}"
+        cache = f"-cache{s.token_cache}" if s.token_cache else ""
+        classes = "" if self.classes in (None, tuple(range(len(self.names)))) else self._listed()
+        return (
+            f"ariter{s.num_iter}-temp{s.temperature:g}-{s.cfg_schedule}cfg{s.cfg:g}"
+            f"-image{self.num_images}-seed{s.seed}{order}{cache}{classes}-{self.weights}"
+        )
+
+    def _listed(self) -> str:
+        """The classes, for a folder's name, which has no room for many."""
+        listed = "+".join(map(str, self.classes))
+        if len(listed) > 24:
+            listed = f"es{len(self.classes)}-{hashlib.sha256(listed.encode()).hexdigest()[:8]}"
+        return f"-class{listed}"
+
+    def to_dict(self) -> dict:
+        """Those that decide the images, as settings.json and metrics.json have them."""
+        sampling = {k: v for k, v in asdict(self.sampling).items() if v is not None}
+        chosen = {"classes": self.classes} if self.classes else {}
+        own = {"num_images": self.num_images, "eval_bsz": self.batch_size}
+        return own | sampling | {"weights": self.weights} | chosen
+
+
+def eval_settings(
+    args: argparse.Namespace, class_num: int, names: Sequence[str] = ()
+) -> EvalSettings:
+    """Those of an evaluation during training: one point."""
+    points = EvalSettings.of(args, class_num, names)
+    if len(points) > 1:
+        swept = ", ".join(f"--{name}" for name in SWEPT if len(getattr(args, name)) > 1)
+        raise UserError(f"--online_eval takes one value, not several: {swept}; see --evaluate")
+    return points[0]
+
+
+def find_class(text: str, names: Sequence[str]) -> int:
+    """The label of a class that was trained, by its name or its number; a name comes first."""
+    given = text.strip()
+    same = [i for i, name in enumerate(names) if given in (name, f"{name} ({i})")]
+    same = same or [i for i, name in enumerate(names) if name.casefold() == given.casefold()]
+    if len(same) == 1:
+        return same[0]
+    if same:
+        raise UserError(f"class {given!r} may be {' or '.join(map(str, same))}: say the number")
+    if given.isascii() and given.isdigit() and int(given[:9]) < len(names):
+        return int(given)
+    hint = did_you_mean(given.casefold(), [name.casefold() for name in names])
+    raise UserError(
+        f"class {given[:60]!r} is unknown: the model has {len(names)}, by name or by a number "
+        f"from 0 to {len(names) - 1}{hint}"
+    )
+
+
+def drawn_classes(
+    given: Sequence[str] | None, class_num: int, names: Sequence[str]
+) -> tuple[int, ...] | None:
+    """The labels of --classes, else of all that were trained; None if these are the model's all.
+
+    names: of the classes that were trained; none if they are not known.
+    """
+    names = names[:class_num] or tuple(map(str, range(class_num)))
+    with as_user_error("--classes"):
+        chosen = [find_class(text, names) for text in given or ()]
+    labels = tuple(dict.fromkeys(chosen or range(len(names))))
+    return None if labels == tuple(range(class_num)) else labels
