@@ -1,7 +1,7 @@
 """Judge generated images: a small classifier of real images, its accuracy, a Frechet distance.
 
-python demo/classifier.py train --output classifier.pth
-python demo/classifier.py judge --classifier classifier.pth --generated FOLDER --stats TRAIN.npz
+python -m demo.classifier train --root output/demo
+python -m demo.classifier judge --root output/demo
 
 Trained on real training images alone, the classifier gives the share of generated images that it
 takes for the class they were asked to show, and a feature space for a Frechet distance. That
@@ -11,9 +11,7 @@ registers the extractor `digits` with torch-fidelity.
 Letters: N images, S side in pixels, F = 64 penultimate features.
 """
 
-import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +22,13 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import register_feature_extractor
 
+from util.args import positive_int
+from util.errors import run
 from util.evaluation.extractor import Extractor
 from util.evaluation.metrics import frechet, statistics
 from util.evaluation.reference import load_fid_statistics
 from util.files import atomic_write, load_tensors
+from util.parser import Parser
 
 EXTRACTOR = "digits"
 FEATURES = 64
@@ -159,8 +160,6 @@ def generated_images(folder: Path) -> tuple[Tensor, Tensor]:
     """Images and labels of an evaluation's folder: images/*.png in order, class by class."""
     paths = sorted((folder / "images").glob("*.png"))
     record = json.loads((folder / "metrics.json").read_text())
-    if "images_per_class" in record:  # as earlier versions wrote
-        return load_images(paths), torch.arange(len(paths)) // record["images_per_class"]
     labels, counts = (torch.tensor(record[name]) for name in ("labels", "counts"))
     return load_images(paths), labels.repeat_interleave(counts)
 
@@ -191,39 +190,26 @@ def judge(
     return figures
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    formatter, root = argparse.ArgumentDefaultsHelpFormatter, Path("output/demo")
-    commands = parser.add_subparsers(dest="command", required=True)
-    train = commands.add_parser("train", formatter_class=formatter, help="on real images")
-    judge = commands.add_parser("judge", formatter_class=formatter, help="generated images")
-    for command in (train, judge):
-        command.add_argument("--data_path", type=Path, default=root / "data", help="train/, val/")
-    train.add_argument("--output", type=Path, default=root / "classifier.pth", help="to write")
-    train.add_argument("--epochs", type=int, default=30, help="over the training images")
-    train.add_argument("--seed", type=int, default=0, help="of all that is random")
-    add = judge.add_argument
-    add("--classifier", type=Path, default=root / "classifier.pth", help="that `train` wrote")
-    add("--stats", type=Path, default=root / "digits.npz", help="of the training images' features")
-    add("--generated", type=Path, required=True, help="folder that --evaluate wrote")
-    add("--output", type=Path, default=root / "scores.json", help="file to write")
-    return parser.parse_args()
-
-
 def main() -> None:
-    args = parse_args()
-    train = labelled_images(args.data_path / "train")
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("command", choices=("train", "judge"), help="on real images; generated images")
+    add("--root", type=Path, default=Path("output/demo"), help="of all stages of demo/run.sh")
+    add("--epochs", type=positive_int, default=30, help="of training")
+    args = parser.parse()
+    weights = args.root / "classifier.pth"
+    train = labelled_images(args.root / "data" / "train")
     if args.command == "train":
-        began = time.monotonic()
-        model = train_classifier(grey(train[0]), train[1], epochs=args.epochs, seed=args.seed)
-        save_classifier(args.output, model, train[0].shape[-1], int(train[1].max()) + 1)
-        print(f"{args.output}: {len(train[0])} images in {time.monotonic() - began:.0f} s")
+        model = train_classifier(grey(train[0]), train[1], epochs=args.epochs)
+        save_classifier(weights, model, train[0].shape[-1], int(train[1].max()) + 1)
+        print(f"{weights}: trained on {len(train[0])} images")
         return
-    extractor = Extractor(EXTRACTOR, args.classifier, torch.device("cpu"))
-    stats = load_fid_statistics(args.stats, FEATURES)
-    held_out = labelled_images(args.data_path / "val")
-    figures = judge(extractor, stats, train[0], held_out, generated_images(args.generated))
-    args.output.write_text(json.dumps(figures) + "\n")
+    extractor = Extractor(EXTRACTOR, weights, torch.device("cpu"))
+    stats = load_fid_statistics(args.root / "digits.npz", FEATURES)
+    held_out = labelled_images(args.root / "data" / "val")
+    (generated,) = (path.parent for path in args.root.glob("generated/*/metrics.json"))
+    figures = judge(extractor, stats, train[0], held_out, generated_images(generated))
+    (args.root / "scores.json").write_text(json.dumps(figures) + "\n")
     for name, found in figures.items():
         print(
             f"{name:>9}: {found['images']} images, accuracy {found['accuracy']:.4f}, Frechet "
@@ -232,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -5,164 +5,127 @@ of demo/classifier.py, timings.tsv, and what `util.report` finds in the folder. 
 digits.png has some of the generated digits.
 """
 
-import argparse
 import json
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from util.errors import run
 from util.parser import Parser
-from util.report import __main__ as report
-from util.report.html import Section, cards, page, picture, table
-from util.report.run import find
+from util.report.__main__ import write
+from util.report.load import load
+from util.report.page import Section, picture, render
+from util.report.sections import sections
 
 SHOWN = 8  # images of a class, real and generated
-LEAD = """<p>A class-conditional generator, trained just now on this machine's processor: a small,
-frozen KL autoencoder turns each 32&nbsp;px image into 4&nbsp;&times;&nbsp;4 positions of 8
-continuous channels, every channel is quantized by itself, and a masked transformer with an
-autoregressive head over the channels learns to predict the resulting tokens.</p>"""
-COMPARED = """<p>Left, handwritten digits that no network here was trained on. Right, the first
-generated ones of each class, not selected; the last column is the share of all generated ones of
-that class that the classifier recognises.</p>"""
-JUDGED = """<p>A convolutional classifier trained on the real training digits alone judges both
-sets. The Fr&eacute;chet distance compares Gaussians fitted to its 64 penultimate features; it is
-not FID, which is defined in the features of the Inception network, and compares with nothing
-outside this page. Its floor is the distance between the training and the held-out digits. The
-distance to the nearest training image (root mean square of pixel differences, pixels in [0, 1])
-would be near 0 if the generator repeated training images.</p>"""
+LEAD = (
+    "A class-conditional generator, trained just now on this machine's processor: a small, frozen "
+    "KL autoencoder turns each 32 px image into 4 × 4 positions of 8 continuous channels, every "
+    "channel is quantized by itself, and a masked transformer with an autoregressive head over the "
+    "channels learns to predict the resulting tokens."
+)
+COMPARED = (
+    "Left, handwritten digits that no network here was trained on. Right, the first generated ones "
+    "of each class, not selected; the last column is the share of all generated ones of that class "
+    "that the classifier recognises."
+)
+JUDGED = (
+    "A convolutional classifier trained on the real training digits alone judges both sets. The "
+    "Fréchet distance compares Gaussians fitted to its 64 penultimate features; it is not FID, "
+    "which is defined in the features of the Inception network, and compares with nothing outside "
+    "this page. Its floor is the distance between the training and the held-out digits. The "
+    "distance to the nearest training image (root mean square of pixel differences, pixels in "
+    "[0, 1]) would be near 0 if the generator repeated training images."
+)
+FIGURES = (
+    ("images", "images", "{}"),
+    ("accuracy of the classifier", "accuracy", "{:.2%}"),
+    ("Fréchet distance to the training images", "frechet_to_train", "{:.2f}"),
+    ("mean distance to the nearest training image", "nearest_training_image", "{:.3f}"),
+)
 
 
-def strip(paths: list[Path], alt: str) -> str:
-    """Images of one size side by side, as one <img>."""
+def strip(paths: Sequence[Path], alt: str):
+    """Images of one size side by side, as one picture."""
     grey = [np.asarray(Image.open(path).convert("L")) for path in paths]
-    return picture(np.concatenate(grey, axis=1), alt)
+    return picture(Image.fromarray(np.concatenate(grey, axis=1)), alt)
 
 
-def digits_table(data_path: Path, generated: Path, scores: dict) -> str:
-    """Held-out real digits beside generated ones, a row for each class."""
-    labels = np.array(scores["generated"]["labels"])
-    right = labels == np.array(scores["generated"]["predictions"])
-    drawn = sorted((generated / "images").glob("*.png"))
+def digits_section(real: Path, drawn: Sequence[Path], scores: dict) -> Section:
+    """Held-out real digits, in CLASS/, beside generated ones, a row for each class."""
+    labels = np.array(scores["labels"])
+    right = labels == np.array(scores["predictions"])
     rows = []
-    for label, folder in enumerate(sorted((data_path / "val").iterdir())):
+    for label, folder in enumerate(sorted(real.iterdir())):
         mine = np.flatnonzero(labels == label)
-        real = strip(sorted(folder.glob("*.png"))[:SHOWN], f"real digits {folder.name}")
+        first = strip(sorted(folder.glob("*.png"))[:SHOWN], f"real digits {folder.name}")
         new = strip([drawn[i] for i in mine[:SHOWN]], f"generated digits {folder.name}")
-        rows.append([folder.name, real, new, f"{right[mine].mean():.1%}"])
-    return table(["class", "real, held out", "generated", "recognised"], rows)
+        rows.append([folder.name, first, new, f"{right[mine].mean():.1%}"])
+    head = ["class", "real, held out", "generated", "recognised"]
+    return Section("Real and generated", COMPARED, head=head, rows=rows)
 
 
-def sheet(generated: Path, scores: dict) -> Image.Image:
-    """The first generated digits of each class, not selected, a column a class."""
-    labels = np.array(scores["generated"]["labels"])
-    drawn = sorted((generated / "images").glob("*.png"))
-    columns = [np.flatnonzero(labels == label)[:SHOWN] for label in np.unique(labels)]
-    tiles = [
-        np.pad(np.asarray(Image.open(path).convert("L")), 1, constant_values=255) for path in drawn
+def mistakes_section(drawn: Sequence[Path], scores: dict) -> Section:
+    """The generated images that the classifier does not take for their class, all of them."""
+    rows = [
+        [strip([path], f"asked for {asked}"), str(asked), str(taken)]
+        for path, asked, taken in zip(drawn, scores["labels"], scores["predictions"], strict=True)
+        if asked != taken
     ]
-    image = Image.fromarray(
-        np.block([[tiles[i] for i in row] for row in zip(*columns, strict=True)])
-    )
+    text = f"All {len(rows)} generated digits that the classifier takes for another one."
+    return Section("Mistakes", text, head=["generated", "asked for", "taken for"], rows=rows)
+
+
+def sheet(drawn: Sequence[Path], scores: dict) -> Image.Image:
+    """The first generated digits of each class, not selected, a column a class."""
+    labels = np.array(scores["labels"])
+    columns = [np.flatnonzero(labels == label)[:SHOWN] for label in np.unique(labels)]
+    tiles = [np.pad(np.asarray(Image.open(p).convert("L")), 1, constant_values=255) for p in drawn]
+    rows = [[tiles[i] for i in row] for row in zip(*columns, strict=True)]
+    image = Image.fromarray(np.block(rows))
     return image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC)
 
 
-def mistakes(generated: Path, scores: dict) -> str:
-    """The generated images that the classifier does not take for their class, all of them."""
-    found = scores["generated"]
-    wrong = [
-        (i, asked, seen)
-        for i, (asked, seen) in enumerate(zip(found["labels"], found["predictions"], strict=True))
-        if asked != seen
-    ]
-    if not wrong:
-        return "<p>The classifier recognises every generated digit.</p>"
-    drawn = sorted((generated / "images").glob("*.png"))
-    shown = (
-        f"<figure>{strip([drawn[i]], f'asked {asked}')}"
-        f"<figcaption>{asked} &rarr; {seen}</figcaption></figure>"
-        for i, asked, seen in wrong
-    )
-    note = f"All {len(wrong)} that the classifier takes for another digit (asked &rarr; seen):"
-    return f'<p>{note}</p><div class="figures">{"".join(shown)}</div>'
-
-
-def figures_table(scores: dict) -> str:
-    """The classifier's figures of generated images beside the same ones of held-out images."""
-    columns = [scores["held_out"], scores["generated"]]
-    forms = (
-        ("images", "images", "d"),
-        ("accuracy of the classifier", "accuracy", ".2%"),
-        ("Fr&eacute;chet distance to the training images", "frechet_to_train", ".2f"),
-        ("mean distance to the nearest training image", "nearest_training_image", ".3f"),
-    )
-    rows = [[text, *(format(part[key], form) for part in columns)] for text, key, form in forms]
-    return table(["", "held out (the floor)", "generated"], rows)
-
-
-def read_timings(path: Path) -> list[tuple[str, float]]:
-    """(stage, seconds) of the lines of timings.tsv."""
-    lines = (line.split("\t") for line in path.read_text().splitlines())
-    return [(stage, float(seconds)) for stage, seconds in lines]
-
-
-def timings_table(timings: list[tuple[str, float]]) -> str:
-    total = sum(seconds for _, seconds in timings)
-    rows = [[escape(stage), f"{seconds:.0f} s"] for stage, seconds in timings]
-    return table(["stage", "time"], [*rows, ["<b>all</b>", f"<b>{total:.0f} s</b>"]])
-
-
-def headline(scores: dict, timings: list[tuple[str, float]]) -> str:
-    held_out, generated = scores["held_out"], scores["generated"]
-    shown = (
-        (f"{generated['accuracy']:.1%}", "of generated digits recognised"),
-        (f"{held_out['accuracy']:.1%}", "of held-out real digits recognised"),
-        (
-            f"{generated['frechet_to_train']:.2f}",
-            f"Fr&eacute;chet distance (not FID); floor {held_out['frechet_to_train']:.2f}",
-        ),
-        (f"{sum(s for _, s in timings) / 60:.1f} min", "from images to this page"),
-    )
-    return cards(shown)
-
-
-def render(root: Path, data_path: Path, generated: Path, scores: dict, timings) -> str:
-    """The page. Raises FileNotFoundError if a stage's files are missing."""
-    found = find(root)
-    own = [
+def page(root: Path, drawn: Sequence[Path], scores: dict) -> str:
+    """The whole page. drawn: the generated images, in the order of scores["generated"]."""
+    real, new = scores["held_out"], scores["generated"]
+    timings = [line.split("\t") for line in (root / "timings.tsv").read_text().splitlines()]
+    total = sum(float(seconds) for _, seconds in timings)
+    parts = [
+        digits_section(root / "data" / "val", drawn, new),
+        mistakes_section(drawn, new),
         Section(
-            "Real and generated",
-            COMPARED + digits_table(data_path, generated, scores) + mistakes(generated, scores),
+            "Figures",
+            JUDGED,
+            head=["", "held out (the floor)", "generated"],
+            rows=[
+                [text, form.format(real[key]), form.format(new[key])] for text, key, form in FIGURES
+            ],
         ),
-        Section("Figures", JUDGED + figures_table(scores)),
+        *sections(load(root)),
+        Section("Time", head=["stage", "seconds"], rows=[*timings, ("all", f"{total:.0f}")]),
     ]
-    took = Section("Time", timings_table(timings))
-    sections = [*own, *report.sections(found), took]
-    lead = headline(scores, timings)
-    return page("TokenBridge draws digits", LEAD, lead, sections, report.foot(found))
-
-
-def parse_args() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    add, root = parser.add_argument, Path("output/demo")
-    add("--root", type=Path, default=root, help="folder of all stages, for the general sections")
-    add("--data_path", type=Path, default=root / "data", help="real images, val/CLASS/")
-    add("--generated", type=Path, required=True, help="folder that --evaluate wrote")
-    add("--scores", type=Path, default=root / "scores.json", help="of demo/classifier.py")
-    add("--timings", type=Path, default=root / "timings.tsv", help="lines: stage, tab, seconds")
-    add("--output", type=Path, default=root / "report.html", help="file to write")
-    return parser.parse()
+    floor = f"Fréchet distance (not FID); floor {real['frechet_to_train']:.2f}"
+    cards = [
+        (f"{new['accuracy']:.1%}", "of generated digits recognised"),
+        (f"{real['accuracy']:.1%}", "of held-out real digits recognised"),
+        (f"{new['frechet_to_train']:.2f}", floor),
+        (f"{total / 60:.1f} min", "from images to this page"),
+    ]
+    return render("TokenBridge draws digits", parts, cards=cards, source=root, lead=LEAD)
 
 
 def main() -> None:
-    args = parse_args()
-    scores = json.loads(args.scores.read_text())
-    timings = read_timings(args.timings)
-    text = render(args.root, args.data_path, args.generated, scores, timings)
-    report.write(args.output, text)
-    sheet(args.generated, scores).save(args.output.with_name("digits.png"), optimize=True)
+    parser = Parser(__doc__)
+    parser.add_argument("--root", type=Path, default=Path("output/demo"), help="of all stages")
+    root = parser.parse().root
+    drawn = sorted(root.glob("generated/*/images/*.png"))
+    scores = json.loads((root / "scores.json").read_text())
+    write(root / "report.html", page(root, drawn, scores))
+    sheet(drawn, scores["generated"]).save(root / "digits.png", optimize=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

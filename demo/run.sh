@@ -5,9 +5,7 @@
 #
 # --quick: a few steps of every stage, to see whether all of them work; the digits are poor.
 # --seed N: of the training and of the images; 0 unless given.
-# Every command is shown as a user would type it; there is nothing special about them but their
-# flags. Output goes to output/demo, output/demo-quick or output/demo-seedN, and what was there
-# before is removed.
+# Output goes to output/demo, output/demo-quick or output/demo-seedN; what was there is removed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -16,21 +14,17 @@ stages=(7 12 180 5 28 22 6 13 5 6) # seconds of each, on two cores of 2021
 train=() judge=(--epochs 30) bits=(-1 8 6 4 3 2)
 sample=(--num_images 360 --eval_bsz 90 --num_iter 16)
 while [ $# -gt 0 ]; do
-  case $1 in
-    --quick)
-      demo+=-quick
-      stages=(4 9 16 5 9 4 5 9 5 5)
-      train=(--epochs 2 --warmup_epochs 0.5 --ema_rate 0.9 --val_images 16 --preview_iter 4)
-      judge=(--epochs 3)
-      bits=(-1 4) sample=(--num_images 40 --eval_bsz 20 --num_iter 4)
-      ;;
-    --seed)
-      [[ ${2-} =~ ^[0-9]{1,9}$ ]] || { echo "error: --seed ${2-} is no whole number" >&2; exit 2; }
-      seed=$2 demo+=-seed$2
-      shift
-      ;;
-    *) echo "error: $1 is no flag of $0: --quick, --seed N" >&2; exit 2 ;;
-  esac
+  if [ "$1" = --quick ]; then
+    demo+=-quick stages=(4 9 16 5 9 4 5 9 5 5) judge=(--epochs 3) bits=(-1 4)
+    train=(--epochs 2 --warmup_epochs 0.5 --ema_rate 0.9 --val_images 16 --preview_iter 4)
+    sample=(--num_images 40 --eval_bsz 20 --num_iter 4)
+  elif [[ $1 = --seed && ${2-} =~ ^[0-9]{1,9}$ ]]; then
+    seed=$2 demo+=-seed$2
+    shift
+  else
+    echo "error: ${*:1:2} is no flag of $0: --quick, --seed N" >&2
+    exit 2
+  fi
   shift
 done
 
@@ -39,6 +33,8 @@ command -v torchrun >/dev/null || PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1 # two processes share two cores
 export TQDM_MININTERVAL=5
 vae=$demo/vae.ckpt
+features=(--feature_extractor demo.classifier:digits --inception_weights "$demo/classifier.pth")
+two="torchrun --standalone --nproc_per_node=2"
 
 clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
 
@@ -68,52 +64,42 @@ stage 'Real digits as PNG files, 32 px' \
   python -m demo.digits --output "$demo/data" --size 32
 
 stage 'Cache the latents, on 2 processes' \
-  torchrun --standalone --nproc_per_node=2 main_cache.py \
-  --img_size 32 --vae_path "$vae" \
-  --data_path "$demo/data" --cached_path "$demo/cache" --shard_size 360 --num_workers 0 \
-  --device cpu
+  $two main_cache.py --img_size 32 --vae_path "$vae" --data_path "$demo/data" \
+  --cached_path "$demo/cache" --shard_size 360 --num_workers 0 --device cpu
 
 stage 'Train the generator, on 2 processes' \
-  torchrun --standalone --nproc_per_node=2 main_tokenbridge.py --config configs/digits.yaml \
+  $two main_tokenbridge.py --config configs/digits.yaml \
   --cached_path "$demo/cache" --vae_path "$vae" --val_path "$demo/data/val" \
   --output_dir "$demo/model" --device cpu "${train[@]}"
 
 stage 'Export the averaged weights, for demo/generate.ipynb' \
   python -m util.export --resume "$demo/model" --output_dir "$demo/exported"
 
-# main_cache.py measured 1 / std of the latents; KL-16's is built in, any other comes from a cache
 stage 'Reconstruct held-out digits at several bit widths' \
-  torchrun --standalone --nproc_per_node=2 reconstruction.py \
+  $two reconstruction.py \
   --image_dir "$demo/data/val" --img_size 32 --vae_path "$vae" \
   --cached_path "$demo/cache" --bits "${bits[@]}" --range 5.0 --num_workers 0 --no_metrics \
   --output_dir "$demo/reconstruction" --device cpu
 
 stage 'Train a classifier of real digits, the judge' \
-  python -m demo.classifier train --data_path "$demo/data" --output "$demo/classifier.pth" \
-  "${judge[@]}"
+  python -m demo.classifier train --root "$demo" "${judge[@]}"
 
-# FID's arithmetic in the classifier's features: Inception's weights are a download
 stage 'Statistics of the training digits, in its features' \
   python -m util.fid_stats --image_dir "$demo/data/train" --img_size 32 --num_workers 0 \
-  --feature_extractor demo.classifier:digits --inception_weights "$demo/classifier.pth" \
-  --output "$demo/digits.npz" --device cpu
+  "${features[@]}" --output "$demo/digits.npz" --device cpu
 
 stage 'Generate digits, with guidance, and measure them' \
-  torchrun --standalone --nproc_per_node=2 main_tokenbridge.py --evaluate \
+  $two main_tokenbridge.py --evaluate \
   --model tokenbridge_tiny --img_size 32 --vae_path "$vae" --resume "$demo/model" \
   "${sample[@]}" --cfg 2.0 --temperature 0.4 --seed "$seed" \
-  --feature_extractor demo.classifier:digits --inception_weights "$demo/classifier.pth" \
-  --fid_stats "$demo/digits.npz" --keep_images \
+  "${features[@]}" --fid_stats "$demo/digits.npz" --keep_images \
   --output_dir "$demo/generated" --device cpu
 
-generated=("$demo"/generated/ariter*/)
 stage 'Judge them by the classifier' \
-  python -m demo.classifier judge --data_path "$demo/data" --classifier "$demo/classifier.pth" \
-  --stats "$demo/digits.npz" --generated "${generated[0]}" --output "$demo/scores.json"
+  python -m demo.classifier judge --root "$demo"
 
 stage 'Report' \
-  python -m demo.report --root "$demo" --data_path "$demo/data" --generated "${generated[0]}" \
-  --scores "$demo/scores.json" --timings "$demo/timings.tsv" --output "$demo/report.html"
+  python -m demo.report --root "$demo"
 
 printf '\nDone in %d min %02d s. Open %s in a browser; draw more with make app.\n' \
   $((SECONDS / 60)) $((SECONDS % 60)) "$demo/report.html"

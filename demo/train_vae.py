@@ -7,7 +7,6 @@ demo/digits_vae.ckpt was made, the VAE of the demo.
 Letters: N images, S side in pixels, B batch.
 """
 
-import argparse
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +17,8 @@ from torch import Tensor
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import from_uint8
 from util.args import non_negative_float, positive_float, positive_int, seed
-from util.data.images import ImageDataset
-from util.data.listing import list_images
-from util.errors import UserError, as_user_error, run
+from util.data.images import ImageDataset, list_images
+from util.errors import UserError, run
 from util.files import check_writable
 from util.parser import Parser
 from util.vae_files import load_vae, save_vae
@@ -45,13 +43,7 @@ def batches(images: Tensor, batch_size: int, steps: int) -> Iterator[Tensor]:
 
 
 def train(
-    vae: AutoencoderKL,
-    images: Tensor,
-    *,
-    steps: int,
-    batch_size: int,
-    lr: float,
-    kl_weight: float,
+    vae: AutoencoderKL, images: Tensor, steps: int, batch_size: int, lr: float, kl_weight: float
 ) -> None:
     """Train in place, in fp32; prints the losses every 50 steps."""
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
@@ -79,66 +71,30 @@ def psnr(vae: AutoencoderKL, images: Tensor) -> float:
     return (10 * torch.log10(4 / error)).item()
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data_path", type=Path, default=Path("output/demo/data"), help="has train/ and val/")
     add("--output", type=Path, default=Path("output/demo/vae.ckpt"), help="file to write")
-    add("--img_size", type=positive_int, default=32, help="pixels along a side")
+    add("--img_size", type=positive_int, default=32, help="pixels, a multiple of 8")
     add("--embed_dim", type=positive_int, default=8, help="latent channels")
-    add("--ch", type=positive_int, default=32, help="width of the finest level, a multiple of 32")
-    add(
-        "--ch_mult",
-        type=positive_int,
-        nargs="+",
-        default=[1, 1, 2, 2],
-        help="width of each level / ch",
-    )
-    add("--num_res_blocks", type=positive_int, default=1, help="residual blocks a level")
-    add("--steps", type=positive_int, default=600, help="training steps")
+    add("--steps", type=positive_int, default=600, help="of training")
     add("--batch_size", type=positive_int, default=32, help="images a step")
-    add(
-        "--lr",
-        type=positive_float,
-        default=2e-3,
-        help="highest of the one-cycle schedule",
-    )
-    add(
-        "--kl_weight",
-        type=non_negative_float,
-        default=2e-2,
-        help="of the KL per latent scalar",
-    )
-    add("--threads", type=positive_int, default=1, help="CPU threads")
+    add("--lr", type=positive_float, default=2e-3, help="highest of the one-cycle schedule")
+    add("--kl_weight", type=non_negative_float, default=2e-2, help="of the KL per latent scalar")
     add("--seed", type=seed, default=0, help="of everything random")
-    return parser.parse()
-
-
-def main() -> None:
-    args = parse_args()
-    torch.set_num_threads(args.threads)
+    args = parser.parse()
+    torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     check_writable(args.output.parent, "--output")
-    if args.output.is_dir():
-        raise UserError(f"--output {args.output} is a folder; name a file")
-    with as_user_error(f"--ch {args.ch}"):
-        vae = AutoencoderKL(
-            args.embed_dim, tuple(args.ch_mult), ch=args.ch, num_res_blocks=args.num_res_blocks
-        )
-    if args.img_size % vae.stride:
+    vae = AutoencoderKL(args.embed_dim, (1, 1, 2, 2), ch=32, num_res_blocks=1)
+    if args.img_size % vae.stride or args.output.is_dir():
         raise UserError(
-            f"--img_size {args.img_size} is no multiple of {vae.stride}, the stride of "
-            f"{len(args.ch_mult)} values of --ch_mult"
+            f"--img_size {args.img_size} must be a multiple of {vae.stride}, the VAE's stride, and "
+            f"--output {args.output} must name a file"
         )
     images, held_out = (load_part(args.data_path, part, args.img_size) for part in ("train", "val"))
-    train(
-        vae,
-        images,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        kl_weight=args.kl_weight,
-    )
+    train(vae, images, args.steps, args.batch_size, args.lr, args.kl_weight)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_vae(args.output, vae.half())
     found = psnr(load_vae(args.output).eval(), held_out)

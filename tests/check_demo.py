@@ -17,56 +17,43 @@ from tests.conftest import ROOT
 DEMO = ROOT / "output" / "demo-quick"
 STAGES = 10
 SECTIONS = [
-    *("Real and generated", "Figures", "Training", "Held-out loss", "Images over time"),
-    *("Use of the levels", "Evaluation", "Reconstruction", "Configuration", "Environment", "Time"),
+    *("Real and generated", "Mistakes", "Figures", "Training", "Validation loss"),
+    *("Images over time", "Use of the levels", "Evaluation", "Reconstruction"),
+    *("Configuration", "Environment", "Time"),
 ]
 
 
 @pytest.fixture(scope="module")
 def opened():
-    """The page in the browser, after its scripts ran; fails if anything went wrong there."""
+    """The page in the browser; fails if anything went wrong there."""
     with chromium() as browser:
         page, wrong = browser.new_page(viewport={"width": 1280, "height": 900}), []
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+        page.on("console", lambda message: wrong.append(message.text))
         page.on("requestfailed", lambda request: wrong.append(request.url[:100]))
         page.goto((DEMO / "report.html").as_uri(), wait_until="load")
         yield page
         assert wrong == []
 
 
-def section(page, title: str):
-    return page.locator("section", has=page.get_by_role("heading", name=title, exact=True))
+def rows(page, title: str) -> list[str]:
+    section = page.locator("section", has=page.get_by_role("heading", name=title, exact=True))
+    return section.locator("tr:has(td)").all_inner_texts()
 
 
-def numbers(text: str) -> list[float]:
-    return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)]
-
-
-def test_every_section_is_there_and_says_something(opened):
+def test_every_section_says_something_in_figures(opened):
     assert opened.locator("section > h2").all_inner_texts() == SECTIONS
     assert all(len(text) > 20 for text in opened.locator("section").all_inner_texts())
-
-
-def test_the_headline_and_the_figures_are_numbers(opened):
     cards = opened.locator(".cards strong").all_inner_texts()
-    assert len(cards) == 4 and all(len(numbers(card)) == 1 for card in cards)
-    rows = section(opened, "Figures").locator("tbody tr").all_inner_texts()
-    figures = {name: numbers(" ".join(values)) for name, *values in (r.split("\t") for r in rows)}
-    assert [len(values) for values in figures.values()] == [2, 2, 2, 2], figures
-
-
-def test_every_stage_has_its_time(opened):
-    rows = section(opened, "Time").locator("tbody tr").count()
-    assert rows == STAGES  # without the report's own, with the sum
-    assert len((DEMO / "timings.tsv").read_text().splitlines()) == STAGES
+    assert len(cards) == 4 and all(re.search(r"\d", card) for card in cards)
+    figures = [re.findall(r"\t[\d.]+", row) for row in rows(opened, "Figures")]
+    assert [len(values) for values in figures] == [2, 2, 2, 2]
+    assert len(rows(opened, "Time")) == STAGES  # without the report's own, with the sum
 
 
 def test_every_picture_is_drawn_and_none_is_empty(opened):
-    pictures = opened.locator("img")
-    assert pictures.count() > 20
-    assert opened.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-    for source in pictures.evaluate_all("images => images.map(i => i.src)"):
+    sources = opened.locator("img").evaluate_all("images => images.map(i => i.src)")
+    assert len(sources) > 20
+    for source in sources:
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",", 1)[1]))))
         assert np.ptp(pixels) > 50
-    assert section(opened, "Training").locator("svg polyline").count() >= 1
+    assert opened.locator("svg").count() > 10
