@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,8 +14,7 @@ import main_tokenbridge
 from models.hub import CONFIG, HEADER, WEIGHTS
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
-from tests.conftest import run_script
-from tests.hub import TOKEN, Hub, in_place_of_the_hub, running
+from tests.hub import in_place_of_the_hub
 from tests.runs import CLASSES, EVALUATE_FLAGS, call, evaluate, flags, load, refused, train
 from util import export
 from util.checkpoint import LAST, find_checkpoint
@@ -134,17 +134,10 @@ def test_wrong_calls_are_answered_in_one_line(trained, tmp_path, capsys):
 
 
 def test_push_to_hub_puts_it_there(trained, tmp_path, capsys, monkeypatch):
-    """In a process of its own, which knows the hub by HF_ENDPOINT as a user's does."""
-    argv = ["--resume", str(trained), "--output_dir", str(tmp_path / "out")]
-    with running(Hub()) as hub:
-        settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": 1, "HF_HOME": tmp_path / "home"}
-        command = ["util.export", *argv, "--push_to_hub", "me/digits"]
-        done = run_script(*command, **settings, HF_TOKEN=TOKEN)
-        assert done.returncode == 0, done.stderr
-        assert f"pushed to {hub.url}/me/digits" in done.stdout
-        expected = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-        assert hub.repos["me/digits"] == expected
-    monkeypatch.setenv("HF_TOKEN", "wrong")
+    argv = ["--resume", str(trained), "--output_dir", str(tmp_path), "--push_to_hub", "me/digits"]
     with in_place_of_the_hub(monkeypatch) as hub:
-        line = refused(capsys, export.main, *argv, "--push_to_hub", "me/digits")
-        assert "--push_to_hub me/digits: " in line and "401" in line and hub.repos == {}
+        call(export.main, *argv)
+        assert f"pushed to {hub.url}/me/digits" in capsys.readouterr().out
+        assert hub.repos["me/digits"] == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+        monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", mock.Mock(side_effect=OSError))
+        assert "--push_to_hub me/digits: OSError" in refused(capsys, export.main, *argv)
