@@ -18,7 +18,7 @@ from models.config import PRESETS, PUBLISHED_LATENT_SCALE, preset
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import VAE
 from models.tokenizers.tokenizer import Tokenizer
-from util.build import check_vae
+from util.build import ModelFlags, check_vae
 from util.checkpoint import AUTO, WEIGHT_KEYS, Checkpoint, find_checkpoint, saved_in
 from util.errors import UserError
 from util.export import load
@@ -123,7 +123,7 @@ class Library:
         args.explicit = set(args.explicit) - {"vae_path"}  # which VAE it is comes below
         if checkpoint.config is None and "model" not in args.explicit:
             args.model = size_of(checkpoint)
-        model = load(args, checkpoint)
+        model = load(ModelFlags.of(args), checkpoint, weights, None)
         path, warnings = self._find_vae(checkpoint)
         vae = load_vae(path)
         check_vae(vae, model.config, str(path))

@@ -2,33 +2,28 @@
 
 python -m util.export --resume FOLDER --output_dir OUT
 
-writes OUT/model.safetensors, OUT/config.json and a card, OUT/README.md, which
-`TokenBridge.from_pretrained(OUT)` reads. A checkpoint made here knows its settings; one of the
-published code takes them from the flags (--model, --quant_bits, ...). --vae_path, if given, is
-compared with the model and its checksum noted.
+writes what `TokenBridge.from_pretrained(OUT)` reads. A checkpoint made here knows its settings;
+one of the published code takes them from the flags (--model, --quant_bits, ...).
 """
 
-import argparse
 import sys
-from pathlib import Path
+from dataclasses import replace
 
-from models.hub import WEIGHTS, Origin
+from models.hub import Origin
 from models.tokenbridge import TokenBridge
+from models.tokenizers.kl16 import VAE
 from util.args import add_model_flags, add_vae_flags
 from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.checkpoint import AUTO, WEIGHT_KEYS, Checkpoint, find_checkpoint
-from util.dist import run
 from util.download import HUB_ERRORS
-from util.errors import UserError, as_user_error
-from util.files import check_writable
+from util.errors import UserError, as_user_error, run
 from util.parser import Parser
-from util.vae import vae_digest
+from util.vae_files import vae_digest
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    group = parser.add_argument_group("export")
-    add = group.add_argument
+    add = parser.add_argument_group("export").add_argument
     add("--resume", required=True, help="folder or file of the checkpoint")
     add("--output_dir", required=True, help="folder to write")
     add("--eval_weights", choices=WEIGHT_KEYS, default="ema", help="averaged or raw weights")
@@ -38,51 +33,36 @@ def make_parser() -> Parser:
     return parser
 
 
-def main() -> None:
-    args = make_parser().parse()
-    if args.resume == AUTO:
-        raise UserError("--resume auto: name the folder whose newest checkpoint is to be exported")
-    check_writable(args.output_dir, "--output_dir")
-    checkpoint = find_checkpoint(args.resume, args.resume, must_exist=True)
-    model = load(args, checkpoint)
-    checkpoint.release()
-    with as_user_error(f"--output_dir {args.output_dir}: cannot write", (OSError,)):
-        model.save_pretrained(args.output_dir)
-    tell(args, checkpoint, model)
-    if args.push_to_hub:
-        with as_user_error(f"--push_to_hub {args.push_to_hub}", HUB_ERRORS):
-            print(f"pushed to {model.push_to_hub(args.push_to_hub)}")
-
-
-def load(args: argparse.Namespace, checkpoint: Checkpoint) -> TokenBridge:
-    """The model with the weights that were asked for, and what is known of them."""
-    vae = build_vae(args) if "vae_path" in args.explicit else None
-    config = build_config(ModelFlags.of(args), checkpoint, manifest=None, vae=vae)
-    made_by = checkpoint.saved.get("vae_sha256")
-    if vae is not None:
-        check_vae(vae, config, args.vae_path)
-        made_by = vae_digest(args.vae_path)
-        warn_other_vae(checkpoint, made_by)
-    model = build_model(config, checkpoint, checkpoint.key(args.eval_weights))
+def load(flags: ModelFlags, checkpoint: Checkpoint, weights: str, vae: VAE | None) -> TokenBridge:
+    """The model with the "ema" or "model" weights, and in `origin` what is known of them."""
+    config = build_config(flags, checkpoint, manifest=None, vae=vae)
+    model = build_model(config, checkpoint, checkpoint.key(weights))
     saved = checkpoint.saved
     known = {name: checkpoint.whole_number(name) for name in ("step", "epoch") if name in saved}
-    known["vae_sha256"] = str(made_by) if made_by else None
-    model.origin = Origin(args.eval_weights, classes=checkpoint.classes or None, **known)
+    classes, digest = checkpoint.classes or None, saved.get("vae_sha256")
+    model.origin = Origin(weights, classes=classes, vae_sha256=digest, **known)
     return model.eval()
 
 
-def tell(args: argparse.Namespace, checkpoint: Checkpoint, model: TokenBridge) -> None:
-    path = Path(args.output_dir) / WEIGHTS
-    count = sum(parameter.numel() for parameter in model.parameters())
-    step = f", step {model.origin.step}" if model.origin.step is not None else ""
-    print(
-        f"{path}: {count:,} parameters, the {args.eval_weights} weights of {checkpoint.path}{step}"
-    )
+def main() -> None:
+    args = make_parser().parse()
+    if args.resume == AUTO:
+        raise UserError("--resume auto: name the folder of the checkpoint")
+    checkpoint = find_checkpoint(args.resume, args.resume, must_exist=True)
+    vae = build_vae(args) if "vae_path" in args.explicit else None
+    model = load(ModelFlags.of(args), checkpoint, args.eval_weights, vae)
+    if vae is not None:
+        check_vae(vae, model.config, args.vae_path)
+        model.origin = replace(model.origin, vae_sha256=vae_digest(args.vae_path))
+        warn_other_vae(checkpoint, model.origin.vae_sha256)
+    with as_user_error(f"--output_dir {args.output_dir}: cannot write", (OSError,)):
+        model.save_pretrained(args.output_dir)
+    print(f"{args.output_dir}: the {args.eval_weights} weights of {checkpoint.path}")
     if checkpoint.config is None:
-        print(
-            f"note: {checkpoint.path} does not say its settings; they are the flags' and KL-16's",
-            file=sys.stderr,
-        )
+        print("note: the checkpoint does not say its settings, the flags do", file=sys.stderr)
+    if args.push_to_hub:
+        with as_user_error(f"--push_to_hub {args.push_to_hub}", HUB_ERRORS):
+            print(f"pushed to {model.push_to_hub(args.push_to_hub)}")
 
 
 if __name__ == "__main__":

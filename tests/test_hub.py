@@ -1,0 +1,160 @@
+"""Models as folders and repositories: written, pushed, read again, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.hub import CONFIG, WEIGHTS, Origin
+from models.tokenbridge import TokenBridge
+from tests.conftest import tiny_model
+from tests.hub import in_place_of_the_hub
+
+
+@pytest.fixture(scope="module")
+def model() -> TokenBridge:
+    return tiny_model(head_input="published", latent_scale=0.7, quant_min=-4.0)
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with in_place_of_the_hub(monkeypatch) as hub:
+        yield hub
+
+
+def assert_same(found: TokenBridge, expected: TokenBridge) -> None:
+    assert found.config == expected.config and found.origin == expected.origin
+    tensors, others = found.state_dict(), expected.state_dict()
+    assert list(tensors) == list(others)
+    assert [name for name in others if not torch.equal(tensors[name], others[name])] == []
+
+
+def test_a_folder_holds_the_published_names_and_the_settings(model, folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+    shapes = {name: tensor.shape for name, tensor in load_file(folder / WEIGHTS).items()}
+    assert shapes == {name: t.shape for name, t in model.published_state_dict().items()}
+    assert json.loads((folder / CONFIG).read_text()) == model.config.to_dict()
+    assert "library_name: tokenbridge" in (folder / "README.md").read_text()
+
+
+def test_a_folder_gives_the_same_model_and_equal_models_equal_files(tmp_path):
+    model = tiny_model(quantizer="calibrated")
+    with pytest.raises(ValueError, match="has no levels yet"):
+        model.save_pretrained(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    edges = torch.linspace(-2, 2, 9) * torch.rand(6, 1).add(0.5)
+    model.quantizer.set_levels(edges, (edges[:, 1:] + edges[:, :-1]) / 2)
+    model.origin = Origin("ema", 12, 3, ("ant", "bee", "cat"), "ab" * 32)
+    model.save_pretrained(tmp_path / "model")
+    found = TokenBridge.from_pretrained(tmp_path / "model")
+    assert_same(found, model)
+    assert found.fitted and not found.training and not found.head.training
+    found.save_pretrained(tmp_path / "again")
+    for path in (tmp_path / "model").iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+    assert tiny_model().origin == Origin()  # nothing known, and nothing shared between models
+
+
+def test_settings_of_use_can_be_changed_and_settings_of_shape_cannot(folder):
+    found = TokenBridge.from_pretrained(folder, head_input="trained", grad_checkpointing=True)
+    assert found.config.head_input == "trained" and found.head.grad_checkpointing
+    with pytest.raises(ValueError, match="do not match.*fake_latent|do not match.*class_emb"):
+        TokenBridge.from_pretrained(folder, class_num=4)
+    with pytest.raises(ValueError, match="unknown model settings.*colour"):
+        TokenBridge.from_pretrained(folder, colour="red")
+
+
+def test_a_disk_that_fails_leaves_the_weights_that_were_there(folder, monkeypatch):
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    before = (folder / WEIGHTS).read_bytes()
+    monkeypatch.setattr("models.hub.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        tiny_model(class_num=5).save_pretrained(folder)
+    assert (folder / WEIGHTS).read_bytes() == before
+    assert {path.name for path in folder.iterdir()} <= {"README.md", CONFIG, WEIGHTS}
+
+
+def test_push_to_hub_sends_the_files_and_from_pretrained_reads_them(model, hub, tmp_path):
+    model.push_to_hub("me/digits")
+    assert set(hub.repos["me/digits"]) == {"README.md", CONFIG, WEIGHTS}
+    hub.repos["me/digits"]["pytorch_model.bin"] = b"a pickle, which nobody asks for"
+    assert_same(TokenBridge.from_pretrained("me/digits", cache_dir=tmp_path), model)
+    assert not any(".bin" in path for _, path, _ in hub.requests)
+    asked = len(hub.requests)
+    again = TokenBridge.from_pretrained("me/digits", cache_dir=tmp_path, local_files_only=True)
+    assert_same(again, model)
+    assert len(hub.requests) == asked
+
+
+@pytest.mark.parametrize("name", ["no/where", "../no/such/folder"])
+def test_what_is_nowhere_is_named(hub, tmp_path, name):
+    for offline in (False, True):
+        with pytest.raises(FileNotFoundError, match=f"^{name}: no such folder, nor on the hub"):
+            TokenBridge.from_pretrained(name, cache_dir=tmp_path, local_files_only=offline)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_missing_file_is_named(folder, hub, tmp_path, name):
+    (folder / name).unlink()
+    hub.repos["a/b"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for source in (folder, "a/b"):
+        with pytest.raises(FileNotFoundError, match=f"{source}.*/{name}"):
+            TokenBridge.from_pretrained(source, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"", b"{", b"[1, 2]", b"\xff\xfe", b"[" * 100_000),
+        b'{"hidden_size": 768, "model_type": "bert"}',
+        b'{"img_size": "16"}',
+        b'{"encoder_depth": 1000000000}',
+        b'{"channel_depth": 1000000000}',
+        b'{"encoder_embed_dim": 1000000000000}',
+        b'{"channel_order": 5}',
+    ],
+)
+def test_settings_that_are_none_are_refused_before_memory_is_given(folder, text):
+    if text.startswith(b'{"') and b"hidden" not in text:
+        text = json.dumps(json.loads((folder / CONFIG).read_text()) | json.loads(text)).encode()
+    (folder / CONFIG).write_bytes(text)
+    with pytest.raises(ValueError, match=f"{folder}: ") as error:
+        TokenBridge.from_pretrained(folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_weights_that_are_none_are_refused_in_one_line(folder):
+    whole = (folder / WEIGHTS).read_bytes()
+    for damaged in (b"", whole[:100], whole[:-1], b"\xff" * 8 + whole[8:], b"PK\x03\x04" + whole):
+        (folder / WEIGHTS).write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{WEIGHTS}: ") as error:
+            TokenBridge.from_pretrained(folder)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("mask_token"), "missing .first: mask_token"),
+        (lambda state: state.update(mask_token=torch.zeros(3)), "mask_token is .3,."),
+        (lambda state: state["reconstruction_values"].add_(0.1), "reconstruction_values"),
+        (lambda state: [state.pop(name) for name in list(state)[1:]], "1 tensors"),
+    ],
+)
+def test_tensors_that_do_not_match_are_named(model, folder, change, message):
+    state = {name: tensor.clone() for name, tensor in model.published_state_dict().items()}
+    change(state)
+    save_file(state, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        TokenBridge.from_pretrained(folder)
