@@ -6,9 +6,12 @@ python main_cache.py --cached_path CACHE --verify
 Stopped or killed, the same command goes on where it was, on any number of processes.
 """
 
-import argparse
 import os
+import shutil
 import sys
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -31,21 +34,28 @@ from util.args import (
 )
 from util.build import build_vae
 from util.config_file import CONFIG
-from util.data.background import in_background
-from util.data.cache_files import DTYPES, FORMATS, MAX_SHARD_SIZE
-from util.data.cache_writer import CacheSettings, CacheWriter, list_digest
-from util.data.images import ImageDataset, ImageList, collate_skipping, list_images, tell_names
-from util.data.latent_cache import verify
-from util.dist import run
-from util.dry_cache import rehearse
-from util.errors import UserError
-from util.files import only_job_in
+from util.data.cache_writer import (
+    DTYPES,
+    FORMATS,
+    CacheSettings,
+    CacheWriter,
+    ShardWriter,
+    list_digest,
+    verify,
+)
+from util.data.images import ImageDataset, Loading, collate_skipping
+from util.data.listing import ImageList, list_images, print_class_notes
+from util.errors import UserError, run
+from util.hardware import peak_memory
 from util.json_output import figures_on_stdout
+from util.lock import only_job_in
 from util.parser import Parser
 from util.vae_files import vae_digest
 
 # Batches that may wait for the disk. At 128 images of 256 px, 8 MB each, a second or two of a GPU.
 QUEUED = 4
+CHECKS = ("code", "device", "processes", "VAE", "photograph")  # before the batch of --dry_run
+SHOWN = ("count", "classes", "skipped", "latent_scale", "channel_order", "latent_shape")
 
 
 def make_parser() -> Parser:
@@ -56,18 +66,10 @@ def make_parser() -> Parser:
     add("--cached_path", default="", metavar="FOLDER", help="to write, or to go on with")
     add("--batch_size", type=positive_int, default=128, help="images a batch")
     add("--format", choices=FORMATS, default="npy", help="shards, or the published CLASS/IMAGE.npz")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="of the moments; default: float16, and float32 with --format npz",
-    )
-    add("--shard_size", type=shard_size, default=4096, help="images a shard")
+    add("--dtype", choices=DTYPES, help="of the moments; default: float16, float32 in npz files")
+    add("--shard_size", type=positive_int, default=4096, help="images a shard, held in memory")
     add("--verify", action="store_true", help="only check an existing cache")
-    add(
-        "--dry_run",
-        action="store_true",
-        help="check everything, encode one batch, say what the cache would take, and stop",
-    )
+    add("--dry_run", action="store_true", help="check all, encode one batch, say what all takes")
     add("--json", action="store_true", help="the figures as JSON on stdout, all else on stderr")
     add_vae_flags(parser)
     add_loader_flags(parser)
@@ -77,20 +79,15 @@ def make_parser() -> Parser:
     return parser
 
 
-def shard_size(text: str) -> int:
-    value = positive_int(text)
-    if value > MAX_SHARD_SIZE:
-        raise argparse.ArgumentTypeError(f"{text} is more than {MAX_SHARD_SIZE}: it fills memory")
-    return value
-
-
 def main() -> None:
     parser = make_parser()
     args = parser.parse()
     if not args.cached_path:
         raise UserError("--cached_path is missing: name the folder of the cache")
     if args.verify:
-        verify_cache(args.cached_path)
+        cache = verify(args.cached_path)
+        sums = "checksums agree" if cache.manifest else "readable; no manifest, so no checksums"
+        print(f"{args.cached_path}: {len(cache)} images in {len(cache.classes)} classes, {sums}")
         return
     with figures_on_stdout(args.json) as figures:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
@@ -99,48 +96,55 @@ def main() -> None:
     dist.cleanup()
 
 
-def verify_cache(path: str) -> None:
-    cache = verify(path)
-    known = "checksums agree" if cache.manifest else "readable; no manifest, so no checksums"
-    print(f"{path}: {len(cache)} images in {len(cache.classes)} classes, {known}")
-
-
 def write_cache(args, device: torch.device) -> dict:
     """Everything is read and checked before anything is written. The figures, for --json."""
     torch.manual_seed(args.seed)
     images = list_images(args.data_path, args.split)
-    tell_names(images.classes)
+    print_class_notes(images.classes)
     vae = build_vae(args).to(device).eval()
-    names = [os.path.relpath(path, images.root) for path, _ in images.samples]
-    labels = [label for _, label in images.samples]
-    settings = cache_settings(args, vae, images.classes, list_digest(names, labels))
-    writer = CacheWriter(args.cached_path, settings, names, labels)
+    writer = open_writer(args, images, vae)
     if args.dry_run:
-        return rehearse(writer, vae, args.batch_size, encode, device)
+        from util import doctor  # which is slow to import
 
-    figures = {}
+        step = partial(try_batch, writer, vae, args.batch_size, device)
+        return doctor.dry_run(args, device, CHECKS, step)
+
+    loading = Loading.of(args)
+    on_bad = "drop" if loading.skip_bad else "raise"
+    dataset = ImageDataset(images.samples, args.img_size, on_bad, loading.max_pixels)
     with only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext():
         # One process says what is to be done, so that all agree; each takes every W-th shard.
         pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]
         dist.print_main(f"{len(pending)} of {writer.num_shards} shards to write")
         own = pending[dist.rank() :: dist.world_size()]
+        shards = {shard: unfinished(writer, shard, args.batch_size) for shard in own}
+        loader = DataLoader(
+            dataset,
+            batch_sampler=[batch for batches in shards.values() for batch in batches],
+            collate_fn=collate_skipping,
+            num_workers=loading.num_workers,
+            pin_memory=args.pin_mem and device.type == "cuda",
+            worker_init_fn=stop.ignore_in_worker,
+        )
         # Of a whole cache, config.yaml keeps saying what it was made with.
         config = Path(args.cached_path) / CONFIG
         with config_file.saved(args, config) if pending else nullcontext():
-            encode_shards(args, device, vae, images, writer, own)
+            encode_shards(vae, loader, writer, shards, device)
             dist.barrier()
+        figures = {}
         if dist.is_main():
-            manifest = writer.write_manifest(published_constants=vae.is_kl16)
-            figures = report(manifest, args.cached_path)
+            figures = report(writer.write_manifest(vae.is_kl16), args.cached_path)
         dist.barrier()
     return figures
 
 
-def cache_settings(args, vae: VAE, classes: list[str], images_sha256: str):
+def open_writer(args, images: ImageList, vae: VAE) -> CacheWriter:
     dtype = args.dtype or ("float16" if args.format == "npy" else "float32")
     if args.format == "npz" and dtype != "float32":
         raise UserError(f"--dtype {dtype}: the published form (--format npz) is float32")
-    return CacheSettings(
+    names = [os.path.relpath(path, images.root) for path, _ in images.samples]
+    labels = [label for _, label in images.samples]
+    settings = CacheSettings(
         format=args.format,
         dtype=dtype,
         shard_size=args.shard_size,
@@ -148,45 +152,47 @@ def cache_settings(args, vae: VAE, classes: list[str], images_sha256: str):
         vae_sha256=vae_digest(args.vae_path),
         vae_config=vae.config,
         vae_stride=vae.stride,
-        classes=classes,
-        images_sha256=images_sha256,
+        classes=images.classes,
+        images_sha256=list_digest(names, labels),
     )
+    return CacheWriter(args.cached_path, settings, names, labels)
 
 
 def encode_shards(
-    args, device, vae: VAE, images: ImageList, writer: CacheWriter, shards: list[int]
+    vae: VAE,
+    loader: DataLoader,
+    writer: CacheWriter,
+    shards: dict[int, list[list[int]]],
+    device: torch.device,
 ) -> None:
     """Encode and write these shards: workers decode, the device encodes, a thread writes, at once.
 
-    One loader for all shards, so that its workers never rest.
+    loader: the images of all batches of all shards, one after the other, so that workers never
+    rest. shards: the numbers of the images of each batch of each shard.
     """
-    batches = {shard: unfinished(writer, shard, args.batch_size) for shard in shards}
-    order = [batch for shard in shards for batch in batches[shard]]
-    on_bad = "drop" if args.skip_bad_images else "raise"
-    dataset = ImageDataset(images.samples, args.img_size, on_bad, args.max_image_pixels)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=order,
-        collate_fn=collate_skipping,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-        worker_init_fn=stop.ignore_in_worker,
-    )
-    loaded = iter(loader)
-    bar = tqdm(total=sum(map(len, order)), unit="img", disable=None if dist.is_main() else True)
+    loaded, bad, waiting = iter(loader), loader.dataset.bad, deque[Future]()
+    count = sum(len(batch) for batches in shards.values() for batch in batches)
+    bar = tqdm(total=count, unit="img", disable=None if dist.is_main() else True)
 
-    with bar, in_background(QUEUED) as hand_over:
-        for shard in shards:
-            filled = writer.begin(shard)
-            for batch in batches[shard]:
+    def wait_until(left: int) -> None:  # raises what failed in the thread
+        while len(waiting) > left:
+            waiting.popleft().result()
+
+    with bar, ThreadPoolExecutor(max_workers=1) as thread:
+        for shard, batches in shards.items():
+            filled = ShardWriter(writer, shard)
+            for batch in batches:
                 readable = next(loaded)
                 if readable is not None:
-                    kept = [i for i in batch if not dataset.bad[i]]
+                    kept = [i for i in batch if not bad[i]]
                     moments = encode(vae, readable[0].to(device, non_blocking=True))
-                    hand_over(filled.take, kept, moments)
+                    wait_until(QUEUED - 1)
+                    waiting.append(thread.submit(filled.take, kept, moments))
                 bar.update(len(batch))
                 dist.beat("caching")
-            hand_over(filled.finish)
+            wait_until(0)  # only a shard of which all was taken is finished
+            waiting.append(thread.submit(filled.finish))
+        wait_until(0)
 
 
 def unfinished(writer: CacheWriter, shard: int, size: int) -> list[list[int]]:
@@ -207,6 +213,35 @@ def encode(vae: VAE, images: Tensor) -> np.ndarray:
     return torch.stack(views, dim=1).float().cpu().numpy()
 
 
+def try_batch(writer: CacheWriter, vae: VAE, batch_size: int, device: torch.device) -> dict:
+    """The step of --dry_run: encode one batch of black images; what the whole cache would take."""
+    missing = sum(len(writer.missing(shard)) for shard in writer.unfinished())
+    size, folder = writer.settings.image_size, writer.folder.absolute()
+    images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device)
+    for _ in range(1 if device.type == "cpu" else 2):  # a GPU chooses its kernels at first
+        started = time.perf_counter()
+        moments = encode(vae, images)
+        seconds = time.perf_counter() - started
+    slowest = torch.tensor([seconds, float(peak_memory(device))], device=device)
+    seconds, peak = dist.all_reduce_max(slowest).tolist()
+    speed = batch_size * dist.world_size() / seconds
+    bytes_per_image = moments[0].astype(writer.settings.dtype).nbytes
+    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
+    if disk.free < bytes_per_image * missing:
+        dist.print_main(f"warning: {folder}: the disk is too small for the cache")
+    return {
+        "images": len(writer.names),
+        "images_to_encode": missing,
+        "images_per_second": speed,
+        "hours": missing / speed / 3600,
+        "device_hours": missing / speed / 3600 * dist.world_size(),
+        "bytes_of_cache": bytes_per_image * len(writer.names),
+        "bytes_to_write": bytes_per_image * missing,
+        "bytes_free": disk.free,
+        "bytes_peak": int(peak),
+    }
+
+
 def report(manifest: dict, path: str) -> dict:
     """Say what the cache holds; the same as figures."""
     used, measured = manifest["latent_scale"], manifest["measured_latent_scale"]
@@ -220,10 +255,9 @@ def report(manifest: dict, path: str) -> dict:
         print(f"skipped {name}", file=sys.stderr)
     print(
         f"{path}: {manifest['count']} images in {len(manifest['classes'])} classes, "
-        f"{len(manifest['skipped'])} skipped, latent scale {manifest['latent_scale']:.4g}"
+        f"{len(manifest['skipped'])} skipped, latent scale {used:.4g}"
     )
-    shown = ("count", "classes", "skipped", "latent_scale", "channel_order", "latent_shape")
-    return {"cached_path": path} | {name: manifest[name] for name in shown}
+    return {"cached_path": path} | {name: manifest[name] for name in SHOWN}
 
 
 cli = partial(run, main)

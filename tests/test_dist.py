@@ -30,14 +30,14 @@ from tests.runs import (
 )
 from util import dist, stop
 from util.agreement import Agreement
-from util.data.batches import Batches, MicroBatchSampler
+from util.data.images import MicroBatchSampler
 from util.device import resolve_precision
 from util.dist import run
 from util.ema import EMA
 from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from util.evaluation import extractor
 from util.inputs import check_agreement
-from util.plan import Plan, Run, TrainSettings
+from util.plan import Plan, Run, Schedule, TrainSettings
 
 BATCH, IMAGES = 2, 8
 
@@ -59,8 +59,9 @@ def one_step(micro_batches: int) -> dict:
         parts[name] = []
         parameter.register_hook(parts[name].append)
     place = dict(rank=dist.rank(), world_size=dist.world_size())
-    schedule = Batches(BATCH, micro_batches, IMAGES, seed=1)
-    sampler = MicroBatchSampler(schedule, range(1), **place)
+    sampler = MicroBatchSampler(
+        IMAGES, BATCH, micro_batches, **place, seed=1, first_step=0, num_steps=1
+    )
     moments = torch.randn(IMAGES, 12, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(IMAGES) % 3
     numbers = (torch.tensor([index for index, _ in keys]) for keys in sampler)
@@ -76,6 +77,7 @@ def one_step(micro_batches: int) -> dict:
         device=device,
         precision=resolve_precision("fp32", device),
     )
+    schedule = Schedule(BATCH, micro_batches, IMAGES, seed=1)
     settings = TrainSettings(
         **dict(plan=Plan(schedule, 0), epochs=1, grad_clip=1e9, max_skipped=1),
         **dict(cached=True, eval_freq=1, output_dir=Path(), extras={}),

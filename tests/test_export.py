@@ -18,7 +18,7 @@ from tests.hub import in_place_of_the_hub
 from tests.runs import CLASSES, EVALUATE_FLAGS, call, evaluate, flags, load, refused, train
 from util import export
 from util.checkpoint import LAST, find_checkpoint
-from util.vae import save_vae
+from util.vae_files import save_vae
 
 
 def run(resume: Path, output: Path, *others: str) -> dict:
@@ -43,15 +43,6 @@ def test_the_weights_asked_for_and_their_origin_are_written(
     known = dict(weights=weights, step=saved["step"], epoch=saved["epoch"], classes=list(CLASSES))
     scale = saved["config"]["latent_scale"]
     assert header == known | {"latent_scale": scale, "vae_sha256": digest}
-
-
-def test_calibrated_levels_are_exported_with_averaged_weights(inputs, tmp_path):
-    train(inputs, tmp_path / "run", quantizer="calibrated", quant_bits=3, epochs=1)
-    run(tmp_path / "run", tmp_path / "out")
-    found = TokenBridge.from_pretrained(tmp_path / "out").quantizer
-    saved = load(tmp_path / "run")["model"]
-    assert torch.equal(found.boundaries, saved["boundaries"])
-    assert torch.equal(found.reconstruction_values, saved["reconstruction_values"])
 
 
 def test_an_exported_folder_is_evaluated_as_its_checkpoint_is(inputs, trained, tmp_path, capsys):

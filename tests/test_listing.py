@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ from tests.runs import (
     train,
 )
 from util import doctor, fid_stats
-from util.data.images import list_images
+from util.data.listing import list_images
+from util.errors import UserError
 
 NO_CACHE = dict(use_cached=None, cached_path=None, vae_path="vae.ckpt", latent_scale=1.0)
 NO_CACHE |= {"channel_order": "0,1,2,3", "class_num": None}
@@ -55,16 +57,18 @@ def command(inputs: Path, tool: str, path: Path) -> tuple:
     return fid_stats.main, *own, "--feature_extractor", PIXELS
 
 
-def examined(inputs: Path, path: Path) -> str:
-    """What the doctor finds of the data."""
+def examined(inputs: Path, path: Path, capsys) -> str:
+    """What the doctor prints of the data."""
     argv = flags(inputs, TRAIN_FLAGS, NO_CACHE, data_path=path, output_dir=path / "out")
-    opened = doctor.Opened(doctor.make_parser().parse(argv), torch.device("cpu"))
-    return doctor.attempt("data", opened).text
+    capsys.readouterr()
+    with suppress(SystemExit):
+        call(doctor.main, *argv, "--vae_path", str(inputs / "vae.ckpt"))
+    return capsys.readouterr().out
 
 
 COUNTS = {
     "train": "24 images in 3 classes",
-    "cache": "24 of 24 images to encode",
+    "cache": "images to encode         24",
     "reconstruct": "24 images as original",
     "statistics": "24 images of 16 px",
 }
@@ -143,7 +147,7 @@ def test_the_doctor_and_the_other_flags_name_the_folder_inside(inputs, data, cap
     line = refused(capsys, main, *argv, "--val_path", str(data))
     assert f"name --val_path {data / 'val'}" in line
     move(data, "train/train")
-    assert f"name --data_path {data / 'train'}" in examined(inputs, data)
+    assert f"name --data_path {data / 'train'}" in examined(inputs, data, capsys)
 
 
 @pytest.mark.parametrize("name", ["all", "ant"])
@@ -163,6 +167,22 @@ def test_the_order_is_torchvision_s_where_nothing_is_out_of_order(data):
     expected = ImageFolder(data / "train")
     found = list_images(data)
     assert (found.classes, found.samples) == (expected.classes, expected.samples)
+
+
+def test_listing_names_what_is_missing(tmp_path):
+    def complaint() -> str:
+        with pytest.raises(UserError) as error:
+            list_images(tmp_path / "data")
+        assert "--data_path" in str(error.value) and str(tmp_path / "data") in str(error.value)
+        return str(error.value)
+
+    assert "not a folder" in complaint()
+    (tmp_path / "data").mkdir()
+    assert "no folder 'train'" in complaint()
+    (tmp_path / "data" / "train").mkdir()
+    assert "no class folder" in complaint()
+    (tmp_path / "data" / "train" / "hollow").mkdir()
+    assert "no images in hollow" in complaint()
 
 
 # --- the number of classes
@@ -229,7 +249,7 @@ def test_training_and_doctor_say_what_may_surprise(inputs, data, capsys, change,
     call(*command(inputs, "train", data))
     told = capsys.readouterr().out
     assert all(fragment in told for fragment in fragments), told
-    found = examined(inputs, data)
+    found = examined(inputs, data, capsys)
     assert all(fragment in found for fragment in fragments), found
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from models.generate import PRECISIONS as PRECISIONS
-from models.generate import arithmetic
+from models.precision import PRECISIONS as PRECISIONS
+from models.precision import arithmetic
 from models.tokenbridge import TokenBridge
 from util.errors import UserError, as_user_error
 

@@ -9,8 +9,7 @@ The page is one file that loads nothing from elsewhere. What the folder lacks is
 from functools import partial
 from pathlib import Path
 
-from util.dist import run
-from util.errors import UserError, as_user_error
+from util.errors import UserError, as_user_error, run
 from util.files import atomic_write, check_writable
 from util.parser import Parser
 from util.report.load import load
