@@ -22,18 +22,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from models.tokenizers.kl16 import VAE
+from models.tokenizers import kl16
 from models.tokenizers.tokenizer import from_uint8
-from util import config_file, dist, stop
+from util import dist, stop
 from util.args import (
-    add_device_flags,
-    add_distributed_flags,
-    add_loader_flags,
-    add_vae_flags,
+    CACHED_PATH,
+    CONFIG,
+    DATA_PATH,
+    JSON,
+    VAE,
+    Flag,
+    Parser,
+    changed,
     positive_int,
+    settings_saved,
+    value,
 )
-from util.build import build_vae
-from util.config_file import CONFIG
 from util.data.cache_writer import (
     DTYPES,
     FORMATS,
@@ -45,12 +49,12 @@ from util.data.cache_writer import (
 )
 from util.data.images import ImageDataset, Loading, collate_skipping
 from util.data.listing import ImageList, list_images, print_class_notes
-from util.errors import UserError, run
-from util.hardware import peak_memory
-from util.json_output import figures_on_stdout
-from util.lock import only_job_in
-from util.parser import Parser
-from util.vae_files import vae_digest
+from util.errors import UserError
+from util.files import only_job_in
+from util.flops import peak_memory
+from util.logging import figures_on_stdout
+from util.setup import build_vae
+from util.vae import vae_digest
 
 # Batches that may wait for the disk. At 128 images of 256 px, 8 MB each, a second or two of a GPU.
 QUEUED = 4
@@ -60,21 +64,22 @@ SHOWN = ("count", "classes", "skipped", "latent_scale", "channel_order", "latent
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add = parser.add_argument_group("cache").add_argument
-    add("--data_path", default="./data/imagenet", metavar="FOLDER", help="images in SPLIT/CLASS/")
-    add("--split", default="train", metavar="SPLIT", help="subfolder of --data_path to encode")
-    add("--cached_path", default="", metavar="FOLDER", help="to write, or to go on with")
-    add("--batch_size", type=positive_int, default=128, help="images a batch")
-    add("--format", choices=FORMATS, default="npy", help="shards, or the published CLASS/IMAGE.npz")
-    add("--dtype", choices=DTYPES, help="of the moments; default: float16, float32 in npz files")
-    add("--shard_size", type=positive_int, default=4096, help="images a shard, held in memory")
-    add("--verify", action="store_true", help="only check an existing cache")
-    add("--dry_run", action="store_true", help="check all, encode one batch, say what all takes")
-    add("--json", action="store_true", help="the figures as JSON on stdout, all else on stderr")
-    add_vae_flags(parser)
-    add_loader_flags(parser)
-    add_device_flags(parser)
-    add_distributed_flags(parser)
+    parser.add_flags(
+        "cache",
+        DATA_PATH,
+        Flag("split", str, "train", "subfolder of --data_path to encode"),
+        CACHED_PATH,
+        Flag("batch_size", positive_int, 128, "images a batch"),
+        Flag("format", str, "npy", "shards, or the published CLASS/IMAGE.npz", FORMATS),
+        Flag("dtype", str, None, "of the moments; default: float16, float32 in npz files", DTYPES),
+        Flag("shard_size", positive_int, 4096, "images a shard, held in memory"),
+        Flag("verify", bool, False, "only check an existing cache"),
+        Flag("dry_run", bool, False, "check all, encode one batch, say what all takes"),
+        JSON,
+    )
+    parser.add_flags("tokenizer", *VAE)
+    parser.add_loader_flags()
+    parser.add_device_flags()
     parser.set_defaults(seed=0)
     return parser
 
@@ -91,7 +96,7 @@ def main() -> None:
         return
     with figures_on_stdout(args.json) as figures:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
-        dist.print_main(config_file.changed(args, parser))
+        dist.print_main(changed(args, parser))
         figures.update(write_cache(args, device))
     dist.cleanup()
 
@@ -99,7 +104,7 @@ def main() -> None:
 def write_cache(args, device: torch.device) -> dict:
     """Everything is read and checked before anything is written. The figures, for --json."""
     torch.manual_seed(args.seed)
-    images = list_images(args.data_path, args.split)
+    images = list_images(value(args, "data_path"), args.split)
     print_class_notes(images.classes)
     vae = build_vae(args).to(device).eval()
     writer = open_writer(args, images, vae)
@@ -111,7 +116,8 @@ def write_cache(args, device: torch.device) -> dict:
 
     loading = Loading.of(args)
     on_bad = "drop" if loading.skip_bad else "raise"
-    dataset = ImageDataset(images.samples, args.img_size, on_bad, loading.max_pixels)
+    size = value(args, "img_size")
+    dataset = ImageDataset(images.samples, size, on_bad, loading.max_pixels)
     with only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext():
         # One process says what is to be done, so that all agree; each takes every W-th shard.
         pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]
@@ -128,7 +134,7 @@ def write_cache(args, device: torch.device) -> dict:
         )
         # Of a whole cache, config.yaml keeps saying what it was made with.
         config = Path(args.cached_path) / CONFIG
-        with config_file.saved(args, config) if pending else nullcontext():
+        with settings_saved(args, config) if pending else nullcontext():
             encode_shards(vae, loader, writer, shards, device)
             dist.barrier()
         figures = {}
@@ -138,7 +144,7 @@ def write_cache(args, device: torch.device) -> dict:
     return figures
 
 
-def open_writer(args, images: ImageList, vae: VAE) -> CacheWriter:
+def open_writer(args, images: ImageList, vae: kl16.VAE) -> CacheWriter:
     dtype = args.dtype or ("float16" if args.format == "npy" else "float32")
     if args.format == "npz" and dtype != "float32":
         raise UserError(f"--dtype {dtype}: the published form (--format npz) is float32")
@@ -148,8 +154,8 @@ def open_writer(args, images: ImageList, vae: VAE) -> CacheWriter:
         format=args.format,
         dtype=dtype,
         shard_size=args.shard_size,
-        image_size=args.img_size,
-        vae_sha256=vae_digest(args.vae_path),
+        image_size=value(args, "img_size"),
+        vae_sha256=vae_digest(value(args, "vae_path")),
         vae_config=vae.config,
         vae_stride=vae.stride,
         classes=images.classes,
@@ -159,7 +165,7 @@ def open_writer(args, images: ImageList, vae: VAE) -> CacheWriter:
 
 
 def encode_shards(
-    vae: VAE,
+    vae: kl16.VAE,
     loader: DataLoader,
     writer: CacheWriter,
     shards: dict[int, list[list[int]]],
@@ -206,14 +212,14 @@ def unfinished(writer: CacheWriter, shard: int, size: int) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def encode(vae: VAE, images: Tensor) -> np.ndarray:
+def encode(vae: kl16.VAE, images: Tensor) -> np.ndarray:
     """images: uint8 [B, 3, H, W] -> moments [B, 2, 2C, h, w] of them and of their mirror images."""
     images = from_uint8(images)
     views = [vae.encode(view).parameters for view in (images, images.flip(-1))]
     return torch.stack(views, dim=1).float().cpu().numpy()
 
 
-def try_batch(writer: CacheWriter, vae: VAE, batch_size: int, device: torch.device) -> dict:
+def try_batch(writer: CacheWriter, vae: kl16.VAE, batch_size: int, device: torch.device) -> dict:
     """The step of --dry_run: encode one batch of black images; what the whole cache would take."""
     missing = sum(len(writer.missing(shard)) for shard in writer.unfinished())
     size, folder = writer.settings.image_size, writer.folder.absolute()
@@ -260,7 +266,7 @@ def report(manifest: dict, path: str) -> dict:
     return {"cached_path": path} | {name: manifest[name] for name in SHOWN}
 
 
-cli = partial(run, main)
+cli = partial(dist.run, main)
 
 if __name__ == "__main__":
     cli()

@@ -26,34 +26,34 @@ from tqdm import tqdm
 from models.config import PUBLISHED_LATENT_SCALE
 from models.generate import to_uint8
 from models.quantizer import build_quantizer
-from models.tokenizers.kl16 import VAE, Posterior
+from models.tokenizers import kl16
+from models.tokenizers.kl16 import Posterior
 from models.tokenizers.tokenizer import Tokenizer
-from util import config_file, dist
+from util import dist
 from util.args import (
-    add_device_flags,
-    add_distributed_flags,
-    add_loader_flags,
-    add_metric_flags,
-    add_output_flags,
-    add_quantizer_flag,
-    add_vae_flags,
+    CACHED_PATH,
+    CONFIG,
+    JSON,
+    LATENT_SCALE,
+    METRICS,
+    METRICS_FILE,
+    QUANTIZER,
+    VAE,
+    Flag,
+    Parser,
     bit_width_or_continuous,
-    latent_scale,
+    changed,
     positive_float,
     positive_int,
+    settings_saved,
+    value,
 )
-from util.build import build_vae, cache_histogram, calibrated_levels
-from util.config_file import CONFIG
 from util.data.cache_writer import list_digest
-from util.data.images import (
-    ImageDataset,
-    ImageList,
-    list_files,
-    list_images,
-    visible,
-)
+from util.data.images import ImageDataset, grid, save_png
 from util.data.latent_cache import open_cache
-from util.errors import UserError, as_user_error, run
+from util.data.listing import ImageList, list_files, list_images, visible
+from util.doctor import dry_run
+from util.errors import UserError, as_user_error
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import Extractor
 from util.evaluation.metrics import frechet
@@ -70,21 +70,9 @@ from util.evaluation.reconstruction import (
 )
 from util.evaluation.reference import prepare_measure, read_batches
 from util.files import check_writable
-from util.images import grid, save_png
-from util.json_output import figures_on_stdout
-from util.metrics_file import MetricsFile
-from util.parser import Parser
-from util.vae_files import vae_digest
-
-try:
-    from util.doctor import dry_run
-except ImportError:  # until the doctor has it
-
-    def dry_run(args, device, checks, step) -> dict:
-        figures = step()
-        dist.print_main("\n".join(f"{k}: {v}" for k, v in figures.items()))
-        return figures
-
+from util.logging import MetricsFile, figures_on_stdout
+from util.setup import build_vae, cache_histogram, calibrated_levels
+from util.vae import vae_digest
 
 GRID_IMAGES = 8
 RECORDED = ("image_dir", "images_per_class", "vae_path")  # for the reader of results.json alone
@@ -95,42 +83,26 @@ DRY_RUN_CHECKS = ("device", "processes", "VAE")
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    group = parser.add_argument_group("reconstruction")
-    add = group.add_argument
-    add("--image_dir", default="./data/imagenet", metavar="FOLDER", help="train/CLASS/ or CLASS/")
-    add("--output_dir", default="quantization_results", metavar="FOLDER", help="of all results")
-    add(
-        "--bits",
-        type=bit_width_or_continuous,
-        nargs="+",
-        default=[6],
-        metavar="N",
-        help="a latent scalar; negative: not quantized",
+    parser.add_flags(
+        "reconstruction",
+        Flag("image_dir", str, "./data/imagenet", "train/CLASS/ or CLASS/"),
+        Flag("output_dir", str, "quantization_results", "of all results"),
+        Flag("bits", bit_width_or_continuous, [6], "of a scalar; negative: none", nargs="+"),
+        Flag("range", positive_float, 5.0, "latents in [-range, range]"),
+        QUANTIZER,
+        Flag("images_per_class", positive_int, 50, "of each class, the first"),
+        Flag("batch_size", positive_int, 32, "images a batch"),
+        Flag("posterior", str, "sample", "the latent taken", ("sample", "mode")),
+        LATENT_SCALE,
+        CACHED_PATH,
+        Flag("dry_run", bool, False, "check all, reconstruct a batch, say what all takes"),
+        METRICS_FILE,
+        JSON,
     )
-    add("--range", type=positive_float, default=5.0, help="latents in [-range, range]")
-    add_quantizer_flag(group)
-    add("--images_per_class", type=positive_int, default=50, help="of each class, the first")
-    add("--batch_size", type=positive_int, default=32, help="images a batch")
-    add("--posterior", choices=("sample", "mode"), default="sample", help="the latent taken")
-    add(
-        "--latent_scale",
-        type=latent_scale,
-        default="auto",
-        metavar="X",
-        help="1 / std of the latents; auto: the one of --cached_path, or KL-16's",
-    )
-    add("--cached_path", default="", metavar="FOLDER", help="a cache, for scale and levels")
-    add(
-        "--dry_run",
-        action="store_true",
-        help="check everything, reconstruct one batch, say what the run would take, and stop",
-    )
-    add_output_flags(group)
-    add_vae_flags(parser)
-    add_loader_flags(parser)
-    add_metric_flags(parser)
-    add_device_flags(parser)
-    add_distributed_flags(parser)
+    parser.add_flags("tokenizer", *VAE)
+    parser.add_loader_flags()
+    parser.add_flags("metrics", *METRICS)
+    parser.add_device_flags()
     return parser
 
 
@@ -139,7 +111,7 @@ def main() -> None:
     args = parser.parse()
     with figures_on_stdout(args.json) as figures:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
-        dist.print_main(config_file.changed(args, parser))
+        dist.print_main(changed(args, parser))
         figures.update(measure_variants(args, device))
     dist.cleanup()
 
@@ -148,23 +120,24 @@ def measure_variants(args, device: torch.device) -> dict:
     """Reconstruct and measure as the flags say; the figures, on the main process."""
     check_writable(args.output_dir, "--output_dir")
     metrics_file = MetricsFile(args.metrics_file)
-    if args.img_size < SSIM_LEAST:
-        raise UserError(f"--img_size {args.img_size}: SSIM needs {SSIM_LEAST} px at least")
+    size, vae_path = value(args, "img_size"), value(args, "vae_path")
+    if size < SSIM_LEAST:
+        raise UserError(f"--img_size {size}: SSIM needs {SSIM_LEAST} px at least")
     images = choose_images(args.image_dir, args.images_per_class)
-    vae, vae_sha256 = build_vae(args), vae_digest(args.vae_path)
+    vae, vae_sha256 = build_vae(args), vae_digest(vae_path)
     scale = find_scale(args, vae, vae_sha256)
     variants, level_settings = make_variants(args, vae.channels, scale, vae_sha256, device)
     names = [str(Path(path).relative_to(images.root)) for path, _ in images.samples]
-    settings = {name: getattr(args, name) for name in SETTINGS} | level_settings
+    settings = {name: value(args, name) for name in SETTINGS} | level_settings
     settings |= {"count": len(names), "vae_sha256": vae_sha256, "latent_scale": scale}
     settings["images_sha256"] = list_digest(names, [label for _, label in images.samples])
     if args.posterior == "sample":
-        settings["seed"] = args.seed
-    measure = prepare_measure(args, args.img_size, device)
+        settings["seed"] = value(args, "seed")
+    measure = prepare_measure(args, size, device)
     label = measure.extractor.label if measure is not None else None
     folder = ReconstructionFolder(Path(args.output_dir), len(names), args.batch_size, label)
     on_bad = "drop" if args.skip_bad_images else "raise"
-    dataset = ImageDataset(images.samples, args.img_size, on_bad, args.max_image_pixels)
+    dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
     evaluator = Evaluator(None, Tokenizer(vae, scale).to(device), device, None, measure)
     job = Reconstruction(folder, dataset, evaluator, variants, settings.get("seed"))
     if args.dry_run:
@@ -172,11 +145,11 @@ def measure_variants(args, device: torch.device) -> dict:
         return dry_run(args, device, DRY_RUN_CHECKS, job.first_batch)
     figures = {}
     folder.begin(settings)
-    with config_file.saved(args, folder.path / CONFIG):
+    with settings_saved(args, folder.path / CONFIG):
         job.run(args.num_workers)
         dist.barrier()
         if dist.is_main():
-            figures = job.finish(settings | {name: getattr(args, name) for name in RECORDED})
+            figures = job.finish(settings | {name: value(args, name) for name in RECORDED})
             numbers = {
                 f"reconstruction/{result['name']}/{name}": value
                 for result in figures["results"]
@@ -204,9 +177,9 @@ def choose_images(image_dir: str, per_class: int) -> ImageList:
     return ImageList(images.root, images.classes, chosen)
 
 
-def find_scale(args, vae: VAE, vae_sha256: str) -> float:
+def find_scale(args, vae: kl16.VAE, vae_sha256: str) -> float:
     """Of the latents: as given, as the cache says, or KL-16's."""
-    if args.latent_scale != "auto":
+    if args.latent_scale not in (None, "auto"):
         return args.latent_scale
     manifest = open_cache(args.cached_path, None, vae_sha256).manifest if args.cached_path else None
     if manifest is not None:
@@ -223,18 +196,19 @@ def make_variants(
     args, channels: int, scale: float, vae_sha256: str, device: torch.device
 ) -> tuple[list[QuantizerVariant], dict]:
     """One for each of --bits, and what decides their levels beside the bits, as plain values."""
-    levels_of, settings = None, {"quantizer": args.quantizer, "range": args.range}
-    if args.quantizer == "calibrated":
+    kind = value(args, "quantizer")
+    levels_of, settings = None, {"quantizer": kind, "range": args.range}
+    if kind == "calibrated":
         histogram = cache_histogram(args.cached_path, channels, vae_sha256)
         levels_of = partial(calibrated_levels, histogram, scale=scale)
-        settings = {"quantizer": args.quantizer, "histogram_sha256": histogram.digest()}
+        settings = {"quantizer": kind, "histogram_sha256": histogram.digest()}
     variants = []
     for bits in dict.fromkeys(args.bits):
         if bits < 0:
             variants.append(QuantizerVariant(CONTINUOUS))
             continue
         with as_user_error(f"--bits {bits} --range {args.range}"):
-            quantizer = build_quantizer(args.quantizer, 2**bits, -args.range, args.range, channels)
+            quantizer = build_quantizer(kind, 2**bits, -args.range, args.range, channels)
         if levels_of is not None:
             quantizer.set_levels(*levels_of(2**bits))
         variants.append(QuantizerVariant(f"{QUANTIZED}{bits}", quantizer.to(device)))
@@ -380,7 +354,7 @@ def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int
     return torch.cat(drawn)
 
 
-cli = partial(run, main)
+cli = partial(dist.run, main)
 
 if __name__ == "__main__":
     cli()

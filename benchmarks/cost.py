@@ -14,11 +14,10 @@ import torch
 
 from models.config import PRESETS, TokenBridgeConfig, preset
 from models.tokenbridge import TokenBridge
-from util import flops
-from util.args import bit_width, fraction, non_negative_float, positive_int
-from util.errors import UserError, as_user_error, run
+from util import dist, flops
+from util.args import Parser, bit_width, fraction, non_negative_float, positive_int
+from util.errors import UserError, as_user_error
 from util.flops import ACTIVATION, HARDWARE, count_parameters, readable, training_memory
-from util.parser import Parser
 
 PUBLISHED_EPOCHS = {"tokenbridge_huge": 800}  # all others 400
 USABLE = 0.9  # of a device's memory: the rest is the context's and the allocator's
@@ -118,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    dist.run(main)

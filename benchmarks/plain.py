@@ -27,7 +27,7 @@ from models.masking import Mask, mask_schedule
 from models.quantizer import SPAN, GaussianQuantizer
 from models.tokenbridge import TokenBridge
 from models.tokenizers import kl16
-from util.ema import EMA
+from util.optim import EMA
 
 
 def nearest_levels(quantizer: GaussianQuantizer, x: Tensor) -> Tensor:

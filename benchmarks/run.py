@@ -19,13 +19,13 @@ import torch
 from benchmarks.plain import plain
 from benchmarks.works import WORKS, Settings, Work
 from models.config import PRESETS, TokenBridgeConfig, preset
-from util.args import positive_int
+from util import dist
+from util.args import Parser, positive_int
 from util.device import resolve_device
-from util.errors import as_user_error, run
+from util.errors import as_user_error
 from util.files import atomic_write, check_writable
 from util.flops import peak_memory, readable
-from util.parser import Parser
-from util.provenance import environment
+from util.logging import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # A GPU's sizes are those of a training on it; a CPU's end within half an hour on 2 cores.
@@ -173,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    dist.run(main)

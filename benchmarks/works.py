@@ -25,8 +25,7 @@ from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
 from util import flops
 from util.device import compile_model, resolve_precision
-from util.ema import EMA
-from util.optim import build_optimizer, guarded_step
+from util.optim import EMA, build_optimizer, guarded_step
 
 MASK_RATIO = 0.867  # the mean of training's
 CFG = 3.0  # guidance

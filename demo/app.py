@@ -26,13 +26,11 @@ import torch
 
 from demo.app_model import Library, draw, reconstruct
 from models.sampler import CFG_SCHEDULES, ORDERS, SamplingOptions
-from util import stop
-from util.args import MAX_BITS, add_device_flags, add_model_flags, add_vae_flags, positive_int
-from util.build import ModelFlags
+from util import dist, stop
+from util.args import DEVICE, MAX_BITS, MODEL, SEED, VAE, Flag, Parser, positive_int, value
 from util.device import resolve_device
-from util.errors import UserError, as_user_error, run
-from util.evaluation.evaluator import find_class
-from util.parser import Parser
+from util.errors import UserError, as_user_error
+from util.evaluation.settings import find_class
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 try:
@@ -47,13 +45,15 @@ EVENT = dict(api_visibility="private", concurrency_id="model", show_progress="mi
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add = parser.add_argument_group("page").add_argument
-    add("--resume", nargs="+", metavar="PATH", help="checkpoints, instead of those found")
-    add("--host", default="127.0.0.1", help="to answer at; 0.0.0.0: to all who can reach it")
-    add("--port", type=positive_int, default=7860, help="of that address")
-    add_device_flags(parser)
-    add_vae_flags(parser)
-    add_model_flags(parser)
+    parser.add_flags(
+        "page",
+        Flag("resume", str, None, "checkpoints, instead of those found", nargs="+"),
+        Flag("host", str, "127.0.0.1", "to answer at; 0.0.0.0: to all who can reach it"),
+        Flag("port", positive_int, 7860, "of that address"),
+    )
+    parser.add_flags("device", DEVICE, SEED)
+    parser.add_flags("tokenizer", *VAE)
+    parser.add_flags("model", *MODEL)
     return parser
 
 
@@ -197,11 +197,11 @@ def main() -> None:
         raise UserError("the page needs gradio: pip install -c requirements.lock -e '.[app]'")
     if path := next((path for path in args.resume or [] if not Path(path).exists()), None):
         raise UserError(f"--resume {path} does not exist; name a checkpoint or its folder")
-    vae_path = args.vae_path if "vae_path" in args.explicit else None
-    flags, device = ModelFlags.of(args), resolve_device(args.device)
+    vae_path = args.vae_path
+    device = resolve_device(args.device)
     folder = tempfile.TemporaryDirectory(prefix="tokenbridge-page-")
     os.environ["GRADIO_TEMP_DIR"] = folder.name  # what visitors upload goes when the page does
-    page = make_page(Library(flags, device, args.resume or (), vae_path), args.seed)
+    page = make_page(Library(args, device, args.resume or (), vae_path), value(args, "seed"))
     for name in ("NO_PROXY", "no_proxy"):  # gradio's requests to itself
         os.environ[name] = ",".join([os.environ.get(name, ""), "127.0.0.1", args.host]).strip(",")
     options = dict(quiet=True, prevent_thread_lock=True, ssr_mode=False, footer_links=[])
@@ -215,4 +215,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    dist.run(main)

@@ -5,12 +5,13 @@
 Letters: B images, G positions of a side, K levels, S side of an image in pixels.
 """
 
+import argparse
 import math
 import os
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,25 +19,24 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from models.backbone import unpatchify
 from models.config import PRESETS, preset
 from models.generate import decode_images, to_uint8
 from models.hub import WEIGHTS
 from models.masking import mask_schedule
-from models.patchify import unpatchify
 from models.quantizer import GaussianQuantizer, entropy, level_counts
 from models.sampler import SamplingOptions, sampling_steps
 from models.tokenbridge import CLASS_ROWS, TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
 from reconstruction import draw_latents
-from util.build import ModelFlags, check_vae
 from util.checkpoint import Checkpoint, find_checkpoint, saved_in
-from util.data.images import center_crop, read_image
+from util.data.images import center_crop, psnr, read_image
 from util.device import resolve_precision
 from util.download import PLACES
 from util.errors import UserError, as_user_error
 from util.export import load
-from util.images import psnr
-from util.vae_files import load_vae, vae_digest
+from util.setup import check_vae
+from util.vae import load_vae, vae_digest
 
 FOLDERS = ["output/demo/model", "output/demo/exported", "output_dir", "exported"]
 FOLDERS += [f"pretrained_models/{Path(PLACES[model]).parent}" for model in ("large", "huge")]
@@ -60,7 +60,7 @@ class Library:
     vae_path: of the command line, if it was given there.
     """
 
-    flags: ModelFlags
+    flags: argparse.Namespace
     device: torch.device
     paths: Sequence[str] = ()
     vae_path: str | None = None
@@ -97,11 +97,11 @@ class Library:
 @lru_cache(maxsize=2)
 def _read(library: Library, name: str, weights: str, _changed: int) -> Loaded:
     checkpoint = find_checkpoint(name, name, must_exist=True, read_only=True)
-    flags = library.flags
-    if checkpoint.config is None and "encoder_depth" not in flags.given:  # published: by its width
-        sizes = {preset(size)["encoder_embed_dim"]: preset(size) for size in PRESETS}
+    flags = argparse.Namespace(**vars(library.flags))
+    if checkpoint.config is None and flags.model is None:  # published: by its width
+        sizes = {preset(size)["encoder_embed_dim"]: size for size in PRESETS}
         width = checkpoint.weights("model").get(CLASS_ROWS, torch.empty(0)).shape[-1]
-        flags = replace(flags, settings=flags.settings | sizes.get(width, {}))
+        flags.model = sizes.get(width)
     path, same = library.vae_of(checkpoint)
     vae = load_vae(path)
     model = load(flags, checkpoint, weights, vae).to(library.device)

@@ -22,13 +22,12 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import register_feature_extractor
 
-from util.args import positive_int
-from util.errors import run
+from util import dist
+from util.args import Parser, positive_int
 from util.evaluation.extractor import Extractor
 from util.evaluation.metrics import frechet, statistics
 from util.evaluation.reference import load_fid_statistics
 from util.files import atomic_write, load_tensors
-from util.parser import Parser
 
 EXTRACTOR = "digits"
 FEATURES = 64
@@ -214,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    dist.run(main)

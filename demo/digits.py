@@ -12,10 +12,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from util.args import positive_int, seed
-from util.errors import run
+from util import dist
+from util.args import Parser, positive_int, random_seed
 from util.files import check_writable
-from util.parser import Parser
 
 
 def enlarge(digit: np.ndarray, size: int) -> Image.Image:
@@ -43,7 +42,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("output/demo/data"), help="folder")
     parser.add_argument("--size", type=positive_int, default=32, help="pixels along a side")
-    parser.add_argument("--seed", type=seed, default=0, help="of the split")
+    parser.add_argument("--seed", type=random_seed, default=0, help="of the split")
     args = parser.parse()
     check_writable(args.output, "--output")
     counts = write_digits(args.output, args.size, args.seed)
@@ -51,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    dist.run(main)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from util.errors import run
-from util.parser import Parser
+from util import dist
+from util.args import Parser
 from util.report.__main__ import write
 from util.report.load import load
 from util.report.page import Section, picture, render
@@ -112,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    dist.run(main)

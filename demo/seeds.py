@@ -10,15 +10,16 @@ in demo/run.sh, were chosen by the accuracy of seeds 11 to 14, and the VAE befor
 import json
 import subprocess
 
-from util import ROOT
-from util.args import seed
-from util.errors import UserError, run
-from util.parser import Parser
+from util import ROOT, dist
+from util.args import Parser, random_seed
+from util.errors import UserError
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--seeds", type=seed, nargs="+", default=[21, 22, 23], help="one demo each")
+    parser.add_argument(
+        "--seeds", type=random_seed, nargs="+", default=[21, 22, 23], help="one demo each"
+    )
     parser.add_argument("--quick", action="store_true", help="few steps, to try this script")
     args = parser.parse()
     accuracies, rows = [], []
@@ -37,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    dist.run(main)

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import from_uint8
-from util.args import non_negative_float, positive_float, positive_int, seed
-from util.data.images import ImageDataset, list_images
-from util.errors import UserError, run
+from util import dist
+from util.args import Parser, non_negative_float, positive_float, positive_int, random_seed
+from util.data.images import ImageDataset
+from util.data.listing import list_images
+from util.errors import UserError
 from util.files import check_writable
-from util.parser import Parser
-from util.vae_files import load_vae, save_vae
+from util.vae import load_vae, save_vae
 
 REPORT_EVERY = 50
 
@@ -82,7 +83,7 @@ def main() -> None:
     add("--batch_size", type=positive_int, default=32, help="images a step")
     add("--lr", type=positive_float, default=2e-3, help="highest of the one-cycle schedule")
     add("--kl_weight", type=non_negative_float, default=2e-2, help="of the KL per latent scalar")
-    add("--seed", type=seed, default=0, help="of everything random")
+    add("--seed", type=random_seed, default=0, help="of everything random")
     args = parser.parse()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    dist.run(main)

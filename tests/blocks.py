@@ -44,7 +44,7 @@ from tests.conftest import ROOT, environment
 from tests.measures import PIXELS
 from tests.runs import call, free_port, make_images
 from util import fid_stats
-from util.vae_files import save_vae
+from util.vae import save_vae
 
 SMALL = {
     **dict(model="tokenbridge_tiny", img_size=64, class_num=3, buffer_size=4, device="cpu"),

@@ -25,7 +25,7 @@ from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import ROOT, environment
 from util.dist import run
 from util.errors import EXIT_USER_ERROR
-from util.vae_files import save_vae
+from util.vae import save_vae
 
 SIZE, CHANNELS, STRIDE = 16, 4, 4
 OFTEN_IMPORTED = ("reconstruction", "torch.utils.tensorboard", "torchmetrics.functional.image")

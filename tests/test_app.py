@@ -20,9 +20,9 @@ from models.tokenbridge import tokenbridge_tiny
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import tiny_model
 from tests.runs import call, refused
-from util.build import ModelFlags
 from util.errors import UserError
-from util.vae_files import save_vae, vae_digest
+from util.setup import ModelFlags
+from util.vae import save_vae, vae_digest
 
 CLASSES = ("ant", "bee", "red <b>cat</b> ${x}")
 TRAINED_WITH = {"preview_iter": 6, "cfg": [2.0], "temperature": 0.5}

@@ -15,7 +15,7 @@ from tests.browser import chromium
 from tests.conftest import ROOT, environment
 from tests.runs import free_port
 from tests.test_app import CLASSES, make_place
-from util.vae_files import load_vae
+from util.vae import load_vae
 
 
 @pytest.fixture(scope="module")

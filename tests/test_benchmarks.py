@@ -18,8 +18,7 @@ from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import tiny_model
 from tests.runs import call, refused
-from util.ema import EMA
-from util.optim import build_optimizer, guarded_step
+from util.optim import EMA, build_optimizer, guarded_step
 
 CPU = torch.device("cpu")
 

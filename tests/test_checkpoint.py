@@ -38,7 +38,7 @@ from util.checkpoint import LAST, load_checkpoint
 from util.errors import UserError
 from util.optim import EMA, build_optimizer
 from util.saver import write_checkpoint
-from util.vae_files import load_vae
+from util.vae import load_vae
 
 CPU = torch.device("cpu")
 

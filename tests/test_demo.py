@@ -17,7 +17,7 @@ from util import fid_stats
 from util.errors import UserError
 from util.evaluation import metrics
 from util.evaluation.metrics import frechet, statistics
-from util.vae_files import load_vae
+from util.vae import load_vae
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from models.tokenizers.tokenizer import Tokenizer, from_uint8
 from tests.conftest import relative_error
 from tests.runs import CACHE_FLAGS, call, flags, make_inputs, refused, train
 from util import export
-from util.data.images import ImageDataset, list_images
+from util.data.images import ImageDataset
 from util.data.latent_cache import open_cache
+from util.data.listing import list_images
 from util.errors import UserError
 from util.vae import load_vae, save_vae, vae_digest
 

@@ -33,11 +33,11 @@ from util.agreement import Agreement
 from util.data.images import MicroBatchSampler
 from util.device import resolve_precision
 from util.dist import run
-from util.ema import EMA
 from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from util.evaluation import extractor
-from util.inputs import check_agreement
+from util.optim import EMA
 from util.plan import Plan, Run, Schedule, TrainSettings
+from util.setup import check_agreement
 
 BATCH, IMAGES = 2, 8
 
@@ -313,9 +313,7 @@ def test_a_taken_port_is_told(environment):
         listener.listen()
         port = str(listener.getsockname()[1])
         environment(TORCHRUN | {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        with pytest.raises(
-            UserError, match="cannot meet process 0 at .* already in use"
-        ):
+        with pytest.raises(UserError, match="cannot meet process 0 at .* already in use"):
             dist.init("cpu")
 
 

@@ -33,7 +33,7 @@ from util.data.cache_files import read_json, write_json
 from util.data.histogram import posterior_noise
 from util.doctor import FAILURE, OK, WARNING, Finding, Opened
 from util.errors import UserError
-from util.vae_files import load_vae, save_vae
+from util.vae import load_vae, save_vae
 
 GOOD = {
     **COMMON,

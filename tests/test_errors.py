@@ -41,7 +41,7 @@ from util.checkpoint import LAST
 from util.dist import run
 from util.errors import UserError, as_user_error
 from util.files import load_tensors
-from util.vae_files import save_vae
+from util.vae import save_vae
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 
 import main_tokenbridge
 from demo.classifier import generated_images
+from models.generate import to_uint8
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
@@ -18,15 +19,15 @@ from tests.conftest import tiny_model
 from tests.measures import PIXELS, save_model
 from tests.runs import SIZE, TRAIN_FLAGS, evaluate, flags, on_processes, refused, train
 from tools import compare_images
+from util.data.images import save_png
 from util.device import resolve_precision
-from util.ema import EMA
 from util.errors import UserError
 from util.evaluation.evaluator import Evaluator, shown_ids
 from util.evaluation.extractor import Extractor
 from util.evaluation.folder import read_png
 from util.evaluation.metrics import Measure
 from util.evaluation.settings import EvalSettings
-from util.images import save_png, to_uint8
+from util.optim import EMA
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)

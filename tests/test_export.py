@@ -18,7 +18,7 @@ from tests.hub import in_place_of_the_hub
 from tests.runs import CLASSES, EVALUATE_FLAGS, call, evaluate, flags, load, refused, train
 from util import export
 from util.checkpoint import LAST, find_checkpoint
-from util.vae_files import save_vae
+from util.vae import save_vae
 
 
 def run(resume: Path, output: Path, *others: str) -> dict:

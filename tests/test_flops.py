@@ -20,9 +20,8 @@ from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import KL16, AutoencoderKL
 from tests.conftest import golden_json, tiny_model
 from util import flops
-from util.ema import EMA
 from util.flops import count_parameters, training_memory
-from util.optim import build_optimizer
+from util.optim import EMA, build_optimizer
 
 VARIANTS = {
     "square": {},

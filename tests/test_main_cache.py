@@ -19,11 +19,11 @@ from tests.conftest import run_script
 from tests.runs import call, on_processes, refused
 from tests.test_lock import holder
 from util import stop
-from util.config_file import CONFIG
+from util.args import CONFIG
 from util.data.images import center_crop
 from util.data.latent_cache import open_cache
 from util.errors import EXIT_STOPPED, run
-from util.vae_files import load_vae, save_vae
+from util.vae import load_vae, save_vae
 
 SIZE = 16
 

@@ -34,7 +34,7 @@ from tests.runs import (
 from util import stop
 from util.checkpoint import load_checkpoint
 from util.saver import CheckpointSaver
-from util.vae_files import load_vae, save_vae
+from util.vae import load_vae, save_vae
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from models.generate import generate
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import ROOT, tiny_model
-from util.vae_files import save_vae
+from util.vae import save_vae
 
 NOTEBOOK = ROOT / "demo" / "generate.ipynb"
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import reconstruction
 from models.calibration import fit_levels
+from models.generate import to_uint8
 from models.quantizer import gaussian_levels
 from models.tokenizers.tokenizer import from_uint8
 from tests.measures import PIXELS
@@ -27,12 +28,12 @@ from tests.runs import (
     refused,
 )
 from util.data.histogram import LatentHistogram
-from util.data.images import ImageDataset, list_images
+from util.data.images import ImageDataset, psnr
+from util.data.listing import list_images
 from util.errors import UserError
 from util.evaluation.extractor import Extractor
 from util.evaluation.reconstruction import ReconstructionFolder, ssim
-from util.images import psnr, to_uint8
-from util.vae_files import load_vae
+from util.vae import load_vae
 
 SCALE, RANGE, BITS = 4.0, 2.0, (2, 6)  # some scaled posterior means lie outside the range
 VARIANTS = ("original", "continuous", *(f"bits{bits}" for bits in BITS))

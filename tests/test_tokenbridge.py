@@ -9,8 +9,7 @@ from models.masking import Mask, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from tests.conftest import golden, golden_json, golden_model, relative_error, tiny_model
-from util.ema import EMA
-from util.optim import LRSchedule, build_optimizer, set_lr
+from util.optim import EMA, LRSchedule, build_optimizer, set_lr
 
 
 @pytest.mark.parametrize("size", ["base", "large", "huge"])

@@ -35,7 +35,7 @@ from util.checkpoint import load_checkpoint
 from util.device import resolve_precision
 from util.saver import CheckpointSaver
 from util.setup import build_model
-from util.vae_files import load_vae
+from util.vae import load_vae
 from util.validation import (
     RATIOS,
     Validation,

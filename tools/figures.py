@@ -15,9 +15,9 @@ from torch.distributions import Normal
 from models.config import TokenBridgeConfig
 from models.masking import mask_schedule, masked_counts
 from models.quantizer import SPAN, GaussianQuantizer
-from util.errors import run
+from util import dist
+from util.args import Parser
 from util.files import check_writable
-from util.parser import Parser
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 BLUE, PALE, ORANGE, GREY = "#2b6cb0", "#bcd4ee", "#dd6b20", "#8a94a3"
@@ -130,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    dist.run(main)

@@ -18,13 +18,12 @@ from pathlib import Path
 import yaml
 
 from models.config import HEAD_INPUTS, PRESETS, QUANTIZERS, TokenBridgeConfig
-from models.precision import PRECISIONS
+from models.generate import PRECISIONS
 from models.sampler import CFG_SCHEDULES, ORDERS
 from util import dist
 from util.data.images import MAX_PIXELS
 from util.errors import EXIT_USER_ERROR, UserError, as_user_error, did_you_mean
-from util.files import atomic_write
-from util.lock import LOCK
+from util.files import LOCK, atomic_write
 from util.optim import BLR_BATCH
 
 MAX_BITS = 9  # see GaussianQuantizer
@@ -169,6 +168,7 @@ DATA = [
     RESUME,
     Flag("finetune", str, "", "begin with a checkpoint's averaged weights, for other classes too"),
 ]
+LATENT_SCALE = auto("latent_scale", latent_scale, "auto", "1 / std; auto: the cache's, KL-16's")
 MODEL = [
     auto("model", str, "tokenbridge_large", "size", PRESETS),
     auto("quant_bits", bit_width, 6, "bits a latent scalar"),
@@ -184,7 +184,7 @@ MODEL = [
     model_flag("label_drop_prob", fraction, "share of labels dropped in training"),
     model_flag("mask_ratio_min", fraction, "least share of masked positions in training"),
     Flag("use_quantized_value", bool, False, "the encoder's input; it always is, as published"),
-    auto("latent_scale", latent_scale, "auto", "1 / std of the latents; auto: cache's or KL-16's"),
+    LATENT_SCALE,
     auto("channel_order", channel_order, "auto", "the head's, as 8,1,10...; auto: likewise"),
     model_flag("head_input", str, "the sampler's first input to the head", HEAD_INPUTS),
 ]

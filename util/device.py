@@ -2,15 +2,17 @@
 
 import importlib.util
 import os
+import random
 import shutil
 import sys
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from models.precision import PRECISIONS as PRECISIONS
-from models.precision import arithmetic
+from models.generate import arithmetic
 from models.tokenbridge import TokenBridge
 from util.errors import UserError, as_user_error
 
@@ -85,3 +87,13 @@ def import_setuptools() -> None:
         vars(hack.DISTUTILS_FINDER).pop("spec_for_distutils", None)  # pip's wish for the other one
     with suppress(ImportError):
         import setuptools  # noqa: F401
+
+
+@contextmanager
+def unchanged_randomness(device: torch.device) -> Iterator[None]:
+    """Leave every global random generator as it was: a training goes on with them."""
+    python, arrays = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # and the CPU's
+        yield
+    random.setstate(python)
+    np.random.set_state(arrays)

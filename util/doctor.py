@@ -27,23 +27,24 @@ import torch
 from torch import Tensor
 
 from models.config import TokenBridgeConfig
+from models.generate import to_uint8
 from models.quantizer import build_quantizer, entropy
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import VAE
 from models.tokenizers.tokenizer import Tokenizer
-from util import ROOT, build, checkpoint, dist, inputs, stop
+from util import ROOT, checkpoint, dist, setup, stop
+from util.args import Parser, train_parser, value
 from util.data.histogram import BINS, LatentHistogram
-from util.data.images import ImageDataset, ImageList, list_images, tell_names
+from util.data.images import ImageDataset, psnr
 from util.data.latent_cache import CachedLatents, open_cache
+from util.data.listing import ImageList, list_images, print_class_notes
+from util.data.training_set import TrainingData, check_data, check_same_classes
 from util.device import resolve_precision
 from util.errors import UserError
 from util.evaluation.extractor import INCEPTION, Extractor, published_weights, registered_name
 from util.evaluation.reference import ADM_STATISTICS, check_statistics, load_fid_statistics
 from util.files import load_tensors
-from util.images import psnr, to_uint8
-from util.parser import Parser
-from util.training_args import training_parser
-from util.vae_files import vae_digest
+from util.vae import vae_digest
 
 FAILURE, WARNING, OK = STATES = "failure", "warning", "ok"
 # KL-16 reconstructs ImageNet's validation images at 24.1 dB, with a standard deviation of 4.2 dB
@@ -114,16 +115,17 @@ class Opened:
 
     @once
     def vae(self) -> VAE:
-        return build.build_vae(self.args).eval()
+        return setup.build_vae(self.args).eval()
 
     @once
     def vae_sha256(self) -> str | None:
         """None where there is no VAE."""
-        return vae_digest(self.args.vae_path) if Path(self.args.vae_path).exists() else None
+        path = value(self.args, "vae_path")
+        return vae_digest(path) if Path(path).exists() else None
 
     @once
     def images(self) -> ImageList:
-        return list_images(self.args.data_path)
+        return list_images(value(self.args, "data_path"))
 
     @once
     def cache(self) -> CachedLatents | None:
@@ -145,16 +147,14 @@ class Opened:
             raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
         if args.evaluate:
             return checkpoint.find_checkpoint(args.resume, args.output_dir, True, True)
-        found = inputs.open_checkpoint(args.resume, args.output_dir, True, args.finetune)
-        begins = found is not None and found.begins
-        return inputs.prepare_finetuning(found, args, self.classes) if begins else found
+        return setup.open_checkpoint(args, read_only=True)
 
     @once
     def config(self) -> TokenBridgeConfig:
         manifest = self.cache.manifest if self.cache is not None else None
-        flags = build.ModelFlags.of(self.args)
         classes = 0 if self.args.evaluate else len(self.classes)
-        return build.build_config(flags, self.checkpoint, manifest, self.known("vae"), classes)
+        vae = self.known("vae")
+        return setup.build_config(self.args, self.checkpoint, manifest, vae, classes)
 
     @once
     def model(self) -> TokenBridge:
@@ -190,9 +190,9 @@ class Opened:
     def _measured(self, samples: list[tuple[str, int]]) -> LatentHistogram:
         args, tokenizer = self.args, Tokenizer(self.vae, 1.0).to(self.device)
         histogram = LatentHistogram.empty(self.vae.channels)
-        dataset = ImageDataset(samples, args.img_size, "drop", args.max_image_pixels)
+        dataset = ImageDataset(samples, value(args, "img_size"), "drop", args.max_image_pixels)
         for item in filter(None, (dataset[i] for i in range(len(samples)))):
-            generator = torch.Generator(self.device).manual_seed(args.seed)
+            generator = torch.Generator(self.device).manual_seed(value(args, "seed"))
             latents = tokenizer.encode(item[0][None].to(self.device), generator)
             histogram += LatentHistogram.of(latents.cpu())
         if not histogram.counts.any():
@@ -251,7 +251,7 @@ def processes(opened: Opened) -> Finding:
 
 
 def vae(opened: Opened) -> Finding:
-    path, args = opened.args.vae_path, opened.args
+    path, args = value(opened.args, "vae_path"), opened.args
     needed = not args.use_cached or args.online_eval or args.evaluate
     if not needed and not Path(path).exists():
         return Finding(OK, f"--vae_path {path} is not there, and cached latents do without it")
@@ -281,7 +281,7 @@ def photograph(opened: Opened) -> Finding:
         paths = [str(folder / name) for name in ("china.jpg", "flower.jpg")]
     tokenizer, values = Tokenizer(opened.vae, 1.0).to(opened.device), {}
     photos = ImageDataset(
-        [(path, 0) for path in paths], args.img_size, "raise", args.max_image_pixels
+        [(path, 0) for path in paths], value(args, "img_size"), "raise", args.max_image_pixels
     )
     for i, path in enumerate(paths):
         pixels = photos[i][0][None]  # uint8 [1, 3, S, S]
@@ -331,8 +331,8 @@ def quantizer(opened: Opened) -> Finding:
         weights = opened.checkpoint.weights("model")
         made.set_levels(weights["boundaries"], weights["reconstruction_values"])
     elif kind == "calibrated":
-        known = build.cache_histogram(opened.args.cached_path, channels, opened.vae_sha256)
-        made.set_levels(*build.calibrated_levels(known, levels, config.latent_scale))
+        known = setup.cache_histogram(opened.args.cached_path, channels, opened.vae_sha256)
+        made.set_levels(*setup.calibrated_levels(known, levels, config.latent_scale))
     scalars = values.T.float()  # [B, C]
     counts = torch.zeros(channels, levels, dtype=torch.int64)
     counts.scatter_add_(1, made.encode(scalars).T, histogram.counts)
@@ -355,17 +355,15 @@ def data(opened: Opened) -> Finding:
     if args.use_cached or args.evaluate:
         used = "--use_cached reads the cache" if args.use_cached else "--evaluate needs none"
         return Finding(OK, f"not read: {used}")
-    images, source = opened.images, f"--data_path {args.data_path}"
-    return _fitting(
-        opened, inputs.TrainingData(images, images.classes, source, None), len(images.samples)
-    )
+    images, source = opened.images, f"--data_path {value(args, 'data_path')}"
+    return _fitting(opened, TrainingData(images, images.classes, source, None), len(images.samples))
 
 
-def _fitting(opened: Opened, found: inputs.TrainingData, count: int) -> Finding:
+def _fitting(opened: Opened, found: TrainingData, count: int) -> Finding:
     """Raises UserError unless classes and latents fit the model."""
-    tell_names(found.classes)
+    print_class_notes(found.classes)
     if (config := opened.known("config")) is not None:
-        inputs.check_data(found, config, opened.checkpoint)
+        check_data(found, config, opened.checkpoint)
     return Finding(OK, f"{found.source}: {count} images in {len(found.classes)} classes")
 
 
@@ -376,7 +374,7 @@ def cache(opened: Opened) -> Finding:
             raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
         return Finding(OK, "none: images are encoded on the way")
     source = f"--cached_path {args.cached_path}"
-    finding = _fitting(opened, inputs.TrainingData(found, found.classes, source, None), len(found))
+    finding = _fitting(opened, TrainingData(found, found.classes, source, None), len(found))
     problems = [] if found.manifest else ["of the published form, which does not say by which VAE"]
     return judged(problems, finding.text, "make sure that it was this one")
 
@@ -385,7 +383,7 @@ def model(opened: Opened) -> Finding:
     """Flags, checkpoint, cache and VAE agree on the model's settings."""
     config = opened.config
     if (found := opened.known("vae")) is not None:
-        build.check_vae(found, config, opened.args.vae_path)
+        setup.check_vae(found, config, value(opened.args, "vae_path"))
     millions = sum(p.numel() for p in opened.model.parameters()) / 1e6
     return Finding(
         OK,
@@ -399,9 +397,9 @@ def trained(opened: Opened) -> Finding:
     if found is None:
         return Finding(OK, "none yet: training starts from scratch")
     if found.begins:
-        found = inputs.fit(found, opened.config, classes, opened.args.seed)
+        found = setup.fitted(found, opened.config, classes, value(opened.args, "seed"))
     elif classes and not opened.args.evaluate:
-        inputs.check_same_classes(found, classes, "the data")
+        check_same_classes(found, classes, "the data")
     expected = {name: tuple(p.shape) for name, p in opened.model.published_parameters()}
     state = found.weights("model")
     wrong = [n for n, shape in expected.items() if n not in state or state[n].shape != shape]
@@ -424,7 +422,7 @@ def fid_statistics(opened: Opened) -> Finding:
         return Finding(WARNING, "no statistics, so FID cannot be computed", remedy)
     extractor = opened.extractor
     if extractor is not None:
-        features = extractor.width("fid", args.img_size)
+        features = extractor.width("fid", value(args, "img_size"))
         identity = extractor.identity() | {"layer": extractor.layers["fid"]}
     elif name == INCEPTION:
         features, identity = INCEPTION_FEATURES, {"extractor": name}
@@ -447,7 +445,7 @@ def feature_weights(opened: Opened) -> Finding:
     if found is None:
         remedy = f"put torch-fidelity's file at {path}, or name it with --inception_weights"
         return Finding(WARNING, "no Inception weights here; they would be downloaded", remedy)
-    widths = {metric: found.width(metric, args.img_size) for metric in found.layers}
+    widths = {metric: found.width(metric, value(args, "img_size")) for metric in found.layers}
     return Finding(OK, f"{path}, features {widths}, sha256 {found.weights_sha256}")
 
 
@@ -489,6 +487,9 @@ CHECKS: dict[str, Callable[[Opened], Finding]] = {
     "feature weights": feature_weights,
     "disk space": disk_space,
 }
+
+TRAINING_CHECKS = ("code", "device", "precision", "processes", "VAE", "data", "cache", "checkpoint")
+TRAINING_CHECKS += ("model", "disk space")
 
 
 def attempt(name: str, opened: Opened) -> Finding:
@@ -569,7 +570,7 @@ def _shown(name: str, value) -> str:
 
 
 def make_parser() -> Parser:
-    parser = training_parser(__doc__)
+    parser = train_parser(__doc__)
     group = parser.add_argument_group("doctor")
     group.add_argument("--photo", help="a natural photograph; default: those of scikit-learn")
     return parser

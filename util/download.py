@@ -14,10 +14,10 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers
 
-from util.errors import UserError, as_user_error, run
-from util.files import check_writable, flush_file, flush_folder, sha256
-from util.lock import only_job_in
-from util.parser import Parser
+from util import dist
+from util.args import Parser
+from util.errors import UserError, as_user_error
+from util.files import check_writable, flush_file, flush_folder, only_job_in, sha256
 
 REPOSITORY = "Epiphqny/TokenBridge"
 # Where the published commands look for each, under --output_dir. A repository's file is known by
@@ -115,4 +115,4 @@ def fetch(url: str, file: RepoSibling, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    dist.run(main)

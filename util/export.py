@@ -6,36 +6,39 @@ writes what `TokenBridge.from_pretrained(OUT)` reads. A checkpoint made here kno
 one of the published code takes them from the flags (--model, --quant_bits, ...).
 """
 
+import argparse
 import sys
 from dataclasses import replace
 
 from models.hub import Origin
 from models.tokenbridge import TokenBridge
-from models.tokenizers.kl16 import VAE
-from util.args import add_model_flags, add_vae_flags
-from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
-from util.checkpoint import AUTO, WEIGHT_KEYS, Checkpoint, find_checkpoint
+from models.tokenizers import kl16
+from util import dist
+from util.args import EVAL_WEIGHTS, MODEL, VAE, Parser, value
+from util.checkpoint import AUTO, Checkpoint, find_checkpoint
 from util.download import HUB_ERRORS
-from util.errors import UserError, as_user_error, run
-from util.parser import Parser
-from util.vae_files import vae_digest
+from util.errors import UserError, as_user_error
+from util.setup import build_config, build_model, build_vae, check_vae, warn_other_vae
+from util.vae import vae_digest
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add = parser.add_argument_group("export").add_argument
+    group = parser.add_flags("export", EVAL_WEIGHTS)
+    add = group.add_argument
     add("--resume", required=True, help="folder or file of the checkpoint")
     add("--output_dir", required=True, help="folder to write")
-    add("--eval_weights", choices=WEIGHT_KEYS, default="ema", help="averaged or raw weights")
     add("--push_to_hub", metavar="NAMESPACE/NAME", help="and put it there; see hf auth login")
-    add_vae_flags(parser)
-    add_model_flags(parser)
+    parser.add_flags("tokenizer", *VAE)
+    parser.add_flags("model", *MODEL)
     return parser
 
 
-def load(flags: ModelFlags, checkpoint: Checkpoint, weights: str, vae: VAE | None) -> TokenBridge:
+def load(
+    args: argparse.Namespace, checkpoint: Checkpoint, weights: str, vae: kl16.VAE | None
+) -> TokenBridge:
     """The model with the "ema" or "model" weights, and in `origin` what is known of them."""
-    config = build_config(flags, checkpoint, manifest=None, vae=vae)
+    config = build_config(args, checkpoint, vae=vae)
     model = build_model(config, checkpoint, checkpoint.key(weights))
     saved = checkpoint.saved
     known = {name: checkpoint.whole_number(name) for name in ("step", "epoch") if name in saved}
@@ -49,11 +52,11 @@ def main() -> None:
     if args.resume == AUTO:
         raise UserError("--resume auto: name the folder of the checkpoint")
     checkpoint = find_checkpoint(args.resume, args.resume, must_exist=True)
-    vae = build_vae(args) if "vae_path" in args.explicit else None
-    model = load(ModelFlags.of(args), checkpoint, args.eval_weights, vae)
+    vae = build_vae(args) if args.vae_path is not None else None
+    model = load(args, checkpoint, args.eval_weights, vae)
     if vae is not None:
-        check_vae(vae, model.config, args.vae_path)
-        model.origin = replace(model.origin, vae_sha256=vae_digest(args.vae_path))
+        check_vae(vae, model.config, value(args, "vae_path"))
+        model.origin = replace(model.origin, vae_sha256=vae_digest(value(args, "vae_path")))
         warn_other_vae(checkpoint, model.origin.vae_sha256)
     with as_user_error(f"--output_dir {args.output_dir}: cannot write", (OSError,)):
         model.save_pretrained(args.output_dir)
@@ -66,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    dist.run(main)

@@ -12,47 +12,30 @@ The features are summed up and not kept, so there may be millions of images.
 from pathlib import Path
 
 from util import dist
-from util.args import (
-    add_device_flags,
-    add_distributed_flags,
-    add_extractor_flags,
-    add_loader_flags,
-    positive_int,
-)
+from util.args import EXTRACTOR, Flag, Parser, auto, positive_int
 from util.data.arrays import ImageArray
 from util.data.images import Loading
-from util.errors import UserError, run
+from util.errors import UserError
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import load_extractor
 from util.evaluation.folder import batch_ranges
 from util.evaluation.metrics import Accumulator, Measure, few_for_covariance
 from util.evaluation.reference import enlarged, image_batches, open_images
 from util.files import check_writable
-from util.parser import Parser
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    group = parser.add_argument_group("statistics")
-    add = group.add_argument
-    add(
-        "--image_dir",
-        default="./data/imagenet/train",
-        metavar="FOLDER",
-        help="images, in folders or not; or an npz file of them, arr_0 uint8 [N, H, W, 3]",
+    parser.add_flags(
+        "statistics",
+        Flag("image_dir", str, "./data/imagenet/train", "images in folders, or an npz file"),
+        Flag("output", str, "fid_stats/statistics.npz", "to write"),
+        auto("img_size", positive_int, 256, "pixels; of an npz file its own, unless given"),
+        Flag("batch_size", positive_int, 64, "images a batch"),
+        *EXTRACTOR,
     )
-    add("--output", default="fid_stats/statistics.npz", metavar="FILE", help="to write")
-    add(
-        "--img_size",
-        type=positive_int,
-        default=256,
-        help="pixels, as of the generated images; of an npz file its own, unless it is given",
-    )
-    add("--batch_size", type=positive_int, default=64, help="images a batch")
-    add_extractor_flags(group)
-    add_loader_flags(parser)
-    add_device_flags(parser)
-    add_distributed_flags(parser)
+    parser.add_loader_flags()
+    parser.add_device_flags()
     return parser
 
 
@@ -63,9 +46,9 @@ def main() -> None:
     if output.suffix != ".npz":
         raise UserError(f"--output {output} is not the name of an npz file")
     check_writable(output.parent, "--output")
-    images, size = open_images(args.image_dir, "--image_dir"), args.img_size
-    if isinstance(images, ImageArray) and "img_size" not in args.explicit:
-        size = images.side
+    images = open_images(args.image_dir, "--image_dir")
+    own = images.side if isinstance(images, ImageArray) else 256
+    size = args.img_size or own
     extractor = load_extractor(args.feature_extractor, args.inception_weights, device)
     if extractor is None:
         raise UserError("statistics need the extractor's weights: name a file, --inception_weights")
@@ -99,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    dist.run(main)

@@ -34,8 +34,8 @@ from util.checkpoint import (
 )
 from util.data.batches import Batches
 from util.data.histogram import LatentHistogram
-from util.data.images import tell_names
 from util.data.latent_cache import open_cache
+from util.data.listing import print_class_notes
 from util.data.training_set import (
     TrainingData,
     check_data,
@@ -48,7 +48,7 @@ from util.data.training_set import (
 )
 from util.errors import UserError, as_user_error
 from util.optim import BLR_BATCH, LRSchedule
-from util.vae_files import load_vae
+from util.vae import load_vae
 from util.validation import ValidationSet
 
 # Settings that may change from one use of the same weights to the next.
@@ -316,7 +316,7 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
     nothing = args.dry_run and not names_data(args)
     vae = build_vae(args) if needs_vae(args, nothing) else None
     data = no_data(args) if nothing else open_data(args, vae, checkpoint)
-    tell_names(data.classes)
+    print_class_notes(data.classes)
     config = build_config(args, checkpoint, data.manifest, vae, len(data.classes))
     if checkpoint is not None:
         if checkpoint.begins:

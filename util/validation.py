@@ -27,7 +27,7 @@ from models.tokenizers.kl16 import Posterior
 from models.tokenizers.tokenizer import Tokenizer
 from util import dist, stop
 from util.data.images import ImageDataset, grid
-from util.data.latent_cache import CachedLatents, LatentBatch
+from util.data.latent_cache import CachedLatents
 from util.device import Precision, unchanged_randomness
 from util.logging import TrainingLog
 from util.optim import EMA
@@ -55,27 +55,12 @@ class ValidationSet:
     source: str
 
 
-class CachedSubset(CachedLatents):
-    """The chosen images of a cache, numbered anew."""
-
-    def __init__(self, whole: CachedLatents, chosen: list[int]):
-        self.whole, self.chosen = whole, chosen
-        self.manifest, self.classes = whole.manifest, whole.classes
-        self.latent_shape, self.dtype = whole.latent_shape, whole.dtype
-        self.labels = whole.labels[chosen]
-        self.crcs = whole.crcs[chosen] if whole.crcs is not None else None
-
-    def __getitems__(self, keys: list) -> LatentBatch:
-        pairs = (key if isinstance(key, tuple) else (key, False) for key in keys)
-        return self.whole.__getitems__([(self.chosen[index], flip) for index, flip in pairs])
-
-
 def subset(dataset: Data, chosen: list[int]) -> Data:
     """The images of those numbers."""
     if isinstance(dataset, ImageDataset):
         samples = [dataset.samples[i] for i in chosen]
         return ImageDataset(samples, dataset.size, dataset.on_bad, dataset.max_pixels)
-    return CachedSubset(dataset, chosen)
+    return dataset.subset(chosen)
 
 
 def evenly_spread(count: int, most: int) -> list[int]:
@@ -286,9 +271,9 @@ class Validation:
         for number, weights in enumerate(WEIGHTS):
             if number % dist.world_size() == dist.rank() and not stop.requested():
                 dist.beat(f"sample images of the {weights} weights")
-                with ema.swapped_in() if weights == "ema" else nullcontext():
-                    with self.precision.autocast(self.device):
-                        latents = sample_latents(model, labels, **asdict(settings.sampling))
+                averaged = ema.swapped_in() if weights == "ema" else nullcontext()
+                with averaged, self.precision.autocast(self.device):
+                    latents = sample_latents(model, labels, **asdict(settings.sampling))
                 images = None
                 if self.tokenizer.vae is not None:
                     parts = latents.split(8)  # training holds most of the memory

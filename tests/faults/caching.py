@@ -17,7 +17,7 @@ from main_cache import QUEUED
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.faults.harness import Job, Row, send
 from tests.runs import free_port
-from util.vae_files import save_vae
+from util.vae import save_vae
 
 SCRIPT = "tests.faults.count_cache"
 SIZE, IMAGES, SHARD, BATCH = 16, 60, 4, 2

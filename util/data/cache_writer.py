@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
-from util.config_file import CONFIG
+from util.args import CONFIG
 from util.data.latent_cache import (
     CHECKSUM,
     FORMAT_VERSION,

@@ -12,10 +12,11 @@ from models.tokenizers.kl16 import VAE
 from util import dist
 from util.args import value
 from util.checkpoint import FINETUNE, Checkpoint
-from util.data.images import ImageDataset, list_images
+from util.data.images import ImageDataset
 from util.data.latent_cache import CachedLatents, open_cache
+from util.data.listing import list_images
 from util.errors import UserError, as_user_error
-from util.vae_files import vae_digest
+from util.vae import vae_digest
 from util.validation import ValidationSet, evenly_spread, subset
 
 

@@ -10,17 +10,14 @@ number. Beside what folder.py has, an evaluation leaves statistics.npz (mu and s
 --fid_stats reads them), samples.npz (--save_npz), grid.png and, when all is done, metrics.json.
 """
 
-import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -30,7 +27,8 @@ from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
 from util import dist
-from util.device import Precision
+from util.data.images import grid, save_png
+from util.device import Precision, unchanged_randomness
 from util.errors import UserError
 from util.evaluation.folder import (
     FeatureFiles,
@@ -50,21 +48,10 @@ from util.evaluation.metrics import Accumulator, Measure, Scores, score
 from util.evaluation.settings import SWEPT as SWEPT
 from util.evaluation.settings import EvalSettings
 from util.evaluation.settings import find_class as find_class
-from util.images import grid, save_png
-from util.provenance import digest, git_revision, versions
+from util.logging import digest, git_revision, versions
 
 GRID_ROWS, GRID_COLUMNS = 8, 10
 METRICS, GRID, SAMPLES = "metrics.json", "grid.png", "samples.npz"
-
-
-@contextmanager
-def unchanged_randomness(device: torch.device) -> Iterator[None]:
-    """Leave every global random generator as it was: a training goes on with them."""
-    python, arrays = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # and the CPU's
-        yield
-    random.setstate(python)
-    np.random.set_state(arrays)
 
 
 @dataclass(frozen=True)

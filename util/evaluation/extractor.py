@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from util import dist
 from util.errors import UserError
 from util.files import load_tensors, sha256
-from util.provenance import digest
+from util.logging import digest
 
 INCEPTION = "inception-v3-compat"
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"

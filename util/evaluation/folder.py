@@ -27,9 +27,9 @@ from PIL import Image
 from torch import Tensor
 
 from util import dist
+from util.data.images import save_png
 from util.errors import UserError, as_user_error
 from util.files import atomic_write
-from util.images import save_png
 
 THREADS = 8  # that read and write PNG files; a GPU draws faster than one of them packs
 SHARED_WAIT = 60.0  # seconds until a file of another node is there on a network file system

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer, entropy, level_counts
+from util.data.images import psnr
 from util.errors import UserError
 from util.evaluation.folder import (
     FeatureFiles,
@@ -35,7 +36,6 @@ from util.evaluation.folder import (
     write_json,
 )
 from util.files import atomic_write
-from util.images import psnr
 
 ORIGINAL, CONTINUOUS, QUANTIZED = "original", "continuous", "bits"
 SSIM_LEAST = 6  # pixels a side: 5 of them are mirrored

@@ -29,9 +29,9 @@ from util.data.images import (
     Loading,
     center_crop,
     collate_skipping,
-    list_files,
     open_image,
 )
+from util.data.listing import list_files
 from util.errors import UserError, as_user_error
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import INCEPTION, load_extractor

@@ -9,53 +9,11 @@ from itertools import product
 from torch import Tensor
 
 from models.generate import spread_labels
-from models.sampler import CFG_SCHEDULES, ORDERS, SamplingOptions
-from util.args import non_negative_float, non_negative_int, positive_int
-from util.checkpoint import WEIGHT_KEYS
+from models.sampler import SamplingOptions
+from util.args import value
 from util.errors import UserError, as_user_error, did_you_mean
-from util.parser import Parser
 
 SWEPT = ("num_iter", "cfg", "temperature")
-
-
-def add_evaluation_flags(parser: Parser) -> None:
-    group = parser.add_argument_group(
-        "evaluation", "several values of num_iter, cfg or temperature: all combinations, compared"
-    )
-    add = group.add_argument
-    add("--evaluate", action="store_true", help="generate images, measure them and stop")
-    add("--online_eval", action="store_true", help="evaluate while training")
-    add("--eval_freq", type=positive_int, default=40, help="epochs between two, while training")
-    add("--eval_bsz", type=positive_int, default=64, help="images a batch")
-    add("--num_images", type=positive_int, default=50000, help="in all, spread over the classes")
-    add(
-        "--classes",
-        type=str,  # and in a file of settings a number needs no quotes
-        nargs="+",
-        metavar="CLASS",
-        help="draw these, by name or by number (previews too); default: all that were trained",
-    )
-    add("--num_iter", type=positive_int, nargs="+", default=[256], help="iterations an image")
-    add("--cfg", type=non_negative_float, nargs="+", default=[1.0], help="guidance; 1 is none")
-    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="of the guidance")
-    add("--order", choices=ORDERS, default="random", help="in which positions are filled")
-    add(
-        "--token_cache",
-        type=non_negative_int,
-        default=0,
-        metavar="ITERATIONS",
-        help="faster, approximate: between two of so many, compute only what was just filled or "
-        "is wanted; 0 is never",
-    )
-    add("--temperature", type=non_negative_float, nargs="+", default=[1.0], help="0: argmax")
-    add("--eval_weights", choices=WEIGHT_KEYS, default="ema", help="averaged or raw weights")
-    add("--keep_images", action="store_true", help="keep the PNG files once they are measured")
-    add("--save_npz", action="store_true", help="all images as samples.npz, for ADM's evaluator")
-    add(
-        "--fid_reference",
-        metavar="PATH",
-        help="real images, a folder or an npz file of them: FID, KID, precision and recall to them",
-    )
 
 
 @dataclass(frozen=True)
@@ -90,8 +48,8 @@ class EvalSettings:
                 f"--num_images {args.num_images} is less than one of each of the {len(classes)} "
                 "--classes"
             )
-        others = {name: getattr(args, name) for name in ("cfg_schedule", "order", "seed")}
-        sampling = SamplingOptions(1, **others, token_cache=args.token_cache)
+        names_of = ("cfg_schedule", "order", "seed", "token_cache")
+        sampling = SamplingOptions(1, **{name: value(args, name) for name in names_of})
         what_becomes = (args.eval_weights, args.keep_images, args.save_npz)
         common = cls(args.num_images, args.eval_bsz, sampling, *what_becomes, classes, tuple(names))
         values = product(*(dict.fromkeys(getattr(args, name)) for name in SWEPT))

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from models.tokenizers.tokenizer import Tokenizer
-from util import config_file, dist
-from util.build import ModelFlags, build_config, build_model, build_vae, check_vae, warn_other_vae
+from util import dist
+from util.args import EVALUATION_CONFIG, settings_saved, value
 from util.checkpoint import find_checkpoint
-from util.config_file import EVALUATION_CONFIG
+from util.data.images import save_png
 from util.device import Precision, compile_model
 from util.errors import UserError
 from util.evaluation.evaluator import Evaluator
@@ -24,9 +24,9 @@ from util.evaluation.metrics import fid_error, is_error
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import SWEPT, EvalSettings
 from util.files import atomic_write, sha256
-from util.images import save_png
-from util.metrics_file import MetricsFile
-from util.vae_files import vae_digest
+from util.logging import MetricsFile
+from util.setup import build_config, build_model, build_vae, check_vae, warn_other_vae
+from util.vae import vae_digest
 
 # The figures that are drawn, and their standard errors where there are any.
 PLOTTED = {
@@ -50,9 +50,9 @@ def evaluate_checkpoint(
     if not args.resume:
         raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
     checkpoint = find_checkpoint(args.resume, args.output_dir, must_exist=True)
-    vae, vae_sha256 = build_vae(args), vae_digest(args.vae_path)
-    config = build_config(ModelFlags.of(args), checkpoint, manifest=None, vae=vae)
-    check_vae(vae, config, args.vae_path)
+    vae, vae_sha256 = build_vae(args), vae_digest(value(args, "vae_path"))
+    config = build_config(args, checkpoint, manifest=None, vae=vae)
+    check_vae(vae, config, value(args, "vae_path"))
     warn_other_vae(checkpoint, vae_sha256)
     points = EvalSettings.of(args, config.class_num, checkpoint.classes)
     model = build_model(config, checkpoint, checkpoint.key(args.eval_weights)).to(device)
@@ -63,7 +63,7 @@ def evaluate_checkpoint(
     measure = prepare_measure(args, config.img_size, device, output / "reference_features")
     dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
     dist.print_main(what_is_drawn(points[0], config.class_num))
-    files = {"vae": {"path": args.vae_path, "sha256": vae_sha256}}
+    files = {"vae": {"path": value(args, "vae_path"), "sha256": vae_sha256}}
     if dist.is_main():
         files["checkpoint"] = {"path": str(checkpoint.path), "sha256": sha256(checkpoint.path)}
     if measure is not None and args.inception_weights is not None:
@@ -73,7 +73,7 @@ def evaluate_checkpoint(
     evaluator = Evaluator(model, tokenizer, device, precision, measure)
     evaluator.refuse_other_images(points, output)
     step, metrics_file = checkpoint.saved.get("step"), MetricsFile(args.metrics_file)
-    with config_file.saved(args, output / EVALUATION_CONFIG):
+    with settings_saved(args, output / EVALUATION_CONFIG):
         for done, settings in enumerate(points, start=1):
             name = settings.folder_name()
             if len(points) > 1:

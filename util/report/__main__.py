@@ -9,9 +9,10 @@ The page is one file that loads nothing from elsewhere. What the folder lacks is
 from functools import partial
 from pathlib import Path
 
-from util.errors import UserError, as_user_error, run
+from util import dist
+from util.args import Parser
+from util.errors import UserError, as_user_error
 from util.files import atomic_write, check_writable
-from util.parser import Parser
 from util.report.load import load
 from util.report.page import render
 from util.report.sections import cards, sections
@@ -47,7 +48,7 @@ def write(output: Path, page: str) -> None:
     print(f"{output}: {len(page) // 1024} KiB, one file, open it in a browser")
 
 
-cli = partial(run, main)
+cli = partial(dist.run, main)
 
 if __name__ == "__main__":
     cli()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from util.evaluation.evaluator import SWEPT
+from util.args import train_parser
+from util.evaluation.settings import SWEPT
 from util.evaluation.sweep import PLOTTED, compared
 from util.report.load import Runs, Training
 from util.report.page import SERIES, Curve, Section, chart, figure, picture
-from util.training_args import training_parser
 
 NOTHING = "Nothing was measured, images were drawn alone."
 FRAMES = 16  # pictures of a training, spread over it
@@ -151,7 +151,7 @@ def settings_sections(training: Training) -> list[Section]:
     if not flags and not model:
         note = "Neither a checkpoint nor the events say with which flags this was run."
         return [Section("Configuration", notes=[note])]
-    usual = vars(training_parser("").parse([]))
+    usual = vars(train_parser("").parse([]))
     changed = {f"--{k}": v for k, v in flags.items() if k not in usual or usual[k] != v}
     rest = {f"--{k}": v for k, v in flags.items() if f"--{k}" not in changed}
     plain = {k: v for k, v in training.checkpoint.items() if not isinstance(v, dict)}
