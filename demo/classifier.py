@@ -60,7 +60,7 @@ class Classifier(nn.Module):
 class DigitFeatures(FeatureExtractorBase):
     """The classifier as torch-fidelity knows networks: `features` for distances, `logits` for IS.
 
-    feature_extractor_weights_path: the file of `save_classifier`.
+    feature_extractor_weights_path: classifier.pth, that `train` writes.
     """
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path, **_):
@@ -88,12 +88,6 @@ class DigitFeatures(FeatureExtractorBase):
 
 
 register_feature_extractor(EXTRACTOR, DigitFeatures)
-
-
-def save_classifier(path: Path, model: Classifier, side: int, classes: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        torch.save({"side": side, "classes": classes, "model": model.state_dict()}, file)
 
 
 def load_images(paths: list[Path]) -> Tensor:
@@ -201,7 +195,9 @@ def main() -> None:
     train = labelled_images(args.root / "data" / "train")
     if args.command == "train":
         model = train_classifier(grey(train[0]), train[1], epochs=args.epochs)
-        save_classifier(weights, model, train[0].shape[-1], int(train[1].max()) + 1)
+        saved = {"side": train[0].shape[-1], "classes": int(train[1].max()) + 1}
+        with atomic_write(weights) as file:
+            torch.save(saved | {"model": model.state_dict()}, file)
         print(f"{weights}: trained on {len(train[0])} images")
         return
     extractor = Extractor(EXTRACTOR, weights, torch.device("cpu"))

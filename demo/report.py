@@ -1,8 +1,7 @@
 """The demo's page: what its judge says of the digits, above the report that every run has.
 
 Everything shown is read from the files that the stages of demo/run.sh wrote: images, scores.json
-of demo/classifier.py, timings.tsv, and what `util.report` finds in the folder. Beside the page,
-digits.png has some of the generated digits.
+of demo/classifier.py, timings.tsv, and what `util.report` finds in the folder.
 """
 
 import json
@@ -21,23 +20,19 @@ from util.report.sections import sections
 
 SHOWN = 8  # images of a class, real and generated
 LEAD = (
-    "A class-conditional generator, trained just now on this machine's processor: a small, frozen "
-    "KL autoencoder turns each 32 px image into 4 × 4 positions of 8 continuous channels, every "
-    "channel is quantized by itself, and a masked transformer with an autoregressive head over the "
-    "channels learns to predict the resulting tokens."
+    "Trained just now on this machine's processor: a small, frozen KL autoencoder turns each 32 px "
+    "image into 4 × 4 positions of 8 channels, every channel is quantized by itself, and a masked "
+    "transformer with an autoregressive head over the channels learns to predict these tokens."
 )
 COMPARED = (
-    "Left, handwritten digits that no network here was trained on. Right, the first generated ones "
-    "of each class, not selected; the last column is the share of all generated ones of that class "
-    "that the classifier recognises."
+    "Left, digits that no network here was trained on. Right, the first generated ones of each "
+    "class, not selected, and the share of all of that class that the classifier recognises."
 )
 JUDGED = (
-    "A convolutional classifier trained on the real training digits alone judges both sets. The "
-    "Fréchet distance compares Gaussians fitted to its 64 penultimate features; it is not FID, "
-    "which is defined in the features of the Inception network, and compares with nothing outside "
-    "this page. Its floor is the distance between the training and the held-out digits. The "
-    "distance to the nearest training image (root mean square of pixel differences, pixels in "
-    "[0, 1]) would be near 0 if the generator repeated training images."
+    "A classifier trained on the real training digits alone judges both. The Fréchet distance is "
+    "in its 64 features: it is not FID, and compares with nothing outside this page. Its floor is "
+    "the distance from training to held-out digits. The distance to the nearest training image "
+    "(root mean square, pixels in [0, 1]) would be near 0 if training images were repeated."
 )
 FIGURES = (
     ("images", "images", "{}"),
@@ -78,16 +73,6 @@ def mistakes_section(drawn: Sequence[Path], scores: dict) -> Section:
     return Section("Mistakes", text, head=["generated", "asked for", "taken for"], rows=rows)
 
 
-def sheet(drawn: Sequence[Path], scores: dict) -> Image.Image:
-    """The first generated digits of each class, not selected, a column a class."""
-    labels = np.array(scores["labels"])
-    columns = [np.flatnonzero(labels == label)[:SHOWN] for label in np.unique(labels)]
-    tiles = [np.pad(np.asarray(Image.open(p).convert("L")), 1, constant_values=255) for p in drawn]
-    rows = [[tiles[i] for i in row] for row in zip(*columns, strict=True)]
-    image = Image.fromarray(np.block(rows))
-    return image.resize((2 * image.width, 2 * image.height), Image.Resampling.BICUBIC)
-
-
 def page(root: Path, drawn: Sequence[Path], scores: dict) -> str:
     """The whole page. drawn: the generated images, in the order of scores["generated"]."""
     real, new = scores["held_out"], scores["generated"]
@@ -124,7 +109,6 @@ def main() -> None:
     drawn = sorted(root.glob("generated/*/images/*.png"))
     scores = json.loads((root / "scores.json").read_text())
     write(root / "report.html", page(root, drawn, scores))
-    sheet(drawn, scores["generated"]).save(root / "digits.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -21,7 +20,7 @@ from PIL import Image
 
 LARGEST_PNG = 120_000  # bytes; larger pictures become JPEG
 WIDEST, MOST_PIXELS = 1400, 100_000_000  # of a picture as shown, and of one that is read
-POINTS = 500  # of a curve; more would not be visible
+POINTS = 500  # most of a curve
 LISTED = 32  # values of a list
 SERIES = ("#1f6f8b", "#d0702a", "#5a8f3c", "#7a7f87")
 TEXT, SOFT, LINE = "#1d2430", "#5c6675", "#e2e5e9"
@@ -141,7 +140,10 @@ def chart(title: str, curves: Sequence[Curve], x: str = "step", wide: bool = Fal
         for i, one in enumerate(curves):
             colour = SERIES[i] if len(curves) <= len(SERIES) else hue(i / (len(curves) - 1))
             last = f": {figure(one.points[-1][1])}" if x == "step" else ""
-            draw(axes, one.points, {"color": colour, "label": one.name + last} | one.style)
+            every = math.ceil(len(one.points) / POINTS)
+            x_values, y_values = zip(*one.points[::-every], strict=True)
+            style = {"color": colour, "label": one.name + last} | one.style
+            axes.errorbar(x_values, y_values, **style)
         if any(one.name for one in curves):
             drawing.legend(loc="outside lower left", ncols=6 if wide else 2)
         text = io.StringIO()
@@ -151,17 +153,6 @@ def chart(title: str, curves: Sequence[Curve], x: str = "step", wide: bool = Fal
     for colour, name in VARIABLES.items():
         svg = svg.replace(colour, f"var(--{name})")
     return Markup(f'<svg class="{"wide" * wide}"' + svg.partition("<svg")[2])
-
-
-def draw(axes, points: Sequence[tuple[float, float]], style: dict) -> None:
-    """A curve; of a long one the means of neighbours, and a band from their least to greatest."""
-    x, y = np.array(points, dtype=float).T
-    if len(x) > POINTS:
-        parts = np.array_split(y, POINTS)
-        x = np.array([part[-1] for part in np.array_split(x, POINTS)])
-        y, low, high = ([f(part) for part in parts] for f in (np.mean, np.min, np.max))
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.18, linewidth=0)
-    axes.errorbar(x, y, **style)
 
 
 def hue(share: float) -> str:
