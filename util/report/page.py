@@ -100,15 +100,15 @@ def figure(value: object) -> str:
     return f"{value:.4g}" if value % 1 else f"{int(value):,}"
 
 
-def picture(content: bytes | Image.Image, alt: str) -> Markup | str:
-    """An <img> of a PNG or JPEG file's bytes, or of an image; large ones are shrunk and packed.
+def picture(source: Path | io.BytesIO | Image.Image, alt: str) -> Markup | str:
+    """An <img> of a PNG or JPEG file, or of an image; large ones are shrunk and packed.
 
-    Returns why not if the bytes are no such file, or hold too many pixels.
+    Returns why not if there is no such file, or it holds too many pixels.
     """
     try:
-        image = content
-        if isinstance(content, bytes):
-            image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+        image = source
+        if not isinstance(source, Image.Image):
+            image = Image.open(source, formats=("PNG", "JPEG"))
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
         image = image if image.mode == "L" else image.convert("RGB")
@@ -121,9 +121,9 @@ def picture(content: bytes | Image.Image, alt: str) -> Markup | str:
         image.save(file, kind, **options)
         if file.tell() <= LARGEST_PNG:
             break
-    source = f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    data = f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
     tag = Markup('<img src="{}" alt="{}" width="{}" height="{}">')
-    return tag.format(source, alt, *image.size)
+    return tag.format(data, alt, *image.size)
 
 
 def chart(title: str, curves: Sequence[Curve], x: str = "step", wide: bool = False) -> Markup:

@@ -1,5 +1,6 @@
 """What the page says of trainings, evaluations with their sweeps, and reconstructions."""
 
+import io
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from util.evaluation.sweep import PLOTTED, compared
 from util.report.load import Runs, Training
 from util.report.page import SERIES, Curve, Section, chart, figure, picture
 
-NOTHING = "Nothing was measured, images were drawn alone."
+GRID = "grid.png"  # images of an evaluation or a reconstruction
 FRAMES = 16  # pictures of a training, spread over it
 WEIGHTS = {"ema": "averaged weights", "raw": "raw weights"}
 STYLES = {
@@ -127,8 +128,10 @@ def images(training: Training) -> Section:
         "The same classes and seeds every time: raw weights on the left, their average on the "
         "right, whose images are grey or black while most of it is initial weights."
     )
-    shown = found[:: -math.ceil(len(found) / FRAMES)][::-1]
-    tabs = [(f"{step:,}", picture(file, f"{tag} after step {step}")) for step, tag, file in shown]
+    tabs = [
+        (f"{step:,}", picture(io.BytesIO(file), f"{tag} after step {step}"))
+        for step, tag, file in found[:: -math.ceil(len(found) / FRAMES)][::-1]
+    ]
     return Section("Images over time", text, tabs=tabs, chosen=len(tabs) - 1)
 
 
@@ -181,7 +184,7 @@ def evaluation_sections(records: Sequence[dict]) -> list[Section]:
     names = [n for n in names if n not in ("replicates", "best", *map(_error, names))]
     best = next((i for i, row in enumerate(rows) if row.get("best")), None)
     notes = [warning for record in records for warning in record.get("warnings", [])]
-    notes += [] if any(record["metrics"] for record in records) else [NOTHING]
+    notes += [] if any(record["metrics"] for record in records) else ["Nothing was measured."]
     return [
         Section(
             "Evaluation",
@@ -190,7 +193,7 @@ def evaluation_sections(records: Sequence[dict]) -> list[Section]:
             rows=[[_with_error(row, name) for name in names] for row in rows],
             best=best,
             charts=sweep_charts(rows, varied),
-            tabs=[(record["folder"].name, _grid(record["folder"])) for record in records],
+            tabs=[(one["folder"].name, picture(one["folder"] / GRID, GRID)) for one in records],
             chosen=best or 0,
             folds={f"all about {record['folder'].name}": record for record in records},
         )
@@ -230,11 +233,6 @@ def _with_error(row: dict, name: str) -> str:
     return figure(row.get(name)) + error
 
 
-def _grid(folder: Path) -> Markup | str:
-    path = folder / "grid.png"
-    return picture(path.read_bytes(), path.name) if path.is_file() else "no grid.png"
-
-
 def reconstruction_sections(record: dict) -> list[Section]:
     """Figures by the number of bits, at last without a quantizer; images; provenance."""
     results = sorted(record["results"], key=lambda result: result["bits"] % math.inf)
@@ -258,7 +256,7 @@ def reconstruction_sections(record: dict) -> list[Section]:
             head=["", *map(_title, names)],
             rows=[[result["name"], *(result.get(name) for name in names)] for result in results],
             charts=[*charts, chart("entropy of the channels, bits", by_channel, "channel")],
-            tabs=[("images", _grid(record["folder"]))],
+            tabs=[("images", picture(record["folder"] / GRID, GRID))],
             folds={"all about it": record},
         )
     ]
