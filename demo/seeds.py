@@ -11,15 +11,13 @@ import json
 import subprocess
 
 from util import ROOT, dist
-from util.args import Parser, random_seed
+from util.args import Parser
 from util.errors import UserError
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--seeds", type=random_seed, nargs="+", default=[21, 22, 23], help="one demo each"
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23], help="one demo each")
     parser.add_argument("--quick", action="store_true", help="few steps, to try this script")
     args = parser.parse()
     accuracies, rows = [], []
