@@ -4,117 +4,214 @@ python demo/app.py
 python demo/app.py --resume OUTPUT_DIR --vae_path VAE
 
 Without flags it shows what `make demo`, a training in output_dir or the downloaded weights have
-left. It answers on this machine alone (127.0.0.1), sends nothing anywhere and loads nothing from
-elsewhere.
+left. It answers on this machine alone, and neither sends nor loads anything elsewhere.
 """
 
-import argparse
-import ipaddress
 import os
-import socket
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # started as a file: its neighbours are in the folder above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from demo.app_models import Library
+import matplotlib
+import numpy as np
+import torch
+
+from demo.app_model import Library, draw, reconstruct
+from models.sampler import CFG_SCHEDULES, ORDERS, SamplingOptions
 from util import stop
-from util.args import add_device_flags, add_model_flags, add_vae_flags
+from util.args import MAX_BITS, add_device_flags, add_model_flags, add_vae_flags, positive_int
+from util.build import ModelFlags
 from util.device import resolve_device
 from util.errors import UserError, as_user_error, run
+from util.evaluation.evaluator import find_class
 from util.parser import Parser
 
-INSTALL = "pip install -c requirements.lock -e '.[app]'"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+try:
+    import gradio as gr
+except ImportError:
+    gr = None
 
-
-def port(text: str) -> int:
-    value = int(text)
-    if not 0 < value < 2**16:
-        raise argparse.ArgumentTypeError(f"{text} is not between 1 and 65535")
-    return value
+VIRIDIS = matplotlib.colormaps["viridis"]  # dark to bright, transparent where there is no number
+SMALLEST = 256  # pixels of a side: smaller pictures are shown with larger pixels
+EVENT = dict(api_visibility="private", concurrency_id="model", show_progress="minimal")
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument_group("page").add_argument
-    add(
-        "--resume",
-        nargs="+",
-        metavar="PATH",
-        help="checkpoints: .pth files, folders of a training or of util.export; default: those of "
-        "the demo, of output_dir and of pretrained_models that are there",
-    )
+    add("--resume", nargs="+", metavar="PATH", help="checkpoints, instead of those found")
     add("--host", default="127.0.0.1", help="to answer at; 0.0.0.0: to all who can reach it")
-    add("--port", type=port, default=7860, help="of that address")
+    add("--port", type=positive_int, default=7860, help="of that address")
     add_device_flags(parser)
     add_vae_flags(parser)
     add_model_flags(parser)
     return parser
 
 
+@contextmanager
+def errors_in_the_page() -> Iterator[None]:
+    """What a user can mend is shown as one line, and the page goes on."""
+    try:
+        yield
+    except (UserError, TypeError, torch.OutOfMemoryError) as error:  # TypeError: an empty field
+        raise gr.Error(str(error), title="Not possible", print_exception=False) from error
+
+
+@errors_in_the_page()
+def opened(library: Library, name: str | None, weights: str):
+    """Facts, classes and settings of the checkpoint that was chosen."""
+    if not name:
+        return "No checkpoint found. `make demo` trains one in 5 minutes.", *[gr.skip()] * 6
+    loaded = library.load(name, weights)
+    labels = [f"{label} ({i})" for i, label in enumerate(loaded.classes)]
+    config = loaded.model.config
+    bits = sorted({2, 4, (config.quant_levels - 1).bit_length()})
+    some = gr.Dropdown(choices=labels, value=labels[:: -(-len(labels) // 4)])
+    return loaded.facts, some, *loaded.settings.values(), bits, config.img_size
+
+
+def generate(library: Library, name, weights, classes, count, seconds, *settings):
+    """After every iteration: status, images, order, confidence and the call from Python."""
+    with errors_in_the_page():
+        loaded = library.load(name, weights)
+        if not classes:
+            raise UserError("no class is chosen: pick at least one")
+        chosen = [find_class(text, loaded.classes) for text in classes]
+        labels = [chosen[i % len(chosen)] for i in range(count)]
+        names = [loaded.classes[label] for label in labels]
+        with as_user_error("settings"):
+            options = SamplingOptions(*settings[:-1], token_cache=settings[-1])
+        known = [f"{k}={v!r}" for k, v in asdict(options).items() if v is not None]
+        call = f"generate(model, vae, {labels}, {', '.join(known)})"
+        guess = -np.log(loaded.model.config.quant_levels)
+        began = time.monotonic()
+        for step, steps, pixels, (orders, sure) in draw(loaded, labels, options, seconds):
+            filled = np.isfinite(orders)
+            factor = pixels.shape[1] // filled.shape[1]
+            shown = filled.repeat(factor, axis=1).repeat(factor, axis=2)[..., None]
+            yield (
+                f"{'Iteration' if step < steps else 'Done:'} {step} of {steps}, {filled[0].sum()} "
+                f"of {filled[0].size} positions filled, {time.monotonic() - began:.1f} s",
+                gallery(np.where(shown, pixels, np.uint8(190)), names),
+                gallery(VIRIDIS((orders - 1) / max(steps - 1, 1), bytes=True), names),
+                gallery(VIRIDIS(1 - sure / guess, bytes=True), names),
+                call,
+            )
+
+
+@errors_in_the_page()
+def reconstructed(library: Library, name, weights, picture, bits, size):
+    if not picture:
+        return gr.skip()
+    return gallery(*reconstruct(library.load(name, weights), picture, int(size), sorted(bits)))
+
+
+def gallery(pixels: np.ndarray, captions: list[str]) -> list[tuple[np.ndarray, str]]:
+    """uint8 [B, S, S, C] as gradio takes it; pixels are repeated where they are few."""
+    factor = max(1, SMALLEST // pixels.shape[1])
+    return list(zip(pixels.repeat(factor, 1).repeat(factor, 2), captions, strict=True))
+
+
+def make_page(library: Library, seed: int) -> "gr.Blocks":
+    with gr.Blocks(title="TokenBridge", analytics_enabled=False, delete_cache=(60, 600)) as blocks:
+        gr.Markdown("# TokenBridge")
+        with gr.Row():
+            checkpoint = gr.Dropdown(label="Checkpoint", elem_id="checkpoint", scale=3)
+            weights = gr.Radio(["ema", "model"], value="ema", label="Weights: averaged or raw")
+        facts = gr.Markdown(elem_id="facts")
+        with gr.Tab("Generate"), gr.Row():
+            drawing = generate_tab(library, [checkpoint, weights], seed)
+        with gr.Tab("Reconstruct"), gr.Row():
+            drawing += reconstruct_tab(library, [checkpoint, weights])
+        show = partial(opened, library), [checkpoint, weights], [facts, *drawing]
+        gr.on([checkpoint.input, weights.input], *show, **EVENT)
+
+        def choices():  # as the folders are now
+            found = library.choices()
+            return gr.Dropdown(choices=found, value=found[0] if found else None)
+
+        blocks.load(choices, None, checkpoint, **EVENT).then(*show, **EVENT)
+    return blocks
+
+
+def generate_tab(library: Library, model: list, seed_value: int) -> list:
+    """The components whose values a checkpoint brings with it."""
+    with gr.Column(scale=1, min_width=280):
+        classes = gr.Dropdown(label="Classes", multiselect=True, allow_custom_value=True)
+        count = gr.Slider(1, 16, 4, step=1, label="Images")
+        with gr.Row():
+            start = gr.Button("Generate", variant="primary", elem_id="generate", min_width=100)
+            halt = gr.Button("Stop", elem_id="stop", min_width=70)
+        num_iter = gr.Slider(1, 1024, 64, step=1, label="Iterations")
+        cfg = gr.Slider(0, 10, 3.1, step=0.05, label="Guidance (1: none)")
+        temperature = gr.Slider(0, 2, 1, step=0.01, label="Temperature")
+        seed = gr.Number(seed_value, label="Seed", precision=0, minimum=0)
+        with gr.Accordion("More", open=False):
+            order = gr.Radio(ORDERS, value=ORDERS[0], label="Positions to fill first")
+            schedule = gr.Radio(CFG_SCHEDULES, value=CFG_SCHEDULES[0], label="Guidance schedule")
+            cache = gr.Slider(0, 16, 0, step=1, label="Token cache (0: none)")
+            seconds = gr.Slider(0, 20, 2, step=0.5, label="Seconds to take, to watch")
+    with gr.Column(scale=4):
+        status = gr.Markdown("Choose classes and press **Generate**.", elem_id="status")
+        shown = []
+        for note in ("Images", "Order (dark: first)", "Confidence (dark: a guess)"):
+            with gr.Tab(note, elem_id=note[:5]):
+                shown.append(gr.Gallery(show_label=False, format="png", columns=4))
+        call = gr.Code(language="python", lines=2, wrap_lines=True, elem_id="call")
+    settings = [num_iter, cfg, schedule, temperature, order, seed, cache]
+    inputs, outputs = [*model, classes, count, seconds, *settings], [status, *shown, call]
+    drawing = start.click(partial(generate, library), inputs, outputs, **EVENT)
+    halt.click(lambda now: f"Stopped. {now}", status, status, cancels=drawing, queue=False)
+    return [classes, num_iter, cfg, temperature]
+
+
+def reconstruct_tab(library: Library, model: list) -> list:
+    """The components whose values a checkpoint brings with it."""
+    with gr.Column(scale=1, min_width=280):
+        picture = gr.Image(label="Picture", sources=["upload", "clipboard"], elem_id="picture")
+        # The project's own reader opens it: no other formats, one line for a damaged file.
+        picture.preprocess = lambda payload: payload.path if payload else None
+        widths = list(range(1, MAX_BITS + 1))
+        bits = gr.CheckboxGroup(widths, label="Bits a scalar", elem_id="bits")
+        size = gr.Number(256, label="Pixels a side, of the centre", precision=0)
+    with gr.Column(scale=4):
+        shown = gr.Gallery(show_label=False, format="png", columns=4, elem_id="pictures")
+    inputs = [picture, bits, size]
+    show = partial(reconstructed, library), [*model, *inputs], shown
+    gr.on([part.change for part in inputs], *show, **EVENT)
+    return [bits, size]
+
+
 def main() -> None:
     args = make_parser().parse()
-    check_address(args.host, args.port)
-    use_gradio_quietly(args.host)
-    from demo.app_page import make_page, serve
-
-    for path in args.resume or []:
-        if not Path(path).exists():
-            raise UserError(f"--resume {path} does not exist; name a checkpoint or its folder")
-    library = Library(args, resolve_device(args.device), typed=is_loopback(args.host))
-    with tempfile.TemporaryDirectory(prefix="tokenbridge-page-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # what visitors upload goes when the page does
-        page = make_page(library, args.seed, Path(folder))
-        with as_user_error(f"--host {args.host} --port {args.port}", (OSError, ValueError)):
-            address = serve(page, args.host, args.port)
-        if not library.typed:
-            print(
-                "warning: everybody who can reach this machine can use this page", file=sys.stderr
-            )
-        print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
-        try:
-            page.block_thread()
-        except stop.Stopped:
-            page.close(verbose=False)
-
-
-def check_address(host: str, port: int) -> None:
-    """Raise UserError unless this machine can answer there."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except (OSError, UnicodeError) as error:
-        raise UserError(
-            f"--host {host} --port {port}: cannot answer there ({error}); name an address of this "
-            "machine and a port that is free"
-        ) from error
-
-
-def use_gradio_quietly(host: str) -> None:
-    """No statistics about its use; its own requests to itself go through no proxy.
-
-    Raises UserError if gradio is not there.
-    """
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    for name in ("NO_PROXY", "no_proxy"):
-        spared = [os.environ.get(name, ""), "127.0.0.1", "localhost", host]
-        os.environ[name] = ",".join(filter(None, spared))
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"the page needs gradio ({error}): {INSTALL}") from error
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    if gr is None:
+        raise UserError("the page needs gradio: pip install -c requirements.lock -e '.[app]'")
+    if path := next((path for path in args.resume or [] if not Path(path).exists()), None):
+        raise UserError(f"--resume {path} does not exist; name a checkpoint or its folder")
+    vae_path = args.vae_path if "vae_path" in args.explicit else None
+    flags, device = ModelFlags.of(args), resolve_device(args.device)
+    folder = tempfile.TemporaryDirectory(prefix="tokenbridge-page-")
+    os.environ["GRADIO_TEMP_DIR"] = folder.name  # what visitors upload goes when the page does
+    page = make_page(Library(flags, device, args.resume or (), vae_path), args.seed)
+    for name in ("NO_PROXY", "no_proxy"):  # gradio's requests to itself
+        os.environ[name] = ",".join([os.environ.get(name, ""), "127.0.0.1", args.host]).strip(",")
+    options = dict(quiet=True, prevent_thread_lock=True, ssr_mode=False, footer_links=[])
+    options |= dict(server_name=args.host, server_port=args.port, max_file_size="64mb")
+    with as_user_error(f"--host {args.host} --port {args.port}", (OSError, OverflowError)):
+        page.queue(api_open=False, max_size=20).launch(**options)
+    print(f"open {page.local_url} in a browser; Ctrl-C ends it", flush=True)
+    with suppress(stop.Stopped):
+        page.block_thread()
+    page.close(verbose=False)
 
 
 if __name__ == "__main__":

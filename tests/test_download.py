@@ -35,8 +35,8 @@ def command(hub: Hub, folder: Path, *what: str, **flags) -> list[str]:
     return [*what, *(str(word) for k, v in flags.items() for word in (f"--{k}", v))]
 
 
-def fetch(hub: Hub, folder: Path, *what: str, **flags) -> None:
-    call(download.main, *command(hub, folder, *what, **flags))
+def fetch(*args, **flags) -> None:
+    call(download.main, *command(*args, **flags))
 
 
 def refused_at_last(capsys, hub: Hub, folder: Path, *what: str) -> str:
@@ -77,13 +77,6 @@ def test_all_three_come_to_their_places_and_are_verified_when_there(hub, tmp_pat
     assert files(tmp_path) == CONTENT | {PLACES["vae"]: b"mine"}
 
 
-def test_a_broken_connection_goes_on_where_it_broke(hub, tmp_path):
-    hub.cut = [100_000]
-    fetch(hub, tmp_path, "large")
-    assert hub.ranges(LARGE) == [None, "bytes=100000-"]
-    assert files(tmp_path) == {LARGE: CONTENT[LARGE]}
-
-
 @pytest.mark.parametrize("ranges", [True, False])
 def test_an_interrupted_download_goes_on_with_its_part(hub, tmp_path, ranges):
     hub.ignore_ranges = not ranges
@@ -93,9 +86,10 @@ def test_an_interrupted_download_goes_on_with_its_part(hub, tmp_path, ranges):
     assert files(tmp_path) == {LARGE: CONTENT[LARGE]}
 
 
-def test_a_connection_that_breaks_for_good_leaves_the_part(hub, tmp_path, capsys):
+def test_a_broken_connection_is_tried_again_and_leaves_the_part(hub, tmp_path, capsys):
     hub.cut = [100_000] + [0] * 50
     assert "start the same command again" in refused_at_last(capsys, hub, tmp_path, "large")
+    assert hub.ranges(LARGE)[:2] == [None, "bytes=100000-"]
     assert part(tmp_path).read_bytes() == CONTENT[LARGE][:100_000] and len(files(tmp_path)) == 1
 
 
@@ -110,22 +104,18 @@ def test_a_damaged_transfer_is_refused_and_thrown_away(hub, tmp_path, capsys, be
 
 
 def test_a_signal_stops_it_and_the_part_stays(hub, tmp_path):
-    """In a process of its own."""
     hub.repos[REPOSITORY][LARGE] = big = CONTENT[LARGE] * 100
     hub.stall = 20_000_000
     process = subprocess.Popen(
         [sys.executable, "-m", "util.download", *command(hub, tmp_path, "large")],
         **dict(cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True),
     )
-    try:
-        stalled, deadline = part(tmp_path, of=big), time.monotonic() + 60
-        while not stalled.exists() or stalled.stat().st_size < 1:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == EXIT_STOPPED, process.stderr.read()
-    finally:
-        process.kill()
+    stalled, deadline = part(tmp_path, of=big), time.monotonic() + 60
+    while not stalled.exists() or stalled.stat().st_size < 1:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == EXIT_STOPPED, process.stderr.read()
     assert 0 < stalled.stat().st_size < len(big)
 
 
@@ -146,19 +136,12 @@ def test_files_may_lie_elsewhere_in_a_repository(hub, tmp_path):
         ({"repo": "a/b"}, ["kl16.ckpt", "--file", "one/vae.ckpt, other.txt"]),
         ({"repo": "a/b", "file": "gone"}, ["gone", "--file"]),
         ({"output_dir": "/proc/x"}, ["--output_dir /proc/x"]),
-        ({"endpoint": "http://127.0.0.1:9/x"}, ["cannot ask http://127.0.0.1:9/x"]),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(hub, tmp_path, capsys, flags, fragments):
     hub.repos["a/b"] = {"one/vae.ckpt": b"", "other.txt": b""}
     line = refused(capsys, download.main, *command(hub, tmp_path, "vae", **flags))
     assert all(fragment in line for fragment in fragments), line
-    assert files(tmp_path) == {}
-
-
-def test_one_file_is_not_several(hub, tmp_path, capsys):
-    argv = command(hub, tmp_path, "vae", "large", file="x")
-    assert "--file x" in refused(capsys, download.main, *argv)
 
 
 def test_without_a_network_it_says_what_to_fetch_and_where_to_put_it(tmp_path, capsys):

@@ -45,15 +45,6 @@ def test_the_weights_asked_for_and_their_origin_are_written(
     assert header == known | {"latent_scale": scale, "vae_sha256": digest}
 
 
-def test_calibrated_levels_are_exported_with_averaged_weights(inputs, tmp_path):
-    train(inputs, tmp_path / "run", quantizer="calibrated", quant_bits=3, epochs=1)
-    run(tmp_path / "run", tmp_path / "out")
-    found = TokenBridge.from_pretrained(tmp_path / "out").quantizer
-    saved = load(tmp_path / "run")["model"]
-    assert torch.equal(found.boundaries, saved["boundaries"])
-    assert torch.equal(found.reconstruction_values, saved["reconstruction_values"])
-
-
 def test_an_exported_folder_is_evaluated_as_its_checkpoint_is(inputs, trained, tmp_path, capsys):
     for weights in ("ema", "model"):
         run(trained, tmp_path / weights, "--eval_weights", weights)
