@@ -77,9 +77,7 @@ def test_all_three_come_to_their_places_and_are_verified_when_there(hub, tmp_pat
     assert files(tmp_path) == CONTENT | {PLACES["vae"]: b"mine"}
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_an_interrupted_download_goes_on_with_its_part(hub, tmp_path, ranges):
-    hub.ignore_ranges = not ranges
+def test_an_interrupted_download_goes_on_with_its_part(hub, tmp_path):
     part(tmp_path, CONTENT[LARGE][:123_456])
     fetch(hub, tmp_path, "large")
     assert hub.ranges(LARGE) == ["bytes=123456-"]
