@@ -27,7 +27,6 @@ class Hub:
 
     cut: how many bytes to send before the connection breaks, one entry a GET. stall: how many to
     send before nothing comes any more. damaged: names whose content has a wrong byte on the way.
-    ignore_ranges: answer with the whole file.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -35,7 +34,6 @@ class Hub:
     cut: list[int] = field(default_factory=list)
     stall: int | None = None
     damaged: set[str] = field(default_factory=set)
-    ignore_ranges: bool = False
     url: str = ""
 
     def ranges(self, name: str) -> list[str | None]:
@@ -122,7 +120,7 @@ class Answers(BaseHTTPRequestHandler):
             len(content),
         )
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
-        start = int(asked[1]) if asked and not self.hub.ignore_ranges else 0
+        start = int(asked[1]) if asked else 0
         if start:
             headers["Content_Range"] = f"bytes {start}-{total - 1}/{total}"
         content, status = content[start:], 206 if start else 200
