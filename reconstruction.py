@@ -90,7 +90,7 @@ GRID_IMAGES = 8
 RECORDED = ("image_dir", "images_per_class", "vae_path")  # for the reader of results.json alone
 # What decides the images, beside the list of them and the VAE.
 SETTINGS = ("img_size", "posterior", "batch_size")
-DRY_RUN_CHECKS = ("device", "processes", "VAE")
+DRY_RUN_CHECKS = ("code", "device", "processes")  # the rest is built before
 
 
 def make_parser() -> Parser:
