@@ -78,7 +78,7 @@ GRID_IMAGES = 8
 RECORDED = ("image_dir", "images_per_class", "vae_path")  # for the reader of results.json alone
 # What decides the images, beside the list of them and the VAE.
 SETTINGS = ("img_size", "posterior", "batch_size")
-DRY_RUN_CHECKS = ("device", "processes", "VAE")
+DRY_RUN_CHECKS = ("code", "device", "processes")  # the rest is built before
 
 
 def make_parser() -> Parser:
@@ -274,6 +274,7 @@ class Reconstruction:
         ids, images = next(read_batches(self.dataset, folder.batches[:1], num_workers=0))
         if not ids:
             raise UserError("none of the first batch of images can be read; see --image_dir")
+        dist.print_main(f"{folder.count} images as {', '.join(self.names)}")
         began = time.perf_counter()
         for _, pixels, _ in self.decode(images, ids, self.names):
             if folder.extractor is not None:
