@@ -248,13 +248,17 @@ def test_what_cannot_start_says_why(environment, variables, arguments, fragment)
     assert fragment in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_plain_python_in_an_allocation_is_one_process_and_that_is_said(environment, capsys):
+def test_one_process_of_an_allocation_and_a_missing_device_are_said(
+    environment, capsys, monkeypatch
+):
     environment(SBATCH)
     dist.init("cpu")
     assert "allocation of 8 tasks but not started by srun: one process" in capsys.readouterr().err
     environment(SBATCH | TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"})
-    dist.init("cpu")
-    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert dist.init("cuda") == torch.device("cpu")
+    assert capsys.readouterr().err == "no cuda device here: running on cpu\n"
 
 
 @pytest.mark.parametrize(
@@ -315,14 +319,6 @@ def test_a_taken_port_is_told(environment):
         environment(TORCHRUN | {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
         with pytest.raises(UserError, match="cannot meet process 0 at .* already in use"):
             dist.init("cpu")
-
-
-def test_a_missing_device_is_replaced_and_that_is_said(environment, capsys, monkeypatch):
-    environment({})
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    assert dist.init("cuda") == torch.device("cpu")
-    assert capsys.readouterr().err == "no cuda device here: running on cpu\n"
 
 
 def test_processes_that_found_different_things_are_all_refused(monkeypatch):

@@ -8,7 +8,6 @@ import shutil
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 
@@ -21,12 +20,10 @@ import main_tokenbridge
 import reconstruction
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import assert_user_error, run_script
-from tests.faults.harness import Job
 from tests.measures import PIXELS
 from tests.runs import (
     EVALUATE_FLAGS,
     TRAIN_FLAGS,
-    call,
     flags,
     fork_together,
     free_port,
@@ -42,6 +39,17 @@ from util.dist import run
 from util.errors import UserError, as_user_error
 from util.files import load_tensors
 from util.vae import save_vae
+
+IMAGE_FLAGS = dict(use_cached=False, cached_path=None, data_path="data", vae_path="vae.ckpt")
+IMAGE_FLAGS |= dict(latent_scale=1.0, channel_order="0,1,2,3")
+RECONSTRUCTION_FLAGS = dict(image_dir="data", vae_path="vae.ckpt", img_size=16, device="cpu")
+RECONSTRUCTION_FLAGS |= dict(num_workers=0, latent_scale=1.0, bits=[-1, 4])
+USES = {
+    "train": (main_tokenbridge.main, TRAIN_FLAGS),
+    "images": (main_tokenbridge.main, TRAIN_FLAGS | IMAGE_FLAGS),
+    "evaluate": (main_tokenbridge.main, EVALUATE_FLAGS | {"resume": "out"}),
+    "reconstruct": (reconstruction.main, RECONSTRUCTION_FLAGS),
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,45 +69,25 @@ def no_network(monkeypatch, tmp_path_factory):
 
 @pytest.fixture
 def own(inputs, tmp_path) -> Path:
-    """A copy of the inputs to spoil, without the checkpoint."""
-    return shutil.copytree(inputs, tmp_path / "own", ignore=shutil.ignore_patterns("out"))
-
-
-class Script:
-    """Calls a script with small inputs and expects it to refuse."""
-
-    def __init__(self, capsys, output: Path):
-        self.capsys, self.output = capsys, output
-
-    def __call__(self, main: Callable, inputs: Path, *groups: dict, **changes) -> str:
-        argv = flags(inputs, *groups, **{"output_dir": self.output} | changes)
-        line = refused(self.capsys, main, *argv)
-        assert not self.output.exists()
-        return line
-
-    def train(self, inputs: Path, **changes) -> str:
-        return self(main_tokenbridge.main, inputs, TRAIN_FLAGS, **changes)
-
-    def train_on_images(self, inputs: Path, **changes) -> str:
-        return self.train(inputs, **IMAGE_FLAGS | changes)
-
-    def evaluate(self, inputs: Path, **changes) -> str:
-        changes = {"resume": inputs / "out"} | changes
-        return self(main_tokenbridge.main, inputs, EVALUATE_FLAGS, **changes)
-
-    def reconstruct(self, inputs: Path, **changes) -> str:
-        return self(reconstruction.main, inputs, RECONSTRUCTION_FLAGS, **changes)
-
-
-IMAGE_FLAGS = dict(use_cached=False, cached_path=None, data_path="data", vae_path="vae.ckpt")
-IMAGE_FLAGS |= dict(latent_scale=1.0, channel_order="0,1,2,3")
-RECONSTRUCTION_FLAGS = dict(image_dir="data", vae_path="vae.ckpt", img_size=16, device="cpu")
-RECONSTRUCTION_FLAGS |= dict(num_workers=0, latent_scale=1.0, bits=[-1, 4])
+    """A copy of the inputs to spoil."""
+    return shutil.copytree(inputs, tmp_path / "own")
 
 
 @pytest.fixture
-def script(capsys, tmp_path) -> Script:
-    return Script(capsys, tmp_path / "new" / "output")
+def refusal(capsys, tmp_path):
+    """Calls a script with small inputs and returns the line with which it refuses."""
+    output = tmp_path / "new" / "output"
+
+    def call_it(use: str, inputs: Path, **changes) -> str:
+        main, own_flags = USES[use]
+        settings = {"output_dir": output} | own_flags | changes
+        if settings.get("resume") == "out":
+            settings["resume"] = inputs / "out"
+        line = refused(capsys, main, *flags(inputs, settings))
+        assert not output.exists()
+        return line
+
+    return call_it
 
 
 def has(line: str, *fragments) -> bool:
@@ -110,113 +98,68 @@ def has(line: str, *fragments) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("changes", "fragments"),
+    ("use", "changes", "fragments"),
     [
-        ({"batch_sizes": 2}, ["--batch_sizes"]),
-        ({"precision": "fp8"}, ["--precision", "'fp8'", "bf16"]),
-        ({"model": "tokenbridge_giant"}, ["--model", "tokenbridge_giant"]),
-        ({"epochs": 0}, ["--epochs", "0"]),
-        ({"batch_size": 16}, ["24 samples", "32", "--batch_size"]),
-        ({"cached_path": None}, ["--use_cached", "--cached_path"]),
-        ({"cached_path": "/nowhere"}, ["--cached_path", "/nowhere"]),
-        ({"cached_path": "data"}, ["--cached_path", "data"]),
-        ({"resume": "/nowhere"}, ["--resume", "/nowhere", "does not exist"]),
-        ({"resume": os.curdir}, ["--resume", "checkpoint-last.pth"]),
-        ({"class_num": 2}, ["3 classes", "--class_num", "2"]),
-        ({"img_size": 32}, ["--img_size 32", "16"]),
-        ({"vae_stride": 8}, ["--cached_path", "(4, 4, 4)", "--vae_stride"]),
-        ({"vae_embed_dim": 16}, ["16", "vae_embed_dim"]),
-        ({"patch_size": 3}, ["patch_size", "3"]),
-        ({"buffer_size": 0}, ["--buffer_size", "0"]),
-        ({"quant_min": 6}, ["quant_min", "6"]),
-        ({"quant_bits": 12}, ["--quant_bits", "12"]),
-        ({"channel_order": "0,1,1,3"}, ["channel_order", "(0, 1, 1, 3)"]),
-        ({"latent_scale": -1}, ["latent_scale", "-1"]),
-        ({"device": "tpu"}, ["--device", "tpu"]),
-        ({"dist_on_itp": True}, ["--dist_on_itp", "OMPI_COMM_WORLD_RANK"]),
-        ({"vae_path": "other.ckpt"}, ["--cached_path", "another VAE", "--vae_path"]),
-        ({"online_eval": True, "num_images": 6}, ["--vae_path", "kl16.ckpt"]),
+        ("train", {"batch_sizes": 2}, "--batch_sizes"),
+        ("train", {"precision": "fp8"}, "--precision 'fp8' bf16"),
+        ("train", {"model": "tokenbridge_giant"}, "--model tokenbridge_giant"),
+        ("train", {"batch_size": 16}, "24 32 --batch_size"),
+        ("train", {"cached_path": None}, "--use_cached --cached_path"),
+        ("train", {"cached_path": "/nowhere"}, "--cached_path /nowhere"),
+        ("train", {"resume": "out", "class_num": 5}, "--resume class_num 3 5"),
+        ("train", {"class_num": 2}, "3 classes --class_num 2"),
+        ("train", {"img_size": 32}, "--img_size 32 16"),
+        ("train", {"vae_stride": 8}, "--cached_path 4) --vae_stride"),
+        ("train", {"patch_size": 3}, "patch_size 3"),
+        ("train", {"quant_min": 6}, "quant_min 6"),
+        ("train", {"device": "tpu"}, "--device tpu"),
+        ("train", {"dist_on_itp": True}, "--dist_on_itp OMPI_COMM_WORLD_RANK"),
+        ("train", {"vae_path": "other.ckpt"}, "--cached_path another VAE --vae_path"),
+        ("train", {"online_eval": True, "num_images": 6}, "--vae_path kl16.ckpt"),
+        ("images", {"data_path": "/nowhere"}, "--data_path /nowhere"),
+        ("images", {"data_path": "cache"}, "--data_path cache train"),
+        ("images", {"vae_path": "/nowhere.ckpt"}, "--vae_path /nowhere.ckpt no such file"),
+        ("images", {"vae_path": "out/checkpoint-last.pth"}, "--vae_path checkpoint-last.pth"),
+        ("images", {"vae_embed_dim": 16}, "--vae_embed_dim 16 4 channels"),
+        ("images", {"img_size": 18}, "--img_size 18 4"),
+        ("images", {"latent_scale": None}, "--latent_scale main_cache.py"),
+        ("evaluate", {"resume": None}, "--evaluate --resume"),
+        ("evaluate", {"vae_path": "other.ckpt"}, "--vae_path other.ckpt 6 channels"),
+        ("evaluate", {"quant_bits": 4}, "--resume quant_levels 64 16"),
+        ("evaluate", {"channel_order": "3,2,1,0"}, "--resume channel_order (3, 2, 1, 0)"),
+        ("evaluate", {"cfg_schedule": "cosine"}, "--cfg_schedule 'cosine'"),
+        ("evaluate", {"temperature": -1}, "--temperature -1"),
+        ("evaluate", {"fid_stats": "/nowhere.npz"}, "--fid_stats /nowhere.npz"),
+        ("evaluate", {"inception_weights": "/nowhere.pth"}, "--inception_weights /nowhere.pth"),
+        ("reconstruct", {"image_dir": "/nowhere"}, "--image_dir /nowhere"),
+        ("reconstruct", {"bits": [10]}, "--bits 10"),
+        ("reconstruct", {"latent_scale": None}, "--vae_path --latent_scale"),
+        ("reconstruct", {"posterior": "mean"}, "--posterior 'mean'"),
     ],
 )
-def test_training_refuses_wrong_flags(inputs, script, changes, fragments):
-    assert has(script.train(inputs, **changes), *fragments)
+def test_wrong_flags_are_refused(inputs, refusal, use, changes, fragments):
+    assert has(refusal(use, inputs, **changes), *fragments.split())
 
 
-@pytest.mark.parametrize(
-    ("changes", "fragments"),
-    [
-        ({"data_path": "/nowhere"}, ["--data_path", "/nowhere"]),
-        ({"data_path": "cache"}, ["--data_path", "cache", "train"]),
-        ({"vae_path": "/nowhere.ckpt"}, ["--vae_path", "/nowhere.ckpt", "no such file"]),
-        ({"vae_path": "data"}, ["--vae_path", "data"]),
-        ({"vae_path": "out/checkpoint-last.pth"}, ["--vae_path", "checkpoint-last.pth"]),
-        ({"vae_embed_dim": 16}, ["--vae_embed_dim 16", "4 channels"]),
-        ({"vae_stride": 8}, ["--vae_stride", "8"]),
-        ({"img_size": 18}, ["--img_size 18", "4"]),
-        ({"latent_scale": None}, ["--latent_scale", "main_cache.py"]),
-        ({"latent_scale": None, "channel_order": None}, ["--latent_scale and --channel_order"]),
-    ],
-)
-def test_training_on_images_refuses_wrong_flags(inputs, script, changes, fragments):
-    assert has(script.train_on_images(inputs, **changes), *fragments)
-
-
-@pytest.mark.parametrize(
-    ("changes", "fragments"),
-    [
-        ({"resume": None}, ["--evaluate", "--resume"]),
-        ({"resume": "/nowhere"}, ["--resume", "/nowhere"]),
-        ({"resume": os.curdir}, ["--resume", "checkpoint-last.pth"]),
-        ({"num_images": 0}, ["--num_images", "0"]),
-        ({"vae_path": "/nowhere.ckpt"}, ["--vae_path", "/nowhere.ckpt"]),
-        ({"vae_path": "other.ckpt"}, ["--vae_path", "other.ckpt", "6 channels"]),
-        ({"img_size": 32}, ["--resume", "img_size 16", "32"]),
-        ({"class_num": 1000}, ["--resume", "class_num 3", "1000"]),
-        ({"quant_bits": 4}, ["--resume", "quant_levels 64", "16"]),
-        ({"model": "tokenbridge_base"}, ["--resume", "128", "768"]),
-        ({"buffer_size": 64}, ["--resume", "buffer_size 4", "64"]),
-        ({"latent_scale": 0.2325}, ["--resume", "latent_scale", "0.2325"]),
-        ({"channel_order": "3,2,1,0"}, ["--resume", "channel_order", "(3, 2, 1, 0)"]),
-        ({"cfg_schedule": "cosine"}, ["--cfg_schedule", "'cosine'"]),
-        ({"temperature": -1}, ["--temperature", "-1"]),
-        ({"fid_stats": "/nowhere.npz"}, ["--fid_stats", "/nowhere.npz"]),
-        ({"inception_weights": "/nowhere.pth"}, ["--inception_weights", "/nowhere.pth"]),
-    ],
-)
-def test_evaluation_refuses_wrong_flags(inputs, script, changes, fragments):
-    assert has(script.evaluate(inputs, **changes), *fragments)
-
-
-@pytest.mark.parametrize(
-    ("changes", "fragments"),
-    [
-        ({"image_dir": "/nowhere"}, ["--image_dir", "/nowhere"]),
-        ({"image_dir": "out"}, ["--image_dir", "out"]),
-        ({"vae_path": "/nowhere.ckpt"}, ["--vae_path", "/nowhere.ckpt"]),
-        ({"bits": [0]}, ["--bits", "0"]),
-        ({"bits": [10]}, ["--bits", "10"]),
-        ({"range": 0}, ["--range", "0"]),
-        ({"range": "inf"}, ["--range", "inf"]),
-        ({"latent_scale": None}, ["--vae_path", "--latent_scale"]),
-        ({"latent_scale": 0}, ["--latent_scale", "0"]),
-        ({"img_size": 18}, ["--img_size 18", "4"]),
-        ({"posterior": "mean"}, ["--posterior", "'mean'"]),
-    ],
-)
-def test_reconstruction_refuses_wrong_flags(inputs, script, changes, fragments):
-    assert has(script.reconstruct(inputs, **changes), *fragments)
-
-
-@pytest.mark.parametrize("use", [Script.train, Script.evaluate, Script.reconstruct])
-def test_output_that_is_a_file_is_refused(inputs, script, tmp_path, use):
+@pytest.mark.parametrize("use", ["train", "evaluate", "reconstruct"])
+def test_output_that_is_a_file_is_refused(inputs, refusal, tmp_path, use):
     file = tmp_path / "file"
     file.write_text("mine")
-    assert has(use(script, inputs, output_dir=file), "--output_dir", file)
-    assert has(use(script, inputs, output_dir=file / "below"), "--output_dir", file)
+    for path in (file, file / "below"):
+        assert has(refusal(use, inputs, output_dir=path), "--output_dir", file)
     assert file.read_text() == "mine"
 
 
-# --- damaged files
+@pytest.mark.parametrize("flag", ["resume", "finetune", "cached_path", "output_dir", "vae_path"])
+def test_an_empty_value_is_told_from_a_flag_that_is_left_out(inputs, capsys, flag):
+    """As --resume "${OUTPUT_DIR}" gives it where the variable is not set."""
+    for words in ([f"--{flag}", ""], [f"--{flag}="]):
+        argv = flags(inputs, TRAIN_FLAGS | {flag: None})
+        line = refused(capsys, main_tokenbridge.main, *argv, *words)
+        assert f"the value of --{flag} is empty: set the shell variable" in line
+
+
+# --- damaged files, and files of another kind
 
 
 class Payload:
@@ -230,40 +173,25 @@ class Payload:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("what", ["checkpoint", "vae", "inception"])
-def test_code_in_a_file_is_never_run(inputs, script, tmp_path, what, legacy):
-    marker = tmp_path / "marker"
+@pytest.mark.parametrize("flag", ["resume", "vae_path", "inception_weights"])
+def test_code_in_a_file_is_never_run(inputs, refusal, tmp_path, flag, legacy):
+    marker, path = tmp_path / "marker", tmp_path / "evil.pth"
     content = {"model": {}, "model_ema": Payload(marker)}
-    path = tmp_path / "evil.pth"
+    torch.save(content, path)
     if legacy:
         path.write_bytes(pickle.dumps(content, protocol=2))
-    else:
-        torch.save(content, path)
-    flag = {"checkpoint": "resume", "vae": "vae_path", "inception": "inception_weights"}[what]
-    assert has(script.evaluate(inputs, **{flag: path}), f"--{flag}", path)
+    assert has(refusal("evaluate", inputs, **{flag: path}), f"--{flag}", path)
     assert not marker.exists()
     pickle.loads(pickle.dumps(content))  # the trap works
     assert marker.exists()
 
 
-@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.999])
-@pytest.mark.parametrize("use", [Script.train, Script.evaluate])
-def test_truncated_checkpoint_is_refused(inputs, script, tmp_path, use, kept):
-    content = (inputs / "out" / "checkpoint-last.pth").read_bytes()
-    path = tmp_path / "checkpoint-last.pth"
-    path.write_bytes(content[: int(kept * len(content)) if kept < 1 else kept])
-    assert has(use(script, inputs, resume=tmp_path), "--resume", path, "damaged")
-
-
-def test_truncated_vae_is_refused(own, script):
-    path = own / "vae.ckpt"
-    path.write_bytes(path.read_bytes()[:-100])
-    assert has(script.train_on_images(own), "--vae_path", path, "damaged")
-
-
-def test_checkpoint_that_is_no_dict_is_refused(inputs, script, tmp_path):
-    torch.save([1, 2], tmp_path / "list.pth")
-    assert has(script.evaluate(inputs, resume=tmp_path / "list.pth"), "--resume", "list")
+@pytest.mark.parametrize("kept", [0, 0.999])
+@pytest.mark.parametrize("use", ["train", "evaluate"])
+def test_truncated_checkpoint_is_refused(inputs, refusal, tmp_path, use, kept):
+    content = (inputs / "out" / LAST).read_bytes()
+    (tmp_path / LAST).write_bytes(content[: int(kept * len(content))])
+    assert has(refusal(use, inputs, resume=tmp_path), "--resume", tmp_path / LAST, "damaged")
 
 
 @pytest.mark.parametrize(
@@ -274,63 +202,118 @@ def test_checkpoint_that_is_no_dict_is_refused(inputs, script, tmp_path):
         ({"quant_bits": 5}, "token_embeddings"),
     ],
 )
-def test_checkpoint_of_another_architecture_is_refused(inputs, script, tmp_path, changes, fragment):
+def test_checkpoint_of_another_architecture_is_refused(
+    inputs, refusal, tmp_path, changes, fragment
+):
     """One of the published code, which holds no settings that flags could be compared with."""
-    saved = {"model_ema": load(inputs / "out")["model_ema"]}
-    torch.save(saved, tmp_path / "published.pth")
+    torch.save({"model_ema": load(inputs / "out")["model_ema"]}, tmp_path / "published.pth")
     own_flags = dict(class_num=3, img_size=16, buffer_size=4, model="tokenbridge_tiny")
     settings = own_flags | {"resume": tmp_path / "published.pth"} | changes
-    assert has(script.evaluate(inputs, **settings), "--resume", fragment)
+    assert has(refusal("evaluate", inputs, **settings), "--resume", fragment)
 
 
-def test_empty_class_folder_is_refused(own, script):
+def packed(kind: str) -> bytes:
+    """An archive of one file."""
+    file = io.BytesIO()
+    if kind == "tar":
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            archive.addfile(tarfile.TarInfo("vae.ckpt"))
+    elif kind == "npz":
+        np.savez(file, a=np.zeros(1))
+    else:
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr(kind, b"x" * 100)
+    return file.getvalue()
+
+
+def saved(value) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 265\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"", "damaged (it is empty"),
+        (bytes(1000), "damaged ("),
+        (saved({"model": {}})[:-90], "damaged (its end is missing"),
+        (saved([1, 2]), "holds a list, not a dict"),
+        (LFS_POINTER, "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>Virus scan warning", "a web page"),
+        (b'{"error": "Repository not found"}', 'text, not tensors (\'{"error"'),
+        (gzip.compress(b"x"), "a packed archive; unpack it"),
+        (packed("tar"), "a tar archive"),
+        (packed("vae.ckpt"), "a zip archive of vae.ckpt; unpack it"),
+        (packed("vae/constants.pkl"), "a TorchScript program"),
+        (packed("npz"), "an npz file of NumPy"),
+        (pickle.dumps({"model": 1}), "a pickle that torch.save did not write"),
+        (saved({"model": Decimal(1)}), "holds decimal.Decimal, which is not read"),
+        (saved({"model": torch.nn.Linear(1, 1)}), "holds torch.nn.modules.linear.Linear"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(inputs, refusal, tmp_path, content, kind):
+    path = tmp_path / "file.pth"
+    path.write_bytes(content)
+    line = refusal("evaluate", inputs, vae_path=path)
+    assert has(line, f"--vae_path {path}: ", kind) and len(line) < 500 and "\x1b" not in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "ending"),
+    [
+        *(("resume", "pt"), ("inception_weights", "pt"), ("fid_stats", "pt")),
+        *(("fid_stats", "npz"), ("fid_reference", "npz"), ("vae_path", "safetensors")),
+    ],
+)
+def test_every_flag_that_names_a_file_says_so(inputs, refusal, tmp_path, flag, ending):
+    path = tmp_path / f"file.{ending}"
+    path.write_bytes(LFS_POINTER)
+    changes = {"feature_extractor": PIXELS} if flag.startswith("fid_") else {}
+    assert has(refusal("evaluate", inputs, **{flag: path}, **changes), f"--{flag} {path}", "lfs")
+
+
+def test_a_folder_or_nothing_is_no_file_and_safetensors_are_for_the_wide(tmp_path):
+    """torch-fidelity unpickles its weights without restriction, once they were found harmless."""
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    kinds = {".": "a folder, not a file", "x": "no such file", "x.safetensors": "this is a file of"}
+    for name, kind in kinds.items():
+        with pytest.raises(UserError, match=f"--flag {tmp_path / name}: {kind}"):
+            load_tensors(tmp_path / name, "--flag")
+    assert load_tensors(tmp_path / "x.safetensors", "--flag", wide=True)["a"].tolist() == [1]
+
+
+# --- folders that do not fit, and runs that go wrong
+
+
+def test_folders_that_do_not_fit_are_refused(own, refusal):
     (own / "data" / "train" / "dog").mkdir()
-    assert has(script.train_on_images(own), "--data_path", "dog")
-    assert has(script.reconstruct(own), "--image_dir", "dog")
-
-
-def test_cache_of_other_latents_is_refused(own, script):
-    """A published cache says nothing but its files."""
-    shutil.rmtree(own / "cache")
-    for name in ("ant", "bee"):
-        (own / "cache" / name).mkdir(parents=True)
-        for i in range(8):
-            moments = np.zeros((32, 2, 2), np.float32)
-            np.savez(own / "cache" / name / f"{i}.npz", moments=moments, moments_flip=moments)
-    geometry = dict(vae_embed_dim=4, vae_stride=4)
-    assert has(script.train(own, **geometry), "--cached_path", "(16, 2, 2)", "(4, 4, 4)")
-
-
-def test_training_refuses_a_flag_that_contradicts_its_checkpoint(inputs, script):
-    line = script.train(inputs, resume=inputs / "out", class_num=5)
-    assert has(line, "--resume", "class_num 3", "5")
-
-
-def test_unfinished_cache_is_refused(own, script):
+    assert has(refusal("images", own), "--data_path", "dog")
+    assert has(refusal("reconstruct", own), "--image_dir", "dog")
     (own / "cache" / "manifest.json").unlink()
-    assert has(script.train(own), "--cached_path", "not finished")
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_corrupt_image_is_named(own, script, num_workers):
-    spoil_images(own / "data")
-    line = script.train_on_images(own, num_workers=num_workers)
-    assert has(line, "cannot read image", ".png", "--skip_bad_images")
-
-
-def test_corrupt_image_is_named_by_reconstruction(own, tmp_path, capsys):
-    """Its folders are there by then, but no file except the settings, to go on from."""
-    spoil_images(own / "data")
-    argv = flags(own, RECONSTRUCTION_FLAGS, output_dir=tmp_path / "new", no_metrics=True)
-    with pytest.raises(UserError, match="cannot read image .*png .*--skip_bad_images"):
-        call(reconstruction.main, *argv)
-    files = {path.name for path in (tmp_path / "new").rglob("*") if path.is_file()}
-    assert files == {"settings.json", "config.yaml"}
+    assert has(refusal("train", own), "--cached_path", "not finished")
+    shutil.rmtree(own / "cache")  # a published cache says nothing but its files
+    (own / "cache" / "ant").mkdir(parents=True)
+    moments = np.zeros((32, 2, 2), np.float32)
+    for i in range(8):
+        np.savez(own / "cache" / "ant" / f"{i}.npz", moments=moments, moments_flip=moments)
+    line = refusal("train", own, vae_embed_dim=4, vae_stride=4)
+    assert has(line, "--cached_path", "(16, 2, 2)", "(4, 4, 4)")
 
 
 def spoil_images(data: Path, count: int | None = None) -> None:
     for path in sorted((data / "train").glob("*/*.png"))[:count]:
         path.write_bytes(path.read_bytes()[:60])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_corrupt_image_is_named(own, refusal, num_workers):
+    spoil_images(own / "data")
+    line = refusal("images", own, num_workers=num_workers)
+    assert has(line, "cannot read image", ".png", "--skip_bad_images")
 
 
 def test_nothing_but_corrupt_images_is_refused_even_when_skipping(own, tmp_path, capsys):
@@ -347,17 +330,8 @@ def test_nothing_but_corrupt_images_is_refused_even_when_skipping(own, tmp_path,
 def test_loss_that_is_not_finite_stops_before_the_checkpoint(inputs, tmp_path, capsys):
     settings = dict(output_dir=tmp_path / "new", blr=1e30, grad_clip=1e30, max_skipped=2)
     line = refused(capsys, main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, **settings))
-    assert has(line, "2 steps in a row", "--debug_dump", "--blr", "--precision")
+    assert has(line, "2 steps in a row", "--blr", "--precision")
     assert not list((tmp_path / "new").glob("checkpoint-*"))
-
-
-def test_second_training_in_one_folder_is_refused(inputs, tmp_path, capsys):
-    """As a job that is queued again while it still runs: they would prune each other's files."""
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "new", epochs=50_000, log_freq=1)
-    with Job("main_tokenbridge.py", *argv, log=tmp_path / "log") as first:
-        first.wait_for(lambda: "step 1/" in first.printed())
-        second = refused(capsys, main_tokenbridge.main, *argv, "--resume", "auto")
-    assert f"--output_dir {tmp_path / 'new'} is in use by another job" in second
 
 
 def test_a_folder_in_use_is_refused_before_its_checkpoints_are_read(inputs, tmp_path, capsys):
@@ -407,103 +381,13 @@ def test_process_whose_peer_was_refused_says_so(own, tmp_path):
     assert "cannot read image" in second_err
 
 
-# --- the pieces
-
-
 def test_only_user_errors_lose_their_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
     with pytest.raises(SystemExit) as stop:
         run(lambda: None)
     assert stop.value.code == 0
-
-
-def test_library_errors_become_one_line_with_their_context():
     with pytest.raises(UserError, match="^--flag x: two lines$"), as_user_error("--flag x"):
         raise ValueError("two\n  lines")
     with pytest.raises(KeyError), as_user_error("--flag x"):
         raise KeyError("y")
-
-
-def packed(kind: str) -> bytes:
-    """An archive of one file."""
-    file = io.BytesIO()
-    if kind == "tar":
-        with tarfile.open(fileobj=file, mode="w") as archive:
-            archive.addfile(tarfile.TarInfo("vae.ckpt"))
-    elif kind == "npz":
-        np.savez(file, a=np.zeros(1))
-    elif kind == "zip":
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("vae.ckpt", b"x" * 100)
-    return file.getvalue()
-
-
-def saved(value) -> bytes:
-    file = io.BytesIO()
-    torch.save({"model": {}, "more": value}, file)
-    return file.getvalue()
-
-
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 265\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"", "damaged (it is empty"),
-        (bytes(1000), "damaged ("),
-        (saved(1)[:-90], "damaged (its end is missing"),
-        (LFS_POINTER, "git lfs pull"),
-        (b"\n<!DOCTYPE html><html>Virus scan warning", "a web page"),
-        (b'{"error": "Repository not found"}', 'text, not tensors (\'{"error"'),
-        (gzip.compress(saved(1)), "a packed archive; unpack it"),
-        (packed("tar"), "a tar archive"),
-        (packed("zip"), "a zip archive of vae.ckpt; unpack it"),
-        (packed("npz"), "an npz file of NumPy"),
-        (pickle.dumps({"model": 1}), "a pickle that torch.save did not write"),
-        (saved(Decimal(1)), "holds decimal.Decimal, which is not read"),
-        (saved(torch.nn.Linear(1, 1)), "holds torch.nn.modules.linear.Linear"),
-    ],
-)
-def test_a_file_of_another_kind_is_called_what_it_is(inputs, script, tmp_path, content, said):
-    path = tmp_path / "file.pth"
-    path.write_bytes(content)
-    line = script.evaluate(inputs, vae_path=path)
-    assert has(line, f"--vae_path {path}: ", said) and len(line) < 500 and "\x1b" not in line
-
-
-@pytest.mark.parametrize(
-    ("flag", "ending"),
-    [
-        *(("resume", "pt"), ("inception_weights", "pt"), ("fid_stats", "pt")),
-        *(("fid_stats", "npz"), ("fid_reference", "npz"), ("vae_path", "safetensors")),
-    ],
-)
-def test_every_flag_that_names_a_file_says_so(inputs, script, tmp_path, flag, ending):
-    path = tmp_path / f"file.{ending}"
-    path.write_bytes(LFS_POINTER)
-    stand_in = {"feature_extractor": PIXELS} if flag.startswith("fid_") else {}
-    assert has(script.evaluate(inputs, **{flag: path}, **stand_in), f"--{flag} {path}", "git lfs")
-
-
-def test_what_another_library_reads_after_us_is_held_to_less(inputs, script, tmp_path):
-    """torch-fidelity unpickles its weights without restriction, once they were found harmless."""
-    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
-    line = script.evaluate(inputs, inception_weights=tmp_path / "x.safetensors")
-    assert "a file of safetensors; here one of torch.save is read" in line
-
-
-def test_a_folder_or_nothing_is_no_file(tmp_path):
-    for path, said in ((tmp_path, "a folder, not a file"), (tmp_path / "x", "no such file")):
-        with pytest.raises(UserError, match=f"--flag {path}: {said}"):
-            load_tensors(path, "--flag")
-
-
-@pytest.mark.parametrize("flag", ["resume", "finetune", "cached_path", "output_dir", "vae_path"])
-def test_an_empty_value_is_told_from_a_flag_that_is_left_out(inputs, capsys, flag):
-    """As --resume "${OUTPUT_DIR}" gives it where the variable is not set."""
-    for words in ([f"--{flag}", ""], [f"--{flag}="]):
-        argv = flags(inputs, TRAIN_FLAGS | {flag: None})
-        line = refused(capsys, main_tokenbridge.main, *argv, *words)
-        assert f"the value of --{flag} is empty: set the shell variable" in line

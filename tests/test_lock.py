@@ -63,21 +63,18 @@ def test_a_process_that_the_killed_one_forked_does_not_hold_it(tmp_path):
             os.kill(child, signal.SIGKILL)
 
 
-def test_nothing_is_left_of_a_job_that_wrote_nothing(tmp_path):
+def test_nothing_is_left_of_a_job_but_what_it_wrote(tmp_path):
     folder = tmp_path / "new" / "cache"
     with pytest.raises(ZeroDivisionError), only_job_in(folder, "--flag"):
         assert folder.is_dir()
         raise ZeroDivisionError
     assert os.listdir(tmp_path) == []
-
-
-def test_what_a_job_wrote_stays_and_so_does_an_empty_folder_of_before(tmp_path):
     with only_job_in(tmp_path, "--flag"):
         pass
-    assert tmp_path.is_dir()
-    with only_job_in(tmp_path / "new", "--flag"):
-        (tmp_path / "new" / "mine").touch()
-    assert os.listdir(tmp_path / "new") == ["mine"]
+    assert tmp_path.is_dir()  # it was there before
+    with only_job_in(folder, "--flag"):
+        (folder / "mine").touch()
+    assert os.listdir(folder) == ["mine"]
 
 
 def test_a_lock_on_a_file_that_its_last_holder_removed_is_taken_anew(tmp_path, monkeypatch):

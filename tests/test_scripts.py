@@ -57,33 +57,26 @@ def test_torchrun_script_trains_on_two_processes(inputs, tmp_path):
     assert load(tmp_path / "out")["step"] == 3
 
 
-def torchrun_words(tmp_path: Path, *argv, **env) -> list[str]:
-    """What the script would start."""
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"NNODES": 1}, {"--standalone", "--nproc_per_node=4"}),
+        (
+            {"NNODES": 3, "NODE_RANK": 2, "MASTER_ADDR": "first"},
+            {"--nnodes=3", "--node_rank=2", "--master_addr=first", "--master_port=29500"},
+        ),
+    ],
+)
+def test_torchrun_script_hands_everything_on(tmp_path, env, expected):
     stand_in(tmp_path / "bin", "python", 'printf "%s\\n" "$@"')
-    settings = {"PYTHON": "python", "GPUS": "4", "NNODES": "1"} | env
+    argv = ("--output_dir", "a folder", "--cfg", "")
+    settings = {"PYTHON": "python", "GPUS": 4} | env
     result = start(TORCHRUN, *argv, path=tmp_path / "bin", **settings)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
-
-
-def test_torchrun_script_hands_everything_on(tmp_path):
-    words = torchrun_words(tmp_path, "--output_dir", "a folder", "--cfg", "")
-    assert words[:2] == ["-m", "torch.distributed.run"]
-    assert words[-5:] == [
-        str(ROOT / "main_tokenbridge.py"),
-        "--output_dir",
-        "a folder",
-        "--cfg",
-        "",
-    ]
-    assert "--standalone" in words and "--nproc_per_node=4" in words
+    words = result.stdout.splitlines()
+    assert words[:2] == ["-m", "torch.distributed.run"], result.stderr
+    assert words[-5:] == [str(ROOT / "main_tokenbridge.py"), *argv]
+    assert expected < set(words) and ("--standalone" in words) == (env["NNODES"] == 1)
     assert any(w.startswith("--signals-to-handle=") and w.endswith("SIGUSR1") for w in words)
-
-
-def test_torchrun_script_knows_several_nodes(tmp_path):
-    words = torchrun_words(tmp_path, NNODES=3, NODE_RANK=2, MASTER_ADDR="first")
-    places = {"--nnodes=3", "--node_rank=2", "--master_addr=first", "--master_port=29500"}
-    assert places < set(words) and "--standalone" not in words
 
 
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "NODE_RANK"])
@@ -131,12 +124,8 @@ def test_slurm_script_requeues_what_was_stopped_and_nothing_else(tmp_path, code,
 
 def test_slurm_script_does_not_requeue_a_cancelled_job(tmp_path):
     stand_in(tmp_path / "bin", "srun", "kill -TERM $PPID; exit 75")
-    assert submit(tmp_path).returncode == 75
-    assert not requeued(tmp_path)
-
-
-def test_slurm_script_says_how_it_is_started(tmp_path):
-    for env in ({"SLURM_SUBMIT_DIR": tmp_path}, {"SLURM_JOB_ID": ""}):
+    assert submit(tmp_path).returncode == 75 and not requeued(tmp_path)
+    for env in ({"SLURM_SUBMIT_DIR": tmp_path}, {"SLURM_JOB_ID": ""}):  # not by sbatch at all
         result = submit(tmp_path, **env)
         assert result.returncode == 2 and "submit it with sbatch" in result.stderr
 

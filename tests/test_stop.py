@@ -46,13 +46,6 @@ def test_second_signal_changes_nothing():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_signals_within_an_evaluation_raise():
-    with stop.deferred(), pytest.raises(stop.Stopped), stop.immediate():
-        os.kill(os.getpid(), signal.SIGUSR1)
-    with stop.deferred():
-        assert stop.requested()
-
-
 def test_child_keeps_out_of_it():
     child = os.fork()
     if child == 0:

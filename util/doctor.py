@@ -13,12 +13,13 @@ import argparse
 import io
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -47,16 +48,19 @@ from util.files import load_tensors
 from util.vae import vae_digest
 
 FAILURE, WARNING, OK = STATES = "failure", "warning", "ok"
-# KL-16 reconstructs ImageNet's validation images at 24.1 dB, with a standard deviation of 4.2 dB
-# between images (Rombach et al., arXiv 2112.10752, appendix, table of autoencoders: f = 16,
-# d = 16). 18 dB is 1.5 of them lower; random weights give 8 to 9 dB.
+# Of KL-16 on photographs: 24.1 dB with a standard deviation of 4.2 dB between ImageNet's images
+# (Rombach et al., arXiv 2112.10752, table of autoencoders: f = 16, d = 16), less 1.5 of them.
 LEAST_PSNR = 18.0
 # Of unit-variance latents. KL-16's channels differ; far beyond these, scale or VAE is another one.
 STD_OF_ALL, STD_OF_CHANNEL, MEAN_OF_CHANNEL = (0.9, 1.1), (0.5, 2.0), 1.0
 MOST_SATURATED, MOST_UNUSED_BITS = 0.001, 1.0
 MEASURED_IMAGES = 64  # of --data_path, where no cache says how the latents are distributed
-INCEPTION_FEATURES = 2048
 ROOM = 2.0  # times the checkpoints' size, below which the space is called little
+
+
+# Of an error in what the script opens: the check that reports it, by the flag that it names first.
+OWNERS = {"--data_path": "data", "--cached_path": "cache", "--use_cached": "cache"}
+OWNERS |= {"--resume": "checkpoint", "--finetune": "checkpoint", "--output_dir": "checkpoint"}
 
 
 @dataclass(frozen=True)
@@ -73,47 +77,25 @@ class Finding:
     by_channel: dict[str, list[float]] = field(default_factory=dict)
 
 
-def judged(problems: list[str], text: str, remedy: str, state: str = WARNING) -> Finding:
-    """ok, or the problems with the remedy."""
-    if problems:
+def judged(text: str, remedy: str, *problems: str | bool, state: str = WARNING) -> Finding:
+    """ok, or the problems that are there, with the remedy."""
+    if problems := [problem for problem in problems if problem]:
         return Finding(state, f"{text}: {'; '.join(problems)}", remedy)
     return Finding(OK, text)
-
-
-def once(read: Callable) -> property:
-    """A property that is read once; its UserError is kept, too."""
-
-    def get(self: "Opened"):
-        if read not in self.parts:
-            try:
-                self.parts[read] = read(self)
-            except UserError as error:
-                self.parts[read] = error
-        if isinstance(self.parts[read], UserError):
-            raise self.parts[read]
-        return self.parts[read]
-
-    return property(get)
 
 
 class Opened:
     """What the flags of a script lead to; each part is opened when a check first asks for it.
 
-    Flags that only a training has are at their defaults.
+    Flags that only a training has are at their defaults; nothing in its folders is changed.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args = argparse.Namespace(**vars(make_parser().parse([])) | vars(args))
-        self.device, self.parts = device, {}
+        known = vars(make_parser().parse([])) | vars(args) | {"dry_run": True}
+        self.args, self.device = argparse.Namespace(**known), device
+        self.owners: dict[str, str] = {}  # the check that reports an error, by its message
 
-    def known(self, name: str):
-        """A part, or None where it cannot be opened, which is for another check to say."""
-        try:
-            return getattr(self, name)
-        except UserError:
-            return None
-
-    @once
+    @cached_property
     def vae(self) -> VAE:
         return setup.build_vae(self.args).eval()
 
@@ -134,14 +116,22 @@ class Opened:
         return open_cache(self.args.cached_path, self.args.img_size, self.vae_sha256)
 
     @property
-    def classes(self) -> list[str]:
-        """Of the training data; none where they cannot be read."""
-        data = self.known("cache" if self.args.use_cached else "images")
-        return data.classes if data is not None else []
+    def inputs(self) -> Inputs:
+        """As a training or an evaluation opens them."""
+        if isinstance(self._inputs_or_error, UserError):
+            raise self._inputs_or_error
+        return self._inputs_or_error
 
-    @once
-    def checkpoint(self) -> checkpoint.Checkpoint | None:
-        """As a training or an evaluation finds it, but nothing is set aside."""
+    @cached_property
+    def _inputs_or_error(self) -> Inputs | UserError:
+        try:
+            return self._inputs_of_evaluation() if self.args.evaluate else open_inputs(self.args)
+        except UserError as error:
+            flag = re.search(r"--\w+|$", str(error))[0]
+            self.owners.setdefault(str(error), OWNERS.get(flag, "model"))
+            return error
+
+    def _inputs_of_evaluation(self) -> Inputs:
         args = self.args
         if args.evaluate and not args.resume:
             raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
@@ -159,11 +149,11 @@ class Opened:
     @once
     def model(self) -> TokenBridge:
         """Without its numbers."""
-        settings = self.config.to_dict()  # which may read the VAE, and that one with its numbers
+        settings = self.inputs.config.to_dict()  # which may read the VAE, and that with its numbers
         with torch.device("meta"):
             return TokenBridge(**settings)
 
-    @once
+    @cached_property
     def extractor(self) -> Extractor | None:
         """None where its weights are not at hand: nothing is downloaded here."""
         given, name = self.args.inception_weights, registered_name(self.args.feature_extractor)
@@ -173,19 +163,9 @@ class Opened:
         load_tensors(path, "--inception_weights")
         return Extractor(name, path, torch.device("cpu"))
 
-    @once
-    def latents(self) -> tuple[LatentHistogram, Tensor, str]:
-        """How the latents are distributed, the scaled value of each bin [C, B], whose they are."""
-        cache = self.cache
-        if cache is not None and cache.manifest and cache.manifest.get("histogram"):
-            histogram = LatentHistogram.from_dict(cache.manifest["histogram"])
-            source = f"{len(cache)} cached images"
-        else:
-            samples = self.images.samples[:: max(1, len(self.images.samples) // MEASURED_IMAGES)]
-            source = f"{len(samples[:MEASURED_IMAGES])} images of --data_path"
-            histogram = self._measured(samples[:MEASURED_IMAGES])
-        middles = torch.arange(BINS) - BINS // 2 + 0.5
-        return histogram, middles * histogram.bin_widths(self.config.latent_scale)[:, None], source
+    def described(self) -> str:
+        data = self.inputs.data
+        return f"{data.source}: {len(data.dataset)} images in {len(data.classes)} classes"
 
     def _measured(self, samples: list[tuple[str, int]]) -> LatentHistogram:
         args, tokenizer = self.args, Tokenizer(self.vae, 1.0).to(self.device)
@@ -209,9 +189,8 @@ def code(_opened: Opened) -> Finding:
     places |= {Path(unquote(urlsplit(url).path)).resolve() for url in editable}
     names = [f"{name}{end}" for name in ("models", "util") for end in ("/__init__.py", ".py")]
     others = [p for p in sorted(places - {ROOT}) if any((p / name).is_file() for name in names)]
-    problems = [f"another models or util is in {place}" for place in others]
     remedy = "pip install -e . here, pip uninstall the other, or take it off PYTHONPATH"
-    return judged(problems, f"of {ROOT}", remedy)
+    return judged(f"of {ROOT}", remedy, *(f"another models or util is in {p}" for p in others))
 
 
 def device(opened: Opened) -> Finding:
@@ -220,8 +199,8 @@ def device(opened: Opened) -> Finding:
     if found.type == "cuda":
         properties = torch.cuda.get_device_properties(found)
         text += f" ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
-    missing = [f"--device {asked} is not here"] if asked.partition(":")[0] != found.type else []
-    return judged(missing, text, "install a torch that sees it, or pass --device cpu")
+    missing = asked.partition(":")[0] != found.type and f"--device {asked} is not here"
+    return judged(text, "install a torch that sees it, or pass --device cpu", missing)
 
 
 def precision(opened: Opened) -> Finding:
@@ -234,8 +213,8 @@ def precision(opened: Opened) -> Finding:
     exact = a.double() @ b.double()
     error = ((product.double() - exact).norm() / exact.norm()).item()
     text = f"{chosen.name}, relative error of a product {error:.1e}"
-    problems = [] if error < 0.02 else ["the arithmetic is wrong here"]  # NaN compares as false
-    return judged(problems, text, "pass another --precision", FAILURE)
+    wrong = not error < 0.02 and "the arithmetic is wrong here"  # also where it is NaN
+    return judged(text, "pass another --precision", wrong, state=FAILURE)
 
 
 def processes(opened: Opened) -> Finding:
@@ -245,9 +224,9 @@ def processes(opened: Opened) -> Finding:
         return Finding(OK, "one process; under torchrun this tries the backend, too")
     total = dist.all_reduce_sum(torch.tensor([dist.rank() + 1.0], device=opened.device)).item()
     expected = size * (size + 1) / 2
-    problems = [] if total == expected else [f"it should be {expected:g}"]
     text = f"{size} processes by {dist.backend()}, their sum is {total:g}"
-    return judged(problems, text, "see NCCL_DEBUG=INFO", FAILURE)
+    wrong = total != expected and f"it should be {expected:g}"
+    return judged(text, "see NCCL_DEBUG=INFO", wrong, state=FAILURE)
 
 
 def vae(opened: Opened) -> Finding:
@@ -256,16 +235,8 @@ def vae(opened: Opened) -> Finding:
     if not needed and not Path(path).exists():
         return Finding(OK, f"--vae_path {path} is not there, and cached latents do without it")
     kind = "KL-16" if opened.vae.is_kl16 else "a VAE that is not KL-16"
-    text = (
-        f"{kind}, {opened.vae.channels} channels, stride {opened.vae.stride}, all tensors match, "
-        f"sha256 {opened.vae_sha256}"
-    )
-    found = opened.known("checkpoint")
-    other = found.saved.get("vae_sha256") if found is not None else None
-    problems = (
-        [f"--resume was made with {other[:12]}"] if other not in (None, opened.vae_sha256) else []
-    )
-    return judged(problems, text, "name the file it was made with by --vae_path", FAILURE)
+    text = f"{kind}, {opened.vae.channels} channels, stride {opened.vae.stride}, all tensors match"
+    return Finding(OK, f"{text}, sha256 {vae_digest(path)}")
 
 
 def photograph(opened: Opened) -> Finding:
@@ -289,46 +260,52 @@ def photograph(opened: Opened) -> Finding:
         decoded = to_uint8(tokenizer.decode(tokenizer.mode(posterior))).cpu()
         values[Path(path).name] = psnr(decoded, pixels).item()
     text = ", ".join(f"{name} {value:.1f} dB" for name, value in values.items())
-    problems = [] if min(values.values()) >= LEAST_PSNR else [f"below {LEAST_PSNR:g} dB"]
+    poor = min(values.values()) < LEAST_PSNR and f"below {LEAST_PSNR:g} dB"
     if opened.vae.is_kl16:
-        return judged(problems, text, "this is not kl16.ckpt as published: fetch it", FAILURE)
+        return judged(text, "this is not kl16.ckpt as published: fetch it", poor, state=FAILURE)
     remedy = "right only if it was trained for other images than photographs"
-    return judged(problems, f"{text} (not KL-16)", remedy)
+    return judged(f"{text} (not KL-16)", remedy, poor)
 
 
-def _channels(problem: Tensor, text: str) -> list[str]:
+def _channels(problem: Tensor, text: str) -> str | bool:
     """problem: [C] bool. The text with those channels, if there are any."""
-    return [text.format(problem.nonzero().flatten().tolist())] if problem.any() else []
+    return bool(problem.any()) and text.format(problem.nonzero().flatten().tolist())
 
 
 def latents(opened: Opened) -> Finding:
     """Mean and std of each channel after scaling: about 0 and 1."""
-    histogram, values, source = opened.latents
+    if opened.args.evaluate:
+        return Finding(OK, "not read: --evaluate draws them")
+    histogram, values = opened.latents
     share = histogram.counts / histogram.counts.sum(dim=1, keepdim=True).double()  # [C, B]
     mean = (share * values).sum(dim=1)
     std = (share * (values - mean[:, None]).square()).sum(dim=1).sqrt()
     total = ((share * values.square()).sum(dim=1).mean() - mean.mean() ** 2).sqrt().item()
     text = (
-        f"of {source}, scaled by {opened.config.latent_scale:.4g}: std {total:.3f}, by channel "
-        f"{std.min():.2f} to {std.max():.2f}, mean {mean.min():.2f} to {mean.max():.2f}"
+        f"scaled by {opened.inputs.config.latent_scale:.4g}: std {total:.3f}, "
+        f"by channel {std.min():.2f} to {std.max():.2f}, mean {mean.min():.2f} to {mean.max():.2f}"
     )
-    problems = [] if STD_OF_ALL[0] <= total <= STD_OF_ALL[1] else ["std is not near 1"]
     far = (std < STD_OF_CHANNEL[0]) | (std > STD_OF_CHANNEL[1])
-    problems += _channels(far, "std of channels {} is far from 1")
-    problems += _channels(mean.abs() > MEAN_OF_CHANNEL, "mean of channels {} is far from 0")
-    remedy = "check --vae_path and --latent_scale; --quantizer calibrated adapts"
-    by_channel = {"mean": mean.tolist(), "std": std.tolist()}
-    return replace(judged(problems, text, remedy), by_channel=by_channel)
+    finding = judged(
+        text,
+        "check --vae_path and --latent_scale; --quantizer calibrated adapts",
+        not STD_OF_ALL[0] <= total <= STD_OF_ALL[1] and "std is not near 1",
+        _channels(far, "std of channels {} is far from 1"),
+        _channels(mean.abs() > MEAN_OF_CHANNEL, "mean of channels {} is far from 0"),
+    )
+    return replace(finding, by_channel={"mean": mean.tolist(), "std": std.tolist()})
 
 
 def quantizer(opened: Opened) -> Finding:
     """Use of the levels by the latents, and how much of them lies beyond the range."""
-    histogram, values, source = opened.latents
-    config, channels = opened.config, len(histogram.counts)
+    if opened.args.evaluate:
+        return Finding(OK, "not measured: --evaluate reads no latents")
+    histogram, values = opened.latents
+    inputs, config, channels = opened.inputs, opened.inputs.config, len(histogram.counts)
     kind, levels = config.quantizer, config.quant_levels
     made = build_quantizer(kind, levels, config.quant_min, config.quant_max, channels)
-    if kind == "calibrated" and opened.checkpoint is not None:
-        weights = opened.checkpoint.weights("model")
+    if kind == "calibrated" and inputs.checkpoint is not None:
+        weights = inputs.checkpoint.weights("model")
         made.set_levels(weights["boundaries"], weights["reconstruction_values"])
     elif kind == "calibrated":
         known = setup.cache_histogram(opened.args.cached_path, channels, opened.vae_sha256)
@@ -338,16 +315,15 @@ def quantizer(opened: Opened) -> Finding:
     counts.scatter_add_(1, made.encode(scalars).T, histogram.counts)
     bits, full = entropy(counts), math.log2(levels)
     outside = (made.outside(scalars).T * histogram.counts).sum(dim=1) / histogram.counts.sum(dim=1)
-    text = (
+    finding = judged(
         f"{kind}, entropy {bits.min():.2f} to {bits.max():.2f} of {full:g} bits by channel, "
-        f"out of range {outside.min():.2%} to {outside.max():.2%} ({source})"
+        f"out of range {outside.min():.2%} to {outside.max():.2%}",
+        "check --latent_scale, --quant_min and --quant_max, or pass --quantizer calibrated",
+        _channels(bits < full - MOST_UNUSED_BITS, "channels {} use less than half of the levels"),
+        _channels(outside > MOST_SATURATED, "channels {} saturate"),
     )
-    poor = bits < full - MOST_UNUSED_BITS
-    problems = _channels(poor, "channels {} use less than half of the levels")
-    problems += _channels(outside > MOST_SATURATED, "channels {} saturate")
-    remedy = "check --latent_scale, --quant_min and --quant_max, or pass --quantizer calibrated"
-    by_channel = {"entropy_bits": bits.tolist(), "out_of_range_share": outside.tolist()}
-    return replace(judged(problems, text, remedy), by_channel=by_channel)
+    figures = {"entropy_bits": bits.tolist(), "out_of_range_share": outside.tolist()}
+    return replace(finding, by_channel=figures)
 
 
 def data(opened: Opened) -> Finding:
@@ -392,8 +368,8 @@ def model(opened: Opened) -> Finding:
     )
 
 
-def trained(opened: Opened) -> Finding:
-    found, classes = opened.checkpoint, opened.classes
+def checkpoint(opened: Opened) -> Finding:
+    found = opened.inputs.checkpoint
     if found is None:
         return Finding(OK, "none yet: training starts from scratch")
     if found.begins:
@@ -403,36 +379,35 @@ def trained(opened: Opened) -> Finding:
     expected = {name: tuple(p.shape) for name, p in opened.model.published_parameters()}
     state = found.weights("model")
     wrong = [n for n, shape in expected.items() if n not in state or state[n].shape != shape]
-    problems = [f"{len(wrong)} are missing or of another shape, as {wrong[0]}"] if wrong else []
-    text = f"{found.path}, checksums agree, {len(expected)} tensors"
-    remedy = "it is of another model: see --model and --patch_size"
-    return judged(problems, text, remedy, FAILURE)
+    return judged(
+        f"{found.path}, checksums agree, {len(expected)} tensors",
+        "it is of another model: see --model and --patch_size",
+        bool(wrong) and f"{len(wrong)} are missing or of another shape, as {wrong[0]}",
+        state=FAILURE,
+    )
 
 
 def fid_statistics(opened: Opened) -> Finding:
-    args, name = opened.args, registered_name(opened.args.feature_extractor)
-    published = name == INCEPTION and ADM_STATISTICS.is_file()
-    path = args.fid_stats or (str(ADM_STATISTICS) if published else None)
-    if args.no_metrics:
-        return Finding(OK, "not needed: --no_metrics")
+    args, extractor = opened.args, None if opened.args.no_metrics else opened.extractor
+    name = registered_name(args.feature_extractor)
+    there = name == INCEPTION and ADM_STATISTICS.is_file()
+    path = args.fid_stats or (str(ADM_STATISTICS) if there else None)
+    if args.no_metrics or (path is None and args.fid_reference):
+        return Finding(OK, "not needed: --no_metrics or --fid_reference")
     if path is None:
-        if args.fid_reference:
-            return Finding(OK, f"taken from --fid_reference {args.fid_reference}")
         remedy = "put ADM's adm_in256_stats.npz into fid_stats/, or name a file with --fid_stats"
         return Finding(WARNING, "no statistics, so FID cannot be computed", remedy)
-    extractor = opened.extractor
+    if extractor is None and name != INCEPTION:
+        remedy = f"name a file of {name}'s weights by --inception_weights"
+        return Finding(WARNING, "not checked without the extractor", remedy)
+    features, identity = 2048, {"extractor": name}
     if extractor is not None:
         features = extractor.width("fid", value(args, "img_size"))
         identity = extractor.identity() | {"layer": extractor.layers["fid"]}
-    elif name == INCEPTION:
-        features, identity = INCEPTION_FEATURES, {"extractor": name}
-    else:
-        remedy = f"name a file of {name}'s weights by --inception_weights"
-        return Finding(WARNING, "not checked without the extractor", remedy)
     load_fid_statistics(path, features)
-    record, doubts = check_statistics(path, identity, opened.config.img_size, features)
+    record, doubts = check_statistics(path, identity, args.img_size, features)
     text = f"{path}, {features} features, sha256 {record['fid_stats_sha256']}"
-    return judged(doubts, text, "python -m util.fid_stats makes statistics of your own images")
+    return judged(text, "python -m util.fid_stats makes statistics of your own images", *doubts)
 
 
 def feature_weights(opened: Opened) -> Finding:
@@ -460,14 +435,13 @@ def disk_space(opened: Opened) -> Finding:
     folder = Path(args.output_dir).absolute()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     free, needed = shutil.disk_usage(place).free, size * files
-    text = (
+    return judged(
         f"{free / 2**30:.1f} GiB free in {place}, {files} checkpoints of {size / 2**30:.2f} GiB "
-        f"take {needed / 2**30:.1f}"
+        f"take {needed / 2**30:.1f}",
+        "free some, name another --output_dir, or keep fewer (--keep_checkpoints)",
+        free < ROOM * needed and ("too little" if free < needed else "little is left for images"),
+        state=FAILURE if free < needed else WARNING,
     )
-    problems = ["too little"] if free < needed else ["little is left for images and logs"]
-    remedy = "free some, name another --output_dir, or keep fewer (--keep_checkpoints)"
-    state = FAILURE if free < needed else WARNING
-    return judged(problems if free < ROOM * needed else [], text, remedy, state)
 
 
 CHECKS: dict[str, Callable[[Opened], Finding]] = {
@@ -479,7 +453,7 @@ CHECKS: dict[str, Callable[[Opened], Finding]] = {
     "photograph": photograph,
     "data": data,
     "cache": cache,
-    "checkpoint": trained,
+    "checkpoint": checkpoint,
     "model": model,
     "latents": latents,
     "quantizer": quantizer,
@@ -492,26 +466,25 @@ TRAINING_CHECKS = ("code", "device", "precision", "processes", "VAE", "data", "c
 TRAINING_CHECKS += ("model", "disk space")
 
 
-def attempt(name: str, opened: Opened) -> Finding:
-    """One check; whatever goes wrong in it is its finding, and the next one goes on."""
-    with redirect_stdout(io.StringIO()) as printed:
+def attempt(name: str, opened: Opened, names: tuple[str, ...] = tuple(CHECKS)) -> Finding:
+    """One of those checks; whatever goes wrong in it is its finding, and the next one goes on."""
+    with io.StringIO() as notes, redirect_stdout(notes), redirect_stderr(notes):
         try:
             found = CHECKS[name](opened)
         except stop.Stopped:
             raise
         except UserError as error:
-            known = getattr(error, "check", name)  # which has said it already
-            error.check = known
             found = Finding(FAILURE, str(error))
-            if known != name:
-                found = Finding(WARNING, f"not checked: see {known}")
+            owner = opened.owners.setdefault(str(error), name)
+            if owner != name and owner in names:
+                found = Finding(WARNING, f"not checked: see {owner}")
         except Exception as error:  # an unforeseen failure must not hide the other checks
             message = " ".join(str(error).split())[:200]
             found = Finding(FAILURE, f"unexpected {type(error).__name__}: {message}")
-    notes = printed.getvalue().splitlines()
-    doubted = found.state == OK and any(n.startswith(("note: ", "warning: ")) for n in notes)
+        lines = notes.getvalue().splitlines()
+    doubted = found.state == OK and any(n.startswith(("note: ", "warning: ")) for n in lines)
     state = WARNING if doubted else found.state
-    return replace(found, name=name, state=state, text="; ".join([found.text, *notes]))
+    return replace(found, name=name, state=state, text="; ".join([found.text, *lines]))
 
 
 def examine(opened: Opened, names: tuple[str, ...] = tuple(CHECKS)) -> list[Finding]:
@@ -519,7 +492,7 @@ def examine(opened: Opened, names: tuple[str, ...] = tuple(CHECKS)) -> list[Find
     own, merged = [], []
     for name in names:
         dist.beat(f"examining: {name}")
-        own.append(attempt(name, opened))
+        own.append(attempt(name, opened, names))
     for findings in zip(*dist.gather_objects(own), strict=True):
         rank = min(range(len(findings)), key=lambda r: (STATES.index(findings[r].state), r))
         text = f"process {rank}: {findings[rank].text}" if rank else findings[rank].text
@@ -563,10 +536,9 @@ def _shown(name: str, value) -> str:
     """A figure with its unit."""
     if name.startswith("bytes") and value is not None:
         return f"{value / 2**30:.3g} GiB"
-    if name.startswith("flops") and value is not None:
-        return f"{value / 1e12:.3g} TFLOP"
-    kinds = {int: f"{value:,}", float: f"{value:.4g}"} if isinstance(value, int | float) else {}
-    return kinds.get(type(value), "not known" if value is None else str(value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "not known" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 
 def make_parser() -> Parser:
