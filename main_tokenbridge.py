@@ -33,7 +33,6 @@ from util.checkpoint import Checkpoint
 from util.data.batches import MicroBatchSampler
 from util.data.images import collate_skipping
 from util.data.latent_cache import as_one_batch
-from util.data.training_set import NoData
 from util.device import Precision, compile_model, resolve_precision
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.reference import prepare_measure
@@ -286,12 +285,12 @@ def dry_run(args: argparse.Namespace, device: torch.device, precision: Precision
     def step() -> dict:
         inputs = open_inputs(args)
         run, _, _ = build_run(args, inputs, device, precision)
-        return step_figures(run, inputs, steps=2 if device.type != "cpu" or args.compile else 1)
+        return step_figures(run, steps=2 if device.type != "cpu" or args.compile else 1)
 
     return doctor.dry_run(args, device, doctor.TRAINING_CHECKS, step)
 
 
-def step_figures(run: Run, inputs: Inputs, steps: int) -> dict:
+def step_figures(run: Run, steps: int) -> dict:
     """Of the last of some steps as in training; the same on all processes."""
     run = replace(run, loader=random_batches(run), cached=True)
     run.start()
@@ -311,7 +310,7 @@ def step_figures(run: Run, inputs: Inputs, steps: int) -> dict:
     memory = training_memory(config, batches.batch_size, run.precision.name, chunk, run.device)
     parameters = sum(p.numel() for p in run.model.parameters())
     rate = batches.global_batch / last
-    hours = None if isinstance(inputs.data.dataset, NoData) else len(run.steps) * last / 3600
+    hours = len(run.steps) * last / 3600
     return {
         "loss": loss,
         "parameters": parameters,
@@ -325,7 +324,7 @@ def step_figures(run: Run, inputs: Inputs, steps: int) -> dict:
         "gib_per_checkpoint": 4 * SAVED_COPIES * parameters / GIB,
         "steps": len(run.steps),
         "hours": hours,
-        "device_hours": hours * dist.world_size() if hours is not None else None,
+        "device_hours": hours * dist.world_size(),
     }
 
 

@@ -20,7 +20,6 @@ from models.tokenbridge import tokenbridge_tiny
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import tiny_model
 from tests.runs import call, refused
-from util.build import ModelFlags
 from util.errors import UserError
 from util.setup import ModelFlags
 from util.vae import save_vae, vae_digest

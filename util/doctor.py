@@ -27,24 +27,32 @@ from urllib.parse import unquote, urlsplit
 import torch
 from torch import Tensor
 
-from models.config import TokenBridgeConfig
 from models.generate import to_uint8
 from models.quantizer import build_quantizer, entropy
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import VAE
 from models.tokenizers.tokenizer import Tokenizer
-from util import ROOT, checkpoint, dist, setup, stop
+from util import ROOT, dist, stop
 from util.args import Parser, train_parser, value
+from util.checkpoint import find_checkpoint
 from util.data.histogram import BINS, LatentHistogram
 from util.data.images import ImageDataset, psnr
-from util.data.latent_cache import CachedLatents, open_cache
-from util.data.listing import ImageList, list_images, print_class_notes
-from util.data.training_set import TrainingData, check_data, check_same_classes
+from util.data.latent_cache import CachedLatents
+from util.data.training_set import TrainingData
 from util.device import resolve_precision
 from util.errors import UserError
 from util.evaluation.extractor import INCEPTION, Extractor, published_weights, registered_name
 from util.evaluation.reference import ADM_STATISTICS, check_statistics, load_fid_statistics
 from util.files import load_tensors
+from util.setup import (
+    Inputs,
+    build_config,
+    build_vae,
+    cache_histogram,
+    calibrated_levels,
+    check_vae,
+    open_inputs,
+)
 from util.vae import vae_digest
 
 FAILURE, WARNING, OK = STATES = "failure", "warning", "ok"
@@ -93,27 +101,12 @@ class Opened:
     def __init__(self, args: argparse.Namespace, device: torch.device):
         known = vars(make_parser().parse([])) | vars(args) | {"dry_run": True}
         self.args, self.device = argparse.Namespace(**known), device
+        self.size = value(args, "img_size")
         self.owners: dict[str, str] = {}  # the check that reports an error, by its message
 
     @cached_property
     def vae(self) -> VAE:
-        return setup.build_vae(self.args).eval()
-
-    @once
-    def vae_sha256(self) -> str | None:
-        """None where there is no VAE."""
-        path = value(self.args, "vae_path")
-        return vae_digest(path) if Path(path).exists() else None
-
-    @once
-    def images(self) -> ImageList:
-        return list_images(value(self.args, "data_path"))
-
-    @once
-    def cache(self) -> CachedLatents | None:
-        if not self.args.cached_path:
-            return None
-        return open_cache(self.args.cached_path, self.args.img_size, self.vae_sha256)
+        return build_vae(self.args).eval()
 
     @property
     def inputs(self) -> Inputs:
@@ -133,20 +126,16 @@ class Opened:
 
     def _inputs_of_evaluation(self) -> Inputs:
         args = self.args
-        if args.evaluate and not args.resume:
-            raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
-        if args.evaluate:
-            return checkpoint.find_checkpoint(args.resume, args.output_dir, True, True)
-        return setup.open_checkpoint(args, read_only=True)
+        if not args.resume:
+            raise UserError("--resume is missing: --evaluate needs the folder of a checkpoint")
+        checkpoint = find_checkpoint(args.resume, args.output_dir, True, True)
+        config = build_config(args, checkpoint, vae=self.vae)
+        check_vae(self.vae, config, value(args, "vae_path"))
+        self.size = config.img_size
+        data = TrainingData([], [], "--evaluate", None)
+        return Inputs(checkpoint, self.vae, data, config, None)
 
-    @once
-    def config(self) -> TokenBridgeConfig:
-        manifest = self.cache.manifest if self.cache is not None else None
-        classes = 0 if self.args.evaluate else len(self.classes)
-        vae = self.known("vae")
-        return setup.build_config(self.args, self.checkpoint, manifest, vae, classes)
-
-    @once
+    @cached_property
     def model(self) -> TokenBridge:
         """Without its numbers."""
         settings = self.inputs.config.to_dict()  # which may read the VAE, and that with its numbers
@@ -167,16 +156,27 @@ class Opened:
         data = self.inputs.data
         return f"{data.source}: {len(data.dataset)} images in {len(data.classes)} classes"
 
-    def _measured(self, samples: list[tuple[str, int]]) -> LatentHistogram:
-        args, tokenizer = self.args, Tokenizer(self.vae, 1.0).to(self.device)
-        histogram = LatentHistogram.empty(self.vae.channels)
-        dataset = ImageDataset(samples, value(args, "img_size"), "drop", args.max_image_pixels)
-        for item in filter(None, (dataset[i] for i in range(len(samples)))):
-            generator = torch.Generator(self.device).manual_seed(value(args, "seed"))
-            latents = tokenizer.encode(item[0][None].to(self.device), generator)
-            histogram += LatentHistogram.of(latents.cpu())
-        if not histogram.counts.any():
-            raise UserError(f"none of {len(samples)} images of --data_path can be read")
+    @cached_property
+    def latents(self) -> tuple[LatentHistogram, Tensor]:
+        """How the latents are distributed, and the scaled value of each bin [C, B]."""
+        data, scale = self.inputs.data, self.inputs.config.latent_scale
+        if data.manifest and data.manifest.get("histogram"):
+            histogram = LatentHistogram.from_dict(data.manifest["histogram"])
+        else:
+            histogram = self._measured(data.dataset)
+        middles = torch.arange(BINS) - BINS // 2 + 0.5
+        return histogram, middles * histogram.bin_widths(scale)[:, None]
+
+    def _measured(self, dataset: ImageDataset | CachedLatents) -> LatentHistogram:
+        """Of some of the images, or of the cached posteriors."""
+        tokenizer = Tokenizer(self.inputs.vae, 1.0).to(self.device)
+        is_cache = isinstance(dataset, CachedLatents)
+        encode = tokenizer.from_moments if is_cache else tokenizer.encode
+        histogram = LatentHistogram.empty(self.inputs.config.vae_embed_dim)
+        for i in range(0, len(dataset), max(1, len(dataset) // MEASURED_IMAGES)):
+            generator = torch.Generator(self.device).manual_seed(value(self.args, "seed"))
+            images = torch.as_tensor(dataset[i][0])[None].to(self.device)
+            histogram += LatentHistogram.of(encode(images, generator).cpu())
         return histogram
 
 
@@ -251,11 +251,9 @@ def photograph(opened: Opened) -> Finding:
         folder = Path(datasets.__file__).parent / "images"
         paths = [str(folder / name) for name in ("china.jpg", "flower.jpg")]
     tokenizer, values = Tokenizer(opened.vae, 1.0).to(opened.device), {}
-    photos = ImageDataset(
-        [(path, 0) for path in paths], value(args, "img_size"), "raise", args.max_image_pixels
-    )
-    for i, path in enumerate(paths):
-        pixels = photos[i][0][None]  # uint8 [1, 3, S, S]
+    for path in paths:
+        photo = ImageDataset([(path, 0)], opened.size, "raise", args.max_image_pixels)
+        pixels = photo[0][0][None]  # uint8 [1, 3, S, S]
         posterior = tokenizer.posterior(pixels.to(opened.device))
         decoded = to_uint8(tokenizer.decode(tokenizer.mode(posterior))).cpu()
         values[Path(path).name] = psnr(decoded, pixels).item()
@@ -308,8 +306,9 @@ def quantizer(opened: Opened) -> Finding:
         weights = inputs.checkpoint.weights("model")
         made.set_levels(weights["boundaries"], weights["reconstruction_values"])
     elif kind == "calibrated":
-        known = setup.cache_histogram(opened.args.cached_path, channels, opened.vae_sha256)
-        made.set_levels(*setup.calibrated_levels(known, levels, config.latent_scale))
+        digest = inputs.data.vae_sha256
+        known = cache_histogram(opened.args.cached_path, channels, digest)
+        made.set_levels(*calibrated_levels(known, levels, config.latent_scale))
     scalars = values.T.float()  # [B, C]
     counts = torch.zeros(channels, levels, dtype=torch.int64)
     counts.scatter_add_(1, made.encode(scalars).T, histogram.counts)
@@ -327,39 +326,22 @@ def quantizer(opened: Opened) -> Finding:
 
 
 def data(opened: Opened) -> Finding:
-    args = opened.args
-    if args.use_cached or args.evaluate:
-        used = "--use_cached reads the cache" if args.use_cached else "--evaluate needs none"
-        return Finding(OK, f"not read: {used}")
-    images, source = opened.images, f"--data_path {value(args, 'data_path')}"
-    return _fitting(opened, TrainingData(images, images.classes, source, None), len(images.samples))
-
-
-def _fitting(opened: Opened, found: TrainingData, count: int) -> Finding:
-    """Raises UserError unless classes and latents fit the model."""
-    print_class_notes(found.classes)
-    if (config := opened.known("config")) is not None:
-        check_data(found, config, opened.checkpoint)
-    return Finding(OK, f"{found.source}: {count} images in {len(found.classes)} classes")
+    if opened.inputs and (opened.args.use_cached or opened.args.evaluate):
+        return Finding(OK, "not read: neither --use_cached nor --evaluate needs images")
+    return Finding(OK, opened.described())
 
 
 def cache(opened: Opened) -> Finding:
-    args, found = opened.args, opened.cache
-    if found is None:
-        if args.use_cached:
-            raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
-        return Finding(OK, "none: images are encoded on the way")
-    source = f"--cached_path {args.cached_path}"
-    finding = _fitting(opened, TrainingData(found, found.classes, source, None), len(found))
-    problems = [] if found.manifest else ["of the published form, which does not say by which VAE"]
-    return judged(problems, finding.text, "make sure that it was this one")
+    if opened.inputs and not opened.args.use_cached:
+        return Finding(OK, "not read: only --use_cached needs one")
+    form = "of the published form, which does not say by which VAE"
+    published = not opened.inputs.data.manifest and form
+    return judged(opened.described(), "make sure that it was this one", published)
 
 
 def model(opened: Opened) -> Finding:
     """Flags, checkpoint, cache and VAE agree on the model's settings."""
-    config = opened.config
-    if (found := opened.known("vae")) is not None:
-        setup.check_vae(found, config, value(opened.args, "vae_path"))
+    config = opened.inputs.config
     millions = sum(p.numel() for p in opened.model.parameters()) / 1e6
     return Finding(
         OK,
@@ -372,10 +354,6 @@ def checkpoint(opened: Opened) -> Finding:
     found = opened.inputs.checkpoint
     if found is None:
         return Finding(OK, "none yet: training starts from scratch")
-    if found.begins:
-        found = setup.fitted(found, opened.config, classes, value(opened.args, "seed"))
-    elif classes and not opened.args.evaluate:
-        check_same_classes(found, classes, "the data")
     expected = {name: tuple(p.shape) for name, p in opened.model.published_parameters()}
     state = found.weights("model")
     wrong = [n for n, shape in expected.items() if n not in state or state[n].shape != shape]
@@ -402,26 +380,23 @@ def fid_statistics(opened: Opened) -> Finding:
         return Finding(WARNING, "not checked without the extractor", remedy)
     features, identity = 2048, {"extractor": name}
     if extractor is not None:
-        features = extractor.width("fid", value(args, "img_size"))
+        features = extractor.width("fid", opened.size)
         identity = extractor.identity() | {"layer": extractor.layers["fid"]}
     load_fid_statistics(path, features)
-    record, doubts = check_statistics(path, identity, args.img_size, features)
+    record, doubts = check_statistics(path, identity, opened.size, features)
     text = f"{path}, {features} features, sha256 {record['fid_stats_sha256']}"
     return judged(text, "python -m util.fid_stats makes statistics of your own images", *doubts)
 
 
 def feature_weights(opened: Opened) -> Finding:
-    args = opened.args
-    if args.no_metrics:
-        return Finding(OK, "not needed: --no_metrics")
-    found, path = opened.extractor, args.inception_weights or published_weights()
-    if found is None and registered_name(args.feature_extractor) != INCEPTION:
-        return Finding(OK, f"{args.feature_extractor} finds its own weights")
-    if found is None:
-        remedy = f"put torch-fidelity's file at {path}, or name it with --inception_weights"
-        return Finding(WARNING, "no Inception weights here; they would be downloaded", remedy)
-    widths = {metric: found.width(metric, value(args, "img_size")) for metric in found.layers}
-    return Finding(OK, f"{path}, features {widths}, sha256 {found.weights_sha256}")
+    args, found = opened.args, None if opened.args.no_metrics else opened.extractor
+    if found is not None:
+        widths = {metric: found.width(metric, opened.size) for metric in found.layers}
+        return Finding(OK, f"{found.name}, features {widths}, sha256 {found.weights_sha256}")
+    if args.no_metrics or registered_name(args.feature_extractor) != INCEPTION:
+        return Finding(OK, "not needed: --no_metrics, or an extractor that finds its own")
+    remedy = f"put torch-fidelity's at {published_weights()}, or name them by --inception_weights"
+    return Finding(WARNING, "no Inception weights here; they would be downloaded", remedy)
 
 
 def disk_space(opened: Opened) -> Finding:
@@ -462,8 +437,9 @@ CHECKS: dict[str, Callable[[Opened], Finding]] = {
     "disk space": disk_space,
 }
 
-TRAINING_CHECKS = ("code", "device", "precision", "processes", "VAE", "data", "cache", "checkpoint")
-TRAINING_CHECKS += ("model", "disk space")
+# Of these, what a training's --dry_run looks at before its step.
+TRAINING_CHECKS = ("code", "device", "precision", "processes", "VAE", "data", "cache")
+TRAINING_CHECKS += ("checkpoint", "model", "disk space")
 
 
 def attempt(name: str, opened: Opened, names: tuple[str, ...] = tuple(CHECKS)) -> Finding:

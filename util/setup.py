@@ -40,9 +40,7 @@ from util.data.training_set import (
     TrainingData,
     check_data,
     check_same_classes,
-    names_data,
     needs_vae,
-    no_data,
     open_data,
     open_validation,
 )
@@ -313,9 +311,8 @@ class Inputs:
 def open_inputs(args: argparse.Namespace) -> Inputs:
     """Raises UserError, naming flags and values, if they do not make a training."""
     checkpoint = open_checkpoint(args, read_only=args.dry_run)
-    nothing = args.dry_run and not names_data(args)
-    vae = build_vae(args) if needs_vae(args, nothing) else None
-    data = no_data(args) if nothing else open_data(args, vae, checkpoint)
+    vae = build_vae(args) if needs_vae(args) else None
+    data = open_data(args, vae, checkpoint)
     print_class_notes(data.classes)
     config = build_config(args, checkpoint, data.manifest, vae, len(data.classes))
     if checkpoint is not None:
@@ -323,8 +320,7 @@ def open_inputs(args: argparse.Namespace) -> Inputs:
             checkpoint = fitted(checkpoint, config, data.classes, value(args, "seed"))
         else:
             check_same_classes(checkpoint, data.classes, data.source)
-    if not nothing:
-        check_data(data, config, checkpoint)
+    check_data(data, config, checkpoint)
     if vae is not None:
         check_vae(vae, config, value(args, "vae_path"))
     warn_other_vae(checkpoint, data.vae_sha256)

@@ -20,21 +20,11 @@ from util.vae import vae_digest
 from util.validation import ValidationSet, evenly_spread, subset
 
 
-class NoData:
-    """Stands for a training set that nobody has named, in a dry run: of one step."""
-
-    def __init__(self, images: int):
-        self.images = images
-
-    def __len__(self) -> int:
-        return self.images
-
-
 @dataclass(frozen=True)
 class TrainingData:
     """The training set and what is known of it. source: the flag and its value, for messages."""
 
-    dataset: ImageDataset | CachedLatents | NoData
+    dataset: ImageDataset | CachedLatents
     classes: list[str]
     source: str
     vae_sha256: str | None
@@ -45,23 +35,9 @@ class TrainingData:
         return int(self.dataset.bad.sum()) if isinstance(self.dataset, ImageDataset) else 0
 
 
-def names_data(args: argparse.Namespace) -> bool:
-    named = (args.data_path, args.cached_path, args.use_cached, args.val_path)
-    named += (args.val_cached_path, args.holdout)
-    return any(named) or (Path(value(args, "data_path")) / "train").is_dir()
-
-
-def no_data(args: argparse.Namespace) -> TrainingData:
-    accumulated = value(args, "batch_size") * value(args, "accum_iter") * dist.world_size()
-    dataset = NoData(args.global_batch or accumulated)
-    return TrainingData(dataset, [], "no --data_path or --cached_path", None)
-
-
-def needs_vae(args: argparse.Namespace, nothing: bool) -> bool:
+def needs_vae(args: argparse.Namespace) -> bool:
     """With cached latents it draws previews and encodes validation images; its lack is said."""
     there = Path(value(args, "vae_path")).exists()
-    if nothing:
-        return args.vae_path is not None or there
     if not args.use_cached or args.online_eval:
         return True
     if args.vae_path is not None and there:
@@ -165,7 +141,7 @@ def open_validation(
     given = [name for name in ("val_path", "val_cached_path", "holdout") if getattr(args, name)]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]}: validation data comes from one of them")
-    if isinstance(data.dataset, NoData) or (args.val_freq == 0 and not args.holdout):
+    if args.val_freq == 0 and not args.holdout:
         return data, None
     if args.holdout:
         return _set_aside(data, args.holdout)
