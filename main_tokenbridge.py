@@ -306,8 +306,9 @@ def step_figures(run: Run, steps: int) -> dict:
         seconds.append(time.perf_counter() - started)
     slowest = torch.tensor([seconds[0], seconds[-1], float(peak_memory(run.device))])
     first, last, peak = dist.all_reduce_max(slowest.to(run.device)).tolist()
-    config, batches, chunk = run.model.config, run.batches, run.model.head.chunk
-    memory = training_memory(config, batches.batch_size, run.precision.name, chunk, run.device)
+    config, batches = run.model.config, run.batches
+    kind = run.device.type
+    memory = training_memory(run.model, batches.batch_size, run.precision.name, kind)
     parameters = sum(p.numel() for p in run.model.parameters())
     rate = batches.global_batch / last
     hours = len(run.steps) * last / 3600
@@ -319,7 +320,7 @@ def step_figures(run: Run, steps: int) -> dict:
         "seconds_per_step": last,
         "images_per_second": rate,
         "tflops_per_device": training_step(config) * rate / dist.world_size() / 1e12,
-        "gib_estimated": memory.total / GIB,
+        "gib_estimated": sum(memory.values()) / GIB,
         "gib_peak": peak / GIB,
         "gib_per_checkpoint": 4 * SAVED_COPIES * parameters / GIB,
         "steps": len(run.steps),
