@@ -10,7 +10,6 @@ K levels, D width.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -181,16 +180,8 @@ def adamw_step(optimizer: torch.optim.AdamW) -> None:
         torch.optim.AdamW.step(optimizer)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Where the switches act; what a work does not use is None."""
-
-    model: TokenBridge | None = None
-    optimizer: torch.optim.AdamW | None = None
-    ema: EMA | None = None
-    sampler: SimpleNamespace | None = None  # with `sample`, that of `models.sampler`
-
-
+# Where the switches act: model, optimizer, ema, and a sampler whose `sample` is `sample_latents`.
+Parts = SimpleNamespace
 # Owner, attribute and its plain value.
 SWITCHES: dict[str, Callable[[Parts], tuple[object, str, object]]] = {
     "quantizer": lambda p: (

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +107,7 @@ def training(settings: Settings) -> Work:
     title = f"training step, batch {batch}, {settings.masked} masked positions"
     whole, single = ("quantizer", "head", "backbone", "ema", "optimizer"), ("chunks", "backbone")
     operations = batch * flops.training_step(model.config, settings.masked)
-    parts = Parts(model, optimizer, ema)
+    parts = Parts(model=model, optimizer=optimizer, ema=ema)
     return Work(title, batch, "images", step, parts, whole, single, operations)
 
 
@@ -121,12 +120,13 @@ def head_sampling(settings: Settings) -> Work:
         with settings.autocast(precision):
             model.head.sample(z, uniforms)
 
-    title, operations = f"head sampling, {count} tokens", flops.head(model.config, count)
-    return Work(title, count, "tokens", sample, Parts(model), ("sampling",), (), operations)
+    title, parts = f"head sampling, {count} tokens", Parts(model=model)
+    operations = flops.head(model.config, count)
+    return Work(title, count, "tokens", sample, parts, ("sampling",), (), operations)
 
 
 def sampling(settings: Settings) -> Work:
-    model, sampler = settings.build_model().eval(), SimpleNamespace(sample=sample_latents)
+    model, sampler = settings.build_model().eval(), Parts(sample=sample_latents)
     count, num_iter, labels = settings.batch_size, settings.num_iter, settings.labels
 
     def sample(precision: str) -> None:
@@ -136,14 +136,14 @@ def sampling(settings: Settings) -> Work:
     title = f"sampling {count} images, {num_iter} iterations, cfg {CFG:g}"
     whole = ("sampling", "guidance", "backbone")
     operations = count * flops.sampling(model.config, num_iter, guided=True)
-    parts = Parts(model, sampler=sampler)
+    parts = Parts(model=model, sampler=sampler)
     return Work(title, count, "images", sample, parts, whole, (*whole, "token_cache"), operations)
 
 
 def quantizer(settings: Settings) -> Work:
     module = GaussianQuantizer(64).to(settings.device)
     x = torch.randn(QUANTIZED, device=settings.device)
-    title, parts = f"quantizer, {list(QUANTIZED)}", Parts(SimpleNamespace(quantizer=module))
+    title, parts = f"quantizer, {list(QUANTIZED)}", Parts(model=Parts(quantizer=module))
     return in_fp32(title, (x.numel(), "scalars"), lambda: module.encode(x), parts, "quantizer")
 
 

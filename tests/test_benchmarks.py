@@ -36,7 +36,7 @@ def test_plain_training_has_the_loss_and_gradients_of_the_fast_one(names):
     mask = random_orders(2, model.config.seq_len, "cpu") < 11
     inputs = torch.randn(2, *model.config.latent_shape), torch.tensor([0, 2]), mask
     loss, gradients = loss_and_gradients(model, inputs)
-    with plain(Parts(model), *names):
+    with plain(Parts(model=model), *names):
         other, plain_gradients = loss_and_gradients(model, inputs)
     torch.testing.assert_close(loss, other)
     torch.testing.assert_close(gradients, plain_gradients, rtol=1e-4, atol=1e-6)
@@ -48,7 +48,7 @@ def test_the_published_loop_draws_the_same(names, changes):
     model = tiny_model(decoder_depth=2, **changes)
     labels, options = torch.tensor([0, 1]), dict(num_iter=4, cfg=2.0, seed=3)
     drawn = sample_latents(model, labels, **options)
-    with plain(Parts(model), *names):
+    with plain(Parts(model=model), *names):
         assert torch.equal(drawn, sample_latents(model, labels, **options))
         assert torch.equal(drawn, ways.sample_latents(model.eval(), labels, **options))
 
@@ -93,8 +93,9 @@ def test_plain_vae_makes_the_same_images():
 def test_switches_leave_nothing_behind():
     model = tiny_model()
     named = list(model.published_parameters())
-    sampler = ways.SimpleNamespace(sample=sample_latents)
-    parts = Parts(model, build_optimizer(named, 1e-2, 0.02), EMA(named, 0.9), sampler)
+    sampler = Parts(sample=sample_latents)
+    parts = Parts(model=model, optimizer=build_optimizer(named, 1e-2, 0.02))
+    parts.ema, parts.sampler = EMA(named, 0.9), sampler
     changed = {name: switch(parts) for name, switch in SWITCHES.items()}
     before = {name: getattr(owner, key) for name, (owner, key, _) in changed.items()}
     with plain(parts, *SWITCHES):

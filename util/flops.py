@@ -1,8 +1,7 @@
 """What a training step takes: operations, memory, and the share of a device that is used.
 
-Operations are those of matrix products and convolutions, a multiply-add being two; attention is
-counted as if no position were hidden, and a backward pass as two forward ones: the convention of
-torch.utils.flop_counter, with which tests/test_flops.py compares them.
+Operations are those of matrix products, a multiply-add being two; attention is counted as if no
+position were hidden, a backward pass as two forward ones: as torch.utils.flop_counter does.
 Letters: L positions, V of them visible, S class slots, T channels of a token, a bytes of a number.
 """
 
@@ -117,8 +116,7 @@ def _activations(config: TokenBridgeConfig, a: int, recompute: bool) -> tuple[fl
     """Bytes of an image in the backbone, and of a position in the head.
 
     A block keeps the sums before both norms; their outputs, q, k, v and what attention gives;
-    twice the MLP's width around GELU; dropout's masks of one byte. The head's last summands are
-    gradients in flight at the beginning of its backward.
+    twice the MLP's width around GELU; dropout's masks of one byte.
     """
     masked, tokens = math.ceil(config.seq_len * config.mask_ratio_min), config.seq_len
     image = 2 * FULL * (config.buffer_size + tokens) * config.encoder_embed_dim
@@ -137,7 +135,7 @@ def _activations(config: TokenBridgeConfig, a: int, recompute: bool) -> tuple[fl
     block = width * (4 * FULL + 12 * a) + int(width * config.mlp_ratio) * 2 * a
     channel = depth * FULL * width + block if recompute else depth * block
     channel += (6 * depth + 2) * width * a  # modulations
-    channel += width * (5 * FULL + 4 * a) + config.quant_levels * (2 * FULL + a) + width * 2 * FULL
+    channel += width * (7 * FULL + 4 * a) + config.quant_levels * (2 * FULL + a)  # two in flight
     return image + (largest if recompute else 0), config.token_dim * channel
 
 
