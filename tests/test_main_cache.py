@@ -264,20 +264,3 @@ def test_damaged_inputs_are_refused(own, tmp_path, capsys, name, num_workers):
     argv = flags(own, tmp_path / "cache", num_workers=num_workers)
     assert name in refused(capsys, main_cache.main, *argv)
     assert not (tmp_path / "cache").exists()
-
-
-def test_another_vae_is_not_mixed_in(own, tmp_path, capsys):
-    make(own, tmp_path / "cache")
-    before = contents(tmp_path / "cache")
-    torch.manual_seed(1)
-    save_vae(own / "vae.pt", AutoencoderKL(4, (1, 1), ch=32, num_res_blocks=1))
-    assert "vae_sha256" in refused(capsys, main_cache.main, *flags(own, tmp_path / "cache"))
-    assert contents(tmp_path / "cache") == before
-
-
-def test_flags_have_the_published_defaults():
-    args = main_cache.make_parser().parse([])
-    assert (args.batch_size, args.seed, args.img_size, args.vae_embed_dim) == (128, 0, 256, 16)
-    assert args.vae_path == "pretrained_models/vae/kl16.ckpt" and args.device == "cuda"
-    assert args.data_path == "./data/imagenet" and args.num_workers == 10 and args.pin_mem
-    assert args.dist_url == "env://" and args.local_rank == -1 and not args.dist_on_itp

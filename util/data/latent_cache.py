@@ -129,7 +129,8 @@ class CachedLatents(Dataset):
         self.rows = range(len(self.labels))  # of each image among all that are stored
         self.files, self.shards, self.crcs = [], [], None
         if manifest is None or manifest["format"] == "npz":
-            self.files = [str(folder / f"{name}.npz") for s in sidecars for name in s["names"]]
+            end = ".npz" if manifest else ""
+            self.files = [str(folder / f"{name}{end}") for s in sidecars for name in s["names"]]
         if manifest is None:
             channels, *sides = read_moments(self.files[0]).shape[1:]
             self.latent_shape, self.dtype = (channels // 2, *sides), torch.float32
@@ -255,8 +256,8 @@ def _open_published(folder: Path) -> CachedLatents:
         )
     with as_user_error("no cache of main_cache.py"):
         images = list_images(folder, "", "--cached_path", (".npz",))
-    names = [os.path.relpath(path, folder).removesuffix(".npz") for path, _ in images.samples]
-    labels = [label for _, label in images.samples]
+    files, labels = zip(*images.samples, strict=True)
+    names = [os.path.relpath(path, folder) for path in files]
     return CachedLatents(folder, images.classes, [{"names": names, "labels": labels}])
 
 
