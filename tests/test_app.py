@@ -175,14 +175,26 @@ def test_a_wrong_size_and_a_damaged_picture_are_told(loaded, place):
         reconstruct(loaded, str(place / "damaged.png"), 32, [2])
 
 
+@pytest.mark.parametrize(
+    ("classes", "cfg", "fragment"),
+    [(["bea"], 1, "class 'bea' is unknown"), ([], 1, "no class"), (["bee"], -1, "cfg -1")],
+)
+def test_a_wrong_setting_is_one_line_in_the_page(place, classes, cfg, fragment):
+    shelf = library(place / "run")
+    settings = (6, cfg, "linear", 1.0, "random", 0, 0)
+    with pytest.raises(app.gr.Error, match=fragment):
+        next(app.generate(shelf, shelf.choices()[0], "ema", classes, 1, 0, *settings))
+
+
 def test_wrong_calls_are_told_before_the_page_opens(capsys, monkeypatch):
     assert app.make_parser().parse([]).host == "127.0.0.1"
     assert "--resume /nowhere does not exist" in refused(capsys, app.main, "--resume", "/nowhere")
+    cpu = ("--device", "cpu")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = str(other.getsockname()[1])
-        assert f"--port {taken}: " in refused(capsys, app.main, "--port", taken)
-    assert "--host 192.0.2.1 --port" in refused(capsys, app.main, "--host", "192.0.2.1")
+        assert f"--port {taken}: " in refused(capsys, app.main, *cpu, "--port", taken)
+    assert "--host 192.0.2.1" in refused(capsys, app.main, *cpu, "--host", "192.0.2.1")
     monkeypatch.setattr(app, "gr", None)
     assert "pip install -c requirements.lock -e '.[app]'" in refused(capsys, app.main)

@@ -97,7 +97,7 @@ def test_images_appear_step_by_step_and_are_those_of_generate(page, place):
     assert np.array_equal(shown[::16, ::16], expected[1])
 
 
-def test_drawing_can_be_stopped_and_wrong_settings_are_told(page):
+def test_drawing_can_be_stopped(page):
     page.get_by_text("More", exact=True).click()
     page.get_by_label("number input for Seconds to take, to watch").fill("20")
     page.keyboard.press("Tab")
@@ -105,11 +105,6 @@ def test_drawing_can_be_stopped_and_wrong_settings_are_told(page):
     page.locator("#status").get_by_text("Iteration").wait_for()
     page.locator("#stop").click()
     page.locator("#status").get_by_text("Stopped. Iteration").wait_for()
-    classes = page.get_by_label("Classes")
-    classes.fill("bea")
-    classes.press("Enter")
-    page.locator("#generate").click()
-    assert "class 'bea' is unknown" in message(page)
     page.set_viewport_size({"width": 360, "height": 800})  # a phone does not scroll sideways
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
