@@ -20,7 +20,7 @@ help:
 	@echo '  make bench  time everything, each optimisation on and off (up to 25 minutes on 2 cores);'
 	@echo '              ARGS="--only train" picks some'
 	@echo '  make lint   check style and formatting'
-	@echo '  make lock   resolve requirements.lock and environment.yaml anew; ARGS=--upgrade'
+	@echo '  make lock   resolve requirements.lock anew; ARGS=--upgrade'
 	@echo '  make clean  remove the demo output and caches, keep .venv'
 	@echo
 	@echo 'The first one installs into .venv (once, 2 to 5 minutes, about 6 GB).'
@@ -47,8 +47,10 @@ lint: $(INSTALLED)
 
 lock: $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet uv
-	@$(BIN)/python tools/lock.py $(ARGS)
-	@git --no-pager diff --stat -- requirements.lock environment.yaml
+	@$(BIN)/python -m uv pip compile --universal --python-version 3.10 --all-extras --no-annotate \
+	    --quiet --custom-compile-command 'make lock' --output-file requirements.lock $(ARGS) \
+	    pyproject.toml >/dev/null
+	@git --no-pager diff --stat -- requirements.lock
 
 clean:
 	@rm -rf output/demo output/demo-* .pytest_cache .ruff_cache .hypothesis build *.egg-info
