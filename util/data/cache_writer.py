@@ -297,8 +297,7 @@ def verify(path: str | Path) -> CachedLatents:
         for index in tqdm(range(len(cache)), "reading", disable=None):
             cache.__getitems__([(index, False), (index, True)])
         return cache
-    files = [shard_path(cache.folder, shard, ".npy") for shard in range(len(cache.counts))]
-    said = zip(tqdm(files, "reading", disable=None), cache.manifest["shards"], strict=True)
+    said = zip(tqdm(cache.paths, "reading", disable=None), cache.manifest["shards"], strict=True)
     if damaged := [file.stem for file, entry in said if sha256(file) != entry["sha256"]]:
         raise UserError(
             f"--cached_path {path}: wrong checksums in {', '.join(damaged)}; remove the files of "

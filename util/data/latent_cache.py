@@ -178,7 +178,7 @@ class CachedLatents(Dataset):
         if not self.files:
             shard = bisect_right(self.starts, row) - 1
             stored = self.shards[shard][row - self.starts[shard], int(flip)]
-            return shard_path(self.folder, shard, ".npy"), stored
+            return self.paths[shard], stored
         (moments,) = read_moments(self.files[row], NPZ_NAMES[flip : flip + 1])
         if moments.shape != (shape := self._shape):
             raise UserError(f"{unreadable(self.files[row])}: it is {moments.shape}, not {shape}")
@@ -189,11 +189,12 @@ class CachedLatents(Dataset):
         if self.files:
             return
         self.starts = [0, *accumulate(self.counts)]
+        self.paths = [shard_path(self.folder, shard, ".npy") for shard in range(len(self.counts))]
         _allow_open_files(len(self.counts))
         self.shards = [self._map(shard) if n else None for shard, n in enumerate(self.counts)]
 
     def _map(self, shard: int) -> np.ndarray:
-        path = shard_path(self.folder, shard, ".npy")
+        path = self.paths[shard]
         with as_user_error(unreadable(path), (Exception,)):
             array = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
             shape, dtype = (self.counts[shard], 2, *self._shape), self.manifest["dtype"]

@@ -221,8 +221,8 @@ def print_class_notes(classes: list[str]) -> None:
 
 def _dark_notes(files: list[str]) -> list[str]:
     """That images of 16 bits seem to hold 12 bits or fewer, which come out nearly black."""
-    brightest = []
-    for path in files[:: max(1, len(files) // DARK_SAMPLE)][:DARK_SAMPLE]:
+    brightest, chosen = [], files[:: max(1, len(files) // DARK_SAMPLE)][:DARK_SAMPLE]
+    for path in (path for path in chosen if path.lower().endswith((".png", ".tif", ".tiff"))):
         # Reading a damaged file for the work says what is wrong with it.
         with suppress(UserError), as_user_error(path, (Exception,)), open_image(path) as image:
             if ";16" in str(image.tile[:1]):  # Pillow's name of how the pixels are stored
