@@ -18,9 +18,9 @@ from tests.runs import (
     refused,
     train,
 )
-from util.data.cache_files import read_json, write_json
+from util.data.cache_writer import write_json
 from util.data.histogram import LatentHistogram, posterior_noise
-from util.data.latent_cache import open_cache
+from util.data.latent_cache import open_cache, read_json
 
 BITS = 3
 CALIBRATED = {"quantizer": "calibrated", "quant_bits": BITS}

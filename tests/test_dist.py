@@ -20,8 +20,7 @@ import main_cache
 import main_tokenbridge
 import reconstruction
 from engine_tokenbridge import train_step
-from models.tokenizers.tokenizer import Tokenizer
-from tests.conftest import tiny_model
+from tests.conftest import new_run, tiny_model
 from tests.runs import (
     call,
     fork_together,
@@ -29,14 +28,10 @@ from tests.runs import (
     ranks,
 )
 from util import dist, stop
-from util.agreement import Agreement
-from util.data.images import MicroBatchSampler
-from util.device import resolve_precision
+from util.data.batches import Batches, MicroBatchSampler
 from util.dist import run
 from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from util.evaluation import extractor
-from util.optim import EMA
-from util.plan import Plan, Run, Schedule, TrainSettings
 from util.setup import check_agreement
 
 BATCH, IMAGES = 2, 8
@@ -58,32 +53,18 @@ def one_step(micro_batches: int) -> dict:
     for name, parameter in model.named_parameters():
         parts[name] = []
         parameter.register_hook(parts[name].append)
-    place = dict(rank=dist.rank(), world_size=dist.world_size())
-    sampler = MicroBatchSampler(
-        IMAGES, BATCH, micro_batches, **place, seed=1, first_step=0, num_steps=1
-    )
+    run = new_run(model, 0.9)
+    run.batches = Batches(BATCH, micro_batches, IMAGES, seed=1)
+    run.steps, run.grad_clip = range(1), 1e9
+    sampler = MicroBatchSampler(run.batches, run.steps, dist.rank(), dist.world_size())
     moments = torch.randn(IMAGES, 12, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(IMAGES) % 3
     numbers = (torch.tensor([index for index, _ in keys]) for keys in sampler)
-    device = torch.device("cpu")
-    optimizer = Recorder(model.parameters(), lr=1.0)
-    run = Run(
-        model=model,
-        ema=EMA(model.published_parameters(), 0.9),
-        optimizer=optimizer,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        agreement=Agreement(device),
-        tokenizer=Tokenizer(None, latent_scale=1.0),
-        device=device,
-        precision=resolve_precision("fp32", device),
-    )
-    schedule = Schedule(BATCH, micro_batches, IMAGES, seed=1)
-    settings = TrainSettings(
-        **dict(plan=Plan(schedule, 0), epochs=1, grad_clip=1e9, max_skipped=1),
-        **dict(cached=True, eval_freq=1, output_dir=Path(), extras={}),
-    )
-    batches = ((moments[i], labels[i]) for i in numbers)
-    found = train_step(run, dist.wrap(model, device), batches, 0, settings)
+    run.tokenizer.latent_scale = 1.0
+    run.optimizer = optimizer = Recorder(model.parameters(), lr=1.0)
+    run.wrapped = dist.wrap(model, run.device)
+    run.micro_batches = ((moments[i], labels[i]) for i in numbers)
+    found = train_step(run, 0)
     return {
         "losses": losses,
         "loss": found.loss,

@@ -30,8 +30,9 @@ from tests.runs import (
     train,
 )
 from util import doctor
-from util.data.cache_files import read_json, write_json
+from util.data.cache_writer import write_json
 from util.data.histogram import posterior_noise
+from util.data.latent_cache import read_json
 from util.doctor import FAILURE, OK, WARNING, Finding, Opened
 from util.errors import UserError
 from util.vae import load_vae, save_vae

@@ -11,23 +11,35 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.conftest import run_script
-from tools import lock as tool
+from tests.conftest import ROOT, run_script
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-LOCK = tool.lock_path().read_text()
-CONDA = yaml.safe_load((tool.ROOT / "environment.yaml").read_text())
+LOCK = (ROOT / "requirements.lock").read_text()
+CONDA = yaml.safe_load((ROOT / "environment.yaml").read_text())
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def requirements() -> list[Requirement]:
-    project = tool.tomllib.loads((tool.ROOT / "pyproject.toml").read_text())["project"]
-    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
     return [Requirement(text) for group in groups for text in group]
+
+
+def locked_versions(python: str) -> dict[str, str]:
+    """{canonical name: version} of the lock's lines that hold for `python` ("3.11") here."""
+    where = {"python_version": python, "python_full_version": f"{python}.0"}
+    lines = [Requirement(line) for line in LOCK.splitlines() if line and line[0] != "#"]
+    pins = [pin for pin in lines if pin.marker is None or pin.marker.evaluate(where)]
+    return {canonicalize_name(p.name): next(iter(p.specifier)).version for p in pins}
 
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_lock_satisfies_every_range_of_pyproject(python):
-    versions = tool.locked_versions(LOCK, python)
+    versions = locked_versions(python)
     for requirement in requirements():
         version = versions[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), (requirement, version)
@@ -35,7 +47,7 @@ def test_lock_satisfies_every_range_of_pyproject(python):
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_lock_holds_the_matching_pair_of_torch_and_torchvision(python):
-    versions = tool.locked_versions(LOCK, python)
+    versions = locked_versions(python)
     assert (versions["torch"], versions["torchvision"]) == ("2.14.1", "0.29.2")
 
 
@@ -50,19 +62,14 @@ def test_lock_has_no_index_or_machine_path():
     assert not re.search(r"://|--index|--find-links|--extra|/root|/home|/tmp", LOCK)
 
 
-def test_environment_yaml_is_made_from_the_lock():
-    assert (tool.ROOT / "environment.yaml").read_text() == tool.render_environment(LOCK)
-
-
-def test_environment_yaml_pins_every_direct_dependency_as_locked():
-    assert CONDA["name"] == "tokenbridge"
+def test_environment_yaml_installs_all_that_pyproject_names_as_locked():
     python = CONDA["dependencies"][0].removeprefix("python=")
-    pip_lines = CONDA["dependencies"][-1]["pip"]
-    pins = [Requirement(line) for line in pip_lines if not line.startswith("--")]
-    locked = tool.locked_versions(LOCK, python)
-    assert sorted(pin.name for pin in pins) == sorted(tool.direct_dependencies())
-    for pin in pins:
-        assert str(pin.specifier) == f"=={locked[pin.name]}"
+    extras = ",".join(PROJECT["optional-dependencies"])
+    assert CONDA["name"] == "tokenbridge" and python in PYTHONS
+    assert CONDA["dependencies"][-1]["pip"] == [
+        "--constraint requirements.lock",
+        f"--editable .[{extras}]",
+    ]
 
 
 def installed_versions() -> dict[str, Version]:
@@ -73,7 +80,7 @@ def installed_versions() -> dict[str, Version]:
 
 
 def test_installed_versions_are_the_locked_ones():
-    locked = tool.locked_versions(LOCK, f"{sys.version_info.major}.{sys.version_info.minor}")
+    locked = locked_versions(f"{sys.version_info.major}.{sys.version_info.minor}")
     installed = installed_versions()
     different = {
         name: (installed[name].public, version)
@@ -84,10 +91,11 @@ def test_installed_versions_are_the_locked_ones():
 
 
 def test_everything_asked_for_is_installed():
-    assert set(tool.direct_dependencies()) <= set(installed_versions())
+    names = {canonicalize_name(requirement.name) for requirement in requirements()}
+    assert names <= set(installed_versions())
 
 
-COMMANDS = tool.tomllib.loads((tool.ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+COMMANDS = PROJECT["scripts"]
 ASK_FOR_HELP = """
 import runpy, sys
 from importlib.metadata import entry_points
@@ -105,7 +113,7 @@ for name in sys.argv[1:]:
 
 def test_commands_and_modules_of_the_documentation_run_in_any_folder(tmp_path):
     """As installed. In one process, which takes the seconds of the imports once."""
-    pages = [tool.ROOT / "README.md", *(tool.ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     modules = {m for page in pages for m in re.findall(r"-m (util\.\w+)", page.read_text())}
     (tmp_path / "ask.py").write_text(ASK_FOR_HELP)
     result = run_script(tmp_path / "ask.py", *modules, *COMMANDS, cwd=tmp_path)
@@ -116,7 +124,7 @@ def test_commands_and_modules_of_the_documentation_run_in_any_folder(tmp_path):
 
 def test_citation_is_of_the_schema():
     """Version 1.2.0 of the Citation File Format: what must be there, and what may be."""
-    citation = yaml.safe_load((tool.ROOT / "CITATION.cff").read_text())
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
     paper = citation["preferred-citation"]
     for entry in (citation, paper):

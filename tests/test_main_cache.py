@@ -22,7 +22,8 @@ from util import stop
 from util.args import CONFIG
 from util.data.images import center_crop
 from util.data.latent_cache import open_cache
-from util.errors import EXIT_STOPPED, run
+from util.dist import run
+from util.errors import EXIT_STOPPED
 from util.vae import load_vae, save_vae
 
 SIZE = 16

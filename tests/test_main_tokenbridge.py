@@ -182,7 +182,7 @@ def test_training_from_a_cache_loads_no_vae_unless_it_is_to_draw(
         raise AssertionError("a VAE was built")
 
     monkeypatch.setattr(AutoencoderKL, "__init__", loaded)
-    monkeypatch.setattr("util.vae_files.load_vae", loaded)
+    monkeypatch.setattr("util.vae.load_vae", loaded)
     monkeypatch.setattr("util.setup.load_vae", loaded)
     for name, said in (("/nowhere.ckpt", True), ("vae.ckpt", False)):
         found = train(inputs, tmp_path / Path(name).stem, vae_path=name)

@@ -3,7 +3,7 @@
 import os
 
 import main_cache
-from util.errors import run
+from util.dist import run
 
 encode = main_cache.encode
 
