@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from tests.conftest import ROOT, environment
 from tests.hub import Hub, running
 from tests.runs import call, free_port, refused
-from util import download
+from util import dist, download
 from util.download import PLACES, REPOSITORY
 from util.errors import EXIT_STOPPED
 
@@ -43,7 +43,7 @@ def refused_at_last(capsys, hub: Hub, folder: Path, *what: str) -> str:
     """The last line, after what the progress bar and the library have said."""
     with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["download.py", *command(hub, folder, *what)])
-        download.run(download.main)
+        dist.run(download.main)
     assert stop.value.code == 2
     return capsys.readouterr().err.splitlines()[-1]
 

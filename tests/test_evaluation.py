@@ -17,9 +17,7 @@ from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.measures import PIXELS, save_model
-from tests.runs import SIZE, TRAIN_FLAGS, evaluate, flags, on_processes, refused, train
-from tools import compare_images
-from util.data.images import save_png
+from tests.runs import SIZE, TRAIN_FLAGS, evaluate, flags, refused, train
 from util.device import resolve_precision
 from util.errors import UserError
 from util.evaluation.evaluator import Evaluator, shown_ids
@@ -193,17 +191,3 @@ def test_evaluation_while_training_takes_another_folder_where_a_script_refuses(t
     assert names == ["eval-epoch2", "eval-epoch2-2", "eval-epoch2-3"]
     with pytest.raises(UserError, match="settings.cfg 1.5 .now 4.0."):
         evaluator.evaluate(guided(4.0), folder)
-
-
-def test_comparison_counts_the_images_that_differ(tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
-    for number, change in enumerate((0, 1, 20)):
-        changed = image.clone()
-        changed[0, 0, 0] += change
-        for folder, shown in ((first, image), (second, changed)):
-            folder.mkdir(exist_ok=True)
-            save_png(shown, folder / f"{number}.png")
-    assert compare_images.differences(first, second).tolist() == [0, 1, 20]
-    result = on_processes(1, "tools/compare_images.py", first, second)
-    assert "3 images: 2 differ at all, 1 by more than 8 levels" in result.stdout
