@@ -35,6 +35,7 @@ from util.args import (
     Parser,
     changed,
     positive_int,
+    random_seed,
     settings_saved,
     value,
 )
@@ -79,8 +80,7 @@ def make_parser() -> Parser:
     )
     parser.add_flags("tokenizer", *VAE)
     parser.add_loader_flags()
-    parser.add_device_flags()
-    parser.set_defaults(seed=0)
+    parser.add_device_flags(seed=Flag("seed", random_seed, 0, "of everything random"))
     return parser
 
 

@@ -311,8 +311,8 @@ class Parser(argparse.ArgumentParser):
         )
         group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="pageable")
 
-    def add_device_flags(self, *more: Flag) -> None:
-        self.add_flags("device", DEVICE, SEED, *more)
+    def add_device_flags(self, *more: Flag, seed: Flag = SEED) -> None:
+        self.add_flags("device", DEVICE, seed, *more)
         group = self.add_flags("processes", *PROCESSES, about=RECOGNISED)
         group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=UNREAD)
 
