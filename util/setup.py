@@ -483,10 +483,11 @@ def check_agreement(facts: dict) -> None:
     """
     gathered = dist.gather_objects(facts)
     for name in facts:
-        differing = [rank for rank, other in enumerate(gathered) if other[name] != facts[name]]
+        values = [other[name] for other in gathered]
+        differing = [rank for rank, own in enumerate(values) if own != values[0]]
         if differing:
             raise UserError(
-                f"process {differing[0]} and process {dist.rank()} have different values: {name}; "
+                f"process {differing[0]} and process 0 have different values: {name}; "
                 "--data_path, --cached_path and --resume must be the same folders on all nodes"
             )
 

@@ -47,7 +47,6 @@ from util.files import load_tensors, sha256
 
 ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256
-MAX_STATISTICS_BYTES = 1 << 28  # of sigma: 5792 features in float64
 BATCH = 64
 SAMPLED = 1000  # images of a folder whose size is looked up
 ImageSource = list[str] | ImageArray
@@ -149,7 +148,7 @@ def _read(path: str | Path) -> dict[str, np.ndarray]:
         if saved is not None:
             arrays = {key: np.asarray(value) for key, value in saved.items()}
         else:  # ADM's files hold 10,000 images besides
-            arrays = read_npz(path, ("mu", "sigma", *RECORDED), MAX_STATISTICS_BYTES)
+            arrays = read_npz(path, ("mu", "sigma", *RECORDED))
         for name in arrays.keys() & {"mu", "sigma"}:
             if arrays[name].dtype.kind not in "fiu":
                 raise ValueError(f"numbers of type {arrays[name].dtype}")
