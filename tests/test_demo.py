@@ -15,9 +15,13 @@ from tests.conftest import ROOT
 from tests.runs import call, refused
 from util import fid_stats
 from util.errors import UserError
-from util.evaluation import metrics
-from util.evaluation.metrics import frechet, statistics
+from util.evaluation.evaluator import Evaluator
+from util.evaluation.extractor import load_extractor
+from util.evaluation.metrics import Measure, frechet, statistics
+from util.evaluation.reference import compare_with_statistics
 from util.vae import load_vae
+
+CPU, EXTRACTOR = torch.device("cpu"), "demo.classifier:digits"
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +112,12 @@ def test_demo_s_distance_comes_from_the_evaluation_s_own_path(few, tmp_path):
     argv = ["--image_dir", few / "train", "--output", stats, "--img_size", 32, "--device", "cpu"]
     argv += ["--feature_extractor", "demo.classifier:digits", "--inception_weights", weights]
     call(fid_stats.main, *map(str, [*argv, "--num_workers", 0]))
-    measure = metrics.prepare(
-        str(stats),
-        str(weights),
-        torch.device("cpu"),
-        feature_extractor="demo.classifier:digits",
-        size=32,
-    )
+    measure = Measure(load_extractor(EXTRACTOR, weights, CPU))
+    measure = compare_with_statistics(measure, stats, 32)
     held_out = classifier.labelled_images(few / "val")
-    found = metrics.score(measure.extractor(held_out[0]), measure).figures["frechet_distance"]
+    evaluator = Evaluator(None, None, CPU, measure=measure)
+    evaluator.update(held_out[0])
+    found = evaluator.result().figures["frechet_distance"]
     judged = classifier.judge(measure.extractor, measure.stats, held_out[0], held_out, held_out)
     assert judged["generated"]["frechet_to_train"] == pytest.approx(found)
     assert judged["generated"]["nearest_training_image"] == pytest.approx(0, abs=1e-3)
@@ -126,7 +127,7 @@ def test_demo_s_distance_comes_from_the_evaluation_s_own_path(few, tmp_path):
 
 def test_demo_s_extractor_says_that_it_is_trained():
     with pytest.raises(UserError, match="demo/classifier.py train"):
-        metrics.prepare(None, None, torch.device("cpu"), feature_extractor="demo.classifier:digits")
+        load_extractor(EXTRACTOR, None, CPU)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from models.generate import PRECISIONS
 from models.sampler import CFG_SCHEDULES, ORDERS
 from util import dist
 from util.data.images import MAX_PIXELS
-from util.errors import EXIT_USER_ERROR, UserError, as_user_error, did_you_mean
+from util.errors import EXIT_USER_ERROR, UserError, as_user_error, did_you_mean, program
 from util.files import LOCK, atomic_write
 from util.optim import BLR_BATCH
 
@@ -285,6 +285,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(
+            prog=program(),
             description=description.partition("\nLetters:")[0],
             formatter_class=_HelpFormatter,
             allow_abbrev=False,  # a prefix that works today is ambiguous tomorrow
@@ -552,7 +553,7 @@ def settings_saved(
 
 def save_settings(args: argparse.Namespace, path: Path, remarks: str = "", step: int = 0) -> None:
     """Write a file that makes the same call again; for the arguments, see `settings_saved`."""
-    settings = to_save(args) | {SAVED_BY: Path(sys.argv[0]).name}
+    settings = to_save(args) | {SAVED_BY: program()}
     body = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, allow_unicode=True)
     with as_user_error(f"{path}: cannot write", (OSError,)):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
@@ -26,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util import errors, stop
 from util.device import resolve_device
-from util.errors import UserError, as_user_error
+from util.errors import UserError, as_user_error, program
 from util.files import listed
 from util.watchdog import FINISHED, PROBABLY_DEAD, Watchdog
 
@@ -256,7 +255,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _say(line: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+    print(f"{program()}: {line}", file=sys.stderr, flush=True)
 
 
 def end(why: str, code: int) -> NoReturn:

@@ -5,8 +5,10 @@ remedy, exit code 2. Everything else is a defect of ours and keeps its traceback
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
+from pathlib import Path
 
 from util import stop
 
@@ -38,3 +40,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "; did you mean ...?", or nothing where no known name is like it."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def program() -> str:
+    """The name by which this process was started, of a script, a module or a console command."""
+    script = Path(sys.argv[0])
+    return f"{script.parent.name}.py" if script.name == "__main__.py" else script.name
