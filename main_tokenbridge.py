@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine_tokenbridge import Run, SkipVote, train, train_step
+from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
 from util import dist, doctor, stop
 from util.args import (
@@ -103,48 +104,16 @@ def build_run(
     data, config, checkpoint = inputs.data, inputs.config, inputs.checkpoint
     plan = plan_batches(args, checkpoint, len(data.dataset))
     batches, first = plan.batches, plan.first_step
-    last = max(first, args.epochs * batches.steps_per_epoch)
+    steps = range(first, max(first, args.epochs * batches.steps_per_epoch))
     rate = learning_rate(args, batches)
-    # The same initial weights on every process, whatever was built before the model.
-    torch.manual_seed(value(args, "seed"))
-    model = build_model(
-        config,
-        checkpoint,
-        levels=new_levels(args, inputs),
-        grad_checkpointing=args.grad_checkpointing,
-        head_chunk=args.head_chunk,
-    ).to(device)
-    if args.compile:
-        compile_model(model, device)
+    model = new_model(args, inputs, device)
     tokenizer = Tokenizer(inputs.vae, config.latent_scale).to(device)
-    evaluator = evaluation = None
-    if args.online_eval:
-        evaluation = eval_settings(args, config.class_num, data.classes)
-    if args.online_eval and not args.dry_run:
-        folder = Path(args.output_dir) / "reference_features"
-        measure = prepare_measure(args, config.img_size, device, folder)
-        evaluator = Evaluator(model, tokenizer, device, precision, measure)
     sampler = MicroBatchSampler(
-        batches, range(first, last), dist.rank(), dist.world_size(), flip=not args.no_flip
+        batches, steps, dist.rank(), dist.world_size(), flip=not args.no_flip
     )
     flags = to_save(args)
     if checkpoint is not None and not checkpoint.begins:  # what a run began with stays known
         flags["finetune"] = args.finetune or checkpoint.argument("finetune") or ""
-    about = {
-        "environment": environment(device, precision.name, dist.world_size()),
-        "flags": flags,
-        "model": config.to_dict(),
-    }
-    log_settings = LogSettings(
-        args.log_dir or args.output_dir,
-        args.log_freq,
-        batches,
-        first,
-        last,
-        about,
-        args.metrics_file,
-    )
-    meter = Meter(training_step(config), device, peak_flops(device, precision))
     run = Run(
         model=model,
         ema=EMA(model.published_parameters(), args.ema_rate),
@@ -154,13 +123,13 @@ def build_run(
         device=device,
         precision=precision,
         batches=batches,
-        steps=range(first, last),
+        steps=steps,
         learning_rate=rate,
         data=data.dataset,
         sampler=sampler,
         loader=make_loader(args, data.dataset, sampler, device),
         cached=args.use_cached,
-        log=TrainingLog(log_settings, meter, data.count_skipped),
+        log=make_log(args, inputs, flags, plan, precision, device),
         saver=CheckpointSaver(save_settings(args), batches.steps_per_epoch, first),
         validation=make_validation(args, inputs, tokenizer, device, precision, plan),
         skip_vote=SkipVote(device, skipped_before(checkpoint)),
@@ -169,30 +138,85 @@ def build_run(
         grad_clip=args.grad_clip,
         max_skipped=args.max_skipped,
         eval_freq=args.eval_freq,
-        evaluator=evaluator,
-        evaluation=evaluation,
     )
+    if args.online_eval:
+        add_evaluation(args, run, data.classes)
     if checkpoint is not None:
         checkpoint.load_training_state(run.ema, run.optimizer, run.scaler)
         checkpoint.release()
         dist.print_main(f"loaded {checkpoint.path}")
-    check_agreement(
-        {
-            "first step (--resume)": first,
-            "number of images": len(data.dataset),
-            "number of validation images": len(run.validation.numbers),
-            "classes": data.classes,
-            "settings of the model": config.to_dict(),
-            "micro-batches of a step": batches.to_dict(),
-            "learning rate": rate.lr,
-        }
-    )
-    refuse_finished(args, checkpoint, run.steps)
+    check_same(run, data.classes)
+    refuse_finished(args, checkpoint, steps)
     lines = [*describe(args, run, inputs), *plan.notes]
     lines += [f"going on after step {first}"] if first else []
     description = "\n".join([*lines, *rate_warnings(args, rate, first, checkpoint)])
     dist.print_main(description)
     return run, plan, description
+
+
+def new_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> TokenBridge:
+    # The same initial weights on every process, whatever was built before the model.
+    torch.manual_seed(value(args, "seed"))
+    model = build_model(
+        inputs.config,
+        inputs.checkpoint,
+        levels=new_levels(args, inputs),
+        grad_checkpointing=args.grad_checkpointing,
+        head_chunk=args.head_chunk,
+    ).to(device)
+    if args.compile:
+        compile_model(model, device)
+    return model
+
+
+def make_log(
+    args: argparse.Namespace,
+    inputs: Inputs,
+    flags: dict,
+    plan: Plan,
+    precision: Precision,
+    device: torch.device,
+) -> TrainingLog:
+    settings = LogSettings(
+        folder=args.log_dir or args.output_dir,
+        every=args.log_freq,
+        batches=plan.batches,
+        first_step=plan.first_step,
+        last_step=args.epochs * plan.batches.steps_per_epoch,
+        about={
+            "environment": environment(device, precision.name, dist.world_size()),
+            "flags": flags,
+            "model": inputs.config.to_dict(),
+        },
+        metrics_file=args.metrics_file,
+    )
+    meter = Meter(training_step(inputs.config), device, peak_flops(device, precision))
+    return TrainingLog(settings, meter, inputs.data.count_skipped)
+
+
+def add_evaluation(args: argparse.Namespace, run: Run, classes: list[str]) -> None:
+    """--online_eval; a dry run loads no extractor."""
+    config = run.model.config
+    run.evaluation = eval_settings(args, config.class_num, classes)
+    if not args.dry_run:
+        folder = run.output_dir / "reference_features"
+        measure = prepare_measure(args, config.img_size, run.device, folder)
+        run.evaluator = Evaluator(run.model, run.tokenizer, run.device, run.precision, measure)
+
+
+def check_same(run: Run, classes: list[str]) -> None:
+    """Raise UserError unless all processes are about to train the same."""
+    check_agreement(
+        {
+            "first step (--resume)": run.steps.start,
+            "number of images": len(run.data),
+            "number of validation images": len(run.validation.numbers),
+            "classes": classes,
+            "settings of the model": run.model.config.to_dict(),
+            "micro-batches of a step": run.batches.to_dict(),
+            "learning rate": run.learning_rate.lr,
+        }
+    )
 
 
 def new_levels(args: argparse.Namespace, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
