@@ -67,7 +67,7 @@ def train(
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: Tensor) -> float:
     """Of the posterior mean's reconstruction, in dB, over all pixels of [N, 3, S, S]."""
-    decoded = torch.cat([vae.decode(vae.encode(part).mode()) for part in images.split(64)])
+    decoded = torch.cat([vae.decode(vae.encode(part).mean) for part in images.split(64)])
     error = (decoded.clamp(-1, 1) - images).square().mean()
     return (10 * torch.log10(4 / error)).item()
 

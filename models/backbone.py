@@ -9,6 +9,7 @@ Source: MAR, arXiv 2406.11838; arXiv 2503.16430.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from models.config import TokenBridgeConfig
 from models.layers import Block, LayerNorm, call, init_linear, learned, take
@@ -17,20 +18,12 @@ from models.masking import Mask
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
     """[B, C, H, W] -> [B, L, C*p*p]: tokens row-major, channel-major inside a token."""
-    b, c, h, w = latents.shape
-    p = patch_size
-    x = latents.reshape(b, c, h // p, p, w // p, p)
-    x = x.permute(0, 2, 4, 1, 3, 5)  # [B, H/p, W/p, C, p, p]
-    return x.reshape(b, (h // p) * (w // p), c * p * p)
+    return F.pixel_unshuffle(latents, patch_size).flatten(2).mT
 
 
 def unpatchify(tokens: Tensor, patch_size: int, grid_size: int) -> Tensor:
     """[B, L, C*p*p] with L = grid_size^2 -> [B, C, H, W]."""
-    b, _, d = tokens.shape
-    p, g = patch_size, grid_size
-    x = tokens.reshape(b, g, g, d // (p * p), p, p)
-    x = x.permute(0, 3, 1, 4, 2, 5)  # [B, C, H/p, p, W/p, p]
-    return x.reshape(b, d // (p * p), g * p, g * p)
+    return F.pixel_shuffle(tokens.mT.unflatten(2, (grid_size, grid_size)), patch_size)
 
 
 class Backbone(nn.Module):
@@ -71,10 +64,10 @@ class Backbone(nn.Module):
         if labels is None:
             return self.fake_latent.expand(batch, -1)
         embedding = self.class_emb(labels)
-        if self.training:
-            dropped = torch.rand(batch, 1, device=labels.device) < self.label_drop_prob
-            embedding = torch.where(dropped, self.fake_latent.to(embedding.dtype), embedding)
-        return embedding
+        if not self.training:
+            return embedding
+        dropped = torch.rand(batch, 1, device=labels.device) < self.label_drop_prob
+        return torch.where(dropped, self.fake_latent.to(embedding.dtype), embedding)
 
     def embed(self, values: Tensor, class_embedding: Tensor) -> Tensor:
         """values: [B, L, C] dequantized tokens, class_embedding: [B, D] -> [B, S + L, D]."""
@@ -84,13 +77,10 @@ class Backbone(nn.Module):
         return self.z_proj_ln(x)
 
     def encode(self, values: Tensor, class_embedding: Tensor, mask: Mask) -> Tensor:
-        """values: [B, L, C]; what lies under the mask is never read.
-
-        class_embedding: [B, D]. Returns [B, S + V, D].
-        """
+        """values: [B, L, C], those under the mask never read -> [B, S + V, D]."""
         x = self.embed(values, class_embedding)
         slots, x = x.split([self.num_slots, values.shape[1]], dim=1)
-        x = torch.cat([slots, take(x, mask.visible)], dim=1)  # [B, S+V, D]
+        x = torch.cat([slots, take(x, mask.visible)], dim=1)
         for block in self.encoder_blocks:
             x = call(block, x, recompute=self.grad_checkpointing)
         return self.encoder_norm(x)
@@ -105,7 +95,7 @@ class Backbone(nn.Module):
         length = self.output_pos_embed.shape[1]
         x = self.mask_token.to(x.dtype).expand(x.shape[0], length, -1)
         x = x.scatter(1, mask.visible[..., None].expand_as(visible), visible)
-        x = torch.cat([slots, x], dim=1) + self.decoder_pos_embed_learned  # [B, S+L, D]
+        x = torch.cat([slots, x], dim=1) + self.decoder_pos_embed_learned  # [B, S + L, D]
         *blocks, last = self.decoder_blocks
         for block in blocks:
             x = call(block, x, recompute=self.grad_checkpointing)

@@ -1,11 +1,9 @@
 """Levels of a scalar quantizer fitted to the data: one codebook for each channel.
 
-Where the levels lie decides what the same number of them is good for. With a density of levels
-proportional to f^a, f the density of the data, the error is least at a = 1/3 and all levels are
-used alike at a = 1. The published codebook, made for N(0, 1) and stretched by 5/3, has a = 0.36 on
-N(0, 1) data; this one has a = EXPONENT on any data (docs/quantizer.md has the figures):
-1. f is the histogram, smoothed by a Gaussian kernel of Silverman's bandwidth, so that f is known
-   a little beyond the largest value seen, too;
+With a density of levels proportional to f^a, f the density of the data, the error is least at
+a = 1/3 and all levels are used alike at a = 1. The published codebook, made for N(0, 1) and
+stretched by 5/3, has a = 0.36 on N(0, 1) data; this one has a = EXPONENT on any data:
+1. f is the histogram, smoothed by a Gaussian kernel of Silverman's bandwidth;
 2. boundaries are where f^a is cut into K equal parts;
 3. a few of Lloyd's steps: values are the means of their cells, boundaries lie halfway between.
 Letters: C channels, B bins, K levels.
@@ -26,18 +24,15 @@ KERNEL_RADIUS = 6  # bandwidths
 def fit_levels(
     counts: Tensor, widths: Tensor, levels: int, exponent: float = EXPONENT
 ) -> tuple[Tensor, Tensor]:
-    """Boundaries [C, K + 1] and values [C, K], float64, of histograms around zero.
+    """Boundaries [C, K + 1], the outermost the ends of the data, and values [C, K], float64.
 
-    counts: [C, B], B even: the edge in the middle is zero. widths: [C] of the bins.
-    The outermost boundaries are the ends of the data.
-    Raises ValueError if a channel has no counts, or on fewer than two levels.
+    counts: [C, B] of bins, B even: the edge in the middle is zero. widths: [C] of the bins.
+    Raises ValueError if a channel has no counts.
     """
-    if levels < 2:
-        raise ValueError(f"{levels} levels are not at least 2")
     if not (counts.sum(dim=1) > 0).all():
         raise ValueError("there are channels without any latents to fit levels to")
-    channels = zip(counts.double(), widths.tolist(), strict=True)
-    tables = [_fit_channel(_Histogram(*channel), levels, exponent) for channel in channels]
+    histograms = map(_Histogram, counts.double(), widths.tolist())
+    tables = [_fit_channel(histogram, levels, exponent) for histogram in histograms]
     boundaries, values = (torch.stack(table) for table in zip(*tables, strict=True))
     return boundaries, values
 
@@ -69,14 +64,14 @@ class _Histogram:
 
     def __init__(self, counts: Tensor, width: float):
         self.samples, self.width = counts.sum().item(), width
-        self.mass = counts / counts.sum()
+        self.mass = counts / self.samples
         self.edges = (torch.arange(len(counts) + 1, dtype=torch.float64) - len(counts) // 2) * width
         middles = (self.edges[1:] + self.edges[:-1]) / 2
         zero = self.mass.new_zeros(1)
         self.below = torch.cat([zero, self.mass.cumsum(0)])  # mass below an edge, [B + 1]
         self.first_moment = torch.cat([zero, (self.mass * middles).cumsum(0)])
-        deviations = middles - self.first_moment[-1].item()
-        self.variance = (self.mass * deviations.square()).sum().item() + width**2 / 12
+        variance = (self.mass * (middles - self.first_moment[-1]).square()).sum().item()
+        self.variance = variance + width**2 / 12
 
     def up_to(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Integrals of f and x f from the left end to each x."""
@@ -97,7 +92,7 @@ class _Histogram:
 
     def smoothed(self) -> tuple[Tensor, Tensor]:
         """Edges and mass of the same data after a Gaussian kernel, which reaches further out."""
-        low, _, high = cut(self.edges, self.mass, 4).tolist()
+        low, _, high = cut(self.edges, self.mass, 4).tolist()  # quartiles
         bandwidth = 0.9 * min(math.sqrt(self.variance), (high - low) / 1.349) * self.samples**-0.2
         # Bins that are far narrower than the kernel only cost time.
         pooled = max(1, min(len(self.mass) // 2, int(bandwidth / (32 * self.width))))
@@ -106,7 +101,7 @@ class _Histogram:
         radius = math.ceil(KERNEL_RADIUS * bandwidth / width)
         steps = torch.arange(-radius, radius + 1, dtype=torch.float64) * width
         kernel = torch.exp(-(steps / bandwidth).square() / 2)
-        kernel = kernel / kernel.sum()
+        kernel /= kernel.sum()
         mass = F.conv1d(mass[None, None], kernel[None, None], padding=2 * radius)[0, 0]
         start = self.edges[0] - radius * width
         return start + torch.arange(len(mass) + 1, dtype=torch.float64) * width, mass

@@ -1,10 +1,9 @@
 """The mean of a loss over many rows, in memory that does not grow with their number.
 
-`chunked_mean(head, z, indices, n)` is `head(z, indices).mean()`. The rows go through the head in n
-chunks, each forward and backward at once, so that what one chunk keeps for its backward is freed
-before the next begins. What stays are the gradients of z and of the parameters, which autograd's
-later backward only multiplies by the gradient that comes from above.
-Letters: M rows, T predictions of each.
+The rows go through the head in chunks, each forward and backward at once, so that what one keeps
+for its backward is freed before the next begins. What stays are the gradients of z and of the
+parameters, which autograd's later backward only multiplies by the gradient that comes from above.
+Letters: M rows, T predictions of each, D width.
 """
 
 from collections.abc import Iterator
@@ -24,11 +23,10 @@ def split(pieces: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def chunked_mean(
     head: nn.Module, z: Tensor, indices: Tensor, pieces: int, grad_scale: Tensor | float = 1.0
 ) -> Tensor:
-    """The mean of head(z, indices), of which gradients can be taken once.
+    """head(z, indices).mean(), z [M, D] and indices [M, T]; gradients can be taken once.
 
-    head: of z [m, D] and indices [m, T] -> losses [m, T], each row on its own.
-    grad_scale: what the gradients are multiplied by while they are computed, and divided by
-    afterwards: that of a gradient scaler, without which those in fp16 would underflow.
+    grad_scale: of a gradient scaler; gradients are computed multiplied by it, or those in fp16
+    would underflow.
     """
     if not torch.is_grad_enabled():
         return sum(head(*part).sum() for part in split(pieces, z, indices)) / indices.numel()
@@ -50,8 +48,7 @@ class _ChunkedMean(torch.autograd.Function):
         leaves = [parameter.data.requires_grad_() for parameter in parameters]
         replaced = dict(zip(names, leaves, strict=True))
         total, z_gradients = 0.0, []
-        # A chunk uses what it saves at once: hooks that move or count what is kept for a later
-        # backward are not for it.
+        # A chunk uses what it saves at once: hooks on what is kept for later are not for it.
         with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
             for rows, targets in split(pieces, z.detach(), indices):
                 rows = rows.requires_grad_()

@@ -1,7 +1,5 @@
-"""Configuration of a TokenBridge model: sizes, presets, and the published constants.
+"""Configuration of a TokenBridge model: sizes, presets, and all published constants.
 
-This is the one place that knows the published numbers (16 channels, 256 px, 1000 classes,
-latent scale 0.2325, the channel order); everything else reads them from a configuration.
 Source: arXiv 2503.16430 and the released checkpoints.
 """
 
@@ -33,10 +31,8 @@ class TokenBridgeConfig:
     """All that decides a model's shape and its use; saved in every checkpoint.
 
     img_size in pixels, vae_stride in pixels per latent position, patch_size in latent positions.
-    channel_order: the order in which the head predicts the `vae_embed_dim` channels; None means
-    the published order for 16 channels, else the natural one.
-    head_input: "trained" or "published", the sampler's input at the head's first position.
-    quantizer: "published" or "calibrated"; quant_min and quant_max belong to the published one.
+    channel_order: in which the head predicts the channels, None is `default_channel_order`.
+    quant_min, quant_max: of the published quantizer.
     Raises ValueError, naming the value, if the numbers do not fit together.
     """
 
@@ -78,16 +74,11 @@ class TokenBridgeConfig:
     def _problems(self) -> Iterator[str]:
         token_pixels = self.vae_stride * self.patch_size
         if token_pixels <= 0 or self.img_size <= 0 or self.img_size % token_pixels:
-            yield (
-                f"img_size {self.img_size} is not a multiple of vae_stride {self.vae_stride} "
-                f"x patch_size {self.patch_size}"
-            )
-        for part, of_part in (
-            ("encoder", "num_heads"),
-            ("decoder", "num_heads"),
-            ("channel", "heads"),
-        ):
-            width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_{of_part}")
+            product = f"vae_stride {self.vae_stride} x patch_size {self.patch_size}"
+            yield f"img_size {self.img_size} is not a multiple of {product}"
+        for part in ("encoder", "decoder", "channel"):
+            width = getattr(self, f"{part}_embed_dim")
+            heads = getattr(self, f"{part}_num_heads", self.channel_heads)
             if heads <= 0 or width % heads:
                 yield f"{part}_embed_dim {width} is not a multiple of its {heads} heads"
         if not self.quant_min < self.quant_max:
@@ -99,10 +90,8 @@ class TokenBridgeConfig:
             if not getattr(self, name) > 0:
                 yield f"{name} {getattr(self, name)} is not positive"
         if sorted(self.channel_order) != list(range(self.vae_embed_dim)):
-            yield (
-                f"channel_order {self.channel_order} is not a permutation of the "
-                f"{self.vae_embed_dim} latent channels (vae_embed_dim)"
-            )
+            permuted = f"a permutation of the {self.vae_embed_dim} latent channels (vae_embed_dim)"
+            yield f"channel_order {self.channel_order} is not {permuted}"
         for name, known in (("head_input", HEAD_INPUTS), ("quantizer", QUANTIZERS)):
             if getattr(self, name) not in known:
                 yield f"{name} {getattr(self, name)!r} is not one of {known}"
@@ -129,7 +118,7 @@ class TokenBridgeConfig:
         return self.vae_embed_dim, side, side
 
     def to_dict(self) -> dict:
-        """Plain values only, as a checkpoint or a JSON file holds them."""
+        """Plain values, as a checkpoint or a JSON file holds them."""
         return asdict(self) | {"channel_order": list(self.channel_order)}
 
     @classmethod
@@ -148,9 +137,7 @@ def default_channel_order(channels: int) -> tuple[int, ...]:
 
 
 def preset(name: str) -> dict:
-    """Keyword arguments of a named model size. Raises ValueError on an unknown name."""
-    if name not in _SIZES:
-        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(_SIZES)}")
+    """Keyword arguments of one of the `PRESETS`."""
     sizes = ("embed_dim", "depth", "num_heads")
     names = [f"{part}_{size}" for part in ("encoder", "decoder") for size in sizes]
     names += ["channel_embed_dim", "channel_depth", "channel_heads"]

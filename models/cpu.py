@@ -1,10 +1,9 @@
 """What a CPU computes in another way, because torch's own is slow there; on a GPU, skip this file:
 `Dropout` is nn.Dropout, `attend` and `attend_causal` are F.scaled_dot_product_attention.
 
-Dropout takes 32 random bits an element: torch draws a double for each, which took longer than the
-matrix products around it. Attention goes by its definition where the fused kernel is slower: it
-has no dropout, and for the 16 positions of the channel head takes 1.5 times as long in fp32, 6
-times in bf16.
+Dropout takes 32 random bits an element: torch's double took longer than the matrix products around
+it. Attention goes by its definition where the fused kernel has no dropout, and for the 16 positions
+of the channel head, for which the kernel takes 1.5 times as long in fp32, 6 times in bf16.
 Letters: N sequences, H heads, R queries, T keys, d width of a head.
 """
 
@@ -19,7 +18,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop: float) ->
     if q.device.type != "cpu" or torch.compiler.is_compiling() or drop == 0:
         return F.scaled_dot_product_attention(q, k, v, mask, drop)
     # Recomputed in backward, which would else keep the weights of all pairs of positions.
-    return checkpoint(attend_by_definition, q, k, v, mask, drop, use_reentrant=False)
+    return checkpoint(_by_definition, q, k, v, mask, drop, use_reentrant=False)
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -28,12 +27,10 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tenso
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
     if mask is None:
         mask = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    return attend_by_definition(q, k, v, mask, drop=0.0)
+    return _by_definition(q, k, v, mask, 0.0)
 
 
-def attend_by_definition(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop: float
-) -> Tensor:
+def _by_definition(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop: float) -> Tensor:
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)

@@ -1,6 +1,5 @@
 """Images from a model and a VAE: labels -> latents -> uint8 pixels, in batches.
 
-generate: sample_latents -> VAE decode -> round and clip
 Letters: B images, H, W pixels.
 """
 
@@ -24,8 +23,7 @@ PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 def arithmetic(name: str, device: torch.device) -> tuple[str, torch.dtype | None]:
     """The name without "auto", and the dtype for torch.autocast, None for full precision.
 
-    What a device should compute in; weights are fp32 in all of them. auto: bf16 where CUDA has
-    it, else fp16; fp32 on a CPU or MPS. Raises ValueError on another name.
+    auto: bf16 where CUDA has it, else fp16; fp32 on a CPU or MPS. Raises ValueError on others.
     """
     if name == "auto":
         name = "fp32"
@@ -55,13 +53,12 @@ def generate(
 ) -> np.ndarray:
     """One image for each label.
 
-    vae: the one that the model was trained with; a VAE, whose latents are scaled by the model's
-    latent_scale, or a Tokenizer, which has its own. labels: B classes, by number or by name.
+    vae: the one of the training; a VAE, whose latents are scaled by the model's latent_scale, or a
+    Tokenizer, which has its own; it is frozen. labels: B classes, by number or by name.
     options: num_iter, cfg, cfg_schedule, temperature, order, seed, ... of `SamplingOptions`.
     image_ids: image i is made of the noise of (seed, image_ids[i]), default i, so it is the
-    same in any batch, but for rounding. batch_size: images at once, of the memory's size only.
-    precision: "auto", "bf16", "fp16" or "fp32" of the model; the VAE decodes in fp32.
-    Model and VAE stay where they are, each on a device of its own if need be; a VAE is frozen.
+    same in any batch, but for rounding. batch_size: images at once.
+    precision: one of `PRECISIONS`, of the model; the VAE decodes in fp32.
     Returns uint8 [B, H, W, 3] on the CPU, as PIL.Image.fromarray and matplotlib take them.
     Raises ValueError on values out of range, or a VAE that does not fit the model.
     """
@@ -95,7 +92,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def _labels(labels: Sequence[int | str] | Tensor, names: tuple[str, ...]) -> Tensor:
-    """[B] int64. Raises ValueError on what is no list of classes, and on classes never trained."""
+    """[B] int64. Raises ValueError on what is no list of classes that were trained."""
     numbers = {name: number for number, name in enumerate(names)}
     known = np.array([numbers.get(x, x) if isinstance(x, str) else x for x in labels])
     if known.ndim != 1 or known.dtype.kind not in "iu":
@@ -111,10 +108,8 @@ def _tokenizer(vae: VAE | Tokenizer, model: TokenBridge) -> Tokenizer:
     tokenizer = vae if isinstance(vae, Tokenizer) else Tokenizer(vae, model.config.latent_scale)
     if tokenizer.vae is None:
         raise ValueError("this tokenizer has no VAE, which would decode the latents")
-    vae, config = tokenizer.vae, model.config
-    if (vae.channels, vae.stride) != (config.vae_embed_dim, config.vae_stride):
-        raise ValueError(
-            f"the VAE has {vae.channels} channels and stride {vae.stride}, the model was trained "
-            f"on {config.vae_embed_dim} and {config.vae_stride}"
-        )
+    found = f"{tokenizer.vae.channels} channels and stride {tokenizer.vae.stride}"
+    expected = f"{model.config.vae_embed_dim} channels and stride {model.config.vae_stride}"
+    if found != expected:
+        raise ValueError(f"the VAE has {found}, the model was trained on {expected}")
     return tokenizer

@@ -37,9 +37,9 @@ class Origin:
     vae_sha256: str | None = None
 
     @classmethod
-    def from_header(cls, header: dict[str, str]) -> "Origin":
-        """Of a safetensors file. What it does not say is not known."""
-        known = json.loads(header.get(HEADER, "{}"))
+    def from_header(cls, header: dict[str, str] | None) -> "Origin":
+        """Of a safetensors file."""
+        known = json.loads((header or {}).get(HEADER, "{}"))
         if known.get("classes") is not None:
             known["classes"] = tuple(map(str, known["classes"]))
         return cls(**{field.name: known.get(field.name) for field in fields(cls)})
@@ -78,14 +78,13 @@ class Pretrained(
         """Raises ValueError, before anything is given memory, unless file and settings agree."""
         with safe_open(path, framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            depth = max(config.encoder_depth, config.decoder_depth, config.channel_depth)
-            if depth > len(shapes):
-                raise ValueError(f"{len(shapes)} tensors, but {CONFIG} says {depth} blocks")
+            if len(shapes) < max(config.encoder_depth, config.decoder_depth, config.channel_depth):
+                raise ValueError(f"{len(shapes)} tensors are fewer than the blocks of {CONFIG}")
             with torch.device("meta"):
                 layout = {name: torch.empty(shape) for name, shape in shapes.items()}
                 check_layout(layout, cls(**config.to_dict()).published_state_dict())
             model = cls(**config.to_dict(), grad_checkpointing=grad_checkpointing)
-            model.origin = Origin.from_header(file.metadata() or {})
+            model.origin = Origin.from_header(file.metadata())
             model.load_published({k: file.get_tensor(k) for k in shapes}, config.head_input)
         return model
 
@@ -105,7 +104,7 @@ class Pretrained(
 
 
 def _fetch(source: str, name: str, options: dict) -> Path:
-    """A file of a folder or, with these options, of a repository. Raises FileNotFoundError."""
+    """A file of a folder, or of a repository. Raises FileNotFoundError."""
     if os.path.isdir(source):
         return Path(source, name)
     try:

@@ -4,7 +4,7 @@ Letters: N sequences, T positions, R of them, D width, H heads, d = D / H.
 Source: ViT, arXiv 2010.11929; MAR, arXiv 2406.11838 (backbone); DiT, arXiv 2212.09748 (adaLN-zero).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -25,22 +25,16 @@ def take(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def call(block: Callable, *args, recompute: bool) -> Tensor:
-    """block(*args); with `recompute` its activations are not kept but computed again in backward.
-
-    The random state is restored for the second computation, so dropout draws the same masks.
-    """
+    """block(*args); with `recompute` its activations are computed again in backward."""
     if recompute and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
 
 
 def init_linear(module: nn.Module) -> None:
-    """The published initialisation of linear layers and layer norms."""
+    """The published initialisation; layer norms are torch's."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
-        nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
 
 
@@ -52,9 +46,8 @@ def learned(*shape: int) -> nn.Parameter:
 class KVCache(NamedTuple):
     """Keys and values [N, H, T, d] of all positions, for a pass that computes some of them.
 
-    positions: [N, R], or [1, R] where they are the same in all sequences: those computed now.
-    visible: bool, spread to [N, H, R, T], the keys that they attend to; None is all of them.
-    No shape changes from one pass to the next, so that a compiled pass is one graph.
+    positions: [N or 1, R], those computed now. visible: bool, spread to [N, H, R, T], the keys that
+    they attend to, None for all. No shape changes between passes: a compiled one is one graph.
     """
 
     keys: Tensor
@@ -65,9 +58,8 @@ class KVCache(NamedTuple):
     @classmethod
     def empty(cls, x: Tensor, heads: int, length: int) -> "KVCache":
         """For sequences of T = length positions; x: [N, ..., D], what the keys are made from."""
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        shape = len(x), heads, length, x.shape[-1] // heads
+        kind, shape = x.device.type, (len(x), heads, length, x.shape[-1] // heads)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         return cls(*(torch.zeros(shape, dtype=dtype, device=x.device) for _ in range(2)))
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,10 +74,7 @@ def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; every position attends to all, or, if causal, to none after it.
-
-    The causal one, of few positions, has q and k normalised per head.
-    """
+    """Multi-head self-attention. causal: to no later position, q and k normalised per head."""
 
     def __init__(self, width: int, heads: int, attn_drop=0.0, proj_drop=0.0, causal=False):
         super().__init__()
@@ -100,10 +89,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """x: [N, T, D] -> [N, T, D], or only of the positions [N, R] -> [N, R, D].
-
-        With a cache, x is of the cache's positions, and attends to what it says.
-        """
+        """x: [N, T, D], of the cache's positions if there is one -> [N, T, D], or [N, R, D]."""
         if positions is None:
             q, k, v = split_heads(self.qkv(x), 3, self.heads)  # [N, H, T, d]
         else:
@@ -147,19 +133,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def modulations_of(c: Tensor, parts: Sequence[nn.Module]) -> list[Tensor]:
-    """What `AdaLNBlock`s and `FinalNorm`s take, chunks * D of each, of the condition c [..., D].
-
-    One product a part: one for all saves nothing, and their weights would have to be put together.
-    """
-    activated = F.silu(c)
-    return [part.adaLN_modulation[1](activated) for part in parts]
-
-
 class AdaLNBlock(nn.Module):
-    """Causal attention and MLP, each shifted, scaled and gated by `modulations_of` a condition."""
-
-    chunks = 6
+    """Causal attention and MLP, each shifted, scaled and gated by `adaLN_modulation` of z."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float):
         super().__init__()
@@ -167,26 +142,24 @@ class AdaLNBlock(nn.Module):
         self.attn = Attention(width, heads, causal=True)
         self.norm2 = LayerNorm(width)
         self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, modulations: Tensor, cache: KVCache | None = None) -> Tensor:
         """x: [N, T, D], modulations: [N, T, 6 D] -> [N, T, D]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulations.chunk(self.chunks, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations.chunk(6, dim=-1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), cache=cache)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalNorm(nn.Module):
-    """A norm without weights of its own, modulated; chunks scale, then shift."""
-
-    chunks = 2
+    """A norm without weights of its own, modulated."""
 
     def __init__(self, width: int):
         super().__init__()
         self.norm_final = LayerNorm(width, elementwise_affine=False)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.chunks * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, modulations: Tensor) -> Tensor:
         """x: [N, T, D], modulations: [N, T, 2 D] -> [N, T, D]."""
-        scale, shift = modulations.chunk(self.chunks, dim=-1)
+        scale, shift = modulations.chunk(2, dim=-1)
         return modulate(self.norm_final(x), shift, scale)

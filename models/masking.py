@@ -16,11 +16,8 @@ MASK_RATIO_MEAN, MASK_RATIO_STD = 1.0, 0.25
 
 @dataclass(frozen=True)
 class Mask:
-    """The same number of masked positions in every image, as rows of sorted indices.
-
-    Index rows instead of a boolean mask keep every shape known on the host, so nothing has to
-    wait for the device.
-    masked: [B, M] int64. visible: [B, V] int64. Both ascending.
+    """The same number of masked positions in every image: masked [B, M] and visible [B, V] int64,
+    ascending. Indices keep every shape known on the host, so nothing waits for the device.
     """
 
     masked: Tensor
@@ -29,20 +26,17 @@ class Mask:
     @classmethod
     def from_orders(cls, orders: Tensor, num_masked: int) -> "Mask":
         """orders: [B, L] permutations; the first `num_masked` positions of each are masked."""
-        return cls(
-            masked=orders[:, :num_masked].sort(dim=1).values,
-            visible=orders[:, num_masked:].sort(dim=1).values,
-        )
+        parts = orders[:, :num_masked], orders[:, num_masked:]
+        return cls(*(part.sort(dim=1).values for part in parts))
 
     @classmethod
     def from_bool(cls, mask: Tensor) -> "Mask":
         """mask: [B, L], true or 1 where masked. Raises ValueError if the rows' counts differ."""
         mask = mask.bool()
-        counts = mask.sum(dim=1)
-        if len(counts) == 0 or bool((counts != counts[0]).any()):
-            raise ValueError(f"rows mask different numbers of positions: {counts.tolist()}")
-        orders = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-        return cls.from_orders(orders, int(counts[0]))
+        counts = mask.sum(dim=1).tolist()
+        if len(set(counts)) != 1:
+            raise ValueError(f"rows mask different numbers of positions: {counts}")
+        return cls.from_orders(mask.int().argsort(dim=1, descending=True, stable=True), counts[0])
 
 
 def random_orders(batch: int, length: int, device: torch.device | str) -> Tensor:
@@ -65,11 +59,8 @@ def masked_counts(length: int, minimum: float) -> list[tuple[int, float]]:
     below, mass = normal.cdf(minimum), normal.cdf(1.0) - normal.cdf(minimum)
     if mass == 0:
         return [(length, 1.0)]
-    reached = [
-        min(max((normal.cdf(m / length) - below) / mass, 0.0), 1.0) for m in range(length + 1)
-    ]
-    steps = enumerate(zip(reached, reached[1:], strict=False), 1)
-    return [(m, after - before) for m, (before, after) in steps if after > before]
+    cdf = [max(normal.cdf(m / length) - below, 0.0) / mass for m in range(length + 1)]
+    return [(m, cdf[m] - cdf[m - 1]) for m in range(1, length + 1) if cdf[m] > cdf[m - 1]]
 
 
 def training_mask(batch: int, length: int, minimum: float, device: torch.device | str) -> Mask:
@@ -81,15 +72,14 @@ def training_mask(batch: int, length: int, minimum: float, device: torch.device 
 def mask_schedule(length: int, num_iter: int) -> list[tuple[int, int, int]]:
     """For each sampling iteration: (masked before, masked after, m of the cosine).
 
-    After iteration s of S, m = max(1, min(before - 1, floor(L cos(pi/2 (s+1)/S)))) positions stay
-    masked; the last iteration predicts all that remain, although its m, which guidance reads, is
-    still the cosine's. With S > L some iterations predict nothing.
+    After iteration s of S, m = max(1, min(before - 1, floor(L cos(pi/2 s/S)))) positions stay
+    masked; the last one predicts all that remain, but its m, which guidance reads, is the cosine's.
+    With S > L some iterations predict nothing.
     """
     schedule, before = [], length
-    for step in range(num_iter):
-        cosine = math.floor(length * math.cos(math.pi / 2 * (step + 1) / num_iter))
-        m = max(1, min(before - 1, cosine))
-        after = 0 if step == num_iter - 1 else m
+    for step in range(1, num_iter + 1):
+        m = max(1, min(before - 1, math.floor(length * math.cos(math.pi / 2 * step / num_iter))))
+        after = m if step < num_iter else 0
         schedule.append((before, after, m))
         before = after
     return schedule

@@ -4,7 +4,6 @@ published: K levels of equal probability under N(0, 1): boundaries b_i = clamp(P
 levels v_i = E[n | b_i < n < b_{i+1}]. A scalar x in [low, high] maps to n = (x - low)/(high - low)
 * 6 - 3, its index is the nearest v.
 calibrated: K levels of its own for each channel, fitted to the latents (models/calibration.py).
-Both find the nearest level by binary search among the K - 1 borders, O(log K) a scalar.
 Letters: C latent channels, K levels, D scalars of a token: C, or C*p*p channel by channel.
 Source: arXiv 2503.16430, post-training quantization.
 """
@@ -23,8 +22,8 @@ SPAN = 3.0
 def gaussian_levels(levels: int) -> tuple[Tensor, Tensor]:
     """Boundaries [K + 1] and reconstruction values [K] of the N(0, 1) codebook, float32.
 
-    The quantiles are exact to float32; the rest is float32 arithmetic in the published order,
-    whose rounding the outer levels show. Made on the CPU whatever the default device is.
+    The quantiles are exact; the rest is float32 arithmetic in the published order, whose rounding
+    the outer levels show. Made on the CPU whatever the default device is.
     """
     quantiles = torch.linspace(0, 1, levels + 1, dtype=torch.float64, device="cpu")
     boundaries = torch.special.ndtri(quantiles).float().clamp(-SPAN, SPAN)
@@ -34,8 +33,14 @@ def gaussian_levels(levels: int) -> tuple[Tensor, Tensor]:
     return boundaries, values
 
 
-class _Quantizer(nn.Module):
-    """boundaries, reconstruction_values: buffers, in the published names and order."""
+class Quantizer(nn.Module):
+    """The nearest of K levels for each scalar of scaled latents (about unit std).
+
+    boundaries, reconstruction_values: buffers, in the published names and order.
+    fitted: whether it has levels; without, its methods raise ValueError.
+    Raises ValueError if K is not in [2, 512]: from 741 levels on, the published outer boundaries
+    coincide at three standard deviations, and their levels are undefined.
+    """
 
     boundaries: Tensor
     reconstruction_values: Tensor
@@ -49,13 +54,20 @@ class _Quantizer(nn.Module):
         self.register_buffer("reconstruction_values", values)
         self.register_buffer("boundaries", boundaries)
 
+    def encode(self, x: Tensor) -> Tensor:
+        """x: [..., D] floating point -> int64 [..., D] in [0, K); ties go to the lower index.
 
-class GaussianQuantizer(_Quantizer):
-    """levels: K. low, high: the latent range; what lies outside is clamped to it.
+        By binary search among the K - 1 borders. Raises ValueError if x is not floating point.
+        """
+        if not x.is_floating_point():
+            raise ValueError(f"expected floating-point latents, got {x.dtype}")
+        return self._nearest(x.float())
 
-    Buffers of the published layout: boundaries [K + 1], reconstruction_values [K].
-    Raises ValueError if K is not in [2, 512], or the range is empty: from 741 levels on, the outer
-    boundaries coincide at three standard deviations and their levels are undefined.
+
+class GaussianQuantizer(Quantizer):
+    """The published one. levels: K. low, high: the latent range; what lies outside is clamped.
+
+    Buffers: boundaries [K + 1], reconstruction_values [K]. Raises ValueError on an empty range.
     """
 
     def __init__(self, levels: int = 64, low: float = -5.0, high: float = 5.0):
@@ -69,34 +81,26 @@ class GaussianQuantizer(_Quantizer):
         """[K - 1] borders between neighbouring levels; from the buffers, which a file may set."""
         return (self.reconstruction_values[1:] + self.reconstruction_values[:-1]) / 2
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Index of the nearest level for every scalar; ties go to the lower index.
-
-        x: [...] floating point, scaled latents (about unit std).
-        Returns [...] int64 in [0, K).
-        Raises ValueError if x is not floating point.
-        """
-        unit = _float(x).clamp(self.low, self.high)
+    def _nearest(self, x: Tensor) -> Tensor:
+        unit = x.clamp(self.low, self.high)
         unit = unit.sub_(self.low).div_(self.high - self.low).mul_(2 * SPAN).sub_(SPAN)
         return torch.bucketize(unit.contiguous(), self.midpoints)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """indices: [...] integers in [0, K) -> [...] float32 latents in [low, high]."""
+        """indices: [...] integers in [0, K) -> float32 [...] in [low, high]."""
         unit = (self.reconstruction_values[indices.long()] + SPAN) / (2 * SPAN)
         return unit * (self.high - self.low) + self.low
 
     def outside(self, x: Tensor) -> Tensor:
-        """x: [...] scaled latents -> bool [...], true where the range ends before them."""
+        """x: [...] -> bool [...], true beyond the range."""
         return (x < self.low) | (x > self.high)
 
 
-class CalibratedQuantizer(_Quantizer):
+class CalibratedQuantizer(Quantizer):
     """levels: K. channels: C. Its levels are set by `set_levels` or come with a state dict.
 
-    Buffers, in the published names: boundaries [C, K + 1], of which the first and the last are the
-    ends of the data that the levels were fitted to; reconstruction_values [C, K].
-    fitted: whether it has levels; encode, decode and outside raise ValueError without.
-    Raises ValueError if K is not in [2, 512].
+    Buffers: boundaries [C, K + 1], the first and the last of which are the ends of the data that
+    the levels were fitted to; reconstruction_values [C, K].
     """
 
     def __init__(self, levels: int, channels: int):
@@ -113,47 +117,32 @@ class CalibratedQuantizer(_Quantizer):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         tables = (self.boundaries, self.reconstruction_values)
-        self.fitted = all(bool(table.isfinite().all()) for table in tables)
-        if self.fitted and not all(bool((table.diff(dim=1) >= 0).all()) for table in tables):
+        self.fitted = all(table.isfinite().all() for table in tables)
+        if self.fitted and not all((table.diff(dim=1) >= 0).all() for table in tables):
             raise ValueError("the levels of a calibrated quantizer are not in ascending order")
 
-    def _repeats(self, scalars: int) -> int:
-        """How many scalars of a token each channel has."""
+    def _repeats(self, x: Tensor) -> int:
+        """How many of the D scalars each channel has."""
         if not self.fitted:
-            raise ValueError(
-                "this calibrated quantizer has no levels yet: load a checkpoint or fit them"
-            )
-        return scalars // self.channels
+            raise ValueError("this calibrated quantizer has no levels: load or fit them first")
+        return x.shape[-1] // self.channels
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Index of the nearest level of its channel for every scalar; ties to the lower index.
-
-        x: [..., D] floating point, scaled latents, channel by channel (see `patchify`).
-        Returns [..., D] int64 in [0, K).
-        Raises ValueError if x is not floating point.
-        """
-        by_channel = _float(x).unflatten(-1, (self.channels, self._repeats(x.shape[-1])))
-        by_channel = by_channel.movedim(-2, 0)  # [C, ..., D / C]
+    def _nearest(self, x: Tensor) -> Tensor:
+        by_channel = x.unflatten(-1, (self.channels, self._repeats(x))).movedim(-2, 0)
         borders = self.boundaries[:, 1:-1].contiguous()
         indices = torch.searchsorted(borders, by_channel.flatten(1).contiguous())
         return indices.view(by_channel.shape).movedim(0, -2).flatten(-2)
 
     def decode(self, indices: Tensor) -> Tensor:
-        """indices: [..., D] integers in [0, K) -> [..., D] float32 latents."""
+        """indices: [..., D] integers in [0, K) -> float32 [..., D]."""
         channels = torch.arange(self.channels, device=indices.device)
-        first = channels.repeat_interleave(self._repeats(indices.shape[-1])) * self.levels
+        first = channels.repeat_interleave(self._repeats(indices)) * self.levels
         return self.reconstruction_values.flatten()[indices.long() + first]
 
     def outside(self, x: Tensor) -> Tensor:
-        """x: [..., D] scaled latents -> bool [..., D], true beyond the data fitted to."""
-        ends = self.boundaries[:, [0, -1]].repeat_interleave(self._repeats(x.shape[-1]), dim=0)
+        """x: [..., D] -> bool [..., D], true beyond the data fitted to."""
+        ends = self.boundaries[:, [0, -1]].repeat_interleave(self._repeats(x), dim=0)
         return (x < ends[:, 0]) | (x > ends[:, 1])
-
-
-def _float(x: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        raise ValueError(f"expected floating-point latents, got {x.dtype}")
-    return x.float()
 
 
 def build_quantizer(
@@ -176,4 +165,4 @@ def level_counts(indices: Tensor, levels: int) -> Tensor:
 def entropy(counts: Tensor) -> Tensor:
     """counts: [C, K] -> entropy of each channel's levels in bits: [C]."""
     p = counts.double() / counts.sum(dim=1, keepdim=True)
-    return -torch.special.xlogy(p, p).sum(dim=1) / torch.log(torch.tensor(2.0).double())
+    return -torch.special.xlogy(p, p).sum(dim=1) / math.log(2.0)

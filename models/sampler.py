@@ -2,8 +2,7 @@
 
 sampling: mask schedule -> backbone (guided) -> channel head -> quantizer values -> unpatchify
 What is random about image i (the order of its positions, one uniform number for each position
-and channel) is a function of (seed, i) alone, so it is the same in any batch and on any number
-of processes.
+and channel) is a function of (seed, i) alone, whatever the batch and the number of processes.
 Letters: B batch, L positions, C channels of a token, m positions still masked, n of them predicted.
 Source: MAR, arXiv 2406.11838, section 3.4; arXiv 2503.16430; MaskGIT, arXiv 2202.04200, for the
 order by confidence.
@@ -33,15 +32,13 @@ ORDERS = ("random", "confidence", "raster")
 class SamplingOptions:
     """How to decode. Raises ValueError, naming the value, on what cannot be done.
 
-    num_iter: iterations S. cfg: guidance g, 1 is none. cfg_schedule: "linear" or "constant".
+    num_iter: iterations S. cfg: guidance g, 1 is none.
     temperature: of the softmax over levels; 0 takes the most likely one.
     order: "random", each image's own; "raster", row by row; "confidence": every iteration draws
-    all masked positions and keeps those whose channels were the most likely together, which
-    costs the head as much again as there are positions left.
-    seed: with an image's number, all that is random about it.
-    head_input: "trained" or "published", None is the model's own (see `ChannelHead.sample`).
-    token_cache: 0 is none; else features are reused and all are computed in every so many
-    iterations: an approximation, see models/token_cache.py.
+    all masked positions and keeps those whose channels were the most likely together.
+    head_input: see `ChannelHead.sample`; None is the model's own.
+    token_cache: 0 is none; else all features are computed in every so many iterations, and reused
+    in between: an approximation, see models/token_cache.py.
     """
 
     num_iter: int = 64
@@ -59,21 +56,18 @@ class SamplingOptions:
                 raise ValueError(f"{name} {getattr(self, name)} is not a number from {least} on")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} is not between 0 and 2^63")
-        for name, known in (
-            ("cfg_schedule", CFG_SCHEDULES),
-            ("order", ORDERS),
-            ("head_input", (*HEAD_INPUTS, None)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {known}")
+        known = dict(cfg_schedule=CFG_SCHEDULES, order=ORDERS, head_input=(*HEAD_INPUTS, None))
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {values}")
 
 
 @dataclass(frozen=True)
 class SamplingStep:
-    """What an iteration filled. values: [B, L, C], those of all positions so far, 0 elsewhere.
+    """What an iteration filled: the positions [B, n].
 
-    positions: [B, n]. log_probs: [B, n, C], in nats, of what was drawn there at the temperature.
-    masked: [B, L], true where nothing is yet.
+    values: [B, L, C] of all positions so far, 0 elsewhere. masked: [B, L], true where nothing is.
+    log_probs: [B, n, C], in nats, of what was drawn at the temperature.
     """
 
     values: Tensor
@@ -108,14 +102,12 @@ def sample_latents(
     orders: Tensor | None = None,
     **options,
 ) -> Tensor:
-    """Generate latents.
+    """[B, C, H, W] scaled latents, every value a level of the quantizer.
 
     labels: [B] int64 classes; None, with `batch_size`, for images of no class.
     image_ids: B numbers that name the images, default 0..B-1. orders: [B, L] permutations, the
     positions in the reverse order of their prediction, instead of those of the options.
-    options: those of `SamplingOptions`.
-    Returns [B, C, H, W] scaled latents, every value a level of the quantizer.
-    Raises ValueError on values out of range.
+    options: those of `SamplingOptions`. Raises ValueError on values out of range.
     """
     how = SamplingOptions(**options), batch_size, image_ids, orders
     *_, last = sampling_steps(model, labels, *how)
@@ -146,7 +138,7 @@ def sampling_steps(
         drawn_orders = torch.arange(config.seq_len).flip(0).expand(batch, -1)
     orders = (drawn_orders if orders is None else orders).to(device)
     uniforms = uniforms.to(device)
-    conditions = _Conditions(model, labels.to(device) if labels is not None else None, options)
+    conditions = _Conditions(model, None if labels is None else labels.to(device), options)
     how = options.temperature, options.head_input or config.head_input
 
     values = torch.zeros(batch, config.seq_len, config.token_dim, device=device)
@@ -175,14 +167,10 @@ def sampling_steps(
 
 
 class _Conditions:
-    """z of the positions to predict; with guidance, both halves in one pass:
-
-    z_uncond + g (z_cond - z_uncond).
-    """
+    """z of the positions to predict; guided, z_uncond + g (z_cond - z_uncond), both in one pass."""
 
     def __init__(self, model: TokenBridge, labels: Tensor | None, options: SamplingOptions):
         self.backbone, self.labels = model.backbone, labels
-        # Whether a batch is doubled must not change between two iterations that share features.
         self.guided = labels is not None and options.cfg != 1
         refresh = options.token_cache
         self.cached = CachedBackbone(model.backbone, refresh) if refresh else None
@@ -191,14 +179,15 @@ class _Conditions:
         self, values: Tensor, mask: Mask, positions: Tensor, filled: Tensor, scale: float
     ) -> Tensor:
         """values: [B, L, C], positions: [B, n], filled: [B, F], the last ones -> [B, n, D]."""
+        # Whether a batch is doubled must not change between two iterations that share features.
         guided = self.guided and (scale != 1 or self.cached is not None)
         choices = [self.labels, None] if guided else [self.labels]
         classes = [self.backbone.class_embedding(choice, len(values)) for choice in choices]
-        if guided:
-            mask = Mask(mask.masked.repeat(2, 1), mask.visible.repeat(2, 1))
-            values = values.repeat(2, 1, 1)
-            positions, filled = positions.repeat(2, 1), filled.repeat(2, 1)
-        inputs = values, torch.cat(classes), mask, positions
+        values, masked, visible, positions, filled = (
+            torch.cat([x] * len(choices))
+            for x in (values, mask.masked, mask.visible, positions, filled)
+        )
+        inputs = values, torch.cat(classes), Mask(masked, visible), positions
         z = self.backbone(*inputs) if self.cached is None else self.cached(*inputs, filled)
         if not guided:
             return z
@@ -209,9 +198,9 @@ class _Conditions:
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Switch dropout off for a while."""
-    was_training = model.training
+    training = model.training
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        model.train(training)

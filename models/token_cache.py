@@ -1,10 +1,9 @@
 """Reuse of features between sampling iterations: an approximation, off unless asked for.
 
-From one iteration to the next, the features of most positions hardly change: those change that
-were just filled, which were mask tokens before. Every `refresh`-th iteration computes all; in
-between only the positions filled since the last iteration (in encoder and decoder) and those to
-be predicted now (in the decoder) are computed, and attend to the keys and values that all others
-had when they were last computed. With refresh 1 the result is the plain backbone's.
+The features of most positions hardly change from one iteration to the next. Every `refresh`-th
+computes all; in between only the positions just filled (in encoder and decoder) and those to be
+predicted now (in the decoder) are computed, and attend to the keys and values that all others had
+when they were last computed. With refresh 1 the result is the plain backbone's.
 Letters: N sequences, L positions, S class slots, T = S + L, F positions just filled, n to predict,
 R rows of the T computed now, D width.
 Source: the idea of LazyMAR, arXiv 2503.12450, which chooses what to compute by similarity.
@@ -19,10 +18,9 @@ from models.masking import Mask
 
 
 class CachedBackbone:
-    """Called once an iteration, with the same sequences each time; see `Backbone.forward`."""
+    """To be called as `Backbone`, once an iteration, with the same sequences each time."""
 
     def __init__(self, backbone: Backbone, refresh: int):
-        """refresh: iterations from one that computes everything to the next."""
         self.backbone, self.refresh, self.calls = backbone, refresh, 0
         self.caches: dict[torch.nn.Module, KVCache] = {}  # of every block
 
@@ -30,30 +28,24 @@ class CachedBackbone:
     def __call__(
         self, values: Tensor, classes: Tensor, mask: Mask, positions: Tensor, filled: Tensor
     ) -> Tensor:
-        """values: [N, L, C]. classes: [N, D]. positions: [N, n].
-
-        filled: [N, F], those since the last call. Returns z of the positions [N, n, D].
-        """
+        """filled: [N, F], positions filled since the last call -> z [N, n, D] of `positions`."""
         whole = self.calls % self.refresh == 0
         self.calls += 1
-        self._encode(values, classes, mask, filled, whole)
+        self._encode(self.backbone.embed(values, classes), mask, filled, whole)
         return self._decode(positions, filled, whole)
 
-    def _encode(
-        self, values: Tensor, classes: Tensor, mask: Mask, filled: Tensor, whole: bool
-    ) -> None:
+    def _encode(self, x: Tensor, mask: Mask, filled: Tensor, whole: bool) -> None:
         """Renew what the decoder is given: [N, T, D], mask tokens included."""
         net = self.backbone
-        x = net.embed(values, classes)
         slots = torch.arange(net.num_slots, device=x.device).expand(len(x), -1)
         visible = torch.cat([slots, mask.visible + net.num_slots], dim=1)  # rows [N, S + V]
         rows = visible if whole else filled + net.num_slots
         attended = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         attended.scatter_(1, visible, True)
+        length = x.shape[1]
         x = self._run(net.encoder_blocks, take(x, rows), rows, attended[:, None, None])
         x = net.decoder_embed(net.encoder_norm(x))
         if whole:
-            length = net.num_slots + values.shape[1]
             self.embedded = net.mask_token.to(x.dtype).expand(len(x), length, -1).clone()
         self.embedded.scatter_(1, rows[..., None].expand_as(x), x)
 

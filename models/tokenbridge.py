@@ -31,9 +31,7 @@ POSITIONS = ("encoder_pos_embed_learned", "decoder_pos_embed_learned", "output_p
 class TokenBridge(nn.Module, Pretrained):
     """Keyword arguments: the fields of `TokenBridgeConfig`.
 
-    grad_checkpointing: recompute the blocks of encoder, decoder and channel head in backward.
-    head_chunk: masked positions that the head works on at once; None is chosen by the device, 0
-    is all of them in one graph.
+    grad_checkpointing: recompute all blocks in backward. head_chunk: see `ChannelHead.chunk`.
     """
 
     def __init__(
@@ -49,13 +47,9 @@ class TokenBridge(nn.Module, Pretrained):
         self.head.chunk = head_chunk
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile every block by itself with torch.compile; blocks of a kind share their graphs.
-
-        Sizes are symbolic, so that the number of graphs does not depend on how many positions
-        are masked, nor on the number of blocks, iterations or channels.
-        """
-        parts = (self.backbone.encoder_blocks, self.backbone.decoder_blocks)
-        for block in (*parts[0], *parts[1], *self.head.channel_blocks):
+        """Each block by itself; sizes are symbolic, and blocks of a kind share their graphs."""
+        net, head = self.backbone, self.head
+        for block in (*net.encoder_blocks, *net.decoder_blocks, *head.channel_blocks):
             block.compile(dynamic=True, backend=backend)
 
     def forward(
@@ -69,7 +63,7 @@ class TokenBridge(nn.Module, Pretrained):
 
         latents: [B, C, H, W] scaled. labels: [B] int64, or None for no class.
         mask: [B, L], true where masked, the same number in each row; drawn if None.
-        grad_scale: what backward will multiply the loss by (see `models.chunks`).
+        grad_scale: what backward will multiply the loss by, a number or a tensor.
         Raises ValueError on other shapes.
         """
         z, indices = self.conditions(latents, labels, mask)  # [M, D], [M, C]
@@ -90,28 +84,19 @@ class TokenBridge(nn.Module, Pretrained):
         self, latents: Tensor, labels: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """z [M, D] and indices [M, C] of the masked positions; arguments as those of `forward`."""
-        tokens, drawn = self._tokens(latents), self._mask(latents, mask)
-        indices = self.quantizer.encode(tokens)  # [B, L, C]
+        config, batch = self.config, len(latents)
+        if latents.shape[1:] != config.latent_shape:
+            found = tuple(latents.shape)
+            raise ValueError(f"latents are {found}, expected [B, *{config.latent_shape}]")
+        if mask is not None:
+            drawn = Mask.from_bool(mask)
+        else:
+            drawn = training_mask(batch, config.seq_len, config.mask_ratio_min, latents.device)
+        indices = self.quantizer.encode(patchify(latents, config.patch_size))  # [B, L, C]
         values = self.quantizer.decode(indices)
-        classes = self.backbone.class_embedding(labels, len(tokens))
+        classes = self.backbone.class_embedding(labels, batch)
         z = self.backbone(values, classes, drawn, drawn.masked)
         return z.flatten(0, 1), take(indices, drawn.masked).flatten(0, 1)
-
-    def _mask(self, latents: Tensor, mask: Tensor | None) -> Mask:
-        if mask is not None:
-            return Mask.from_bool(mask)
-        length, least = self.config.seq_len, self.config.mask_ratio_min
-        return training_mask(len(latents), length, least, latents.device)
-
-    def _tokens(self, latents: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, L, C*p*p]."""
-        config = self.config
-        if latents.shape[1:] != config.latent_shape:
-            raise ValueError(
-                f"latents are {tuple(latents.shape)}, expected [B, *{config.latent_shape}] for "
-                f"img_size {config.img_size} and vae_stride {config.vae_stride}"
-            )
-        return patchify(latents, config.patch_size)
 
     def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) in the published names and order."""
@@ -124,16 +109,15 @@ class TokenBridge(nn.Module, Pretrained):
     def load_published(self, state: dict[str, Tensor], head_input: str = "published") -> None:
         """Load a state dict of the published layout, buffers present or (as in an EMA) absent.
 
-        head_input: how the sampler feeds the head from now on; files that say nothing of it come
-        from the published code, whose sampler fed it the published way.
+        head_input: of the sampler from now on; files that say nothing of it are published ones.
         Raises ValueError, naming the tensors, unless all of them match.
         """
         self._check_kind(state)
         own, parameters = self.published_state_dict(), dict(self.published_parameters())
         check_layout(state, {k: t for k, t in own.items() if k in state or k in parameters})
         for name in ("boundaries", "reconstruction_values") if self.fitted else ():
-            expected = own[name].cpu()
-            if name in state and not torch.allclose(state[name].cpu().float(), expected, atol=1e-4):
+            given = state.get(name, own[name]).cpu().float()
+            if not torch.allclose(given, own[name].cpu(), atol=1e-4):
                 raise ValueError(f"the checkpoint's quantizer differs from this one in {name!r}")
         new = own | state
         self.load_state_dict({name: new[_published_name(name)] for name in self.state_dict()})
@@ -141,19 +125,16 @@ class TokenBridge(nn.Module, Pretrained):
 
     def _check_kind(self, state: dict[str, Tensor]) -> None:
         """Levels are one table in the published layout, one a channel if they are calibrated."""
-        levels = state.get("reconstruction_values")
+        levels, own = state.get("reconstruction_values"), self.config.quantizer
         if levels is None and not self.fitted:
             raise ValueError("it holds no levels, and this model's calibrated ones are not set")
-        kind = "calibrated" if levels is not None and levels.dim() == 2 else "published"
-        if levels is not None and kind != self.config.quantizer:
-            raise ValueError(
-                f"its quantizer is the {kind} one, this model's the {self.config.quantizer} one; "
-                "see --quantizer"
-            )
+        kind = own if levels is None else "calibrated" if levels.dim() == 2 else "published"
+        if kind != own:
+            raise ValueError(f"its quantizer is {kind}, this model's {own}; see --quantizer")
 
     @property
     def fitted(self) -> bool:
-        """Whether the quantizer has levels: the published one always does."""
+        """Whether the quantizer has levels."""
         return self.quantizer.fitted
 
 
@@ -182,11 +163,11 @@ def resized_positions(state: dict[str, Tensor], side: int) -> dict[str, Tensor]:
 
 
 def _published_name(name: str) -> str:
-    """The published model is flat: its names are ours without the part (backbone, head, ...)."""
+    """Without the part (backbone, head, quantizer), which the published model has not."""
     return name.split(".", 1)[1]
 
 
 def _published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the published names and order: those that belong to no submodule come first."""
+    """In the published names and order: first those that belong to no submodule."""
     named = {_published_name(name): tensor for name, tensor in tensors.items()}
     return dict(sorted(named.items(), key=lambda item: "." in item[0]))

@@ -51,6 +51,12 @@ def test_levels_are_those_of_the_caches_latents(inputs, trained):
     assert values.shape == (CHANNELS, 2**BITS)
 
 
+def forget_histogram(cache: Path) -> None:
+    """As a cache of an earlier version is."""
+    path = cache / "manifest.json"
+    write_json(path, read_json(path) | {"histogram": None})
+
+
 def test_resumed_training_keeps_its_levels_and_draws_with_them(inputs, trained, tmp_path):
     """The cache need not say them again, nor need the flag."""
     for weights in ("ema", "model"):
@@ -65,41 +71,33 @@ def test_resumed_training_keeps_its_levels_and_draws_with_them(inputs, trained, 
         assert torch.equal(found["model"][name], expected["model"][name])
 
 
-def forget_histogram(cache: Path) -> None:
-    """As a cache of an earlier version is."""
-    path = cache / "manifest.json"
-    write_json(path, read_json(path) | {"histogram": None})
+ON_IMAGES = {"use_cached": None, "data_path": "data", "vae_path": "vae.ckpt"}
+ON_IMAGES |= {"channel_order": "0,1,2,3", "epochs": 1}
 
 
 def test_training_on_images_takes_the_levels_of_a_cache_of_the_same_vae(inputs, trained, tmp_path):
-    on_images = {"use_cached": None, "data_path": "data", "vae_path": "vae.ckpt"}
-    on_images |= {"latent_scale": open_cache(inputs / "cache").manifest["latent_scale"]}
-    on_images |= {"channel_order": "0,1,2,3", "epochs": 1}
-    found = train(inputs, tmp_path, **CALIBRATED, **on_images)
+    scale = open_cache(inputs / "cache").manifest["latent_scale"]
+    found = train(inputs, tmp_path, **CALIBRATED, **ON_IMAGES, latent_scale=scale)
     expected = load(trained)["model"]["reconstruction_values"]
     assert torch.equal(found["model"]["reconstruction_values"], expected)
 
 
-def refuse(capsys, inputs: Path, output: Path, **changes) -> str:
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=output, **changes)
-    line = refused(capsys, main_tokenbridge.main, *argv)
-    assert not output.exists()
-    return line
-
-
 def test_what_has_no_distribution_is_refused(inputs, tmp_path, capsys):
+    def refusal(folder: Path, **changes) -> str:
+        argv = flags(folder, TRAIN_FLAGS, output_dir=tmp_path / "out", **CALIBRATED | changes)
+        line = refused(capsys, main_tokenbridge.main, *argv)
+        assert not (tmp_path / "out").exists()
+        return line
+
     own = shutil.copytree(inputs, tmp_path / "own")
     forget_histogram(own / "cache")
-    line = refuse(capsys, own, tmp_path / "out", **CALIBRATED)
+    line = refusal(own)
     assert "does not say how its latents are distributed" in line and "main_cache.py" in line
     damaged = read_json(inputs / "cache" / "manifest.json")
     damaged["histogram"]["counts"] = "AAAA"
     write_json(own / "cache" / "manifest.json", damaged)
-    line = refuse(capsys, own, tmp_path / "out", **CALIBRATED)
-    assert "manifest.json is damaged" in line
-    on_images = {"use_cached": None, "cached_path": None, "data_path": "data"}
-    on_images |= {"vae_path": "vae.ckpt", "latent_scale": 1, "channel_order": "0,1,2,3"}
-    line = refuse(capsys, inputs, tmp_path / "out", **CALIBRATED | on_images)
+    assert "manifest.json is damaged" in refusal(own)
+    line = refusal(inputs, **ON_IMAGES, cached_path=None, latent_scale=1)
     assert "--quantizer calibrated needs --cached_path" in line
 
 

@@ -32,7 +32,7 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def test_compiled_blocks_give_the_same_gradients():
+def test_compiled_blocks_give_the_same_gradients_and_a_missing_compiler_is_named(monkeypatch):
     model = tiny_model().eval()
     loss(model, 11).backward()
     expected = [parameter.grad for parameter in model.parameters()]
@@ -42,12 +42,15 @@ def test_compiled_blocks_give_the_same_gradients():
     for parameter, plain in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, plain, rtol=1e-4, atol=1e-6)
     assert graphs() == 3  # a block, one of some positions, the head's
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="no-such-compiler"):
+        compile_model(tiny_model(), torch.device("cpu"))
 
 
 def test_masked_positions_iterations_and_channels_do_not_change_the_number_of_graphs():
     model, after = tiny_model().train(), []
     model.compile_blocks(backend="aot_eager")
-    for count in (11, 14, 12, 16, 13, 15, 9, 5, 7):
+    for count in (11, 14, 16, 5):
         loss(model, count).backward()
         after.append(graphs())
     assert after == after[:1] * len(after)
@@ -56,18 +59,12 @@ def test_masked_positions_iterations_and_channels_do_not_change_the_number_of_gr
     expected = sample_latents(tiny_model(), LABELS, num_iter=7, cfg=2.0, temperature=0)
     model, after = tiny_model(), []
     model.compile_blocks(backend="aot_eager")
-    for num_iter in (16, 3, 8, 5, 1, 7):
+    for num_iter in (16, 3, 5, 1, 7):
         found = sample_latents(model, LABELS, num_iter=num_iter, cfg=2.0, temperature=0)
         after.append(graphs())
     assert after[1] <= 8  # one position at a time, and several, each with its few kinds
-    assert after[2:] == after[1:2] * 4
+    assert after[2:] == after[1:2] * 3
     assert torch.equal(found, expected)
-
-
-def test_a_missing_compiler_is_named(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match="no-such-compiler"):
-        compile_model(tiny_model(), torch.device("cpu"))
 
 
 LOOKED_FOR_PIP = """

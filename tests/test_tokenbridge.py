@@ -1,8 +1,11 @@
 """The whole model against the golden data, and its invariants."""
 
+import re
+
 import pytest
 import torch
 
+from models.backbone import patchify
 from models.config import TokenBridgeConfig, preset
 from models.layers import take
 from models.masking import Mask, random_orders
@@ -30,7 +33,7 @@ def test_every_stage_matches_golden():
     model, data = golden_model(), golden("tokenbridge")
     mask = Mask.from_bool(data["mask"])
     with torch.no_grad():
-        tokens = model._tokens(data["latents"])
+        tokens = patchify(data["latents"], model.config.patch_size)
         assert torch.equal(tokens, data["tokens_patchified"])
         indices = model.quantizer.encode(tokens)
         assert torch.equal(indices, data["indices"].long())
@@ -54,13 +57,8 @@ def test_twelve_training_steps_match_golden():
     parameters = dict(model.published_parameters())
     optimizer = build_optimizer(parameters.items(), settings["lr"], settings["weight_decay"])
     ema = EMA(parameters.items(), settings["ema_rate"])
-    schedule = LRSchedule(
-        settings["lr"],
-        settings["min_lr"],
-        settings["warmup_epochs"],
-        settings["epochs"],
-        settings["steps_per_epoch"],
-    )
+    names = ("lr", "min_lr", "warmup_epochs", "epochs", "steps_per_epoch")
+    schedule = LRSchedule(*(settings[name] for name in names))
     for step in range(settings["steps"]):
         lr = schedule(step)
         set_lr(optimizer, lr)
@@ -82,25 +80,24 @@ def test_twelve_training_steps_match_golden():
             assert relative_error(found, expected) < 1e-4, key
 
 
-@pytest.mark.parametrize("change", ["missing", "unexpected", "shape", "codebook"])
-def test_load_published_names_what_does_not_match(change):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"z_proj.gain": torch.zeros(1)}, "unexpected .first: z_proj.gain"),
+        ({"z_proj.weight": torch.zeros(1, 2)}, "z_proj.weight is .1, 2."),
+        ({"reconstruction_values": torch.zeros(8)}, "differs .* 'reconstruction_values'"),
+        ({"reconstruction_values": torch.zeros(6, 8)}, "quantizer is calibrated.*--quantizer"),
+    ],
+)
+def test_load_published_names_what_does_not_match(change, said):
     model = tiny_model()
-    state = model.published_state_dict()
-    if change == "missing":
-        del state["z_proj.weight"]
-    elif change == "unexpected":
-        state["z_proj.gain"] = torch.zeros(1)
-    elif change == "shape":
-        state["z_proj.weight"] = torch.zeros(1, 2)
-    else:
-        state["reconstruction_values"] = state["reconstruction_values"] + 0.1
-    name = "reconstruction_values" if change == "codebook" else "z_proj"
-    with pytest.raises(ValueError, match=name):
-        model.load_published(state)
+    with pytest.raises(ValueError, match=said):
+        model.load_published(model.published_state_dict() | change)
+    with pytest.raises(ValueError, match="101 missing .first: channel_blocks"):
+        model.load_published({})
 
 
-def test_loss_ignores_what_is_under_the_mask_in_the_input():
-    """The masked tokens are targets only: z must not depend on them."""
+def test_z_ignores_what_is_under_the_mask_and_which_other_positions_are_computed():
     model = tiny_model()
     mask = Mask.from_orders(random_orders(2, 16, "cpu"), 10)
     values = torch.randn(2, 16, 6)
@@ -110,6 +107,8 @@ def test_loss_ignores_what_is_under_the_mask_in_the_input():
     assert torch.equal(z, model.backbone(changed, classes, mask, mask.masked))
     seen = values.scatter(1, mask.visible[..., None].expand(-1, -1, 6), 9.0)
     assert not torch.equal(z, model.backbone(seen, classes, mask, mask.masked))
+    whole = model.backbone(values, classes, mask, torch.arange(16).expand(2, -1))
+    assert torch.allclose(z, take(whole, mask.masked), atol=1e-6)
 
 
 def test_grad_checkpointing_recomputes_every_block_and_changes_no_bit():
@@ -138,14 +137,6 @@ def test_label_dropout_replaces_the_class_by_the_unconditional_embedding():
     assert torch.equal(kept, model.backbone.class_emb.weight[:2])
 
 
-def test_patch_size_two_predicts_every_scalar_of_a_token():
-    model = tiny_model(patch_size=2)
-    latents = torch.randn(2, 6, 4, 4)
-    mask = torch.ones(2, 4)
-    assert model.logits(latents, torch.tensor([0, 1]), mask).shape == (8, 24, 8)
-    assert model.head.order[:5].tolist() == [12, 13, 14, 15, 0]
-
-
 def test_initialisation_is_the_published_one():
     model = TokenBridge(**golden_json("config")["config"])
     state = model.published_state_dict()
@@ -160,48 +151,32 @@ def test_initialisation_is_the_published_one():
     assert weight.std() == pytest.approx((2 / sum(weight.shape)) ** 0.5, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"img_size": 250},
-        {"encoder_num_heads": 3},
-        {"channel_order": (0, 0)},
-        {"quant_min": 6.0},
-        {"head_input": "other"},
-        {"label_drop_prob": 1.5},
-        {"quant_levels": 1024},
-    ],
-)
-def test_settings_that_do_not_fit_are_refused_by_value(wrong):
-    value = str(next(iter(wrong.values())))
-    with pytest.raises(ValueError, match=value.replace("(", r"\(").replace(")", r"\)")):
-        TokenBridge(**preset("tokenbridge_tiny") | wrong)
-
-
-def test_other_shapes_and_unknown_settings_are_refused():
-    with pytest.raises(ValueError, match="expected"):
-        tiny_model()(torch.randn(1, 6, 8, 8), torch.tensor([0]))
+def test_settings_that_do_not_fit_are_refused_by_value():
+    wrong = dict(img_size=250, encoder_num_heads=3, channel_order=(0, 0), quant_min=6.0)
+    wrong |= dict(head_input="other", label_drop_prob=1.5, quant_levels=1024)
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=re.escape(str(value))):
+            TokenBridge(**preset("tokenbridge_tiny") | {name: value})
     config = TokenBridgeConfig(**preset("tokenbridge_tiny"), channel_order=tuple(range(16)))
     assert TokenBridgeConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="unknown"):
         TokenBridgeConfig.from_dict({"wings": 2})
+    with pytest.raises(ValueError, match="expected"):
+        tiny_model()(torch.randn(1, 6, 8, 8), torch.tensor([0]))
 
 
-def test_losses_of_the_channels_have_the_loss_as_their_mean():
-    model = tiny_model()
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_losses_of_the_channels_are_the_cross_entropies_and_have_the_loss_as_their_mean(patch_size):
+    model = tiny_model(patch_size=patch_size)
     latents, labels = torch.randn(2, 6, 4, 4), torch.tensor([0, 2])
-    torch.manual_seed(3)
-    losses = model.channel_losses(latents, labels)
-    torch.manual_seed(3)
-    torch.testing.assert_close(losses.mean(), model(latents, labels))
-    mask = torch.ones(2, 16, dtype=torch.bool)
-    expected = model.logits(latents, labels, mask)[:, 4].log_softmax(-1)
-    indices = model.quantizer.encode(latents)[:, 4].flatten()
-    found = model.channel_losses(latents, labels, mask)[4]
-    torch.testing.assert_close(found, -expected[torch.arange(32), indices].mean())
-
-
-# --- a calibrated quantizer
+    mask = torch.ones(2, model.config.seq_len)
+    losses = model.channel_losses(latents, labels, mask)
+    torch.testing.assert_close(losses.mean(), model(latents, labels, mask))
+    logits = model.logits(latents, labels, mask).log_softmax(-1)  # [M, C*p*p, K]
+    indices = patchify(model.quantizer.encode(latents), patch_size).flatten(0, 1)
+    torch.testing.assert_close(losses, -logits.gather(-1, indices[..., None])[..., 0].mean(dim=0))
+    area = patch_size**2  # channel 3 comes first, all of its patch
+    assert model.head.order[:area].tolist() == list(range(3 * area, 4 * area))
 
 
 def calibrated_model():
@@ -213,7 +188,7 @@ def calibrated_model():
     return model
 
 
-def test_calibrated_levels_travel_with_the_weights():
+def test_calibrated_levels_travel_with_the_weights_or_are_set_before():
     model, other = calibrated_model(), tiny_model(quantizer="calibrated")
     state = model.published_state_dict()
     assert list(state) == list(tiny_model().published_state_dict())  # the layout's names and order
@@ -224,34 +199,12 @@ def test_calibrated_levels_travel_with_the_weights():
     for channel in range(6):
         used = set(samples[:, channel].flatten().tolist())
         assert used <= set(model.quantizer.reconstruction_values[channel].tolist())
-
-
-def test_averaged_weights_without_levels_need_them_set_before():
-    model = calibrated_model()
     parameters = {name: p.detach() for name, p in model.published_parameters()}
     with pytest.raises(ValueError, match="holds no levels"):
         tiny_model(quantizer="calibrated").load_published(parameters)
     parameters["z_proj.bias"] = parameters["z_proj.bias"] + 1
     model.load_published(parameters)
     assert torch.equal(model.backbone.z_proj.bias, parameters["z_proj.bias"])
-
-
-def test_weights_of_one_quantizer_are_refused_by_the_other():
-    published, calibrated = tiny_model(), calibrated_model()
-    for model, state in ((published, calibrated), (calibrated, published)):
-        with pytest.raises(ValueError, match="its quantizer is the .*; see --quantizer"):
-            model.load_published(state.published_state_dict())
-    other = calibrated.published_state_dict()
-    other["boundaries"] = other["boundaries"] + 1
+    state["boundaries"] = state["boundaries"] + 1
     with pytest.raises(ValueError, match="differs from this one in 'boundaries'"):
-        calibrated.load_published(other)
-
-
-def test_the_last_block_of_some_positions_equals_that_of_all():
-    model = tiny_model().eval()
-    mask = Mask.from_orders(random_orders(2, 16, "cpu"), 10)
-    classes = model.backbone.class_embedding(torch.tensor([0, 1]), 2)
-    values, everywhere = torch.randn(2, 16, 6), torch.arange(16).expand(2, -1)
-    whole = model.backbone(values, classes, mask, everywhere)
-    some = model.backbone(values, classes, mask, mask.masked[:, :3])
-    assert torch.allclose(some, take(whole, mask.masked[:, :3]), atol=1e-6)
+        model.load_published(state)

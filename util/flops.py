@@ -26,20 +26,19 @@ ACTIVATION = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def linear(rows: float, inputs: int, outputs: int) -> float:
-    """Operations of [rows, inputs] x [inputs, outputs]."""
+    """[rows, inputs] x [inputs, outputs]."""
     return 2 * rows * inputs * outputs
 
 
 def vit_block(width: int, mlp_ratio: float, tokens: int, leaving: int) -> float:
-    """leaving: how many of the tokens are read afterwards; all keys and values are needed."""
-    projections = linear(tokens, width, 2 * width) + linear(leaving, width, 2 * width)
+    """leaving: how many of the tokens are read afterwards."""
+    projections = linear(tokens + leaving, width, 2 * width)
     attention = 2 * linear(leaving, width, tokens)
     return projections + attention + 2 * linear(leaving, width, int(width * mlp_ratio))
 
 
 def backbone(config: TokenBridgeConfig, visible: int, predicted: int) -> float:
-    """Encoder: the projection of L, blocks on S + V. Decoder: the projection of S + V, blocks on
-    S + L, of which those to predict alone leave the last one."""
+    """Encoder blocks of S + V, decoder blocks of S + L; only those predicted leave the last one."""
     width, out, ratio = config.encoder_embed_dim, config.decoder_embed_dim, config.mlp_ratio
     some, every = config.buffer_size + visible, config.buffer_size + config.seq_len
     total = linear(config.seq_len, config.token_dim, width) + linear(some, width, out)
@@ -49,7 +48,7 @@ def backbone(config: TokenBridgeConfig, visible: int, predicted: int) -> float:
 
 
 def head(config: TokenBridgeConfig, positions: int) -> float:
-    """All T channels of so many positions, at once as in training, or one by one in sampling."""
+    """All T channels of so many positions, at once or one by one."""
     width, depth = config.channel_embed_dim, config.channel_depth
     tokens = positions * config.token_dim
     attention = linear(tokens, width, 4 * width + 2 * config.token_dim)
@@ -60,10 +59,7 @@ def head(config: TokenBridgeConfig, positions: int) -> float:
 
 
 def training_step(config: TokenBridgeConfig, masked: int | None = None) -> float:
-    """Forward and backward of one image; the mean over the training's masks if masked is None.
-
-    What gradient checkpointing computes again is no part of the model, so not of this number.
-    """
+    """Forward and backward of one image, without recomputation; masked None: a mean over masks."""
     if masked is None:
         counts = masked_counts(config.seq_len, config.mask_ratio_min)
         return sum(share * training_step(config, count) for count, share in counts)
@@ -74,10 +70,9 @@ def training_step(config: TokenBridgeConfig, masked: int | None = None) -> float
 
 def sampling(config: TokenBridgeConfig, num_iter: int, guided: bool) -> float:
     """All iterations of one image; guidance is a doubled batch of the backbone."""
-    total = 0.0
+    total, passes = 0.0, 2 if guided else 1
     for before, after, _ in mask_schedule(config.seq_len, num_iter):
         if before > after:
-            passes = 2 if guided else 1
             total += passes * backbone(config, config.seq_len - before, before - after)
             total += head(config, before - after)
     return total
@@ -94,16 +89,17 @@ def training_memory(
 
     model: on any device, meta too. batch_size: of a micro-batch. precision: bf16, fp16 or fp32.
     states: weights, gradients, AdamW's moments, EMA. casts: weights in half precision.
-    backbone, head: what the backbone, and a chunk of the head, keep for backward with eager torch
-    and fused attention, an estimate; and a second time the gradients of the head's weights.
+    backbone, head: what they keep for backward, an estimate; the head's are of a chunk, and a
+    second time the gradients of its weights.
     """
     config, head, a = model.config, model.head, ACTIVATION[precision]
     multiplied = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
-    rows = CHUNK_ROWS.get(device_type, CHUNK_ROWS_ELSEWHERE)
-    positions = batch_size * config.seq_len
-    chunk = rows // config.token_dim if head.chunk is None else head.chunk or positions
+    positions, chunk = batch_size * config.seq_len, head.chunk
+    if chunk is None:
+        rows = CHUNK_ROWS.get(device_type, CHUNK_ROWS_ELSEWHERE)
+        chunk = max(1, rows // config.token_dim)
     image, position = _activations(config, a, head.grad_checkpointing)
-    in_head = min(max(1, chunk), positions) * position + FULL * count_parameters(head)
+    in_head = min(chunk or positions, positions) * position + FULL * count_parameters(head)
     return {
         "states": 5 * FULL * count_parameters(model),
         "casts": a * multiplied if a < FULL else 0,
@@ -115,8 +111,8 @@ def training_memory(
 def _activations(config: TokenBridgeConfig, a: int, recompute: bool) -> tuple[float, float]:
     """Bytes of an image in the backbone, and of a position in the head.
 
-    A block keeps the sums before both norms; their outputs, q, k, v and what attention gives;
-    twice the MLP's width around GELU; dropout's masks of one byte.
+    A block keeps the sums before both norms, their outputs, q, k, v, what attention gives, twice
+    the MLP's width around GELU, and dropout's masks of one byte.
     """
     masked, tokens = math.ceil(config.seq_len * config.mask_ratio_min), config.seq_len
     image = 2 * FULL * (config.buffer_size + tokens) * config.encoder_embed_dim
@@ -142,14 +138,13 @@ def _activations(config: TokenBridgeConfig, a: int, recompute: bool) -> tuple[fl
 class Hardware(NamedTuple):
     """TFLOP/s of dense products at boost clocks, None where there are none, and GB of memory.
 
-    pattern: of torch.cuda.get_device_name, without the vendor; a slice of a device (MIG) or a
-    relative (GH200, 4090 Laptop) has another name. fp16: accumulated in fp32. fp32: not TF32.
+    pattern: of torch.cuda.get_device_name, without the vendor. fp16: accumulated in fp32.
     """
 
     pattern: str
     bf16: float | None
     fp16: float
-    fp32: float
+    fp32: float  # not TF32
     memory: float
     source: str  # NVIDIA's data sheet or whitepaper, by its title
 
@@ -168,25 +163,18 @@ HARDWARE = {
 }
 
 
-def find_hardware(name: str) -> Hardware | None:
-    """name: as torch.cuda.get_device_name says it. None if it is not in the table."""
-    name = re.sub(r"^(NVIDIA|Tesla) ", "", name)
-    return next((h for h in HARDWARE.values() if re.fullmatch(h.pattern, name)), None)
-
-
 def peak_flops(device: torch.device, precision: Precision) -> float | None:
     """The most FLOP/s of matrix products in that precision; None where it is not known."""
     if device.type != "cuda":
         return None
-    tera = getattr(find_hardware(torch.cuda.get_device_name(device)), precision.name, None)
+    name = re.sub(r"^(NVIDIA|Tesla) ", "", torch.cuda.get_device_name(device))
+    hardware = next((h for h in HARDWARE.values() if re.fullmatch(h.pattern, name)), None)
+    tera = getattr(hardware, precision.name, None)
     return tera * 1e12 if tera is not None else None
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a CUDA device, what MPS holds, else the process's most.
-
-    Counters of the host: nothing waits for the device.
-    """
+    """The most bytes of tensors on a CUDA device; what MPS holds; else the most of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -207,7 +195,7 @@ class Meter(NamedTuple):
     peak: float | None = None
 
     def figures(self, images_per_second: float, processes: int, memory: float) -> dict[str, float]:
-        """By their names in TensorBoard. memory: bytes, of the process with most."""
+        """memory: bytes, of the process with most."""
         achieved = self.flops * images_per_second / processes
         figures = {"speed/tflops_per_device": achieved / 1e12, "speed/memory_gib": memory / GIB}
         if self.peak is not None:

@@ -1,11 +1,9 @@
 """What --vae_path names, a file or a folder, and reading it.
 
 A file has tensors in the names of latent diffusion: of torch.save under `model` (with a `config` if
-one was saved), under `state_dict`, as Lightning saves them, or bare; or of safetensors. A folder is
-one of diffusers, or a pipeline with vae/ in it:
-    FOLDER/config.json
-    FOLDER/diffusion_pytorch_model.safetensors         or sharded, or the one variant there is
-Such a .safetensors file may be named itself. Nothing in them is executed.
+one was saved), under `state_dict`, or bare; or of safetensors. A folder is one of diffusers, or a
+pipeline with vae/ in it: config.json and diffusion_pytorch_model.safetensors, or its shards, or its
+one variant. Such a .safetensors file may be named itself. Nothing in them is executed.
 """
 
 import hashlib
@@ -37,7 +35,7 @@ def load_vae(path: str | Path, embed_dim: int | None = None) -> VAE:
     """Read a VAE: kl16.ckpt, another file, or a folder of diffusers.
 
     embed_dim: the channels it must have; None takes those of the file.
-    Raises UserError, naming --vae_path, unless every tensor matches.
+    Raises UserError unless every tensor matches.
     """
     folder = diffusers_folder(path)
     vae = _load_file(Path(path)) if folder is None else folder.load()
@@ -49,10 +47,7 @@ def load_vae(path: str | Path, embed_dim: int | None = None) -> VAE:
 
 
 def vae_digest(path: str | Path) -> str:
-    """SHA-256 by which caches and checkpoints know their VAE: of the file, or of the folder.
-
-    Raises UserError if a folder is not that of a VAE.
-    """
+    """SHA-256 by which caches and checkpoints know their VAE. Raises UserError without one."""
     folder = diffusers_folder(path)
     return sha256(path) if folder is None else folder.digest()
 
@@ -86,8 +81,7 @@ def _vae_tensors(saved: dict) -> tuple[dict[str, Tensor], str]:
     held = next((saved[key] for key in ("model", "state_dict") if key in saved), saved)
     if not isinstance(held, dict):
         raise ValueError(f"under 'model' is a {type(held).__name__}, not a state dict")
-    tensors = {str(name): t for name, t in held.items() if isinstance(t, Tensor)}
-    state, stripped = unwrapped(tensors)
+    state, stripped = unwrapped({str(k): t for k, t in held.items() if isinstance(t, Tensor)})
     prefixes = [name.removesuffix(ANCHOR) for name in state if f".{name}".endswith(f".{ANCHOR}")]
     if len(prefixes) != 1 and "" not in prefixes:
         several = f"VAEs under {listed(prefixes)}" if prefixes else f"no VAE, but {listed(held)}"
@@ -96,15 +90,15 @@ def _vae_tensors(saved: dict) -> tuple[dict[str, Tensor], str]:
     inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     vae = {name: tensor for name, tensor in inside.items() if name.split(".")[0] in PARTS}
     others = sorted({n.split(".")[0] for n in state if n.removeprefix(prefix) not in vae})
-    said = [f"read without {' and '.join(filter(None, (stripped, prefix)))} in its names"]
-    said = said if stripped or prefix else []
-    said += [f"{len(state) - len(vae)} tensors of {listed(others)} passed over"] if others else []
-    return vae, "; ".join(said)
+    without, notes = " and ".join(filter(None, (stripped, prefix))), []
+    notes += [f"read without {without} in its names"] if without else []
+    notes += [f"{len(state) - len(vae)} tensors of {listed(others)} passed over"] if others else []
+    return vae, "; ".join(notes)
 
 
 @dataclass(frozen=True)
 class DiffusersFolder:
-    """config: of config.json. variant: in the names of the files with the tensors, `weights`."""
+    """config: of config.json. variant: in the names of the files with tensors, `weights`."""
 
     path: Path
     config: dict
@@ -118,21 +112,13 @@ class DiffusersFolder:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def load(self) -> DiffusersVAE:
-        try:
-            # A configuration is a stranger's, and diffusers raises whatever it meets on its way.
-            with as_user_error(f"--vae_path {self.path}", (Exception,)):
-                return DiffusersVAE(self.path, self.config, self.variant)
-        except UserError as error:
-            if isinstance(error.__cause__, ImportError):
-                raise UserError(f"{error}; pip install -e '.[diffusers]'") from error
-            raise
+        # A configuration is a stranger's, and diffusers raises whatever it meets on its way.
+        with as_user_error(f"--vae_path {self.path}", (Exception,)):
+            return DiffusersVAE(self.path, self.config, self.variant)
 
 
 def diffusers_folder(path: str | Path) -> DiffusersFolder | None:
-    """What a folder, or a file in diffusers' names, stands for; None for any other file.
-
-    Raises UserError, naming what is missing and the remedy.
-    """
+    """Of a folder, or a file in diffusers' names; None for any other file. Raises UserError."""
     path, is_folder = Path(path), Path(path).is_dir()
     if not is_folder and not _in_diffusers_names(path):
         return None
@@ -140,7 +126,7 @@ def diffusers_folder(path: str | Path) -> DiffusersFolder | None:
     folder = folder if (folder / CONFIG).is_file() or not is_folder else folder / "vae"
     if not (folder / CONFIG).is_file():
         files = sorted(p.name for p in path.glob("*.ckpt"))
-        remedy = f"name the file {files[0]} in it" if files else "fetch it from its repository"
+        remedy = f"name the file {files[0]} in it" if files else "fetch it"
         raise UserError(f"--vae_path {path}: a VAE of diffusers needs {CONFIG} here; {remedy}")
     names = sorted(p.name for p in folder.iterdir()) if is_folder else [path.name]
     matches = filter(None, map(NAME.fullmatch, names))
@@ -148,11 +134,8 @@ def diffusers_folder(path: str | Path) -> DiffusersFolder | None:
     if not files and not is_folder:
         raise UserError(f"--vae_path {path}: in diffusers' names; call it {WEIGHTS}.safetensors")
     if not files:
-        pickled = ", and .bin files are pickled, never read" if list(folder.glob("*.bin")) else ""
-        raise UserError(
-            f"--vae_path {path}: no {WEIGHTS}.safetensors{pickled}; fetch it, or save it again "
-            "with diffusers' save_pretrained"
-        )
+        remedy = "fetch it, or save it again with save_pretrained (a .bin file is never read)"
+        raise UserError(f"--vae_path {path}: no {WEIGHTS}.safetensors; {remedy}")
     if len(files) > 1 and None not in files:
         raise UserError(f"--vae_path {path} has the variants {listed(files)}; leave one of them")
     variant = None if None in files else next(iter(files))
@@ -163,20 +146,20 @@ def _in_diffusers_names(path: Path) -> bool:
     if path.suffix != ".safetensors" or not path.is_file() or what_else(path, wide=True):
         return False
     with (
-        as_user_error(f"--vae_path {path}: damaged, fetch it again", (SafetensorError,)),
+        as_user_error(f"--vae_path {path}: damaged", (SafetensorError,)),
         safe_open(path, framework="pt") as file,
     ):
         return any(".resnets." in name for name in file.keys())  # noqa: SIM118
 
 
 def _parts(file: Path) -> tuple[Path, ...]:
-    """The files of tensors: this one, or those that it is the index of."""
+    """This file, or those that it is the index of."""
     if file.suffix == ".safetensors":
         return (file,)
     names = sorted(set(_read_json(file).get("weight_map", {}).values()))
     for name in names:
         if Path(name).name != name or not (file.parent / name).is_file():
-            raise UserError(f"--vae_path {file}: {name} is no file of this folder; fetch it again")
+            raise UserError(f"--vae_path {file}: {name} is no file of this folder")
     return tuple(file.parent / name for name in names)
 
 

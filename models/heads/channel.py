@@ -1,9 +1,8 @@
 """Autoregressive head over the channels of one position: condition -> K logits for each channel.
 
-Inside, channels stand in `order` (low-frequency energy first); outside everything is in natural
-order. Training feeds the condition at the first position and the embedding of the previous
-channel's index at the others; sampling computes one position at a time over cached keys and
-values, through the same embedding and the same blocks.
+Inside, channels stand in `order` (low-frequency energy first), outside in natural order. Training
+feeds the condition at the first channel and the embedding of the previous one's index at the
+others; sampling goes channel by channel over cached keys and values, through the same blocks.
 Letters: M positions, T channels of a token (C*p*p), K levels, D width.
 Source: arXiv 2503.16430, dimension-wise autoregressive prediction.
 """
@@ -15,27 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.chunks import chunked_mean, split
-from models.config import HEAD_INPUTS, TokenBridgeConfig
-from models.layers import (
-    AdaLNBlock,
-    FinalNorm,
-    KVCache,
-    LayerNorm,
-    call,
-    init_linear,
-    learned,
-    modulations_of,
-)
+from models.config import TokenBridgeConfig
+from models.layers import AdaLNBlock, FinalNorm, KVCache, LayerNorm, call, init_linear, learned
 
 # Rows (positions x channels) that the head works on at once: enough to keep the device busy.
 CHUNK_ROWS = {"cpu": 1024}
 CHUNK_ROWS_ELSEWHERE = 16384
-
-
-def token_order(config: TokenBridgeConfig) -> list[int]:
-    """The order over all C*p*p scalars of a token: channel by channel, then row-major."""
-    area = config.patch_size**2
-    return [c * area + k for c in config.channel_order for k in range(area)]
 
 
 class ChannelHead(nn.Module):
@@ -53,7 +37,8 @@ class ChannelHead(nn.Module):
         self.chunk: int | None = None
         self.levels, self.heads = config.quant_levels, config.channel_heads
         width = config.channel_embed_dim
-        order = torch.tensor(token_order(config))
+        area = config.patch_size**2  # a token has its patch channel by channel, then row-major
+        order = torch.tensor([c * area + k for c in config.channel_order for k in range(area)])
         channels = len(order)
         self.channel_embed = learned(1, channels, width)
         self.timesteps_embeddings = learned(1, channels, width)
@@ -83,21 +68,19 @@ class ChannelHead(nn.Module):
         return losses.view_as(indices)
 
     def loss(self, z: Tensor, indices: Tensor, grad_scale: Tensor | float = 1.0) -> Tensor:
-        """The mean of all cross-entropies; in chunks, see `chunked_mean`, unless chunk is 0."""
+        """The mean of all cross-entropies; in chunks (`chunked_mean`) unless chunk is 0."""
         if self.chunk == 0:
             return self(z, indices).mean()
         return chunked_mean(self, z, indices, self._pieces(z), grad_scale)
 
     def losses(self, z: Tensor, indices: Tensor) -> Tensor:
-        """All cross-entropies [M, T]; what backward needs of all positions is kept."""
+        """All cross-entropies [M, T], in chunks, for evaluation."""
         return torch.cat([self(*part) for part in split(self._pieces(z), z, indices)])
 
     def logits(self, z: Tensor, indices: Tensor) -> Tensor:
-        """Teacher-forced logits.
+        """Teacher-forced logits: z [M, cond_dim], indices [M, T] int64 -> [M, T, K].
 
-        z: [M, cond_dim]. indices: [M, T] int64, natural order; channel i's logits depend only on
-        the indices of channels before it in `order`.
-        Returns [M, T, K], natural order.
+        Channel i's logits depend only on the indices of channels before it in `order`.
         """
         cond = self.condition_proj(z)  # [M, D]
         *modulations, final = self._modulations(cond[:, None] + self.timesteps_embeddings)
@@ -111,7 +94,7 @@ class ChannelHead(nn.Module):
         return logits[self.inverse_order].transpose(0, 1)
 
     def _tokens(self, cond: Tensor, indices: Tensor) -> Tensor:
-        """The inputs of all channels [M, T, D], in head order, given the indices [M, T]."""
+        """Indices [M, T] -> the inputs of all channels [M, T, D]; both in head order."""
         inputs = [cond[:, None]]
         if len(self.token_embeddings) > 0:
             table = torch.cat([embedding.weight for embedding in self.token_embeddings])
@@ -120,8 +103,9 @@ class ChannelHead(nn.Module):
         return torch.cat(inputs, dim=1) + self.channel_embed
 
     def _modulations(self, c: Tensor) -> list[Tensor]:
-        """c: [..., D] -> those of every block, [..., 6 D], and of the final norm, [..., 2 D]."""
-        return modulations_of(c, [*self.channel_blocks, self.channel_final])
+        """c: [..., D] -> [..., 6 D] for every block, [..., 2 D] for the final norm."""
+        c = F.silu(c)
+        return [p.adaLN_modulation[1](c) for p in (*self.channel_blocks, self.channel_final)]
 
     def _pieces(self, z: Tensor) -> int:
         """The number of chunks to work in."""
@@ -136,18 +120,14 @@ class ChannelHead(nn.Module):
     def sample(
         self, z: Tensor, uniforms: Tensor, temperature: float = 1.0, head_input: str = "trained"
     ) -> tuple[Tensor, Tensor]:
-        """Draw the T channels of each position, one after the other.
+        """Draw the T channels of each position, one after the other: indices, log-probabilities.
 
-        z: [M, cond_dim]. uniforms: [M, T] in [0, 1), natural order, one for each draw.
-        temperature: 0 takes the most likely level.
-        head_input: "trained" feeds the condition at the first position, as training does;
+        z: [M, cond_dim]. uniforms: [M, T] in [0, 1), one for each draw.
+        temperature: 0 takes the most likely level, and gives log-probabilities of temperature 1.
+        head_input: "trained" feeds the condition at the first channel, as training does;
         "published" feeds condition + first timestep embedding, as the published sampler does
-        and as the published FIDs were measured. Raises ValueError on another.
-        Returns indices [M, T] int64 and the log-probabilities [M, T], in nats, with which they
-        were drawn (at temperature 0 those of temperature 1), in natural order.
+        and as the published FIDs were measured.
         """
-        if head_input not in HEAD_INPUTS:
-            raise ValueError(f"head_input {head_input!r} is not one of {HEAD_INPUTS}")
         parts = split(self._pieces(z), z, uniforms)
         drawn = [self._sample(*part, temperature, head_input) for part in parts]
         indices, log_probs = (torch.cat(x) for x in zip(*drawn, strict=True))
@@ -156,19 +136,17 @@ class ChannelHead(nn.Module):
     def _sample(
         self, z: Tensor, uniforms: Tensor, temperature: float, head_input: str
     ) -> tuple[Tensor, Tensor]:
-        """No prefix is computed twice; the modulations, which know no index, all at once."""
         uniforms, channels = uniforms[:, self.order], torch.arange(len(self.order), device=z.device)
         cond = self.condition_proj(z)  # [M, D]
         c = cond + self.timesteps_embeddings[0, :, None]  # [T, M, D]
-        *modulations, final = self._modulations(c)
+        *modulations, final = self._modulations(c)  # of all channels at once: they know no index
         caches = [KVCache.empty(cond, self.heads, len(channels)) for _ in modulations]
+        parts = self.channel_blocks, modulations, caches
         token, drawn = c[0] if head_input == "published" else cond, []
         for i, channel_head in enumerate(self.channel_heads):
             x = (token + self.channel_embed[:, i])[:, None]  # [M, 1, D]
             now = {"positions": channels[None, i : i + 1], "visible": (channels <= i)[None]}
-            for block, modulation, cache in zip(
-                self.channel_blocks, modulations, caches, strict=True
-            ):
+            for block, modulation, cache in zip(*parts, strict=True):
                 x = block(x, modulation[i][:, None], cache._replace(**now))
             x = self.channel_final(self.channel_norm(x), final[i][:, None])
             drawn.append(inverse_cdf(channel_head(x[:, 0]), uniforms[:, i], temperature))

@@ -1,10 +1,7 @@
 """A diffusers AutoencoderKL as tokenizer: that of Stable Diffusion, SDXL, SD 3, Flux, or one's own.
 
-The network is diffusers' own code, read by its own loader and wrapped as a `VAE` of kl16.py. Its
-latents are unscaled and unshifted, as the encoder makes them: `scaling_factor`, `shift_factor`,
-`latents_mean` and `latents_std` of its configuration are for diffusers' pipelines, and never
-applied here. The scale that brings latents to unit variance is measured (util/data/statistics.py)
-and belongs to `models.tokenizers.tokenizer`.
+Its latents are as the encoder makes them: `scaling_factor`, `shift_factor`, `latents_mean` and
+`latents_std` of its configuration are never applied; the scale is measured, as that of any VAE.
 """
 
 import logging
@@ -22,19 +19,18 @@ CLASS = "AutoencoderKL"
 class DiffusersVAE(VAE):
     """folder: of a saved AutoencoderKL. config: its config.json. variant: fp16, for example.
 
-    All arithmetic is float32, whatever the weights were saved in.
-    Raises ImportError where diffusers is not installed, ValueError unless settings and tensors
-    are all known and there, and whatever diffusers raises on damaged ones.
+    All arithmetic is float32. Raises ImportError where diffusers is not installed, ValueError
+    unless settings and tensors are all known and there, and what diffusers raises on damaged ones.
     """
 
     def __init__(self, folder: Path, config: dict, variant: str | None = None):
-        import diffusers  # an optional extra, and two seconds to import
+        try:
+            import diffusers  # an optional extra, and two seconds to import
+        except ImportError as error:
+            raise ImportError(f"{error}; pip install -e '.[diffusers]'") from error
 
-        if config.get("_class_name") != CLASS:
-            raise ValueError(
-                f"config.json is of {config.get('_class_name', 'no class of diffusers')}; "
-                f"the only one that is a tokenizer here is {CLASS}"
-            )
+        if (found := config.get("_class_name", "no class of diffusers")) != CLASS:
+            raise ValueError(f"config.json is of {found}; only {CLASS} is a tokenizer here")
         log = logging.getLogger("diffusers")
         level = log.level
         log.setLevel(logging.CRITICAL)  # what it warns of is an error here
@@ -56,15 +52,13 @@ class DiffusersVAE(VAE):
         loaded["unknown settings"] = sorted(set(settings) - set(known))
         for what, names in loaded.items():
             if names:
-                raise ValueError(
-                    f"config.json and tensors do not match for diffusers {diffusers.__version__}, "
-                    f"{what}: {', '.join(map(str, names[:3]))}"
-                )
+                listed = f"{what}: {', '.join(map(str, names[:3]))}"
+                raise ValueError(f"it does not match diffusers {diffusers.__version__}, {listed}")
         if not network.config.in_channels == network.config.out_channels == 3:
             raise ValueError(f"in_channels is {network.config.in_channels}, and images have 3")
-        levels = len(network.config.block_out_channels)
+        stride = 2 ** (len(network.config.block_out_channels) - 1)
         settings = {"class": f"diffusers {CLASS}"} | settings
-        super().__init__(settings, network.config.latent_channels, stride=2 ** (levels - 1))
+        super().__init__(settings, network.config.latent_channels, stride)
         self.network = network
 
     def moments(self, images: Tensor) -> Tensor:

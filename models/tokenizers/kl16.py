@@ -1,14 +1,14 @@
 """KL-regularised convolutional autoencoder of latent diffusion (KL-16 by default).
 
-Images in [-1, 1] -> diagonal Gaussian posterior over latents -> images. Everything here speaks
-of unscaled latents; the scale that brings them to unit variance belongs to the tokenizer.
-Tensor names are those of the published `kl16.ckpt`.
+Images in [-1, 1] -> diagonal Gaussian posterior over unscaled latents -> images. Tensor names are
+those of the published `kl16.ckpt`.
 Letters: B batch, C latent channels, S stride, h = H / S.
 Source: Rombach et al., arXiv 2112.10752; Li et al. (MAR), arXiv 2406.11838.
 """
 
 import re
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 # The published VAE: 66,456,019 parameters, stride 16.
 KL16 = {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), "ch": 128, "num_res_blocks": 2}
-# What other VAEs of these tensor names have otherwise: KL-16's encoder attends in its coarsest
-# level alone (None), and those of Flux and SD 3 have no 1x1 convolutions around the latents.
+# Of other VAEs: the levels that attend, in KL-16's encoder the coarsest alone (None); whether
+# there are 1x1 convolutions around the latents, which those of Flux and SD 3 have not.
 VARIANTS = {"encoder_attention": None, "decoder_attention": (), "quant_conv": True}
 GROUPS = 32
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -36,12 +36,8 @@ class Posterior:
         return torch.exp(0.5 * self.logvar)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw, [B, C, h, w]."""
         like = {"device": self.mean.device, "dtype": self.mean.dtype}
         return self.mean + self.std * torch.randn(self.mean.shape, generator=generator, **like)
-
-    def mode(self) -> Tensor:
-        return self.mean
 
     def kl(self) -> Tensor:
         """KL divergence from N(0, I) in nats, summed over each image: [B]."""
@@ -52,8 +48,8 @@ class Posterior:
 class VAE(nn.Module):
     """All that the rest of the program knows of an autoencoder, whatever network it is.
 
-    config: its settings, plain values. channels: C. stride: S, image pixels per latent position
-    along one side. is_kl16: whether the published constants of `models.config` hold for it.
+    config: its settings. channels: C. stride: S, pixels per latent position along one side.
+    is_kl16: whether the published constants of `models.config` hold for it.
     """
 
     is_kl16 = False
@@ -67,10 +63,9 @@ class VAE(nn.Module):
 
         Raises ValueError on other sizes.
         """
-        if images.shape[-1] % self.stride or images.shape[-2] % self.stride:
-            raise ValueError(
-                f"image sides {tuple(images.shape[-2:])} are not multiples of stride {self.stride}"
-            )
+        sides = tuple(images.shape[-2:])
+        if any(side % self.stride for side in sides):
+            raise ValueError(f"image sides {sides} are not multiples of stride {self.stride}")
         return Posterior(self.moments(images))
 
     def moments(self, images: Tensor) -> Tensor:
@@ -82,8 +77,9 @@ class VAE(nn.Module):
         raise NotImplementedError
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=1e-6)
+group_norm = partial(nn.GroupNorm, GROUPS, eps=1e-6)
+conv1x1 = partial(nn.Conv2d, kernel_size=1)
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -94,15 +90,10 @@ def silu(x: Tensor) -> Tensor:
 def fastest_layout(x: Tensor) -> Tensor:
     """x: [B, C, H, W], in the memory format in which convolutions run fastest on its device.
 
-    All that follows keeps it; weights need no change. A CPU's backward pass of group norms in bf16
-    takes 2.5 times as long in it: training on one keeps the layout. On MPS it was not measured.
+    A CPU's backward pass of group norms in bf16 takes 2.5 times as long in it; MPS: not measured.
     """
     known = x.device.type == "cuda" or (x.device.type == "cpu" and not torch.is_grad_enabled())
     return x.contiguous(memory_format=torch.channels_last) if known else x
-
-
-def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
-    return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
 
 
 class ResBlock(nn.Module):
@@ -116,7 +107,7 @@ class ResBlock(nn.Module):
         self.conv2 = conv3x3(channels_out, channels_out)
         self.nin_shortcut = nn.Identity()
         if channels_in != channels_out:
-            self.nin_shortcut = nn.Conv2d(channels_in, channels_out, kernel_size=1)
+            self.nin_shortcut = conv1x1(channels_in, channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
@@ -131,10 +122,8 @@ class AttnBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.norm = group_norm(channels)
-        self.q = nn.Conv2d(channels, channels, kernel_size=1)
-        self.k = nn.Conv2d(channels, channels, kernel_size=1)
-        self.v = nn.Conv2d(channels, channels, kernel_size=1)
-        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+        self.q, self.k, self.v = (conv1x1(channels, channels) for _ in range(3))
+        self.proj_out = conv1x1(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -156,9 +145,8 @@ def upsample(channels: int) -> nn.Module:
 
 
 def middle(channels: int) -> nn.Module:
-    block_1, attn_1 = ResBlock(channels, channels), AttnBlock(channels)
-    blocks = dict(block_1=block_1, attn_1=attn_1, block_2=ResBlock(channels, channels))
-    return nn.Sequential(OrderedDict(blocks))
+    blocks = ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels)
+    return nn.Sequential(OrderedDict(zip(("block_1", "attn_1", "block_2"), blocks, strict=True)))
 
 
 class Level(nn.Module):
@@ -179,7 +167,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, H, W] -> [B, 2C, h, w]. ch, widths: of the first convolution and the levels."""
+    """Images [B, 3, H, W] -> moments [B, 2C, h, w]."""
 
     def __init__(self, ch: int, widths: list[int], blocks: int, channels: int, attention: tuple):
         super().__init__()
@@ -231,8 +219,7 @@ class AutoencoderKL(VAE):
     embed_dim: C, latent channels. ch: width of the finest level, a multiple of 32.
     ch_mult: width multiplier of each level, finest first; the stride is 2^(levels - 1).
     num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
-    variant: see `VARIANTS`; encoder_attention and decoder_attention are the levels that attend.
-    Raises ValueError if ch does not fit the group norms.
+    variant: see `VARIANTS`. Raises ValueError if ch does not fit the group norms.
     """
 
     def __init__(
@@ -247,13 +234,11 @@ class AutoencoderKL(VAE):
             raise ValueError(f"ch {ch} is not a multiple of {GROUPS}, the group norms' groups")
         if unknown := set(variant) - set(VARIANTS):
             raise ValueError(f"unknown VAE settings {sorted(unknown)}")
-        last = len(ch_mult) - 1
-        variant = VARIANTS | variant
+        last, variant = len(ch_mult) - 1, VARIANTS | variant
         encoder, decoder = variant["encoder_attention"], tuple(variant["decoder_attention"])
         encoder = (last,) if encoder is None else tuple(encoder)
-        variant |= dict(
-            encoder_attention=None if encoder == (last,) else encoder, decoder_attention=decoder
-        )
+        variant["encoder_attention"] = None if encoder == (last,) else encoder
+        variant["decoder_attention"] = decoder
         config = dict(zip(KL16, (embed_dim, tuple(ch_mult), ch, num_res_blocks), strict=True))
         config |= {name: value for name, value in variant.items() if value != VARIANTS[name]}
         super().__init__(config, channels=embed_dim, stride=2**last)
@@ -262,12 +247,11 @@ class AutoencoderKL(VAE):
         self.decoder = Decoder(widths, num_res_blocks + 1, embed_dim, decoder)
         self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
         if variant["quant_conv"]:
-            self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, kernel_size=1)
-            self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, kernel_size=1)
+            self.quant_conv = conv1x1(2 * embed_dim, 2 * embed_dim)
+            self.post_quant_conv = conv1x1(embed_dim, embed_dim)
 
     @property
     def is_kl16(self) -> bool:
-        """Whether this is the published architecture."""
         return self.config == KL16
 
     def moments(self, images: Tensor) -> Tensor:
@@ -285,20 +269,19 @@ class AutoencoderKL(VAE):
 def settings_of(state: dict[str, Tensor]) -> dict:
     """The settings of an `AutoencoderKL`, from the names and shapes of its tensors.
 
-    Raises ValueError without a tensor that tells them; others are the layout's to miss.
+    Raises ValueError without a tensor that tells them.
     """
-    parts = ("encoder.conv_in", "decoder.conv_in", "encoder.down.0.block.0.conv2")
-    missing = [f"{part}.weight" for part in parts if f"{part}.weight" not in state]
-    if missing:
-        raise ValueError(f"it has no tensor {missing[0]}")
 
     def numbers(pattern: str) -> tuple[int, ...]:
         matches = (re.match(pattern, name) for name in state)
         return tuple(sorted({int(match[1]) for match in matches if match}))
 
-    ch = len(state["encoder.conv_in.weight"])
-    levels = numbers(r"encoder\.down\.(\d+)\.block\.")
-    widths = (len(state[f"encoder.down.{i}.block.0.conv2.weight"]) for i in levels)
+    first = ("encoder.conv_in.weight", "decoder.conv_in.weight")
+    levels = numbers(r"encoder\.down\.(\d+)\.block\.") or (0,)
+    each = [f"encoder.down.{i}.block.0.conv2.weight" for i in levels]
+    if missing := [name for name in (*first, *each) if name not in state]:
+        raise ValueError(f"it has no tensor {missing[0]}")
+    ch, *widths = (len(state[name]) for name in (first[0], *each))
     return {
         "embed_dim": state["decoder.conv_in.weight"].shape[1],
         "ch_mult": tuple(width // max(ch, 1) for width in widths),

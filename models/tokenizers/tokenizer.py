@@ -1,7 +1,6 @@
 """Images <-> scaled latents: the frozen VAE and the scale that brings latents to unit variance.
 
-The only place that multiplies or divides by the latent scale. The VAE may be absent, as when
-training reads cached posteriors and no image is ever decoded.
+The only place that multiplies or divides by the latent scale.
 Letters: B batch, C latent channels, h, w latent positions.
 """
 
@@ -19,7 +18,7 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 class Tokenizer(nn.Module):
-    """latent_scale: 1 / std of the VAE's latents (published: posterior sample x 0.2325)."""
+    """vae: None if no image is read or decoded. latent_scale: 1 / std of its latents."""
 
     def __init__(self, vae: VAE | None, latent_scale: float):
         super().__init__()
@@ -32,10 +31,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> Posterior:
-        """images: [B, 3, H, W], floats in [-1, 1] or bytes.
-
-        Full precision, as the published latents are.
-        """
+        """images: [B, 3, H, W], floats in [-1, 1] or bytes; computed in full precision."""
         assert self.vae is not None, "this tokenizer was built without a VAE"
         images = from_uint8(images) if images.dtype == torch.uint8 else images.float()
         with torch.autocast(images.device.type, enabled=False):
@@ -47,7 +43,7 @@ class Tokenizer(nn.Module):
 
     def mode(self, posterior: Posterior) -> Tensor:
         """The scaled posterior mean, [B, C, h, w]."""
-        return posterior.mode() * self.latent_scale
+        return posterior.mean * self.latent_scale
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """images: [B, 3, H, W], floats in [-1, 1] or bytes -> scaled latents [B, C, h, w]."""
