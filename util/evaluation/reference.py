@@ -149,7 +149,7 @@ def _read(path: str | Path) -> dict[str, np.ndarray]:
         if saved is not None:
             arrays = {key: np.asarray(value) for key, value in saved.items()}
         else:  # ADM's files hold 10,000 images besides
-            arrays = read_npz(path, ("mu", "sigma", *RECORDED), MAX_STATISTICS_BYTES)
+            arrays = read_npz(path, ("mu", "sigma", *RECORDED))
         for name in arrays.keys() & {"mu", "sigma"}:
             if arrays[name].dtype.kind not in "fiu":
                 raise ValueError(f"numbers of type {arrays[name].dtype}")
