@@ -1,7 +1,6 @@
 """The demo's page: what its judge says of the digits, above the report that every run has.
 
-Everything shown is read from the files that the stages of demo/run.sh wrote: images, scores.json
-of demo/classifier.py, timings.tsv, and what `util.report` finds in the folder.
+Everything shown is read from the files that the stages of demo/run.sh wrote.
 """
 
 import json
@@ -74,12 +73,6 @@ def mistakes_section(drawn: Sequence[Path], scores: dict) -> Section:
     return Section("Mistakes", text, head=["generated", "asked for", "taken for"], rows=rows)
 
 
-def figures_section(scores: dict) -> Section:
-    both = scores["held_out"], scores["generated"]
-    rows = [[text, *(form.format(one[key]) for one in both)] for text, key, form in FIGURES]
-    return Section("Figures", JUDGED, head=["", "held out (the floor)", "generated"], rows=rows)
-
-
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--root", type=Path, default=Path("output/demo"), help="of all stages")
@@ -88,15 +81,17 @@ def main() -> None:
     scores = json.loads((root / "scores.json").read_text())
     timings = [line.split("\t") for line in (root / "timings.tsv").read_text().splitlines()]
     total = sum(float(seconds) for _, seconds in timings)
+    both = scores["held_out"], scores["generated"]
+    rows = [[text, *(form.format(one[key]) for one in both)] for text, key, form in FIGURES]
+    head = ["", "held out (the floor)", "generated"]
     parts = [
         digits_section(root / "data" / "val", drawn, scores["generated"]),
         mistakes_section(drawn, scores["generated"]),
-        figures_section(scores),
+        Section("Figures", JUDGED, head=head, rows=rows),
         *sections(load(root)),
         Section("Time", head=["stage", "seconds"], rows=[*timings, ("all", f"{total:.0f}")]),
     ]
-    page = render("TokenBridge draws digits", parts, LEAD)
-    write(root / "report.html", page)
+    write(root / "report.html", render("TokenBridge draws digits", parts, LEAD))
 
 
 if __name__ == "__main__":
