@@ -21,7 +21,6 @@ from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import tiny_model
 from tests.runs import call, refused
 from util.errors import UserError
-from util.setup import ModelFlags
 from util.vae import save_vae, vae_digest
 
 CLASSES = ("ant", "bee", "red <b>cat</b> ${x}")
@@ -53,7 +52,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def library(*paths: Path, vae_path: Path | None = None) -> Library:
-    flags = ModelFlags.of(app.make_parser().parse([]))
+    flags = app.make_parser().parse([])
     return Library(flags, torch.device("cpu"), [*map(str, paths)], vae_path and str(vae_path))
 
 
