@@ -1,4 +1,4 @@
-"""What training and sampling cost on GPUs: operations, hours and memory.
+"""What training and sampling cost on GPUs: operations, hours and memory, printed as JSON.
 
 Operations are counted (util/flops.py) and divided by the share of the data sheet's peak that a run
 reaches. That share is assumed: training's log says its own as a percentage beside TFLOP/s.
@@ -17,7 +17,7 @@ from models.tokenbridge import TokenBridge
 from util import dist, flops
 from util.args import Parser, bit_width, fraction, non_negative_float, positive_int
 from util.errors import UserError, as_user_error
-from util.flops import ACTIVATION, HARDWARE, count_parameters, readable, training_memory
+from util.flops import ACTIVATION, HARDWARE, count_parameters, training_memory
 
 PUBLISHED_EPOCHS = {"tokenbridge_huge": 800}  # all others 400
 USABLE = 0.9  # of a device's memory: the rest is the context's and the allocator's
@@ -41,7 +41,6 @@ def make_parser() -> Parser:
     add("--devices", type=positive_int, default=8, help="of that hardware, in all")
     add("--precision", choices=ACTIVATION, default="bf16", help="arithmetic")
     add("--share", type=fraction, default=0.3, help="of the peak that is reached")
-    add("--json", action="store_true", help="all figures, to standard output")
     return parser
 
 
@@ -57,8 +56,8 @@ def largest_batch(model: TokenBridge, precision: str, usable: float) -> tuple[in
     )
 
 
-def cost(args: argparse.Namespace) -> dict:
-    """All figures, as plain values. Raises UserError, in one line, on what cannot be."""
+def cost(args: argparse.Namespace) -> dict[str, float]:
+    """All figures. Raises UserError, in one line, on what cannot be."""
     hardware = HARDWARE[args.hardware]
     peak = getattr(hardware, args.precision)
     if peak is None:
@@ -72,10 +71,8 @@ def cost(args: argparse.Namespace) -> dict:
     step, sample = flops.training_step(config), flops.sampling(config, args.num_iter, args.cfg != 1)
     epochs = args.epochs or PUBLISHED_EPOCHS.get(args.model, 400)
     again = 4 / 3 if args.grad_checkpointing else 1
-
-    def hours(operations: float) -> float:
-        return operations / (peak * 1e12 * args.share) / 3600
-
+    per_hour = peak * 1e12 * args.share * 3600
+    training, sampling = epochs * args.images * step * again, args.num_images * sample
     return {
         "parameters": count_parameters(model),
         "operations_of_a_step": step,
@@ -83,37 +80,15 @@ def cost(args: argparse.Namespace) -> dict:
         "epochs": epochs,
         "batch_size": batch,
         "bytes_per_device": taken,
-        "training_device_hours": hours(epochs * args.images * step * again),
-        "sampling_device_hours": hours(args.num_images * sample),
+        "training_device_hours": training / per_hour,
+        "training_hours": training / per_hour / args.devices,
+        "sampling_device_hours": sampling / per_hour,
+        "sampling_hours": sampling / per_hour / args.devices,
     }
 
 
-def report(args: argparse.Namespace, figures: dict) -> str:
-    """For people."""
-
-    def hours(work: str) -> str:
-        value = figures[f"{work}_device_hours"]
-        return f"{value:,.4g} GPU-hours, {value / args.devices:,.4g} hours"
-
-    return "\n".join(
-        [
-            f"{args.model}, {figures['parameters']:,} parameters, {args.img_size} px; "
-            f"{args.devices} x {args.hardware}, {args.precision}",
-            f"assumed   {args.share:.0%} of the data sheet's peak is reached (--share)",
-            f"memory    {figures['bytes_per_device'] / 1e9:.0f} GB a device by estimate, "
-            f"{figures['batch_size']} images at once",
-            f"training  {hours('training')}: {figures['epochs']} epochs of {args.images:,} images, "
-            f"{readable(figures['operations_of_a_step'], 'FLOP')} an image",
-            f"sampling  {hours('sampling')}: {args.num_images:,} images, {args.num_iter} steps"
-            f", {readable(figures['operations_of_a_sample'], 'FLOP')} an image without the VAE",
-        ]
-    )
-
-
 def main() -> None:
-    args = make_parser().parse()
-    figures = cost(args)
-    print(json.dumps(figures, indent=2) if args.json else report(args, figures))
+    print(json.dumps(cost(make_parser().parse()), indent=2))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """The same mathematics the plain way: what the fast paths are compared with, in time and in value.
 
-It works on the weights of the project's own modules, as the paper describes it; nothing of the
-published code is in it. `SWITCHES` puts these ways in the place of the fast ones, each alone or
-together, so the gain of each is a row of one run; tests/test_benchmarks.py holds both to the same
-values. `token_cache` alone is no plain way, but an approximation that is off by default.
+It works on the weights of the project's own modules, as the paper describes it. `SWITCHES` puts
+these ways in the place of the fast ones, each alone or together; tests/test_benchmarks.py holds
+both to the same values. `token_cache` alone is no plain way, but an approximation.
 Letters: B batch, L positions, S class slots, V visible, M masked positions, T channels of a token,
 K levels, D width.
 """
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import sampler
-from models.backbone import Backbone
+from models.backbone import Backbone, unpatchify
 from models.heads.channel import ChannelHead, inverse_cdf
 from models.layers import modulate, take
 from models.masking import Mask, mask_schedule
@@ -138,10 +137,8 @@ def sample_latents(
 ) -> Tensor:
     """As the sampler's of that name, but one pass with the class and one without: [B, C, H, W]."""
     config, batch = model.config, len(labels)
-    orders, uniforms = sampler.image_randomness(
-        seed, range(batch), config.seq_len, config.token_dim
-    )
-    orders, uniforms = orders.to(labels.device), uniforms.to(labels.device)
+    drawn = sampler.image_randomness(seed, range(batch), config.seq_len, config.token_dim)
+    orders, uniforms = (tensor.to(labels.device) for tensor in drawn)
     values = torch.zeros_like(uniforms)
     for before, after, m in mask_schedule(config.seq_len, num_iter):
         if before == after:
@@ -156,9 +153,7 @@ def sample_latents(
         drawn, _ = model.head.sample(z.flatten(0, 1), draws.flatten(0, 1), 1.0, config.head_input)
         levels = model.quantizer.decode(drawn).view_as(draws)
         values.scatter_(1, positions[..., None].expand_as(levels), levels)
-    grid, p = config.grid_size, config.patch_size
-    maps = values.unflatten(1, (grid, grid)).unflatten(-1, (-1, p, p))  # [B, h, w, C, p, p]
-    return maps.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return unpatchify(values, config.patch_size, config.grid_size)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 python -m benchmarks.run [--model tokenbridge_base --batch_size 2 --precision fp32 bf16]
 python -m benchmarks.run --only train head --repeats 5 [--json FILE]
 
-Beside every run the rate of a matrix product is measured. The table is printed and written as JSON.
+Beside every run the rate of a matrix product is measured.
 """
 
 import json
@@ -23,17 +23,15 @@ from util import dist
 from util.args import Parser, positive_int
 from util.device import resolve_device
 from util.errors import as_user_error
-from util.files import atomic_write, check_writable
+from util.files import check_writable
 from util.flops import peak_memory, readable
 from util.logging import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# A GPU's sizes are those of a training on it; a CPU's end within half an hour on 2 cores.
 SIZES = {"cuda": ("tokenbridge_large", 64), "cpu": ("tokenbridge_base", 2)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATRIX = {"cpu": 2048, "mps": 2048, "cuda": 8192}  # side; a GPU is not filled by less
 SHORTEST = 0.2  # seconds: what is over sooner is called several times
-LIMIT = 30.0  # seconds of a variant after which two runs are enough
 FAST, PLAIN = "fast", "plain"  # as the project computes it; as benchmarks/plain.py does
 HEAD = ("work", "variant", "precision", "seconds, median (range)", "a second", "of products")
 HEAD += ("memory", "fast is faster")
@@ -86,31 +84,25 @@ class Machine:
         return 2 * len(a) ** 3 / median(taken)
 
 
-def variants(work: Work, precisions: Sequence[str]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Name, precision, and what is computed the plain way: nothing or everything in each precision,
-    and each part alone in the last one."""
-    precisions = work.precisions or precisions
-    chosen = [(FAST, precision, ()) for precision in precisions]
-    chosen += [(PLAIN, precision, work.whole) for precision in precisions]
-    return chosen + [(f"{PLAIN}: {name}", precisions[-1], (name,)) for name in work.single]
-
-
 def measure(work: Work, machine: Machine, precisions: Sequence[str], repeats: int) -> list[dict]:
-    """Rows of all variants, run in turn, so that what else a shared machine does meets them all."""
-    rows = []
-    for variant, precision, names in variants(work, precisions):
+    """Rows of all variants, run in turn, so that what else a shared machine does meets them all.
+
+    Fast and plain in each precision; each part plain alone in the last one.
+    """
+    precisions, rows = work.precisions or precisions, []
+    variants = [(FAST, precision, ()) for precision in precisions]
+    variants += [(PLAIN, precision, work.whole) for precision in precisions]
+    variants += [(f"{PLAIN}: {name}", precisions[-1], (name,)) for name in work.single]
+    for variant, precision, names in variants:
         row = dict(title=work.title, variant=variant, precision=precision, plain_parts=names)
         row |= dict(items=work.items, unit=work.unit, operations=work.operations)
         rows.append(row | dict(seconds=[], product_rates=[], memory=None, times=1))
         time_once(work, rows[-1], machine)  # what comes first takes longer
-        if machine.device.type != "cpu" or rows[-1]["seconds"][0] < LIMIT:
-            rows[-1]["times"] = math.ceil(SHORTEST / rows[-1]["seconds"].pop()) or 1
-            rows[-1]["product_rates"].pop()
+        rows[-1]["times"] = math.ceil(SHORTEST / rows[-1]["seconds"].pop()) or 1
+        rows[-1]["product_rates"].pop()
     for _ in range(repeats):
         for row in rows:
-            enough = len(row["seconds"]) >= 2 and row["times"] * sum(row["seconds"]) > LIMIT
-            if len(row["seconds"]) < repeats and not enough:
-                time_once(work, row, machine)
+            time_once(work, row, machine)
     return rows
 
 
@@ -167,8 +159,7 @@ def main() -> None:
         print(*(line(cells(row, measured)) for row in measured), sep="\n", flush=True)
         rows += [{"work": name} | row for row in measured]
     if path is not None:
-        with atomic_write(path) as file:
-            file.write((json.dumps(about | {"rows": rows}, indent=1) + "\n").encode())
+        path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
         print(f"\nwritten: {path}")
 
 

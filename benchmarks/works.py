@@ -1,7 +1,4 @@
-"""The works that are timed. Weights are random, which costs the same.
-
-A training step is that of `engine_tokenbridge` in one process, without log and checkpoints.
-"""
+"""The works that are timed. Weights are random, which costs the same."""
 
 import math
 from collections.abc import Callable
@@ -68,10 +65,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Work:
-    """run: once, given a precision's name. items: of that unit, done in one run.
+    """run: once, given a precision's name. items, operations: of one run, as far as counted.
 
     whole: the switches that together make it plain. single: those to be timed alone.
-    operations: of one run, None where nothing counts them. precisions: None is all.
     """
 
     title: str
@@ -86,6 +82,7 @@ class Work:
 
 
 def training(settings: Settings) -> Work:
+    """A step of `engine_tokenbridge` in one process, without log and checkpoints."""
     model, batch = settings.build_model().train(), settings.batch_size
     channels, *sides = model.config.latent_shape
     moments = torch.randn(batch, 2 * channels, *sides, device=settings.device)
@@ -186,10 +183,7 @@ def in_fp32(
 
 @torch.no_grad()
 def vae_operations(size: int, **vae) -> dict[str, int]:
-    """Of encoding an image of so many pixels a side and of decoding it, by torch's own counter.
-
-    vae: settings of `AutoencoderKL`.
-    """
+    """Of encoding an image of so many pixels a side and of decoding it, by torch's own counter."""
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):  # shapes alone; no fused attention
         network = AutoencoderKL(**vae)
         with FlopCounterMode(display=False) as encode:

@@ -1,14 +1,11 @@
 """Judge generated images: a small classifier of real images, its accuracy, a Frechet distance.
 
-python -m demo.classifier train --root output/demo
-python -m demo.classifier judge --root output/demo
+python -m demo.classifier {train,judge} --root output/demo
 
-Trained on real training images alone, the classifier gives the share of generated images that it
-takes for the class they were asked to show, and a feature space for a Frechet distance. That
-distance is not FID: FID is the one in the features of the Inception network. It is computed by
-`main_tokenbridge.py --evaluate --feature_extractor demo.classifier:digits`: importing this module
-registers the extractor `digits` with torch-fidelity.
-Letters: N images, S side in pixels, F = 64 penultimate features.
+Trained on real images alone, it gives the share of generated images that it takes for the class
+they were asked to show, and features for a Frechet distance, which is not FID. Importing this
+module registers the extractor with torch-fidelity: --feature_extractor demo.classifier:digits.
+Letters: N images, S side in pixels, F = 64 features.
 """
 
 import json
@@ -25,17 +22,15 @@ from torch_fidelity.registry import register_feature_extractor
 from util import dist
 from util.args import Parser, positive_int
 from util.evaluation.extractor import Extractor
-from util.evaluation.metrics import frechet, statistics
+from util.evaluation.metrics import Statistics, frechet, statistics
 from util.evaluation.reference import load_fid_statistics
-from util.files import atomic_write, load_tensors
+from util.files import load_tensors
 
-EXTRACTOR = "digits"
-FEATURES = 64
-BATCH = 64
+FEATURES = BATCH = 64
 
 
 class Classifier(nn.Module):
-    """Three strided convolutions, one hidden layer. `features` are the hidden layer's outputs."""
+    """Three strided convolutions, one hidden layer, whose outputs are the features."""
 
     def __init__(self, side: int, classes: int):
         super().__init__()
@@ -57,10 +52,7 @@ class Classifier(nn.Module):
 
 
 class DigitFeatures(FeatureExtractorBase):
-    """The classifier as torch-fidelity knows networks: `features` for distances, `logits` for IS.
-
-    feature_extractor_weights_path: classifier.pth, that `train` writes.
-    """
+    """As torch-fidelity knows networks; feature_extractor_weights_path: what `train` writes."""
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path, **_):
         super().__init__(name, features_list)
@@ -72,7 +64,7 @@ class DigitFeatures(FeatureExtractorBase):
         self.model.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """images: uint8 [N, 3, S, S] -> features [N, F] and logits [N, classes], as requested."""
+        """images: uint8 [N, 3, S, S] -> features [N, F], logits [N, classes], as requested."""
         features = self.model.features(grey(images))
         found = {"features": features, "logits": self.model.output(features)}
         return tuple(found[layer] for layer in self.features_list)
@@ -86,7 +78,7 @@ class DigitFeatures(FeatureExtractorBase):
         return "logits" if metric == "isc" else "features"
 
 
-register_feature_extractor(EXTRACTOR, DigitFeatures)
+register_feature_extractor("digits", DigitFeatures)
 
 
 def load_images(paths: list[Path]) -> Tensor:
@@ -112,32 +104,28 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def train_classifier(images: Tensor, labels: Tensor, epochs: int = 30, seed: int = 0) -> Classifier:
+def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> Classifier:
     """images: [N, 1, S, S] in [0, 1], labels: [N] int64. A function of its arguments."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        generator = torch.Generator().manual_seed(seed)
-        model = Classifier(images.shape[-1], int(labels.max()) + 1)
-        steps = epochs * (len(images) // BATCH)
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
-        for _ in range(epochs):
-            order = torch.randperm(len(images), generator=generator)
-            for chosen in order[: len(images) // BATCH * BATCH].split(BATCH):
-                logits = model(jitter(images[chosen], generator))
-                loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.05)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = Classifier(images.shape[-1], int(labels.max()) + 1)
+    steps = epochs * (len(images) // BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
+    for _ in range(epochs):
+        order = torch.randperm(len(images), generator=generator)
+        for chosen in order[: len(images) // BATCH * BATCH].split(BATCH):
+            logits = model(jitter(images[chosen], generator))
+            loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     return model.eval()
 
 
 def nearest_distance(images: Tensor, references: Tensor) -> float:
-    """Mean over images of the root mean square pixel difference to the nearest reference.
-
-    Of generated images to training images it is near 0 where training images are repeated.
-    """
+    """Mean over images of the root mean square pixel difference to the nearest reference."""
     distances = torch.cdist(images.flatten(1), references.flatten(1))
     return distances.min(1).values.mean().item() / images[0].numel() ** 0.5
 
@@ -158,58 +146,46 @@ def generated_images(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def judge(
-    extractor: Extractor,
-    stats: dict[str, np.ndarray],
-    train: Tensor,
-    held_out: tuple[Tensor, Tensor],
-    generated: tuple[Tensor, Tensor],
+    extractor: Extractor, stats: Statistics, train: Tensor, images: Tensor, labels: Tensor
 ) -> dict:
-    """All figures about generated images, each beside the same figure of held-out ones.
-
-    stats: mu and sigma of the training images' features. train: their pixels.
-    """
-    figures = {}
-    for name, (images, labels) in (("held_out", held_out), ("generated", generated)):
-        found = extractor(images)
-        predictions = found["logits"].argmax(dim=1)
-        figures[name] = {
-            "images": len(images),
-            "accuracy": (predictions == labels).double().mean().item(),
-            "frechet_to_train": frechet(statistics(found["features"]), stats),
-            "nearest_training_image": nearest_distance(grey(images), grey(train)),
-            "labels": labels.tolist(),
-            "predictions": predictions.tolist(),
-        }
-    return figures
+    """Figures of images. stats: of the training images' features; train: their pixels."""
+    found = extractor(images)
+    predictions = found["logits"].argmax(dim=1)
+    return {
+        "images": len(images),
+        "accuracy": (predictions == labels).double().mean().item(),
+        "frechet_to_train": frechet(statistics(found["features"]), stats),
+        "nearest_training_image": nearest_distance(grey(images), grey(train)),
+        "labels": labels.tolist(),
+        "predictions": predictions.tolist(),
+    }
 
 
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("command", choices=("train", "judge"), help="on real images; generated images")
+    add("command", choices=("train", "judge"), help="on real images; generated ones")
     add("--root", type=Path, default=Path("output/demo"), help="of all stages of demo/run.sh")
     add("--epochs", type=positive_int, default=30, help="of training")
     args = parser.parse()
     weights = args.root / "classifier.pth"
-    train = labelled_images(args.root / "data" / "train")
+    images, labels = labelled_images(args.root / "data" / "train")
     if args.command == "train":
-        model = train_classifier(grey(train[0]), train[1], epochs=args.epochs)
-        saved = {"side": train[0].shape[-1], "classes": int(train[1].max()) + 1}
-        with atomic_write(weights) as file:
-            torch.save(saved | {"model": model.state_dict()}, file)
-        print(f"{weights}: trained on {len(train[0])} images")
+        model = train_classifier(grey(images), labels, args.epochs)
+        saved = {"side": images.shape[-1], "classes": len(model.output.weight)}
+        torch.save(saved | {"model": model.state_dict()}, weights)
+        print(f"{weights}: trained on {len(images)} images")
         return
-    extractor = Extractor(EXTRACTOR, weights, torch.device("cpu"))
+    extractor = Extractor("digits", weights, torch.device("cpu"))
     stats = load_fid_statistics(args.root / "digits.npz", FEATURES)
-    held_out = labelled_images(args.root / "data" / "val")
     (generated,) = (path.parent for path in args.root.glob("generated/*/metrics.json"))
-    figures = judge(extractor, stats, train[0], held_out, generated_images(generated))
+    sets = {"held_out": labelled_images(args.root / "data" / "val")}
+    sets["generated"] = generated_images(generated)
+    figures = {name: judge(extractor, stats, images, *own) for name, own in sets.items()}
     (args.root / "scores.json").write_text(json.dumps(figures) + "\n")
-    for name, found in figures.items():
-        print(
-            f"{name:>9}: {found['images']} images, accuracy {found['accuracy']:.4f}, Frechet "
-            f"distance to the training images {found['frechet_to_train']:.2f} (not FID)"
-        )
+    for name, own in figures.items():
+        distance = f"Frechet distance to training {own['frechet_to_train']:.2f} (not FID)"
+        print(f"{name:>9}: {own['images']} images, accuracy {own['accuracy']:.4f}, {distance}")
 
 
 if __name__ == "__main__":

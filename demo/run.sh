@@ -46,10 +46,8 @@ stage() {
   shift
   local left=$(((all - done) * (20 + began) / (20 + done)))
   number=$((number + 1)) done=$((done + stages[number - 1]))
-  printf '\n== %d/%d %s   %s so far, about %s left\n' \
-    "$number" "${#stages[@]}" "$title" "$(clock "$began")" "$(clock "$left")"
-  printf '%s' "$ $*" | fold -s -w 96 | sed -e '$!s/$/\\/' -e '2,$s/^/    /'
-  printf '\n'
+  printf '\n== %d/%d %s   %s so far, about %s left\n$ %s\n' \
+    "$number" "${#stages[@]}" "$title" "$(clock "$began")" "$(clock "$left")" "$*"
   "$@"
   printf '%s\t%s\n' "$title" "$((SECONDS - began))" >>"$demo/timings.tsv"
 }

@@ -1,30 +1,31 @@
 """Train a small KL VAE of the project's own class on a folder of images.
 
 loss = mean |decode(sample) - image| + kl_weight * mean KL per latent scalar
-The file it writes is the one that the scripts' --vae_path reads: a dict with the tensors
-(`model`, in fp16) and the constructor's arguments (`config`). The defaults are those with which
-demo/digits_vae.ckpt was made, the VAE of the demo.
+It writes what the scripts' --vae_path reads, in fp16. The defaults are those with which the demo's
+VAE, demo/digits_vae.ckpt, was made.
 Letters: N images, S side in pixels, B batch.
 """
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import from_uint8
 from util import dist
-from util.args import Parser, non_negative_float, positive_float, positive_int, random_seed
+from util.args import Parser, positive_int, random_seed
 from util.data.images import ImageDataset
 from util.data.listing import list_images
 from util.errors import UserError
 from util.files import check_writable
 from util.vae import load_vae, save_vae
 
-REPORT_EVERY = 50
+BATCH = 32
+HIGHEST_RATE = 2e-3  # of the one-cycle schedule
+KL_WEIGHT = 2e-2
 
 
 def load_part(data_path: Path, part: str, size: int) -> Tensor:
@@ -33,35 +34,33 @@ def load_part(data_path: Path, part: str, size: int) -> Tensor:
     return from_uint8(torch.stack([dataset[index][0] for index in range(len(dataset))]))
 
 
-def batches(images: Tensor, batch_size: int, steps: int) -> Iterator[Tensor]:
+def batches(images: Tensor, steps: int) -> Iterator[Tensor]:
     """`steps` random batches [B, 3, S, S]; within an epoch no image comes twice."""
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
-        if len(order) < batch_size:
+        if len(order) < BATCH:
             order = torch.randperm(len(images))
-        yield images[order[:batch_size]]
-        order = order[batch_size:]
+        yield images[order[:BATCH]]
+        order = order[BATCH:]
 
 
-def train(
-    vae: AutoencoderKL, images: Tensor, steps: int, batch_size: int, lr: float, kl_weight: float
-) -> None:
-    """Train in place, in fp32; prints the losses every 50 steps."""
+def train(vae: AutoencoderKL, images: Tensor, steps: int) -> None:
+    """Train in place, in fp32."""
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    began = time.monotonic()
-    for step, batch in enumerate(batches(images, batch_size, steps), 1):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, HIGHEST_RATE, total_steps=steps, pct_start=0.1
+    )
+    progress = tqdm(batches(images, steps), total=steps)
+    for batch in progress:
         posterior = vae.encode(batch)
         distance = (vae.decode(posterior.sample()) - batch).abs().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.zero_grad()
-        (distance + kl_weight * kl).backward()
+        (distance + KL_WEIGHT * kl).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % REPORT_EVERY == 0 or step == steps:
-            left = (time.monotonic() - began) / step * (steps - step)
-            print(f"  step {step}/{steps}  L1 {distance:.4f}  KL {kl:.3f}  {left:.0f} s left")
+        progress.set_postfix_str(f"L1 {distance:.4f}, KL {kl:.3f}", refresh=False)
 
 
 @torch.no_grad()
@@ -80,22 +79,16 @@ def main() -> None:
     add("--img_size", type=positive_int, default=32, help="pixels, a multiple of 8")
     add("--embed_dim", type=positive_int, default=8, help="latent channels")
     add("--steps", type=positive_int, default=600, help="of training")
-    add("--batch_size", type=positive_int, default=32, help="images a step")
-    add("--lr", type=positive_float, default=2e-3, help="highest of the one-cycle schedule")
-    add("--kl_weight", type=non_negative_float, default=2e-2, help="of the KL per latent scalar")
     add("--seed", type=random_seed, default=0, help="of everything random")
     args = parser.parse()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     check_writable(args.output.parent, "--output")
     vae = AutoencoderKL(args.embed_dim, (1, 1, 2, 2), ch=32, num_res_blocks=1)
-    if args.img_size % vae.stride or args.output.is_dir():
-        raise UserError(
-            f"--img_size {args.img_size} must be a multiple of {vae.stride}, the VAE's stride, and "
-            f"--output {args.output} must name a file"
-        )
+    if args.img_size % vae.stride:
+        raise UserError(f"--img_size {args.img_size} must be a multiple of {vae.stride}")
     images, held_out = (load_part(args.data_path, part, args.img_size) for part in ("train", "val"))
-    train(vae, images, args.steps, args.batch_size, args.lr, args.kl_weight)
+    train(vae, images, args.steps)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     save_vae(args.output, vae.half())
     found = psnr(load_vae(args.output).eval(), held_out)

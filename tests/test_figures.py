@@ -36,13 +36,6 @@ def test_head_figure_names_the_channels_in_the_models_order():
     assert predicted == order[:5] + order[-2:] and read == order[:4] + order[-3:-1]
 
 
-def test_filled_positions_are_all_in_growing_steps():
-    for num_iter in figures.ITERATIONS:
-        filled = figures.filled_positions(num_iter)
-        assert sum(filled) == 256 and len(filled) == num_iter
-    assert figures.filled_positions(8)[0] == 5 and figures.filled_positions(8)[-1] == 49
-
-
 def test_committed_pictures_are_what_the_script_draws(tmp_path):
     call(figures.main, "--output", str(tmp_path))
     for name in figures.FIGURES:

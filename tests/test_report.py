@@ -51,7 +51,7 @@ def curves(whole, monkeypatch) -> dict[str, dict[str, list]]:
     found = {}
 
     def chart(title, curves, *_, **__):
-        found[title] = {curve.name: list(curve.points) for curve in curves}
+        found[title] = {name: list(points) for name, points in curves.items()}
 
     monkeypatch.setattr(sections, "chart", chart)
     sections.sections(load(whole))
@@ -70,7 +70,7 @@ def test_page_loads_nothing_and_holds_every_part(whole, html):
         *("Training", "Validation loss", "Images over time", "Use of the levels"),
         *("Evaluation", "Reconstruction", "Configuration", "Environment"),
     ]
-    assert len(re.findall(r'src="data:image/(png|jpeg);base64,', html)) == 3 + 4 + 1
+    assert len(re.findall(r'src="data:image/(png|jpeg);base64,', html)) == 3 + 5 + 1
     assert "run &lt;1&gt;" in html and "run <1>" not in html
     assert made(whole) == html  # of the same files the same page
 
@@ -79,32 +79,22 @@ def test_curves_are_what_was_logged(whole, curves):
     training = load(whole).trainings["model"]
     assert curves["loss"] == {
         "training": training.scalars["train/loss"],
-        "validation, averaged weights": training.scalars["validation/loss_ema"],
         "validation, raw weights": training.scalars["validation/loss_raw"],
+        "validation, averaged weights": training.scalars["validation/loss_ema"],
     }
     assert [step for step, _ in curves["loss"]["training"]] == [1, 2, 3, 4]
-    order = training.settings("model", "config")["channel_order"]
     predicted = curves["by channel as predicted, raw weights"]
-    assert [int(name) for name in predicted] == order
+    assert [int(name) for name in predicted] == training.model["channel_order"]
     assert curves["by channel, raw weights"] == dict(sorted(predicted.items()))
     for points in curves["use of the levels, %"].values():
         assert sum(share for _, share in points) == pytest.approx(100)
 
 
-@pytest.mark.parametrize("tag", ["heldout/loss_raw", "validation/loss_raw"])
-def test_validation_losses_are_read_by_both_names(tag, tmp_path):
-    log(tmp_path, {1: 4.0}, tag)
-    assert load(tmp_path).trainings[""].scalars == {"validation/loss_raw": [(1, 4.0)]}
-
-
-def test_sweep_is_a_table_with_the_best_point_marked(whole, html, curves):
+def test_sweep_is_a_table_with_the_best_point_marked(whole, html):
     records = [json.loads(path.read_text()) for path in whole.glob("drawn/*/metrics.json")]
     distances = [record["metrics"]["frechet_distance"] for record in records]
     (best,) = re.findall(r'<tr class="best">(.*?)</tr>', html)
     assert len(distances) == 4 and f"<td>{page.figure(min(distances))} ± " in best
-    lines = curves["Fréchet distance"]
-    assert list(lines) in (["temperature 0.5", "temperature 1"], ["cfg 1", "cfg 2"])
-    assert sorted(y for points in lines.values() for _, y in points) == sorted(distances)
 
 
 def test_reconstruction_goes_from_few_bits_to_none(whole, html):
@@ -132,34 +122,20 @@ def test_environment_has_a_column_for_every_start(inputs, tmp_path):
     assert torch.__version__.split("+")[0] in shown
 
 
-def test_wrong_folder_is_one_line(tmp_path, capsys):
+def test_wrong_folders_are_one_line(tmp_path, capsys):
     assert "no such folder" in refused(capsys, report.main, str(tmp_path / "nothing"))
-    (tmp_path / "images").mkdir()
     assert "holds no events" in refused(capsys, report.main, str(tmp_path))
     (tmp_path / "metrics.json").write_text("{")
     assert "metrics.json cannot be read" in refused(capsys, report.main, str(tmp_path))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "metrics.json"]
-
-
-def test_unwritable_output_is_one_line(tmp_path, capsys):
     log(tmp_path, {1: 4.0})
-    root = str(tmp_path)
-    assert f"--output {root} is a" in refused(capsys, report.main, root, "--output", root)
-    line = refused(capsys, report.main, root, "--output", str(tmp_path / ("n" * 300)))
-    assert "File name too long" in line
-
-
-def test_flags_of_a_published_checkpoint_are_read(tmp_path):
-    saved = {"args": argparse.Namespace(blr=0.125), "epoch": 3}
-    torch.save(saved, tmp_path / "checkpoint-last.pth")
-    runs = load(tmp_path)
-    assert not runs.unreadable and runs.trainings[""].settings("flags", "args") == {"blr": 0.125}
+    output = ("--output", str(tmp_path))
+    assert "Is a directory" in refused(capsys, report.main, str(tmp_path), *output)
 
 
 def test_what_a_folder_lacks_is_left_out_with_a_word_why(tmp_path):
     log(tmp_path, {1: 4.0, 2: 3.0})
     html = made(tmp_path)
-    assert "No validation loss" in html and "No images" in html and "Neither a" in html
+    assert "see --holdout" in html and "see --preview_freq" in html and "say the flags" in html
     assert "<h2>Evaluation" not in html and "<h2>Environment" not in html
 
 
@@ -191,13 +167,14 @@ def test_checkpoints_are_not_unpickled_and_names_not_html(tmp_path):
     torch.save({"trap": Trap()}, tmp_path / "checkpoint-last.pth")
     evil = "</svg><script>alert(1)</script>"
     record = {"metrics": {evil: 1.0}, "warnings": [evil], "settings": {"cfg": evil}}
-    (tmp_path / "point").mkdir()
-    (tmp_path / "point" / "metrics.json").write_text(json.dumps(record))
-    log(tmp_path, {1: 1.0})
+    (tmp_path / "metrics.json").write_text(json.dumps(record))
     log(tmp_path, {1: 1.0}, f"train/{evil}")
     html = made(tmp_path)
     assert not (tmp_path / "sprung").exists() and "checkpoint-last.pth cannot be read" in html
     assert "alert(1)" in html and "<script" not in html
+    published = {"args": argparse.Namespace(blr=0.125), "epoch": 3}
+    torch.save(published, tmp_path / "checkpoint-last.pth")
+    assert "<td>--blr</td><td>0.125</td>" in made(tmp_path)
 
 
 def test_curves_of_a_killed_run_end_where_it_went_on(tmp_path):
@@ -208,17 +185,12 @@ def test_curves_of_a_killed_run_end_where_it_went_on(tmp_path):
     assert load(tmp_path).trainings[""].scalars["train/loss"] == [(1, 4.0), (2, 3.0), (3, 2.0)]
 
 
-def test_long_curves_are_thinned_and_keep_their_last_value():
+def test_charts_thin_long_curves_and_leave_out_what_is_not_finite():
     points = [(i, float(i * 7919 % 1000)) for i in range(100_000)]
-    svg = page.chart("loss", [page.Curve("a", points)])
-    assert len(svg) < 30_000 and f"a: {page.figure(points[-1][1])}" in svg
-
-
-def test_values_that_are_not_finite_are_left_out():
-    curve = page.Curve("a", [(0, 1.0), (1, float("nan")), (2, float("inf")), (3, 3.0)])
-    svg = page.chart("loss", [curve])
-    assert "nan" not in svg.lower() and "loss: no values" not in svg
-    assert "loss: no values" in page.chart("loss", [page.Curve("a", [(0, float("inf"))])])
+    svg = page.chart("loss", {"a": [(0, float("nan")), *points, (100_000, float("inf"))]})
+    assert len(svg) < 30_000 and "a: inf" in svg and "nan" not in svg.lower()
+    assert f"a: {page.figure(points[-1][1])}" in page.chart("loss", {"a": points})
+    assert "loss: no values" in page.chart("loss", {"a": [(0, float("inf"))]})
 
 
 @pytest.mark.parametrize(
@@ -233,15 +205,15 @@ def test_figures_as_people_read_them(value, text):
 
 
 def test_large_pictures_are_shrunk_and_packed_and_huge_ones_refused(tmp_path, monkeypatch):
-    noise = Image.effect_noise((2000, 1000), 100)
-    assert 'src="data:image/jpeg' in (found := page.picture(noise, "noise"))
+    Image.effect_noise((2000, 1000), 100).save(tmp_path / "noise.png")
+    assert 'src="data:image/jpeg' in (found := page.picture(tmp_path / "noise.png", "noise"))
     assert 'width="1400" height="700"' in found
-    monkeypatch.setattr(page, "MOST_PIXELS", 10)
-    assert page.picture(noise, "noise").startswith("noise cannot be shown: 2000 x 1000 pixels")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert page.picture(tmp_path / "noise.png", "noise").startswith("noise cannot be shown: Image")
 
 
 def test_page_answers_in_a_browser(whole, html):
-    """Nothing fails or is asked for, no sideways scrolling on a phone; tabs change the picture."""
+    """Nothing fails or is asked for, the newest image comes first, a phone scrolls down alone."""
     with chromium() as browser:
         opened, wrong = browser.new_page(viewport={"width": 360, "height": 800}), []
         opened.on("console", lambda message: wrong.append(message.text))
@@ -249,8 +221,6 @@ def test_page_answers_in_a_browser(whole, html):
         opened.goto((whole / "report.html").as_uri())
         width = opened.evaluate("document.documentElement.scrollWidth")
         images = opened.locator("section", has=opened.get_by_role("heading", name="Images over"))
-        shown = [images.locator("img:visible").get_attribute("alt")]
-        images.locator("label").first.click()
-        shown.append(images.locator("img:visible").get_attribute("alt"))
+        (first, *_, last) = (image.get_attribute("alt") for image in images.locator("img").all())
     assert [url for url in wrong if not url.startswith(("file:", "data:"))] == [] and width <= 360
-    assert shown[0].endswith("after step 4") and shown[1].endswith("after step 1")
+    assert first.endswith("after step 4") and last.endswith("after step 1")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch.distributions import Normal
 
@@ -17,7 +16,6 @@ from models.masking import mask_schedule, masked_counts
 from models.quantizer import SPAN, GaussianQuantizer
 from util import dist
 from util.args import Parser
-from util.files import check_writable
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 BLUE, PALE, ORANGE, GREY = "#2b6cb0", "#bcd4ee", "#dd6b20", "#8a94a3"
@@ -91,7 +89,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> N
 
 
 def filled_positions(num_iter: int) -> list[int]:
-    """Of each sampling iteration of a published model, how many positions it fills."""
+    """Of each sampling iteration of a published model."""
     return [before - after for before, after, _ in mask_schedule(PUBLISHED.seq_len, num_iter)]
 
 
@@ -110,9 +108,7 @@ def mask_figure() -> Figure:
 
 def new_figure(width: float, height: float) -> Figure:
     """White behind it, so that it is read on dark pages, too."""
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 FIGURES = {"levels.png": quantizer_figure, "head.png": head_figure, "masks.png": mask_figure}
@@ -122,7 +118,6 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=IMAGES, help="folder")
     args = parser.parse()
-    check_writable(args.output, "--output")
     args.output.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         draw().savefig(args.output / name, dpi=130)

@@ -2,9 +2,9 @@
 
 python -m util.download {vae,large,huge} ...
 
-Names and checksums are asked of the hub. Until its checksum is right a file is NAME.CHECKSUM.part;
-the same command goes on with it after an interruption, where `hf_hub_download` would begin
-gigabytes anew. A file that is there is verified and left as it is.
+Names and checksums are the hub's. Until its checksum is right a file is NAME.CHECKSUM.part, with
+which the same command goes on after an interruption, where `hf_hub_download` would begin gigabytes
+anew. A file that is there is verified and left as it is.
 """
 
 from pathlib import Path
@@ -20,15 +20,14 @@ from util.errors import UserError, as_user_error
 from util.files import check_writable, flush_file, flush_folder, only_job_in, sha256
 
 REPOSITORY = "Epiphqny/TokenBridge"
-# Where the published commands look for each, under --output_dir. A repository's file is known by
-# the end of its path: kl16.ckpt, but checkpoint-last.pth only in the folder of its model.
+# Where the published commands look for each. Of a repository's file the end of its path is known:
+# kl16.ckpt, but checkpoint-last.pth only in the folder of its model.
 PLACES = {
     "vae": "vae/kl16.ckpt",
     "large": "tokenbridge/tokenbridge_large/checkpoint-last.pth",
     "huge": "tokenbridge/tokenbridge_huge/checkpoint-last.pth",
 }
 HUB_ERRORS = (errors.HTTPError, OSError, ValueError)
-REFUSALS = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
 
 
 def make_parser() -> Parser:
@@ -45,27 +44,23 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse()
-    names = list(dict.fromkeys(args.what))
-    if args.file and len(names) > 1:
-        raise UserError(f"--file {args.file} is one file, and {', '.join(names)} are several")
-    paths = {name: Path(args.output_dir, PLACES[name]) for name in names}
-    endings = {name: PLACES[name].partition("/")[2] for name in names}
+    if args.file and len(set(args.what)) > 1:
+        raise UserError(f"--file {args.file} is one file, and {', '.join(args.what)} are several")
+    places = [PLACES[name] for name in args.what]
+    paths = {place.partition("/")[2]: Path(args.output_dir, place) for place in places}
     check_writable(args.output_dir, "--output_dir")
     try:
         api = HfApi(args.endpoint)
         info = api.model_info(args.repo, revision=args.revision, files_metadata=True, timeout=20)
-    except REFUSALS as error:
+    except (*HUB_ERRORS, TypeError, LookupError) as error:  # refused, no answer, or none of a hub
+        steps = ", ".join(f"{name} as {path}" for name, path in paths.items())
         raise UserError(
-            f"--repo {args.repo} --revision {args.revision}: {one_line(error)}"
-        ) from error
-    except (*HUB_ERRORS, TypeError, LookupError) as error:  # no answer, or none of a hub
-        steps = ", ".join(f"{endings[name]} as {path}" for name, path in paths.items())
-        raise UserError(
-            f"cannot ask {args.endpoint} ({one_line(error)}); where there is a network, fetch from "
-            f"https://huggingface.co/{args.repo}, and put here: {steps}"
+            f"--repo {args.repo} --revision {args.revision} of {args.endpoint}: "
+            f"{' '.join(str(error).split())[:300] or type(error).__name__}; where there is no "
+            f"network, fetch https://huggingface.co/{args.repo} elsewhere and put here: {steps}"
         ) from error
     with as_user_error(f"--repo {args.repo}"):
-        chosen = [choose(info.siblings or [], args.file or endings[name]) for name in names]
+        chosen = [choose(info.siblings or [], args.file or name) for name in paths]
     for file, path in zip(chosen, paths.values(), strict=True):
         url = hf_hub_url(args.repo, file.rfilename, revision=info.sha, endpoint=args.endpoint)
         if path.exists():
@@ -73,10 +68,6 @@ def main() -> None:
         else:
             with only_job_in(path.parent, "--output_dir"):
                 fetch(url, file, path)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def choose(files: list[RepoSibling], name: str) -> RepoSibling:

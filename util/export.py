@@ -2,8 +2,8 @@
 
 python -m util.export --resume FOLDER --output_dir OUT
 
-writes what `TokenBridge.from_pretrained(OUT)` reads. A checkpoint made here knows its settings;
-one of the published code takes them from the flags (--model, --quant_bits, ...).
+writes what `TokenBridge.from_pretrained(OUT)` reads. A checkpoint of the published code takes its
+settings from the flags (--model, --quant_bits, ...).
 """
 
 import argparse
@@ -24,8 +24,7 @@ from util.vae import vae_digest
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    group = parser.add_flags("export", EVAL_WEIGHTS)
-    add = group.add_argument
+    add = parser.add_flags("export", EVAL_WEIGHTS).add_argument
     add("--resume", required=True, help="folder or file of the checkpoint")
     add("--output_dir", required=True, help="folder to write")
     add("--push_to_hub", metavar="NAMESPACE/NAME", help="and put it there; see hf auth login")

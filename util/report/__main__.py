@@ -11,37 +11,31 @@ from pathlib import Path
 
 from util import dist
 from util.args import Parser
-from util.errors import UserError, as_user_error
-from util.files import atomic_write, check_writable
+from util.errors import as_user_error
+from util.files import atomic_write
 from util.report.load import load
 from util.report.page import render
-from util.report.sections import cards, sections
+from util.report.sections import sections
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run, or of several")
-    add = parser.add_argument_group("page").add_argument
-    add("--output", metavar="FILE", help="to write; default: OUTPUT_DIR/report.html")
-    add("--title", default="", help="default: the folder's name")
+    help = "to write; default: OUTPUT_DIR/report.html"
+    parser.add_argument_group("page").add_argument("--output", metavar="FILE", help=help)
     return parser
 
 
 def main() -> None:
     args = make_parser().parse()
     root = Path(args.output_dir)
-    runs = load(root)
-    title = args.title or root.resolve().name
-    page = render(title, sections(runs), cards=cards(runs), source=root)
+    page = render(root.resolve().name, sections(load(root)))
     write(Path(args.output or root / "report.html"), page)
 
 
 def write(output: Path, page: str) -> None:
     """Raises UserError where the file cannot be written."""
-    check_writable(output.parent, "--output")
     with as_user_error(f"--output {output}", (OSError,)):
-        if output.is_dir():
-            raise UserError(f"--output {output} is a folder; name a file")
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(output) as file:
             file.write(page.encode())

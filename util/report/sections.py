@@ -2,43 +2,21 @@
 
 import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from markupsafe import Markup
-
 from util.args import train_parser
 from util.evaluation.settings import SWEPT
-from util.evaluation.sweep import PLOTTED, compared
+from util.evaluation.sweep import compared
 from util.report.load import Runs, Training
-from util.report.page import SERIES, Curve, Section, chart, figure, picture
+from util.report.page import Section, chart, figure, picture
 
 GRID = "grid.png"  # images of an evaluation or a reconstruction
 FRAMES = 16  # pictures of a training, spread over it
-WEIGHTS = {"ema": "averaged weights", "raw": "raw weights"}
-STYLES = {
-    "data": {"color": SERIES[3], "linewidth": 4, "alpha": 0.5},
-    "raw": {"color": SERIES[1], "marker": "o"},
-    "ema": {"color": SERIES[2], "marker": "o"},
-}
-CARDS = {
-    "train/loss": "training loss after {:,} steps",
-    "validation/loss_ema": "validation loss, averaged weights",
-    "speed/images_per_second": "images a second",
-}
-TITLES = {
-    "fid": "FID",
-    "rfid": "rFID",
-    "ssim": "SSIM",
-    "psnr": "PSNR, dB",
-    "num_iter": "iterations",
-    "inception_score_mean": "IS",
-    "kernel_inception_distance_mean": "KID",
-    "frechet_distance": "Fréchet distance",
-    "reconstruction_frechet_distance": "Fréchet distance to the crops",
-}
+WEIGHTS = {"raw": "raw weights", "ema": "averaged weights"}
+GROUPS = {"ratio": "mask ratio", "order": "channel as predicted", "channel": "channel"}
+ERRORS = ("_standard_error", "_std", "_error")  # ends of the names of figures' errors
 
 
 def sections(runs: Runs) -> list[Section]:
@@ -57,20 +35,6 @@ def sections(runs: Runs) -> list[Section]:
     return [*made, Section("Not shown", notes=runs.unreadable)] if runs.unreadable else made
 
 
-def cards(runs: Runs) -> list[tuple[str, str]]:
-    """(figure, what it is): the best distance, and where the trainings ended."""
-    points = [point["metrics"] for found in runs.evaluations.values() for point in found]
-    made = []
-    for name in ("fid", "frechet_distance"):
-        if values := [one[name] for one in points if isinstance(one.get(name), float)]:
-            made.append((f"{min(values):.2f}", f"{TITLES[name]}, the lowest"))
-    for training in runs.trainings.values():
-        for tag, text in CARDS.items():
-            for step, value in training.scalars.get(tag, [])[-1:]:
-                made.append((figure(value), text.format(step)))
-    return made
-
-
 def training_sections(training: Training) -> list[Section]:
     made = [losses(training), validation(training), images(training)]
     return [*made, levels(training)] if training.histograms else made
@@ -80,98 +44,87 @@ def losses(training: Training) -> Section:
     """The loss, and all that was logged beside it."""
     scalars = training.scalars
     if "train/loss" not in scalars:
-        note = "No curves: there are no TensorBoard events of a training here (see --log_dir)."
-        return Section("Training", notes=[note])
-    loss = [Curve("training", scalars["train/loss"])]
+        return Section("Training", notes=["No TensorBoard events of a training; see --log_dir."])
+    loss = {"training": scalars["train/loss"]}
     for key, name in WEIGHTS.items():
-        points = scalars.get(f"validation/loss_{key}", [])
-        loss.append(Curve(f"validation, {name}", points, STYLES[key]))
+        loss[f"validation, {name}"] = scalars.get(f"validation/loss_{key}", [])
     small = [
-        chart(tag.replace("_", " "), [Curve("", points)])
+        chart(tag.replace("_", " "), {"": points})
         for tag, points in sorted(scalars.items(), reverse=True)
         if not tag.startswith(("train/loss", "validation", "levels/")) and any(y for _, y in points)
     ]
-    text = "Cross-entropy in nats for each masked token and channel."
-    if levels := training.settings("model", "config").get("quant_levels"):
-        text += f" A blind guess among {levels} levels costs {math.log(levels):.2f}."
+    text = "Cross-entropy in nats for each masked token and channel; a blind guess costs ln K."
     return Section("Training", text, charts=[chart("loss", loss, wide=True), *small])
 
 
 def validation(training: Training) -> Section:
     scalars = training.scalars
     if "validation/loss_raw" not in scalars:
-        flags = "--val_path, --val_cached_path or --holdout"
-        note = f"No validation loss: the run had no validation images ({flags})."
-        return Section("Validation loss", notes=[note])
+        return Section("Validation loss", notes=["No validation images; see --holdout."])
     text = (
         "On images that training never sees, with the same masks and noise every time. A ratio of "
-        "1.00 hides all of an image. What a model learns to use of the visible part shows as a "
-        "lower loss at low ratios, which are never trained on below --mask_ratio_min."
+        "1.00 hides all of an image; those below --mask_ratio_min are never trained on."
     )
-    tabs = []
-    groups = {"ratio": "mask ratio", "order": "channel as predicted", "channel": "channel"}
-    for group, title in groups.items():
+    strip = []
+    for group, title in GROUPS.items():
         for key, weights in WEIGHTS.items():
             prefix = f"validation_{group}_{key}/"  # "03_channel_09" follows, of the head's fourth
             tags = sorted(tag for tag in scalars if tag.startswith(prefix))
-            curves = [Curve(re.split("[/_]", tag)[-1], scalars[tag]) for tag in tags]
-            tabs.append((f"{title}, {weights}", chart(f"by {title}, {weights}", curves, wide=True)))
-    return Section("Validation loss", text, tabs=tabs)
+            curves = {tag.removeprefix(prefix).split("_")[-1]: scalars[tag] for tag in tags}
+            strip.append(("", chart(f"by {title}, {weights}", curves, wide=True)))
+    return Section("Validation loss", text, strip=strip)
 
 
 def images(training: Training) -> Section:
     found = [(step, tag, file) for tag, files in training.images.items() for step, file in files]
     if not found:
-        note = "No images: none were drawn (--preview_freq 0, or latents without --vae_path)."
-        return Section("Images over time", notes=[note])
+        return Section("Images over time", notes=["No images; see --preview_freq and --vae_path."])
     text = (
-        "The same classes and seeds every time: raw weights on the left, their average on the "
-        "right, whose images are grey or black while most of it is initial weights."
+        "The newest first; the same classes and seeds every time: raw weights on the left, their "
+        "average on the right, whose images are grey or black while most of it is initial weights."
     )
-    tabs = [
-        (f"{step:,}", picture(io.BytesIO(file), f"{tag} after step {step}"))
-        for step, tag, file in found[:: -math.ceil(len(found) / FRAMES)][::-1]
+    strip = [
+        (f"step {step:,}", picture(io.BytesIO(file), f"{tag} after step {step}"))
+        for step, tag, file in found[:: -math.ceil(len(found) / FRAMES)]
     ]
-    return Section("Images over time", text, tabs=tabs, chosen=len(tabs) - 1)
+    return Section("Images over time", text, strip=strip)
 
 
 def levels(training: Training) -> Section:
-    text = "Of the quantizer, in training data and in the images that were drawn last."
-    shares, bits = [], []
+    shares, bits = {}, {}
     for key in ("data", "generated_raw", "generated_ema"):
-        name, style = key.replace("_", ", "), STYLES[key.rpartition("_")[2]]
-        counts = training.histograms.get(f"levels/{key}", [(0, [])])[-1][1]
-        points = [(level, 100 * count / sum(counts)) for level, count in enumerate(counts)]
-        shares.append(Curve(name, points, style))
-        bits.append(Curve(name, training.scalars.get(f"levels/entropy_{key}", []), style))
+        name = key.replace("_", ", ")
+        for _, found in training.histograms.get(f"levels/{key}", [])[-1:]:
+            bins, total = zip(found.bucket_limit, found.bucket, strict=True), sum(found.bucket)
+            shares[name] = [(round(edge - 0.5), 100 * n / total) for edge, n in bins if edge > 0]
+        bits[name] = training.scalars.get(f"levels/entropy_{key}", [])
     charts = [chart("use of the levels, %", shares, "level"), chart("entropy, bits", bits)]
-    return Section("Use of the levels", text, charts=charts)
+    return Section("Use of the levels", "Of the images that were drawn last.", charts=charts)
 
 
 def settings_sections(training: Training) -> list[Section]:
     """Flags, those that differ from the defaults first; model; checkpoint; every start."""
-    flags, model = training.settings("flags", "args"), training.settings("model", "config")
-    if not flags and not model:
-        note = "Neither a checkpoint nor the events say with which flags this was run."
-        return [Section("Configuration", notes=[note])]
+    if not training.flags and not training.model:
+        return [Section("Configuration", notes=["Neither checkpoint nor events say the flags."])]
     usual = vars(train_parser("").parse([]))
-    changed = {f"--{k}": v for k, v in flags.items() if k not in usual or usual[k] != v}
-    rest = {f"--{k}": v for k, v in flags.items() if f"--{k}" not in changed}
-    plain = {k: v for k, v in training.checkpoint.items() if not isinstance(v, dict)}
-    folds = {"the other flags": rest, "the model": model, "the newest checkpoint": plain}
+    flags = {f"--{name}": value for name, value in training.flags.items()}
+    changed = {k: v for k, v in flags.items() if k[2:] not in usual or usual[k[2:]] != v}
+    rest = {k: v for k, v in flags.items() if k not in changed}
+    saved = {k: v for k, v in training.checkpoint.items() if not isinstance(v, dict)}
+    folds = {"the other flags": rest, "the model": training.model, "the newest checkpoint": saved}
     made = [Section("Configuration", rows=list(changed.items()), folds=folds)]
-    if training.starts:
-        found = [about.get("environment", {}) for _, about in training.starts]
-        names = dict.fromkeys(name for environment in found for name in environment)
-        rows = [[name, *(environment.get(name) for environment in found)] for name in names]
-        head = ["", *(f"from step {step:,}" for step, _ in training.starts)]
+    if training.environments:
+        steps, environments = zip(*training.environments, strict=True)
+        names = dict.fromkeys(name for environment in environments for name in environment)
+        rows = [[name, *(environment.get(name) for environment in environments)] for name in names]
+        head = ["", *(f"from step {step:,}" for step in steps)]
         made.append(Section("Environment", head=head, rows=rows))
     return made
 
 
 def evaluation_sections(records: Sequence[dict]) -> list[Section]:
     """A point, or the points of a sweep: figures with errors, curves, images, provenance."""
-    settings = [{"weights": "ema"} | record.get("settings", {}) for record in records]
+    settings = [record.get("settings", {}) for record in records]
     known = dict.fromkeys(name for one in settings for name in one)
     varied = [name for name in known if len({str(one.get(name)) for one in settings}) > 1]
     rows = []
@@ -180,57 +133,28 @@ def evaluation_sections(records: Sequence[dict]) -> list[Section]:
         rows.append(shown | record["metrics"] | {"replicates": record.get("replicates", {})})
     if len(rows) > 1 and len({(*r["metrics"], str(r.get("classes"))) for r in records}) == 1:
         rows = compared(rows)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    names = [n for n in names if n not in ("replicates", "best", *map(_error, names))]
-    best = next((i for i, row in enumerate(rows) if row.get("best")), None)
-    notes = [warning for record in records for warning in record.get("warnings", [])]
-    notes += [] if any(record["metrics"] for record in records) else ["Nothing was measured."]
+    names = dict.fromkeys(name for row in rows for name in row)
+    names = [n for n in names if n not in ("replicates", "best") and not n.endswith(ERRORS)]
+    strip = [(one["folder"].name, picture(one["folder"] / GRID, GRID)) for one in records]
+    if (curves := records[0]["folder"].parent / "sweep.png").exists():
+        strip.insert(0, ("all points", picture(curves, curves.name)))
+    notes = dict.fromkeys(warning for record in records for warning in record.get("warnings", []))
     return [
         Section(
             "Evaluation",
-            notes=list(dict.fromkeys(notes)),
-            head=[_title(name) for name in names],
-            rows=[[_with_error(row, name) for name in names] for row in rows],
-            best=best,
-            charts=sweep_charts(rows, varied),
-            tabs=[(one["folder"].name, picture(one["folder"] / GRID, GRID)) for one in records],
-            chosen=best or 0,
+            notes=list(notes),
+            head=[name.removesuffix("_mean").replace("_", " ") for name in names],
+            rows=[[with_error(row, name) for name in names] for row in rows],
+            best=next((i for i, row in enumerate(rows) if row.get("best")), None),
+            strip=strip,
             folds={f"all about {record['folder'].name}": record for record in records},
         )
     ]
 
 
-def sweep_charts(rows: Sequence[dict], varied: Sequence[str]) -> list[Markup]:
-    """Each figure over the setting with the most values; a curve for each choice of the others."""
-    axis = max(SWEPT, key=lambda name: len({row[name] for row in rows}))
-    charts = []
-    for name in (name for name in PLOTTED if axis in varied and all(name in row for row in rows)):
-        curves: dict[str, Curve] = {}
-        for row in sorted(rows, key=lambda row: row[axis]):
-            label = ", ".join(f"{_title(n)} {figure(row[n])}" for n in varied if n != axis)
-            curve = curves.setdefault(label, Curve(label, [], {"marker": "o", "yerr": []}))
-            curve.points.append((row[axis], row[name]))
-            curve.style["yerr"].append(row.get(_error(name), 0))
-        charts.append(chart(_title(name), list(curves.values()), _title(axis)))
-    return charts
-
-
-def _title(name: str) -> str:
-    if name.endswith("_difference"):
-        return f"{_title(name.removesuffix('_difference'))}, from the best"
-    return TITLES.get(name, name.removesuffix("_mean").replace("_", " "))
-
-
-def _error(name: str) -> str:
-    """The name of the figure that says how sure another one is."""
-    if name.endswith("_mean"):
-        return name.removesuffix("_mean") + "_std"
-    return f"{name}_error" if name.endswith("_difference") else f"{name}_standard_error"
-
-
-def _with_error(row: dict, name: str) -> str:
-    error = f" ± {row[_error(name)]:.2g}" if _error(name) in row else ""
-    return figure(row.get(name)) + error
+def with_error(row: dict, name: str) -> str:
+    errors = [row[n] for end in ERRORS if (n := name.removesuffix("_mean") + end) in row]
+    return figure(row.get(name)) + "".join(f" ± {error:.2g}" for error in errors)
 
 
 def reconstruction_sections(record: dict) -> list[Section]:
@@ -238,25 +162,24 @@ def reconstruction_sections(record: dict) -> list[Section]:
     results = sorted(record["results"], key=lambda result: result["bits"] % math.inf)
     names = dict.fromkeys(n for r in results for n, value in r.items() if isinstance(value, float))
     quantized = [result for result in results if result["bits"] > 0]
-    charts = []
-    for name in names:
-        points = [(result["bits"], result[name]) for result in quantized if name in result]
-        charts.append(chart(_title(name), [Curve("", points, {"marker": "o"})], "bits"))
-    by_channel = [
-        Curve(f"{result['bits']} bits", list(enumerate(result["entropy_bits_by_channel"])))
-        for result in quantized
-        if "entropy_bits_by_channel" in result
+    charts = [
+        chart(name, {"": [(r["bits"], r[name]) for r in quantized if name in r]}, "bits")
+        for name in names
     ]
+    by_channel = {
+        f"{result['bits']} bits": list(enumerate(result.get("entropy_bits_by_channel", [])))
+        for result in quantized
+    }
     order = ["original", "continuous", *(r["name"] for r in record["results"] if r["bits"] > 0)]
     return [
         Section(
             "Reconstruction",
             "What quantization alone costs: images through the VAE, every latent channel rounded "
             f"to 2^bits levels. Rows of the images: {', '.join(order)}.",
-            head=["", *map(_title, names)],
+            head=["", *names],
             rows=[[result["name"], *(result.get(name) for name in names)] for result in results],
             charts=[*charts, chart("entropy of the channels, bits", by_channel, "channel")],
-            tabs=[("images", picture(record["folder"] / GRID, GRID))],
+            strip=[("", picture(record["folder"] / GRID, GRID))],
             folds={"all about it": record},
         )
     ]
