@@ -74,7 +74,7 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-def flags(images: Path, output: Path) -> list[str]:
+def flags(images: Path, output: str | Path) -> list[str]:
     settings = dict(image_dir=images, output=output, img_size=SIZE, batch_size=4, device="cpu")
     settings |= dict(num_workers=0, feature_extractor=PIXELS)
     return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
@@ -105,7 +105,7 @@ def test_three_processes_write_the_statistics_of_one(images, made, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("23 images of 16 px, 9 features") == 1
     one, three = (load_fid_statistics(path, FEATURES) for path in (made, output))
-    for name in one:
+    for name in ("mu", "sigma"):
         np.testing.assert_allclose(three[name], one[name], rtol=1e-12, atol=1e-15)
 
 
@@ -133,7 +133,7 @@ def test_statistics_of_an_npz_file_of_images_are_those_of_the_folder(array, made
     del argv[argv.index("--img_size") : argv.index("--img_size") + 2]  # the array's own
     call(fid_stats.main, *argv)
     found, expected = (load_fid_statistics(p, FEATURES) for p in (tmp_path / "stats.npz", made))
-    for name in expected:
+    for name in ("mu", "sigma"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-12, atol=1e-15)
     assert prepare(tmp_path / "stats.npz").record["img_size"] == SIZE
 
@@ -197,16 +197,13 @@ def test_statistics_fit_the_extractor_and_the_size_they_were_made_with(made, tmp
 def test_adm_s_statistics_are_of_256_pixels(made, tmp_path):
     """They do not say so themselves."""
     path = tmp_path / reference.ADM_STATISTICS.name
-    np.savez(path, **load_fid_statistics(made, FEATURES))
-    _, other = reference.check_statistics(path, {}, 64, FEATURES)
-    _, same = reference.check_statistics(path, {}, 256, FEATURES)
+    stats = {name: load_fid_statistics(made, FEATURES)[name] for name in ("mu", "sigma")}
+    np.savez(path, **stats)
+    _, other = reference.check_statistics(path, stats, {}, 64)
+    _, same = reference.check_statistics(path, stats, {}, 256)
     assert "256 px images and these are of 64 px" in other[0] and same == []
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("--output", "stats.txt"), ("--feature_extractor", "nothing")]
-)
-def test_command_refuses_in_one_line(images, tmp_path, name, value):
-    with pytest.raises(UserError, match=f"{name} {value}"):
-        call(fid_stats.main, *flags(images, tmp_path / "stats.npz"), name, value)
-    assert not (tmp_path / "stats.npz").exists()
+def test_output_is_an_npz_file(images, tmp_path):
+    with pytest.raises(UserError, match="--output stats.txt"):
+        call(fid_stats.main, *flags(images, "stats.txt"))

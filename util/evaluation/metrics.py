@@ -32,7 +32,7 @@ GROUPS = 10
 PRC_IN_MEMORY = 10000  # above, distances are computed in parts: 50,000 x 50,000 fill 10 GB
 # Written beside mu and sigma; files of others have none of them.
 RECORDED = ("count", "img_size", "extractor", "layer", "weights_sha256")
-Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64
+Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64, and perhaps RECORDED
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def frechet(own: Statistics, other: Statistics) -> float:
 
     The root's trace is that of (R C R)^1/2 with R R = S, which is symmetric: fast and exact.
     """
-    own, other = ({k: torch.from_numpy(v) for k, v in stats.items()} for stats in (own, other))
+    own, other = ({k: torch.from_numpy(s[k]) for k in ("mu", "sigma")} for s in (own, other))
     values, vectors = torch.linalg.eigh(other["sigma"])
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     roots = torch.linalg.eigvalsh(root @ own["sigma"] @ root).clamp_min(0).sqrt()

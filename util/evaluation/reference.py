@@ -35,6 +35,7 @@ from util.files import load_tensors, sha256
 ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256
 BATCH = 64
+MOMENTS = {"mu", "sigma"}
 ImageSource = list[str] | ImageArray
 
 
@@ -83,27 +84,37 @@ def compare_with_statistics(measure: Measure, path: str, size: int) -> Measure:
         raise UserError(f"--fid_stats {path}: --feature_extractor {problem}")
     stats = load_fid_statistics(path, extractor.width("fid", size))
     identity = extractor.identity() | {"layer": extractor.layers["fid"]}
-    record, warnings = check_statistics(path, identity, size, len(stats["mu"]))
+    record, warnings = check_statistics(path, stats, identity, size)
     for warning in warnings:
         dist.print_main(f"warning: {warning}")
     return replace(measure, stats=stats, record=record)
 
 
 def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
-    """mu [D] and sigma [D, D], float64, of D features.
+    """mu [D] and sigma [D, D], float64, of D features, and what the file says of itself.
 
-    Raises UserError on a damaged file, on other shapes and on a sigma that is no covariance.
+    An npz file, or torch-fidelity's .pt. Raises UserError on a damaged file, on other shapes and
+    on a sigma that is no covariance.
     """
-    stats = {k: v for k, v in _read(path).items() if k in ("mu", "sigma")}
-    if set(stats) != {"mu", "sigma"}:
+    if not Path(path).is_file():
+        raise UserError(f"--fid_stats {path}: no such file")
+    saved = load_tensors(path, "--fid_stats") if Path(path).suffix in (".pt", ".pth") else None
+    # A damaged file can make its reader fail in any way.
+    with as_user_error(f"--fid_stats {path}: not an npz file with mu and sigma", (Exception,)):
+        # ADM's files hold 10,000 images besides
+        there = saved or read_npz(path, (*MOMENTS, *RECORDED))
+        stats = {name: np.asarray(array) for name, array in there.items()}
+        for name in stats.keys() & MOMENTS:
+            stats[name] = stats[name].astype(np.float64, casting="same_kind")
+    if not stats.keys() >= MOMENTS:
         raise UserError(f"--fid_stats {path}: not an npz file with mu and sigma{_images_in(path)}")
-    shapes = {key: value.shape for key, value in stats.items()}
+    shapes = {name: stats[name].shape for name in sorted(MOMENTS)}
     if shapes != {"mu": (features,), "sigma": (features, features)}:
         raise UserError(
             f"--fid_stats {path}: shapes {shapes} are not those of the extractor's {features} "
             "features; take statistics that were made with it"
         )
-    if problem := _defect(**stats):
+    if problem := _defect(stats["mu"], stats["sigma"]):
         raise UserError(f"--fid_stats {path}: {problem}; the file is damaged or no statistics")
     return stats
 
@@ -116,20 +127,6 @@ def _images_in(path: str | Path) -> str:
             f"or make statistics with python -m util.fid_stats --image_dir {path}"
         )
     return ""
-
-
-def _read(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file or of torch-fidelity's .pt; mu and sigma in float64."""
-    if not Path(path).is_file():
-        raise UserError(f"--fid_stats {path}: no such file")
-    saved = load_tensors(path, "--fid_stats") if Path(path).suffix in (".pt", ".pth") else None
-    # A damaged file can make its reader fail in any way.
-    with as_user_error(f"--fid_stats {path}: not an npz file with mu and sigma", (Exception,)):
-        # ADM's files hold 10,000 images besides
-        arrays = saved or read_npz(path, ("mu", "sigma", *RECORDED))
-        for name in arrays.keys() & {"mu", "sigma"}:
-            arrays[name] = np.asarray(arrays[name]).astype(np.float64, casting="same_kind")
-        return arrays
 
 
 def _defect(mu: np.ndarray, sigma: np.ndarray) -> str | None:
@@ -147,16 +144,16 @@ def _defect(mu: np.ndarray, sigma: np.ndarray) -> str | None:
 
 
 def check_statistics(
-    path: str | Path, identity: dict[str, str], size: int | None, features: int
+    path: str | Path, stats: Statistics, identity: dict[str, str], size: int | None
 ) -> tuple[dict, list[str]]:
     """What a file of statistics says of itself, for metrics.json; and warnings.
 
     identity: the extractor's, and the layer of FID. size: of the images in pixels, if known.
     Raises UserError if a distance to these statistics would mean nothing.
     """
-    arrays = _read(path)
+    features = len(stats["mu"])
     with as_user_error(f"--fid_stats {path}: what it says of itself is no single value"):
-        record = {name: arrays[name].item() for name in RECORDED if name in arrays}
+        record = {name: stats[name].item() for name in RECORDED if name in stats}
     for name, own in identity.items():
         if record.get(name, own) != own:
             raise UserError(

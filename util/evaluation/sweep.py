@@ -62,11 +62,8 @@ def evaluate_checkpoint(
     checkpoint.release()
     evaluator = Evaluator(model, tokenizer, device, precision, measure)
     evaluator.refuse_other_images(points, output)
-    step, metrics_file, evaluations = (
-        checkpoint.saved.get("step"),
-        MetricsFile(args.metrics_file),
-        [],
-    )
+    result = {"checkpoint": str(checkpoint.path), "step": checkpoint.saved.get("step")}
+    result["evaluations"], metrics_file = [], MetricsFile(args.metrics_file)
     with settings_saved(args, output / EVALUATION_CONFIG):
         for done, point in enumerate(points, start=1):
             name = point.folder_name()
@@ -74,13 +71,12 @@ def evaluate_checkpoint(
                 dist.print_main(f"{done} of {len(points)}: {name}")
             figures, _ = evaluator.evaluate(point, output / name, {"files": files})
             named = {f"eval/{name}/{key}": figure for key, figure in figures.items()}
-            metrics_file.write(named, step, replace=True)
+            metrics_file.write(named, result["step"], replace=True)
             if dist.is_main():
-                evaluations.append(summary(output / name, point))
+                result["evaluations"].append(summary(output / name, point))
                 if len(points) > 1:
                     write_sweep(output, points[:done], config.img_size)
     dist.barrier()
-    result = {"checkpoint": str(checkpoint.path), "step": step, "evaluations": evaluations}
     return result if dist.is_main() else {}
 
 
