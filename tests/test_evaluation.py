@@ -1,6 +1,7 @@
 """Generated images, and what an evaluation leaves behind."""
 
 import json
+import pickle
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -150,14 +151,14 @@ def test_training_goes_on_as_if_it_had_not_been_evaluated(tokenizer, tmp_path):
         average.add_(torch.randn_like(average))
     kept = [tensor.clone() for tensor in (*model.state_dict().values(), *ema.averages)]
     states = (torch.get_rng_state, np.random.get_state, random.getstate)
-    before = [str(state()) for state in states]
+    before = [pickle.dumps(state()) for state in states]
     measure = Measure(Extractor("pixels", None, CPU))
     evaluator = Evaluator(model, tokenizer, CPU, FP32, measure)
     with ema.swapped_in():
         averaged, _ = evaluator.evaluate(ENOUGH, tmp_path / "a")
     raw, _ = evaluator.evaluate(ENOUGH, tmp_path / "b")
     assert averaged["score_mean"] != raw["score_mean"]
-    assert [str(state()) for state in states] == before
+    assert [pickle.dumps(state()) for state in states] == before
     now = (*model.state_dict().values(), *ema.averages)
     assert all(map(torch.equal, kept, now)) and model.training and model.head.training
 
