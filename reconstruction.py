@@ -204,7 +204,7 @@ class Reconstruction:
     def run(self, num_workers: int) -> None:
         """This process's share of the batches that some variant lacks."""
         folder, count = self.folder, len(self.folder.batches)
-        # As the main process finds them, so that all agree.
+        # as the main process finds them, so that all agree
         missing = dist.gather_objects({name: folder.missing(name) for name in self.names})[0]
         mine = folder.share(set().union(*missing.values()))
         batches = read_batches(self.dataset, [folder.batches[k] for k in mine], num_workers)

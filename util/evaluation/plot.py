@@ -1,16 +1,14 @@
 """Figures over a setting, as a PNG file."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from util.files import atomic_write
 
 
-def plot(
-    path: Path, rows: list[dict], axis: str, names: Iterable[str], label: Callable[[dict], str]
-) -> None:
-    """A panel for each figure that the rows have, a line for each label, errors where known.
+def plot(path: Path, rows: list[dict], axis: str, names: Iterable[str]) -> None:
+    """A panel for each figure that the rows have, a line for each "label", errors where known.
 
     A row whose value of the axis is infinite is a horizontal line.
     """
@@ -20,8 +18,8 @@ def plot(
     figure = Figure(figsize=(3.6 * len(panels), 3.2), layout="constrained")
     rows = sorted(rows, key=lambda row: row[axis])
     for name, panel in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
-        for text in dict.fromkeys(map(label, rows)):
-            line = [row for row in rows if label(row) == text and name in row]
+        for text in dict.fromkeys(row["label"] for row in rows):
+            line = [row for row in rows if row["label"] == text and name in row]
             error = f"{name}_standard_error"
             x, y, errors = ([row.get(key, 0) for row in line] for key in (axis, name, error))
             if math.inf in x:

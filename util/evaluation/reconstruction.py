@@ -152,6 +152,6 @@ def write_results(folder: Path, settings: dict, results: list[dict]) -> None:
     by_bits = sorted(results, key=lambda r: r["bits"] % math.inf)
     names = dict.fromkeys(name for r in results for name in r if not name.endswith("_by_channel"))
     write_csv(folder / "results.csv", by_bits, names)
-    drawn = [r | {"bits": r["bits"] % math.inf} for r in by_bits]  # inf is not quantized
-    path = folder / "quality.png"
-    plot(path, drawn, "bits", PLOTTED, lambda r: "" if r["bits"] < math.inf else "not quantized")
+    labels = {True: "not quantized", False: ""}
+    drawn = [r | {"bits": r["bits"] % math.inf, "label": labels[r["bits"] < 0]} for r in by_bits]
+    plot(folder / "quality.png", drawn, "bits", PLOTTED)

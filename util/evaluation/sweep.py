@@ -82,8 +82,7 @@ def evaluate_checkpoint(
 
 def summary(folder: Path, point: EvalSettings) -> dict:
     """A point's settings, its figures and what is to be known of them."""
-    record = read_json(folder / METRICS)
-    own = {"folder": str(folder), "settings": point.to_dict()}
+    record, own = read_json(folder / METRICS), {"folder": str(folder), "settings": point.to_dict()}
     return own | {name: record[name] for name in ("metrics", "warnings")}
 
 
@@ -101,11 +100,9 @@ def write_sweep(output: Path, points: list[EvalSettings], side: int) -> None:
         return
     axis = max(SWEPT, key=lambda name: len({row[name] for row in rows}))
     others = [name for name in SWEPT if len({row[name] for row in rows}) > 1 and name != axis]
-
-    def label(row: dict) -> str:
-        return ", ".join(f"{name} {row[name]:g}" for name in others)
-
-    plot(output / "sweep.png", rows, axis, PLOTTED, label)
+    labels = [", ".join(f"{name} {row[name]:g}" for name in others) for row in rows]
+    labelled = [row | {"label": text} for row, text in zip(rows, labels, strict=True)]
+    plot(output / "sweep.png", labelled, axis, PLOTTED)
 
 
 def sweep_row(point: EvalSettings, output: Path) -> dict:
