@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchmetrics.functional.image import structural_similarity_index_measure
+from torchmetrics.functional.image import structural_similarity_index_measure as similarity
 
 import reconstruction
 from models.calibration import fit_levels
@@ -250,7 +250,7 @@ def test_what_is_missing_or_empty_is_made_again(inputs, done, tmp_path):
 def test_ssim_is_torchmetrics_own_of_each_image():
     images, others = torch.randint(0, 256, (2, 2, 3, 13, 14), dtype=torch.uint8)
     pairs = zip(images.double().split(1), others.double().split(1), strict=True)
-    expected = [structural_similarity_index_measure(a, b, data_range=255.0) for a, b in pairs]
+    expected = [similarity(a, b, data_range=255.0).item() for a, b in pairs]
     assert ssim(images, others).tolist() == pytest.approx(expected)
     assert ssim(images, images).tolist() == pytest.approx([1, 1])
 
