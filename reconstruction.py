@@ -247,6 +247,7 @@ class Reconstruction:
         ids, images = next(read_batches(self.dataset, folder.batches[:1], num_workers=0))
         if not ids:
             raise UserError("none of the first batch of images can be read; see --image_dir")
+        dist.print_main(f"{folder.count} images as {', '.join(self.names)}")
         began = time.perf_counter()
         for _, pixels, _ in self.decode(images, ids, self.names):
             if folder.extractor is not None:
