@@ -29,27 +29,11 @@ from models.quantizer import build_quantizer
 from models.tokenizers import kl16
 from models.tokenizers.kl16 import Posterior
 from models.tokenizers.tokenizer import Tokenizer
+from util import args as flags
 from util import dist
-from util.args import (
-    CACHED_PATH,
-    CONFIG,
-    JSON,
-    LATENT_SCALE,
-    METRICS,
-    METRICS_FILE,
-    QUANTIZER,
-    VAE,
-    Flag,
-    Parser,
-    bit_width_or_continuous,
-    changed,
-    positive_float,
-    positive_int,
-    settings_saved,
-    value,
-)
+from util.args import Flag, Parser, settings_saved, value
 from util.data.cache_writer import list_digest
-from util.data.images import ImageDataset, grid, save_png
+from util.data.images import ImageDataset, grid, psnr, save_png
 from util.data.latent_cache import open_cache
 from util.data.listing import ImageList, list_files, list_images, visible
 from util.doctor import dry_run
@@ -64,7 +48,7 @@ from util.evaluation.reconstruction import (
     SSIM_LEAST,
     QuantizerVariant,
     ReconstructionFolder,
-    fidelity,
+    ssim,
     summarise,
     write_results,
 )
@@ -75,10 +59,9 @@ from util.setup import build_vae, cache_histogram, calibrated_levels
 from util.vae import vae_digest
 
 GRID_IMAGES = 8
-RECORDED = ("image_dir", "images_per_class", "vae_path")  # for the reader of results.json alone
 # What decides the images, beside the list of them and the VAE.
 SETTINGS = ("img_size", "posterior", "batch_size")
-DRY_RUN_CHECKS = ("code", "device", "processes")  # the rest is built before
+RECORDED = ("image_dir", "images_per_class", "vae_path")  # for the reader of results.json alone
 
 
 def make_parser() -> Parser:
@@ -87,21 +70,21 @@ def make_parser() -> Parser:
         "reconstruction",
         Flag("image_dir", str, "./data/imagenet", "train/CLASS/ or CLASS/"),
         Flag("output_dir", str, "quantization_results", "of all results"),
-        Flag("bits", bit_width_or_continuous, [6], "of a scalar; negative: none", nargs="+"),
-        Flag("range", positive_float, 5.0, "latents in [-range, range]"),
-        QUANTIZER,
-        Flag("images_per_class", positive_int, 50, "of each class, the first"),
-        Flag("batch_size", positive_int, 32, "images a batch"),
+        Flag("bits", flags.bit_width_or_continuous, [6], "of a scalar; negative: none", nargs="+"),
+        Flag("range", flags.positive_float, 5.0, "latents in [-range, range]"),
+        flags.QUANTIZER,
+        Flag("images_per_class", flags.positive_int, 50, "of each class, the first"),
+        Flag("batch_size", flags.positive_int, 32, "images a batch"),
         Flag("posterior", str, "sample", "the latent taken", ("sample", "mode")),
-        LATENT_SCALE,
-        CACHED_PATH,
+        flags.LATENT_SCALE,
+        flags.CACHED_PATH,
         Flag("dry_run", bool, False, "check all, reconstruct a batch, say what all takes"),
-        METRICS_FILE,
-        JSON,
+        flags.METRICS_FILE,
+        flags.JSON,
     )
-    parser.add_flags("tokenizer", *VAE)
+    parser.add_flags("tokenizer", *flags.VAE)
     parser.add_loader_flags()
-    parser.add_flags("metrics", *METRICS)
+    parser.add_flags("metrics", *flags.METRICS)
     parser.add_device_flags()
     return parser
 
@@ -111,13 +94,13 @@ def main() -> None:
     args = parser.parse()
     with figures_on_stdout(args.json) as figures:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
-        dist.print_main(changed(args, parser))
+        dist.print_main(flags.changed(args, parser))
         figures.update(measure_variants(args, device))
     dist.cleanup()
 
 
 def measure_variants(args, device: torch.device) -> dict:
-    """Reconstruct and measure as the flags say; the figures, on the main process."""
+    """The figures of all variants, on the main process."""
     check_writable(args.output_dir, "--output_dir")
     metrics_file = MetricsFile(args.metrics_file)
     size, vae_path = value(args, "img_size"), value(args, "vae_path")
@@ -134,7 +117,7 @@ def measure_variants(args, device: torch.device) -> dict:
     if args.posterior == "sample":
         settings["seed"] = value(args, "seed")
     measure = prepare_measure(args, size, device)
-    label = measure.extractor.label if measure is not None else None
+    label = measure and measure.extractor.label
     folder = ReconstructionFolder(Path(args.output_dir), len(names), args.batch_size, label)
     on_bad = "drop" if args.skip_bad_images else "raise"
     dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
@@ -142,34 +125,28 @@ def measure_variants(args, device: torch.device) -> dict:
     job = Reconstruction(folder, dataset, evaluator, variants, settings.get("seed"))
     if args.dry_run:
         folder.refuse_other(settings)
-        return dry_run(args, device, DRY_RUN_CHECKS, job.first_batch)
+        return dry_run(args, device, ("code", "device", "processes"), job.first_batch)
     figures = {}
     folder.begin(settings)
-    with settings_saved(args, folder.path / CONFIG):
+    with settings_saved(args, folder.path / flags.CONFIG):
         job.run(args.num_workers)
         dist.barrier()
         if dist.is_main():
             figures = job.finish(settings | {name: value(args, name) for name in RECORDED})
-            numbers = {
-                f"reconstruction/{result['name']}/{name}": value
-                for result in figures["results"]
-                for name, value in result.items()
-                if isinstance(value, float)
-            }
+            every = [(r["name"], *item) for r in figures["results"] for item in r.items()]
+            numbers = {f"reconstruction/{n}/{k}": v for n, k, v in every if isinstance(v, float)}
             metrics_file.write(numbers, None, replace=True)
     dist.barrier()
     return figures
 
 
 def choose_images(image_dir: str, per_class: int) -> ImageList:
-    """The first images of each class, in train/CLASS/ if that is there, or of a folder without."""
+    """The first images of each class, in train/CLASS/ or CLASS/, or of a folder without classes."""
     root, flag = Path(image_dir), "--image_dir"
     if root.is_dir() and not any(entry.is_dir() for entry in visible(root)):
         files = list_files(root, flag)
-        dist.print_main(
-            f"{flag} {root} has no class folders: --images_per_class {per_class} is how many of "
-            f"its {len(files)} images are taken"
-        )
+        note = f"--images_per_class {per_class} is how many of its {len(files)} images are taken"
+        dist.print_main(f"{flag} {root} has no class folders: {note}")
         return ImageList(root, [""], [(path, 0) for path in files[:per_class]])
     images = list_images(root, "train" if (root / "train").is_dir() else "", flag)
     by_class = groupby(images.samples, key=lambda sample: sample[1])
@@ -181,43 +158,38 @@ def find_scale(args, vae: kl16.VAE, vae_sha256: str) -> float:
     """Of the latents: as given, as the cache says, or KL-16's."""
     if args.latent_scale not in (None, "auto"):
         return args.latent_scale
-    manifest = open_cache(args.cached_path, None, vae_sha256).manifest if args.cached_path else None
-    if manifest is not None:
+    if args.cached_path and (manifest := open_cache(args.cached_path, None, vae_sha256).manifest):
         return manifest["latent_scale"]
     if not vae.is_kl16:
-        raise UserError(
-            "--vae_path is not KL-16: give its --latent_scale, 1 / std of its latents, or the "
-            "--cached_path of a cache whose manifest.json has it (main_cache.py measures it)"
-        )
+        remedy = "--latent_scale, 1 / std of its latents, or a --cached_path of main_cache.py"
+        raise UserError(f"--vae_path is not KL-16: give its {remedy}, which knows it")
     return PUBLISHED_LATENT_SCALE
 
 
 def make_variants(
     args, channels: int, scale: float, vae_sha256: str, device: torch.device
 ) -> tuple[list[QuantizerVariant], dict]:
-    """One for each of --bits, and what decides their levels beside the bits, as plain values."""
+    """One for each of --bits, and what decides their levels beside the bits."""
     kind = value(args, "quantizer")
-    levels_of, settings = None, {"quantizer": kind, "range": args.range}
+    settings, variants = {"quantizer": kind, "range": args.range}, []
     if kind == "calibrated":
         histogram = cache_histogram(args.cached_path, channels, vae_sha256)
-        levels_of = partial(calibrated_levels, histogram, scale=scale)
         settings = {"quantizer": kind, "histogram_sha256": histogram.digest()}
-    variants = []
     for bits in dict.fromkeys(args.bits):
         if bits < 0:
             variants.append(QuantizerVariant(CONTINUOUS))
             continue
         with as_user_error(f"--bits {bits} --range {args.range}"):
             quantizer = build_quantizer(kind, 2**bits, -args.range, args.range, channels)
-        if levels_of is not None:
-            quantizer.set_levels(*levels_of(2**bits))
+        if kind == "calibrated":
+            quantizer.set_levels(*calibrated_levels(histogram, 2**bits, scale))
         variants.append(QuantizerVariant(f"{QUANTIZED}{bits}", quantizer.to(device)))
     return variants, settings
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What is reconstructed, how, and where it goes. noise_seed: None takes posterior means."""
+    """noise_seed: None takes posterior means."""
 
     folder: ReconstructionFolder
     dataset: ImageDataset
@@ -232,7 +204,7 @@ class Reconstruction:
     def run(self, num_workers: int) -> None:
         """This process's share of the batches that some variant lacks."""
         folder, count = self.folder, len(self.folder.batches)
-        # As the main process finds them, so that all agree.
+        # as the main process finds them, so that all agree
         missing = dist.gather_objects({name: folder.missing(name) for name in self.names})[0]
         mine = folder.share(set().union(*missing.values()))
         batches = read_batches(self.dataset, [folder.batches[k] for k in mine], num_workers)
@@ -243,7 +215,7 @@ class Reconstruction:
             names = [name for name in self.names if number in missing[name]]
             for name, pixels, record in self.decode(images, ids, names):
                 if folder.extractor is not None:
-                    self.evaluator.begin(folder.features(name))
+                    self.evaluator.begin(folder.features(folder.extractor, name))
                     self.evaluator.update(pixels, number, ids)
                 folder.write(name, number, ids, pixels, record)
 
@@ -265,11 +237,12 @@ class Reconstruction:
                 latents = draw_latents(tokenizer, original, ids, self.noise_seed)
             values, record = variants.get(name, QuantizerVariant(name)).apply(latents)
             pixels = to_uint8(tokenizer.decode(values))
-            yield name, pixels.cpu(), record | fidelity(pixels, original)
+            record |= {"psnr": psnr(pixels.cpu(), images), "ssim": ssim(pixels, original).cpu()}
+            yield name, pixels.cpu(), record
 
     def first_batch(self) -> dict:
         """One batch through everything, for --dry_run: what the run would take."""
-        folder = self.folder
+        folder, world = self.folder, dist.world_size()
         todo = len(set().union(*(folder.missing(name) for name in self.names)))
         ids, images = next(read_batches(self.dataset, folder.batches[:1], num_workers=0))
         if not ids:
@@ -285,16 +258,12 @@ class Reconstruction:
             "batches": len(folder.batches),
             "batches_to_do": todo,
             "variants": self.names,
-            "images_per_second": len(ids) * dist.world_size() / seconds,
-            "hours": todo * seconds / 3600 / dist.world_size(),
-            "bytes_to_write_at_most": todo * images.nbytes * len(self.names),
+            "images_per_second": len(ids) * world / seconds,
+            "hours": todo * seconds / 3600 / world,
         }
 
     def finish(self, settings: dict) -> dict:
-        """Figures of all variants in the folder and a grid of a few images; on the main process.
-
-        Returns what results.json holds.
-        """
+        """Write the figures of all variants in the folder and grid.png; returns results.json."""
         folder, measure = self.folder, self.evaluator.measure
         readable = folder.readable()
         if not readable:
@@ -306,22 +275,23 @@ class Reconstruction:
         settings |= {"images": len(readable), "measured": measure.identity() if measure else None}
         write_results(folder.path, settings, results)
         shown = readable[:: -(-len(readable) // GRID_IMAGES)]
-        # What the quantizer starts from is always there to compare.
-        order = list(dict.fromkeys([ORIGINAL, CONTINUOUS, *names]))
-        rows = {name: folder.read(name, shown) for name in (ORIGINAL, *names)}
-        if CONTINUOUS not in rows:
+        rows = {ORIGINAL: folder.read(ORIGINAL, shown)}
+        if CONTINUOUS not in names:  # what the quantizer starts from is always there to compare
             rows[CONTINUOUS] = next(self.decode(rows[ORIGINAL], shown, [CONTINUOUS]))[1]
+        for name in sorted(names, key=lambda name: name != CONTINUOUS):
+            rows[name] = folder.read(name, shown)
         path = folder.path / "grid.png"
-        save_png(grid(torch.cat([rows[name] for name in order]), len(shown)), path)
-        print(f"{len(readable)} images, rows of {path}: {', '.join(order)}")
+        save_png(grid(torch.cat(list(rows.values())), len(shown)), path)
+        print(f"{len(readable)} images, rows of {path}: {', '.join(rows)}")
         for result in results:
             figures = [f"{k} {v:.5g}" for k, v in result.items() if isinstance(v, float)]
             print(f"{result['name']:>10}  " + "  ".join(figures))
         return settings | {"results": results}
 
     def add_scores(self, results: list[dict], extractor: Extractor) -> None:
-        """Add the figures of the features, and the distance to the features of the crops."""
-        evaluator, features, warnings, crops = self.evaluator, self.folder.features, [], None
+        """Figures of the features, and their distance to those of the crops."""
+        evaluator, warnings, crops = self.evaluator, [], None
+        features = partial(self.folder.features, extractor.label)
         distance = "rfid" if extractor.is_inception else "reconstruction_frechet_distance"
         if "fid" in extractor.layers and results[0]["images"] > 1:  # a covariance takes two
             evaluator.begin(features(ORIGINAL))

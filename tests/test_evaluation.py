@@ -53,15 +53,9 @@ def test_images_are_those_of_the_sampler_class_by_class(tokenizer):
     assert images.dtype == torch.uint8 and images.shape == (4, 3, 16, 16)
 
 
-def test_evaluation_leaves_the_model_in_training_mode_and_shows_a_grid(tokenizer, tmp_path):
-    model = tiny_model().train()
-    found, samples = Evaluator(model, tokenizer, CPU, FP32).evaluate(EVALUATION, tmp_path)
-    assert found == {} and model.training and model.head.training
-    assert samples.shape == (3, 2 * 18 + 2, 3 * 18 + 2)  # a column for each class
-    assert len(list((tmp_path / "images").iterdir())) == 6
-
-
-def test_first_look_has_a_column_for_each_of_the_first_classes():
+def test_first_look_has_a_column_for_each_of_the_first_classes(tokenizer, tmp_path):
+    found, samples = Evaluator(tiny_model(), tokenizer, CPU, FP32).evaluate(EVALUATION, tmp_path)
+    assert found == {} and samples.shape == (3, 2 * 18 + 2, 3 * 18 + 2)
     assert shown_ids(torch.tensor([0, 0, 1, 1, 2, 2])) == [0, 2, 4, 1, 3, 5]
     assert shown_ids(torch.tensor([5, 5, 5, 2, 2])) == [0, 3, 1, 4]
     large = shown_ids(torch.arange(50000) // 50)
@@ -86,13 +80,8 @@ def run(inputs: Path, output: Path, resume: Path, **changes) -> tuple[Path, dict
     return folder, json.loads((folder / "metrics.json").read_text())
 
 
-def test_images_are_of_the_classes_that_were_trained_as_evenly_as_it_goes(
-    inputs, model, tmp_path, capsys
-):
+def test_images_are_of_the_classes_that_were_trained_as_evenly_as_it_goes(inputs, model, tmp_path):
     folder, found = run(inputs, tmp_path, model, save_npz=True, keep_images=True)
-    assert "2 or 3 images of each of 2 classes of --class_num 3: red ant/é, bee" in (
-        capsys.readouterr().out
-    )
     names = [path.name for path in sorted((folder / "images").iterdir())]
     assert names[::3] == ["00000_red-ant-é.png", "00003_bee.png"] and len(names) == 5
     assert (found["classes"], found["labels"], found["counts"]) == (TRAINED, [0, 1], [3, 2])
@@ -120,16 +109,14 @@ def test_chosen_classes_are_drawn_by_name_or_number(inputs, model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"classes": ["bea"]}, "--classes: class 'bea' is unknown: the model has 2"),
-        ({"classes": ["bea"]}, "did you mean bee?"),
+        ({"classes": ["bea"]}, "unknown: the model has 2.*did you mean bee?"),
         ({"classes": ["2"]}, "number from 0 to 1"),
         ({"classes": ["bee", "0"], "num_images": 1}, "--num_images 1 is less than one of each"),
     ],
 )
 def test_classes_that_cannot_be_drawn_are_refused(inputs, model, tmp_path, changes, fragment):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=fragment):
         run(inputs, tmp_path, model, **changes)
-    assert fragment in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -148,13 +135,16 @@ def test_number_of_classes_of_a_published_checkpoint_is_that_of_its_weights(inpu
 def test_training_evaluates_and_shows_the_classes_that_it_has(inputs, tmp_path, capsys):
     settings = dict(online_eval=True, eval_freq=2, vae_path="vae.ckpt", no_metrics=True)
     settings |= dict(num_images=3, num_iter=1, class_num=5, epochs=1)
-    refusal = refused(
-        capsys, main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, settings, classes="ante")
-    )
-    assert "--classes: class 'ante' is unknown" in refusal and "did you mean ant?" in refusal
+    argv = flags(inputs, TRAIN_FLAGS, settings, classes="ante")
+    assert "class 'ante' is unknown" in refused(capsys, main_tokenbridge.main, *argv)
     train(inputs, tmp_path, **settings)
     found = json.loads((tmp_path / "eval-epoch1" / "metrics.json").read_text())
     assert found["classes"] == ["ant", "bee", "cat"]
+
+
+def random_states() -> tuple:
+    _, keys, place, *rest = np.random.get_state()
+    return torch.get_rng_state().tolist(), keys.tolist(), place, rest, random.getstate()
 
 
 def test_training_goes_on_as_if_it_had_not_been_evaluated(tokenizer, tmp_path):
@@ -163,31 +153,25 @@ def test_training_goes_on_as_if_it_had_not_been_evaluated(tokenizer, tmp_path):
     ema = EMA(model.published_parameters(), 0.5)
     for average in ema.averages:
         average.add_(torch.randn_like(average))
-    states = (torch.get_rng_state, np.random.get_state, random.getstate)
     kept = [tensor.clone() for tensor in (*model.state_dict().values(), *ema.averages)]
-    before = [state() for state in states]
+    before = random_states()
     measure = Measure(Extractor("pixels", None, CPU))
     evaluator = Evaluator(model, tokenizer, CPU, FP32, measure)
     with ema.swapped_in():
         averaged, _ = evaluator.evaluate(ENOUGH, tmp_path / "a")
     raw, _ = evaluator.evaluate(ENOUGH, tmp_path / "b")
     assert averaged["score_mean"] != raw["score_mean"]
-    after = [state() for state in states]
-    assert torch.equal(before[0], after[0]) and before[2] == after[2]
-    assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    assert random_states() == before
     now = (*model.state_dict().values(), *ema.averages)
-    assert all(map(torch.equal, kept, now)) and model.training
+    assert all(map(torch.equal, kept, now)) and model.training and model.head.training
 
 
 def test_evaluation_while_training_takes_another_folder_where_a_script_refuses(tokenizer, tmp_path):
     folder, evaluator = tmp_path / "eval-epoch2", Evaluator(tiny_model(), tokenizer, CPU, FP32)
-
-    def guided(cfg: float) -> EvalSettings:
-        return replace(EVALUATION, sampling=replace(EVALUATION.sampling, cfg=cfg))
-
-    for cfg in (1.5, 2.0, 1.5, 3.0):
-        evaluator.evaluate(guided(cfg), folder, training=True)
+    points = [replace(EVALUATION, sampling=SamplingOptions(1, cfg=cfg)) for cfg in (1, 2, 3)]
+    for k in (0, 1, 0, 2):
+        evaluator.evaluate(points[k], folder, training=True)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["eval-epoch2", "eval-epoch2-2", "eval-epoch2-3"]
-    with pytest.raises(UserError, match="settings.cfg 1.5 .now 4.0."):
-        evaluator.evaluate(guided(4.0), folder)
+    with pytest.raises(UserError, match="settings.cfg 1 .now 3."):
+        evaluator.evaluate(points[2], folder)

@@ -8,15 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.measures import PIXELS, save_model
-from tests.runs import (
-    EVALUATE_FLAGS,
-    evaluate,
-    flags,
-    make_inputs,
-    on_processes,
-    ranks,
-    start_fork,
-)
+from tests.runs import EVALUATE_FLAGS, evaluate, flags, make_inputs, on_processes, ranks, start_fork
 from util.errors import UserError
 from util.evaluation.evaluator import Evaluator
 
@@ -58,11 +50,6 @@ def small(inputs, tmp_path_factory) -> Path:
     return run_here(inputs, tmp_path_factory.mktemp("small"), **SMALL)
 
 
-def command(inputs: Path, output: Path) -> list:
-    argv = flags(inputs, EVALUATE_FLAGS, settings_of(inputs), output_dir=output)
-    return ["main_tokenbridge.py", *argv, "--resume", inputs / "model"]
-
-
 def kill_after(processes: list[Process], output: Path, batches: int) -> None:
     """kill -9 of all of them once that many batches are done."""
     deadline = time.monotonic() + 120
@@ -85,16 +72,17 @@ def figures(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 3), (2, 1)])
-def test_killed_run_ends_as_an_undisturbed_one(inputs, whole, tmp_path, before, after):
-    asked = command(inputs, tmp_path)
-    begun = [start_fork(asked, tmp_path / str(i), **env) for i, env in enumerate(ranks(before))]
+def test_killed_run_ends_as_an_undisturbed_one(inputs, whole, tmp_path):
+    """Begun on two processes, ended on three."""
+    argv = flags(inputs, EVALUATE_FLAGS, settings_of(inputs), output_dir=tmp_path)
+    asked = ["main_tokenbridge.py", *argv, "--resume", inputs / "model"]
+    begun = [start_fork(asked, tmp_path / str(i), **env) for i, env in enumerate(ranks(2))]
     kill_after(begun, tmp_path, batches=3)
     (folder,) = tmp_path.glob("ariter*")
     assert not (folder / "metrics.json").exists()
     done = {path: path.stat().st_mtime_ns for path in folder.rglob("batch-*.npz")}
     (folder / "images" / ".00000.png.abc.tmp").write_bytes(b"left behind")
-    result = on_processes(after, *asked)
+    result = on_processes(3, *asked)
     assert result.returncode == 0, result.stderr
     assert f"{len(done)} of {IMAGES // BATCH} batches are there already" in result.stdout
     assert {path: path.stat().st_mtime_ns for path in done} == done
@@ -102,7 +90,7 @@ def test_killed_run_ends_as_an_undisturbed_one(inputs, whole, tmp_path, before, 
     found, expected = figures(folder), figures(whole)
     for name in ("metrics", "replicates", "warnings", "measured", "weights_sha256"):
         assert found[name] == expected[name]
-    assert (found["processes"], expected["processes"]) == (after, 1)
+    assert (found["processes"], expected["processes"]) == (3, 1)
 
 
 def test_finished_run_is_not_done_again(inputs, whole, monkeypatch):
@@ -118,21 +106,17 @@ def test_finished_run_is_not_done_again(inputs, whole, monkeypatch):
         (dict(eval_bsz=5), "settings.eval_bsz 4 (now 5)"),
         (dict(precision="bf16"), "precision fp32 (now bf16)"),
         (dict(head_input="published"), "model.head_input trained (now published)"),
+        (None, "weights_sha256 "),
     ],
 )
-def test_folder_of_other_settings_is_refused(inputs, whole, changes, fragment):
+def test_folder_of_other_settings_or_weights_is_refused(inputs, whole, tmp_path, changes, fragment):
     before = content(whole)
+    model = inputs / "model" if changes else save_model(tmp_path / "model", seed=1)
     with pytest.raises(UserError) as error:
-        run_here(inputs, whole.parent, **changes)
+        evaluate(inputs, whole.parent, model, **settings_of(inputs, **changes or {}))
     line = str(error.value)
     assert fragment in line and str(whole) in line and "--output_dir" in line and "\n" not in line
     assert content(whole) == before
-
-
-def test_folder_of_another_checkpoint_is_refused(inputs, whole, tmp_path):
-    other = save_model(tmp_path / "model", seed=1)
-    with pytest.raises(UserError, match="weights_sha256 "):
-        evaluate(inputs, whole.parent, other, **settings_of(inputs))
 
 
 def test_measured_images_are_removed_and_measured_again_without_them(inputs, small, tmp_path):
@@ -152,18 +136,14 @@ def test_measured_images_are_removed_and_measured_again_without_them(inputs, sma
     assert content(folder) == content(small)
 
 
-def test_images_that_nothing_measured_are_kept(inputs, small, tmp_path, capsys):
-    folder = run_here(
-        inputs, tmp_path, no_metrics=True, **SMALL | dict(keep_images=None, save_npz=None)
-    )
-    assert "images kept in" in capsys.readouterr().out
-    kept = {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
-    assert kept == {path.name: path.read_bytes() for path in (small / "images").iterdir()}
-    run_here(
-        inputs, tmp_path, **SMALL | dict(keep_images=None)
-    )  # measured from the files; still kept
-    assert figures(folder)["metrics"] == figures(small)["metrics"]
+def test_images_that_nothing_measured_are_kept(inputs, small, tmp_path):
+    asked = SMALL | dict(keep_images=None)
+    folder = run_here(inputs, tmp_path, no_metrics=True, **asked)
+    kept = content(folder)
     assert len(list((folder / "images").iterdir())) == 24
+    run_here(inputs, tmp_path, **asked)  # measured from the files; still kept
+    assert figures(folder)["metrics"] == figures(small)["metrics"]
+    assert kept.items() <= content(folder).items() == content(small).items()
 
 
 def test_nothing_is_removed_before_the_figures_are_written(inputs, tmp_path, monkeypatch):

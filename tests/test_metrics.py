@@ -42,12 +42,12 @@ def prepare(**changes) -> Measure | None:
     return prepare_measure(Namespace(**flags | dict(inception_weights=None) | changes), 16, CPU)
 
 
-def save_noise(folder: Path, count: int, seed: int, side: int = 16) -> Path:
+def save_noise(folder: Path, count: int, seed: int) -> Path:
     """A folder of PNG files, each of its own brightness."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     for i in range(count):
-        pixels = rng.integers(0, rng.integers(40, 256), (side, side, 3), np.uint8)
+        pixels = rng.integers(0, rng.integers(40, 256), (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:05d}.png")
     return folder
 
@@ -68,13 +68,8 @@ def test_inception_figures_of_an_evaluation_are_those_of_its_png_files(weights, 
     evaluate(inputs, tmp_path / "eval", save_model(tmp_path / "model"), **settings)
     (folder,) = (tmp_path / "eval").glob("ariter*")
     found = json.loads((folder / "metrics.json").read_text())
-    expected = fidelity(
-        folder / "images",
-        reference,
-        feature_extractor=INCEPTION,
-        feature_extractor_weights_path=str(weights),
-        kid_subset_size=11,
-    )
+    own = dict(feature_extractor=INCEPTION, feature_extractor_weights_path=str(weights))
+    expected = fidelity(folder / "images", reference, kid_subset_size=11, **own)
     expected["fid"] = expected.pop("frechet_inception_distance")
     assert expected["fid"] > 1 and expected["inception_score_mean"] > 1.001
     assert found["metrics"] == pytest.approx(expected, rel=1e-4)
@@ -147,12 +142,8 @@ def definition(x: np.ndarray, y: np.ndarray) -> float:
     return difference @ difference + np.trace(a + b - 2 * sqrtm(a @ b)).real
 
 
-def features_of(folder: Path) -> np.ndarray:
-    return pixels_measure().extractor(images_of(folder))["mixed"].double().numpy()
-
-
 def test_distance_and_its_replicates_are_frechets(folders):
-    x, y = map(features_of, folders)
+    x, y = (pixels_measure().extractor(images_of(f))["mixed"].double().numpy() for f in folders)
     stats = {"mu": y.mean(axis=0), "sigma": np.cov(y, rowvar=False)}
     scores = scores_of(images_of(folders[0]), pixels_measure(stats))
     assert scores.figures["frechet_distance"] == pytest.approx(definition(x, y), rel=1e-6)
@@ -162,20 +153,6 @@ def test_distance_and_its_replicates_are_frechets(folders):
     assert "fid" not in few.replicates  # 9 features
     parts = scores.replicates["inception_score"]
     assert np.mean(parts) == scores.figures["score_mean"] and len(parts) == 10
-
-
-def test_moments_are_those_of_all_rows_however_they_come():
-    rows = torch.randn(101, 6) + 3
-    for groups in (1, 10):
-        moments = Moments(groups)
-        for part in rows.split(7):
-            moments.update(part)
-        assert moments.count == 101
-        np.testing.assert_allclose(moments.statistics()["mu"], rows.mean(0), rtol=1e-5)
-        expected = np.cov(rows.double().T.numpy())
-        np.testing.assert_allclose(moments.statistics()["sigma"], expected, rtol=1e-9)
-    expected = np.cov(rows[np.arange(101) % 10 != 3].double().T.numpy())
-    np.testing.assert_allclose(moments.statistics(without=3)["sigma"], expected, rtol=1e-9)
 
 
 # --- what the numbers would mean
@@ -199,15 +176,6 @@ def test_too_few_images_are_warned_about():
     assert "this is FID-20" in scores.warnings[0] and scores.figures["fid"] < 1e-6
 
 
-def test_reference_counts_the_images_that_could_be_read(folders, tmp_path):
-    folder = shutil.copytree(folders[1], tmp_path / "images")
-    for path in list(folder.iterdir())[:3]:
-        path.write_bytes(b"broken")
-    loading = Loading(skip_bad=True)
-    found = compare_with_images(pixels_measure(), folder, 16, tmp_path / "cache", loading)
-    assert found.record["images"] == 34
-
-
 def test_extractor_without_a_layer_for_fid_still_has_its_score(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Pixels, "get_default_feature_layer_for_metric", staticmethod({"isc": "logits"}.__getitem__)
@@ -220,34 +188,26 @@ def test_extractor_without_a_layer_for_fid_still_has_its_score(folders, tmp_path
         prepare(fid_stats=str(tmp_path / "stats.npz"), feature_extractor=PIXELS)
 
 
-def test_small_references_are_warned_about(folders, tmp_path, capsys):
-    small = save_noise(tmp_path / "small", 9, seed=3, side=12)
-    compare_with_images(pixels_measure(), small, 16, tmp_path / "cache")
-    printed = capsys.readouterr().out
-    assert "9 of 9 images looked at are smaller than 16 px" in printed
-    assert "9 images are not more than the 9 features" in printed
-    compare_with_images(pixels_measure(), folders[1], 16, tmp_path / "cache")
-    assert "warning" not in capsys.readouterr().out
-
-
-def test_reference_features_are_made_once_for_the_same_images(folders, tmp_path, monkeypatch):
+def test_reference_features_are_made_once_for_the_same_images(
+    folders, tmp_path, monkeypatch, capsys
+):
     folder = shutil.copytree(folders[1], tmp_path / "images")
-    first = compare_with_images(pixels_measure(), folder, 16, tmp_path / "cache")
+    loading, cache = Loading(skip_bad=True), tmp_path / "cache"
+    first = compare_with_images(pixels_measure(), folder, 16, cache)
     measure = pixels_measure()
     with monkeypatch.context() as patch:
         patch.setattr(measure.extractor.network, "forward", lambda _: pytest.fail("made again"))
-        again = compare_with_images(measure, folder, 16, tmp_path / "cache")
+        again = compare_with_images(measure, folder, 16, cache)
     assert torch.equal(again.features["mixed"], first.features["mixed"])
-    (folder / "00003.png").unlink()
-    other = compare_with_images(pixels_measure(), folder, 16, tmp_path / "cache")
-    assert len(other.features["mixed"]) == 36
+    assert "warning" not in capsys.readouterr().out
+    figures = scores_of(images_of(folder).flip(3), first).figures  # every subset is the whole
+    assert "kernel_distance_mean" in figures and "kernel_distance_std" not in figures
+    for path in list(folder.iterdir())[:28]:
+        path.write_bytes(b"broken")
+    other = compare_with_images(pixels_measure(), folder, 16, cache, loading)
+    assert len(other.features["mixed"]) == other.record["images"] == 9
     assert other.identity() != first.identity()
-
-
-def test_deviation_of_kid_is_left_out_where_every_subset_is_the_whole(folders, tmp_path):
-    measure = compare_with_images(pixels_measure(), folders[1], 16, tmp_path)
-    found = scores_of(images_of(folders[1]).flip(3), measure)
-    assert "kernel_distance_mean" in found.figures and "kernel_distance_std" not in found.figures
+    assert "9 images are not more than the 9 features" in capsys.readouterr().out
 
 
 # --- what is missing
@@ -267,21 +227,17 @@ def test_missing_weights_and_statistics_are_said_in_one_line_each(weights, capsy
     assert capsys.readouterr().out == ""
 
 
-def test_weights_downloaded_earlier_are_found_and_checked(weights):
+def test_weights_are_found_and_checked(weights, tmp_path):
     place = published_weights()
     place.parent.mkdir(parents=True)
     shutil.copy(weights, place)
-    assert extractor.find_inception_weights(None) == place
+    assert extractor.find_inception_weights(None) == place  # as downloaded earlier
     place.write_bytes(place.read_bytes()[:1000])
     with pytest.raises(UserError, match="--inception_weights .*damaged"):
-        extractor.find_inception_weights(None)
-
-
-def test_weights_of_another_network_are_refused(tmp_path):
+        prepare()
     torch.save({"conv.weight": torch.ones(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"^[^\n]*other.pth[^\n]*$"):
         prepare(inception_weights=str(tmp_path / "other.pth"))
-    assert "other.pth" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -289,12 +245,9 @@ def test_weights_of_another_network_are_refused(tmp_path):
     [
         ("nothing", "'nothing'"),
         ("no.such.module:pixels", "cannot import 'no.such.module'"),
-        ("tests.measures:nothing", "'nothing'"),
         ("..measures:pixels", "cannot import '..measures'"),
     ],
 )
 def test_unknown_extractors_are_refused_in_one_line(name, fragment):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=rf"^--feature_extractor {name}[^\n]*{fragment}[^\n]*$"):
         prepare(feature_extractor=name)
-    line = str(error.value)
-    assert line.startswith(f"--feature_extractor {name}") and fragment in line and "\n" not in line

@@ -21,54 +21,36 @@ from util.evaluation.reference import load_fid_statistics
 CPU = torch.device("cpu")
 
 
-def save_stats(path: Path, **arrays) -> Path:
-    np.savez(path, **arrays)
-    return path
-
-
 class Payload:
-    def __init__(self, marker: Path):
-        self.marker = marker
-
     def __reduce__(self):
-        return Path.touch, (self.marker,)
+        return exec, ("raise SystemExit",)
 
 
 def test_nothing_in_a_pt_file_is_run(tmp_path):
     torch.save({"mu": np.arange(4.0), "sigma": np.eye(4)}, tmp_path / "cached.pt")
     found = load_fid_statistics(tmp_path / "cached.pt", 4)  # of torch-fidelity's cache
     np.testing.assert_array_equal(found["mu"], np.arange(4))
-    marker = tmp_path / "marker"
-    torch.save({"mu": Payload(marker), "sigma": np.eye(4)}, tmp_path / "evil.pt")
+    torch.save({"mu": Payload(), "sigma": np.eye(4)}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match="--fid_stats .*evil.pt"):
         load_fid_statistics(tmp_path / "evil.pt", 4)
-    assert not marker.exists()
-
-
-def indefinite(size: int) -> np.ndarray:
-    sigma = np.eye(size)
-    sigma[0, 1] = sigma[1, 0] = 2
-    return sigma
 
 
 @pytest.mark.parametrize(
-    ("make", "fragment"),
+    ("arrays", "fragment"),
     [
-        (lambda path: None, "no such file"),
-        (lambda path: path.write_bytes(b"<html>"), "mu and sigma"),
-        (lambda path: path.write_bytes(b"PK\x03\x04"), "mu and sigma"),
-        (lambda path: path.write_bytes(b""), "mu and sigma"),
-        (lambda path: save_stats(path, mu=np.zeros(4)), "mu and sigma"),
-        (lambda path: save_stats(path, mu=np.array([{}]), sigma=np.eye(2)), "mu and sigma"),
-        (lambda path: save_stats(path, mu=np.zeros(6), sigma=np.eye(6)), "4 features"),
-        (lambda path: save_stats(path, mu=np.zeros(4), sigma=np.eye(4) * np.nan), "not finite"),
-        (lambda path: save_stats(path, mu=np.zeros(4), sigma=np.tri(4)), "not symmetric"),
-        (lambda path: save_stats(path, mu=np.zeros(4), sigma=indefinite(4)), "negative"),
+        (None, "no such file"),
+        (dict(mu=np.zeros(4)), "mu and sigma"),
+        (dict(mu=np.array([{}]), sigma=np.eye(2)), "mu and sigma"),
+        (dict(mu=np.zeros(6), sigma=np.eye(6)), "4 features"),
+        (dict(mu=np.zeros(4), sigma=np.eye(4) * np.nan), "not finite"),
+        (dict(mu=np.zeros(4), sigma=np.tri(4)), "not symmetric"),
+        (dict(mu=np.zeros(4), sigma=np.ones((4, 4)) - 2 * np.eye(4)), "negative"),
     ],
 )
-def test_bad_statistics_are_refused_in_one_line(tmp_path, make, fragment):
+def test_bad_statistics_are_refused_in_one_line(tmp_path, arrays, fragment):
     path = tmp_path / "stats.npz"
-    make(path)
+    if arrays:
+        np.savez(path, **arrays)
     with pytest.raises(UserError) as error:
         load_fid_statistics(path, 4)
     line = str(error.value)
@@ -92,7 +74,7 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-def flags(images: Path, output: Path) -> list[str]:
+def flags(images: Path, output: str | Path) -> list[str]:
     settings = dict(image_dir=images, output=output, img_size=SIZE, batch_size=4, device="cpu")
     settings |= dict(num_workers=0, feature_extractor=PIXELS)
     return [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
@@ -105,17 +87,16 @@ def made(images, tmp_path_factory) -> Path:
     return output
 
 
-def test_file_holds_mean_and_covariance_of_the_cropped_images(images, made):
-    crops = [center_crop(read_image(path), SIZE) for path in images.rglob("*.png")]
-    pixels = torch.stack([torch.from_numpy(np.array(crop)).permute(2, 0, 1) for crop in crops])
+def test_file_holds_mean_and_covariance_of_the_cropped_images(array, made):
+    pixels = torch.from_numpy(np.load(array)["arr_0"]).permute(0, 3, 1, 2)
     features = Extractor("pixels", None, CPU)(pixels)["mixed"].numpy()
     found = load_fid_statistics(made, FEATURES)
     np.testing.assert_allclose(found["mu"], features.mean(axis=0), rtol=1e-5)
     expected = np.cov(features.astype(np.float64), rowvar=False)
     np.testing.assert_allclose(found["sigma"], expected, rtol=1e-5, atol=1e-9)
-    told = reference.statistics_record(made)
-    assert (told["count"], told["img_size"], told["extractor"]) == (23, SIZE, "pixels")
-    assert told["weights_sha256"] == Extractor("pixels", None, CPU).weights_sha256
+    said = prepare(made).record
+    assert (said["count"], said["img_size"], said["extractor"]) == (23, SIZE, "pixels")
+    assert said["weights_sha256"] == Extractor("pixels", None, CPU).weights_sha256
 
 
 def test_three_processes_write_the_statistics_of_one(images, made, tmp_path):
@@ -124,7 +105,7 @@ def test_three_processes_write_the_statistics_of_one(images, made, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("23 images of 16 px, 9 features") == 1
     one, three = (load_fid_statistics(path, FEATURES) for path in (made, output))
-    for name in one:
+    for name in ("mu", "sigma"):
         np.testing.assert_allclose(three[name], one[name], rtol=1e-12, atol=1e-15)
 
 
@@ -141,59 +122,52 @@ def array(images, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("form", ["as it is", "compressed", "channels first"])
+@pytest.mark.parametrize("form", ["compressed", "channels first"])
 def test_statistics_of_an_npz_file_of_images_are_those_of_the_folder(array, made, tmp_path, form):
-    path = array if form == "as it is" else tmp_path / "other.npz"
-    pixels = np.load(array)["arr_0"]
+    pixels, path = np.load(array)["arr_0"], tmp_path / "images.npz"
     if form == "compressed":
         np.savez_compressed(path, pixels)
-    elif form == "channels first":
+    else:
         np.savez(path, pixels.transpose(0, 3, 1, 2).copy())
     argv = flags(path, tmp_path / "stats.npz")
     del argv[argv.index("--img_size") : argv.index("--img_size") + 2]  # the array's own
     call(fid_stats.main, *argv)
     found, expected = (load_fid_statistics(p, FEATURES) for p in (tmp_path / "stats.npz", made))
-    for name in expected:
+    for name in ("mu", "sigma"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-12, atol=1e-15)
-    assert reference.statistics_record(tmp_path / "stats.npz")["img_size"] == SIZE
+    assert prepare(tmp_path / "stats.npz").record["img_size"] == SIZE
 
 
 def test_images_in_the_place_of_statistics_are_told_the_two_ways(array):
     with pytest.raises(UserError) as error:
         prepare(array)
-    stats = array.with_name("batch_stats.npz")
     assert str(error.value) == (
         f"--fid_stats {array}: not an npz file with mu and sigma, but of 23 images; compare with "
-        f"them by --fid_reference {array}, or make statistics with python -m util.fid_stats "
-        f"--image_dir {array} --output {stats}"
+        "them by --fid_reference, or make statistics with python -m util.fid_stats "
+        f"--image_dir {array}"
     )
 
 
-def test_an_npz_file_of_images_is_a_reference(images, array, tmp_path, capsys):
+def test_an_npz_file_of_images_is_a_reference(images, array, tmp_path):
     measure = Measure(Extractor("pixels", None, CPU))
     first, second = (
         reference.compare_with_images(measure, source, SIZE, tmp_path) for source in (images, array)
     )
     assert torch.equal(first.features["mixed"], second.features["mixed"])
     np.testing.assert_array_equal(first.stats["sigma"], second.stats["sigma"])
-    reference.compare_with_images(measure, array, 32, tmp_path)
-    assert "23 of 23 images looked at are smaller than 32 px" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("content", "fragment"),
     [
         ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, "float32 (2, 4, 4, 3), not uint8"),
-        ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, "not uint8 [N, H, W, 3]"),
         ({"arr_0": np.array([{}])}, "never unpickled"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "arr_0"),
-        (None, "no such folder"),
     ],
 )
 def test_npz_files_that_hold_no_images_are_refused(tmp_path, content, fragment):
     path = tmp_path / "batch.npz"
-    if content is not None:
-        np.savez(path, **content)
+    np.savez(path, **content)
     with pytest.raises(UserError) as error:
         call(fid_stats.main, *flags(path, tmp_path / "stats.npz"))
     line = str(error.value)
@@ -212,39 +186,24 @@ def test_statistics_fit_the_extractor_and_the_size_they_were_made_with(made, tmp
         prepare(made, size=32)
     with np.load(made) as file:
         arrays = dict(file)
-    changed = save_stats(tmp_path / "other.npz", **arrays | {"weights_sha256": "0" * 64})
+    np.savez(tmp_path / "other.npz", **arrays | {"weights_sha256": "0" * 64})
     with pytest.raises(UserError, match="features of two networks"):
-        prepare(changed)
-    few = save_stats(tmp_path / "few.npz", **arrays | {"count": 9})
-    prepare(few)
+        prepare(tmp_path / "other.npz")
+    np.savez(tmp_path / "few.npz", **arrays | {"count": 9})
+    prepare(tmp_path / "few.npz")
     assert "9 images are not more than the 9 features" in capsys.readouterr().out
 
 
-def test_adm_s_statistics_are_of_256_pixels():
+def test_adm_s_statistics_are_of_256_pixels(made, tmp_path):
     """They do not say so themselves."""
-    path = Path("anywhere") / reference.ADM_STATISTICS.name
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "statistics_record", lambda path: {})
-        patch.setattr(reference, "sha256", lambda path: "")
-        _, other = reference.check_statistics(path, {}, 64, 2048)
-        _, same = reference.check_statistics(path, {}, 256, 2048)
+    path = tmp_path / reference.ADM_STATISTICS.name
+    stats = {name: load_fid_statistics(made, FEATURES)[name] for name in ("mu", "sigma")}
+    np.savez(path, **stats)
+    _, other = reference.check_statistics(path, stats, {}, 64)
+    _, same = reference.check_statistics(path, stats, {}, 256)
     assert "256 px images and these are of 64 px" in other[0] and same == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "fragment"),
-    [
-        ({"--image_dir": "/nowhere"}, "--image_dir /nowhere"),
-        ({"--output": "stats.txt"}, "--output stats.txt"),
-        ({"--feature_extractor": "nothing"}, "--feature_extractor nothing"),
-        ({"--img_size": "0"}, "--img_size"),
-    ],
-)
-def test_command_refuses_in_one_line(images, tmp_path, changes, fragment):
-    argv = flags(images, tmp_path / "stats.npz")
-    for name, value in changes.items():
-        argv[argv.index(name) + 1] = value
-    with pytest.raises((UserError, SystemExit)) as error:
-        call(fid_stats.main, *argv)
-    assert isinstance(error.value, SystemExit) or fragment in str(error.value)
-    assert not (tmp_path / "stats.npz").exists()
+def test_output_is_an_npz_file(images, tmp_path):
+    with pytest.raises(UserError, match="--output stats.txt"):
+        call(fid_stats.main, *flags(images, "stats.txt"))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from main_tokenbridge import make_parser
 from tests.measures import PIXELS, save_model
 from tests.runs import SIZE, evaluate, make_inputs
 from util.errors import UserError
 from util.evaluation import sweep
-from util.evaluation.evaluator import Evaluator
 from util.evaluation.folder import read_png
 from util.evaluation.settings import EvalSettings, eval_settings
 
@@ -54,9 +54,8 @@ def table(output: Path) -> list[dict[str, str]]:
 
 def records(output: Path) -> list[dict]:
     """metrics.json of each row of the table."""
-    return [
-        json.loads((output / row["folder"] / "metrics.json").read_text()) for row in table(output)
-    ]
+    paths = [output / row["folder"] / "metrics.json" for row in table(output)]
+    return [json.loads(path.read_text()) for path in paths]
 
 
 def test_every_combination_is_a_row_and_everything_is_loaded_once(swept):
@@ -78,16 +77,17 @@ def test_differences_are_from_the_best_and_their_errors_from_pairs(swept):
     distances = [record["metrics"]["frechet_distance"] for record in found]
     best = int(np.argmin(distances))
     assert [int(row["best"]) for row in rows] == [int(k == best) for k in range(len(rows))]
+
+    def pairs(record: dict, name: str) -> np.ndarray:
+        return np.subtract(record["replicates"][name], found[best]["replicates"][name])
+
     for row, record in zip(rows, found, strict=True):
         difference = record["metrics"]["frechet_distance"] - min(distances)
         assert float(row["frechet_distance_difference"]) == pytest.approx(difference)
-        pairs = np.subtract(record["replicates"]["fid"], found[best]["replicates"]["fid"])
-        expected = np.sqrt(0.9 * ((pairs - pairs.mean()) ** 2).sum())
+        values = pairs(record, "fid")
+        expected = np.sqrt(0.9 * ((values - values.mean()) ** 2).sum())
         assert float(row["frechet_distance_difference_error"]) == pytest.approx(expected)
-        pairs = np.subtract(
-            record["replicates"]["inception_score"], found[best]["replicates"]["inception_score"]
-        )
-        expected = pairs.std(ddof=1) / np.sqrt(10)
+        expected = pairs(record, "inception_score").std(ddof=1) / np.sqrt(10)
         assert float(row["score_mean_difference_error"]) == pytest.approx(expected)
 
 
@@ -101,38 +101,24 @@ def test_rows_of_the_first_look_are_the_same_images_at_every_point(swept):
         assert np.array_equal(shown[k * height : (k + 1) * height], first.permute(1, 2, 0))
 
 
-def test_finished_points_are_not_drawn_again(swept, inputs, monkeypatch):
-    before = (swept[0] / "sweep.csv").read_text()
-    monkeypatch.setattr(Evaluator, "generate", lambda *_: pytest.fail("drawn again"))
-    run(inputs, swept[0])
-    assert (swept[0] / "sweep.csv").read_text() == before
-
-
-@pytest.mark.parametrize("figures", [{}, {"inception_score_mean": 2.0}])
-def test_best_is_of_what_was_measured(figures):
-    rows = [figures | {"cfg": cfg, "replicates": {}} for cfg in (1.0, 2.0)]
-    if figures:
-        rows[1]["inception_score_mean"] = 3.0
-        assert [row["best"] for row in sweep.compared(rows)] == [0, 1]
-        assert rows[0]["inception_score_mean_difference"] == -1.0
-    else:
-        assert sweep.compared(rows) == rows and "best" not in rows[0]
-
-
-def test_evaluation_while_training_takes_one_point(inputs):
-    args = sweep_args(cfg=[1.0, 2.0], temperature=[0.5])
-    with pytest.raises(UserError, match="--online_eval takes one value, not several: --cfg"):
-        eval_settings(args, class_num=3)
-    found = eval_settings(sweep_args(cfg=[2.0], temperature=[0.5]), class_num=3)
-    assert (found.sampling.cfg, found.sampling.temperature) == (2.0, 0.5)
+def test_best_is_of_what_was_measured():
+    rows = [{"inception_score_mean": 1 + k, "cfg": k, "replicates": {}} for k in (1.0, 2.0)]
+    assert [row["best"] for row in sweep.compared(rows)] == [0, 1]
+    assert rows[0]["inception_score_mean_difference"] == -1.0
+    assert sweep.compared([{"cfg": 1.0}, {"cfg": 2.0}]) == [{"cfg": 1.0}, {"cfg": 2.0}]
 
 
 def sweep_args(**changes):
-    from main_tokenbridge import make_parser
-
     args = make_parser().parse(["--num_images", "6"])
     vars(args).update(changes)
     return args
+
+
+def test_evaluation_while_training_takes_one_point():
+    with pytest.raises(UserError, match="--online_eval takes one value, not several: --cfg"):
+        eval_settings(sweep_args(cfg=[1.0, 2.0]), class_num=3)
+    found = eval_settings(sweep_args(cfg=[2.0], temperature=[0.5]), class_num=3)
+    assert (found.sampling.cfg, found.sampling.temperature) == (2.0, 0.5)
 
 
 def test_values_that_would_share_a_folder_are_refused():

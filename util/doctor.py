@@ -382,8 +382,8 @@ def fid_statistics(opened: Opened) -> Finding:
     if extractor is not None:
         features = extractor.width("fid", opened.size)
         identity = extractor.identity() | {"layer": extractor.layers["fid"]}
-    load_fid_statistics(path, features)
-    record, doubts = check_statistics(path, identity, opened.size, features)
+    stats = load_fid_statistics(path, features)
+    record, doubts = check_statistics(path, stats, identity, opened.size)
     text = f"{path}, {features} features, sha256 {record['fid_stats_sha256']}"
     return judged(text, "python -m util.fid_stats makes statistics of your own images", *doubts)
 

@@ -20,7 +20,7 @@ from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import load_extractor
 from util.evaluation.folder import batch_ranges
 from util.evaluation.metrics import Accumulator, Measure, few_for_covariance
-from util.evaluation.reference import enlarged, image_batches, open_images
+from util.evaluation.reference import image_batches, open_images
 from util.files import check_writable
 
 
@@ -44,25 +44,22 @@ def main() -> None:
     device = dist.init(args.device, args.dist_url, args.dist_on_itp)
     output = Path(args.output)
     if output.suffix != ".npz":
-        raise UserError(f"--output {output} is not the name of an npz file")
+        raise UserError(f"--output {output} does not end with .npz")
     check_writable(output.parent, "--output")
     images = open_images(args.image_dir, "--image_dir")
-    own = images.side if isinstance(images, ImageArray) else 256
-    size = args.img_size or own
+    size = args.img_size or (images.side if isinstance(images, ImageArray) else 256)
     extractor = load_extractor(args.feature_extractor, args.inception_weights, device)
     if extractor is None:
         raise UserError("statistics need the extractor's weights: name a file, --inception_weights")
-    layer = extractor.layers.get("fid")
-    if layer is None:
+    if "fid" not in extractor.layers:
         raise UserError(
-            f"--feature_extractor {args.feature_extractor} declares no layer for a Frechet "
-            "distance, so statistics of it are of no use"
+            f"--feature_extractor {args.feature_extractor} declares no layer for a Frechet distance"
         )
     evaluator = Evaluator(None, None, device, None, Measure(extractor))
-    evaluator.begin(sums=Accumulator({"fid": layer}, groups=1))
+    evaluator.begin(sums=Accumulator({"fid": extractor.layers["fid"]}, groups=1))
     batches = batch_ranges(len(images), args.batch_size)
-    todo = range(len(batches))
-    for _, _, pixels in image_batches(images, size, batches, todo, Loading.of(args)):
+    every = range(len(batches))
+    for _, _, pixels in image_batches(images, size, batches, every, Loading.of(args)):
         evaluator.update(pixels)
     moments = evaluator.sums.moments
     moments.gather()
@@ -71,12 +68,10 @@ def main() -> None:
             raise UserError(f"--image_dir {args.image_dir}: a covariance takes two images")
         output.parent.mkdir(parents=True, exist_ok=True)
         evaluator.sums.save_statistics(output, extractor, size)
-        print(f"{output}: {moments.count} images of {size} px, {moments.width} features")
-        warnings = enlarged(images, size)
-        if moments.count <= moments.width:
-            warnings.append(few_for_covariance(moments.count, moments.width))
-        for warning in warnings:
-            print(f"warning: {warning}")
+        width = moments.first.shape[1]
+        print(f"{output}: {moments.count} images of {size} px, {width} features")
+        if moments.count <= width:
+            print(f"warning: {few_for_covariance(moments.count, width)}")
     dist.barrier()
     dist.cleanup()
 

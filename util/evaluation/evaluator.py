@@ -5,15 +5,15 @@
         update(images)                                 images/*.png, features/.../batch-k.npz
     result()                                           figures, on the main process
 
-A batch holds the same image numbers on any number of processes, so nothing depends on their
-number. Beside what folder.py has, an evaluation leaves statistics.npz (mu and sigma, as
---fid_stats reads them), samples.npz (--save_npz), grid.png and, when all is done, metrics.json.
+Beside what folder.py has, an evaluation leaves statistics.npz (mu and sigma, as --fid_stats
+reads them), samples.npz (--save_npz), grid.png and, when all is done, metrics.json.
 """
 
+import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -45,9 +45,7 @@ from util.evaluation.folder import (
     write_samples,
 )
 from util.evaluation.metrics import Accumulator, Measure, Scores, score
-from util.evaluation.settings import SWEPT as SWEPT
 from util.evaluation.settings import EvalSettings
-from util.evaluation.settings import find_class as find_class
 from util.logging import digest, git_revision, versions
 
 GRID_ROWS, GRID_COLUMNS = 8, 10
@@ -56,22 +54,20 @@ METRICS, GRID, SAMPLES = "metrics.json", "grid.png", "samples.npz"
 
 @dataclass(frozen=True)
 class EvaluationFolder(ImageFolder):
-    """labels: [N] the class of every image. names: of the classes, for file names, or none."""
+    """settings: what is asked for. labels: [N] the class of every image."""
 
+    settings: EvalSettings | None = None
     labels: Tensor | None = None
-    names: tuple[str, ...] = ()
 
     @cached_property
     def images(self) -> list[Path]:
         """The file of every image: images/00000_bee.png."""
-        words = [file_label(name) for name in self.names] or [""] * (int(self.labels.max()) + 1)
+        words = [file_label(name) for name in self.settings.names]
+        words = words or [""] * (int(self.labels.max()) + 1)
         named = enumerate(words[label] for label in self.labels.tolist())
         return [self.path / "images" / image_name(i, self.count, word) for i, word in named]
 
-    def features(self, measure: Measure) -> FeatureFiles:
-        return FeatureFiles(self.path / "features" / measure.extractor.label, self.batches)
-
-    def without_images(self) -> set[int]:
+    def undrawn(self) -> set[int]:
         """Numbers of the batches of which a PNG is missing."""
         present = whole_files(self.path / "images")
         absent = [path.name not in present for path in self.images]
@@ -81,34 +77,30 @@ class EvaluationFolder(ImageFolder):
         """What metrics.json says, if this evaluation was finished before; else nothing."""
         return read_json(self.path / METRICS) if (self.path / METRICS).is_file() else {}
 
-    def is_finished(self, settings: EvalSettings, measured: dict | None) -> bool:
+    def lacks_samples(self) -> bool:
+        return self.settings.save_npz and not (self.path / SAMPLES).is_file()
+
+    def is_finished(self, measured: dict | None) -> bool:
         """Whether an earlier run has left all that this one is asked for."""
         record = self.record()
         if not record or record["measured"] != measured or not (self.path / GRID).is_file():
             return False
-        return not (
-            self.lacks_samples(settings) or (settings.keep_images and self.without_images())
-        )
+        return not (self.lacks_samples() or (self.settings.keep_images and self.undrawn()))
 
-    def lacks_samples(self, settings: EvalSettings) -> bool:
-        return settings.save_npz and not (self.path / SAMPLES).is_file()
-
-    def missing(
-        self, files: FeatureFiles | None, settings: EvalSettings
-    ) -> tuple[set[int], set[int]]:
+    def missing(self, files: FeatureFiles | None) -> tuple[set[int], set[int]]:
         """Numbers of the batches that lack images, and of those that lack features."""
-        undrawn, unmeasured = self.without_images(), files.missing() if files else set()
-        needed = settings.keep_images or self.lacks_samples(settings)
-        if self.record().get("images") == "removed" and files is not None and not needed:
+        undrawn, unmeasured = self.undrawn(), files.missing() if files else set()
+        needed = files is None or self.settings.keep_images or self.lacks_samples()
+        if self.record().get("images") == "removed" and not needed:
             undrawn &= unmeasured  # where there are features, nobody needs the images any more
         return undrawn, unmeasured
 
 
 class Evaluator:
-    """Draws images of a model and measures them, or measures images that others have made.
+    """Draws images of a model and measures them, or measures those of others.
 
-    model, tokenizer: None where images are only measured. precision: of the model. measure: None
-    where nothing can be measured.
+    model, tokenizer, precision: None where nothing is drawn. measure: None where nothing can be
+    measured.
     """
 
     def __init__(
@@ -133,10 +125,7 @@ class Evaluator:
         return decode_images(self.tokenizer, latents)
 
     def begin(self, files: FeatureFiles | None = None, sums: Accumulator | None = None) -> None:
-        """Forget the images before. files: where features of batches are kept, for a restart.
-
-        sums: of what is needed, if that is not all the figures of the measure.
-        """
+        """Forget the images before. files: for a restart. sums: if not those of all figures."""
         self.files, self.sums = files, sums
         if sums is None and self.measure is not None:
             keep = self.measure.features is not None
@@ -152,13 +141,13 @@ class Evaluator:
             self.sums.update(features)
 
     def collect(self) -> Accumulator:
-        """What was added up since `begin`; with files, of all batches."""
+        """Sums of the images since `begin`; with files, of all processes' batches."""
         for features in self.files.chunks() if self.files else ():
             self.sums.update(features)
         return self.sums
 
     def result(self) -> Scores:
-        """The figures of the images since `begin`; with files, of those of all processes."""
+        """The figures of the images since `begin`; with files, of all processes' batches."""
         return score(self.collect(), self.measure)
 
     @torch.no_grad()
@@ -172,31 +161,29 @@ class Evaluator:
         """Generate what the folder lacks, measure it, write grid.png and metrics.json.
 
         The global random state is left as it was. record: further facts for metrics.json.
-        training: if the folder is another evaluation's, take a new one beside it, where else a
-        UserError says so: a training must not end there.
+        training: take a new folder beside one of other settings, in the place of a UserError.
         Returns, on the main process, the figures and the grid, uint8 [3, H, W].
         """
         started, identity = time.monotonic(), self._identity(settings)
         output = self._folder(settings, folder)
         if training:
-            output = self._folder(settings, output.free_beside(identity))
+            output = replace(output, path=output.free_beside(identity))
         output.begin(identity)
         measured = self.measure.identity() if self.measure is not None else None
-        done = dist.is_main() and output.is_finished(settings, measured)
-        if not dist.gather_objects(done)[0]:
+        if not dist.gather_objects(dist.is_main() and output.is_finished(measured))[0]:
             with unchanged_randomness(self.device):
-                self._draw(settings, output)
+                self._draw(output)
                 dist.barrier()
                 if dist.is_main():
                     facts = identity | {"measured": measured, "processes": dist.world_size()}
                     facts["seconds"] = time.monotonic() - started
-                    self._finish(settings, output, facts | (record or {}))
-        figures, samples = {}, None
+                    self._finish(output, facts | (record or {}))
+        result = {}, None
         if dist.is_main():
-            figures, samples = output.record()["metrics"], read_png(output.path / GRID)
+            result = output.record()["metrics"], read_png(output.path / GRID)
             _report(output)
         dist.barrier()
-        return figures, samples
+        return result
 
     def refuse_other_images(self, points: Sequence[EvalSettings], output: Path) -> None:
         """Raise UserError, on all processes, if a point's folder holds other images."""
@@ -207,9 +194,7 @@ class Evaluator:
 
     def _folder(self, settings: EvalSettings, path: Path) -> EvaluationFolder:
         labels = settings.labels(self.model.config.class_num)
-        return EvaluationFolder(
-            path, settings.num_images, settings.batch_size, labels, settings.names
-        )
+        return EvaluationFolder(path, len(labels), settings.batch_size, settings, labels)
 
     def _identity(self, settings: EvalSettings) -> dict:
         """All that decides the images. Raises UserError unless all processes have the same."""
@@ -224,40 +209,34 @@ class Evaluator:
         }
         for rank, other in enumerate(dist.gather_objects(identity)):
             if other != identity:
-                raise UserError(
-                    f"processes {dist.rank()} and {rank} would draw different images; --resume "
-                    "and --vae_path must be the same files on all nodes"
-                )
+                differ = f"processes {dist.rank()} and {rank} have different files"
+                raise UserError(f"{differ}; --resume and --vae_path must be the same on all nodes")
         return identity
 
-    def _draw(self, settings: EvalSettings, folder: EvaluationFolder) -> None:
-        """This process's share of the batches that lack images or features."""
-        files = folder.features(self.measure) if self.measure is not None else None
+    def _draw(self, folder: EvaluationFolder) -> None:
+        """Draw and measure this process's share of what is missing."""
+        files = folder.features(self.measure and self.measure.extractor.label)
         self.begin(files)
-        missing = folder.missing(files, settings) if dist.is_main() else None
+        missing = folder.missing(files) if dist.is_main() else None
         undrawn, unmeasured = dist.gather_objects(missing)[0]  # all as the main process finds it
         mine = folder.share(undrawn | unmeasured)
         for number in tqdm(mine, desc="generating", disable=not (mine and dist.is_main())):
             dist.beat(f"generating batch {number + 1} of {len(folder.batches)}")
             ids = folder.batches[number]
-            paths = folder.images[ids.start : ids.stop]
+            paths, labels = (x[ids.start : ids.stop] for x in (folder.images, folder.labels))
             if number in undrawn:
-                labels = folder.labels[ids.start : ids.stop]
-                images = self.generate(ids, labels, settings.sampling)
+                images = self.generate(ids, labels, folder.settings.sampling)
                 write_images(paths, images)
             else:
                 images = read_images(paths)
             if number in unmeasured:
                 self.update(images, number, ids)
 
-    def _finish(self, settings: EvalSettings, folder: EvaluationFolder, facts: dict) -> None:
-        """Write everything; metrics.json last, which says that the evaluation is finished.
-
-        facts: what metrics.json is to hold besides, as plain values.
-        """
+    def _finish(self, folder: EvaluationFolder, facts: dict) -> None:
+        """Write everything, metrics.json last. facts: what that is to hold besides."""
         labels, config, measure = folder.labels, self.model.config, self.measure
         drawn, counts = (x.tolist() for x in labels.unique_consecutive(return_counts=True))
-        if folder.lacks_samples(settings):
+        if folder.lacks_samples():
             parts = (read_images(folder.images[b.start : b.stop]) for b in folder.batches)
             write_samples(folder.path / SAMPLES, parts, labels, config.img_size)
         if not (folder.path / GRID).is_file():
@@ -266,24 +245,21 @@ class Evaluator:
             columns = min(len(drawn), GRID_COLUMNS)
             save_png(grid(read_images(shown), columns), folder.path / GRID)
         dist.beat("computing the figures")
-        scores, trained = Scores(), len(settings.names) or config.class_num
+        scores, trained = Scores(), len(folder.settings.names) or config.class_num
         if measure is not None:
             scores = self.result()
-            self.sums.save_statistics(
-                folder.path / "statistics.npz", measure.extractor, config.img_size
-            )
+            path = folder.path / "statistics.npz"
+            self.sums.save_statistics(path, measure.extractor, config.img_size)
         if scores.figures and len(drawn) < trained:
-            scores.warnings.append(
-                f"these figures are of {len(drawn)} of {trained} classes: compare them only "
-                "with images of the same classes"
-            )
-        before = folder.record().get("images")  # "kept": somebody asked for them
-        keep = measure is None or settings.keep_images or before == "kept"
+            part = f"{len(drawn)} of {trained} classes"
+            scores.warnings.append(f"these figures are of {part}: compare them only with the same")
+        asked_before = folder.record().get("images") == "kept"
+        keep = measure is None or folder.settings.keep_images or asked_before
         record = {
             "metrics": scores.figures,
             "warnings": scores.warnings,
             "images": "kept" if keep else "removed",
-            "classes": [settings.name(label) for label in drawn],
+            "classes": [folder.settings.name(label) for label in drawn],
             "labels": drawn,
             "counts": counts,
             **facts,
@@ -299,21 +275,15 @@ class Evaluator:
 
 def _report(folder: EvaluationFolder) -> None:
     """Print the figures, and remove the images if nobody asked for them: all else is written."""
-    record = folder.record()
-    images = folder.path / "images"
+    record, images, count = folder.record(), folder.path / "images", folder.count
+    fate = f"kept in {images}"
     if record["images"] == "removed":
-        for path in images.glob("*.png"):
-            path.unlink()
-        if images.exists():
-            images.rmdir()
+        shutil.rmtree(images, ignore_errors=True)
         fate = "removed, they are measured (--keep_images keeps them)"
-    else:
-        fate = f"kept in {images}"
-    print(f"{folder.count} images {fate}; a first look: {folder.path / GRID}")
-    thousands, rest = divmod(folder.count, 1000)
-    size = f"{thousands}K" if not rest else str(folder.count)  # as papers write it
-    for name, value in record["metrics"].items():
-        print(f"{f'FID-{size}' if name == 'fid' else name}: {value:.4f}")
+    print(f"{count} images {fate}; a first look: {folder.path / GRID}")
+    size = count if count % 1000 else f"{count // 1000}K"  # as papers write it
+    for name, figure in record["metrics"].items():
+        print(f"{f'FID-{size}' if name == 'fid' else name}: {figure:.4f}")
     for warning in record["warnings"]:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 

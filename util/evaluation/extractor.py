@@ -1,14 +1,13 @@
 """The network whose features are compared: any that is registered with torch-fidelity.
 
-Images, uint8 [N, 3, H, W] -> features of the layers that torch-fidelity takes for each metric.
-The network is torch-fidelity's Inception unless another one is named; each metric's layer is the
-one that the network itself declares for it.
+Images, uint8 [N, 3, H, W] -> features of the layer that the network declares for each metric.
 """
 
 import importlib
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,21 +26,18 @@ DOWNLOAD_TIMEOUT = 20  # seconds; a firewall that swallows packets must not stop
 
 
 class Extractor:
-    """A network by the name it is registered under, and the layer of each metric.
+    """A network by its registered name.
 
-    layers: {"isc": ..., "fid": ...} of those metrics that the network declares a layer for.
-    weights_sha256: of the file, or of the tensors if there is none.
+    layers: {"isc": ..., "fid": ...}, of the metrics that the network declares one for.
+    weights_sha256: of the file, or of the tensors if there is none. label: for names of folders.
     """
 
     def __init__(self, name: str, weights: Path | None, device: torch.device):
-        self.name, self.device = name, device
+        self.name, self.device, self.is_inception = name, device, name == INCEPTION
         self.layers = metric_layers(name)
         self.network = _create(name, sorted(set(self.layers.values())), weights).to(device)
         self.weights_sha256 = sha256(weights) if weights is not None else digest(self.network)
-
-    @property
-    def is_inception(self) -> bool:
-        return self.name == INCEPTION
+        self.label = f"{name}-{self.weights_sha256[:12]}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
@@ -55,14 +51,8 @@ class Extractor:
 
     def width(self, metric: str, size: int | None = None) -> int:
         """The number of features of a metric's layer. size: of images that the network takes."""
-        side = size or 64
-        blank = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        blank = torch.zeros(1, 3, size or 64, size or 64, dtype=torch.uint8)
         return self(blank)[self.layers[metric]].shape[1]
-
-    @property
-    def label(self) -> str:
-        """Of the folders in which features of this network are kept."""
-        return f"{self.name}-{self.weights_sha256[:12]}"
 
     def identity(self) -> dict[str, str]:
         """What two sets of features must share to be compared."""
@@ -70,32 +60,26 @@ class Extractor:
 
 
 def load_extractor(given: str, weights: str | None, device: torch.device) -> Extractor | None:
-    """The extractor NAME or MODULE:NAME; MODULE is imported first, which registers NAME.
+    """The extractor NAME or MODULE:NAME; weights: a file, or what it finds or downloads itself.
 
-    weights: a file of tensors; None takes what the extractor itself finds or downloads.
     Returns None, on every process, if the default, Inception, has no weights here: said in one
     line. Raises UserError on an unknown name, and on weights that are missing or another network's.
     """
     name = registered_name(given)
+    path = find_inception_weights(weights) if name == INCEPTION else weights
+    if path is not None:
+        load_tensors(path, "--inception_weights")  # torch-fidelity would unpickle it unchecked
+        return Extractor(name, Path(path), device)
     if name == INCEPTION:
-        path = find_inception_weights(weights)
-        if path is not None:
-            return Extractor(name, path, device)
         dist.print_main(
-            f"nothing is measured, FID and IS are not computed: no Inception weights; put "
-            f"torch-fidelity's {WEIGHTS_FILE} at {published_weights()} or name it with "
-            "--inception_weights"
+            "FID and IS are not computed: no Inception weights; put torch-fidelity's "
+            f"{WEIGHTS_FILE} at {published_weights()} or name it with --inception_weights"
         )
         return None
-    if weights is not None:
-        load_tensors(weights, "--inception_weights")
-        return Extractor(name, Path(weights), device)
     extractor, problem = _one_a_node_first(lambda: Extractor(name, None, device))
     if problem:
-        raise UserError(
-            f"--feature_extractor {name} finds no weights ({problem}); name a file of them "
-            "with --inception_weights"
-        )
+        remedy = "name a file of them with --inception_weights"
+        raise UserError(f"--feature_extractor {name} finds no weights ({problem}); {remedy}")
     return extractor
 
 
@@ -105,23 +89,16 @@ def published_weights() -> Path:
 
 
 def find_inception_weights(given: str | None) -> Path | None:
-    """The given file, else the one downloaded earlier, or now by one process of each node; checked.
-
-    Returns None, on every process, if a node has none and cannot download it.
-    """
-    path = published_weights() if given is None else Path(given)
-    if given is None:
-        _, problem = _one_a_node_first(_download_inception_weights)
-        if problem:
-            if dist.is_main():
-                print(f"no Inception weights from the network ({problem})", file=sys.stderr)
-            return None
-    load_tensors(path, "--inception_weights")  # torch-fidelity would unpickle it unchecked
-    return path
+    """The given file, else the downloaded one; None, on every process, if a node has none."""
+    if given is not None:
+        return Path(given)
+    _, problem = _one_a_node_first(_download_inception_weights)
+    if problem and dist.is_main():
+        print(f"no Inception weights from the network ({problem})", file=sys.stderr)
+    return None if problem else published_weights()
 
 
 def _download_inception_weights() -> None:
-    """To torch-fidelity's own place, its digest checked, unless it is there."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     if published_weights().is_file():
@@ -135,7 +112,7 @@ def _download_inception_weights() -> None:
 
 
 def _one_a_node_first(build: Callable[[], object]) -> tuple[object, str | None]:
-    """What build returns, and the problem of the first process where it fails, on all processes.
+    """What build returns, and the first problem of any process.
 
     One process of each node goes first: what it downloads is there for the others.
     """
@@ -149,7 +126,7 @@ def _one_a_node_first(build: Callable[[], object]) -> tuple[object, str | None]:
             except (OSError, RuntimeError, UserError) as error:
                 problem = " ".join(str(error).split())[:200] or type(error).__name__
         dist.barrier()
-    return built, next((found for found in dist.gather_objects(problem) if found), None)
+    return built, next(filter(None, dist.gather_objects(problem)), None)
 
 
 def registered_name(given: str) -> str:
@@ -163,14 +140,12 @@ def registered_name(given: str) -> str:
         try:
             importlib.import_module(module)
         except (ImportError, TypeError) as error:  # TypeError: a relative name
-            raise UserError(
-                f"--feature_extractor {given}: cannot import {module!r} ({error})"
-            ) from error
+            problem = f"cannot import {module!r} ({error})"
+            raise UserError(f"--feature_extractor {given}: {problem}") from error
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         raise UserError(
-            f"--feature_extractor {given}: torch-fidelity knows no extractor {name!r}, only "
-            f"{', '.join(FEATURE_EXTRACTORS_REGISTRY)}; one of your own is MODULE:NAME, where "
-            "importing MODULE registers NAME"
+            f"--feature_extractor {given}: torch-fidelity knows no {name!r}, only "
+            f"{', '.join(FEATURE_EXTRACTORS_REGISTRY)}; name your own as MODULE:NAME"
         )
     return name
 
@@ -181,15 +156,12 @@ def metric_layers(name: str) -> dict[str, str]:
 
     network, layers = FEATURE_EXTRACTORS_REGISTRY[name], {}
     for metric in METRICS:
-        try:
+        with suppress(KeyError):  # a network without, say, logits
             layers[metric] = network.get_default_feature_layer_for_metric(metric)
-        except KeyError:
-            continue  # a network without, say, logits
     return {metric: layer for metric, layer in layers.items() if layer is not None}
 
 
 def _create(name: str, layers: list[str], weights: Path | None) -> nn.Module:
-    """Through torch-fidelity's own constructor."""
     from torch_fidelity.utils import create_feature_extractor
 
     path = str(weights) if weights is not None else None
@@ -199,7 +171,5 @@ def _create(name: str, layers: list[str], weights: Path | None) -> nn.Module:
         )
     except (RuntimeError, KeyError, ValueError, NotImplementedError, AttributeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        needed = f"; it needs {WEIGHTS_FILE}" if name == INCEPTION else ""
-        raise UserError(
-            f"--inception_weights {path}: not the weights of {name} ({first}){needed}"
-        ) from error
+        message = f"--inception_weights {path}: not the weights of {name} ({first})"
+        raise UserError(message) from error

@@ -4,8 +4,8 @@
     images/00000_bee.png ...   image i and its class; removed unless they were asked for
     features/EXTRACTOR/batch-000000.npz ...     ids [n] and features of each layer [n, D]
 
-A batch is a fixed range of image numbers, whichever process works on it. All files are whole or
-absent, so what is there is not done again, on whatever number of processes.
+A batch is a fixed range of image numbers, whichever process works on it, and all files are whole
+or absent, so what is there is not done again.
 """
 
 import csv
@@ -38,8 +38,7 @@ CHUNK = 4096  # rows of features that are added up at once
 
 def batch_ranges(count: int, batch_size: int) -> list[range]:
     """Image numbers 0..count-1 in batches of fixed composition."""
-    starts = range(0, count, batch_size)
-    return [range(start, min(start + batch_size, count)) for start in starts]
+    return [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
 
 
 @dataclass(frozen=True)
@@ -54,52 +53,43 @@ class FeatureFiles:
 
     def missing(self) -> set[int]:
         """Numbers of the batches that have no file."""
-        present = {path.name for path in self.folder.glob("batch-*.npz")}
-        return {k for k in range(len(self.batches)) if self.path(k).name not in present}
+        present = set(self.folder.glob("batch-*.npz"))
+        return {k for k in range(len(self.batches)) if self.path(k) not in present}
 
     def write(self, number: int, ids: Sequence[int], arrays: dict[str, Tensor]) -> None:
         """arrays: {layer: [n, D]}; of no images, none."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        own = {name: tensor.numpy() for name, tensor in arrays.items()}
         with atomic_write(self.path(number)) as file:
-            own = {name: tensor.numpy() for name, tensor in arrays.items()}
             np.savez(file, ids=np.array(ids, dtype=np.int64), **own)
 
     def read(self, number: int) -> tuple[list[int], dict[str, Tensor]]:
-        """Raises UserError if the file is damaged or not that of its batch."""
-        path, batch = self.path(number), self.batches[number]
-        with (
-            as_user_error(f"{path} is damaged, remove it and start again", (Exception,)),
-            np.load(path, allow_pickle=False) as file,
-        ):
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-            ids = arrays.pop("ids").tolist()
-        if not set(ids) <= set(batch):
-            raise UserError(f"{path} is not of images {batch[0]} to {batch[-1]}; remove it")
-        return ids, arrays
+        """Raises UserError if the file is damaged."""
+        with as_user_error(f"{self.path(number)} is damaged, remove it", (Exception,)):
+            with np.load(self.path(number), allow_pickle=False) as file:
+                arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+            return arrays.pop("ids").tolist(), arrays
 
     def chunks(self) -> Iterator[dict[str, Tensor]]:
         """{name: [n, D]} of all images in the order of their numbers, some thousand at once."""
-        wait_for([self.path(number) for number in range(len(self.batches))])
-        parts, rows = [], 0
-        for number in range(len(self.batches)):
+        numbers, parts, rows = range(len(self.batches)), [], 0
+        wait_for([self.path(number) for number in numbers])
+        for number in numbers:
             ids, arrays = self.read(number)
-            parts, rows = [*parts, *([arrays] if arrays else [])], rows + len(ids)
-            if parts and (rows >= CHUNK or number == len(self.batches) - 1):
+            parts, rows = parts + [arrays] * bool(arrays), rows + len(ids)
+            if parts and (rows >= CHUNK or number == numbers[-1]):
                 yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                 parts, rows = [], 0
 
 
 def wait_for(paths: list[Path], seconds: float = SHARED_WAIT) -> None:
-    """Until this process has files that others have written.
-
-    Raises UserError if they do not appear: the processes do not share the folder.
-    """
+    """For files of other processes. Raises UserError if these do not share the folder."""
     deadline = time.monotonic() + seconds
     while missing := [path for path in paths if not path.exists()]:
         if time.monotonic() > deadline:
             raise UserError(
-                f"{missing[0]}, which another process wrote, is not here (missing: {len(missing)} "
-                "files); --output_dir must be one folder that all nodes share"
+                f"{missing[0]}, which another process wrote, is not here; --output_dir must be "
+                "one folder that all nodes share"
             )
         time.sleep(0.5)
 
@@ -131,19 +121,22 @@ class ImageFolder:
     def batches(self) -> list[range]:
         return batch_ranges(self.count, self.batch_size)
 
+    def features(self, extractor: str | None, variant: str = "") -> FeatureFiles | None:
+        """extractor: its label; None has no features."""
+        path = self.path / "features" / (extractor or "") / variant
+        return FeatureFiles(path, self.batches) if extractor else None
+
     def share(self, todo: set[int]) -> list[int]:
         """This process's of the batches that are to be done."""
         count = len(self.batches)
-        if len(todo) < count:
-            done = count - len(todo)
+        if done := count - len(todo):
             dist.print_main(f"{self.path}: {done} of {count} batches are there already")
         return sorted(todo)[dist.rank() :: dist.world_size()]
 
     def begin(self, settings: dict) -> None:
-        """Make the folder this run's, or find that it is; all processes take part.
+        """Make the folder this run's. settings: plain values that decide the images.
 
-        settings: plain values that decide the images. Raises UserError, on all processes, if the
-        folder was begun with others.
+        Raises UserError, on all processes, if the folder was begun with others.
         """
         self.refuse_other(settings)
         if dist.is_main():
@@ -156,8 +149,7 @@ class ImageFolder:
 
     def refuse_other(self, settings: dict) -> None:
         """Raise UserError, on all processes, if the folder was begun with other settings."""
-        problem = self.conflict(settings) if dist.is_main() else None
-        problem = dist.gather_objects(problem)[0]
+        problem = dist.gather_objects(self.conflict(settings) if dist.is_main() else None)[0]
         if problem:
             raise UserError(f"{self.path} {problem}; name another --output_dir, or remove it")
 
@@ -165,11 +157,11 @@ class ImageFolder:
         """Why images of these settings cannot be put into the folder, or None."""
         if not (self.path / "settings.json").is_file():
             return "holds images of unknown settings" if any(self.path.glob("*/*.png")) else None
-        before, now = _flat(read_json(self.path / "settings.json")), _flat(_plain(settings))
+        plain = json.loads(json.dumps(settings))  # tuples are lists, as in the file
+        before, now = _flat(read_json(self.path / "settings.json")), _flat(plain)
+        pairs = [(key, before.get(key), now.get(key)) for key in before | now]
         differing = [
-            f"{key} {_brief(before.get(key))} (now {_brief(now.get(key))})"
-            for key in before | now
-            if before.get(key) != now.get(key)
+            f"{key} {old!s:.24} (now {new!s:.24})" for key, old, new in pairs if old != new
         ]
         return f"was begun with {', '.join(differing)}" if differing else None
 
@@ -182,9 +174,9 @@ class ImageFolder:
 
 
 def write_images(paths: Sequence[Path], images: Tensor) -> None:
-    """images: uint8 [N, 3, H, W]."""
-    for folder in {path.parent for path in paths}:
-        folder.mkdir(exist_ok=True)
+    """images: uint8 [N, 3, H, W]. paths: in one folder."""
+    for path in paths[:1]:
+        path.parent.mkdir(exist_ok=True)
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(save_png, images, paths))
 
@@ -212,7 +204,7 @@ def image_name(number: int, count: int, word: str = "") -> str:
 
 
 def file_label(name: str) -> str:
-    """A class's name as a part of a file's: letters, digits and - _ . alone, not many."""
+    """A class's name as a part of a file's."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-_.")[:40]
 
 
@@ -253,20 +245,10 @@ def read_json(path: Path) -> dict:
         return json.loads(path.read_text())
 
 
-def _plain(value: dict) -> dict:
-    """As it comes back from a JSON file: tuples are lists."""
-    return json.loads(json.dumps(value))
-
-
 def _flat(value: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     pairs = {}
     for key, inner in value.items():
-        name = f"{prefix}{key}"
+        name = prefix + key
         pairs |= _flat(inner, f"{name}.") if isinstance(inner, dict) else {name: inner}
     return pairs
-
-
-def _brief(value) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:12]}..."

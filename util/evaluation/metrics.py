@@ -2,15 +2,15 @@
 
     features {layer: [n, D]} in image order -> Accumulator -> score -> figures
 
-The figures are those of `torch_fidelity.calculate_metrics` on the PNG files of the same images,
-with its default splits, order, subsets and seeds. FID adds up moments; features are kept for KID,
-precision and recall alone, of at most 50,000 images. Replicates say how sure a figure is, or a
-difference of two evaluations with the same noise: of FID by the delete-a-group jackknife (replicate
-j is without the images i with i % G == j), of IS its splits.
+The figures are those of `torch_fidelity.calculate_metrics` on the PNG files of the same images.
+FID adds up moments; features are kept for KID, precision and recall, of at most 50,000 images.
+Replicates say how sure a figure is, or a difference of two evaluations with the same noise: of FID
+by the delete-a-group jackknife (replicate j is without the images i with i % G == j), of IS its
+splits.
 Letters: N images, D features, G groups.
 Source: Heusel et al., arXiv 1706.08500 (FID); Salimans et al., arXiv 1606.03498 (IS); Binkowski
-et al., arXiv 1801.01401 (KID); Kynkaanniemi et al., arXiv 1904.06991 (precision and recall); Kott,
-The delete-a-group jackknife, Journal of Official Statistics 17 (2001).
+et al., arXiv 1801.01401 (KID); Kynkaanniemi et al., arXiv 1904.06991 (precision and recall);
+Kott, Journal of Official Statistics 17, 2001 (jackknife).
 """
 
 from dataclasses import dataclass, field
@@ -32,15 +32,14 @@ GROUPS = 10
 PRC_IN_MEMORY = 10000  # above, distances are computed in parts: 50,000 x 50,000 fill 10 GB
 # Written beside mu and sigma; files of others have none of them.
 RECORDED = ("count", "img_size", "extractor", "layer", "weights_sha256")
-Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64
+Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64, and perhaps RECORDED
 
 
 @dataclass(frozen=True)
 class Measure:
-    """The extractor and what its features are compared with.
+    """stats: what FID is the distance to. record: where the reference comes from.
 
-    stats: what FID is the distance to. features: {layer: [N, D]} of real images, on the main
-    process. record: where these come from, for metrics.json.
+    features: {layer: [N, D]} of real images, on the main process.
     """
 
     extractor: Extractor
@@ -56,7 +55,7 @@ class Measure:
 
 @dataclass
 class Scores:
-    """figures by name; what their numbers would mean, where that is not what a reader expects.
+    """warnings: of figures that mean less than a reader expects.
 
     replicates: {"fid": [G], "inception_score": [G]}, where they can be had.
     """
@@ -79,17 +78,13 @@ class Moments:
     def count(self) -> int:
         return int(self.counts.sum())
 
-    @property
-    def width(self) -> int:
-        return self.first.shape[1]
-
     def update(self, features: Tensor) -> None:
         """features: [n, D]."""
         groups, count, width = len(self.counts), self.count, features.shape[1]
-        if count == 0:
-            self.first = torch.zeros(groups, width, dtype=torch.float64)
-            self.second = torch.zeros(groups, width, width, dtype=torch.float64)
         wide = features.double()
+        if count == 0:
+            self.first = wide.new_zeros(groups, width)
+            self.second = wide.new_zeros(groups, width, width)
         for group in range(groups):
             rows = wide[(group - count) % groups :: groups]
             self.counts[group] += len(rows)
@@ -97,16 +92,14 @@ class Moments:
             self.second[group].addmm_(rows.T, rows)
 
     def gather(self) -> None:
-        """Everybody's together, on the main process."""
+        """All processes' together, on the main process."""
         parts = dist.gather_to_main((self.counts, self.first, self.second))
         if parts is not None:
             self.counts, self.first, self.second = map(sum, zip(*parts, strict=True))
 
     def statistics(self, without: int | None = None) -> Statistics:
         """Mean and covariance of all groups, or of all but one."""
-        kept = torch.ones(len(self.counts), dtype=torch.float64)
-        if without is not None:
-            kept[without] = 0
+        kept = (torch.arange(len(self.counts)) != (-1 if without is None else without)).double()
         count = (kept * self.counts).sum()
         mu = kept @ self.first / count
         second = torch.einsum("g,gij->ij", kept, self.second)
@@ -117,9 +110,8 @@ class Moments:
 class Accumulator:
     """What figures need of features, added up batch by batch in the order of images.
 
-    layers: {metric: layer} of the metrics that are computed. count: images that will come, so
-    that features are kept of the first of every so many. keep: features, for KID, precision and
-    recall. groups: of the jackknife.
+    layers: {metric: layer} of the metrics that are computed. count: of images to come, so that
+    enough features are kept of them, if keep. groups: of the jackknife.
     """
 
     def __init__(
@@ -128,14 +120,14 @@ class Accumulator:
         self.layers, self.count = layers, 0
         self.step = max(1, -(-count // MOST_KEPT))
         self.moments = Moments(groups)
-        self._logits: list[Tensor] = []
+        self.logits: list[Tensor] = []
         kept = [layers[metric] for metric in ("kid", "prc") if keep and metric in layers]
         self._features: dict[str, list[Tensor]] = {layer: [] for layer in kept}
 
     def update(self, features: dict[str, Tensor]) -> None:
         """features: {layer: [n, D]}."""
         if "isc" in self.layers:
-            self._logits.append(features[self.layers["isc"]])
+            self.logits.append(features[self.layers["isc"]])
         if "fid" in self.layers:
             self.moments.update(features[self.layers["fid"]])
         for layer, kept in self._features.items():
@@ -143,25 +135,17 @@ class Accumulator:
         self.count += len(next(iter(features.values())))
 
     @property
-    def logits(self) -> Tensor:
-        return torch.cat(self._logits)
-
-    @property
     def features(self) -> dict[str, Tensor]:
         """{layer: [n, D]} of the images whose features are kept."""
         return {layer: torch.cat(kept) for layer, kept in self._features.items()}
 
     def save_statistics(self, path: Path, extractor: Extractor, size: int) -> None:
-        """mu and sigma as --fid_stats reads them, if there is a layer for FID.
-
-        size: of the images in pixels.
-        """
+        """mu and sigma as --fid_stats reads them, if there is a layer for FID; size in pixels."""
         if "fid" in self.layers:
-            facts = {"layer": self.layers["fid"], "count": self.moments.count, "img_size": size}
-            facts |= extractor.identity()
+            origin = (extractor.name, self.layers["fid"], extractor.weights_sha256)
+            facts = dict(zip(RECORDED, (self.moments.count, size, *origin), strict=True))
             with atomic_write(path) as file:
-                recorded = {name: np.array(facts[name]) for name in RECORDED}
-                np.savez(file, **self.moments.statistics(), **recorded)
+                np.savez(file, **self.moments.statistics(), **facts)
 
 
 def score(sums: Accumulator, measure: Measure) -> Scores:
@@ -169,7 +153,7 @@ def score(sums: Accumulator, measure: Measure) -> Scores:
     layers, inception = measure.extractor.layers, measure.extractor.is_inception
     scores = Scores()
     if "isc" in layers:
-        _inception_score(sums.logits, scores)
+        _inception_score(torch.cat(sums.logits), scores)
     if "fid" in layers and measure.stats is not None:
         _frechet_distance(sums.moments, measure.stats, inception, scores)
     if measure.features is not None:
@@ -177,11 +161,8 @@ def score(sums: Accumulator, measure: Measure) -> Scores:
         for metric, compute in (("kid", _kid), ("prc", _precision_recall)):
             if metric in layers:
                 compute(own[layers[metric]], other[layers[metric]], scores)
-        if sums.step > 1:
-            scores.settings["features_kept_of_every"] = sums.step
     if not inception:  # in the features of another network they are not FID, IS and KID
-        renamed = {name.replace("inception_", ""): v for name, v in scores.figures.items()}
-        scores.figures = renamed
+        scores.figures = {n.replace("inception_", ""): v for n, v in scores.figures.items()}
     return scores
 
 
@@ -191,16 +172,15 @@ def _inception_score(logits: Tensor, scores: Scores) -> None:
 
     count, splits = len(logits), ISC_SPLITS
     if count < splits:
-        scores.warnings.append(
-            f"IS is not computed: {count} images are fewer than its {splits} splits"
-        )
+        few = f"{count} images are fewer than its {splits} splits"
+        scores.warnings.append(f"IS is not computed: {few}")
         return
     shuffled = logits[np.random.RandomState(ISC_SEED).permutation(count)]
     parts = [shuffled[i * count // splits : (i + 1) * count // splits] for i in range(splits)]
     whole = [isc_features_to_metric(part, splits=1, shuffle=False) for part in parts]
     values = [score["inception_score_mean"] for score in whole]
-    scores.figures["inception_score_mean"] = float(np.mean(values))
-    scores.figures["inception_score_std"] = float(np.std(values))
+    figures = {"mean": np.mean(values), "std": np.std(values)}
+    scores.figures |= {f"inception_score_{name}": float(v) for name, v in figures.items()}
     scores.replicates["inception_score"] = values
 
 
@@ -212,9 +192,8 @@ def _frechet_distance(moments: Moments, stats: Statistics, inception: bool, scor
     name = "fid" if inception else "frechet_distance"
     scores.figures[name] = frechet(moments.statistics(), stats)
     if count <= width:
-        scores.warnings.append(
-            f"{few_for_covariance(count, width)}; compare it with nothing but the same number"
-        )
+        few = few_for_covariance(count, width)
+        scores.warnings.append(f"{few}; compare it with nothing but the same number")
     elif inception and count != FULL_COUNT:
         scores.warnings.append(
             f"this is FID-{count}: FID falls with the number of images, so it is not comparable "
@@ -223,15 +202,15 @@ def _frechet_distance(moments: Moments, stats: Statistics, inception: bool, scor
     if count - moments.counts.max() > width:  # else the replicates are of singular covariances
         groups = range(len(moments.counts))
         values = [frechet(moments.statistics(without=group), stats) for group in groups]
-        scores.replicates["fid"] = values
-        scores.figures[f"{name}_standard_error"] = fid_error(values)
+        scores.replicates["fid"], scores.figures[f"{name}_standard_error"] = (
+            values,
+            fid_error(values),
+        )
 
 
 def few_for_covariance(count: int, width: int) -> str:
-    return (
-        f"{count} images are not more than the {width} features: their covariance is singular "
-        "and FID far too large"
-    )
+    few = f"{count} images are not more than the {width} features"
+    return f"{few}: their covariance is singular and FID far too large"
 
 
 def _kid(own: Tensor, other: Tensor, scores: Scores) -> None:
@@ -242,10 +221,8 @@ def _kid(own: Tensor, other: Tensor, scores: Scores) -> None:
         scores.warnings.append("KID is not computed: it needs two images on each side")
         return
     if subset < KID_SUBSET:
-        scores.warnings.append(
-            f"KID is of subsets of {subset} images, not {KID_SUBSET}: its standard deviation is "
-            "not comparable with others'"
-        )
+        few = f"KID is of subsets of {subset} images, not {KID_SUBSET}"
+        scores.warnings.append(f"{few}: its standard deviation is not comparable with others'")
     scores.settings["kid_subset_size"] = subset
     kid = kid_features_to_metric(own, other, kid_subset_size=subset, verbose=False)
     if subset == len(own) == len(other):
@@ -275,7 +252,7 @@ def frechet(own: Statistics, other: Statistics) -> float:
 
     The root's trace is that of (R C R)^1/2 with R R = S, which is symmetric: fast and exact.
     """
-    own, other = ({k: torch.from_numpy(v) for k, v in stats.items()} for stats in (own, other))
+    own, other = ({k: torch.from_numpy(s[k]) for k in ("mu", "sigma")} for s in (own, other))
     values, vectors = torch.linalg.eigh(other["sigma"])
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     roots = torch.linalg.eigvalsh(root @ own["sigma"] @ root).clamp_min(0).sqrt()

@@ -1,30 +1,25 @@
 """Images through the VAE, with and without a quantizer: what is measured, and their folder.
 
-    latents -> quantizer (or none) -> decoder -> pixels
-    PSNR and SSIM of each image against its crop, use of the levels, error of the latents
-
     original/00000.png ...          the crops
     continuous/, bits6/, ...        the same images through the VAE, without and with a quantizer
     records/VARIANT/batch-K.npz     PSNR, SSIM and use of the levels of batch K: it is done
     features/EXTRACTOR/VARIANT/     features of every batch, where they are measured
     results.json, results.csv, quality.png, grid.png    all figures, once all batches are done
 
---bits is not among the settings: more of them may join later.
 Letters: N images of a batch, C latent channels, h, w positions, K levels.
-Source: Wang et al. 2004 (SSIM), by torchmetrics with its defaults: Gaussian window of 11 px, edges
-mirrored.
+Source: Wang et al. 2004 (SSIM), by torchmetrics with its defaults.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer, entropy, level_counts
-from util.data.images import psnr
-from util.errors import UserError
 from util.evaluation.folder import (
     FeatureFiles,
     ImageFolder,
@@ -35,25 +30,18 @@ from util.evaluation.folder import (
     write_images,
     write_json,
 )
-from util.files import atomic_write
+from util.evaluation.plot import plot
 
 ORIGINAL, CONTINUOUS, QUANTIZED = "original", "continuous", "bits"
 SSIM_LEAST = 6  # pixels a side: 5 of them are mirrored
-# Drawn where they were measured, from left to right: name of the figure, title of its panel.
-PANELS = {
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "rfid": "rFID",
-    "reconstruction_frechet_distance": "Fréchet distance to the crops",
-    "fid": "FID",
-    "inception_score_mean": "Inception Score",
-    "entropy_bits": "entropy (bits of a latent scalar)",
-}
+# Drawn where they were measured.
+PLOTTED = ("psnr", "ssim", "rfid", "reconstruction_frechet_distance", "fid")
+PLOTTED += ("inception_score_mean", "entropy_bits")
 
 
 @dataclass(frozen=True)
 class QuantizerVariant:
-    """name: of its folder, "continuous" or "bits6". quantizer: None without one."""
+    """name: "continuous" or "bits6". quantizer: None without one."""
 
     name: str
     quantizer: GaussianQuantizer | CalibratedQuantizer | None = None
@@ -78,11 +66,6 @@ class QuantizerVariant:
         return values.movedim(-1, 1), {name: fact.cpu()[None] for name, fact in facts.items()}
 
 
-def fidelity(pixels: Tensor, original: Tensor) -> dict[str, Tensor]:
-    """Of each image against its crop, uint8 [N, 3, H, W]: psnr in dB and ssim, [N] float64."""
-    return {"psnr": psnr(pixels.cpu(), original.cpu()), "ssim": ssim(pixels, original).cpu()}
-
-
 def ssim(pixels: Tensor, original: Tensor) -> Tensor:
     """Structural similarity of uint8 images [N, 3, H, W] on the scale of 0 to 255: [N]."""
     from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
@@ -92,11 +75,8 @@ def ssim(pixels: Tensor, original: Tensor) -> Tensor:
     # A CPU convolves doubles through a copy of the batch for each tap, too large to stay mapped.
     size = 1 if kind == "cpu" else len(pixels)
     parts = zip(pixels.to(precise).split(size), original.to(precise).split(size), strict=True)
-    values = [
-        structural_similarity_index_measure(*part, data_range=255.0, reduction="none").reshape(-1)
-        for part in parts
-    ]
-    return torch.cat(values)
+    measure = partial(structural_similarity_index_measure, data_range=255.0, reduction="none")
+    return torch.cat([measure(*part).reshape(-1) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -111,27 +91,19 @@ class ReconstructionFolder(ImageFolder):
     def records(self, variant: str) -> FeatureFiles:
         return FeatureFiles(self.path / "records" / variant, self.batches)
 
-    def features(self, variant: str) -> FeatureFiles | None:
-        if self.extractor is None:
-            return None
-        return FeatureFiles(self.path / "features" / self.extractor / variant, self.batches)
-
     def missing(self, variant: str) -> set[int]:
         """Numbers of the batches that are not done: their record, features or images lack."""
-        records, features = self.records(variant), self.features(variant)
+        records, features = self.records(variant), self.features(self.extractor, variant)
         missing = records.missing() | (features.missing() if features else set())
         present = whole_files(self.path / variant)
         for number in set(range(len(self.batches))) - missing:
-            try:
-                ids = records.read(number)[0]
-            except UserError:  # damaged
-                ids = self.batches[number]
-            if any(path.name not in present for path in self.images(variant, ids)):
+            paths = self.images(variant, records.read(number)[0])
+            if any(path.name not in present for path in paths):
                 missing.add(number)
         return missing
 
     def readable(self) -> list[int]:
-        """Numbers of the images that could be read, in order, once all batches are done."""
+        """Numbers of the images that could be read, once all batches are done."""
         records = self.records(ORIGINAL)
         return [i for number in range(len(self.batches)) for i in records.read(number)[0]]
 
@@ -147,7 +119,7 @@ class ReconstructionFolder(ImageFolder):
         return read_images(self.images(variant, ids))
 
     def finished(self) -> list[str]:
-        """All variants that are finished, by this run or an earlier one, the crops apart."""
+        """All variants that are finished, by an earlier run too, the crops apart."""
         names = [path.name for path in sorted((self.path / "records").iterdir()) if path.is_dir()]
         return [name for name in names if name != ORIGINAL and not self.missing(name)]
 
@@ -156,13 +128,9 @@ def summarise(name: str, files: FeatureFiles) -> dict:
     """The figures of a variant from the records of its batches."""
     chunks = list(files.chunks())
     records = {key: torch.cat([chunk[key] for chunk in chunks]) for key in chunks[0]}
-    result = {
-        "name": name,
-        "bits": -1 if name == CONTINUOUS else int(name.removeprefix(QUANTIZED)),
-        "images": len(records["psnr"]),
-        "psnr": records["psnr"].double().mean().item(),
-        "ssim": records["ssim"].double().mean().item(),
-    }
+    bits = -1 if name == CONTINUOUS else int(name.removeprefix(QUANTIZED))
+    result = {"name": name, "bits": bits, "images": len(records["psnr"])}
+    result |= {key: records[key].double().mean().item() for key in ("psnr", "ssim")}
     if "counts" not in records:
         return result
     counts, outside = records["counts"].sum(dim=0), records["outside"].sum(dim=0)
@@ -179,28 +147,11 @@ def summarise(name: str, files: FeatureFiles) -> dict:
 
 
 def write_results(folder: Path, settings: dict, results: list[dict]) -> None:
-    """settings: what they were measured with. results: of each variant."""
+    """results.json, results.csv and quality.png. results: of each variant."""
     write_json(folder / "results.json", settings | {"results": results})
-    by_bits = sorted(results, key=lambda r: r["bits"] if r["bits"] > 0 else float("inf"))
+    by_bits = sorted(results, key=lambda r: r["bits"] % math.inf)
     names = dict.fromkeys(name for r in results for name in r if not name.endswith("_by_channel"))
     write_csv(folder / "results.csv", by_bits, names)
-    with atomic_write(folder / "quality.png") as file:
-        _plot(file, by_bits)
-
-
-def _plot(file, results: list[dict]) -> None:
-    """Every figure over the number of bits; without quantization it is a dashed line."""
-    from matplotlib.figure import Figure
-
-    quantized = [r for r in results if r["bits"] > 0]
-    panels = [name for name in PANELS if any(name in r for r in results)]
-    figure = Figure(figsize=(3.2 * len(panels), 2.8), layout="constrained")
-    for number, name in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), number, title=PANELS[name], xlabel="bits")
-        axes.plot([r["bits"] for r in quantized], [r.get(name) for r in quantized], "o-")
-        axes.set_xticks([r["bits"] for r in quantized])
-        for result in results:
-            if result["bits"] < 0 and name in result:
-                axes.axhline(result[name], color="gray", linestyle="--", label="not quantized")
-                axes.legend(fontsize="small")
-    figure.savefig(file, format="png", dpi=120)
+    labels = {True: "not quantized", False: ""}
+    drawn = [r | {"bits": r["bits"] % math.inf, "label": labels[r["bits"] < 0]} for r in by_bits]
+    plot(folder / "quality.png", drawn, "bits", PLOTTED)

@@ -23,32 +23,19 @@ from tqdm import tqdm
 
 from util import dist, stop
 from util.data.arrays import ImageArray, read_npz
-from util.data.images import (
-    LOADING,
-    ImageDataset,
-    Loading,
-    center_crop,
-    collate_skipping,
-    open_image,
-)
+from util.data.images import LOADING, ImageDataset, Loading, center_crop, collate_skipping
 from util.data.listing import list_files
 from util.errors import UserError, as_user_error
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import INCEPTION, load_extractor
 from util.evaluation.folder import FeatureFiles, batch_ranges, check_shared
-from util.evaluation.metrics import (
-    RECORDED,
-    Accumulator,
-    Measure,
-    Statistics,
-    few_for_covariance,
-)
+from util.evaluation.metrics import RECORDED, Accumulator, Measure, Statistics, few_for_covariance
 from util.files import load_tensors, sha256
 
 ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256
 BATCH = 64
-SAMPLED = 1000  # images of a folder whose size is looked up
+MOMENTS = {"mu", "sigma"}
 ImageSource = list[str] | ImageArray
 
 
@@ -77,8 +64,8 @@ def prepare_measure(
     if path is not None:
         measure = compare_with_statistics(measure, path, size)
     if folder is not None:
-        measure = compare_with_images(measure, folder, size, reference_cache, Loading.of(args))
-    elif path is None:
+        return compare_with_images(measure, folder, size, reference_cache, Loading.of(args))
+    if path is None:
         dist.print_main(
             "FID is not computed: no statistics; put ADM's adm_in256_stats.npz into fid_stats/ "
             "or name an npz file with mu and sigma with --fid_stats"
@@ -93,67 +80,53 @@ def compare_with_statistics(measure: Measure, path: str, size: int) -> Measure:
     """The same measure with a file of statistics as its reference. size: of the images."""
     extractor = measure.extractor
     if "fid" not in extractor.layers:
-        raise UserError(
-            f"--fid_stats {path}: --feature_extractor {extractor.name} declares no layer "
-            "for a Frechet distance; leave --fid_stats out"
-        )
+        problem = f"{extractor.name} declares no layer for a Frechet distance; leave it out"
+        raise UserError(f"--fid_stats {path}: --feature_extractor {problem}")
     stats = load_fid_statistics(path, extractor.width("fid", size))
     identity = extractor.identity() | {"layer": extractor.layers["fid"]}
-    record, warnings = check_statistics(path, identity, size, len(stats["mu"]))
+    record, warnings = check_statistics(path, stats, identity, size)
     for warning in warnings:
         dist.print_main(f"warning: {warning}")
     return replace(measure, stats=stats, record=record)
 
 
 def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
-    """mu [D] and sigma [D, D], float64.
+    """mu [D] and sigma [D, D], float64, of D features, and what the file says of itself.
 
-    features: D. Raises UserError, naming --fid_stats, on a damaged file, on another number of
-    features and on a sigma that is no covariance.
+    An npz file, or torch-fidelity's .pt. Raises UserError on a damaged file, on other shapes and
+    on a sigma that is no covariance.
     """
-    stats = {k: v for k, v in _read(path).items() if k in ("mu", "sigma")}
-    if set(stats) != {"mu", "sigma"}:
+    if not Path(path).is_file():
+        raise UserError(f"--fid_stats {path}: no such file")
+    saved = load_tensors(path, "--fid_stats") if Path(path).suffix in (".pt", ".pth") else None
+    # A damaged file can make its reader fail in any way.
+    with as_user_error(f"--fid_stats {path}: not an npz file with mu and sigma", (Exception,)):
+        # ADM's files hold 10,000 images besides
+        there = saved or read_npz(path, (*MOMENTS, *RECORDED))
+        stats = {name: np.asarray(array) for name, array in there.items()}
+        for name in stats.keys() & MOMENTS:
+            stats[name] = stats[name].astype(np.float64, casting="same_kind")
+    if not stats.keys() >= MOMENTS:
         raise UserError(f"--fid_stats {path}: not an npz file with mu and sigma{_images_in(path)}")
-    shapes = {key: value.shape for key, value in stats.items()}
+    shapes = {name: stats[name].shape for name in sorted(MOMENTS)}
     if shapes != {"mu": (features,), "sigma": (features, features)}:
         raise UserError(
-            f"--fid_stats {path}: shapes {shapes} are not those of {features} features, which the "
-            "extractor makes; take statistics that were made with it"
+            f"--fid_stats {path}: shapes {shapes} are not those of the extractor's {features} "
+            "features; take statistics that were made with it"
         )
-    problem = _defect(stats["mu"], stats["sigma"])
-    if problem:
+    if problem := _defect(stats["mu"], stats["sigma"]):
         raise UserError(f"--fid_stats {path}: {problem}; the file is damaged or no statistics")
     return stats
 
 
 def _images_in(path: str | Path) -> str:
     """What to do with a file that holds images in the place of statistics; or nothing."""
-    made = Path(path).with_name(f"{Path(path).stem}_stats.npz")
     with suppress(UserError), as_user_error(catch=(Exception,)):
         return (
-            f", but of {len(ImageArray.of(path))} images; compare with them by --fid_reference "
-            f"{path}, or make statistics with python -m util.fid_stats --image_dir {path} "
-            f"--output {made}"
+            f", but of {len(ImageArray.of(path))} images; compare with them by --fid_reference, "
+            f"or make statistics with python -m util.fid_stats --image_dir {path}"
         )
     return ""
-
-
-def _read(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz file or of torch-fidelity's .pt; mu and sigma in float64."""
-    if not Path(path).is_file():
-        raise UserError(f"--fid_stats {path}: no such file")
-    saved = load_tensors(path, "--fid_stats") if Path(path).suffix in (".pt", ".pth") else None
-    # A damaged file can make its reader fail in any way.
-    with as_user_error(f"--fid_stats {path}: not an npz file with mu and sigma", (Exception,)):
-        if saved is not None:
-            arrays = {key: np.asarray(value) for key, value in saved.items()}
-        else:  # ADM's files hold 10,000 images besides
-            arrays = read_npz(path, ("mu", "sigma", *RECORDED))
-        for name in arrays.keys() & {"mu", "sigma"}:
-            if arrays[name].dtype.kind not in "fiu":
-                raise ValueError(f"numbers of type {arrays[name].dtype}")
-            arrays[name] = arrays[name].astype(np.float64)
-        return arrays
 
 
 def _defect(mu: np.ndarray, sigma: np.ndarray) -> str | None:
@@ -170,41 +143,32 @@ def _defect(mu: np.ndarray, sigma: np.ndarray) -> str | None:
     return None
 
 
-def statistics_record(path: str | Path) -> dict:
-    """What a file says of itself, as plain values: the names in RECORDED that it has."""
-    arrays = _read(path)
-    with as_user_error(f"--fid_stats {path}: what it says of itself is no single value"):
-        return {name: arrays[name].item() for name in RECORDED if name in arrays}
-
-
 def check_statistics(
-    path: str | Path, identity: dict[str, str], size: int | None, features: int
+    path: str | Path, stats: Statistics, identity: dict[str, str], size: int | None
 ) -> tuple[dict, list[str]]:
-    """What is known of a file of statistics, for metrics.json; and warnings.
+    """What a file of statistics says of itself, for metrics.json; and warnings.
 
     identity: the extractor's, and the layer of FID. size: of the images in pixels, if known.
-    features: of that layer.
     Raises UserError if a distance to these statistics would mean nothing.
     """
-    record = statistics_record(path)
+    features = len(stats["mu"])
+    with as_user_error(f"--fid_stats {path}: what it says of itself is no single value"):
+        record = {name: stats[name].item() for name in RECORDED if name in stats}
     for name, own in identity.items():
         if record.get(name, own) != own:
             raise UserError(
-                f"--fid_stats {path} was made with {name} {str(record[name])[:20]}, this run has "
-                f"{own[:20]}: a distance between features of two networks means nothing"
+                f"--fid_stats {path} was made with {name} {record[name]!s:.20}, this run has "
+                f"{own:.20}: a distance between features of two networks means nothing"
             )
     if size is not None and record.get("img_size", size) != size:
         raise UserError(
             f"--fid_stats {path} is of images of {record['img_size']} px, these are of {size} px: "
-            "the distance would measure the size; make statistics with "
-            f"python -m util.fid_stats --img_size {size}"
+            f"make statistics with python -m util.fid_stats --img_size {size}"
         )
     warnings = []
     if Path(path).name == ADM_STATISTICS.name and size not in (None, ADM_SIZE):
-        warnings.append(
-            f"--fid_stats {path} is of {ADM_SIZE} px images and these are of {size} px: "
-            "FID measures the difference in size too, and is comparable with nothing"
-        )
+        sizes = f"of {ADM_SIZE} px images and these are of {size} px"
+        warnings.append(f"--fid_stats {path} is {sizes}: FID measures the difference in size too")
     if record.get("count", features + 1) <= features:
         warnings.append(f"--fid_stats {path}: {few_for_covariance(record['count'], features)}")
     return {"fid_stats": str(path), "fid_stats_sha256": sha256(path)} | record, warnings
@@ -216,19 +180,15 @@ def check_statistics(
 def compare_with_images(
     measure: Measure, source: str | Path, size: int, cache: Path, loading: Loading = LOADING
 ) -> Measure:
-    """The same measure with real images as its reference; all processes take part.
+    """The same measure with real images, a folder or an npz file, as its reference.
 
-    source: a folder of images, or an npz file of them. FID stays the distance to the file of
-    statistics if there is one. cache: a folder for the features, which a restart reads again.
-    Raises UserError if there are too few.
+    All processes take part. FID stays the distance to the file of statistics if there is one.
+    cache: a folder for the features, which a restart reads again.
     """
     images, extractor = open_images(source), measure.extractor
     key = listing_digest(Path(source), images)
-    for warning in enlarged(images, size):
-        dist.print_main(f"warning: --fid_reference {source}: {warning}")
-    files = FeatureFiles(
-        cache / f"{extractor.label}-{size}px-{key[:12]}", batch_ranges(len(images), BATCH)
-    )
+    place = cache / f"{extractor.label}-{size}px-{key[:12]}"
+    files = FeatureFiles(place, batch_ranges(len(images), BATCH))
     layers = {metric: layer for metric, layer in extractor.layers.items() if metric != "isc"}
     evaluator = Evaluator(None, None, extractor.device, None, measure)
     evaluator.begin(files, Accumulator(layers, len(images), keep=True, groups=1))
@@ -240,12 +200,10 @@ def compare_with_images(
     if not dist.is_main():
         return replace(measure, record=record)
     sums, stats = evaluator.collect(), measure.stats
-    if sums.count == 0:
-        raise UserError(f"--fid_reference {source}: none of the images could be read")
-    record["images"] = sums.count  # those that could be read
+    if sums.count < 2:
+        raise UserError(f"--fid_reference {source}: {sums.count} readable images, two are needed")
+    record["images"] = sums.count
     if stats is None and "fid" in layers:
-        if sums.count < 2:
-            raise UserError(f"--fid_reference {source}: a covariance takes two images")
         stats = sums.moments.statistics()
         if sums.count <= len(stats["mu"]):
             few = few_for_covariance(sums.count, len(stats["mu"]))
@@ -264,8 +222,8 @@ def open_images(source: str | Path, flag: str = "--fid_reference") -> ImageSourc
 def listing_digest(root: Path, images: ImageSource) -> str:
     """SHA-256 of the names, sizes and times of change of files: enough to notice another folder."""
     paths = [images.path] if isinstance(images, ImageArray) else map(Path, images)
-    stats = ((str(path.relative_to(root)), path.stat()) for path in paths)
-    facts = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    stats = ((path.relative_to(root), path.stat()) for path in paths)
+    facts = [(str(name), stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -281,13 +239,12 @@ def image_batches(
     Images are cropped as the training's are; ids are those that could be read.
     """
     mine = sorted(todo)[dist.rank() :: dist.world_size()]
-    own = {number: batches[number] for number in mine}
     if isinstance(images, ImageArray):
-        parts = _of_array(images, size, batches, own)
+        parts = _crops(images, size, batches, mine)
     else:
         on_bad = "drop" if loading.skip_bad else "raise"
         dataset = ImageDataset([(path, 0) for path in images], size, on_bad, loading.max_pixels)
-        parts = read_batches(dataset, list(own.values()), loading.num_workers)
+        parts = read_batches(dataset, [batches[k] for k in mine], loading.num_workers)
     hidden = not (mine and dist.is_main())
     progress = tqdm(parts, desc="real images", total=len(mine), disable=hidden)
     for number, (ids, pixels) in zip(mine, progress, strict=True):
@@ -312,28 +269,10 @@ def read_batches(
         yield [i for i in ids if not dataset.bad[i]], batch[0] if batch else nothing
 
 
-def _of_array(
-    array: ImageArray, size: int, batches: list[range], own: dict[int, range]
+def _crops(
+    array: ImageArray, size: int, batches: list[range], mine: list[int]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """own: the batches that are wanted, by number; the array is read once through."""
     with as_user_error(f"{array.path} is damaged", (Exception,)):
-        for ids, pixels in zip(own.values(), array.batches(batches, own), strict=True):
+        for number, pixels in zip(mine, array.batches(batches, mine), strict=True):
             crops = [np.array(center_crop(Image.fromarray(image), size)) for image in pixels]
-            yield list(ids), torch.from_numpy(np.stack(crops)).movedim(3, 1)
-
-
-def enlarged(images: ImageSource, size: int) -> list[str]:
-    """A warning if images are smaller than they are needed, of those that are looked up."""
-    if isinstance(images, ImageArray):
-        sides = [images.side] * len(images)
-    else:
-        sides = [_shorter_side(path) for path in images[:: max(1, len(images) // SAMPLED)]]
-    smaller = sum(side < size for side in sides)
-    what = f"{smaller} of {len(sides)} images looked at are smaller than {size} px and are enlarged"
-    return [f"{what}: FID measures the blur of that too"] if smaller else []
-
-
-def _shorter_side(path: str) -> float:
-    with suppress(UserError), as_user_error(catch=(Exception,)), open_image(path) as image:
-        return min(image.size)
-    return float("inf")  # reading it in full says what is wrong with it
+            yield list(batches[number]), torch.from_numpy(np.stack(crops)).movedim(3, 1)

@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 
 from torch import Tensor
@@ -20,9 +20,8 @@ SWEPT = ("num_iter", "cfg", "temperature")
 class EvalSettings:
     """What decides the generated images, which are drawn class by class.
 
-    weights: "ema", or "model", the raw ones. keep_images, save_npz: what becomes of the images.
-    classes: the labels that are drawn, in this order; None is all of the model's. names: of all
-    classes that were trained, as far as they are known.
+    weights: "ema", or "model", the raw ones. classes: the labels that are drawn, in this order;
+    None is all of the model's. names: of all classes that were trained, as far as they are known.
     """
 
     num_images: int
@@ -38,28 +37,23 @@ class EvalSettings:
     def of(
         cls, args: argparse.Namespace, class_num: int, names: Sequence[str] = ()
     ) -> list["EvalSettings"]:
-        """All combinations of --num_iter, --cfg and --temperature, each once, in that order.
-
-        names: of the classes that were trained, as far as they are known.
-        """
+        """All combinations of --num_iter, --cfg and --temperature, each once, in that order."""
         classes = drawn_classes(args.classes, class_num, names)
         if args.classes and args.num_images < len(classes or ()):
-            raise UserError(
-                f"--num_images {args.num_images} is less than one of each of the {len(classes)} "
-                "--classes"
-            )
-        names_of = ("cfg_schedule", "order", "seed", "token_cache")
-        sampling = SamplingOptions(1, **{name: value(args, name) for name in names_of})
-        what_becomes = (args.eval_weights, args.keep_images, args.save_npz)
-        common = cls(args.num_images, args.eval_bsz, sampling, *what_becomes, classes, tuple(names))
+            each = f"one of each of the {len(classes)} --classes"
+            raise UserError(f"--num_images {args.num_images} is less than {each}")
+        fixed = ("cfg_schedule", "order", "seed", "token_cache")
+        common = {name: value(args, name) for name in fixed}
         values = product(*(dict.fromkeys(getattr(args, name)) for name in SWEPT))
         swept = [dict(zip(SWEPT, value, strict=True)) for value in values]
-        points = [replace(common, sampling=replace(sampling, **changes)) for changes in swept]
+        fate = (args.eval_weights, args.keep_images, args.save_npz)
+        points = [
+            cls(args.num_images, args.eval_bsz, sampling, *fate, classes, tuple(names))
+            for sampling in (SamplingOptions(**common, **changes) for changes in swept)
+        ]
         if len({point.folder_name() for point in points}) < len(points):
-            raise UserError(
-                f"two of --cfg {args.cfg} or of --temperature {args.temperature} are too close: "
-                "folders are named by six digits"
-            )
+            close = f"two of --cfg {args.cfg} or of --temperature {args.temperature}"
+            raise UserError(f"{close} are too close: folders are named by six digits")
         return points
 
     def labels(self, class_num: int) -> Tensor:
@@ -73,18 +67,15 @@ class EvalSettings:
         s = self.sampling
         order = "" if s.order == "random" else f"-{s.order}"
         cache = f"-cache{s.token_cache}" if s.token_cache else ""
-        classes = "" if self.classes in (None, tuple(range(len(self.names)))) else self._listed()
+        listed = "+".join(map(str, self.classes or ()))
+        if len(listed) > 24:  # a folder's name has no room for many
+            listed = f"es{len(self.classes)}-{hashlib.sha256(listed.encode()).hexdigest()[:8]}"
+        every = self.classes in (None, tuple(range(len(self.names))))
+        classes = "" if every else f"-class{listed}"
         return (
             f"ariter{s.num_iter}-temp{s.temperature:g}-{s.cfg_schedule}cfg{s.cfg:g}"
             f"-image{self.num_images}-seed{s.seed}{order}{cache}{classes}-{self.weights}"
         )
-
-    def _listed(self) -> str:
-        """The classes, for a folder's name, which has no room for many."""
-        listed = "+".join(map(str, self.classes))
-        if len(listed) > 24:
-            listed = f"es{len(self.classes)}-{hashlib.sha256(listed.encode()).hexdigest()[:8]}"
-        return f"-class{listed}"
 
     def to_dict(self) -> dict:
         """Those that decide the images, as settings.json and metrics.json have them."""
@@ -126,10 +117,7 @@ def find_class(text: str, names: Sequence[str]) -> int:
 def drawn_classes(
     given: Sequence[str] | None, class_num: int, names: Sequence[str]
 ) -> tuple[int, ...] | None:
-    """The labels of --classes, else of all that were trained; None if these are the model's all.
-
-    names: of the classes that were trained; none if they are not known.
-    """
+    """The labels of --classes, else of all that were trained; None if these are the model's all."""
     names = names[:class_num] or tuple(map(str, range(class_num)))
     with as_user_error("--classes"):
         chosen = [find_class(text, names) for text in given or ()]

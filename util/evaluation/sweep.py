@@ -1,8 +1,7 @@
 """Evaluate a checkpoint at every combination of the sampling settings, and compare them.
 
 Image i is made of the same noise at every point of a sweep, so that points are compared in pairs:
-the error of a difference comes from the replicates of both (metrics.py) and is smaller than the
-errors of the two figures would suggest.
+the error of a difference comes from the replicates of both (metrics.py).
 """
 
 import argparse
@@ -18,41 +17,33 @@ from util.checkpoint import find_checkpoint
 from util.data.images import save_png
 from util.device import Precision, compile_model
 from util.errors import UserError
-from util.evaluation.evaluator import Evaluator
+from util.evaluation.evaluator import GRID, METRICS, Evaluator
 from util.evaluation.folder import read_json, read_png, write_csv
 from util.evaluation.metrics import fid_error, is_error
+from util.evaluation.plot import plot
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import SWEPT, EvalSettings
-from util.files import atomic_write, sha256
+from util.files import sha256
 from util.logging import MetricsFile
 from util.setup import build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.vae import vae_digest
 
-# The figures that are drawn, and their standard errors where there are any.
-PLOTTED = {
-    "fid": "fid_standard_error",
-    "frechet_distance": "frechet_distance_standard_error",
-    "inception_score_mean": None,
-    "score_mean": None,
-    "precision": None,
-    "recall": None,
-}
-SHOWN = 8  # images of each point in sweep_images.png, and classes that are listed
+# The figures that are drawn.
+PLOTTED = ("fid", "frechet_distance", "inception_score_mean", "score_mean", "precision", "recall")
+SHOWN = 8  # images of each point in sweep_images.png
 
 
 def evaluate_checkpoint(
     args: argparse.Namespace, device: torch.device, precision: Precision
 ) -> dict:
-    """Load a checkpoint and generate; without one there is nothing to evaluate.
-
-    Returns, on the main process, the figures of all points.
-    """
+    """Evaluate --resume at all points; returns their figures on the main process."""
     if not args.resume:
         raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
     checkpoint = find_checkpoint(args.resume, args.output_dir, must_exist=True)
-    vae, vae_sha256 = build_vae(args), vae_digest(value(args, "vae_path"))
+    vae, vae_path = build_vae(args), value(args, "vae_path")
+    vae_sha256 = vae_digest(vae_path)
     config = build_config(args, checkpoint, manifest=None, vae=vae)
-    check_vae(vae, config, value(args, "vae_path"))
+    check_vae(vae, config, vae_path)
     warn_other_vae(checkpoint, vae_sha256)
     points = EvalSettings.of(args, config.class_num, checkpoint.classes)
     model = build_model(config, checkpoint, checkpoint.key(args.eval_weights)).to(device)
@@ -62,8 +53,7 @@ def evaluate_checkpoint(
     output = Path(args.output_dir)
     measure = prepare_measure(args, config.img_size, device, output / "reference_features")
     dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
-    dist.print_main(what_is_drawn(points[0], config.class_num))
-    files = {"vae": {"path": value(args, "vae_path"), "sha256": vae_sha256}}
+    files = {"vae": {"path": vae_path, "sha256": vae_sha256}}
     if dist.is_main():
         files["checkpoint"] = {"path": str(checkpoint.path), "sha256": sha256(checkpoint.path)}
     if measure is not None and args.inception_weights is not None:
@@ -72,64 +62,54 @@ def evaluate_checkpoint(
     checkpoint.release()
     evaluator = Evaluator(model, tokenizer, device, precision, measure)
     evaluator.refuse_other_images(points, output)
-    step, metrics_file = checkpoint.saved.get("step"), MetricsFile(args.metrics_file)
+    result = {"checkpoint": str(checkpoint.path), "step": checkpoint.saved.get("step")}
+    result["evaluations"], metrics_file = [], MetricsFile(args.metrics_file)
     with settings_saved(args, output / EVALUATION_CONFIG):
-        for done, settings in enumerate(points, start=1):
-            name = settings.folder_name()
+        for done, point in enumerate(points, start=1):
+            name = point.folder_name()
             if len(points) > 1:
                 dist.print_main(f"{done} of {len(points)}: {name}")
-            figures, _ = evaluator.evaluate(settings, output / name, {"files": files})
-            named = {f"eval/{name}/{key}": value for key, value in figures.items()}
-            metrics_file.write(named, step, replace=True)
-            if len(points) > 1 and dist.is_main():
-                write_sweep(output, points[:done], config.img_size)
+            figures, _ = evaluator.evaluate(point, output / name, {"files": files})
+            named = {f"eval/{name}/{key}": figure for key, figure in figures.items()}
+            metrics_file.write(named, result["step"], replace=True)
+            if dist.is_main():
+                result["evaluations"].append(summary(output / name, point))
+                if len(points) > 1:
+                    write_sweep(output, points[:done], config.img_size)
     dist.barrier()
-    if not dist.is_main():
-        return {}
-    return {"checkpoint": str(checkpoint.path), "step": step} | final_figures(output, points)
+    return result if dist.is_main() else {}
 
 
-def what_is_drawn(settings: EvalSettings, class_num: int) -> str:
-    """How many images of which classes, in their order, in one line."""
-    drawn, counts = settings.labels(class_num).unique_consecutive(return_counts=True)
-    each = " or ".join(map(str, sorted(set(counts.tolist()))))
-    named = ", ".join(settings.name(label) for label in drawn[:SHOWN].tolist())
-    rest = ", ..." if len(drawn) > SHOWN else ""
-    room = f" of --class_num {class_num}" if len(drawn) < class_num else ""
-    images = "image" if each == "1" else "images"
-    return f"{each} {images} of each of {len(drawn)} classes{room}: {named}{rest}"
-
-
-def record_of(output: Path, point: EvalSettings) -> dict:
-    return read_json(output / point.folder_name() / "metrics.json")
-
-
-def final_figures(output: Path, points: list[EvalSettings]) -> dict:
-    """Of every point: its settings, its figures and what is to be known of them."""
-    evaluations = []
-    for point in points:
-        own = {"folder": str(output / point.folder_name()), "settings": point.to_dict()}
-        record = record_of(output, point)
-        evaluations.append(own | {name: record[name] for name in ("metrics", "warnings")})
-    return {"evaluations": evaluations}
+def summary(folder: Path, point: EvalSettings) -> dict:
+    """A point's settings, its figures and what is to be known of them."""
+    record, own = read_json(folder / METRICS), {"folder": str(folder), "settings": point.to_dict()}
+    return own | {name: record[name] for name in ("metrics", "warnings")}
 
 
 def write_sweep(output: Path, points: list[EvalSettings], side: int) -> None:
     """sweep.csv, sweep.png and sweep_images.png of the points that are done."""
-    rows = compared([sweep_row(point, record_of(output, point)) for point in points])
+    rows = compared([sweep_row(point, output) for point in points])
     names = dict.fromkeys(name for row in rows for name in row if name != "replicates")
     names = [*(name for name in names if name != "folder"), "folder"]
     write_csv(output / "sweep.csv", rows, names)
-    save_png(first_images(output, points, side), output / "sweep_images.png")
-    if any(name in PLOTTED for name in rows[0]):
-        plot_sweep(rows, output / "sweep.png")
+    # The same images at every point, a row for each.
+    grids = [read_png(output / point.folder_name() / GRID) for point in points]
+    width = min(grids[0].shape[2], SHOWN * (side + 2) + 2)  # grid() pads by two
+    save_png(torch.cat([g[:, : side + 4, :width] for g in grids], 1), output / "sweep_images.png")
+    if not any(name in PLOTTED for name in rows[0]):
+        return
+    axis = max(SWEPT, key=lambda name: len({row[name] for row in rows}))
+    others = [name for name in SWEPT if len({row[name] for row in rows}) > 1 and name != axis]
+    labels = [", ".join(f"{name} {row[name]:g}" for name in others) for row in rows]
+    labelled = [row | {"label": text} for row, text in zip(rows, labels, strict=True)]
+    plot(output / "sweep.png", labelled, axis, PLOTTED)
 
 
-def sweep_row(point: EvalSettings, record: dict) -> dict:
+def sweep_row(point: EvalSettings, output: Path) -> dict:
     """One line of the table; `replicates` are not for the file."""
-    settings = {name: getattr(point.sampling, name) for name in SWEPT}
-    own = {"folder": point.folder_name(), "replicates": record["replicates"]}
-    return settings | record["metrics"] | own
+    folder, settings = point.folder_name(), {n: getattr(point.sampling, n) for n in SWEPT}
+    record = read_json(output / folder / METRICS)
+    return settings | record["metrics"] | {"folder": folder, "replicates": record["replicates"]}
 
 
 def compared(rows: list[dict]) -> list[dict]:
@@ -153,34 +133,3 @@ def compared(rows: list[dict]) -> list[dict]:
             if own and other:
                 row[f"{name}_difference_error"] = error(np.subtract(own, other).tolist())
     return rows
-
-
-def first_images(output: Path, points: list[EvalSettings], side: int) -> torch.Tensor:
-    """The same images at every point, a row for each: uint8 [3, H, W]."""
-    rows = [read_png(output / point.folder_name() / "grid.png") for point in points]
-    height, width = side + 4, min(rows[0].shape[2], SHOWN * (side + 2) + 2)  # grid() pads by two
-    return torch.cat([row[:, :height, :width] for row in rows], dim=1)
-
-
-def plot_sweep(rows: list[dict], path: Path) -> None:
-    """Each figure over the setting with the most values; a line for each choice of the others."""
-    from matplotlib.figure import Figure
-
-    shown = [name for name in rows[0] if name in PLOTTED]
-    axis = max(SWEPT, key=lambda name: len({row[name] for row in rows}))
-    others = [name for name in SWEPT if len({r[name] for r in rows}) > 1 and name != axis]
-    lines: dict[str, list[dict]] = {}
-    for row in sorted(rows, key=lambda row: row[axis]):
-        lines.setdefault(", ".join(f"{name} {row[name]:g}" for name in others), []).append(row)
-    figure = Figure(figsize=(4.2 * len(shown), 3.4), layout="constrained")
-    for name, panel in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
-        for label, line in lines.items():
-            errors = [row.get(PLOTTED[name], 0) for row in line]
-            x, y = ([row[key] for row in line] for key in (axis, name))
-            panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, label=label)
-        panel.set(xlabel=axis, ylabel=name.removesuffix("_mean").replace("_", " "))
-        panel.grid(alpha=0.3)
-        if others:
-            panel.legend(fontsize="small")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
