@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ from util.data.cache_writer import (
     list_digest,
     verify,
 )
-from util.data.images import ImageDataset, Loading, collate_skipping
+from util.data.images import ImageDataset, collate_skipping
 from util.data.listing import ImageList, list_images, print_class_notes
 from util.errors import UserError
 from util.files import only_job_in
@@ -57,8 +57,7 @@ from util.logging import figures_on_stdout
 from util.setup import build_vae
 from util.vae import vae_digest
 
-# Batches that may wait for the disk. At 128 images of 256 px, 8 MB each, a second or two of a GPU.
-QUEUED = 4
+QUEUED = 4  # batches that may wait for the disk; each 8 MB, of 128 images of 256 px
 CHECKS = ("code", "device", "processes", "VAE", "photograph")  # before the batch of --dry_run
 SHOWN = ("count", "classes", "skipped", "latent_scale", "channel_order", "latent_shape")
 
@@ -114,10 +113,8 @@ def write_cache(args, device: torch.device) -> dict:
         step = partial(try_batch, writer, vae, args.batch_size, device)
         return doctor.dry_run(args, device, CHECKS, step)
 
-    loading = Loading.of(args)
-    on_bad = "drop" if loading.skip_bad else "raise"
-    size = value(args, "img_size")
-    dataset = ImageDataset(images.samples, size, on_bad, loading.max_pixels)
+    on_bad, size = "drop" if args.skip_bad_images else "raise", writer.settings.image_size
+    dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
     with only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext():
         # One process says what is to be done, so that all agree; each takes every W-th shard.
         pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]
@@ -128,7 +125,7 @@ def write_cache(args, device: torch.device) -> dict:
             dataset,
             batch_sampler=[batch for batches in shards.values() for batch in batches],
             collate_fn=collate_skipping,
-            num_workers=loading.num_workers,
+            num_workers=args.num_workers,
             pin_memory=args.pin_mem and device.type == "cuda",
             worker_init_fn=stop.ignore_in_worker,
         )
@@ -145,14 +142,13 @@ def write_cache(args, device: torch.device) -> dict:
 
 
 def open_writer(args, images: ImageList, vae: kl16.VAE) -> CacheWriter:
-    dtype = args.dtype or ("float16" if args.format == "npy" else "float32")
-    if args.format == "npz" and dtype != "float32":
-        raise UserError(f"--dtype {dtype}: the published form (--format npz) is float32")
+    if args.format == "npz" and args.dtype == "float16":
+        raise UserError("--dtype float16: the published form (--format npz) is float32")
     names = [os.path.relpath(path, images.root) for path, _ in images.samples]
     labels = [label for _, label in images.samples]
     settings = CacheSettings(
         format=args.format,
-        dtype=dtype,
+        dtype=args.dtype or ("float16" if args.format == "npy" else "float32"),
         shard_size=args.shard_size,
         image_size=value(args, "img_size"),
         vae_sha256=vae_digest(value(args, "vae_path")),
@@ -173,10 +169,10 @@ def encode_shards(
 ) -> None:
     """Encode and write these shards: workers decode, the device encodes, a thread writes, at once.
 
-    loader: the images of all batches of all shards, one after the other, so that workers never
-    rest. shards: the numbers of the images of each batch of each shard.
+    loader: the images of all batches of all shards, one after the other. shards: the numbers of the
+    images of each batch of each shard.
     """
-    loaded, bad, waiting = iter(loader), loader.dataset.bad, deque[Future]()
+    loaded, bad, waiting = iter(loader), loader.dataset.bad, deque()
     count = sum(len(batch) for batches in shards.values() for batch in batches)
     bar = tqdm(total=count, unit="img", disable=None if dist.is_main() else True)
 

@@ -1,9 +1,7 @@
 """What a step of training is made of, and in which order its samples come.
 
-The unit is the micro-batch: G of them make the global batch of one step, and what one of them holds
-depends on (seed, step, its number j in the global batch), never on the number of processes that
-share the work. So processes may come and go: the same global batch, shared by others, is the same
-training.
+G micro-batches make the global batch of one step, and what one of them holds depends on (seed,
+step, its number j), never on the number of processes that share the work, which may come and go.
 """
 
 from collections.abc import Iterator
@@ -18,14 +16,11 @@ from util.errors import UserError
 
 @dataclass(frozen=True)
 class Batches:
-    """Two runs with equal batches see the same samples at the same steps.
+    """Two runs with equal batches see the same samples at the same steps."""
 
-    batch_size: samples of a micro-batch. micro_batches: of a step. images: of the training set.
-    """
-
-    batch_size: int
-    micro_batches: int
-    images: int
+    batch_size: int  # of a micro-batch
+    micro_batches: int  # of a step
+    images: int  # of the training set
     seed: int
 
     @property

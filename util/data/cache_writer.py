@@ -1,8 +1,7 @@
 """Writing a latent cache, and checking one as a whole. The files: util/data/latent_cache.py.
 
-Settings come first, as soon as there is something to write; a shard is whole with its .json file,
-the cache with manifest.json. Shard k stands for images [k*S, (k+1)*S) of the sorted list, whoever
-writes it, so any number of processes can go on where others were stopped.
+Shard k stands for images [k*S, (k+1)*S) of the sorted list, whoever writes it, so any number of
+processes can go on where others were stopped.
 Letters: n images of a shard, S its size, b of a batch, C latent channels, h, w positions.
 """
 
@@ -30,6 +29,7 @@ from util.data.latent_cache import (
     NPZ_NAMES,
     SETTINGS,
     CachedLatents,
+    check_inside,
     json_digest,
     open_cache,
     read_json,
@@ -96,15 +96,14 @@ class CacheWriter:
         names = [entry.name for entry in self.folder.iterdir()]
         others = [name for name in names if not name.startswith(".") and name != CONFIG]
         if SETTINGS in others:
-            given, own = read_json(self.folder / SETTINGS), self.settings.to_dict()
-            if differences := [
-                f"{key} is {str(given.get(key))[:40]}, not {str(own.get(key))[:40]}"
-                for key in {**own, **given}
-                if own.get(key) != given.get(key)
-            ]:
+            before, own = read_json(self.folder / SETTINGS), self.settings.to_dict()
+            if other := [key for key in {**own, **before} if own.get(key) != before.get(key)]:
+                said = (
+                    f"{k} is {str(before.get(k))[:40]}, not {str(own.get(k))[:40]}" for k in other
+                )
                 raise UserError(
                     f"--cached_path {self.folder} holds a cache with other settings: "
-                    f"{'; '.join(differences)}; name another folder or remove this one"
+                    f"{'; '.join(said)}; name another folder or remove this one"
                 )
         # Without settings, every shard still says what it belongs to.
         elif others and not any(self.folder.glob("shard-*.json")):
@@ -116,8 +115,7 @@ class CacheWriter:
     def pending(self) -> list[int]:
         """The shards still to be written, after removing what killed processes left unfinished.
 
-        For one process alone to call, before any of them writes. Raises UserError if the folder
-        has been filled with something else in the meantime.
+        For one process alone to call, before any of them writes.
         """
         self._check_folder()
         for unfinished in self.folder.rglob(".*.tmp"):
@@ -132,9 +130,11 @@ class CacheWriter:
         if not shard_path(self.folder, shard, ".json").exists():
             return False
         names = read_sidecar(self.folder, shard, self.settings.cache_id)["names"]
+        files = [str(shard_path(self.folder, shard, ".npy"))]
         if self.settings.format == "npz":
-            return all(os.path.isfile(self.npz_path(name)) for name in names)
-        return os.path.isfile(shard_path(self.folder, shard, ".npy"))
+            files = [str(self.npz_path(name)) for name in names]
+        check_inside(self.folder, files)
+        return all(map(os.path.isfile, files))
 
     def npz_path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"
@@ -153,7 +153,7 @@ class CacheWriter:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Says first, and only when there is something to write, what the folder is filled with."""
+        """The settings come first, and only when there is something to write."""
         with as_user_error(f"--cached_path {self.folder}: cannot write", (OSError, ValueError)):
             if not (self.folder / SETTINGS).exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -205,15 +205,14 @@ class CacheWriter:
 class ShardWriter:
     """A shard that is being filled: `take` its batches, then `finish` it.
 
-    An npy shard is held in memory until it is full; npz files are written as they come, and what a
-    stopped job has left stays. Statistics are summed in steps of STATS_IMAGES however large the
-    batches are. Training meets images and mirror images alike, so both count.
+    An npy shard is held in memory until it is full; npz files are written as they come, and stay.
+    Statistics are summed in steps of STATS_IMAGES however large the batches are.
     Raises UserError if the disk refuses, or if values do not fit the dtype.
     """
 
     def __init__(self, writer: CacheWriter, shard: int):
         self.writer, self.shard, self.is_npy = writer, shard, writer.settings.format == "npy"
-        self.missing = set(writer.missing(shard))
+        self.images, self.missing = writer.images(shard), set(writer.missing(shard))
         self.kept: list[int] = []  # numbers of the images in the shard
         self.moments = np.empty(0, writer.settings.dtype)  # those of an npy shard
         self.statistics: list[LatentStats] = []
@@ -230,8 +229,7 @@ class ShardWriter:
             )
         if self.is_npy:
             if not self.kept:
-                size = len(writer.images(self.shard))
-                self.moments = np.empty((size, *stored.shape[1:]), stored.dtype)
+                self.moments = np.empty((len(self.images), *stored.shape[1:]), stored.dtype)
             self.moments[len(self.kept) : len(self.kept) + len(images)] = stored
             self.kept += images
             self._sum_up(self.moments[: len(self.kept)])
@@ -246,7 +244,7 @@ class ShardWriter:
 
     def finish(self) -> None:
         """From here on the shard is whole."""
-        writer, shard, images = self.writer, self.shard, self.writer.images(self.shard)
+        writer, shard = self.writer, self.shard
         if self.is_npy:
             path, moments = shard_path(writer.folder, shard, ".npy"), self.moments[: len(self.kept)]
             with writer.writing(), atomic_write(path) as file:
@@ -254,8 +252,8 @@ class ShardWriter:
                 file.write(whole.getbuffer())  # np.save itself does not say why it fails
             digest = sha256(path)
         else:
-            self.kept = sorted(set(images) - set(writer.missing(shard)))
-            files = [writer.npz_path(writer.names[i]) for i in self.kept]
+            self.kept = sorted(set(self.images) - set(writer.missing(shard)))
+            files = (writer.npz_path(writer.names[i]) for i in self.kept)
             moments = np.array([read_moments(file) for file in files], np.float32)
             digest = hashlib.sha256(moments.tobytes()).hexdigest()
         self._sum_up(moments, 1)
@@ -265,7 +263,7 @@ class ShardWriter:
             "shard": shard,
             "sha256": digest,
             "statistics": sum(parts[1:], parts[0]).to_dict() if parts else None,
-            "skipped": [writer.names[i] for i in sorted(set(images) - set(self.kept))],
+            "skipped": [writer.names[i] for i in sorted(set(self.images) - set(self.kept))],
             "names": [writer.names[i] for i in self.kept],
             "labels": [writer.labels[i] for i in self.kept],
             "crc32": [zlib.crc32(view) for image in moments for view in image],
@@ -276,8 +274,8 @@ class ShardWriter:
     def _sum_up(self, moments: np.ndarray, fewest: int = STATS_IMAGES) -> None:
         """moments: [n, 2, 2C, h, w], all so far. Steps of fewer images than `fewest` wait."""
         while len(rest := moments[len(self.statistics) * STATS_IMAGES :]) >= fewest:
-            step = torch.tensor(rest[:STATS_IMAGES])
-            self.statistics.append(LatentStats.of(step.flatten(0, 1)))
+            both_views = torch.tensor(rest[:STATS_IMAGES]).flatten(0, 1)  # as training meets them
+            self.statistics.append(LatentStats.of(both_views))
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -298,7 +296,7 @@ def verify(path: str | Path) -> CachedLatents:
             cache.__getitems__([(index, False), (index, True)])
         return cache
     said = zip(tqdm(cache.paths, "reading", disable=None), cache.manifest["shards"], strict=True)
-    if damaged := [file.stem for file, entry in said if sha256(file) != entry["sha256"]]:
+    if damaged := [Path(file).stem for file, entry in said if sha256(file) != entry["sha256"]]:
         raise UserError(
             f"--cached_path {path}: wrong checksums in {', '.join(damaged)}; remove the files of "
             "these shards and run main_cache.py again"
