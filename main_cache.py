@@ -14,7 +14,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -112,11 +111,10 @@ def write_cache(args, device: torch.device) -> dict:
 
         step = partial(try_batch, writer, vae, args.batch_size, device)
         return doctor.dry_run(args, device, CHECKS, step)
-
     on_bad, size = "drop" if args.skip_bad_images else "raise", writer.settings.image_size
     dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
     with only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext():
-        # One process says what is to be done, so that all agree; each takes every W-th shard.
+        # One process says what is to be done; each takes every W-th shard.
         pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]
         dist.print_main(f"{len(pending)} of {writer.num_shards} shards to write")
         own = pending[dist.rank() :: dist.world_size()]
@@ -130,15 +128,12 @@ def write_cache(args, device: torch.device) -> dict:
             worker_init_fn=stop.ignore_in_worker,
         )
         # Of a whole cache, config.yaml keeps saying what it was made with.
-        config = Path(args.cached_path) / CONFIG
-        with settings_saved(args, config) if pending else nullcontext():
+        with settings_saved(args, writer.folder / CONFIG) if pending else nullcontext():
             encode_shards(vae, loader, writer, shards, device)
             dist.barrier()
-        figures = {}
-        if dist.is_main():
-            figures = report(writer.write_manifest(vae.is_kl16), args.cached_path)
+        manifest = writer.write_manifest(vae.is_kl16) if dist.is_main() else None
         dist.barrier()
-    return figures
+    return report(manifest, args.cached_path) if manifest else {}
 
 
 def open_writer(args, images: ImageList, vae: kl16.VAE) -> CacheWriter:
@@ -176,9 +171,9 @@ def encode_shards(
     count = sum(len(batch) for batches in shards.values() for batch in batches)
     bar = tqdm(total=count, unit="img", disable=None if dist.is_main() else True)
 
-    def wait_until(left: int) -> None:  # raises what failed in the thread
+    def wait_until(left: int) -> None:
         while len(waiting) > left:
-            waiting.popleft().result()
+            waiting.popleft().result()  # raises what failed in the thread
 
     with bar, ThreadPoolExecutor(max_workers=1) as thread:
         for shard, batches in shards.items():
@@ -198,9 +193,8 @@ def encode_shards(
 
 
 def unfinished(writer: CacheWriter, shard: int, size: int) -> list[list[int]]:
-    """The batches of a shard in which images are missing, divided as if none were there.
-
-    How a VAE rounds depends on the batch: whoever goes on must get the bits of who began.
+    """The batches of a shard in which images are missing, divided as if none were there, since
+    how a VAE rounds depends on the batch.
     """
     images, missing = writer.images(shard), set(writer.missing(shard))
     batches = [list(images[i : i + size]) for i in range(0, len(images), size)]
@@ -235,8 +229,8 @@ def try_batch(writer: CacheWriter, vae: kl16.VAE, batch_size: int, device: torch
         "images": len(writer.names),
         "images_to_encode": missing,
         "images_per_second": speed,
-        "hours": missing / speed / 3600,
-        "device_hours": missing / speed / 3600 * dist.world_size(),
+        "hours": (hours := missing / speed / 3600),
+        "device_hours": hours * dist.world_size(),
         "bytes_of_cache": bytes_per_image * len(writer.names),
         "bytes_to_write": bytes_per_image * missing,
         "bytes_free": disk.free,
@@ -247,18 +241,14 @@ def try_batch(writer: CacheWriter, vae: kl16.VAE, batch_size: int, device: torch
 def report(manifest: dict, path: str) -> dict:
     """Say what the cache holds; the same as figures."""
     used, measured = manifest["latent_scale"], manifest["measured_latent_scale"]
+    notes = [f"skipped {name}" for name in manifest["skipped"]]
+    summary = f"{manifest['count']} images in {len(manifest['classes'])} classes"
+    print(f"{path}: {summary}, {len(notes)} skipped, latent scale {used:.4g}")
     if abs(measured / used - 1) > 0.1:
-        print(
-            f"warning: these latents ask for a scale of {measured:.4g}, the published one is "
-            f"{used:.4g}: another VAE than kl16.ckpt, or unusual images; see --latent_scale",
-            file=sys.stderr,
-        )
-    for name in manifest["skipped"]:
-        print(f"skipped {name}", file=sys.stderr)
-    print(
-        f"{path}: {manifest['count']} images in {len(manifest['classes'])} classes, "
-        f"{len(manifest['skipped'])} skipped, latent scale {used:.4g}"
-    )
+        scales = f"these latents ask for a scale of {measured:.4g}, the published one is {used:.4g}"
+        notes += [f"warning: {scales}: another VAE than kl16.ckpt, or unusual images"]
+    for note in notes:
+        print(note, file=sys.stderr)
     return {"cached_path": path} | {name: manifest[name] for name in SHOWN}
 
 

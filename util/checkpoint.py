@@ -37,16 +37,13 @@ STEP_FILES = f"checkpoint-step{'[0-9]' * 8}.pth"
 EPOCH_FILES = f"checkpoint-epoch{'[0-9]' * 4}.pth"
 # Of a network's file system, of permissions and limits; not of what a file holds.
 OUT_OF_REACH = {errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE}
-OUT_OF_REACH.add(errno.ENFILE)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: its path, the dict of the file, and the flag that named it."""
-
     path: Path
-    saved: dict
-    flag: str = "--resume"
+    saved: dict  # what is in the file
+    flag: str = "--resume"  # that named it
 
     @property
     def named(self) -> str:
@@ -54,7 +51,7 @@ class Checkpoint:
 
     @property
     def begins(self) -> bool:
-        """Whether a training begins with its weights, and does not go on with its run."""
+        """Whether a training begins with its weights, without going on with its run."""
         return self.flag == FINETUNE
 
     @property
@@ -74,9 +71,7 @@ class Checkpoint:
         """The state dict under `model` or `model_ema`."""
         state = self.saved.get(key)
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-            raise UserError(
-                f"{self.named}: no state dict {key!r} in it (it has {listed(self.saved)})"
-            )
+            raise UserError(f"{self.named}: no state dict {key!r} (it has {listed(self.saved)})")
         return state
 
     def key(self, kind: str) -> str:
@@ -89,10 +84,8 @@ class Checkpoint:
         """Load one of its state dicts; every tensor must match."""
         state, classes = self.weights(key), model.config.class_num
         if (rows := len(state.get(CLASS_ROWS, ()))) not in (0, classes):
-            raise UserError(
-                f"{self.named} has {rows} classes, the model {classes} (--class_num); "
-                f"main_tokenbridge.py {FINETUNE} trains its weights on other classes"
-            )
+            remedy = f"main_tokenbridge.py {FINETUNE} trains its weights on other classes"
+            raise UserError(f"{self.named} has {rows} classes, not --class_num {classes}; {remedy}")
         broken = (n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all())
         if name := next(broken, None):
             raise UserError(f"{self.named}, {key!r}: {name} is not finite; take an earlier one")
@@ -145,7 +138,7 @@ class Checkpoint:
         return replace(self, saved=self.saved | {"model": state, "classes": classes}), notes
 
     def release(self) -> None:
-        """Let go of the tensors, which would stay in memory as long as the run."""
+        """Let go of the tensors."""
         for key in ("model", "model_ema", "optimizer"):
             self.saved.pop(key, None)
 
@@ -165,12 +158,12 @@ class Checkpoint:
                 scaler.load_state_dict(self.saved["scaler"])
 
     def argument(self, name: str):
-        """A flag of the run that wrote it; None if it does not say."""
+        """A flag of the run that wrote it, if it says."""
         args = self.saved.get("args")
         return args.get(name) if isinstance(args, dict) else None
 
     def last_rate(self) -> float | None:
-        """The learning rate of the step before it was saved; None if it does not say."""
+        """The learning rate of the step before it was saved, if it says."""
         with suppress(LookupError, TypeError, ValueError):
             return float(self.saved["optimizer"]["param_groups"][0]["lr"])
 
@@ -195,12 +188,11 @@ def load_checkpoint(path: Path, remedy: str = "", flag: str = "--resume") -> Che
     tensors = isinstance(bare, dict) and all(isinstance(value, Tensor) for value in bare.values())
     if "model" not in saved and tensors and bare:
         saved = {"model": bare, "weights": "model"}
-    for key in ("model", "model_ema"):
-        if isinstance(saved.get(key), dict):
-            with as_user_error(f"{flag} {path}, {key!r}"):
-                saved[key], stripped = unwrapped(saved[key])
-            if stripped:
-                dist.print_main(f"{flag} {path}, {key!r}: read without {stripped} in its names")
+    for key in [key for key in ("model", "model_ema") if isinstance(saved.get(key), dict)]:
+        with as_user_error(f"{flag} {path}, {key!r}"):
+            saved[key], stripped = unwrapped(saved[key])
+        if stripped:
+            dist.print_main(f"{flag} {path}, {key!r}: read without {stripped} in its names")
     return Checkpoint(path, saved, flag)
 
 
@@ -211,7 +203,8 @@ def load_exported(folder: Path, flag: str) -> Checkpoint:
     state = model.published_state_dict()
     averaged = {name: state[name] for name, _ in model.published_parameters()}
     saved = {"model": state, "model_ema": averaged, "config": model.config.to_dict()}
-    known = {name: value for name, value in asdict(model.origin).items() if value is not None}
+    origin = {name: value for name, value in asdict(model.origin).items() if value is not None}
+    known = {name: list(v) if isinstance(v, tuple) else v for name, v in origin.items()}
     return Checkpoint(folder / WEIGHTS, saved | known, flag)
 
 
@@ -230,22 +223,19 @@ def find_checkpoint(
     """
     folder = Path(output_dir)
     if resume == AUTO:
-        newest = newest_whole(folder, read_only)
-        if newest is None and must_exist:
+        if (checkpoint := newest_whole(folder, read_only)) is None and must_exist:
             raise UserError(f"--resume auto: no whole checkpoint in --output_dir {output_dir}")
-        return newest
+        return checkpoint
     path = Path(resume)
-    if path.is_file():
-        if path.name == WEIGHTS:
-            raise UserError(f"{flag} {resume} needs its {CONFIG}; name the folder of both")
-        return load_checkpoint(path, flag=flag)
+    if path.name == WEIGHTS and path.is_file():
+        raise UserError(f"{flag} {resume} needs its {CONFIG}; name the folder of both")
     own = path.resolve() == folder.resolve()
     # Killed between a checkpoint and its second name, a run has a newer one than LAST.
-    newest = saved_in(folder)[:1] if own else []
-    if newest:
+    if own and (newest := saved_in(folder)):
         return load_checkpoint(newest[0], "; --resume auto takes the newest whole one")
-    if (path / LAST).is_file():
-        return load_checkpoint(path / LAST, flag=flag)
+    for file in (path, path / LAST):
+        if file.is_file():
+            return load_checkpoint(file, flag=flag)
     if (path / WEIGHTS).is_file():
         return load_exported(path, flag)
     if own and not must_exist:
@@ -285,13 +275,11 @@ def newest_whole(folder: Path, read_only: bool = False) -> Checkpoint | None:
             with as_user_error(f"--output_dir {folder}: cannot write", (OSError,)):
                 give_name(found.path, folder / LAST)
     path = dist.gather_objects(found.path if found else None)[0]
-    # Those set aside before count: the next attempt must not begin from scratch without a word.
+    # Those set aside before count: the next attempt must not begin from scratch.
     lost = dist.is_main() and found is None and any(folder.glob("checkpoint-*.pth.damaged"))
     if any(dist.gather_objects(lost)):
-        raise UserError(
-            f"--resume auto: all checkpoints in {folder} are damaged (NAME.damaged); mend one and "
-            "give it its name back, or name another --output_dir"
-        )
+        remedy = "give a mended one its name back, or name another --output_dir"
+        raise UserError(f"--resume auto: all checkpoints in {folder} are damaged; {remedy}")
     return found if path is None or found is not None else load_checkpoint(path)
 
 
@@ -333,7 +321,6 @@ def refuse_other_run(output_dir: str, checkpoint: Checkpoint | None) -> None:
         if newest is None or checkpoint.saved.get("step", 0) >= int(newest[1]):
             return
     begun = "from scratch" if checkpoint is None else f"from {checkpoint.path}"
-    raise UserError(
-        f"--output_dir {output_dir} holds {found[0].name}, which a run {begun} would replace; pass "
-        "--resume auto to go on with it, name another folder, or move its checkpoints away"
-    )
+    remedy = "pass --resume auto to go on with it, or name another folder"
+    holds = f"--output_dir {output_dir} holds {found[0].name}"
+    raise UserError(f"{holds}, which a run {begun} would replace; {remedy}")

@@ -1,10 +1,8 @@
 """Saving checkpoints while training goes on: copied to host memory, written in the background.
 
-    OUTPUT/checkpoint-step00001200.pth   the last --keep_checkpoints of these stay
-    OUTPUT/checkpoint-epoch0040.pth      milestones (--save_every), never removed
-    OUTPUT/checkpoint-last.pth           the newest; another name of the same file
-
-A file takes its name when it is whole and on the disk; only the main process writes.
+OUTPUT/checkpoint-step00001200.pth   the last --keep_checkpoints of these stay
+OUTPUT/checkpoint-epoch0040.pth      milestones (--save_every), never removed
+OUTPUT/checkpoint-last.pth           the newest; another name of the same file
 """
 
 import math
@@ -49,7 +47,7 @@ class HostCopy:
     def __call__(self, state: dict) -> dict:
         copied = tree_map_with_path(self._copy, state)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # all copies at once, not one by one
+            torch.cuda.synchronize()  # all copies at once
         return copied
 
     def _copy(self, path: tuple, value):
@@ -68,11 +66,11 @@ class CarefulFile:
         self.file, self.error = file, None
 
     def write(self, data) -> int:
-        if self.error is None:
-            try:
+        try:
+            if self.error is None:
                 self.file.write(data)
-            except OSError as error:
-                self.error = error
+        except OSError as error:
+            self.error = error
         return len(data)
 
     def flush(self) -> None:
@@ -85,7 +83,7 @@ class CheckpointSaver:
     def __init__(self, settings: SaveSettings, steps_per_epoch: int, first_step: int):
         self.settings, self.steps_per_epoch = settings, steps_per_epoch
         self.copy = HostCopy()
-        self.writing: threading.Thread | None = None
+        self.writing = threading.Thread()
         self.failure: str | None = None
         self.saved_step = first_step  # the newest that was handed over, or the run began with
         self.saved_at = time.monotonic()
@@ -93,26 +91,23 @@ class CheckpointSaver:
 
     def ends_epoch(self, step: int) -> bool:
         """Whether an epoch ends there after which to save, on all processes alike."""
-        return self._ends(step, self.settings.last_freq) or self._ends(
-            step, self.settings.milestones
-        )
+        often = self.settings.last_freq, self.settings.milestones
+        return any(self._ends(step, epochs) for epochs in often)
 
     def _ends(self, step: int, epochs: int) -> bool:
-        """Whether so many more epochs end there; 0 is never."""
         return bool(epochs) and step % (epochs * self.steps_per_epoch) == 0
 
     def due(self, step: int) -> bool:
-        """Whether to save after so many steps. While a file is being written, steps and minutes
-        wait for it; the ends of epochs do not. Of steps and minutes, the main process decides.
+        """Whether to save after so many steps. Of steps and minutes, which wait for a file that is
+        being written, the main process decides.
         """
-        settings = self.settings
         if self.ends_epoch(step):
             return True
-        if not dist.is_main() or (self.writing is not None and self.writing.is_alive()):
+        if not dist.is_main() or self.writing.is_alive():
             return False
-        since = step - self.saved_step
-        late = settings.minutes and time.monotonic() - self.saved_at > 60 * settings.minutes
-        return bool(late or (settings.steps and since >= settings.steps))
+        steps, minutes = self.settings.steps, self.settings.minutes
+        late = minutes and time.monotonic() - self.saved_at > 60 * minutes
+        return bool(late or (steps and step - self.saved_step >= steps))
 
     def save(self, step: int, state: Callable[[], dict]) -> None:
         """state: makes the dict to save; its tensors are copied before this returns."""
@@ -121,17 +116,16 @@ class CheckpointSaver:
         self.wait()
         began = time.monotonic()
         copied = self.copy(state())
-        stalled = time.monotonic() - began
         self.saved_step, self.saved_at = step, time.monotonic()
-        self.writing = threading.Thread(target=self._write, args=(step, copied, stalled))
+        arguments = (step, copied, self.saved_at - began)
+        self.writing = threading.Thread(target=self._write, args=arguments)
         self.writing.start()
 
     def _write(self, step: int, state: dict, stalled: float) -> None:
         path = self.settings.folder / f"checkpoint-step{step:08d}.pth"
         began = time.monotonic()
         try:
-            broken = [name for name, t in state["model"].items() if not t.isfinite().all()]
-            if broken:
+            if broken := [name for name, t in state["model"].items() if not t.isfinite().all()]:
                 raise ValueError(f"the weights are not finite any more ({broken[0]})")
             write_checkpoint(path, state)
             give_name(path, self.settings.folder / LAST)
@@ -141,8 +135,7 @@ class CheckpointSaver:
             self._remove_old(path)
         except Exception as error:  # nobody else would hear of it, and training need not end
             self.failure = f"checkpoint of step {step} was not saved: {error}"
-            said = f"{self.failure}; training goes on, earlier ones stay"
-            print(said, file=sys.stderr, flush=True)
+            print(f"{self.failure}; training goes on", file=sys.stderr, flush=True)
             return
         self.failure = None
         seconds = f"{stalled:.2f} s, written in {time.monotonic() - began:.2f} s"
@@ -159,7 +152,7 @@ class CheckpointSaver:
     def wait(self, timeout: float = math.inf) -> None:
         """Until the file that is being written is on the disk, or for so many seconds."""
         deadline = time.monotonic() + timeout
-        while self.writing is not None and self.writing.is_alive() and time.monotonic() < deadline:
+        while self.writing.is_alive() and time.monotonic() < deadline:
             self.writing.join(1.0)
             if timeout == math.inf:
                 dist.beat("writing a checkpoint")
@@ -172,10 +165,10 @@ class CheckpointSaver:
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
-    """Write a file whole or not at all, after removing what killed processes have left."""
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for unfinished in path.parent.glob(".checkpoint-*.tmp"):
-        unfinished.unlink()
+    for left in path.parent.glob(".checkpoint-*.tmp"):  # by killed processes
+        left.unlink()
     with atomic_write(path) as file:
         careful = CarefulFile(file)
         torch.save(state, careful)

@@ -19,7 +19,6 @@ from util.files import listed, what_else
 
 @contextmanager
 def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    """Raises ValueError, saying what the file is, where it is no npz file."""
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
@@ -57,7 +56,7 @@ class ImageArray:
 
     @property
     def side(self) -> int:
-        """The shorter one, in pixels."""
+        """The shorter one."""
         return min(self.shape[1:3] if self.shape[3] == 3 else self.shape[2:])
 
     def batches(self, batches: list[range], chosen: Iterable[int]) -> Iterator[np.ndarray]:

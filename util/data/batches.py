@@ -29,16 +29,10 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches in an epoch; what is left over waits for another epoch's order.
-
-        Raises UserError if there are too few images for a single one.
-        """
+        """Whole global batches in an epoch. Raises UserError if there is none."""
         if self.images < self.global_batch:
-            raise UserError(
-                f"{self.images} samples do not fill one global batch of {self.global_batch} "
-                f"(--batch_size {self.batch_size} x {self.micro_batches} micro-batches); lower "
-                "--batch_size"
-            )
+            batch = f"{self.global_batch} (--batch_size {self.batch_size} x {self.micro_batches})"
+            raise UserError(f"{self.images} samples do not fill a global batch of {batch}")
         return self.images // self.global_batch
 
     def to_dict(self) -> dict:
@@ -46,11 +40,8 @@ class Batches:
 
 
 def epoch_keys(num_samples: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of an epoch's samples and the flip at each position, from (seed, epoch) alone.
-
-    Returns order int64 [N], a permutation, and flips bool [N].
-    Made of raw Philox words: numpy promises that these stay as they are in later releases.
-    """
+    """An epoch's order int64 [N] and flips bool [N] at each position, from (seed, epoch) alone."""
+    # Raw Philox words: numpy promises that these stay as they are in later releases.
     words = np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64))
     order = np.argsort(words.random_raw(num_samples), kind="stable")
     flips = (words.random_raw(num_samples) & np.uint64(1)).astype(bool)
@@ -70,9 +61,8 @@ class MicroBatchSampler(Sampler[list[Key]]):
         self, batches: Batches, steps: range, rank: int, world_size: int, flip: bool = True
     ):
         if world_size > batches.micro_batches:
-            raise ValueError(
-                f"{world_size} processes cannot share {batches.micro_batches} micro-batches"
-            )
+            shared = f"{batches.micro_batches} micro-batches"
+            raise ValueError(f"{world_size} processes cannot share {shared}")
         self.batches, self.steps, self.flip = batches, steps, flip
         self.steps_per_epoch = batches.steps_per_epoch
         self.own = range(rank, batches.micro_batches, world_size)
@@ -85,7 +75,6 @@ class MicroBatchSampler(Sampler[list[Key]]):
         return (self.keys(step, j) for step in self.steps for j in self.own)
 
     def keys(self, step: int, j: int) -> list[Key]:
-        """What micro-batch j of a step holds."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch

@@ -48,7 +48,7 @@ STATS_IMAGES = 256  # images a step of the statistics, to bound its memory
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """All that decides what a cache holds: two with equal settings are the same cache."""
+    """All that decides what a cache holds."""
 
     format: str
     dtype: str
@@ -73,7 +73,6 @@ class CacheSettings:
 
 
 def list_digest(names: list[str], labels: list[int]) -> str:
-    """SHA-256 of the images' names and labels, in order."""
     return hashlib.sha256(json.dumps([names, labels]).encode()).hexdigest()
 
 
@@ -97,29 +96,24 @@ class CacheWriter:
         others = [name for name in names if not name.startswith(".") and name != CONFIG]
         if SETTINGS in others:
             before, own = read_json(self.folder / SETTINGS), self.settings.to_dict()
-            if other := [key for key in {**own, **before} if own.get(key) != before.get(key)]:
-                said = (
-                    f"{k} is {str(before.get(k))[:40]}, not {str(own.get(k))[:40]}" for k in other
-                )
+            pairs = {key: (str(before.get(key)), str(own.get(key))) for key in {**own, **before}}
+            if other := [f"{k} is {a:.40}, not {b:.40}" for k, (a, b) in pairs.items() if a != b]:
                 raise UserError(
                     f"--cached_path {self.folder} holds a cache with other settings: "
-                    f"{'; '.join(said)}; name another folder or remove this one"
+                    f"{'; '.join(other)}; name another folder or remove this one"
                 )
         # Without settings, every shard still says what it belongs to.
         elif others and not any(self.folder.glob("shard-*.json")):
             raise UserError(
-                f"--cached_path {self.folder} holds other files already ({others[0]}); "
-                "name a folder that is new or was begun by main_cache.py"
+                f"--cached_path {self.folder} holds other files ({others[0]}); name a folder that "
+                "is new or was begun by main_cache.py"
             )
 
     def pending(self) -> list[int]:
-        """The shards still to be written, after removing what killed processes left unfinished.
-
-        For one process alone to call, before any of them writes.
-        """
+        """The shards to be written. For one process to call, before any of them writes."""
         self._check_folder()
-        for unfinished in self.folder.rglob(".*.tmp"):
-            unfinished.unlink()
+        for left in self.folder.rglob(".*.tmp"):  # by killed processes
+            left.unlink()
         return self.unfinished()
 
     def unfinished(self) -> list[int]:
@@ -140,16 +134,13 @@ class CacheWriter:
         return self.folder / f"{name}.npz"
 
     def images(self, shard: int) -> range:
-        """Numbers of the images that a shard stands for."""
         start = shard * self.settings.shard_size
         return range(start, min(start + self.settings.shard_size, len(self.names)))
 
     def missing(self, shard: int) -> list[int]:
-        """Numbers of the images that must be encoded to write a pending shard."""
-        images = list(self.images(shard))
-        if self.settings.format == "npy":
-            return images
-        return [i for i in images if not os.path.isfile(self.npz_path(self.names[i]))]
+        """Numbers of the images that must be encoded for it."""
+        all_of_them, images = self.settings.format == "npy", self.images(shard)
+        return [i for i in images if all_of_them or not self.npz_path(self.names[i]).is_file()]
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -163,8 +154,8 @@ class CacheWriter:
     def write_manifest(self, published_constants: bool) -> dict:
         """Declare the cache whole, when all shards are.
 
-        published_constants: the VAE is KL-16, whose scale and channel order are those that the
-        released models were trained with; what is measured here then stands beside them.
+        published_constants: take the scale and channel order that the released models were trained
+        with, since the VAE is KL-16; what is measured stands beside them.
         """
         folder, cache_id = self.folder, self.settings.cache_id
         sidecars = [read_sidecar(folder, shard, cache_id) for shard in range(self.num_shards)]
@@ -223,10 +214,8 @@ class ShardWriter:
         with np.errstate(over="ignore"):
             stored = moments.astype(writer.settings.dtype)
         if not np.isfinite(stored).all():
-            raise UserError(
-                f"the VAE gives values that are not finite in {stored.dtype}; check --vae_path, "
-                "or pass --dtype float32"
-            )
+            said = f"the VAE gives values that are not finite in {stored.dtype}"
+            raise UserError(f"{said}; check --vae_path, or pass --dtype float32")
         if self.is_npy:
             if not self.kept:
                 self.moments = np.empty((len(self.images), *stored.shape[1:]), stored.dtype)
@@ -234,13 +223,13 @@ class ShardWriter:
             self.kept += images
             self._sum_up(self.moments[: len(self.kept)])
             return
-        for i, of_image in zip(images, stored, strict=True):
+        for i, views in zip(images, stored, strict=True):
             if i in self.missing:
                 path = writer.npz_path(writer.names[i])
                 with writer.writing():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with atomic_write(path) as file:
-                        np.savez(file, **dict(zip(NPZ_NAMES, of_image, strict=True)))
+                        np.savez(file, **dict(zip(NPZ_NAMES, views, strict=True)))
 
     def finish(self) -> None:
         """From here on the shard is whole."""
@@ -286,10 +275,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def verify(path: str | Path) -> CachedLatents:
-    """Read all of a cache and compare the checksums; a published one has none, and is read only.
-
-    Raises UserError, naming what is damaged.
-    """
+    """Read all of a cache and compare the checksums, which a published one has not."""
     cache = open_cache(path)
     if cache.files:
         for index in tqdm(range(len(cache)), "reading", disable=None):
@@ -297,8 +283,6 @@ def verify(path: str | Path) -> CachedLatents:
         return cache
     said = zip(tqdm(cache.paths, "reading", disable=None), cache.manifest["shards"], strict=True)
     if damaged := [Path(file).stem for file, entry in said if sha256(file) != entry["sha256"]]:
-        raise UserError(
-            f"--cached_path {path}: wrong checksums in {', '.join(damaged)}; remove the files of "
-            "these shards and run main_cache.py again"
-        )
+        remedy = "remove the files of these shards and run main_cache.py again"
+        raise UserError(f"--cached_path {path}: wrong checksums in {', '.join(damaged)}; {remedy}")
     return cache

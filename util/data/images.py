@@ -52,10 +52,7 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 @contextmanager
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """An image of which no more than size and kind is read yet.
-
-    Raises nearly any exception if the file is damaged, ValueError if it has more than max_pixels.
-    """
+    """An image of which no more than size and kind is read yet. Raises nearly any exception."""
     if not os.path.isfile(path):  # opening a pipe would wait for its other end
         raise FileNotFoundError("there is no regular file of that name")
     with warnings.catch_warnings():
@@ -78,9 +75,8 @@ def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """As 8-bit RGB. Raises ValueError if its numbers have no fixed range."""
-    # Pillow reads 16-bit PPM as 32-bit numbers, already scaled to 16 bits.
+    # Pillow reads 16-bit PPM as 32-bit numbers; its own conversion clips at 255.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        # Pillow's own conversion clips at 255 where it should divide by 257.
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no fixed range; save 8 or 16 bits")
@@ -109,17 +105,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 def _halve(image: Image.Image) -> Image.Image:
     """resize() to half of both sides, rounded down, with a box filter, to the bit."""
-    if image.width % 2 or image.height % 2:
-        half = (image.width // 2, image.height // 2)
-        return image.resize(half, Image.Resampling.BOX)
+    width, height = image.size
+    if width % 2 or height % 2:
+        return image.resize((width // 2, height // 2), Image.Resampling.BOX)
     return image.reduce((2, 1)).reduce((1, 2))  # faster; rounded after each axis, too
 
 
 def parse_key(key: Key | int, length: int) -> Key:
-    """(index, flip) of a dataset's key, where a plain index is not flipped.
-
-    Raises IndexError if the index is outside a dataset of that length.
-    """
+    """(index, flip) of a dataset's key. Raises IndexError outside a dataset of that length."""
     index, flip = key if isinstance(key, tuple) else (key, False)
     return range(length)[index], bool(flip)
 
@@ -214,7 +207,6 @@ def collate_skipping(items: list[tuple[Tensor, int] | None]) -> list[Tensor] | N
 
 def save_png(image: Tensor | np.ndarray, path: str | Path) -> None:
     """image: uint8 [3, H, W]. The file is whole or absent."""
-    # Waiting for the disk 50,000 times would take longer than some of the images.
     with atomic_write(path, durable=False) as file:
         Image.fromarray(np.moveaxis(np.asarray(image), 0, -1)).save(file, format="PNG")
 

@@ -48,7 +48,6 @@ def shard_path(folder: Path, shard: int, suffix: str) -> Path:
 
 
 def unreadable(path: str | Path) -> str:
-    """How a complaint about a file begins, with the remedy."""
     return f"--cached_path: cannot read {path} (if it is damaged, {AGAIN})"
 
 
@@ -63,10 +62,8 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_bytes())
         checksum = value.pop(CHECKSUM)
     if value.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        raise UserError(
-            f"--cached_path: {path} has format version {value['format_version']}, this program "
-            f"reads {FORMAT_VERSION}; make the cache again in another folder"
-        )
+        other = f"has format version {value['format_version']}, this program reads {FORMAT_VERSION}"
+        raise UserError(f"--cached_path: {path} {other}; make the cache again in another folder")
     if checksum != json_digest(value):
         raise UserError(f"{unreadable(path)}: wrong checksum")
     return value
@@ -77,11 +74,8 @@ def read_sidecar(folder: Path, shard: int, cache_id: str) -> dict:
     path = shard_path(folder, shard, ".json")
     sidecar = read_json(path)
     if sidecar.get("cache_id") != cache_id or sidecar.get("shard") != shard:
-        raise UserError(
-            f"--cached_path: {path} belongs to another place or to a cache with other settings "
-            "(VAE, image size, dtype or list of images); remove the shard and run main_cache.py "
-            "again"
-        )
+        other = "belongs to another place or to a cache with other settings"
+        raise UserError(f"--cached_path: {path} {other}; remove the shard's files, and cache again")
     return sidecar
 
 
@@ -108,15 +102,13 @@ def read_moments(path: str | Path, names: tuple[str, ...] = NPZ_NAMES) -> np.nda
 
 
 def as_one_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """A `collate_fn`: what torch's own would put together item by item is together already."""
+    """A `collate_fn` for what is together already."""
     return batch
 
 
 class CachedLatents(Dataset):
-    """dataset[(index, flip)] -> (moments [2C, h, w], label); a plain index is not flipped.
+    """dataset[(index, flip)] -> (moments [2C, h, w] as they are stored, label).
 
-    Moments are handed over as they are stored: float16 is half the bytes between processes, and
-    `Tokenizer.from_moments` widens them on the device.
     classes: their names, by label. labels: int64 [N]. latent_shape: (C, h, w). dtype: as stored.
     manifest: what `main_cache.py` wrote about the cache; None for a published one.
     """
@@ -159,10 +151,7 @@ class CachedLatents(Dataset):
         return moments[0], int(labels[0])
 
     def __getitems__(self, keys: list[Key | int]) -> tuple[Tensor, Tensor]:
-        """A whole batch, as a DataLoader asks for it: moments [B, 2C, h, w], labels int64 [B].
-
-        Raises UserError, naming a damaged file.
-        """
+        """A batch, as a DataLoader asks for it: moments [B, 2C, h, w], labels int64 [B]."""
         moments = torch.empty(len(keys), *self.shape, dtype=self.dtype)
         pairs = [parse_key(key, len(self)) for key in keys]
         for view, (index, flip) in zip(moments.numpy(), pairs, strict=True):
@@ -180,9 +169,7 @@ class CachedLatents(Dataset):
             return self.paths[shard], self.shards[shard][row - self.starts[shard], int(flip)]
         (moments,) = read_moments(self.files[row], NPZ_NAMES[flip : flip + 1])
         if moments.shape != self.shape:
-            raise UserError(
-                f"{unreadable(self.files[row])}: it is {moments.shape}, not {self.shape}"
-            )
+            raise UserError(f"{unreadable(self.files[row])}: {moments.shape} is not {self.shape}")
         return self.files[row], moments
 
     @cached_property
@@ -207,9 +194,8 @@ class CachedLatents(Dataset):
 def open_cache(
     path: str | Path, img_size: int | None = None, vae_sha256: str | None = None
 ) -> CachedLatents:
-    """A cache of any form, told apart by what the folder holds.
+    """A cache of any form. img_size and vae_sha256: what it must have been made with, if it knows.
 
-    img_size and vae_sha256: what the cache must have been made with, where it says so.
     Raises UserError if it is missing, not whole, damaged, or made with something else.
     """
     folder = Path(path)
@@ -220,10 +206,8 @@ def open_cache(
     manifest = read_json(folder / MANIFEST)
     made_for, made_by = manifest["image_size"], manifest["vae_sha256"]
     if img_size not in (None, made_for):
-        raise UserError(
-            f"--cached_path {path} was made for images of {made_for} px, not --img_size {img_size};"
-            f" pass --img_size {made_for} or make another cache"
-        )
+        other = f"was made for images of {made_for} px, not --img_size {img_size}"
+        raise UserError(f"--cached_path {path} {other}; pass the former or make another cache")
     if vae_sha256 not in (None, made_by):
         raise UserError(
             f"--cached_path {path} was made with another VAE (SHA-256 {made_by[:12]}) than "
@@ -240,14 +224,10 @@ def open_cache(
 
 def _open_published(folder: Path) -> CachedLatents:
     if (folder / SETTINGS).exists() or any(folder.glob("shard-*")):
-        raise UserError(
-            f"--cached_path {folder} is not finished, it has no {MANIFEST}; run main_cache.py with "
-            "the same flags again, it goes on where it was stopped"
-        )
+        remedy = "run main_cache.py with the same flags again, it goes on where it was stopped"
+        raise UserError(f"--cached_path {folder} is not finished, it has no {MANIFEST}; {remedy}")
     if inside := sorted(path.parent for path in folder.glob(f"*/{SETTINGS}")):
-        raise UserError(
-            f"--cached_path {folder} is no cache but holds some; name --cached_path {inside[0]}"
-        )
+        raise UserError(f"--cached_path {folder} holds caches; name --cached_path {inside[0]}")
     with as_user_error("no cache of main_cache.py"):
         images = list_images(folder, "", "--cached_path", (".npz",))
     files, labels = zip(*images.samples, strict=True)

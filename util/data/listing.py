@@ -16,7 +16,7 @@ import numpy as np
 from util import dist
 from util.data.images import FORMATS, open_image, to_rgb
 from util.errors import UserError, as_user_error
-from util.files import shown
+from util.files import listed, shown
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff")
 EXTENSIONS += (".webp", ".gif") + ((".jp2", ".j2k") if "JPEG2000" in FORMATS else ())
@@ -63,7 +63,7 @@ def list_images(
     if not classes:
         raise UserError(f"{where} ({remedy}): {root} has no class folder, but {loose} images")
     if empty := [name for name, files in classes.items() if not files]:
-        raise UserError(f"{where} ({remedy}): no images in {_in_short(empty)}")
+        raise UserError(f"{where} ({remedy}): no images in {listed(empty)}")
     samples = [(path, k) for k, files in enumerate(classes.values()) for path in files]
     notes = [f"{loose} images in {root} itself are of no class and left out"] if loose else []
     walk.print_notes(where, notes + _dark_notes([path for path, _ in samples]))
@@ -104,14 +104,11 @@ class _Walk:
         return {name: own for name, own in files.items() if own is not None}
 
     def files(self, folder: str, root: Path | None = None) -> list[str] | None:
-        """In a folder and the folders in it, sorted by folder and name, each file once.
-
-        None of a link to the root or to what it is in.
-        """
+        """Sorted by folder and name, each once; None of a link to the root or to what it is in."""
         above = set(map(str, Path(os.path.realpath(folder)).parents))
         if root is not None:  # which is not above a class folder that is a link
             above |= set(map(str, Path(os.path.realpath(root), "x").parents))
-        listed, entered, waiting = [], set(above), [folder]
+        found, entered, waiting = [], set(above), [folder]
         while waiting:
             parent = waiting.pop()
             real = os.path.realpath(parent)
@@ -128,11 +125,11 @@ class _Walk:
                     # links last, so that a folder goes by its own name
                     waiting.insert(0 if is_link else len(waiting), entry.path)
                 elif entry.name.lower().endswith(self.extensions):
-                    listed.append((parent, entry.name, entry.path, own))
+                    found.append((parent, entry.name, entry.path, own))
                 elif (kind := os.path.splitext(entry.name)[1].lower()) in UNREAD:
                     self.unread[kind] += 1
         files: dict[str, str] = {}  # by where they are in truth
-        for _, _, path, own in sorted(listed):
+        for _, _, path, own in sorted(found):
             if files.setdefault(own, path) is not path:
                 self.again.append(path)
         return list(files.values()) if entered != above else None
@@ -143,16 +140,10 @@ class _Walk:
 
     def print_notes(self, where: str, others: list[str]) -> None:
         links = "links lead to what is listed already, which counts once"
-        notes = [f"{links}: {_in_short(sorted(self.again))}"] if self.again else []
+        notes = [f"{links}: {listed(sorted(self.again))}"] if self.again else []
         notes += [f"some images are left out{self.unread_kinds()}"] if self.unread else []
         for note in notes + others:
             dist.print_main(f"warning: {where}: {note}")
-
-
-def _in_short(names: list[str], most: int = 5) -> str:
-    """The first of some names, each in one line, and how many there are."""
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(map(shown, names[:most])) + more
 
 
 def _other_root(folder: Path, split: str, flag: str) -> str:
@@ -182,7 +173,7 @@ def _check_level(root: Path, classes: dict[str, list[str]], split: str, flag: st
     misnamed = split and inner.name != split
     place = inner.parent if split else inner
     remedy = f"move what is in it to {root}" if misnamed else f"name {flag} {place}"
-    names = _in_short([os.path.basename(path) for path in inside], 3)
+    names = listed([os.path.basename(path) for path in inside])
     raise UserError(
         f"{flag}: the class folders ({names}) are not in {root} but in {inner}; {remedy}, or, if "
         f"all is one class, call its folder {ONE_CLASS}"
@@ -204,7 +195,7 @@ def print_class_notes(classes: list[str]) -> None:
         )
     spelled = Counter(name.casefold() for name in classes)
     if alike := [name for name in classes if spelled[name.casefold()] > 1]:
-        dist.print_main(f"warning: classes differ only in upper and lower case: {_in_short(alike)}")
+        dist.print_main(f"warning: classes differ only in upper and lower case: {listed(alike)}")
 
 
 def _dark_notes(files: list[str]) -> list[str]:

@@ -19,21 +19,19 @@ from util.validation import ValidationSet, evenly_spread
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training set and what is known of it. source: the flag and its value, for messages."""
-
     dataset: ImageDataset | CachedLatents
     classes: list[str]
-    source: str
+    source: str  # the flag and its value
     vae_sha256: str | None
     manifest: dict | None = None
 
     def count_skipped(self) -> int:
-        """Unreadable images that this process has passed over so far."""
+        """Unreadable images so far."""
         return int(self.dataset.bad.sum()) if isinstance(self.dataset, ImageDataset) else 0
 
 
 def needs_vae(args: argparse.Namespace) -> bool:
-    """With cached latents it draws previews and encodes validation images; its lack is said."""
+    """With cached latents, to draw previews and to encode validation images."""
     there = Path(value(args, "vae_path")).exists()
     if not args.use_cached or args.online_eval:
         return True
@@ -74,7 +72,6 @@ def open_data(
 
 
 def check_same_classes(checkpoint: Checkpoint, classes: list[str], source: str) -> None:
-    """Raise UserError if a training would go on with other classes than it had."""
     if classes and checkpoint.classes and list(checkpoint.classes) != classes:
         raise UserError(
             f"{source} has other classes than {checkpoint.named} was trained on; their labels "
