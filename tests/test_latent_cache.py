@@ -20,6 +20,7 @@ from util.data.cache_writer import CacheSettings, CacheWriter, ShardWriter, list
 from util.data.latent_cache import as_one_batch, json_digest, open_cache
 from util.data.statistics import LatentStats
 from util.errors import UserError
+from util.files import sha256
 
 C, H, W = 3, 4, 5
 NAMES = [f"{name}/{i}.png" for name in ("ant", "bee") for i in range(5)]
@@ -84,28 +85,12 @@ def complaint(action, *args, **kwargs) -> str:
 
 
 @FORMS
-def test_float32_caches_give_back_every_number(tmp_path, form):
-    fill(tmp_path, format=form)
-    cache = open_cache(tmp_path, img_size=16, vae_sha256="ab" * 32)
-    assert len(cache) == 10 and cache.classes == ["ant", "bee"]
-    assert cache.latent_shape == (C, H, W) and cache.manifest["count"] == 10
-    part = cache.subset([7, 2])
-    for i in range(10):
-        for flip in (False, True):
-            moments, label = cache[(i, flip)]
-            assert moments.dtype == torch.float32 and label == LABELS[i]
-            np.testing.assert_array_equal(moments.numpy(), MOMENTS[i, int(flip)])
-    assert torch.equal(cache[3][0], cache[(3, False)][0])
-    assert len(part) == 2 and torch.equal(part[(0, True)][0], cache[(7, True)][0])
-    with pytest.raises(IndexError):
-        cache[10]
-
-
-@FORMS
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_batches_are_the_items_to_the_bit_in_the_stored_dtype(tmp_path, form, num_workers):
+def test_batches_are_what_was_put_in_to_the_bit_of_the_stored_dtype(tmp_path, form, num_workers):
     fill(tmp_path, format=form, dtype="float16" if form == "npy" else "float32")
-    cache = open_cache(tmp_path)
+    cache = open_cache(tmp_path, img_size=16, vae_sha256="ab" * 32)
+    assert len(cache) == cache.manifest["count"] == 10 and cache.classes == ["ant", "bee"]
+    assert cache.latent_shape == (C, H, W)
     keys = list(MicroBatchSampler(Batches(3, 1, 10, seed=0), range(5), 0, 1))
     loader = DataLoader(cache, batch_sampler=keys, num_workers=num_workers, collate_fn=as_one_batch)
     for batch, (moments, labels) in zip(keys, loader, strict=True):
@@ -113,6 +98,14 @@ def test_batches_are_the_items_to_the_bit_in_the_stored_dtype(tmp_path, form, nu
         assert labels.tolist() == [LABELS[index] for index, _ in batch]
         expected = np.stack([MOMENTS[index, int(flip)] for index, flip in batch])
         np.testing.assert_array_equal(moments, expected.astype(moments.numpy().dtype))
+    assert torch.equal(cache[3][0], cache[(3, False)][0])
+    part = cache.subset([7, 2])
+    assert len(part) == 2 and torch.equal(part[(0, True)][0], cache[(7, True)][0])
+    pickled = pickle.dumps(part)  # for a worker; shards stay on the disk
+    assert len(pickled) < MOMENTS.nbytes / 2
+    assert torch.equal(pickle.loads(pickled)[1][0], cache[2][0])
+    with pytest.raises(IndexError):
+        cache[10]
 
 
 def test_caches_of_the_published_form_need_nothing_beside(tmp_path):
@@ -128,13 +121,6 @@ def test_caches_of_the_published_form_need_nothing_beside(tmp_path):
     np.testing.assert_array_equal(cache[(4, True)][0].numpy(), MOMENTS[9, 1])
     np.savez(tmp_path / "all" / "bee" / "3.png.npz", moments=MOMENTS[0, 0, :, :2])
     assert "3.png.npz" in complaint(lambda: cache[3])
-
-
-def test_pickled_for_a_worker_the_shards_stay_on_disk(tmp_path):
-    fill(tmp_path)
-    pickled = pickle.dumps(open_cache(tmp_path).subset([9]))
-    assert len(pickled) < MOMENTS.nbytes / 2
-    np.testing.assert_array_equal(pickle.loads(pickled)[0][0].numpy(), MOMENTS[9, 0])
 
 
 @FORMS
@@ -173,7 +159,9 @@ def test_manifest_holds_scale_and_order_of_all_latents(tmp_path, form, published
 
 
 @FORMS
-def test_only_what_is_missing_is_written_again_and_identically(tmp_path, form):
+def test_only_what_is_missing_is_written_again_and_identically(tmp_path, form, monkeypatch):
+    """In whatever order, and however the statistics are divided."""
+    monkeypatch.setattr(cache_writer, "STATS_IMAGES", 2)
     assert fill(tmp_path, format=form) == list(range(10))
     before = contents(tmp_path)
     assert fill(tmp_path, format=form) == []
@@ -188,33 +176,13 @@ def test_only_what_is_missing_is_written_again_and_identically(tmp_path, form):
     assert contents(tmp_path) == before
 
 
-def test_each_shard_stands_for_the_same_images_whoever_writes_it(tmp_path, monkeypatch):
-    """However the statistics are divided, too."""
-    monkeypatch.setattr(cache_writer, "STATS_IMAGES", 2)
-    for name, order in (("one", [0, 1, 2]), ("two", [2, 0, 1])):
-        writer = writer_for(tmp_path / name)
-        for shard in order:
-            write(writer, shard)
-        writer.write_manifest(published_constants=False)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"vae_sha256": "cd" * 32},
-        {"image_size": 32},
-        {"dtype": "float16"},
-        {"shard_size": 5},
-        {"images_sha256": "00"},
-        {"format": "npz"},
-    ],
-)
-def test_a_folder_of_other_settings_is_refused_unchanged(tmp_path, changes):
+def test_a_folder_of_other_settings_is_refused_unchanged(tmp_path):
     fill(tmp_path)
     before = contents(tmp_path)
-    message = complaint(writer_for, tmp_path, **changes)
-    assert "--cached_path" in message and next(iter(changes)) in message
+    changes = dict(vae_sha256="cd" * 32, image_size=32, dtype="float16", shard_size=5, format="npz")
+    for name, value in changes.items():
+        message = complaint(writer_for, tmp_path, **{name: value})
+        assert "--cached_path" in message and name in message
     assert contents(tmp_path) == before
 
 
@@ -228,13 +196,10 @@ def test_a_shard_of_another_cache_or_place_is_refused(tmp_path):
         assert "belongs to another place" in complaint(open_cache, tmp_path / "mine")
 
 
-def test_a_folder_with_other_files_is_not_touched(tmp_path):
+def test_nothing_is_written_beside_other_files_or_of_values_beyond_float16(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert "thesis.tex" in complaint(writer_for, tmp_path)
     assert "cannot write into" in complaint(writer_for, tmp_path / "thesis.tex" / "cache")
-
-
-def test_values_beyond_float16_are_refused_before_anything_is_written(tmp_path):
     writer = writer_for(tmp_path / "cache", dtype="float16")
     assert "--dtype float32" in complaint(write, writer, 0, moments=MOMENTS + 1e5)
     assert not (tmp_path / "cache").exists()
@@ -327,14 +292,32 @@ def test_a_wrong_bit_is_named_when_it_is_read_and_by_verify(tmp_path, form):
     assert name.removesuffix(".npy") in complaint(verify, tmp_path)
 
 
+@FORMS
+def test_links_and_names_that_lead_out_of_the_folder_are_refused(tmp_path, form):
+    folder = tmp_path / "cache"
+    fill(folder, format=form)
+    (tmp_path / "link").symlink_to(folder)  # of the whole, and within it
+    file = folder / ("shard-00000.npy" if form == "npy" else "bee/2.png.npz")
+    file.rename(folder / "inside")
+    file.symlink_to(folder / "inside")
+    assert len(open_cache(tmp_path / "link")) == 10
+    place = file if form == "npy" else file.parent  # a class folder is as good
+    place.rename(tmp_path / "outside")
+    place.symlink_to(tmp_path / "outside")
+    for action in (open_cache, lambda path: writer_for(path, format=form).pending()):
+        assert "leads out of the folder" in complaint(action, folder)
+
+
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
     fill(tmp_path, format="npz")
-    sidecar = tmp_path / "shard-00000.json"
+    sidecar, manifest = tmp_path / "shard-00000.json", tmp_path / "manifest.json"
     names = json.loads(sidecar.read_text())["names"]
-    for name in ("../../etc/passwd", "/etc/passwd", "ant/../../x", ".."):
+    for name in ("../../etc/passwd", "/etc/passwd", "ant/../../x"):
         rewrite(sidecar, names=[name, *names[1:]])
+        shards = json.loads(manifest.read_text())["shards"]
+        shards[0]["sidecar_sha256"] = sha256(sidecar)
+        rewrite(manifest, shards=shards)
         assert "leads out of the folder" in complaint(open_cache, tmp_path)
-        assert "leads out of the folder" in complaint(writer_for(tmp_path, format="npz").pending)
 
 
 def test_json_files_of_other_versions_or_content_are_refused(tmp_path):

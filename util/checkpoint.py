@@ -77,7 +77,8 @@ class Checkpoint:
     def key(self, kind: str) -> str:
         """Where the weights are that --eval_weights names. Raises UserError if it has others."""
         if (kept := self.saved.get("weights", kind)) != kind:
-            raise UserError(f"{self.named} has {kept} weights alone; pass --eval_weights {kept}")
+            remedy = f"pass --eval_weights {kept}"
+            raise UserError(f"{self.named} holds the {kept} weights alone; {remedy}")
         return WEIGHT_KEYS[kind]
 
     def load_into(self, model: TokenBridge, key: str) -> None:
