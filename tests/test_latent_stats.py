@@ -31,20 +31,6 @@ def random_moments(count: int, channels: int = 3, seed: int = 0) -> torch.Tensor
     return torch.randn(count, 2 * channels, SIDE, SIDE + 2, generator=generator) + 1
 
 
-def brute_force_shares(means: np.ndarray) -> np.ndarray:
-    """[C], frequency by frequency, from means [N, C, h, w]."""
-    means = means - means.mean(axis=(0, 2, 3), keepdims=True)
-    _, channels, height, width = means.shape
-    low, total = np.zeros(channels), np.zeros(channels)
-    power = (np.abs(np.fft.fft2(means)) ** 2).sum(axis=0)  # [C, h, w]
-    for y in range(height):
-        for x in range(width):
-            frequency = math.hypot(min(y, height - y) / height, min(x, width - x) / width)
-            total += power[:, y, x]
-            low += power[:, y, x] * (frequency <= 0.25)
-    return low / total
-
-
 def test_channels_are_ordered_by_their_low_frequencies():
     high, low = wave(3, 3), wave(1, 0)
     channels = torch.stack([high, low, low + high, 3 * low + high, wave(2, 0), wave(2, 2)])
@@ -53,12 +39,6 @@ def test_channels_are_ordered_by_their_low_frequencies():
     expected = [0, 1, 1 / 2, 9 / 10, 1, 0]
     torch.testing.assert_close(stats.low_frequency_share(), torch.tensor(expected).double())
     assert stats.channel_order() == [1, 4, 3, 2, 0, 5]  # equal shares by number
-
-
-def test_shares_equal_brute_force():
-    moments = random_moments(5)
-    shares = LatentStats.of(moments).low_frequency_share()
-    np.testing.assert_allclose(shares, brute_force_shares(moments[:, :3].double().numpy()))
 
 
 def test_a_constant_says_nothing_but_one_that_varies_is_low():

@@ -108,43 +108,17 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path, monkeypatch):
 # --- a disk that refuses
 
 
-class FullDisk:
-    """os.write's part of a disk with so many bytes left."""
-
-    def __init__(self, file, left: int):
-        self.file, self.left = file, left
-
-    def write(self, data) -> int:
-        self.left -= len(data)
-        if self.left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.file.write(data)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-
-@pytest.mark.parametrize("left", [0, 100, 2000])
-def test_what_cannot_be_saved_is_reported_and_what_was_saved_before_stays(
-    tmp_path, monkeypatch, capsys, left
-):
+def test_weights_that_are_not_finite_are_not_saved_and_what_was_before_stays(tmp_path, capsys):
+    """A full disk: tests/faults."""
     saver = new_saver(tmp_path, steps=1)
     saver.save(1, lambda: state(1))
-    saver.wait()
-    before = names(tmp_path)
-    careful = saver_module.CarefulFile
-    monkeypatch.setattr(saver_module, "CarefulFile", lambda f: careful(FullDisk(f, left)))
-    saver.save(2, lambda: {"model": {"w": torch.ones(10_000)}})
-    saver.wait()
-    assert "step 2 was not saved: [Errno 28] No space left" in capsys.readouterr().err
-    assert names(tmp_path) == before and load_checkpoint(tmp_path / LAST).saved["step"] == 1
-    with pytest.raises(UserError, match="step 2 was not saved.*--resume auto"):
+    saver.save(2, lambda: {"model": {"head.bias": torch.tensor([1.0, torch.nan])}})
+    with pytest.raises(UserError, match="step 2 was not saved.*not finite any more .head.bias"):
         saver.close()
-    monkeypatch.undo()
+    assert "training goes on" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / LAST).saved["step"] == 1
     saver.save(3, lambda: state(3))
-    saver.save(4, lambda: {"model": {"head.bias": torch.tensor([1.0, torch.nan])}})
-    with pytest.raises(UserError, match="not finite any more .head.bias"):
-        saver.close()
+    saver.close()
     assert load_checkpoint(tmp_path / LAST).saved["step"] == 3
 
 
