@@ -11,10 +11,9 @@ import shutil
 import sys
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ from util.data.cache_writer import (
     list_digest,
     verify,
 )
-from util.data.images import ImageDataset, Loading, collate_skipping
+from util.data.images import ImageDataset, collate_skipping
 from util.data.listing import ImageList, list_images, print_class_notes
 from util.errors import UserError
 from util.files import only_job_in
@@ -57,8 +56,7 @@ from util.logging import figures_on_stdout
 from util.setup import build_vae
 from util.vae import vae_digest
 
-# Batches that may wait for the disk. At 128 images of 256 px, 8 MB each, a second or two of a GPU.
-QUEUED = 4
+QUEUED = 4  # batches that may wait for the disk; each 8 MB, of 128 images of 256 px
 CHECKS = ("code", "device", "processes", "VAE", "photograph")  # before the batch of --dry_run
 SHOWN = ("count", "classes", "skipped", "latent_scale", "channel_order", "latent_shape")
 
@@ -113,13 +111,10 @@ def write_cache(args, device: torch.device) -> dict:
 
         step = partial(try_batch, writer, vae, args.batch_size, device)
         return doctor.dry_run(args, device, CHECKS, step)
-
-    loading = Loading.of(args)
-    on_bad = "drop" if loading.skip_bad else "raise"
-    size = value(args, "img_size")
-    dataset = ImageDataset(images.samples, size, on_bad, loading.max_pixels)
+    on_bad, size = "drop" if args.skip_bad_images else "raise", writer.settings.image_size
+    dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
     with only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext():
-        # One process says what is to be done, so that all agree; each takes every W-th shard.
+        # One process says what is to be done; each takes every W-th shard.
         pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]
         dist.print_main(f"{len(pending)} of {writer.num_shards} shards to write")
         own = pending[dist.rank() :: dist.world_size()]
@@ -128,31 +123,27 @@ def write_cache(args, device: torch.device) -> dict:
             dataset,
             batch_sampler=[batch for batches in shards.values() for batch in batches],
             collate_fn=collate_skipping,
-            num_workers=loading.num_workers,
+            num_workers=args.num_workers,
             pin_memory=args.pin_mem and device.type == "cuda",
             worker_init_fn=stop.ignore_in_worker,
         )
         # Of a whole cache, config.yaml keeps saying what it was made with.
-        config = Path(args.cached_path) / CONFIG
-        with settings_saved(args, config) if pending else nullcontext():
+        with settings_saved(args, writer.folder / CONFIG) if pending else nullcontext():
             encode_shards(vae, loader, writer, shards, device)
             dist.barrier()
-        figures = {}
-        if dist.is_main():
-            figures = report(writer.write_manifest(vae.is_kl16), args.cached_path)
+        manifest = writer.write_manifest(vae.is_kl16) if dist.is_main() else None
         dist.barrier()
-    return figures
+    return report(manifest, args.cached_path) if manifest else {}
 
 
 def open_writer(args, images: ImageList, vae: kl16.VAE) -> CacheWriter:
-    dtype = args.dtype or ("float16" if args.format == "npy" else "float32")
-    if args.format == "npz" and dtype != "float32":
-        raise UserError(f"--dtype {dtype}: the published form (--format npz) is float32")
+    if args.format == "npz" and args.dtype == "float16":
+        raise UserError("--dtype float16: the published form (--format npz) is float32")
     names = [os.path.relpath(path, images.root) for path, _ in images.samples]
     labels = [label for _, label in images.samples]
     settings = CacheSettings(
         format=args.format,
-        dtype=dtype,
+        dtype=args.dtype or ("float16" if args.format == "npy" else "float32"),
         shard_size=args.shard_size,
         image_size=value(args, "img_size"),
         vae_sha256=vae_digest(value(args, "vae_path")),
@@ -173,16 +164,16 @@ def encode_shards(
 ) -> None:
     """Encode and write these shards: workers decode, the device encodes, a thread writes, at once.
 
-    loader: the images of all batches of all shards, one after the other, so that workers never
-    rest. shards: the numbers of the images of each batch of each shard.
+    loader: the images of all batches of all shards, one after the other. shards: the numbers of the
+    images of each batch of each shard.
     """
-    loaded, bad, waiting = iter(loader), loader.dataset.bad, deque[Future]()
+    loaded, bad, waiting = iter(loader), loader.dataset.bad, deque()
     count = sum(len(batch) for batches in shards.values() for batch in batches)
     bar = tqdm(total=count, unit="img", disable=None if dist.is_main() else True)
 
-    def wait_until(left: int) -> None:  # raises what failed in the thread
+    def wait_until(left: int) -> None:
         while len(waiting) > left:
-            waiting.popleft().result()
+            waiting.popleft().result()  # raises what failed in the thread
 
     with bar, ThreadPoolExecutor(max_workers=1) as thread:
         for shard, batches in shards.items():
@@ -202,9 +193,8 @@ def encode_shards(
 
 
 def unfinished(writer: CacheWriter, shard: int, size: int) -> list[list[int]]:
-    """The batches of a shard in which images are missing, divided as if none were there.
-
-    How a VAE rounds depends on the batch: whoever goes on must get the bits of who began.
+    """The batches of a shard in which images are missing, divided as if none were there, since
+    how a VAE rounds depends on the batch.
     """
     images, missing = writer.images(shard), set(writer.missing(shard))
     batches = [list(images[i : i + size]) for i in range(0, len(images), size)]
@@ -239,8 +229,8 @@ def try_batch(writer: CacheWriter, vae: kl16.VAE, batch_size: int, device: torch
         "images": len(writer.names),
         "images_to_encode": missing,
         "images_per_second": speed,
-        "hours": missing / speed / 3600,
-        "device_hours": missing / speed / 3600 * dist.world_size(),
+        "hours": (hours := missing / speed / 3600),
+        "device_hours": hours * dist.world_size(),
         "bytes_of_cache": bytes_per_image * len(writer.names),
         "bytes_to_write": bytes_per_image * missing,
         "bytes_free": disk.free,
@@ -251,18 +241,14 @@ def try_batch(writer: CacheWriter, vae: kl16.VAE, batch_size: int, device: torch
 def report(manifest: dict, path: str) -> dict:
     """Say what the cache holds; the same as figures."""
     used, measured = manifest["latent_scale"], manifest["measured_latent_scale"]
+    notes = [f"skipped {name}" for name in manifest["skipped"]]
+    summary = f"{manifest['count']} images in {len(manifest['classes'])} classes"
+    print(f"{path}: {summary}, {len(notes)} skipped, latent scale {used:.4g}")
     if abs(measured / used - 1) > 0.1:
-        print(
-            f"warning: these latents ask for a scale of {measured:.4g}, the published one is "
-            f"{used:.4g}: another VAE than kl16.ckpt, or unusual images; see --latent_scale",
-            file=sys.stderr,
-        )
-    for name in manifest["skipped"]:
-        print(f"skipped {name}", file=sys.stderr)
-    print(
-        f"{path}: {manifest['count']} images in {len(manifest['classes'])} classes, "
-        f"{len(manifest['skipped'])} skipped, latent scale {used:.4g}"
-    )
+        scales = f"these latents ask for a scale of {measured:.4g}, the published one is {used:.4g}"
+        notes += [f"warning: {scales}: another VAE than kl16.ckpt, or unusual images"]
+    for note in notes:
+        print(note, file=sys.stderr)
     return {"cached_path": path} | {name: manifest[name] for name in SHOWN}
 
 

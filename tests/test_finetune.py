@@ -160,14 +160,11 @@ def test_a_run_stays_known_by_what_it_began_with(others, trained, tmp_path, caps
     capsys.readouterr()
     call(main_tokenbridge.main, *argv[2], "--finetune", f"{trained}/checkpoint-last.pth")
     assert "going on after step 8" in capsys.readouterr().out
-
-
-def test_a_folder_of_another_run_is_not_gone_on_with(others, trained, tmp_path, capsys):
-    shutil.copytree(trained, tmp_path / "out")
-    for resume in ("auto", None):
+    shutil.copytree(trained, tmp_path / "other")
+    for resume in ("auto", None):  # a folder of another run is not gone on with
         argv = flags(others, TRAIN_FLAGS, AGAIN, finetune=trained, resume=resume)
-        line = refused(capsys, main_tokenbridge.main, *argv, "--output_dir", str(tmp_path / "out"))
-        assert f"--output_dir {tmp_path / 'out'} holds" in line
+        line = refused(capsys, main_tokenbridge.main, *argv, "--output_dir", f"{tmp_path}/other")
+        assert f"--output_dir {tmp_path / 'other'} holds" in line
 
 
 def test_a_finished_checkpoint_of_another_run_is_not_nothing_to_train(inputs, trained, tmp_path):

@@ -54,8 +54,8 @@ VALIDATED = SAMPLES | dict(val_freq=0.3, log_freq=1)
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    """data/val/ beside data/train/, and a cache of it."""
+def beside(tmp_path_factory) -> Path:
+    """Inputs with data/val/ beside data/train/, and a cache of it."""
     folder = make_inputs(tmp_path_factory.mktemp("inputs"))
     for name, count in (("ant", 5), ("cat", 3)):
         (folder / "data" / "val" / name).mkdir(parents=True)
@@ -67,10 +67,10 @@ def inputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def validated(inputs, tmp_path_factory) -> Path:
+def validated(beside, tmp_path_factory) -> Path:
     """The output folder of a training, validated after steps 1, 2, 3, ..."""
     output = tmp_path_factory.mktemp("validated") / "out"
-    train(inputs, output, **VALIDATED, val_path=inputs / "data" / "val")
+    train(beside, output, **VALIDATED, val_path=beside / "data" / "val")
     return output
 
 
@@ -87,45 +87,46 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 # --- what is held out
 
 
-def test_holding_out_trains_on_the_others_alone(inputs, tmp_path, capsys):
-    found = train(inputs, tmp_path / "out", holdout=4, epochs=1)
+def test_holding_out_trains_on_the_others_alone_and_draws_nothing_without_a_vae(
+    beside, tmp_path, capsys
+):
+    found = train(beside, tmp_path / "out", holdout=4, epochs=1, preview_freq=1, preview_iter=1)
     assert found["schedule"]["images"] == 20
-    assert "validation loss on 4 images of 4 images that --holdout takes out" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "validation loss on 4 images of 4 images that --holdout takes out" in said
+    assert said.count("no preview images") == 1
+    tags = events_of(tmp_path / "out").Tags()
+    assert tags["images"] == [] and "levels/generated_ema" in tags["histograms"]
 
 
-def test_folder_beside_the_training_s_is_found_and_so_is_its_cache(inputs, tmp_path):
+def test_folder_beside_the_training_s_is_found_and_so_is_its_cache(beside, tmp_path, capsys):
     """Posteriors of one batch and of single images differ in rounding at most."""
-    train(inputs, tmp_path / "images", data_path="data", vae_path="vae.ckpt", epochs=1)
-    train(inputs, tmp_path / "cache", val_cached_path=inputs / "val", epochs=1)
+    train(beside, tmp_path / "images", data_path="data", vae_path="vae.ckpt", epochs=1)
+    train(beside, tmp_path / "cache", val_cached_path=beside / "val", epochs=1)
     curves, expected = (scalars(tmp_path / name) for name in ("images", "cache"))
     assert "validation/loss_raw" in curves and list(curves) == list(expected)
     for name, values in expected.items():
         np.testing.assert_allclose(curves[name], values, rtol=1e-5)
+    capsys.readouterr()
+    (tmp_path / "data" / "val").mkdir(parents=True)  # as ImageNet's, without folders of classes
+    train(beside, tmp_path / "out", data_path=tmp_path / "data", vae_path="vae.ckpt", epochs=1)
+    assert capsys.readouterr().out.count("no validation loss: ") == 1
 
 
-def test_what_cannot_be_held_out_is_refused_in_one_line(inputs, tmp_path, capsys):
+def test_what_cannot_be_held_out_is_refused_in_one_line(beside, tmp_path, capsys):
     def line(**changes) -> str:
-        argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", **changes)
+        argv = flags(beside, TRAIN_FLAGS, output_dir=tmp_path / "out", **changes)
         return refused(capsys, main_tokenbridge.main, *argv)
 
     assert "--holdout 24 leaves nothing of the 24 images" in line(holdout=24)
-    assert "comes from one of them" in line(holdout=1, val_path=inputs / "data" / "val")
-    assert "--vae_path" in line(val_path=inputs / "data" / "val")
+    assert "comes from one of them" in line(holdout=1, val_path=beside / "data" / "val")
+    assert "--vae_path" in line(val_path=beside / "data" / "val")
     (tmp_path / "val" / "dog").mkdir(parents=True)
-    shutil.copyfile(inputs / "data" / "val" / "ant" / "0.png", tmp_path / "val" / "dog" / "0.png")
+    shutil.copyfile(beside / "data" / "val" / "ant" / "0.png", tmp_path / "val" / "dog" / "0.png")
     other = line(val_path=tmp_path / "val", vae_path="vae.ckpt")
     assert "class 'dog'" in other and "--cached_path" in other
     assert "--val_cached_path" in line(val_cached_path=tmp_path / "nothing")
     assert not (tmp_path / "out").exists()
-
-
-def test_unfit_folder_beside_the_training_s_is_said_and_training_goes_on(inputs, tmp_path, capsys):
-    data = tmp_path / "data"
-    (data / "val").mkdir(parents=True)  # as ImageNet's, unpacked without folders of classes
-    train(inputs, tmp_path / "out", data_path=data, vae_path="vae.ckpt", epochs=1)
-    assert capsys.readouterr().out.count("no validation loss: ") == 1
 
 
 # --- what is measured
@@ -178,7 +179,7 @@ def test_loss_is_the_model_s_own_at_every_ratio(moments):
         torch.testing.assert_close(row.float(), channels)
 
 
-def test_same_images_are_measured_whatever_was_drawn_before(moments):
+def test_same_images_are_measured_whatever_was_drawn_before(moments, monkeypatch):
     model = tiny_model()
     first = new_validation(moments, count=5)
     expected, state = first.loss(model), torch.get_rng_state()
@@ -188,10 +189,7 @@ def test_same_images_are_measured_whatever_was_drawn_before(moments):
     first.loss(model)
     assert torch.equal(torch.get_rng_state(), state)
     assert first.numbers == evenly_spread(19, 5)
-
-
-def test_signal_cuts_it_short_and_nothing_half_measured_is_said(moments, monkeypatch):
-    monkeypatch.setattr(stop, "requested", lambda: True)
+    monkeypatch.setattr(stop, "requested", lambda: True)  # nothing half measured is said
     assert new_validation(moments).loss(tiny_model()) is None
 
 
@@ -210,12 +208,12 @@ def test_names_say_channel_and_rank_in_the_head():
 # --- what is drawn
 
 
-@pytest.mark.parametrize(("side", "shown"), [(16, 16), (128, 128), (256, 128)])
-def test_large_images_are_shrunk(side, shown):
-    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
-    smaller = validation.shrunk(images)
-    assert smaller.shape == (2, 3, shown, shown) and smaller.dtype == torch.uint8
-    assert smaller.float().mean().item() == pytest.approx(images.float().mean().item(), abs=1)
+def test_large_images_are_shrunk():
+    for side, shown in ((16, 16), (128, 128), (256, 128)):
+        images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+        smaller = validation.shrunk(images)
+        assert smaller.shape == (2, 3, shown, shown) and smaller.dtype == torch.uint8
+        assert smaller.float().mean().item() == pytest.approx(images.float().mean().item(), abs=1)
 
 
 def test_age_of_the_average_is_said_while_it_matters():
@@ -228,13 +226,13 @@ def test_age_of_the_average_is_said_while_it_matters():
         assert f"--ema_rate {rate:g}" in validation.about_average(rate, 10)
 
 
-def test_grid_and_levels_are_those_of_the_weights(inputs, validated):
+def test_grid_and_levels_are_those_of_the_weights(beside, validated):
     """Six steps: after the first and the ends of both epochs."""
     events = events_of(validated)
     grids = events.Images("validation/raw_and_average")
     assert [grid.step for grid in grids] == [1, 3, 6]
     checkpoint = load_checkpoint(validated / "checkpoint-last.pth")
-    tokenizer = Tokenizer(load_vae(inputs / "vae.ckpt"), checkpoint.config.latent_scale)
+    tokenizer = Tokenizer(load_vae(beside / "vae.ckpt"), checkpoint.config.latent_scale)
     pictures = []
     for key in ("model", "model_ema"):
         model = build_model(checkpoint.config, checkpoint, key).eval()
@@ -253,30 +251,20 @@ def test_grid_and_levels_are_those_of_the_weights(inputs, validated):
     assert b"of the classes ant, bee, cat." in text.string_val[0]
 
 
-def test_cached_latents_without_a_vae_have_no_grid_and_it_is_said_once(inputs, tmp_path, capsys):
-    train(inputs, tmp_path / "out", preview_freq=1, preview_iter=1)
-    assert capsys.readouterr().out.count("no preview images") == 1
-    tags = events_of(tmp_path / "out").Tags()
-    assert tags["images"] == [] and "levels/generated_ema" in tags["histograms"]
-
-
 # --- training goes on as without
 
 
-def test_validation_changes_nothing_of_the_training(trained, validated):
+def test_validation_changes_nothing_and_goes_from_the_first_step_to_the_last(trained, validated):
     assert_same_training(load(validated), load(trained))
-
-
-def test_curves_begin_with_the_first_step_and_end_with_the_last(validated):
     curves = scalars(validated)
     assert [step for step, _ in curves["validation/loss_ema"]] == [1, 2, 3, 4, 5, 6]
     assert curves["validation/loss_raw"][0][1] == pytest.approx(np.log(64), rel=0.3)
     assert curves["validation_ratio_raw/1.00"][-1][1] < curves["validation_ratio_raw/1.00"][0][1]
 
 
-def test_two_processes_validate_as_one(inputs, validated, tmp_path):
-    settings = VALIDATED | dict(val_path=inputs / "data" / "val", accum_iter=1)
-    argv = flags(inputs, TRAIN_FLAGS, settings, output_dir=tmp_path / "out")
+def test_two_processes_validate_as_one(beside, validated, tmp_path):
+    settings = VALIDATED | dict(val_path=beside / "data" / "val", accum_iter=1)
+    argv = flags(beside, TRAIN_FLAGS, settings, output_dir=tmp_path / "out")
     result = on_processes(2, "main_tokenbridge.py", *argv)
     assert result.returncode == 0, result.stderr
     assert_same_training(load(tmp_path / "out"), load(validated))
@@ -284,9 +272,9 @@ def test_two_processes_validate_as_one(inputs, validated, tmp_path):
 
 
 def test_killed_between_a_checkpoint_and_its_validation_has_both_in_the_end(
-    inputs, validated, tmp_path, monkeypatch
+    beside, validated, tmp_path, monkeypatch
 ):
-    settings = VALIDATED | dict(val_path=inputs / "data" / "val")
+    settings = VALIDATED | dict(val_path=beside / "data" / "val")
 
     def save_and_die(saver, step, state):
         saver._write(step, state(), 0.0)
@@ -294,7 +282,7 @@ def test_killed_between_a_checkpoint_and_its_validation_has_both_in_the_end(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(CheckpointSaver, "save", save_and_die)
-        train(inputs, tmp_path / "out", save_last_freq=1, **settings)
-    resumed = train(inputs, tmp_path / "out", resume="auto", **settings)
+        train(beside, tmp_path / "out", save_last_freq=1, **settings)
+    resumed = train(beside, tmp_path / "out", resume="auto", **settings)
     assert_same_training(resumed, load(validated))
     assert scalars(tmp_path / "out") == scalars(validated)

@@ -2,8 +2,7 @@
 
 A checkpoint is a dict with the published keys `model`, `model_ema` (parameters only),
 `optimizer`, `epoch`, `scaler`, and ours: `step`, `schedule` (what a step is made of), `config`
-(the model's settings), `classes`, `vae_sha256`, `args`. It is read by the published code, and the
-published code's are read here. `util.saver` writes them.
+(the model's settings), `classes`, `vae_sha256`, `args`. `util.saver` writes them.
 """
 
 import errno
@@ -12,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -36,32 +36,22 @@ WEIGHT_KEYS = {"ema": "model_ema", "model": "model"}
 STEP_FILES = f"checkpoint-step{'[0-9]' * 8}.pth"
 EPOCH_FILES = f"checkpoint-epoch{'[0-9]' * 4}.pth"
 # Of a network's file system, of permissions and limits; not of what a file holds.
-OUT_OF_REACH = (
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EMFILE,
-    errno.ENFILE,
-)
+OUT_OF_REACH = {errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: its path, the dict of the file, and the flag that named it."""
-
     path: Path
-    saved: dict
-    flag: str = "--resume"
+    saved: dict  # what is in the file
+    flag: str = "--resume"  # that named it
 
     @property
     def named(self) -> str:
-        """How messages begin."""
         return f"{self.flag} {self.path}"
 
     @property
     def begins(self) -> bool:
-        """Whether a training begins with its weights, and does not go on with its run."""
+        """Whether a training begins with its weights, without going on with its run."""
         return self.flag == FINETUNE
 
     @property
@@ -74,42 +64,32 @@ class Checkpoint:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes it was trained on, by label; none if it does not say."""
+        """Names of the classes it was trained on, by label, if it says."""
         return tuple(map(str, self.saved.get("classes") or ()))
 
     def weights(self, key: str) -> dict[str, Tensor]:
         """The state dict under `model` or `model_ema`."""
         state = self.saved.get(key)
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-            raise UserError(
-                f"{self.named}: no state dict {key!r} in it (it has {listed(self.saved)})"
-            )
+            raise UserError(f"{self.named}: no state dict {key!r} (it has {listed(self.saved)})")
         return state
 
     def key(self, kind: str) -> str:
         """Where the weights are that --eval_weights names. Raises UserError if it has others."""
-        kept = self.saved.get("weights", kind)
-        if kept != kind:
-            raise UserError(
-                f"{self.named} holds the {kept} weights alone; pass --eval_weights {kept}"
-            )
+        if (kept := self.saved.get("weights", kind)) != kind:
+            remedy = f"pass --eval_weights {kept}"
+            raise UserError(f"{self.named} holds the {kept} weights alone; {remedy}")
         return WEIGHT_KEYS[kind]
 
     def load_into(self, model: TokenBridge, key: str) -> None:
         """Load one of its state dicts; every tensor must match."""
-        state = self.weights(key)
-        rows, classes = len(state.get(CLASS_ROWS, ())), model.config.class_num
-        if rows not in (0, classes):
-            raise UserError(
-                f"{self.named} has {rows} classes, the model {classes} (--class_num); "
-                f"main_tokenbridge.py {FINETUNE} trains its weights on other classes"
-            )
+        state, classes = self.weights(key), model.config.class_num
+        if (rows := len(state.get(CLASS_ROWS, ()))) not in (0, classes):
+            remedy = f"main_tokenbridge.py {FINETUNE} trains its weights on other classes"
+            raise UserError(f"{self.named} has {rows} classes, not --class_num {classes}; {remedy}")
         broken = (n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all())
         if name := next(broken, None):
-            raise UserError(
-                f"{self.named}, {key!r}: {name} holds numbers that are not finite; take an earlier "
-                "checkpoint"
-            )
+            raise UserError(f"{self.named}, {key!r}: {name} is not finite; take an earlier one")
         with as_user_error(f"{self.named}, {key!r}"):
             model.load_published(state, head_input=model.config.head_input)
 
@@ -122,10 +102,8 @@ class Checkpoint:
             raise UserError(f"{self.named}: no TokenBridge model in it (it has {listed(state)})")
         about = ("classes", "vae_sha256", "config")
         saved = {key: self.saved[key] for key in about if key in self.saved}
-        kind = "ema" if keys[-1] == WEIGHT_KEYS["ema"] else "model"
-        return replace(
-            self, saved=saved | {"model": state, "weights": self.saved.get("weights", kind)}
-        )
+        kind = self.saved.get("weights", "ema" if keys[-1] == WEIGHT_KEYS["ema"] else "model")
+        return replace(self, saved=saved | {"model": state, "weights": kind})
 
     def fitted(
         self, config: TokenBridgeConfig, classes: list[str], seed: int
@@ -133,28 +111,27 @@ class Checkpoint:
         """Its class embedding and positions made those of a model, and what was done.
 
         classes: of the data, by label. Rows stay by the classes' names, where the file knows them;
-        else by number, unless the data have fewer classes than it: then labels mean nothing. The
-        other rows are drawn as at the start of a training.
+        else by number, unless the data have fewer classes than it. The others are drawn anew.
         """
         state, before = self.saved["model"], self.classes
         rows, width = state[CLASS_ROWS].shape
         if before and classes:
-            number = {name: i for i, name in enumerate(before[:rows])}
-            known = classes[: config.class_num]
-            kept = {i: number[name] for i, name in enumerate(known) if name in number}
+            number, own = {n: i for i, n in enumerate(before[:rows])}, classes[: config.class_num]
+            kept = {i: number[name] for i, name in enumerate(own) if name in number}
             how = "by name"
         else:
             fewer = 0 < len(classes) < rows
             kept = {} if fewer else {i: i for i in range(min(rows, config.class_num))}
             how = "by number, since the file names no classes" if classes else "by number"
             how += ", and the data have fewer" if fewer else ""
-        drawn = torch.randn(config.class_num, width, generator=torch.Generator().manual_seed(seed))
-        table = drawn * 0.02
+        generator = torch.Generator().manual_seed(seed)
+        table = torch.randn(config.class_num, width, generator=generator) * 0.02
         for i, row in kept.items():
             table[i] = state[CLASS_ROWS][row]
         new = [name for i, name in enumerate(classes) if i not in kept]
-        notes = [f"class embedding: {len(kept)} of {rows} rows kept {how}; "]
-        notes[0] += f"{config.class_num - len(kept)} new" + (f" ({listed(new)})" if new else "")
+        named = f" ({listed(new)})" if new else ""
+        drawn = f"{config.class_num - len(kept)} new{named}"
+        notes = [f"class embedding: {len(kept)} of {rows} rows kept {how}; {drawn}"]
         sides = [math.isqrt(state[POSITIONS[-1]].shape[1]), config.grid_size]
         if sides[0] != sides[1]:
             notes.append("positions interpolated from {0} x {0} to {1} x {1}".format(*sides))
@@ -162,7 +139,7 @@ class Checkpoint:
         return replace(self, saved=self.saved | {"model": state, "classes": classes}), notes
 
     def release(self) -> None:
-        """Let go of the tensors, which would stay in memory as long as the run."""
+        """Let go of the tensors."""
         for key in ("model", "model_ema", "optimizer"):
             self.saved.pop(key, None)
 
@@ -171,44 +148,38 @@ class Checkpoint:
     ) -> None:
         """Load all but the model itself. Weights of one kind alone are also the average's first."""
         if "optimizer" in self.saved or "model_ema" in self.saved:
-            averages = self.weights("model_ema")
             with as_user_error(f"{self.named}, 'model_ema'"):
-                ema.load_state_dict(averages)
+                ema.load_state_dict(self.weights("model_ema"))
         if "optimizer" not in self.saved:
             return
         damaged = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
-        with as_user_error(f"{self.named}, 'optimizer'", damaged):
+        with as_user_error(f"{self.named}, 'optimizer' or 'scaler'", damaged):
             load_moments(optimizer, self.saved["optimizer"])
-        if self.saved.get("scaler"):
-            with as_user_error(f"{self.named}, 'scaler'", damaged):
+            if self.saved.get("scaler"):
                 scaler.load_state_dict(self.saved["scaler"])
 
     def argument(self, name: str):
-        """A flag of the run that wrote it; None if it does not say."""
+        """A flag of the run that wrote it, if it says."""
         args = self.saved.get("args")
         return args.get(name) if isinstance(args, dict) else None
 
     def last_rate(self) -> float | None:
-        """The learning rate of the step before it was saved; None if it does not say."""
-        try:
+        """The learning rate of the step before it was saved, if it says."""
+        with suppress(LookupError, TypeError, ValueError):
             return float(self.saved["optimizer"]["param_groups"][0]["lr"])
-        except (LookupError, TypeError, ValueError):
-            return None
 
     def whole_number(self, name: str) -> int:
         """`epoch`, `step`, ... as the file has it. Raises UserError if it is none."""
         value = self.saved.get(name)
-        if not isinstance(value, Integral) or isinstance(value, bool):
-            found = repr(value)[:60]
-            raise UserError(f"{self.named}: {name!r} is {found}, not a whole number")
+        if not isinstance(value, Integral):
+            raise UserError(f"{self.named}: {name!r} is {value!r:.60}, not a whole number")
         return int(value)
 
 
 def load_checkpoint(path: Path, remedy: str = "", flag: str = "--resume") -> Checkpoint:
-    """Read a checkpoint, its checksums compared, without executing anything in it.
+    """Read a checkpoint, its checksums compared. A state dict alone is its raw weights.
 
-    A state dict alone is one with the raw weights alone. remedy: what else to say to the user of a
-    damaged one.
+    remedy: what else to say to the user of a damaged one.
     """
     try:
         saved = load_tensors(path, flag, wide=True)
@@ -218,25 +189,23 @@ def load_checkpoint(path: Path, remedy: str = "", flag: str = "--resume") -> Che
     tensors = isinstance(bare, dict) and all(isinstance(value, Tensor) for value in bare.values())
     if "model" not in saved and tensors and bare:
         saved = {"model": bare, "weights": "model"}
-    for key in ("model", "model_ema"):
-        if isinstance(saved.get(key), dict):
-            with as_user_error(f"{flag} {path}, {key!r}"):
-                saved[key], stripped = unwrapped(saved[key])
-            if stripped:
-                dist.print_main(f"{flag} {path}, {key!r}: read without {stripped} in its names")
+    for key in [key for key in ("model", "model_ema") if isinstance(saved.get(key), dict)]:
+        with as_user_error(f"{flag} {path}, {key!r}"):
+            saved[key], stripped = unwrapped(saved[key])
+        if stripped:
+            dist.print_main(f"{flag} {path}, {key!r}: read without {stripped} in its names")
     return Checkpoint(path, saved, flag)
 
 
 def load_exported(folder: Path, flag: str) -> Checkpoint:
-    """A folder of util.export: weights alone, of one kind, which stand for both kinds."""
+    """A folder of util.export: weights of one kind, which stand for both kinds."""
     with as_user_error(flag, (ValueError, OSError)):
         model = TokenBridge.from_pretrained(folder)
     state = model.published_state_dict()
     averaged = {name: state[name] for name, _ in model.published_parameters()}
     saved = {"model": state, "model_ema": averaged, "config": model.config.to_dict()}
-    known = {name: value for name, value in asdict(model.origin).items() if value is not None}
-    if "classes" in known:
-        known["classes"] = list(known["classes"])
+    origin = {name: value for name, value in asdict(model.origin).items() if value is not None}
+    known = {name: list(v) if isinstance(v, tuple) else v for name, v in origin.items()}
     return Checkpoint(folder / WEIGHTS, saved | known, flag)
 
 
@@ -250,54 +219,46 @@ def find_checkpoint(
     """The checkpoint that --resume or another flag names: a folder, a file, a folder of
     util.export, or "auto", the newest whole one of --output_dir.
 
-    None if there is none yet in the output folder of the run, which the published commands name
-    from the first start on. Raises UserError if it is missing anywhere else, or damaged.
+    None if there is none yet in --output_dir, which the published commands name from the first
+    start on. Raises UserError if it is missing anywhere else, or damaged.
     """
     folder = Path(output_dir)
     if resume == AUTO:
-        newest = newest_whole(folder, read_only)
-        if newest is None and must_exist:
+        if (checkpoint := newest_whole(folder, read_only)) is None and must_exist:
             raise UserError(f"--resume auto: no whole checkpoint in --output_dir {output_dir}")
-        return newest
+        return checkpoint
     path = Path(resume)
-    if path.is_file():
-        if path.name == WEIGHTS:
-            raise UserError(f"{flag} {resume} needs its {CONFIG}; name the folder of both")
-        return load_checkpoint(path, flag=flag)
+    if path.name == WEIGHTS and path.is_file():
+        raise UserError(f"{flag} {resume} needs its {CONFIG}; name the folder of both")
     own = path.resolve() == folder.resolve()
     # Killed between a checkpoint and its second name, a run has a newer one than LAST.
-    newest = saved_in(folder)[:1] if own else []
-    if newest:
+    if own and (newest := saved_in(folder)):
         return load_checkpoint(newest[0], "; --resume auto takes the newest whole one")
-    if (path / LAST).is_file():
-        return load_checkpoint(path / LAST, flag=flag)
+    for file in (path, path / LAST):
+        if file.is_file():
+            return load_checkpoint(file, flag=flag)
     if (path / WEIGHTS).is_file():
         return load_exported(path, flag)
     if own and not must_exist:
         return None
     what = f"holds no {LAST}" if path.is_dir() else "does not exist"
-    raise UserError(
-        f"{flag} {resume} {what}; name a folder with a {LAST}, a .pth file, or "
-        "a folder of util.export"
-    )
+    raise UserError(f"{flag} {resume} {what}; name a folder with one, a .pth file, or an export")
 
 
 def saved_in(folder: Path) -> list[Path]:
     """The checkpoints of a run, newest first; a file that has several names once."""
-    steps = sorted(folder.glob(STEP_FILES), reverse=True)
-    others = [folder / LAST, *sorted(folder.glob(EPOCH_FILES), reverse=True)]
+    steps, epochs = (sorted(folder.glob(f), reverse=True) for f in (STEP_FILES, EPOCH_FILES))
     kept: list[Path] = []
-    for path in (*steps, *others):
+    for path in (*steps, folder / LAST, *epochs):
         if path.is_file() and not any(path.samefile(other) for other in kept):
             kept.append(path)
     return kept
 
 
 def newest_whole(folder: Path, read_only: bool = False) -> Checkpoint | None:
-    """The newest checkpoint that can be read; damaged ones are named and set aside.
+    """The newest checkpoint that can be read, the same for all; damaged ones are set aside.
 
-    The main process chooses, so that all take the same. read_only: change nothing in the folder;
-    the newest one must be whole then.
+    read_only: change nothing in the folder; the newest one must be whole then.
     """
     found = None
     if dist.is_main():
@@ -306,7 +267,7 @@ def newest_whole(folder: Path, read_only: bool = False) -> Checkpoint | None:
                 found = load_checkpoint(path)
                 break
             except UserError as error:
-                if read_only or is_out_of_reach(error):
+                if read_only or _is_out_of_reach(error):
                     raise
                 aside = path.with_name(path.name + ".damaged")
                 os.replace(path, aside)
@@ -315,26 +276,22 @@ def newest_whole(folder: Path, read_only: bool = False) -> Checkpoint | None:
             with as_user_error(f"--output_dir {folder}: cannot write", (OSError,)):
                 give_name(found.path, folder / LAST)
     path = dist.gather_objects(found.path if found else None)[0]
-    # Those set aside before count: the next attempt must not begin from scratch without a word.
+    # Those set aside before count: the next attempt must not begin from scratch.
     lost = dist.is_main() and found is None and any(folder.glob("checkpoint-*.pth.damaged"))
     if any(dist.gather_objects(lost)):
-        raise UserError(
-            f"--resume auto: all checkpoints in {folder} are damaged (NAME.damaged); mend one and "
-            "give it its name back, or name another --output_dir"
-        )
-    if path is None or found is not None:
-        return found
-    return load_checkpoint(path)
+        remedy = "give a mended one its name back, or name another --output_dir"
+        raise UserError(f"--resume auto: all checkpoints in {folder} are damaged; {remedy}")
+    return found if path is None or found is not None else load_checkpoint(path)
 
 
-def is_out_of_reach(error: UserError) -> bool:
+def _is_out_of_reach(error: UserError) -> bool:
     """Whether `load_checkpoint` failed where the file may be whole: tomorrow it can be read."""
     causes = (error.__cause__, getattr(error.__cause__, "__cause__", None))
     return any(isinstance(cause, OSError) and cause.errno in OUT_OF_REACH for cause in causes)
 
 
 def give_name(path: Path, name: Path) -> None:
-    """Let a whole file have a second name, at once and without a copy where links exist."""
+    """Let a whole file have a second name, without a copy where links exist."""
     if name.exists() and name.samefile(path):
         return
     temporary = name.with_name(f".{name.name}.tmp")
@@ -365,7 +322,6 @@ def refuse_other_run(output_dir: str, checkpoint: Checkpoint | None) -> None:
         if newest is None or checkpoint.saved.get("step", 0) >= int(newest[1]):
             return
     begun = "from scratch" if checkpoint is None else f"from {checkpoint.path}"
-    raise UserError(
-        f"--output_dir {output_dir} holds {found[0].name}, which a run {begun} would replace; pass "
-        "--resume auto to go on with it, name another folder, or move its checkpoints away"
-    )
+    remedy = "pass --resume auto to go on with it, or name another folder"
+    holds = f"--output_dir {output_dir} holds {found[0].name}"
+    raise UserError(f"{holds}, which a run {begun} would replace; {remedy}")

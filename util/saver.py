@@ -1,11 +1,8 @@
 """Saving checkpoints while training goes on: copied to host memory, written in the background.
 
-    OUTPUT/checkpoint-step00001200.pth   the last --keep_checkpoints of these stay
-    OUTPUT/checkpoint-epoch0040.pth      milestones (--save_every), never removed
-    OUTPUT/checkpoint-last.pth           the newest; another name of the same file
-
-A file takes its name when it is whole and on the disk, so each of these is whole whatever
-happens; only the main process writes.
+OUTPUT/checkpoint-step00001200.pth   the last --keep_checkpoints of these stay
+OUTPUT/checkpoint-epoch0040.pth      milestones (--save_every), never removed
+OUTPUT/checkpoint-last.pth           the newest; another name of the same file
 """
 
 import math
@@ -19,6 +16,7 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_with_path
 
 from util import dist
 from util.checkpoint import LAST, STEP_FILES, give_name
@@ -44,63 +42,48 @@ class HostCopy:
     """Copies a nested dict of tensors into host memory that is kept for the next time."""
 
     def __init__(self):
-        self.buffers: dict[tuple, Tensor] = {}
+        self.buffers: dict[tuple, Tensor] = {}  # by place, shape and type
 
     def __call__(self, state: dict) -> dict:
-        copied = self._copy(state, ())
+        copied = tree_map_with_path(self._copy, state)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # all copies at once, not one by one
+            torch.cuda.synchronize()  # all copies at once
         return copied
 
-    def _copy(self, value, path: tuple):
-        if isinstance(value, dict):
-            return {key: self._copy(entry, (*path, key)) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
-            return type(value)(self._copy(entry, (*path, i)) for i, entry in enumerate(value))
+    def _copy(self, path: tuple, value):
         if not isinstance(value, Tensor):
             return value
-        buffer = self.buffers.get(path)
-        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-            self.buffers[path] = buffer
-        return buffer.copy_(value.detach(), non_blocking=value.is_cuda)
+        key = (path, value.shape, value.dtype)
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return self.buffers[key].copy_(value.detach(), non_blocking=value.is_cuda)
 
 
 class CarefulFile:
-    """A file whose failure to write is raised by `check`, not in the middle of torch.save.
-
-    torch's writer ends the process if it cannot finish its archive.
-    """
+    """A file whose failure to write is its `error`: torch.save would end the process."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.error = file, None
 
     def write(self, data) -> int:
-        if self.error is None:
-            try:
+        try:
+            if self.error is None:
                 self.file.write(data)
-            except OSError as error:
-                self.error = error
+        except OSError as error:
+            self.error = error
         return len(data)
 
     def flush(self) -> None:
         """torch.save asks for it; `atomic_write` does it."""
 
-    def check(self) -> None:
-        if self.error is not None:
-            raise self.error
-
 
 class CheckpointSaver:
-    """`due` says whether to save, `save` does it, `close` waits for the last one.
-
-    A failure to write is reported, training goes on, and what was saved before stays.
-    """
+    """A failure to write is reported, training goes on, and what was saved before stays."""
 
     def __init__(self, settings: SaveSettings, steps_per_epoch: int, first_step: int):
         self.settings, self.steps_per_epoch = settings, steps_per_epoch
         self.copy = HostCopy()
-        self.writing: threading.Thread | None = None
+        self.writing = threading.Thread()
         self.failure: str | None = None
         self.saved_step = first_step  # the newest that was handed over, or the run began with
         self.saved_at = time.monotonic()
@@ -108,29 +91,23 @@ class CheckpointSaver:
 
     def ends_epoch(self, step: int) -> bool:
         """Whether an epoch ends there after which to save, on all processes alike."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return position == 0 and (epoch % self.settings.last_freq == 0 or self._milestone(step))
+        often = self.settings.last_freq, self.settings.milestones
+        return any(self._ends(step, epochs) for epochs in often)
+
+    def _ends(self, step: int, epochs: int) -> bool:
+        return bool(epochs) and step % (epochs * self.steps_per_epoch) == 0
 
     def due(self, step: int) -> bool:
-        """Whether to save after so many steps. While a file is being written, steps and minutes
-        wait for it; the ends of epochs do not. Of steps and minutes, the main process decides.
+        """Whether to save after so many steps. Of steps and minutes, which wait for a file that is
+        being written, the main process decides.
         """
-        settings = self.settings
         if self.ends_epoch(step):
             return True
-        if not dist.is_main() or (self.writing is not None and self.writing.is_alive()):
+        if not dist.is_main() or self.writing.is_alive():
             return False
-        since = step - self.saved_step
-        late = settings.minutes and time.monotonic() - self.saved_at > 60 * settings.minutes
-        return bool(late or (settings.steps and since >= settings.steps))
-
-    def _milestone(self, step: int) -> bool:
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return (
-            position == 0
-            and bool(self.settings.milestones)
-            and (epoch % self.settings.milestones == 0)
-        )
+        steps, minutes = self.settings.steps, self.settings.minutes
+        late = minutes and time.monotonic() - self.saved_at > 60 * minutes
+        return bool(late or (steps and step - self.saved_step >= steps))
 
     def save(self, step: int, state: Callable[[], dict]) -> None:
         """state: makes the dict to save; its tensors are copied before this returns."""
@@ -139,50 +116,43 @@ class CheckpointSaver:
         self.wait()
         began = time.monotonic()
         copied = self.copy(state())
-        stalled = time.monotonic() - began
         self.saved_step, self.saved_at = step, time.monotonic()
-        self.writing = threading.Thread(target=self._write, args=(step, copied, stalled))
+        arguments = (step, copied, self.saved_at - began)
+        self.writing = threading.Thread(target=self._write, args=arguments)
         self.writing.start()
 
     def _write(self, step: int, state: dict, stalled: float) -> None:
         path = self.settings.folder / f"checkpoint-step{step:08d}.pth"
         began = time.monotonic()
         try:
-            broken = [name for name, t in state["model"].items() if not t.isfinite().all()]
-            if broken:
+            if broken := [name for name, t in state["model"].items() if not t.isfinite().all()]:
                 raise ValueError(f"the weights are not finite any more ({broken[0]})")
             write_checkpoint(path, state)
             give_name(path, self.settings.folder / LAST)
-            if self._milestone(step):
+            if self._ends(step, self.settings.milestones):
                 epoch = step // self.steps_per_epoch
                 give_name(path, self.settings.folder / f"checkpoint-epoch{epoch:04d}.pth")
             self._remove_old(path)
         except Exception as error:  # nobody else would hear of it, and training need not end
             self.failure = f"checkpoint of step {step} was not saved: {error}"
-            print(
-                f"{self.failure}; training goes on, earlier ones stay", file=sys.stderr, flush=True
-            )
+            print(f"{self.failure}; training goes on", file=sys.stderr, flush=True)
             return
         self.failure = None
-        print(
-            f"saved {path.name} (training waited {stalled:.2f} s, "
-            f"written in {time.monotonic() - began:.2f} s)",
-            flush=True,
-        )
+        seconds = f"{stalled:.2f} s, written in {time.monotonic() - began:.2f} s"
+        print(f"saved {path.name} (training waited {seconds})", flush=True)
 
     def _remove_old(self, newest: Path) -> None:
-        others = sorted(p for p in newest.parent.glob(STEP_FILES) if p.name != newest.name)
-        older = [p for p in others if p.name < newest.name]
-        # With a larger global batch a run goes on at a smaller step: files of the steps before
-        # would be taken for newer ones, at every restart.
-        replaced = others[len(older) :]
-        for path in (*replaced, *older[: max(0, len(older) + 1 - self.settings.keep)]):
+        files = sorted(newest.parent.glob(STEP_FILES))
+        own = files.index(newest) + 1
+        # With a larger global batch a run goes on at a smaller step: files of later steps would be
+        # taken for newer ones, at every restart.
+        for path in (*files[own:], *files[: max(0, own - self.settings.keep)]):
             path.unlink()
 
     def wait(self, timeout: float = math.inf) -> None:
         """Until the file that is being written is on the disk, or for so many seconds."""
         deadline = time.monotonic() + timeout
-        while self.writing is not None and self.writing.is_alive() and time.monotonic() < deadline:
+        while self.writing.is_alive() and time.monotonic() < deadline:
             self.writing.join(1.0)
             if timeout == math.inf:
                 dist.beat("writing a checkpoint")
@@ -195,11 +165,12 @@ class CheckpointSaver:
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
-    """Write a file whole or not at all, after removing what killed processes have left."""
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for unfinished in path.parent.glob(".checkpoint-*.tmp"):
-        unfinished.unlink()
+    for left in path.parent.glob(".checkpoint-*.tmp"):  # by killed processes
+        left.unlink()
     with atomic_write(path) as file:
         careful = CarefulFile(file)
         torch.save(state, careful)
-        careful.check()
+        if careful.error is not None:
+            raise careful.error

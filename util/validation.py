@@ -1,9 +1,8 @@
 """Validation while training: loss on images never trained on, sample images, use of the levels.
 
-After the first step, every so many steps and after the last one. What is random about image i (its
-latents' noise, its order of positions) is a function of i alone, and nothing is drawn from a global
-generator: curves are comparable over a run and between runs, and training goes on as if nothing had
-been measured. All processes share the work; figures do not depend on their number.
+What is random about image i (its latents' noise, its order of positions) is a function of i alone,
+and nothing is drawn from a global generator: curves are comparable, and training goes on as if
+nothing had been measured. All processes share the work; figures do not depend on their number.
 Letters: N images, R mask ratios, C latent channels, L positions, K levels, B images of a batch.
 """
 
@@ -43,9 +42,6 @@ FORGOTTEN = 0.01  # share of the initial weights below which nobody sees it
 Data = ImageDataset | CachedLatents
 
 
-# --- images
-
-
 @dataclass(frozen=True)
 class ValidationSet:
     """dataset: what is never trained on. labels: the training's, by those of the dataset."""
@@ -55,16 +51,8 @@ class ValidationSet:
     source: str
 
 
-def subset(dataset: Data, chosen: list[int]) -> Data:
-    """The images of those numbers."""
-    if isinstance(dataset, ImageDataset):
-        samples = [dataset.samples[i] for i in chosen]
-        return ImageDataset(samples, dataset.size, dataset.on_bad, dataset.max_pixels)
-    return dataset.subset(chosen)
-
-
 def evenly_spread(count: int, most: int) -> list[int]:
-    """At most so many numbers below count, evenly spread: lists of images are sorted by class."""
+    """At most so many numbers below count, evenly spread, as lists are sorted by class."""
     most = min(count, most)
     return [(2 * i + 1) * count // (2 * most) for i in range(most)]
 
@@ -90,9 +78,6 @@ def read_latents(
         labels.append(label)
     joined = torch.cat(latents) if latents else torch.empty(0)
     return joined, torch.tensor(labels, dtype=torch.int64)
-
-
-# --- loss
 
 
 def validation_masks(numbers: list[int], config: TokenBridgeConfig) -> Tensor:
@@ -144,25 +129,18 @@ class ValidationBatch:
     masks: Tensor  # [R, B, L]
 
 
-# --- the whole
-
-
 @dataclass(frozen=True)
 class ValidationSettings:
-    """When to validate, in steps (0 is never), and what to draw.
-
-    loss_images: of the validation set, at most. last_step: of the whole run. samples: images, of
-    fixed classes and noise. classes: that are drawn; None is all of the model's. names: of all.
-    """
+    """When to validate, in steps (0 is never), and what to draw."""
 
     loss_every: int
-    loss_images: int
+    loss_images: int  # of the validation set, at most
     samples_every: int
-    samples: int
-    last_step: int
+    samples: int  # images, of fixed classes and noise
+    last_step: int  # of the whole run
     sampling: SamplingOptions
-    classes: Sequence[int] | None = None
-    names: Sequence[str] = ()
+    classes: Sequence[int] | None = None  # that are drawn; None is all of the model's
+    names: Sequence[str] = ()  # of all classes
 
     def due(self, done: int, every: int) -> bool:
         return bool(every) and (done % every == 0 or done in (1, self.last_step))
@@ -194,15 +172,12 @@ class Validation:
         count = len(images.dataset) if images is not None else 0
         self.numbers = evenly_spread(count, settings.loss_images)
 
-    def loss_due(self, done: int) -> bool:
-        return bool(self.numbers) and self.settings.due(done, self.settings.loss_every)
-
-    def samples_due(self, done: int) -> bool:
-        return self.settings.due(done, self.settings.samples_every)
-
     def due(self, done: int) -> bool:
         """Whether to validate after so many steps, on all processes alike."""
-        return self.loss_due(done) or self.samples_due(done)
+        return self.loss_due(done) or self.settings.due(done, self.settings.samples_every)
+
+    def loss_due(self, done: int) -> bool:
+        return bool(self.numbers) and self.settings.due(done, self.settings.loss_every)
 
     def __call__(self, model: TokenBridge, ema: EMA, log: TrainingLog, done: int) -> None:
         """Measure, draw and log. A signal that asks to stop cuts it short, on any process."""
@@ -213,7 +188,7 @@ class Validation:
                         losses = self.loss(model)
                     if losses is not None:
                         log.scalars(as_scalars(losses, weights, model.config), done)
-            if self.samples_due(done):
+            if self.settings.due(done, self.settings.samples_every):
                 self._draw(model, ema, log, done)
         dist.barrier()
         log.restart()  # validation is not training time
@@ -236,7 +211,7 @@ class Validation:
     def loss(self, model: TokenBridge) -> Tensor | None:
         """Loss at every ratio of every channel, [R, C] float64, on the main process.
 
-        The same on any number of processes. None elsewhere, and if a signal asks to stop.
+        None elsewhere, and if a signal asks to stop.
         """
         self.config, parts = model.config, []
         with evaluation_mode(model):
@@ -313,14 +288,8 @@ def count_levels(model: TokenBridge, latents: Tensor) -> Tensor:
     return level_counts(indices, model.quantizer.levels).cpu()
 
 
-# --- pictures
-
-
 def shrunk(images: Tensor) -> Tensor:
-    """uint8 [N, 3, H, H] -> at most LARGEST pixels a side.
-
-    At 256 px, a grid of whole images at every validation would fill gigabytes of logs.
-    """
+    """uint8 [N, 3, H, H] -> at most LARGEST pixels a side, lest the logs fill gigabytes."""
     if images.shape[-1] <= LARGEST:
         return images
     smaller = torch.nn.functional.interpolate(images.float(), size=(LARGEST,) * 2, mode="area")
@@ -328,10 +297,7 @@ def shrunk(images: Tensor) -> Tensor:
 
 
 def about_average(rate: float, steps: int) -> str:
-    """The age of the average, in words that explain what its images look like.
-
-    Early in a run it still holds much of the initial weights, and draws grey or black.
-    """
+    """The age of the average, in words that explain what its images look like."""
     share = rate**steps  # of the initial weights
     counted = f"{steps:,} step{'s' * (steps != 1)}"
     text = f"The average at --ema_rate {rate:g} after {counted}: "

@@ -2,41 +2,28 @@
 
 What is whole when a job is killed is not written again, on whatever number of processes it goes on.
 A step is an image; lost are those that had to be encoded a second time.
+As a program this is main_cache.py, which also adds a byte to the file ENCODED for every image.
 """
 
+import os
 import random
 import signal
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
-from main_cache import QUEUED
-from models.tokenizers.kl16 import AutoencoderKL
+import main_cache
 from tests.faults.harness import Job, Row, send
-from tests.runs import free_port
-from util.vae import save_vae
+from tests.runs import CACHE_FLAGS, CLASSES, IMAGES, flags
+from util.dist import run
 
-SCRIPT = "tests.faults.count_cache"
-SIZE, IMAGES, SHARD, BATCH = 16, 60, 4, 2
+SCRIPT = "tests.faults.caching"
+SHARD, BATCH = 4, 2
+COUNT = IMAGES * len(CLASSES)
 # Images that a killed process has encoded in vain: the shard that it writes, the batches that wait.
-MOST_LOST = SHARD + QUEUED * BATCH
+MOST_LOST = SHARD + main_cache.QUEUED * BATCH
 MOST_KILLS = 5  # of one cache, before it may come to its end
 LATER = 0.05  # seconds, in which a shard is encoded, written and named
 LOSS_GRACE = 60.0  # seconds until torchrun must have ended after a worker's death
-
-
-def make_images(folder: Path) -> None:
-    """data/train/{ant,bee,cat}/00.png ... and vae.ckpt."""
-    rng = np.random.default_rng(0)
-    for i in range(IMAGES):
-        path = folder / "data" / "train" / ("ant", "bee", "cat")[i % 3] / f"{i:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), np.uint8)).save(path)
-    torch.manual_seed(0)
-    save_vae(folder / "vae.ckpt", AutoencoderKL(4, (1, 1), ch=32, num_res_blocks=1))
 
 
 class Caching:
@@ -45,16 +32,11 @@ class Caching:
     def __init__(self, inputs: Path, folder: Path, form: str):
         self.folder = folder
         self.log, self.encoded = folder.with_suffix(".log"), folder.with_suffix(".encoded")
-        flags = dict(data_path=inputs / "data", vae_path=inputs / "vae.ckpt", cached_path=folder)
-        flags |= dict(format=form, shard_size=SHARD, img_size=SIZE, batch_size=BATCH)
-        flags |= dict(num_workers=1, device="cpu")
-        self.argv = [part for name, value in flags.items() for part in (f"--{name}", value)]
+        changes = dict(format=form, shard_size=SHARD, batch_size=BATCH, num_workers=1)
+        self.argv = flags(inputs, CACHE_FLAGS, changes, cached_path=folder)
 
     def start(self, processes: int) -> Job:
-        launch = []
-        if processes > 1:
-            launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-            launch += [f"--master_port={free_port()}"]
+        launch = Job.torchrun(processes)
         return Job(*launch, "-m", SCRIPT, *self.argv, log=self.log, ENCODED=self.encoded)
 
     def finish(self, processes: int = 1) -> dict[str, bytes]:
@@ -75,17 +57,10 @@ class Caching:
         there = {str(path): path.stat() for path in files if path.exists()}
         return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in there.items()}
 
-    def unfinished_bytes(self) -> int:
-        """In files that never got their names."""
-        return sum(path.stat().st_size for path in self.folder.rglob(".*.tmp"))
-
-    def encoded_twice(self) -> int:
-        return self.encoded.stat().st_size - IMAGES
-
 
 def kill_once(caching: Caching, processes: int, rng: random.Random) -> bool:
     """Start it and kill it when some more files are there; false if it was done before."""
-    job, enough = caching.start(processes), caching.entries() + rng.randint(1, 12)
+    job, enough = caching.start(processes), caching.entries() + rng.randint(1, 8)
     if not job.wait_for(lambda: caching.entries() >= enough):
         assert job.end() == 0, job.printed()[-2000:]
         return False
@@ -102,34 +77,49 @@ def kill_once(caching: Caching, processes: int, rng: random.Random) -> bool:
 def harm(
     caching: Caching, kills: int, processes: tuple[int, ...], rng: random.Random, row: Row
 ) -> None:
-    """Kill one cache's jobs, then let the last one end. Counts all but what survived."""
+    """Kill one cache's jobs. Counts all but what survived."""
     kept: dict[str, tuple[int, int]] = {}
     for _ in range(kills):
         if not kill_once(caching, rng.choice(processes), rng):
             break
         row.injected += 1
-        row.bytes_lost += caching.unfinished_bytes()
+        row.bytes_lost += sum(path.stat().st_size for path in caching.folder.rglob(".*.tmp"))
         found = caching.whole()
         assert kept.items() <= found.items(), "what was whole was written again"
         kept = found
 
 
 def kill_caching(
-    folder: Path, kills: int, seed: int, processes: tuple[int, ...] = (1, 1, 2)
+    inputs: Path, folder: Path, kills: int, seed: int, processes: tuple[int, ...] = (1, 1, 2)
 ) -> Row:
     """kill -9 at random moments of caching, of both forms. processes: of a job, drawn for each."""
-    inputs, rng, row = folder / "images", random.Random(seed), Row("kill -9 while caching")
-    make_images(inputs)
+    rng, row = random.Random(seed), Row("kill -9 while caching")
     expected, number = {}, 0
     while row.injected < kills:
         form, number = ("npy", "npz")[number % 2], number + 1
         if form not in expected:
             expected[form] = Caching(inputs, folder / f"undisturbed-{form}", form).finish()
-        caching, before = Caching(inputs, folder / f"cache-{number}", form), row.injected
+        caching, before = Caching(inputs, folder / f"cache-{seed}-{number}", form), row.injected
         most = min(rng.randint(1, MOST_KILLS), kills - row.injected)
         harm(caching, most, processes, rng, row)
         if caching.finish(rng.choice(processes)) == expected[form]:
             row.survived += row.injected - before
-        row.steps_lost += caching.encoded_twice()
+        row.steps_lost += caching.encoded.stat().st_size - COUNT
     row.result = "same bytes" if row.survived == row.injected else "OTHER BYTES"
     return row
+
+
+def count_encoded() -> None:
+    encode = main_cache.encode
+
+    def counted(vae, images):
+        with open(os.environ["ENCODED"], "ab") as file:
+            file.write(b"." * len(images))
+        return encode(vae, images)
+
+    main_cache.encode = counted
+
+
+if __name__ == "__main__":
+    count_encoded()
+    run(main_cache.main)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.conftest import ROOT, environment
+from tests.runs import free_port
 
 TIMEOUT = 300.0
 LIMITED = """
@@ -32,10 +33,6 @@ class Row:
     steps_lost: int = 0
     bytes_lost: int = 0
     result: str = ""
-
-    def cells(self) -> tuple[str, ...]:
-        lost = f"{self.steps_lost}", f"{self.bytes_lost}"
-        return (self.fault, f"{self.injected}", f"{self.survived}", *lost, self.result)
 
 
 class Job:
@@ -60,18 +57,19 @@ class Job:
             )
         self.begins_at, self.ends_at = log.stat().st_size, None
 
+    @staticmethod
+    def torchrun(processes: int, restarts: int = 0) -> list[str]:
+        """The words before a script that start so many processes of it."""
+        launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        launch += [f"--master_port={free_port()}", f"--max-restarts={restarts}"]
+        return launch if processes > 1 else []
+
     def printed(self) -> str:
         """What it has printed so far; the file may go on with its successor's."""
         with self.log.open("rb") as file:
             file.seek(self.begins_at)
             length = -1 if self.ends_at is None else self.ends_at - self.begins_at
             return file.read(length).decode(errors="replace")
-
-    def __enter__(self) -> "Job":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.kill()
 
     @property
     def running(self) -> bool:
@@ -100,11 +98,11 @@ class Job:
         """The exit code, when it has ended by itself."""
         try:
             self.process.wait(timeout)
-            self.ends_at = self.log.stat().st_size
-            return self.process.returncode
         except subprocess.TimeoutExpired:
             self.kill()
             raise TimeoutError(f"no end after {timeout:.0f} s:\n{self.printed()[-2000:]}") from None
+        self.ends_at = self.log.stat().st_size
+        return self.process.returncode
 
     def workers(self, script: str) -> list[int]:
         """The children of torchrun that run a script, in the order of their ranks."""
@@ -117,10 +115,9 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def command_line(pid: int) -> str:
-    try:
+    with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""
+    return ""
 
 
 def children(pid: int) -> list[int]:

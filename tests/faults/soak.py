@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import astuple
 from functools import partial
 from pathlib import Path
 
@@ -17,15 +18,16 @@ from tests.faults.harness import Row
 from tests.runs import make_inputs
 
 HEAD = ("fault", "injected", "survived", "steps lost", "bytes lost", "result")
+LINE = "{:43}  {:>8}  {:>8}  {:>10}  {:>10}  {}"
 
 
 def scenarios(inputs: Path, folder: Path, kills: int, seed: int) -> list[Callable[[], Row]]:
     """kills: of a training; the rest follows from it."""
-    few = max(1, kills // 8)
+    few, half = max(1, kills // 8), max(1, kills // 2)
     return [
         partial(training.kill_training, inputs, folder, kills, seed),
-        partial(training.kill_saving, inputs, folder, max(1, kills // 2), seed),
-        partial(caching.kill_caching, folder, max(1, kills // 2), seed),
+        partial(training.kill_saving, inputs, folder, half, seed),
+        partial(caching.kill_caching, inputs, folder, half, seed),
         partial(training.terminate, inputs, folder, max(3, kills // 4), seed),
         partial(training.full_disk, inputs, folder),
         partial(training.damaged_newest, inputs, folder, few, seed),
@@ -33,26 +35,6 @@ def scenarios(inputs: Path, folder: Path, kills: int, seed: int) -> list[Callabl
         partial(training.kill_node, inputs, folder),
         partial(training.hang, inputs, folder),
     ]
-
-
-def table(rows: list[Row]) -> str:
-    total = Row(
-        "all",
-        sum(row.injected for row in rows),
-        sum(row.survived for row in rows),
-        sum(row.steps_lost for row in rows),
-        sum(row.bytes_lost for row in rows),
-    )
-    cells = [HEAD, *(row.cells() for row in (*rows, total))]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in (0, len(HEAD) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def main() -> int:
@@ -63,12 +45,14 @@ def main() -> int:
     args = parser.parse_args()
     rows, began = [], time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        inputs = make_inputs(folder / "inputs")
-        for scenario in scenarios(inputs, folder, 1 if args.short else args.kills, args.seed):
+        inputs = make_inputs(Path(name) / "inputs")
+        for scenario in scenarios(inputs, Path(name), 1 if args.short else args.kills, args.seed):
             rows.append(scenario())
             print(f"{rows[-1].fault}: {rows[-1].result}", flush=True)
-    print(f"\n{table(rows)}\n\nseed {args.seed}, {time.monotonic() - began:.0f} s")
+    columns = list(zip(*map(astuple, rows), strict=True))[1:5]
+    total = ("all", *map(sum, columns), "")
+    print("", *(LINE.format(*row) for row in (HEAD, *map(astuple, rows), total)), "", sep="\n")
+    print(f"seed {args.seed}, {time.monotonic() - began:.0f} s")
     return 0 if all(row.survived == row.injected > 0 for row in rows) else 1
 
 

@@ -15,48 +15,43 @@ from pathlib import Path
 import torch
 
 from tests.faults.harness import Job, Row, last_step, resumed_step, send
-from tests.runs import TRAIN_FLAGS, flags, free_port, load, tensors
+from tests.runs import TRAIN_FLAGS, flags, load, ranks, tensors
 from util.checkpoint import load_checkpoint
 from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 
 SCRIPT = "main_tokenbridge.py"
 STEPS_PER_EPOCH = 3
-SIGTERM_GRACE = 30.0  # seconds until a run must have saved and ended
-LOSS_GRACE = 60.0  # the same, for noticing that a process has gone
+GRACE = 60.0  # seconds until a run must have ended after a signal, or after a process has gone
+GOES_ON = "going on after"
 
 
 class Training:
     """One run in its folder, started as often as need be."""
 
     def __init__(self, inputs: Path, output: Path, steps: int, **changes):
-        self.inputs, self.output, self.steps = inputs, output, steps
-        self.changes = dict(
-            **dict(epochs=-(-steps // STEPS_PER_EPOCH), log_freq=1, save_steps=2, num_workers=0),
-            **dict(accum_iter=None, global_batch=8, resume="auto"),
-        )
-        self.changes |= changes
-        self.log = output.with_suffix(".log")
+        epochs = -(-steps // STEPS_PER_EPOCH)
+        settings = dict(epochs=epochs, log_freq=1, save_steps=2, num_workers=0, resume="auto")
+        settings |= dict(output_dir=output, accum_iter=None, global_batch=8) | changes
+        self.argv = flags(inputs, TRAIN_FLAGS, settings)
+        self.output, self.log = output, output.with_suffix(".log")
 
-    def start(self, processes: int = 1, restarts: int = 0, limit: int | None = None, **env) -> Job:
-        argv = flags(self.inputs, TRAIN_FLAGS, output_dir=self.output, **self.changes)
-        launch = []
-        if processes > 1:
-            launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-            launch += [f"--master_port={free_port()}", f"--max-restarts={restarts}"]
-        return Job(*launch, SCRIPT, *argv, log=self.log, limit=limit, **env)
+    def start(self, processes: int = 1, restarts: int = 0, limit: int | None = None) -> Job:
+        launch = Job.torchrun(processes, restarts)
+        return Job(*launch, SCRIPT, *self.argv, log=self.log, limit=limit)
 
-    def finish(self, processes: int = 1) -> str:
+    def start_until(self, *said: str) -> Job:
+        """Kill it when it has printed all this."""
+        job = self.start()
+        for text in said:
+            job.wait_for(lambda text=text: text in job.printed())
+        job.kill()
+        return job
+
+    def finish(self) -> str:
         """Let it go on to its end; what it printed."""
-        job = self.start(processes)
-        code = job.end()
-        assert code == 0, job.printed()[-2000:]
+        job = self.start()
+        assert job.end() == 0, job.printed()[-2000:]
         return job.printed()
-
-    def same_end_as(self, other: "Training") -> bool:
-        found, expected = (tensors(load(run.output)) for run in (self, other))
-        return list(found) == list(expected) and all(
-            torch.equal(found[name], expected[name]) for name in expected
-        )
 
     def damaged_bytes(self) -> int:
         """Size of the checkpoints that cannot be read, and were not removed meanwhile."""
@@ -69,9 +64,6 @@ class Training:
                     damaged += path.stat().st_size
         return damaged
 
-    def saving(self) -> bool:
-        return any(self.output.glob(".checkpoint-*.tmp"))
-
 
 def note(row: Row, run: Training, job: Job, following: str) -> None:
     """Count what a fault has cost. following: what the next start printed."""
@@ -79,10 +71,13 @@ def note(row: Row, run: Training, job: Job, following: str) -> None:
     row.bytes_lost += run.damaged_bytes()
 
 
-def judge(row: Row, run: Training, reference: Training) -> Row:
-    same = run.same_end_as(reference)
-    row.survived = row.injected if same else 0
-    row.result = "ends with the same bits" if same else "ENDS DIFFERENTLY"
+def judge(row: Row, run: Training, reference: Training, problem: str = "") -> Row:
+    """problem: what else went wrong."""
+    found, expected = (tensors(load(each.output)) for each in (run, reference))
+    same = list(found) == list(expected)
+    same = same and all(torch.equal(found[name], expected[name]) for name in expected)
+    row.survived = row.injected if same and not problem else 0
+    row.result = problem or ("ends with the same bits" if same else "ENDS DIFFERENTLY")
     return row
 
 
@@ -125,17 +120,13 @@ def kill_saving(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
     run = Training(inputs, folder / "killed_saving", 8 * kills, save_steps=1)
     row = Row("kill -9 while saving")
     for _ in range(kills):
-        job = run.start()
-        enough = rng.randrange(1, 6)
+        job, enough = run.start(), rng.randrange(1, 6)
         job.wait_for(lambda job=job, n=enough: job.printed().count("saved checkpoint") >= n)
-        if not job.wait_for(run.saving):
+        if not job.wait_for(lambda: any(run.output.glob(".checkpoint-*.tmp"))):
             break
         job.kill()
         row.injected += 1
-        following = run.start()
-        following.wait_for(lambda job=following: "going on after" in job.printed())
-        following.kill()
-        note(row, run, job, following.printed())
+        note(row, run, job, run.start_until(GOES_ON).printed())
     run.finish()
     return judge(row, run, reference)
 
@@ -145,7 +136,7 @@ def terminate(inputs: Path, folder: Path, signals: int, seed: int) -> Row:
     rng, steps = random.Random(seed), 20 * signals
     reference = undisturbed(inputs, folder, steps)
     run = Training(inputs, folder / "terminated", steps, save_steps=0)
-    row, right = Row("SIGTERM, SIGUSR1, SIGINT"), 0
+    row, problem = Row("SIGTERM, SIGUSR1, SIGINT"), ""
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     for i in range(signals):
         processes = 1 + i % 2
@@ -154,44 +145,32 @@ def terminate(inputs: Path, folder: Path, signals: int, seed: int) -> Row:
         time.sleep(rng.uniform(0, 0.3))
         if not job.running:
             break
-        asked = time.monotonic()
         # Under torchrun one of the workers is enough: they agree.
         target = job.workers(SCRIPT)[i // 2 % 2] if processes > 1 else job.process.pid
         send(target, numbers[i % 3])
-        code = job.end(SIGTERM_GRACE)
+        code = job.end(GRACE / 2)
         row.injected += 1
-        right += code == EXIT_STOPPED or (processes > 1 and "exitcode  : 75" in job.printed())
-        assert time.monotonic() - asked < SIGTERM_GRACE
-        following = run.start()
-        following.wait_for(lambda job=following: "going on after" in job.printed())
-        following.kill()
-        note(row, run, job, following.printed())
+        if code != EXIT_STOPPED and (processes == 1 or "exitcode  : 75" not in job.printed()):
+            problem = f"exit code {code}"
+        note(row, run, job, run.start_until(GOES_ON).printed())
     run.finish()
-    judge(row, run, reference)
-    row.survived = min(row.survived, right)
-    return row
+    return judge(row, run, reference, problem)
 
 
 def full_disk(inputs: Path, folder: Path) -> Row:
     """No checkpoint can be written: reported, training goes on, the one before stays."""
     reference = undisturbed(inputs, folder, 24)
     run = Training(inputs, folder / "full", 24)
-    job = run.start()
-    job.wait_for(lambda: "saved checkpoint" in job.printed())
-    job.kill()
-    kept = load(run.output)["step"]
-    row = Row("full disk (file-size limit)", injected=1)
+    run.start_until("saved checkpoint")
+    kept, row = load(run.output)["step"], Row("full disk (file-size limit)", injected=1)
     limited = run.start(limit=200_000)
     code, printed = limited.end(), limited.printed()
     went_on = "was not saved: [Errno 27]" in printed and last_step(printed) == 24
     stayed = load(run.output)["step"] == kept and not any(run.output.glob(".checkpoint*"))
-    following = run.finish()
+    row.steps_lost = max(0, kept - resumed_step(run.finish()))
     row.bytes_lost = run.damaged_bytes()
-    row.steps_lost = max(0, kept - resumed_step(following))
-    judge(row, run, reference)
-    if not (went_on and stayed and code == EXIT_USER_ERROR):
-        row.survived, row.result = 0, f"exit code {code}: {printed[-300:]}"
-    return row
+    right = went_on and stayed and code == EXIT_USER_ERROR
+    return judge(row, run, reference, "" if right else f"exit code {code}: {printed[-300:]}")
 
 
 def damaged_newest(inputs: Path, folder: Path, times: int, seed: int) -> Row:
@@ -209,11 +188,7 @@ def damaged_newest(inputs: Path, folder: Path, times: int, seed: int) -> Row:
             break
         spoil(steps[-1], rng, cut=i % 2 == 1)
         row.injected += 1
-        following = run.start()
-        following.wait_for(lambda job=following: "set aside as" in job.printed())
-        following.wait_for(lambda job=following: "going on after" in job.printed())
-        following.kill()
-        note(row, run, job, following.printed())
+        note(row, run, job, run.start_until("set aside as", GOES_ON).printed())
     run.finish()
     return judge(row, run, reference)
 
@@ -240,19 +215,18 @@ def kill_worker(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
     row = Row("worker killed under torchrun --max-restarts")
     job = run.start(processes=2, restarts=kills + 1)
     for _ in range(kills):
-        seen = len(job.printed())
-        job.wait_for(lambda seen=seen: "saved checkpoint" in job.printed()[seen:])
+        before = len(job.printed())
+        job.wait_for(lambda n=before: "saved checkpoint" in job.printed()[n:])
         time.sleep(rng.uniform(0, 0.3))
-        at = last_step(job.printed()[seen:])
-        victims = job.workers(SCRIPT)
+        at, victims = last_step(job.printed()[before:]), job.workers(SCRIPT)
         if not victims:
             break
-        seen = len(job.printed())
+        before = len(job.printed())
         send(rng.choice(victims), signal.SIGKILL)
         row.injected += 1
-        if not job.wait_for(lambda seen=seen: "going on after" in job.printed()[seen:]):
+        if not job.wait_for(lambda n=before: GOES_ON in job.printed()[n:]):
             break
-        row.steps_lost += max(0, at - resumed_step(job.printed()[seen:]))
+        row.steps_lost += max(0, at - resumed_step(job.printed()[before:]))
         row.bytes_lost += run.damaged_bytes()
     assert job.end() == 0, job.printed()[-2000:]
     return judge(row, run, reference)
@@ -262,40 +236,35 @@ def kill_node(inputs: Path, folder: Path) -> Row:
     """Two nodes on loopback, one dies: the other ends and names it; started again, both go on."""
     reference = undisturbed(inputs, folder, 60)
     run = Training(inputs, folder / "nodes", 60)
-    row = Row("one of two nodes dies", injected=1)
-    argv = flags(run.inputs, TRAIN_FLAGS, output_dir=run.output, **run.changes)
 
     def start() -> list[Job]:
-        port = free_port()
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
-        return [
-            Job(SCRIPT, *argv, log=run.output.with_suffix(f".{rank}.log"), RANK=rank, **meeting)
-            for rank in (0, 1)
-        ]
+        logs = [run.output.with_suffix(f".{rank}.log") for rank in (0, 1)]
+        meeting = [own | {"LOCAL_RANK": 0} for own in ranks(2)]
+        return [Job(SCRIPT, *run.argv, log=logs[rank], **meeting[rank]) for rank in (0, 1)]
 
     first, second = start()
     first.wait_for(lambda: last_step(first.printed()) > 3)
     second.kill()
-    code = first.end(LOSS_GRACE)
+    code = first.end(GRACE)
     named = "stopped: process 1 (pid " in first.printed()
     again = start()
     codes = [job.end() for job in again]
+    row = Row("one of two nodes dies", injected=1)
     note(row, run, first, again[0].printed())
-    judge(row, run, reference)
-    if code != 1 or not named or codes != [0, 0]:
-        row.survived, row.result = 0, f"exit code {code}, {first.printed()[-300:]}"
-    return row
+    right = code == 1 and named and codes == [0, 0]
+    return judge(
+        row, run, reference, "" if right else f"exit code {code}, {first.printed()[-300:]}"
+    )
 
 
 def hang(inputs: Path, folder: Path) -> Row:
     """A process stands still (SIGSTOP): the others end within --dist_timeout and name it."""
     run = Training(inputs, folder / "hang", 3000, dist_timeout=8)
-    row = Row("a process hangs", injected=1)
-    job = run.start(processes=2)
+    row, job = Row("a process hangs", injected=1), run.start(processes=2)
     job.wait_for(lambda: last_step(job.printed()) > 3)
     victim = job.workers(SCRIPT)[1]
     send(victim, signal.SIGSTOP)
-    noticed = job.wait_for(lambda: "main_tokenbridge.py: stopped: " in job.printed(), LOSS_GRACE)
+    noticed = job.wait_for(lambda: "main_tokenbridge.py: stopped: " in job.printed(), GRACE)
     row.survived = int(noticed and f"process 1 (pid {victim}" in job.printed())
     job.kill()
     row.bytes_lost = run.damaged_bytes()

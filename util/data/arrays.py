@@ -1,7 +1,6 @@
 """npz files of others: statistics, features and images. Nothing in them is unpickled.
 
-What is wrong with a file is told by an exception of any kind, as zipfile and numpy do: callers
-catch them all and name the file.
+What is wrong with a file is told by an exception of any kind: callers catch all and name the file.
 """
 
 import io
@@ -20,7 +19,6 @@ from util.files import listed, what_else
 
 @contextmanager
 def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    """Raises ValueError, saying what the file is, where it is no npz file."""
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
@@ -30,10 +28,8 @@ def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
 
 
 def read_npz(path: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Those arrays of these names that are there; no others are read.
-
-    Each entry is read to its end, where zipfile compares the checksum, as numpy's reader need not.
-    """
+    """Those arrays of these names that are there; no others are read."""
+    # Each entry is read to its end, where zipfile compares the checksum.
     with open_npz(path) as archive:
         there = [name for name in names if f"{name}.npy" in archive.namelist()]
         entries = {name: io.BytesIO(archive.read(f"{name}.npy")) for name in there}
@@ -44,8 +40,7 @@ def read_npz(path: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 class ImageArray:
     """The images of an npz file as ADM's evaluator takes them: arr_0, uint8 [N, H, W, 3].
 
-    [N, 3, H, W] is read as well. Such files may be larger than memory, so they are read once
-    through, a batch at a time.
+    [N, 3, H, W], too. Such files may be larger than memory, so a batch is read at a time.
     """
 
     path: Path
@@ -61,7 +56,7 @@ class ImageArray:
 
     @property
     def side(self) -> int:
-        """The shorter one, in pixels."""
+        """The shorter one."""
         return min(self.shape[1:3] if self.shape[3] == 3 else self.shape[2:])
 
     def batches(self, batches: list[range], chosen: Iterable[int]) -> Iterator[np.ndarray]:

@@ -1,9 +1,7 @@
 """What a step of training is made of, and in which order its samples come.
 
-The unit is the micro-batch: G of them make the global batch of one step, and what one of them holds
-depends on (seed, step, its number j in the global batch), never on the number of processes that
-share the work. So processes may come and go: the same global batch, shared by others, is the same
-training.
+G micro-batches make the global batch of one step, and what one of them holds depends on (seed,
+step, its number j), never on the number of processes that share the work, which may come and go.
 """
 
 from collections.abc import Iterator
@@ -18,14 +16,11 @@ from util.errors import UserError
 
 @dataclass(frozen=True)
 class Batches:
-    """Two runs with equal batches see the same samples at the same steps.
+    """Two runs with equal batches see the same samples at the same steps."""
 
-    batch_size: samples of a micro-batch. micro_batches: of a step. images: of the training set.
-    """
-
-    batch_size: int
-    micro_batches: int
-    images: int
+    batch_size: int  # of a micro-batch
+    micro_batches: int  # of a step
+    images: int  # of the training set
     seed: int
 
     @property
@@ -34,16 +29,10 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole global batches in an epoch; what is left over waits for another epoch's order.
-
-        Raises UserError if there are too few images for a single one.
-        """
+        """Whole global batches in an epoch. Raises UserError if there is none."""
         if self.images < self.global_batch:
-            raise UserError(
-                f"{self.images} samples do not fill one global batch of {self.global_batch} "
-                f"(--batch_size {self.batch_size} x {self.micro_batches} micro-batches); lower "
-                "--batch_size"
-            )
+            batch = f"{self.global_batch} (--batch_size {self.batch_size} x {self.micro_batches})"
+            raise UserError(f"{self.images} samples do not fill a global batch of {batch}")
         return self.images // self.global_batch
 
     def to_dict(self) -> dict:
@@ -51,11 +40,8 @@ class Batches:
 
 
 def epoch_keys(num_samples: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of an epoch's samples and the flip at each position, from (seed, epoch) alone.
-
-    Returns order int64 [N], a permutation, and flips bool [N].
-    Made of raw Philox words: numpy promises that these stay as they are in later releases.
-    """
+    """An epoch's order int64 [N] and flips bool [N] at each position, from (seed, epoch) alone."""
+    # Raw Philox words: numpy promises that these stay as they are in later releases.
     words = np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64))
     order = np.argsort(words.random_raw(num_samples), kind="stable")
     flips = (words.random_raw(num_samples) & np.uint64(1)).astype(bool)
@@ -75,9 +61,8 @@ class MicroBatchSampler(Sampler[list[Key]]):
         self, batches: Batches, steps: range, rank: int, world_size: int, flip: bool = True
     ):
         if world_size > batches.micro_batches:
-            raise ValueError(
-                f"{world_size} processes cannot share {batches.micro_batches} micro-batches"
-            )
+            shared = f"{batches.micro_batches} micro-batches"
+            raise ValueError(f"{world_size} processes cannot share {shared}")
         self.batches, self.steps, self.flip = batches, steps, flip
         self.steps_per_epoch = batches.steps_per_epoch
         self.own = range(rank, batches.micro_batches, world_size)
@@ -90,7 +75,6 @@ class MicroBatchSampler(Sampler[list[Key]]):
         return (self.keys(step, j) for step in self.steps for j in self.own)
 
     def keys(self, step: int, j: int) -> list[Key]:
-        """What micro-batch j of a step holds."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch = epoch

@@ -1,8 +1,7 @@
 """Writing a latent cache, and checking one as a whole. The files: util/data/latent_cache.py.
 
-Settings come first, as soon as there is something to write; a shard is whole with its .json file,
-the cache with manifest.json. Shard k stands for images [k*S, (k+1)*S) of the sorted list, whoever
-writes it, so any number of processes can go on where others were stopped.
+Shard k stands for images [k*S, (k+1)*S) of the sorted list, whoever writes it, so any number of
+processes can go on where others were stopped.
 Letters: n images of a shard, S its size, b of a batch, C latent channels, h, w positions.
 """
 
@@ -30,6 +29,7 @@ from util.data.latent_cache import (
     NPZ_NAMES,
     SETTINGS,
     CachedLatents,
+    check_inside,
     json_digest,
     open_cache,
     read_json,
@@ -48,7 +48,7 @@ STATS_IMAGES = 256  # images a step of the statistics, to bound its memory
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """All that decides what a cache holds: two with equal settings are the same cache."""
+    """All that decides what a cache holds."""
 
     format: str
     dtype: str
@@ -73,7 +73,6 @@ class CacheSettings:
 
 
 def list_digest(names: list[str], labels: list[int]) -> str:
-    """SHA-256 of the images' names and labels, in order."""
     return hashlib.sha256(json.dumps([names, labels]).encode()).hexdigest()
 
 
@@ -96,32 +95,25 @@ class CacheWriter:
         names = [entry.name for entry in self.folder.iterdir()]
         others = [name for name in names if not name.startswith(".") and name != CONFIG]
         if SETTINGS in others:
-            given, own = read_json(self.folder / SETTINGS), self.settings.to_dict()
-            if differences := [
-                f"{key} is {str(given.get(key))[:40]}, not {str(own.get(key))[:40]}"
-                for key in {**own, **given}
-                if own.get(key) != given.get(key)
-            ]:
+            before, own = read_json(self.folder / SETTINGS), self.settings.to_dict()
+            pairs = {key: (str(before.get(key)), str(own.get(key))) for key in {**own, **before}}
+            if other := [f"{k} is {a:.40}, not {b:.40}" for k, (a, b) in pairs.items() if a != b]:
                 raise UserError(
                     f"--cached_path {self.folder} holds a cache with other settings: "
-                    f"{'; '.join(differences)}; name another folder or remove this one"
+                    f"{'; '.join(other)}; name another folder or remove this one"
                 )
         # Without settings, every shard still says what it belongs to.
         elif others and not any(self.folder.glob("shard-*.json")):
             raise UserError(
-                f"--cached_path {self.folder} holds other files already ({others[0]}); "
-                "name a folder that is new or was begun by main_cache.py"
+                f"--cached_path {self.folder} holds other files ({others[0]}); name a folder that "
+                "is new or was begun by main_cache.py"
             )
 
     def pending(self) -> list[int]:
-        """The shards still to be written, after removing what killed processes left unfinished.
-
-        For one process alone to call, before any of them writes. Raises UserError if the folder
-        has been filled with something else in the meantime.
-        """
+        """The shards to be written. For one process to call, before any of them writes."""
         self._check_folder()
-        for unfinished in self.folder.rglob(".*.tmp"):
-            unfinished.unlink()
+        for left in self.folder.rglob(".*.tmp"):  # by killed processes
+            left.unlink()
         return self.unfinished()
 
     def unfinished(self) -> list[int]:
@@ -132,28 +124,27 @@ class CacheWriter:
         if not shard_path(self.folder, shard, ".json").exists():
             return False
         names = read_sidecar(self.folder, shard, self.settings.cache_id)["names"]
+        files = [str(shard_path(self.folder, shard, ".npy"))]
         if self.settings.format == "npz":
-            return all(os.path.isfile(self.npz_path(name)) for name in names)
-        return os.path.isfile(shard_path(self.folder, shard, ".npy"))
+            files = [str(self.npz_path(name)) for name in names]
+        check_inside(self.folder, files)
+        return all(map(os.path.isfile, files))
 
     def npz_path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"
 
     def images(self, shard: int) -> range:
-        """Numbers of the images that a shard stands for."""
         start = shard * self.settings.shard_size
         return range(start, min(start + self.settings.shard_size, len(self.names)))
 
     def missing(self, shard: int) -> list[int]:
-        """Numbers of the images that must be encoded to write a pending shard."""
-        images = list(self.images(shard))
-        if self.settings.format == "npy":
-            return images
-        return [i for i in images if not os.path.isfile(self.npz_path(self.names[i]))]
+        """Numbers of the images that must be encoded for it."""
+        all_of_them, images = self.settings.format == "npy", self.images(shard)
+        return [i for i in images if all_of_them or not self.npz_path(self.names[i]).is_file()]
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Says first, and only when there is something to write, what the folder is filled with."""
+        """The settings come first, and only when there is something to write."""
         with as_user_error(f"--cached_path {self.folder}: cannot write", (OSError, ValueError)):
             if not (self.folder / SETTINGS).exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -163,8 +154,8 @@ class CacheWriter:
     def write_manifest(self, published_constants: bool) -> dict:
         """Declare the cache whole, when all shards are.
 
-        published_constants: the VAE is KL-16, whose scale and channel order are those that the
-        released models were trained with; what is measured here then stands beside them.
+        published_constants: take the scale and channel order that the released models were trained
+        with, since the VAE is KL-16; what is measured stands beside them.
         """
         folder, cache_id = self.folder, self.settings.cache_id
         sidecars = [read_sidecar(folder, shard, cache_id) for shard in range(self.num_shards)]
@@ -205,15 +196,14 @@ class CacheWriter:
 class ShardWriter:
     """A shard that is being filled: `take` its batches, then `finish` it.
 
-    An npy shard is held in memory until it is full; npz files are written as they come, and what a
-    stopped job has left stays. Statistics are summed in steps of STATS_IMAGES however large the
-    batches are. Training meets images and mirror images alike, so both count.
+    An npy shard is held in memory until it is full; npz files are written as they come, and stay.
+    Statistics are summed in steps of STATS_IMAGES however large the batches are.
     Raises UserError if the disk refuses, or if values do not fit the dtype.
     """
 
     def __init__(self, writer: CacheWriter, shard: int):
         self.writer, self.shard, self.is_npy = writer, shard, writer.settings.format == "npy"
-        self.missing = set(writer.missing(shard))
+        self.images, self.missing = writer.images(shard), set(writer.missing(shard))
         self.kept: list[int] = []  # numbers of the images in the shard
         self.moments = np.empty(0, writer.settings.dtype)  # those of an npy shard
         self.statistics: list[LatentStats] = []
@@ -224,29 +214,26 @@ class ShardWriter:
         with np.errstate(over="ignore"):
             stored = moments.astype(writer.settings.dtype)
         if not np.isfinite(stored).all():
-            raise UserError(
-                f"the VAE gives values that are not finite in {stored.dtype}; check --vae_path, "
-                "or pass --dtype float32"
-            )
+            said = f"the VAE gives values that are not finite in {stored.dtype}"
+            raise UserError(f"{said}; check --vae_path, or pass --dtype float32")
         if self.is_npy:
             if not self.kept:
-                size = len(writer.images(self.shard))
-                self.moments = np.empty((size, *stored.shape[1:]), stored.dtype)
+                self.moments = np.empty((len(self.images), *stored.shape[1:]), stored.dtype)
             self.moments[len(self.kept) : len(self.kept) + len(images)] = stored
             self.kept += images
             self._sum_up(self.moments[: len(self.kept)])
             return
-        for i, of_image in zip(images, stored, strict=True):
+        for i, views in zip(images, stored, strict=True):
             if i in self.missing:
                 path = writer.npz_path(writer.names[i])
                 with writer.writing():
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with atomic_write(path) as file:
-                        np.savez(file, **dict(zip(NPZ_NAMES, of_image, strict=True)))
+                        np.savez(file, **dict(zip(NPZ_NAMES, views, strict=True)))
 
     def finish(self) -> None:
         """From here on the shard is whole."""
-        writer, shard, images = self.writer, self.shard, self.writer.images(self.shard)
+        writer, shard = self.writer, self.shard
         if self.is_npy:
             path, moments = shard_path(writer.folder, shard, ".npy"), self.moments[: len(self.kept)]
             with writer.writing(), atomic_write(path) as file:
@@ -254,8 +241,8 @@ class ShardWriter:
                 file.write(whole.getbuffer())  # np.save itself does not say why it fails
             digest = sha256(path)
         else:
-            self.kept = sorted(set(images) - set(writer.missing(shard)))
-            files = [writer.npz_path(writer.names[i]) for i in self.kept]
+            self.kept = sorted(set(self.images) - set(writer.missing(shard)))
+            files = (writer.npz_path(writer.names[i]) for i in self.kept)
             moments = np.array([read_moments(file) for file in files], np.float32)
             digest = hashlib.sha256(moments.tobytes()).hexdigest()
         self._sum_up(moments, 1)
@@ -265,7 +252,7 @@ class ShardWriter:
             "shard": shard,
             "sha256": digest,
             "statistics": sum(parts[1:], parts[0]).to_dict() if parts else None,
-            "skipped": [writer.names[i] for i in sorted(set(images) - set(self.kept))],
+            "skipped": [writer.names[i] for i in sorted(set(self.images) - set(self.kept))],
             "names": [writer.names[i] for i in self.kept],
             "labels": [writer.labels[i] for i in self.kept],
             "crc32": [zlib.crc32(view) for image in moments for view in image],
@@ -276,8 +263,8 @@ class ShardWriter:
     def _sum_up(self, moments: np.ndarray, fewest: int = STATS_IMAGES) -> None:
         """moments: [n, 2, 2C, h, w], all so far. Steps of fewer images than `fewest` wait."""
         while len(rest := moments[len(self.statistics) * STATS_IMAGES :]) >= fewest:
-            step = torch.tensor(rest[:STATS_IMAGES])
-            self.statistics.append(LatentStats.of(step.flatten(0, 1)))
+            both_views = torch.tensor(rest[:STATS_IMAGES]).flatten(0, 1)  # as training meets them
+            self.statistics.append(LatentStats.of(both_views))
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -288,19 +275,14 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def verify(path: str | Path) -> CachedLatents:
-    """Read all of a cache and compare the checksums; a published one has none, and is read only.
-
-    Raises UserError, naming what is damaged.
-    """
+    """Read all of a cache and compare the checksums, which a published one has not."""
     cache = open_cache(path)
     if cache.files:
         for index in tqdm(range(len(cache)), "reading", disable=None):
             cache.__getitems__([(index, False), (index, True)])
         return cache
     said = zip(tqdm(cache.paths, "reading", disable=None), cache.manifest["shards"], strict=True)
-    if damaged := [file.stem for file, entry in said if sha256(file) != entry["sha256"]]:
-        raise UserError(
-            f"--cached_path {path}: wrong checksums in {', '.join(damaged)}; remove the files of "
-            "these shards and run main_cache.py again"
-        )
+    if damaged := [Path(file).stem for file, entry in said if sha256(file) != entry["sha256"]]:
+        remedy = "remove the files of these shards and run main_cache.py again"
+        raise UserError(f"--cached_path {path}: wrong checksums in {', '.join(damaged)}; {remedy}")
     return cache

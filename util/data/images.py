@@ -2,22 +2,19 @@
 
     read_image -> center_crop -> ImageDataset[(index, flip)] -> uint8 [3, S, S]
 
-Datasets are pure functions of the key (index, flip); `util.data.batches` alone decides the keys.
-Pixels stay bytes until they are on the device: a quarter of the memory between processes;
-`models.tokenizers.tokenizer.from_uint8` makes numbers of them.
+Datasets are pure functions of the key (index, flip), which `util.data.batches` decides. Pixels stay
+bytes until they are on the device, where `models.tokenizers.tokenizer.from_uint8` takes them.
 """
 
 import argparse
-import io
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,20 +33,15 @@ FORMATS += ("JPEG2000",) if features.check("jpg_2000") else ()
 FORMATS += ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
 MAX_PIXELS = 250_000_000  # of one image: 0.75 GB as RGB; cameras have up to 200 million
 PILLOW_LIMIT = Image.MAX_IMAGE_PIXELS
-# A progressive JPEG may come in any number of scans of a few bytes, each a pass over the whole
-# image. Encoders make some ten; 100 is libtiff's limit, too.
-MAX_SCANS = 100
-JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not a byte or restart of a scan
-JPEG_START, JPEG_END, JPEG_SCAN = 0xD8, 0xD9, 0xDA
-JPEG_SEQUENTIAL = (0xC0, 0xC1, 0xC9)  # of which every scan names every block
+MAX_SCANS = 100  # of a progressive JPEG, each a pass over the image; encoders make some ten
+SCAN = b"\xff\xda"  # its beginning, which no scan has in it
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image in a file as 8-bit RGB, upright as its EXIF orientation says; the first of several.
 
     16-bit grey is scaled to 8 bits, transparent parts are laid on white, other modes are converted.
-    Raises UserError, naming the file, if it is damaged, of more than max_pixels, of too many scans,
-    no image, or holds numbers without a fixed range (32-bit pixels).
+    Raises UserError, naming the file, if it is damaged, too large, or of another kind.
     """
     context = f"cannot read image {shown(path)} (mend or remove it, or pass --skip_bad_images)"
     # Pillow's readers meet a damaged file with nearly any exception, so all of them count.
@@ -60,59 +52,34 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 @contextmanager
 def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """An image of which no more than size and kind is read yet.
-
-    Raises nearly any exception if the file is damaged, ValueError if it has more than max_pixels.
-    """
-    if not os.path.isfile(path):
-        # Opening a pipe would wait for its other end.
+    """An image of which no more than size and kind is read yet. Raises nearly any exception."""
+    if not os.path.isfile(path):  # opening a pipe would wait for its other end
         raise FileNotFoundError("there is no regular file of that name")
-    with open(path, "rb") as file, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at metadata that nobody needs
         Image.MAX_IMAGE_PIXELS = None  # ours takes its place
         try:
-            with Image.open(_checked(file), formats=FORMATS) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 pixels = image.width * image.height
                 if pixels > max_pixels:
                     raise ValueError(
                         f"{image.width} x {image.height} is {pixels} pixels, more than "
                         f"--max_image_pixels {max_pixels}; raise that if you trust the file"
                     )
+                if "progressive" in image.info and Path(path).read_bytes().count(SCAN) > MAX_SCANS:
+                    raise ValueError(f"a JPEG of more than {MAX_SCANS} scans would take minutes")
                 yield image
         finally:
             Image.MAX_IMAGE_PIXELS = PILLOW_LIMIT
 
 
-def _checked(file: BinaryIO) -> BinaryIO:
-    """The file, from its start; of a JPEG its bytes, read once. Raises ValueError at MAX_SCANS."""
-    is_jpeg = file.read(2) == bytes((0xFF, JPEG_START))
-    file.seek(0)
-    if not is_jpeg:
-        return file
-    content = file.read()
-    position, scans = 2, 0
-    while match := JPEG_MARKER.search(content, position):
-        marker, position = content[match.end() - 1], match.end()
-        if marker == JPEG_END or marker in JPEG_SEQUENTIAL:
-            break
-        scans += marker == JPEG_SCAN
-        if scans > MAX_SCANS:
-            raise ValueError(f"a JPEG of more than {MAX_SCANS} scans would take minutes")
-        if marker != JPEG_START:
-            position += int.from_bytes(content[position : position + 2], "big")
-    return io.BytesIO(content)
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """As 8-bit RGB. Raises ValueError if its numbers have no fixed range."""
-    # Pillow reads 16-bit PPM as 32-bit numbers, already scaled to 16 bits.
+    # Pillow reads 16-bit PPM as 32-bit numbers; its own conversion clips at 255.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        # Pillow's own conversion clips at 255 where it should divide by 257.
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(
-            f"pixels of mode {image.mode} have no fixed range, save it with 8 or 16 bits"
-        )
+        raise ValueError(f"pixels of mode {image.mode} have no fixed range; save 8 or 16 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -123,17 +90,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square at size x size pixels.
 
     Halves with a box filter while the shorter side is at least twice the size, then bicubic.
-    Raises ValueError if the image is so elongated that it would exceed MAX_PIXELS.
-    Source: the centre crop of ADM (arXiv 2105.05233).
+    Raises ValueError if it would exceed MAX_PIXELS. Source: ADM (arXiv 2105.05233).
     """
     while min(image.size) >= 2 * size:
         image = _halve(image)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"{image.width} x {image.height} is too elongated to be cropped to a square"
-        )
+        raise ValueError(f"{image.width} x {image.height} is too elongated to be cropped")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -141,17 +105,14 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 def _halve(image: Image.Image) -> Image.Image:
     """resize() to half of both sides, rounded down, with a box filter, to the bit."""
-    if image.width % 2 or image.height % 2:
-        half = (image.width // 2, image.height // 2)
-        return image.resize(half, Image.Resampling.BOX)
+    width, height = image.size
+    if width % 2 or height % 2:
+        return image.resize((width // 2, height // 2), Image.Resampling.BOX)
     return image.reduce((2, 1)).reduce((1, 2))  # faster; rounded after each axis, too
 
 
 def parse_key(key: Key | int, length: int) -> Key:
-    """(index, flip) of a dataset's key, where a plain index is not flipped.
-
-    Raises IndexError if the index is outside a dataset of that length.
-    """
+    """(index, flip) of a dataset's key. Raises IndexError outside a dataset of that length."""
     index, flip = key if isinstance(key, tuple) else (key, False)
     return range(length)[index], bool(flip)
 
@@ -177,12 +138,10 @@ class ImageDataset(Dataset):
 
     A plain index is the key (index, False). on_bad says what an unreadable image does:
       "raise": a UserError naming the file.
-      "next": the next readable image takes its place, its label with it, so that a micro-batch of
-        training keeps its size whoever reads it.
-      "drop": the item is None, which `collate_skipping` leaves out, so that nothing is cached or
-        reconstructed twice.
+      "next": the next readable image takes its place, so that a micro-batch keeps its size.
+      "drop": the item is None, which `collate_skipping` leaves out.
     Each file passed over is named on stderr once and marked in `bad` [N], which all DataLoader
-    workers share with the main process; `bad.sum()` counts them.
+    workers share with the main process.
     """
 
     def __init__(
@@ -198,22 +157,26 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def subset(self, chosen: list[int]) -> "ImageDataset":
+        """The images of those numbers, numbered anew."""
+        samples = [self.samples[i] for i in chosen]
+        return ImageDataset(samples, self.size, self.on_bad, self.max_pixels)
+
     def __getitem__(self, key: Key | int) -> tuple[Tensor, int] | None:
         index, flip = parse_key(key, len(self))
         if self.on_bad == "raise":
             return self._load(index, flip)
-        for other in range(index, index + len(self) if self.on_bad == "next" else index + 1):
-            item = self._try_load(other % len(self), flip)
-            if item is not None or self.on_bad == "drop":
+        if self.on_bad == "drop":
+            return self._try_load(index, flip)
+        for other in range(index, index + len(self)):
+            if (item := self._try_load(other % len(self), flip)) is not None:
                 return item
         raise UserError(f"none of the {len(self)} images can be read; see --data_path")
 
     def _load(self, index: int, flip: bool) -> tuple[Tensor, int]:
         path, label = self.samples[index]
         image = read_image(path, self.max_pixels)
-        with as_user_error(
-            f"cannot use image {shown(path)} (remove it, or pass --skip_bad_images)"
-        ):
+        with as_user_error(f"cannot use image {shown(path)} (or pass --skip_bad_images)"):
             pixels = np.asarray(center_crop(image, self.size))  # [S, S, 3]
         own = np.array(pixels[:, ::-1] if flip else pixels)
         return torch.from_numpy(own).permute(2, 0, 1), label
@@ -232,7 +195,7 @@ class ImageDataset(Dataset):
 def collate_skipping(items: list[tuple[Tensor, int] | None]) -> list[Tensor] | None:
     """[images uint8 [B, 3, S, S], labels] of the items that are not None; None if all are.
 
-    In channels-last memory, as they were decoded: one plain copy, and what the VAE wants.
+    In channels-last memory, as they were decoded.
     """
     readable = [item for item in items if item is not None]
     if not readable:
@@ -244,7 +207,6 @@ def collate_skipping(items: list[tuple[Tensor, int] | None]) -> list[Tensor] | N
 
 def save_png(image: Tensor | np.ndarray, path: str | Path) -> None:
     """image: uint8 [3, H, W]. The file is whole or absent."""
-    # Waiting for the disk 50,000 times would take longer than some of the images.
     with atomic_write(path, durable=False) as file:
         Image.fromarray(np.moveaxis(np.asarray(image), 0, -1)).save(file, format="PNG")
 

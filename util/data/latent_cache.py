@@ -7,7 +7,7 @@
 
 Every file is whole or absent. The published form, CLASS/IMAGE.npz with float32 `moments` and
 `moments_flip` [2C, h, w], takes the place of the .npy files on request, or is all there is. Field
-by field: docs/formats.md. Nothing here is pickled, no name in a file leads out of the folder, and
+by field: docs/formats.md. Nothing here is pickled, no name and no link leads out of the folder, and
 each posterior is checked against its CRC-32 when it is read.
 Letters: N images, n those of a shard, B batch, C latent channels, h, w positions.
 """
@@ -16,13 +16,14 @@ import hashlib
 import io
 import json
 import os
+import resource
 import zipfile
 import zlib
 from bisect import bisect_right
-from contextlib import suppress
 from copy import copy
+from functools import cache, cached_property
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,7 +48,6 @@ def shard_path(folder: Path, shard: int, suffix: str) -> Path:
 
 
 def unreadable(path: str | Path) -> str:
-    """How a complaint about a file begins, with the remedy."""
     return f"--cached_path: cannot read {path} (if it is damaged, {AGAIN})"
 
 
@@ -62,10 +62,8 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_bytes())
         checksum = value.pop(CHECKSUM)
     if value.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        raise UserError(
-            f"--cached_path: {path} has format version {value['format_version']}, this program "
-            f"reads {FORMAT_VERSION}; make the cache again in another folder"
-        )
+        other = f"has format version {value['format_version']}, this program reads {FORMAT_VERSION}"
+        raise UserError(f"--cached_path: {path} {other}; make the cache again in another folder")
     if checksum != json_digest(value):
         raise UserError(f"{unreadable(path)}: wrong checksum")
     return value
@@ -76,21 +74,19 @@ def read_sidecar(folder: Path, shard: int, cache_id: str) -> dict:
     path = shard_path(folder, shard, ".json")
     sidecar = read_json(path)
     if sidecar.get("cache_id") != cache_id or sidecar.get("shard") != shard:
-        raise UserError(
-            f"--cached_path: {path} belongs to another place or to a cache with other settings "
-            "(VAE, image size, dtype or list of images); remove the shard and run main_cache.py "
-            "again"
-        )
-    with as_user_error(unreadable(path)):
-        _check_inside(sidecar["names"])
+        other = "belongs to another place or to a cache with other settings"
+        raise UserError(f"--cached_path: {path} {other}; remove the shard's files, and cache again")
     return sidecar
 
 
-def _check_inside(names: list[str]) -> None:
-    """Raise ValueError if a name leads out of the folder."""
-    for name in names:
-        if os.path.isabs(name) or ".." in PurePosixPath(name).parts:
-            raise ValueError(f"{name[:80]!r} leads out of the folder")
+def check_inside(folder: Path, files: list[str]) -> None:
+    """Raise UserError if one of the files lies outside the folder, by its name or by a link."""
+    real = cache(os.path.realpath)  # of each class folder once
+    for file in files:
+        parent, name = os.path.split(file)
+        own = os.path.realpath(file) if os.path.islink(file) else os.path.join(real(parent), name)
+        if not own.startswith(os.path.join(real(folder), "")):
+            raise UserError(f"--cached_path {folder}: {file[:200]!r} leads out of the folder")
 
 
 def read_moments(path: str | Path, names: tuple[str, ...] = NPZ_NAMES) -> np.ndarray:
@@ -106,18 +102,15 @@ def read_moments(path: str | Path, names: tuple[str, ...] = NPZ_NAMES) -> np.nda
 
 
 def as_one_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """A `collate_fn`: what torch's own would put together item by item is together already."""
+    """A `collate_fn` for what is together already."""
     return batch
 
 
 class CachedLatents(Dataset):
-    """dataset[(index, flip)] -> (moments [2C, h, w], label); a plain index is not flipped.
+    """dataset[(index, flip)] -> (moments [2C, h, w] as they are stored, label).
 
-    Moments are handed over as they are stored: float16 is half the bytes between processes, and
-    `Tokenizer.from_moments` widens them on the device.
     classes: their names, by label. labels: int64 [N]. latent_shape: (C, h, w). dtype: as stored.
-    manifest: what `main_cache.py` wrote about the cache (scale, channel order, VAE, ...); None for
-    a published one, which says nothing.
+    manifest: what `main_cache.py` wrote about the cache; None for a published one.
     """
 
     def __init__(
@@ -127,7 +120,9 @@ class CachedLatents(Dataset):
         self.counts = [len(sidecar["names"]) for sidecar in sidecars]
         self.labels = np.concatenate([np.array(s["labels"], np.int64) for s in sidecars])
         self.rows = range(len(self.labels))  # of each image among all that are stored
-        self.files, self.shards, self.crcs = [], [], None
+        self.paths = [str(shard_path(folder, k, ".npy")) for k in range(len(sidecars))]
+        self.starts = [0, *accumulate(self.counts)]
+        self.files, self.crcs = [], None
         if manifest is None or manifest["format"] == "npz":
             end = ".npz" if manifest else ""
             self.files = [str(folder / f"{name}{end}") for s in sidecars for name in s["names"]]
@@ -135,10 +130,12 @@ class CachedLatents(Dataset):
             channels, *sides = read_moments(self.files[0]).shape[1:]
             self.latent_shape, self.dtype = (channels // 2, *sides), torch.float32
         else:
+            check_inside(folder, self.files or self.paths)
             self.crcs = np.concatenate([np.array(s["crc32"], np.uint32) for s in sidecars])
             self.latent_shape = tuple(manifest["latent_shape"])
             self.dtype = getattr(torch, manifest["dtype"])
-        self._map_shards()
+        self.shape = (2 * self.latent_shape[0], *self.latent_shape[1:])  # of moments
+        _ = self.files or self.shards  # what is wrong with a shard is said at once
 
     def subset(self, chosen: list[int]) -> "CachedLatents":
         """The images of those numbers, numbered anew."""
@@ -154,11 +151,8 @@ class CachedLatents(Dataset):
         return moments[0], int(labels[0])
 
     def __getitems__(self, keys: list[Key | int]) -> tuple[Tensor, Tensor]:
-        """A whole batch, as a DataLoader asks for it: moments [B, 2C, h, w], labels int64 [B].
-
-        Raises UserError, naming a damaged file.
-        """
-        moments = torch.empty(len(keys), *self._shape, dtype=self.dtype)
+        """A batch, as a DataLoader asks for it: moments [B, 2C, h, w], labels int64 [B]."""
+        moments = torch.empty(len(keys), *self.shape, dtype=self.dtype)
         pairs = [parse_key(key, len(self)) for key in keys]
         for view, (index, flip) in zip(moments.numpy(), pairs, strict=True):
             row = self.rows[index]
@@ -168,55 +162,40 @@ class CachedLatents(Dataset):
                 raise UserError(f"{unreadable(file)}: wrong checksum")
         return moments, torch.from_numpy(self.labels[[index for index, _ in pairs]])
 
-    @property
-    def _shape(self) -> tuple[int, int, int]:
-        """Of the moments of a posterior: (2C, h, w)."""
-        return (2 * self.latent_shape[0], *self.latent_shape[1:])
-
-    def _read(self, row: int, flip: bool) -> tuple[str | Path, np.ndarray]:
+    def _read(self, row: int, flip: bool) -> tuple[str, np.ndarray]:
         """The file that a posterior is in, and the posterior [2C, h, w]."""
         if not self.files:
             shard = bisect_right(self.starts, row) - 1
-            stored = self.shards[shard][row - self.starts[shard], int(flip)]
-            return self.paths[shard], stored
+            return self.paths[shard], self.shards[shard][row - self.starts[shard], int(flip)]
         (moments,) = read_moments(self.files[row], NPZ_NAMES[flip : flip + 1])
-        if moments.shape != (shape := self._shape):
-            raise UserError(f"{unreadable(self.files[row])}: it is {moments.shape}, not {shape}")
+        if moments.shape != self.shape:
+            raise UserError(f"{unreadable(self.files[row])}: {moments.shape} is not {self.shape}")
         return self.files[row], moments
 
-    def _map_shards(self) -> None:
-        """Map the shards into memory: read where they are touched, never written."""
-        if self.files:
-            return
-        self.starts = [0, *accumulate(self.counts)]
-        self.paths = [shard_path(self.folder, shard, ".npy") for shard in range(len(self.counts))]
+    @cached_property
+    def shards(self) -> list[np.ndarray | None]:
+        """Mapped into memory: read where they are touched, never written."""
         _allow_open_files(len(self.counts))
-        self.shards = [self._map(shard) if n else None for shard, n in enumerate(self.counts)]
+        return [self._map(shard) if n else None for shard, n in enumerate(self.counts)]
 
     def _map(self, shard: int) -> np.ndarray:
         path = self.paths[shard]
         with as_user_error(unreadable(path), (Exception,)):
             array = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-            shape, dtype = (self.counts[shard], 2, *self._shape), self.manifest["dtype"]
+            shape, dtype = (self.counts[shard], 2, *self.shape), self.manifest["dtype"]
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"it holds {array.dtype} {array.shape}, not {dtype} {shape}")
         return array
 
-    # Worker processes that are not forked get the dataset pickled: the files' names, not the data.
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"shards": []}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._map_shards()
+    def __getstate__(self) -> dict:  # for another process: the files' names, not the data
+        return {name: value for name, value in self.__dict__.items() if name != "shards"}
 
 
 def open_cache(
     path: str | Path, img_size: int | None = None, vae_sha256: str | None = None
 ) -> CachedLatents:
-    """A cache of any form, told apart by what the folder holds.
+    """A cache of any form. img_size and vae_sha256: what it must have been made with, if it knows.
 
-    img_size and vae_sha256: what the cache must have been made with, where it says so.
     Raises UserError if it is missing, not whole, damaged, or made with something else.
     """
     folder = Path(path)
@@ -227,10 +206,8 @@ def open_cache(
     manifest = read_json(folder / MANIFEST)
     made_for, made_by = manifest["image_size"], manifest["vae_sha256"]
     if img_size not in (None, made_for):
-        raise UserError(
-            f"--cached_path {path} was made for images of {made_for} px, not --img_size {img_size};"
-            f" pass --img_size {made_for} or make another cache"
-        )
+        other = f"was made for images of {made_for} px, not --img_size {img_size}"
+        raise UserError(f"--cached_path {path} {other}; pass the former or make another cache")
     if vae_sha256 not in (None, made_by):
         raise UserError(
             f"--cached_path {path} was made with another VAE (SHA-256 {made_by[:12]}) than "
@@ -247,14 +224,10 @@ def open_cache(
 
 def _open_published(folder: Path) -> CachedLatents:
     if (folder / SETTINGS).exists() or any(folder.glob("shard-*")):
-        raise UserError(
-            f"--cached_path {folder} is not finished, it has no {MANIFEST}; run main_cache.py with "
-            "the same flags again, it goes on where it was stopped"
-        )
+        remedy = "run main_cache.py with the same flags again, it goes on where it was stopped"
+        raise UserError(f"--cached_path {folder} is not finished, it has no {MANIFEST}; {remedy}")
     if inside := sorted(path.parent for path in folder.glob(f"*/{SETTINGS}")):
-        raise UserError(
-            f"--cached_path {folder} is no cache but holds some; name --cached_path {inside[0]}"
-        )
+        raise UserError(f"--cached_path {folder} holds caches; name --cached_path {inside[0]}")
     with as_user_error("no cache of main_cache.py"):
         images = list_images(folder, "", "--cached_path", (".npz",))
     files, labels = zip(*images.samples, strict=True)
@@ -264,10 +237,7 @@ def _open_published(folder: Path) -> CachedLatents:
 
 def _allow_open_files(count: int) -> None:
     """Let this process map so many files beside others, as far as the system allows it."""
-    with suppress(ImportError):  # not a Unix, which has no such limit
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if 0 <= soft < count + SPARE_FILES:  # -1 is no limit
-            most = count + SPARE_FILES if hard < 0 else min(count + SPARE_FILES, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < count + SPARE_FILES:  # -1 is no limit
+        most = count + SPARE_FILES if hard < 0 else min(count + SPARE_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -1,8 +1,7 @@
 """Which images there are: root/CLASS/IMAGE, classes and files in the order of their names as text.
 
-All listing of images and of published caches is here. Hidden entries and what file managers leave
-behind are no data; a file is listed once however many links lead to it; what else is passed over is
-said in notes.
+Hidden entries and what file managers leave behind are no data; a file is listed once however many
+links lead to it; what else is passed over is said in notes.
 """
 
 import os
@@ -17,7 +16,7 @@ import numpy as np
 from util import dist
 from util.data.images import FORMATS, open_image, to_rgb
 from util.errors import UserError, as_user_error
-from util.files import shown
+from util.files import listed, shown
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff")
 EXTENSIONS += (".webp", ".gif") + ((".jp2", ".j2k") if "JPEG2000" in FORMATS else ())
@@ -33,8 +32,6 @@ DARK_SAMPLE = 8  # files whose brightest pixel is looked up
 
 @dataclass(frozen=True)
 class ImageList:
-    """The images of a folder in the form root/CLASS/IMAGE, classes and files in sorted order."""
-
     root: Path
     classes: list[str]
     samples: list[tuple[str, int]]  # (path, label)
@@ -48,7 +45,6 @@ def list_images(
 ) -> ImageList:
     """The images under data_path/split/CLASS/, or other files with those extensions.
 
-    What a user may not expect of them is printed by the main process.
     Raises UserError, naming the flag, if a folder is missing, holds no class, a class is empty, or
     the classes are a level deeper.
     """
@@ -67,7 +63,7 @@ def list_images(
     if not classes:
         raise UserError(f"{where} ({remedy}): {root} has no class folder, but {loose} images")
     if empty := [name for name, files in classes.items() if not files]:
-        raise UserError(f"{where} ({remedy}): no images in {_in_short(empty)}")
+        raise UserError(f"{where} ({remedy}): no images in {listed(empty)}")
     samples = [(path, k) for k, files in enumerate(classes.values()) for path in files]
     notes = [f"{loose} images in {root} itself are of no class and left out"] if loose else []
     walk.print_notes(where, notes + _dark_notes([path for path, _ in samples]))
@@ -75,10 +71,7 @@ def list_images(
 
 
 def list_files(folder: str | Path, flag: str) -> list[str]:
-    """All images in a folder and the folders in it, sorted by their whole paths.
-
-    Raises UserError, naming the flag, if there are none.
-    """
+    """All images in a folder and the folders in it, sorted. Raises UserError if there are none."""
     where, walk = f"{flag} {folder}", _Walk(EXTENSIONS)
     if not Path(folder).is_dir():
         raise UserError(f"{where}: no such folder")
@@ -106,21 +99,16 @@ class _Walk:
         self.unread: Counter[str] = Counter()  # images of other kinds, by extension
 
     def classes(self, root: Path) -> dict[str, list[str]]:
-        """The files of each class folder, by its name, in the order of names."""
         names = [entry.name for entry in visible(root) if os.path.isdir(entry.path)]
         files = {name: self.files(os.path.join(root, name), root) for name in names}
         return {name: own for name, own in files.items() if own is not None}
 
     def files(self, folder: str, root: Path | None = None) -> list[str] | None:
-        """In a folder and the folders in it, sorted by folder and name, each file once.
-
-        None of a link to the root or to what it is in.
-        """
+        """Sorted by folder and name, each once; None of a link to the root or to what it is in."""
         above = set(map(str, Path(os.path.realpath(folder)).parents))
         if root is not None:  # which is not above a class folder that is a link
-            real = Path(os.path.realpath(root))
-            above |= set(map(str, [real, *real.parents]))
-        listed, entered, waiting = [], set(above), [folder]
+            above |= set(map(str, Path(os.path.realpath(root), "x").parents))
+        found, entered, waiting = [], set(above), [folder]
         while waiting:
             parent = waiting.pop()
             real = os.path.realpath(parent)
@@ -137,11 +125,11 @@ class _Walk:
                     # links last, so that a folder goes by its own name
                     waiting.insert(0 if is_link else len(waiting), entry.path)
                 elif entry.name.lower().endswith(self.extensions):
-                    listed.append((parent, entry.name, entry.path, own))
+                    found.append((parent, entry.name, entry.path, own))
                 elif (kind := os.path.splitext(entry.name)[1].lower()) in UNREAD:
                     self.unread[kind] += 1
         files: dict[str, str] = {}  # by where they are in truth
-        for _, _, path, own in sorted(listed):
+        for _, _, path, own in sorted(found):
             if files.setdefault(own, path) is not path:
                 self.again.append(path)
         return list(files.values()) if entered != above else None
@@ -152,34 +140,26 @@ class _Walk:
 
     def print_notes(self, where: str, others: list[str]) -> None:
         links = "links lead to what is listed already, which counts once"
-        notes = [f"{links}: {_in_short(sorted(self.again))}"] if self.again else []
+        notes = [f"{links}: {listed(sorted(self.again))}"] if self.again else []
         notes += [f"some images are left out{self.unread_kinds()}"] if self.unread else []
         for note in notes + others:
             dist.print_main(f"warning: {where}: {note}")
 
 
-def _in_short(names: list[str], most: int = 5) -> str:
-    """The first of some names, each in one line, and how many there are."""
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(map(shown, names[:most])) + more
-
-
 def _other_root(folder: Path, split: str, flag: str) -> str:
     """What helps where a folder has no split: the folder that has one, if it is near."""
     parent = Path(os.path.normpath(folder / os.pardir))
-    if folder.resolve().name in {*SPLITS, split} and (parent / split).is_dir():
-        return f"name the folder above it: {flag} {parent}"
-    for entry in visible(folder):
-        if (folder / entry.name / split).is_dir():
-            return f"name the folder in it: {flag} {folder / entry.name}"
+    near = [parent] if folder.resolve().name in {*SPLITS, split} else []
+    for place in (*near, *(folder / entry.name for entry in visible(folder))):
+        if (place / split).is_dir():
+            return f"name the folder that has it: {flag} {place}"
     return f"put its class folders into {folder / split}/"
 
 
 def _check_level(root: Path, classes: dict[str, list[str]], split: str, flag: str) -> None:
     """Raise UserError if what seems to be a class is a folder of classes.
 
-    A class may hold its images in several folders, so this is sure only of a single class, and of
-    classes that are called as the splits of a data set.
+    This is sure only of a single class, and of classes that are called as splits.
     """
     folders = {name: {*map(os.path.dirname, files)} for name, files in classes.items() if files}
     if not folders or any(os.path.join(root, name) in own for name, own in folders.items()):
@@ -190,10 +170,10 @@ def _check_level(root: Path, classes: dict[str, list[str]], split: str, flag: st
     alone = len(folders) == 1 and name != ONE_CLASS and len(inside) > 1 and str(inner) not in inside
     if not alone and not SPLITS.issuperset(folders):
         return
-    remedy = f"name {flag} {inner.parent if split else inner}"
-    if split and inner.name != split:
-        remedy = f"move what is in it to {root}"
-    names = _in_short([os.path.basename(path) for path in inside], 3)
+    misnamed = split and inner.name != split
+    place = inner.parent if split else inner
+    remedy = f"move what is in it to {root}" if misnamed else f"name {flag} {place}"
+    names = listed([os.path.basename(path) for path in inside])
     raise UserError(
         f"{flag}: the class folders ({names}) are not in {root} but in {inner}; {remedy}, or, if "
         f"all is one class, call its folder {ONE_CLASS}"
@@ -206,30 +186,28 @@ def print_class_notes(classes: list[str]) -> None:
     def by_number(name: str) -> list[str | int]:  # text, number, text, ...
         return [int(p) if k % 2 else p for k, p in enumerate(re.split(r"([0-9]+)", name))]
 
-    ordered = sorted(classes, key=by_number)
-    if ordered != classes:
-        k = next(k for k in range(len(classes)) if classes[k] != ordered[k])
+    pairs = enumerate(zip(classes, sorted(classes, key=by_number), strict=True))
+    if (k := next((k for k, (own, other) in pairs if own != other), None)) is not None:
+        names = ", ".join(map(shown, classes[max(0, k - 2) : k + 2]))
         dist.print_main(
-            "note: classes are in the order of their names as text: "
-            f"{', '.join(map(shown, classes[max(0, k - 2) : k + 2]))}, ...; the label of "
+            f"note: classes are in the order of their names as text: {names}, ...; the label of "
             f"{shown(classes[k])} is {k}"
         )
     spelled = Counter(name.casefold() for name in classes)
     if alike := [name for name in classes if spelled[name.casefold()] > 1]:
-        dist.print_main(f"warning: classes differ only in upper and lower case: {_in_short(alike)}")
+        dist.print_main(f"warning: classes differ only in upper and lower case: {listed(alike)}")
 
 
 def _dark_notes(files: list[str]) -> list[str]:
     """That images of 16 bits seem to hold 12 bits or fewer, which come out nearly black."""
     brightest, chosen = [], files[:: max(1, len(files) // DARK_SAMPLE)][:DARK_SAMPLE]
     for path in (path for path in chosen if path.lower().endswith((".png", ".tif", ".tiff"))):
-        # Reading a damaged file for the work says what is wrong with it.
+        # A damaged file is named when it is read for the work.
         with suppress(UserError), as_user_error(path, (Exception,)), open_image(path) as image:
             if ";16" in str(image.tile[:1]):  # Pillow's name of how the pixels are stored
                 brightest.append(np.asarray(to_rgb(image)).max())
-    if not brightest or max(brightest) > 16:
-        return []
-    return [
+    said = (
         f"the {len(brightest)} images of 16 bits looked at have no value above 4095 of 65535, as "
         "if they held 12 bits, and come out nearly black; multiply their values by 16"
-    ]
+    )
+    return [said] if brightest and max(brightest) <= 16 else []

@@ -1,13 +1,11 @@
 """What a tokenizer's latents tell about themselves: scale, channel order, distribution.
 
-latent_scale = 1 / std of posterior samples, over all images, channels and positions: it brings
-latents to unit variance. By the law of total variance, Var[sample] = Var[mean] + E[variance].
+latent_scale = 1 / std of posterior samples, over all images, channels and positions. By the law of
+total variance, Var[sample] = Var[mean] + E[variance].
 
 channel_order = channels by their share of low-frequency energy, largest first. A channel's energy
-is the power of the 2-D spectra of its posterior means, after its mean over the whole data set is
-taken away. Low are the frequencies within a quarter of the sampling frequency (half of Nyquist)
-from zero. Zero itself counts: how the average of a channel varies between images is the lowest
-frequency there is; only the constant that all images share says nothing.
+is the power of the 2-D spectra of its posterior means, less its mean over the whole data set. Low
+are the frequencies within a quarter of the sampling frequency from zero, which itself counts.
 
 histogram = the distribution of posterior samples in each channel, which calibrated levels fit.
 

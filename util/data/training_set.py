@@ -1,7 +1,4 @@
-"""What a training learns from and is validated on: images or cached latents, by the flags.
-
-Raises UserError, naming flag and value, where flags, cache, VAE and model do not fit together.
-"""
+"""What a training learns from and is validated on: images or cached latents, by the flags."""
 
 import argparse
 from dataclasses import dataclass, replace
@@ -17,26 +14,24 @@ from util.data.latent_cache import CachedLatents, open_cache
 from util.data.listing import list_images
 from util.errors import UserError, as_user_error
 from util.vae import vae_digest
-from util.validation import ValidationSet, evenly_spread, subset
+from util.validation import ValidationSet, evenly_spread
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The training set and what is known of it. source: the flag and its value, for messages."""
-
     dataset: ImageDataset | CachedLatents
     classes: list[str]
-    source: str
+    source: str  # the flag and its value
     vae_sha256: str | None
     manifest: dict | None = None
 
     def count_skipped(self) -> int:
-        """Unreadable images that this process has passed over so far."""
+        """Unreadable images so far."""
         return int(self.dataset.bad.sum()) if isinstance(self.dataset, ImageDataset) else 0
 
 
 def needs_vae(args: argparse.Namespace) -> bool:
-    """With cached latents it draws previews and encodes validation images; its lack is said."""
+    """With cached latents, to draw previews and to encode validation images."""
     there = Path(value(args, "vae_path")).exists()
     if not args.use_cached or args.online_eval:
         return True
@@ -51,38 +46,33 @@ def open_data(
     args: argparse.Namespace, vae: VAE | None, checkpoint: Checkpoint | None = None
 ) -> TrainingData:
     """The images of --data_path, or the latents of --cached_path."""
-    path, size = value(args, "vae_path"), args.img_size
+    path, size, cached = value(args, "vae_path"), args.img_size, args.cached_path
     if size is None and checkpoint is not None and checkpoint.config is not None:
         size = checkpoint.config.img_size
     if not args.use_cached:
         images = list_images(value(args, "data_path"))
+        size, digest = size or value(args, "img_size"), vae_digest(path)
         on_bad = "next" if args.skip_bad_images else "raise"
-        size = size or value(args, "img_size")
         dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
-        source, digest = f"--data_path {value(args, 'data_path')}", vae_digest(path)
         # Nobody published this VAE's scale and channel order; a cache of it has measured them.
-        measured = bool(args.cached_path) and vae is not None and not vae.is_kl16
-        manifest = open_cache(args.cached_path, size, digest).manifest if measured else None
+        measured = bool(cached) and vae is not None and not vae.is_kl16
+        manifest = open_cache(cached, size, digest).manifest if measured else None
+        source = f"--data_path {value(args, 'data_path')}"
         return TrainingData(dataset, images.classes, source, digest, manifest)
-    if not args.cached_path:
+    if not cached:
         raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
-    vae_sha256 = None
+    digest = None
     if Path(path).exists() and (args.online_eval or args.vae_path is not None):
-        vae_sha256 = vae_digest(path)
+        digest = vae_digest(path)
     elif args.vae_path is not None:
-        dist.print_main(
-            f"--vae_path {path}: no such file; training on cached latents needs none, but whether "
-            "they are this VAE's is not checked"
-        )
-    cache = open_cache(args.cached_path, size, vae_sha256)
-    source = f"--cached_path {args.cached_path}"
-    made_by = cache.manifest["vae_sha256"] if cache.manifest else vae_sha256
-    return TrainingData(cache, cache.classes, source, made_by, cache.manifest)
+        dist.print_main(f"--vae_path {path}: no such file; whether the cache is its is not checked")
+    cache = open_cache(cached, size, digest)
+    made_by = cache.manifest["vae_sha256"] if cache.manifest else digest
+    return TrainingData(cache, cache.classes, f"--cached_path {cached}", made_by, cache.manifest)
 
 
 def check_same_classes(checkpoint: Checkpoint, classes: list[str], source: str) -> None:
-    """Raise UserError if a training would go on with other classes than it had."""
-    if classes and checkpoint.saved.get("classes", classes) != classes:
+    if classes and checkpoint.classes and list(checkpoint.classes) != classes:
         raise UserError(
             f"{source} has other classes than {checkpoint.named} was trained on; their labels "
             f"would not mean the same; {FINETUNE} in the place of --resume trains it on them"
@@ -95,27 +85,21 @@ def check_data(
     """Raise UserError unless classes and latents fit the model."""
     own, known = len(data.classes), config.class_num
     if own > known:
+        reason = f"--class_num is {known}; leave --class_num out"
         if checkpoint is not None and not checkpoint.begins:
-            raise UserError(
-                f"{data.source} has {own} classes, {checkpoint.named} was trained on {known}; "
-                "name the data it was trained on"
-            )
-        raise UserError(
-            f"{data.source} has {own} classes, --class_num is {known}; leave --class_num out"
-        )
+            reason = f"{checkpoint.named} was trained on {known}; name the data it was trained on"
+        raise UserError(f"{data.source} has {own} classes, {reason}")
     if own < known:
-        dist.print_main(
-            f"note: the model has {known} classes, {data.source} {own}: the others are never "
-            "trained"
-        )
+        others = f"{data.source} {own}: the others are never trained"
+        dist.print_main(f"note: the model has {known} classes, {others}")
     if isinstance(data.dataset, CachedLatents):
         check_latent_shape(data.dataset, config, data.source)
 
 
 def check_latent_shape(cache: CachedLatents, config: TokenBridgeConfig, source: str) -> None:
-    if tuple(cache.latent_shape) != config.latent_shape:
+    if cache.latent_shape != config.latent_shape:
         raise UserError(
-            f"{source} holds latents {tuple(cache.latent_shape)}, the model expects "
+            f"{source} holds latents {cache.latent_shape}, the model expects "
             f"{config.latent_shape}; see --img_size, --vae_stride and --vae_embed_dim"
         )
 
@@ -134,10 +118,7 @@ def validation_folder(args: argparse.Namespace) -> Path | None:
 def open_validation(
     args: argparse.Namespace, data: TrainingData, config: TokenBridgeConfig, vae: VAE | None
 ) -> tuple[TrainingData, ValidationSet | None]:
-    """The training data without what the flags hold out, and that.
-
-    Raises UserError, naming the flag, if it does not fit the training.
-    """
+    """The training data without what the flags hold out, and that."""
     given = [name for name in ("val_path", "val_cached_path", "holdout") if getattr(args, name)]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]}: validation data comes from one of them")
@@ -166,9 +147,8 @@ def _set_aside(data: TrainingData, count: int) -> tuple[TrainingData, Validation
     chosen = evenly_spread(total, count)
     rest = sorted(set(range(total)) - set(chosen))
     source = f"{count} images that --holdout takes out of {data.source}"
-    labels = list(range(len(data.classes)))
-    aside = ValidationSet(subset(data.dataset, chosen), labels, source)
-    return replace(data, dataset=subset(data.dataset, rest)), aside
+    aside = ValidationSet(data.dataset.subset(chosen), [*range(len(data.classes))], source)
+    return replace(data, dataset=data.dataset.subset(rest)), aside
 
 
 def _validation_images(
@@ -182,8 +162,8 @@ def _validation_images(
     try:
         if vae is None:
             raise UserError(
-                f"{folder} holds images, which need the VAE: give --vae_path, or a cache of them "
-                "(main_cache.py --split val) as --val_cached_path"
+                f"{folder} holds images, which need --vae_path, or a cache of them (main_cache.py "
+                "--split val) as --val_cached_path"
             )
         images = list_images(folder, "", flag="--val_path")
         on_bad = "drop" if args.skip_bad_images else "raise"
@@ -197,11 +177,9 @@ def _validation_images(
 
 
 def _labels(classes: list[str], data: TrainingData, source: str) -> list[int]:
-    known = {name: label for label, name in enumerate(data.classes)}
-    unknown = [name for name in classes if name not in known]
-    if unknown:
+    if unknown := [name for name in classes if name not in data.classes]:
         raise UserError(
             f"{source} has class {unknown[0]!r}, which {data.source} has not; name a folder whose "
             "classes are among those trained on"
         )
-    return [known[name] for name in classes]
+    return [data.classes.index(name) for name in classes]
