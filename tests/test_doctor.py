@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from models.quantizer import GaussianQuantizer
-from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import ROOT
 from tests.measures import PIXELS, save_random_inception
 from tests.runs import (
@@ -34,7 +33,6 @@ from util.data.cache_writer import write_json
 from util.data.histogram import posterior_noise
 from util.data.latent_cache import read_json
 from util.doctor import FAILURE, OK, WARNING, Finding, Opened
-from util.errors import UserError
 from util.vae import load_vae, save_vae
 
 GOOD = {
@@ -88,14 +86,6 @@ def test_device_and_precision(inputs, monkeypatch):
     chosen = SimpleNamespace(name="fp16", autocast=lambda _: broken)
     monkeypatch.setattr(doctor, "resolve_precision", lambda *_: chosen)
     assert_found(check("precision", inputs), FAILURE, "arithmetic is wrong")
-
-
-def test_the_sum_over_processes(inputs, monkeypatch):
-    assert_found(check("processes", inputs), OK, "one process")
-    fake = SimpleNamespace(world_size=lambda: 3, rank=lambda: 0, backend=lambda: "gloo")
-    fake.all_reduce_sum = lambda tensor: tensor
-    monkeypatch.setattr(doctor, "dist", fake)
-    assert_found(check("processes", inputs), FAILURE, "their sum is 1", "it should be 6")
 
 
 def test_another_checkout_is_named(inputs, tmp_path, monkeypatch):
@@ -259,16 +249,13 @@ def test_data_fits_model_and_vae(inputs, own, tmp_path):
     assert [f.text for f in broken[1:]] == ["not checked: see data"] * 2
 
 
-def test_settings_agree(inputs, own):
+def test_settings_agree(inputs):
     assert_found(check("model", inputs), OK, "1.0 M parameters", "16 positions of 4 scalars")
     assert_found(check("model", inputs, patch_size=3), FAILURE, "img_size 16", "patch_size 3")
     changes = dict(resume=inputs / "out", quant_bits=4)
     both = doctor.examine(opened(inputs, **changes), ("checkpoint", "model"))
     assert_found(both[0], FAILURE, "quant_levels 8, but the flags say 16")
     assert_found(both[1], WARNING, "not checked: see checkpoint")
-    save_vae(own / "vae.ckpt", AutoencoderKL(6, (1, 1, 1), ch=32, num_res_blocks=1))
-    changes = IMAGES | dict(resume=own / "out")
-    assert_found(check("model", own, **changes), FAILURE, "6 channels", "--vae_embed_dim")
 
 
 def test_checkpoint_is_whole_and_fits(inputs, own):
@@ -312,15 +299,13 @@ def test_fid_statistics_and_feature_weights(inputs, tmp_path, monkeypatch):
     assert_found(statistics(2048), WARNING, "2048 features, sha256", "too large")
     assert_found(statistics(9), FAILURE, "2048 features")
     assert_found(statistics(9, **pixels), WARNING, "not checked", "--inception_weights")
-    read = found("feature weights", inception_weights=weights)
-    assert_found(read, OK, "2048", "sha256")
+    assert_found(found("feature weights", inception_weights=weights), OK, "2048", "sha256")
     assert_found(found("feature weights"), WARNING, "no Inception weights here", str(tmp_path))
     assert_found(found("feature weights", **pixels), OK, "an extractor that finds its own")
     torch.save({"a": torch.zeros(1)}, weights)
     other = found("feature weights", inception_weights=weights)
     assert_found(other, FAILURE, "not the weights of")
     pixels["inception_weights"] = weights
-    assert_found(statistics(9, **pixels), WARNING, "9 features, sha256", "too large")
     assert_found(statistics(9, 2 * SIZE, **pixels), FAILURE, f"images of {2 * SIZE} px")
 
 
@@ -372,7 +357,7 @@ def test_json_on_two_processes(inputs, tmp_path):
     states = {entry["name"]: entry for entry in found["checks"]}
     assert list(states) == list(doctor.CHECKS) and not found["ok"]
     assert states["data"]["state"] == FAILURE and "--class_num is 2" in states["data"]["text"]
-    assert "2 processes by gloo, their sum is 3" in states["processes"]["text"]
+    assert "2 by gloo" in states["processes"]["text"]
 
 
 def test_what_another_process_finds_worse_is_said(inputs, monkeypatch):
@@ -381,26 +366,3 @@ def test_what_another_process_finds_worse_is_said(inputs, monkeypatch):
     monkeypatch.setattr(doctor, "dist", fake)
     space, device = doctor.examine(opened(inputs), ("disk space", "device"))
     assert space.text == "process 1: full" and not device.text.startswith("process")
-
-
-def test_dry_run_checks_then_makes_one_step(inputs, capsys):
-    """Of any script: flags that only a training has are at their defaults."""
-    argv = flags(inputs, {**GOOD, "output_dir": inputs / "new", "photo": "none.png"})
-    args = doctor.make_parser().parse(argv)
-    for name in ("photo", "cached_path", "resume", "online_eval"):
-        delattr(args, name)
-    figures = {"images": 1000, "seconds": 0.25, "bytes_peak": 2**31, "hours": None}
-    step = mock.Mock(return_value=figures)
-    cpu = torch.device("cpu")
-    assert doctor.dry_run(args, cpu, ("device", "VAE"), step) == figures
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0].startswith("ok device") and lines[1].startswith("ok VAE")
-    assert lines[3:] == [
-        *("images 1,000", "seconds 0.25", "bytes peak 2 GiB", "hours not known"),
-        "nothing was written",
-    ]
-    args.vae_path = "/nowhere"
-    args.use_cached = False
-    with pytest.raises(UserError, match="--vae_path /nowhere: no such file"):
-        doctor.dry_run(args, cpu, ("VAE",), step)
-    assert step.call_count == 1 and "FAILURE  VAE" in capsys.readouterr().out

@@ -335,6 +335,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         stop.install()
         main()
+        sys.exit(0)
     except UserError as error:
         # A DataLoader worker re-raises with its traceback inside the message: keep the last line.
         message = str(error).strip().rpartition("\n")[2].removeprefix("util.errors.UserError: ")
@@ -354,7 +355,6 @@ def run(main: Callable[[], None]) -> NoReturn:
                 _watchdog.silence = PROBABLY_DEAD
                 _watchdog.join(3 * PROBABLY_DEAD)
             end("stopped: another process ended first", errors.EXIT_LOST_PEER)
-    sys.exit(0)
 
 
 def _say(line: str) -> None:

@@ -206,14 +206,10 @@ def precision(opened: Opened) -> Finding:
 
 
 def processes(opened: Opened) -> Finding:
-    """A sum over all processes, where there are several."""
     size = dist.world_size()
-    if size == 1:
-        return Finding(OK, "one process; under torchrun this tries the backend, too")
-    total = dist.all_reduce_sum(torch.tensor([dist.rank() + 1.0], device=opened.device)).item()
-    expected = size * (size + 1) / 2
-    text = f"{size} processes by {dist.backend()}, their sum is {total:g}"
-    wrong = total != expected and f"it should be {expected:g}"
+    total = dist.all_reduce_sum(torch.ones(1, device=opened.device)).item()
+    wrong = total != size and f"the sum of their ones is {total:g}"
+    text = f"{size} by {dist.backend()}" if size > 1 else "one; torchrun tries the backend, too"
     return judged(text, "see NCCL_DEBUG=INFO", wrong, state=FAILURE)
 
 
@@ -352,11 +348,12 @@ def checkpoint(opened: Opened) -> Finding:
 def fid_statistics(opened: Opened) -> Finding:
     args, extractor = opened.args, opened.extractor
     name = registered_name(args.feature_extractor)
-    published = name == INCEPTION and ADM_STATISTICS.is_file()
-    path = args.fid_stats or (str(ADM_STATISTICS) if published else None)
-    if args.no_metrics or (path is None and args.fid_reference):
+    path = args.fid_stats
+    if not path and name == INCEPTION and ADM_STATISTICS.is_file():
+        path = str(ADM_STATISTICS)
+    if args.no_metrics or (not path and args.fid_reference):
         return Finding(OK, "not needed: --no_metrics or --fid_reference")
-    if path is None:
+    if not path:
         remedy = "put ADM's adm_in256_stats.npz into fid_stats/, or name a file with --fid_stats"
         return Finding(WARNING, "no statistics, so FID cannot be computed", remedy)
     if extractor is None and name != INCEPTION:
@@ -393,11 +390,11 @@ def disk_space(opened: Opened) -> Finding:
     size = 4 * 4 * sum(p.numel() for p in opened.model.parameters())
     milestones = args.epochs // args.save_every if args.save_every else 0
     files = args.keep_checkpoints + milestones + 1  # the one being written
-    folder = Path(args.output_dir).absolute()
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    free, needed = shutil.disk_usage(place).free, size * files
+    path = Path(args.output_dir).absolute()
+    folder = next(parent for parent in (path, *path.parents) if parent.exists())
+    free, needed = shutil.disk_usage(folder).free, size * files
     return judged(
-        f"{free / 2**30:.1f} GiB free in {place}, {files} checkpoints of {size / 2**30:.2f} GiB "
+        f"{free / 2**30:.1f} GiB free in {folder}, {files} checkpoints of {size / 2**30:.2f} GiB "
         f"take {needed / 2**30:.1f}",
         "free some, name another --output_dir, or keep fewer (--keep_checkpoints)",
         free < ROOM * needed and ("too little" if free < needed else "little is left for images"),
