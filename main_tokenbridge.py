@@ -139,8 +139,7 @@ def build_run(
         max_skipped=args.max_skipped,
         eval_freq=args.eval_freq,
     )
-    if args.online_eval:
-        add_evaluation(args, run, data.classes)
+    warnings = rate_warnings(args, rate, first, checkpoint)  # which reads what is let go of below
     if checkpoint is not None:
         checkpoint.load_training_state(run.ema, run.optimizer, run.scaler)
         checkpoint.release()
@@ -149,7 +148,7 @@ def build_run(
     refuse_finished(args, checkpoint, steps)
     lines = [*describe(args, run, inputs), *plan.notes]
     lines += [f"going on after step {first}"] if first else []
-    description = "\n".join([*lines, *rate_warnings(args, rate, first, checkpoint)])
+    description = "\n".join([*lines, *warnings])
     dist.print_main(description)
     return run, plan, description
 

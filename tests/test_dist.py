@@ -3,7 +3,6 @@
 Run as a script, this file is one of two processes: see `main`.
 """
 
-import inspect
 import multiprocessing
 import os
 import socket
@@ -14,22 +13,16 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 import main_cache
 import main_tokenbridge
 import reconstruction
 from engine_tokenbridge import train_step
 from tests.conftest import new_run, tiny_model
-from tests.runs import (
-    call,
-    fork_together,
-    free_port,
-    ranks,
-)
+from tests.runs import call, fork_together, free_port, ranks
 from util import dist, stop
 from util.data.batches import Batches, MicroBatchSampler
-from util.dist import run
+from util.dist import FINISHED, Watchdog, run
 from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from util.evaluation import extractor
 from util.setup import check_agreement
@@ -49,10 +42,6 @@ def one_step(micro_batches: int) -> dict:
     model = tiny_model(attn_dropout=0.1, proj_dropout=0.1, label_drop_prob=0.5).train()
     losses = []
     model.register_forward_hook(lambda _module, _inputs, loss: losses.append(loss.detach()))
-    parts: dict[str, list[Tensor]] = {}  # the gradient of each micro-batch, before they are summed
-    for name, parameter in model.named_parameters():
-        parts[name] = []
-        parameter.register_hook(parts[name].append)
     run = new_run(model, 0.9)
     run.batches = Batches(BATCH, micro_batches, IMAGES, seed=1)
     run.steps, run.grad_clip = range(1), 1e9
@@ -70,7 +59,6 @@ def one_step(micro_batches: int) -> dict:
         "loss": found.loss,
         "norm": found.grad_norm,
         "gradients": optimizer.gradients,
-        "parts": parts,
     }
 
 
@@ -88,7 +76,7 @@ def main(folder: Path) -> None:
         "main": dist.is_main(),
         "sum": dist.all_reduce_sum(torch.tensor([rank + 1.0, 10.0])),
         "gathered": dist.gather_objects({"rank": rank}),
-        "steps": {count: one_step(count) for count in (2, 3, 4)},
+        "steps": {count: one_step(count) for count in (2, 3)},
         "weights": extractor.find_inception_weights(None),
     }
     dist.barrier()
@@ -116,30 +104,25 @@ def test_two_processes_sum_gather_and_print_once(pair):
     assert printed.count("printed once") == 1 and printed.count("2 processes") == 1
 
 
-@pytest.mark.parametrize("micro_batches", [2, 3, 4])
+@pytest.mark.parametrize("micro_batches", [2, 3])
 def test_two_processes_have_the_losses_and_gradients_of_one(pair, micro_batches):
     """Micro-batch j is the same to the bit wherever it is; only the sum's order may differ.
 
     Of three micro-batches, one process has two and the other one.
     """
     alone = one_step(micro_batches)
-    steps = [found["steps"][micro_batches] for found in pair[:2]]
+    steps = [result["steps"][micro_batches] for result in pair[:2]]
     for j, loss in enumerate(alone["losses"]):
         assert torch.equal(steps[j % 2]["losses"][j // 2], loss)
     assert len(set(map(float, alone["losses"]))) == micro_batches
     mean = steps[0]["loss"] + steps[1]["loss"]
     torch.testing.assert_close(mean, alone["loss"], rtol=1e-6, atol=0)
-    exact = micro_batches == 2  # two numbers have the same sum in either order
+    # Two numbers have the same sum in either order.
+    tolerance = dict(rtol=0, atol=0) if micro_batches == 2 else dict(rtol=1e-5, atol=1e-7)
+    expected = [*alone["gradients"], alone["norm"]]
+    assert all(tensor.abs().max() > 0 for tensor in expected)
     for step in steps:
-        assert_same(step["gradients"], alone["gradients"], exact)
-        assert_same([step["norm"]], [alone["norm"]], exact)
-
-
-def assert_same(found: list[Tensor], expected: list[Tensor], exact: bool) -> None:
-    for a, b in zip(found, expected, strict=True):
-        assert b.abs().max() > 0
-        tolerance = dict(rtol=0, atol=0) if exact else dict(rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(a, b, **tolerance)
+        torch.testing.assert_close([*step["gradients"], step["norm"]], expected, **tolerance)
 
 
 def test_weights_on_one_node_alone_are_used_by_none(pair):
@@ -148,18 +131,13 @@ def test_weights_on_one_node_alone_are_used_by_none(pair):
     assert pair[0]["weights"] is None and pair[1]["weights"] is None
 
 
-def test_a_world_of_one_needs_nothing(capsys):
+def test_a_world_of_one_needs_nothing():
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
     assert dist.all_reduce_sum(torch.ones(2)).tolist() == [1.0, 1.0]
-    assert dist.gather_objects("a") == ["a"]
+    assert dist.gather_objects("a") == dist.gather_to_main("a") == ["a"]
     model = torch.nn.Linear(1, 1)
     assert dist.wrap(model, torch.device("cpu")) is model
     dist.barrier()
-    dist.print_main("here")
-    assert capsys.readouterr().out == "here\n"
-
-
-# --- launchers
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -190,7 +168,6 @@ def environment(monkeypatch):
         (TORCHRUN, False, (3, 8, 1, "torchrun")),
         (SLURM, False, (5, 8, 2, "Slurm")),
         (SLURM | TORCHRUN, False, (3, 8, 1, "torchrun")),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, False, (0, 1, 0, "one process")),
         (SBATCH, False, (0, 1, 0, "one process")),
         (OPEN_MPI, True, (3, 8, 1, "Open MPI (--dist_on_itp)")),
         (OPEN_MPI, False, (0, 1, 0, "one process")),
@@ -245,7 +222,6 @@ def test_one_process_of_an_allocation_and_a_missing_device_are_said(
 @pytest.mark.parametrize(
     ("rank", "url", "words"),
     [
-        (0, "env://", "2 of 3 processes (rank 1, 2) at 127.0.0.1:{port} for"),
         (1, "env://", "process 0 of 3 at 127.0.0.1:{port} for"),
         (0, "tcp://127.0.0.1:{port}", "2 of 3 processes (rank 1, 2) at 127.0.0.1:{port} for"),
     ],
@@ -292,10 +268,8 @@ def test_the_end_of_process_0_ends_the_wait_of_the_others(environment, monkeypat
     assert f"cannot meet process 0 at 127.0.0.1:{meeting['MASTER_PORT']}" in capfd.readouterr().err
 
 
-def test_a_taken_port_is_told(environment):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
+def test_a_taken_port_is_named(environment):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
         environment(TORCHRUN | {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
         with pytest.raises(UserError, match="cannot meet process 0 at .* already in use"):
@@ -306,8 +280,9 @@ def test_processes_that_found_different_things_are_all_refused(monkeypatch):
     """As when a node sees another output folder: every process stops, none trains alone."""
     facts = [{"first epoch": 2, "classes": ["a"]}, {"first epoch": 0, "classes": ["a"]}]
     monkeypatch.setattr(dist, "gather_objects", lambda own: facts)
-    for own in facts:
-        with pytest.raises(UserError, match="process 1 .* first epoch"):
+    for rank, own in enumerate(facts):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        with pytest.raises(UserError, match="process [01] and process [01] .*: first epoch;"):
             check_agreement(own)
     monkeypatch.setattr(dist, "gather_objects", lambda own: [own, own])
     check_agreement(facts[0])
@@ -315,18 +290,139 @@ def test_processes_that_found_different_things_are_all_refused(monkeypatch):
 
 @pytest.mark.parametrize("script", [main_cache, main_tokenbridge, reconstruction])
 def test_every_script_minds_the_timeout(script, tmp_path, monkeypatch):
-    given = {}
+    init = mock.create_autospec(dist.init, side_effect=UserError("enough"))
+    monkeypatch.setattr(dist, "init", init)
+    argv = ["--cached_path", str(tmp_path)] if script is main_cache else []
+    with pytest.raises(UserError, match="enough"):
+        call(script.main, *argv, "--dist_timeout", "77")
+    assert 77 in (*init.call_args.args, *init.call_args.kwargs.values())
 
-    def init(*args, **names):
-        given.update(inspect.signature(dist.init).bind(*args, **names).arguments)
-        raise UserError("enough")
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="enough"):
-        patch.setattr(script, "dist", mock.Mock(wraps=dist, init=init))
-        argv = ["--dist_timeout", "77"]
-        argv += ["--cached_path", str(tmp_path)] if script is main_cache else []
-        call(script.main, *argv)
-    assert given["timeout"] == 77
+# --- who has died, and who holds everybody up
+
+
+class Board:
+    """What TCPStore does, in one process."""
+
+    def __init__(self):
+        self.values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value.encode()
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.values[key] for key in keys]
+
+
+NAMES = ["process 0 (a)", "process 1 (b)", "process 2 (c)"]
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that the test moves."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(dist, "INTERVAL", 0)
+    return clock
+
+
+@pytest.fixture
+def dogs(now) -> list[Watchdog]:
+    return new_dogs(end=lambda rank, why: None)
+
+
+def new_dogs(end) -> list[Watchdog]:
+    board = Board()
+    ends = [lambda why, rank=rank: end(rank, why) for rank in range(3)]
+    return [Watchdog(board, rank, NAMES, 80.0, ends[rank]) for rank in range(3)]
+
+
+def exchange(dogs: list[Watchdog]) -> None:
+    for dog in (*dogs, *dogs):  # twice: the first has asked before the others wrote
+        dog._exchange(dog.others)
+
+
+def beat(dogs: list[Watchdog], doing: str) -> None:
+    for dog in dogs:
+        dog.beat(doing)
+
+
+def test_process_without_a_sign_of_life_has_died(now, dogs):
+    exchange(dogs)
+    exchange(dogs[:2])  # who have read the third's last sign now
+    now[0] += 59
+    exchange(dogs[:2])
+    assert dogs[0].find_dead() == ""
+    now[0] += 2
+    exchange(dogs[:2])
+    assert dogs[0].find_dead().startswith("process 2 (c) has died: no sign of life for 61 s")
+
+
+def test_process_that_said_why_it_ends_is_quoted_and_one_that_finished_not_missed(now, dogs):
+    dogs[1].announce_end("stopped with an error: no such file")
+    dogs[1].announce_end("again")  # the first reason counts
+    exchange(dogs[:1])
+    assert dogs[0].find_dead() == "process 1 (b) stopped with an error: no such file"
+    dogs = new_dogs(None)
+    for dog in dogs[1:]:
+        dog.announce_end(FINISHED)
+    now[0] += 1000
+    exchange(dogs[:1])
+    assert dogs[0].find_dead() == ""
+
+
+def test_main_process_is_missed_when_its_store_is_gone(dogs):
+    dogs[1].store = None
+    dogs[1]._exchange([])
+    assert dogs[1].find_dead().startswith("process 0 (a) has died")
+
+
+def test_who_is_behind_is_named_when_nobody_makes_progress(now, dogs):
+    beat(dogs, "step 1: forward")
+    beat([dogs[0], dogs[2]], "step 1: backward")
+    exchange(dogs)
+    now[0] += 79
+    exchange(dogs)
+    assert dogs[0].find_hung() == ""
+    now[0] += 2
+    for dog in dogs:
+        exchange(dogs)
+        line = dog.find_hung()
+        assert "no progress for 81 s" in line and "--dist_timeout" in line
+        assert line.endswith("waiting for process 1 (b) (step 1: forward)")
+
+
+def test_slow_start_and_one_that_works_on_are_no_hang(now, dogs):
+    """An evaluation ends when its slowest process has drawn its last batch."""
+    dogs[0].beat("step 1")
+    now[0] += 1000
+    exchange(dogs)
+    assert dogs[0].find_hung() == ""
+    beat(dogs, "batch 1")
+    for _ in range(10):
+        now[0] += 70
+        dogs[1].beat("batch")
+        exchange(dogs)
+        assert [dog.find_dead() or dog.find_hung() for dog in dogs] == [""] * 3
+
+
+def test_main_process_lets_the_others_read_who_is_lost_before_its_store_ends(monkeypatch):
+    """Each thread ends its process with the reason."""
+    ended = []
+    monkeypatch.setattr(dist, "INTERVAL", 0.1)
+
+    def end(rank: int, why: str) -> None:
+        ended.append((rank, why))
+        if rank == 0:  # and its store with it
+            dogs[0].store.multi_get = dogs[0].store.set = None
+
+    dogs = new_dogs(end)
+    for dog in dogs[:2]:
+        dog.start()
+    dogs[2].announce_end("was stopped by SIGKILL")
+    for dog in dogs[:2]:
+        dog.join(10)
+    assert sorted(ended) == [(r, "process 2 (c) was stopped by SIGKILL") for r in (0, 1)]
 
 
 if __name__ == "__main__":

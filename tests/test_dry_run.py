@@ -1,12 +1,15 @@
-"""--dry_run: builds and checks what a training would, makes one step, tells, and writes nothing."""
+"""--dry_run: checks what a script would do, makes one step, prints its cost, writes nothing."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+import main_cache
 import main_tokenbridge
+import reconstruction
 from tests.runs import (
+    CACHE_FLAGS,
     TRAIN_FLAGS,
     call,
     flags,
@@ -14,31 +17,39 @@ from tests.runs import (
     refused,
 )
 
-
-def told(capsys, *argv, script=main_tokenbridge) -> dict:
-    capsys.readouterr()
-    call(script.main, *map(str, argv), "--dry_run", "--json")
-    return json.loads(capsys.readouterr().out)
+IMAGES = dict(use_cached=None, vae_path="vae.ckpt", data_path="data", latent_scale=0.5)
+IMAGES |= {"channel_order": "2,0,3,1"}
 
 
 def files(folder: Path) -> set[tuple[str, int]]:
     return {(str(p), p.stat().st_mtime_ns) for p in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_says_what_the_run_will_be_and_writes_nothing(inputs, tmp_path, capsys, cached):
+@pytest.mark.parametrize("changes", [{}, IMAGES])
+def test_a_training_says_its_cost_and_writes_nothing(inputs, tmp_path, capsys, changes):
     before = files(tmp_path) | files(inputs)
-    changes = {} if cached else dict(use_cached=None, vae_path="vae.ckpt", data_path="data")
     argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", epochs=5, **changes)
-    argv += ["--channel_order", "2,0,3,1", "--latent_scale", "0.5"] if not cached else []
-    found = told(capsys, *argv, "--metrics_file", tmp_path / "m.tsv")
+    call(main_tokenbridge.main, *argv, f"--metrics_file={tmp_path}/m.jsonl", "--dry_run", "--json")
+    figures = json.loads(capsys.readouterr().out)
     assert files(tmp_path) | files(inputs) == before
-    assert (found["images"], found["steps_per_epoch"], found["steps_to_go"]) == (24, 3, 15)
-    assert found["images_per_step"] == 8 and found["processes"] == 1
-    assert found["hours"] == pytest.approx(15 * found["seconds_per_step"] / 3600)
-    assert found["device_hours"] == found["hours"]
-    assert (found["seconds_encoding"] > 0) == (not cached)
-    assert 0 < found["loss"] < 10
+    assert (figures["steps"], figures["images_per_step"]) == (15, 8)
+    assert figures["hours"] == pytest.approx(15 * figures["seconds_per_step"] / 3600)
+    assert figures["device_hours"] == figures["hours"] and 0 < figures["loss"] < 10
+
+
+@pytest.mark.parametrize("script", [main_cache, reconstruction])
+def test_a_cache_and_a_reconstruction_say_theirs(inputs, tmp_path, capsys, script):
+    """The doctor's checks have the training's defaults for flags that these lack."""
+    before = files(inputs)
+    own = {"cached_path": tmp_path / "new"}
+    if script is reconstruction:
+        own = dict(image_dir="data", output_dir=tmp_path / "new", latent_scale=1.0)
+        own |= dict(data_path=None, shard_size=None)
+    call(script.main, *flags(inputs, CACHE_FLAGS | own), "--dry_run")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "images 24" in lines and lines[-1] == "nothing was written"
+    assert any(line.startswith("ok device") for line in lines)
+    assert files(inputs) == before and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
@@ -58,20 +69,20 @@ def test_says_what_the_run_will_be_and_writes_nothing(inputs, tmp_path, capsys, 
         (False, dict(warmup_epochs=1.9), None),
     ],
 )
-def test_a_rate_that_stays_low_or_jumps_is_told(
+def test_a_rate_that_stays_low_or_jumps_is_said(
     inputs, trained, tmp_path, capsys, resume, changes, expected
 ):
     resume = trained if resume else None
     argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", resume=resume, **changes)
     call(main_tokenbridge.main, *argv, "--dry_run")
-    told = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warning:" in line]
     if expected is None:
-        assert told == []
+        assert lines == []
     else:
-        assert expected.format(checkpoint=trained / "checkpoint-last.pth") in told[0], told
+        assert expected.format(checkpoint=trained / "checkpoint-last.pth") in lines[0], lines
 
 
-def test_damaged_checkpoint_is_told_and_stays(inputs, tmp_path, capsys):
+def test_damaged_checkpoint_is_named_and_stays(inputs, tmp_path, capsys):
     """A run would set it aside."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "checkpoint-step00000003.pth").write_bytes(b"PK\3\4 nothing")
@@ -82,32 +93,18 @@ def test_damaged_checkpoint_is_told_and_stays(inputs, tmp_path, capsys):
     assert files(tmp_path) == before
 
 
-def test_works_where_there_is_no_data(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    argv = "--model tokenbridge_tiny --img_size 64 --batch_size 2 --accum_iter 3 --device cpu"
-    found = told(capsys, *argv.split(), "--class_num", "10")
-    assert found["images"] is None and "hours" not in found
-    assert found["images_per_step"] == 6 and list(tmp_path.iterdir()) == []
-    call(main_tokenbridge.main, *argv.split(), "--dry_run")
-    out = capsys.readouterr().out
-    assert "no --data_path or --cached_path" in out and "nothing was written" in out
-
-
 @pytest.mark.parametrize(
-    ("given", "fragment"),
+    ("changes", "fragment"),
     [
-        (dict(data_path="missing", use_cached=None, vae_path="vae.ckpt"), "--data_path"),
+        (IMAGES | dict(data_path="missing"), "--data_path"),
         (dict(cached_path="missing"), "--cached_path"),
-        (dict(vae_path="missing", use_cached=None, data_path="data"), "--vae_path"),
+        (IMAGES | dict(vae_path="missing"), "--vae_path"),
         (dict(class_num=2), "3 classes, --class_num is 2"),
-        (dict(global_batch=7), "--global_batch 7"),
+        (dict(global_batch=7, accum_iter=None), "--global_batch 7"),
     ],
 )
-def test_what_would_stop_the_run_stops_the_dry_run(inputs, tmp_path, capsys, given, fragment):
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", accum_iter=None) + flags(
-        inputs, {k: v for k, v in given.items()}
-    )
-    argv = [word for word in argv if not (word == "--use_cached" and "use_cached" in given)]
+def test_what_would_stop_the_run_stops_the_dry_run(inputs, tmp_path, capsys, changes, fragment):
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", **changes)
     assert fragment in refused(capsys, main_tokenbridge.main, *argv, "--dry_run")
     assert not (tmp_path / "out").exists()
 
@@ -116,6 +113,6 @@ def test_two_processes_share_the_step(inputs, tmp_path):
     argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out")
     result = on_processes(2, "main_tokenbridge.py", *argv, "--dry_run", "--json")
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert found["processes"] == 2 and found["images_per_step"] == 16
-    assert found["device_hours"] == pytest.approx(2 * found["hours"])
+    figures = json.loads(result.stdout)
+    assert figures["images_per_step"] == 16
+    assert figures["device_hours"] == pytest.approx(2 * figures["hours"])

@@ -17,22 +17,21 @@ from models.tokenbridge import TokenBridge
 from util.errors import UserError, as_user_error
 
 
-def _available() -> list[str]:
-    kinds = ["cuda"] if torch.cuda.is_available() else []
-    return [*kinds, "mps", "cpu"] if torch.backends.mps.is_available() else [*kinds, "cpu"]
-
-
 def resolve_device(name: str, local_rank: int = 0, quiet: bool = False) -> torch.device:
     """The device of that name, or the best the machine has instead, which is said on stderr."""
     kind, _, index = name.partition(":")
-    available = _available()
-    if kind not in ("cuda", "mps", "cpu"):
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if kind not in here:
         raise UserError(f"--device {name!r} is not one of cuda, mps, cpu")
-    if kind not in available:
-        found = available[0]
+    if not here[kind]:
+        best = next(other for other in here if here[other])
         if not quiet:
-            print(f"no {kind} device here: running on {found}", file=sys.stderr, flush=True)
-        kind, index = found, ""
+            print(f"no {kind} device here: running on {best}", file=sys.stderr, flush=True)
+        kind, index = best, ""
     if kind != "cuda":
         return torch.device(kind)
     count = torch.cuda.device_count()
@@ -74,19 +73,14 @@ def compile_model(model: TokenBridge, device: torch.device) -> None:
         )
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs triton on CUDA: pip install triton, or leave it out")
-    import_setuptools()
-    model.compile_blocks()
-
-
-def import_setuptools() -> None:
-    """Before inductor does, which would fail on Python 3.10 and 3.11 once anything has looked for
-    pip: setuptools then finds the standard library's distutils where it asserts its own.
-    """
+    # On Python 3.10 and 3.11, once anything has looked for pip, setuptools finds the standard
+    # library's distutils where it asserts its own: undo pip's wish before inductor imports it.
     hack = sys.modules.get("_distutils_hack")  # setuptools' own, from the start of the interpreter
     if hack is not None:
-        vars(hack.DISTUTILS_FINDER).pop("spec_for_distutils", None)  # pip's wish for the other one
+        vars(hack.DISTUTILS_FINDER).pop("spec_for_distutils", None)
     with suppress(ImportError):
         import setuptools  # noqa: F401
+    model.compile_blocks()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ The only file that imports torch.distributed. Every helper works in a world of o
 else asks whether a run is distributed. Launchers: none, torchrun, Slurm, Open MPI (ITP).
 """
 
+import json
 import os
 import re
 import socket
@@ -11,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,7 +27,6 @@ from util import errors, stop
 from util.device import resolve_device
 from util.errors import UserError, as_user_error, program
 from util.files import listed
-from util.watchdog import FINISHED, PROBABLY_DEAD, Watchdog
 
 # Ranks wait for each other's last batch of an evaluation or shard of a cache, on a CPU for long.
 # That somebody hangs is for the watchdog to see, which knows who makes progress.
@@ -39,11 +38,15 @@ FIRST_WORD, NEXT_WORD = 30.0, 60.0  # seconds of waiting to the first line, and 
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 # The variables with the rank, the number of processes, and the rank on the own node. Of a step only
 # srun sets the number of tasks; the script of sbatch has Slurm's other variables, too.
-OPEN_MPI = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK")]
-SLURM = ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]
-TORCHRUN = ["RANK", "WORLD_SIZE", "LOCAL_RANK"]
-_watchdog: Watchdog | None = None  # of this process, if there are others
-_finishers: list[Callable[[], None]] = []
+LAUNCHERS = {
+    "Open MPI (--dist_on_itp)": [f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK")],
+    "torchrun": ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
+    "Slurm": ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"],
+}
+INTERVAL = 1.0  # seconds between two signs of life
+SURELY_DEAD = 60.0  # seconds without one; long work that holds the interpreter's lock is shorter
+PROBABLY_DEAD = 4.0  # the same, where a connection has broken already
+FINISHED = "finished"
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,15 @@ class World:
 
 
 def detect_world(dist_on_itp: bool = False) -> World:
-    """Where this process stands, from what its launcher put into the environment."""
+    """This process's rank, from what its launcher put into the environment."""
     env, tasks = os.environ, os.environ.get("SLURM_NTASKS", "1")
     if dist_on_itp:
-        launcher, names = "Open MPI (--dist_on_itp)", OPEN_MPI
+        launcher = "Open MPI (--dist_on_itp)"
     elif "RANK" in env and "WORLD_SIZE" in env:
-        launcher, names = "torchrun", TORCHRUN
+        launcher = "torchrun"
         env.setdefault("LOCAL_RANK", "0")
     elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        launcher, names = "Slurm", SLURM
+        launcher = "Slurm"
     else:
         if tasks != "1" and "SLURM_STEP_ID" not in env:
             print(
@@ -75,10 +78,10 @@ def detect_world(dist_on_itp: bool = False) -> World:
             )
         return World(rank=0, size=1, local_rank=0, launcher="one process")
     try:
-        return World(*(int(env[name]) for name in names), launcher=launcher)
+        return World(*(int(env[name]) for name in LAUNCHERS[launcher]), launcher=launcher)
     except (KeyError, ValueError) as error:
-        values = ", ".join(f"{name}={env.get(name)!r}" for name in names)
-        raise UserError(f"{launcher}: cannot read the process's place from {values}") from error
+        values = ", ".join(f"{name}={env.get(name)!r}" for name in LAUNCHERS[launcher])
+        raise UserError(f"{launcher}: cannot read the process's rank from {values}") from error
 
 
 def init(
@@ -98,11 +101,9 @@ def init(
         local_rank %= torch.cuda.device_count()  # --gpus-per-task shows each task its own alone
     chosen = resolve_device(device, local_rank, quiet=world.rank > 0)
     if chosen.type == "mps" and world.size > 1:
-        if device.startswith("mps"):
-            raise UserError(f"--device mps runs one process, not {world.size}")
         chosen = torch.device("cpu")
         if world.rank == 0:
-            print(f"{world.size} processes cannot share mps: running on cpu", flush=True)
+            print(f"{world.size} processes cannot share mps: running on cpu", file=sys.stderr)
     is_cuda = chosen.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(chosen)
@@ -142,53 +143,159 @@ def _address(dist_url: str, world: World) -> tuple[str, int]:
 
 
 def _meet(host: str, port: int, serves: bool, world: World) -> dist.Store:
-    """The store in which the processes find each other's addresses, once all of them are there.
-
-    With --master_addr, torchrun --max-restarts keeps one store for all attempts: without a prefix
-    a process might find the address of one that has died. Where torchrun finds its nodes by itself
-    (--rdzv_id), nodes may count attempts differently, so there is none; after a restart all may
-    then seem to be here at once.
-    """
-    opened, keys = Future(), [f"here{rank}" for rank in range(world.size)]
-    one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    has_prefix = one_node or os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none"
-
-    def open_store() -> None:
-        try:
-            store = dist.TCPStore(host, port, None, serves, TIMEOUT, wait_for_workers=False)
-            if has_prefix:
-                store = dist.PrefixStore(f"attempt{os.environ.get(ATTEMPT, 0)}", store)
-            store.set(keys[world.rank], "")
-            opened.set_result(store)
-        except Exception as error:
-            opened.set_exception(error)
-
-    def absent() -> str:
-        """In words; none but on the process that says it."""
-        if not opened.done():
-            return "" if world.local_rank else f"process 0 of {world.size}"
-        ranks = [rank for rank, key in enumerate(keys) if not opened.result().check([key])]
-        words = f"{len(ranks)} of {world.size} processes (rank {listed(ranks)})"
-        return words if world.rank == 0 else ""
-
-    # What waits in torch's C++ would keep the main thread's signals waiting, too.
-    threading.Thread(target=open_store, daemon=True, name="rendezvous").start()
+    """The store in which the processes find each other's addresses, once all of them are there."""
     begun, due = time.monotonic(), FIRST_WORD
+
+    def pause(missing: str) -> None:
+        nonlocal due
+        waited = time.monotonic() - begun
+        if waited > TIMEOUT.total_seconds():
+            raise ValueError(f"others have not come in {TIMEOUT}")
+        if waited >= due:
+            due += NEXT_WORD
+            if missing:
+                print(f"waiting for {missing} at {host}:{port} for {waited:.0f} s", file=sys.stderr)
+        time.sleep(min(0.01 + waited / 10, 0.5))
+
     with as_user_error(f"cannot meet process 0 at {host}:{port}", (RuntimeError, ValueError)):
-        while not (opened.done() and opened.result().check(keys)):
-            waited = time.monotonic() - begun
-            if waited > TIMEOUT.total_seconds():
-                raise ValueError(f"others have not come in {TIMEOUT}")
-            if waited >= due and (words := absent()):
-                print(f"waiting for {words} at {host}:{port} for {waited:.0f} s", file=sys.stderr)
-            due += NEXT_WORD if waited >= due else 0
-            time.sleep(min(0.01 + waited / 10, 0.5))
-    return opened.result()
+        # Not torch's own waiting, in which Python's signals would wait, too.
+        while not (serves or _listens(host, port)):
+            pause("" if world.local_rank else f"process 0 of {world.size}")
+        store = dist.TCPStore(host, port, None, serves, TIMEOUT, wait_for_workers=False)
+        one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+        # With --master_addr, torchrun --max-restarts keeps one store for all attempts, and with it
+        # addresses of processes that have died. With --rdzv_id, nodes may count attempts
+        # differently; after a restart all may then seem to be here at once.
+        if one_node or os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
+            store = dist.PrefixStore(f"attempt{os.environ.get(ATTEMPT, 0)}", store)
+        keys = [f"here{rank}" for rank in range(world.size)]
+        store.set(keys[world.rank], "")
+        while not store.check(keys):
+            absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            words = f"{len(absent)} of {world.size} processes (rank {listed(absent)})"
+            pause("" if world.rank else words)
+    return store
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+        return True
+    except OSError:
+        return False
 
 
 def is_restarted() -> bool:
     """Whether torchrun has started this run again, after it lost a worker."""
     return os.environ.get(ATTEMPT, "0") != "0"
+
+
+@dataclass
+class Peer:
+    """What is known of one process. The times are of this process's clock, in seconds."""
+
+    name: str
+    beat_at: float
+    progress_at: float
+    beats: int = 0
+    progress: int = 0
+    doing: str = "starting"
+    ending: str = ""
+
+    def update(self, beats: int, progress: int, doing: str, ending: str) -> None:
+        now = time.monotonic()
+        self.beat_at = now if beats != self.beats else self.beat_at
+        self.progress_at = now if progress != self.progress else self.progress_at
+        self.beats, self.progress, self.doing, self.ending = beats, progress, doing, ending
+
+
+class Watchdog(threading.Thread):
+    """Ends this process with a line that names who has died, or who holds everybody up.
+
+    Once a second it publishes two counters, one that it raises itself (the process lives) and one
+    that the main thread raises with every batch (it makes progress), and reads those of the others.
+    Collectives alone would wait, and then name nobody.
+
+    store: a TCPStore, served by process 0. names: of all processes by rank. timeout: seconds
+    without progress of any of them. end: called with the reason.
+    """
+
+    def __init__(
+        self, store, rank: int, names: list[str], timeout: float, end: Callable[[str], None]
+    ):
+        super().__init__(daemon=True, name="watchdog")
+        self.store, self.rank, self.timeout, self.end = store, rank, timeout, end
+        self.silence = min(SURELY_DEAD, timeout)  # seconds after which a process has died
+        self.peers = [Peer(name, time.monotonic(), time.monotonic()) for name in names]
+        self.own, self.store_lost = self.peers[rank], False
+        self.others = [other for other in range(len(names)) if other != rank]
+        self._stopping = threading.Event()
+        self._exchange([])
+
+    def beat(self, doing: str) -> None:
+        self.own.update(self.own.beats, self.own.progress + 1, doing, self.own.ending)
+
+    def announce_end(self, why: str) -> None:
+        """Say to the others why this process ends, once; they need not look for a reason."""
+        if self._stopping.is_set():
+            return
+        self.own.ending = why
+        self._stopping.set()
+        self._exchange([])
+        if why != FINISHED and self.rank == 0:
+            time.sleep(2 * INTERVAL)  # the store ends with process 0: let the others read first
+
+    def run(self) -> None:
+        while not self._stopping.wait(INTERVAL):
+            self._exchange(self.others)
+            if lost := self.find_dead() or self.find_hung():
+                time.sleep(0 if self.rank else 2 * INTERVAL)
+                if not self._stopping.is_set():  # else it was asked to stop, too
+                    # The main thread waits in a collective that nothing else interrupts.
+                    self.end(lost)
+                return
+
+    def _exchange(self, others: list[int]) -> None:
+        """Publish this process's state, and read that of others."""
+        self.own.beats += 1
+        state = [self.own.beats, self.own.progress, self.own.doing, self.own.ending]
+        try:
+            self.store.set(str(self.rank), json.dumps(state))
+            states = self.store.multi_get([str(rank) for rank in others]) if others else []
+        except Exception:  # whatever a store says whose process has gone
+            self.store_lost = True
+            return
+        for rank, state in zip(others, states, strict=True):
+            self.peers[rank].update(*json.loads(state))
+
+    def find_dead(self) -> str:
+        """Who has given no sign of life for too long, or has said that it ends; or ''."""
+        if self.store_lost and self.rank != 0:
+            return f"{self.peers[0].name} has died: the connection to it is lost"
+        for peer in (self.peers[rank] for rank in self.others):
+            silent = time.monotonic() - peer.beat_at
+            if peer.ending and peer.ending != FINISHED:
+                return f"{peer.name} {peer.ending}"
+            if silent > self.silence and not peer.ending:
+                return f"{peer.name} has died: no sign of life for {silent:.0f} s ({peer.doing})"
+        return ""
+
+    def find_hung(self) -> str:
+        """Who holds everybody up, if nobody makes progress any more; or ''."""
+        working = [peer for peer in self.peers if not peer.ending]
+        still = time.monotonic() - max(peer.progress_at for peer in working)
+        behind = min(peer.progress for peer in working)
+        if still < self.timeout or behind <= 0:
+            return ""
+        slowest = [peer for peer in working if peer.progress == behind]
+        where = f"all {len(working)} processes wait at the same place ({self.own.doing})"
+        if len(slowest) < len(working):
+            where = "waiting for " + " and ".join(f"{p.name} ({p.doing})" for p in slowest)
+        return f"no progress for {still:.0f} s (--dist_timeout): {where}"
+
+
+_watchdog: Watchdog | None = None  # of this process, if there are others
+_finishers: list[Callable[[], None]] = []
 
 
 def _start_watchdog(host: str, timeout: float) -> None:
@@ -224,22 +331,20 @@ def run(main: Callable[[], None]) -> NoReturn:
     A UserError becomes one line on stderr and exit code 2; a signal, after which the same command
     goes on where it was, one line and exit code 75; a lost process, its name and exit code 1.
     """
-    code, line = 0, ""
     try:
         stop.install()
         main()
+        sys.exit(0)
     except UserError as error:
         # A DataLoader worker re-raises with its traceback inside the message: keep the last line.
-        lines = str(error).strip().splitlines() or ["unknown error"]
-        message = lines[-1].strip().removeprefix("util.errors.UserError: ")
-        code, line = errors.EXIT_USER_ERROR, f"error: {message}"
+        message = str(error).strip().rpartition("\n")[2].removeprefix("util.errors.UserError: ")
         _announce_end(f"stopped with an error: {message}")
+        _say(f"error: {message}")
+        sys.exit(errors.EXIT_USER_ERROR)
     except stop.Stopped as signal:
-        code, line = (
-            errors.EXIT_STOPPED,
-            f"stopped by {signal}; start the same command again to go on",
-        )
         _announce_end(f"was stopped by {signal}")
+        _say(f"stopped by {signal}; start the same command again to go on")
+        sys.exit(errors.EXIT_STOPPED)
     except RuntimeError as error:
         if not any(phrase in str(error) for phrase in LOST_PEER):
             _announce_end(f"failed: {type(error).__name__}")
@@ -249,13 +354,15 @@ def run(main: Callable[[], None]) -> NoReturn:
                 _watchdog.silence = PROBABLY_DEAD
                 _watchdog.join(3 * PROBABLY_DEAD)
             end("stopped: another process ended first", errors.EXIT_LOST_PEER)
-    if line:
-        _say(line)
-    sys.exit(code)
 
 
 def _say(line: str) -> None:
     print(f"{program()}: {line}", file=sys.stderr, flush=True)
+
+
+def before_exit(finish: Callable[[], None]) -> None:
+    """Have this done if the process must end because another one is lost."""
+    _finishers.append(finish)
 
 
 def end(why: str, code: int) -> NoReturn:
@@ -268,11 +375,6 @@ def end(why: str, code: int) -> NoReturn:
         finish()
     sys.stdout.flush()
     os._exit(code)
-
-
-def before_exit(finish: Callable[[], None]) -> None:
-    """Have this done if the process must end because another one is lost."""
-    _finishers.append(finish)
 
 
 def cleanup() -> None:

@@ -32,7 +32,7 @@ from models.quantizer import build_quantizer, entropy
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import VAE
 from models.tokenizers.tokenizer import Tokenizer
-from util import ROOT, dist, stop
+from util import ROOT, dist, setup, stop
 from util.args import Parser, train_parser, value
 from util.checkpoint import find_checkpoint
 from util.data.histogram import BINS, LatentHistogram
@@ -44,15 +44,7 @@ from util.errors import UserError
 from util.evaluation.extractor import INCEPTION, Extractor, published_weights, registered_name
 from util.evaluation.reference import ADM_STATISTICS, check_statistics, load_fid_statistics
 from util.files import load_tensors
-from util.setup import (
-    Inputs,
-    build_config,
-    build_vae,
-    cache_histogram,
-    calibrated_levels,
-    check_vae,
-    open_inputs,
-)
+from util.setup import Inputs
 from util.vae import vae_digest
 
 FAILURE, WARNING, OK = STATES = "failure", "warning", "ok"
@@ -64,11 +56,9 @@ STD_OF_ALL, STD_OF_CHANNEL, MEAN_OF_CHANNEL = (0.9, 1.1), (0.5, 2.0), 1.0
 MOST_SATURATED, MOST_UNUSED_BITS = 0.001, 1.0
 MEASURED_IMAGES = 64  # of --data_path, where no cache says how the latents are distributed
 ROOM = 2.0  # times the checkpoints' size, below which the space is called little
-
-
 # Of an error in what the script opens: the check that reports it, by the flag that it names first.
-OWNERS = {"--data_path": "data", "--cached_path": "cache", "--use_cached": "cache"}
-OWNERS |= {"--resume": "checkpoint", "--finetune": "checkpoint", "--output_dir": "checkpoint"}
+OWNERS = dict.fromkeys(("--data_path", "--cached_path", "--use_cached"), "data")
+OWNERS |= dict.fromkeys(("--resume", "--finetune", "--output_dir"), "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -83,6 +73,9 @@ class Finding:
     remedy: str = ""
     name: str = ""
     by_channel: dict[str, list[float]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (self.text, self.remedy)))
 
 
 def judged(text: str, remedy: str, *problems: str | bool, state: str = WARNING) -> Finding:
@@ -106,34 +99,33 @@ class Opened:
 
     @cached_property
     def vae(self) -> VAE:
-        return build_vae(self.args).eval()
+        return setup.build_vae(self.args).eval()
 
     @property
     def inputs(self) -> Inputs:
-        """As a training or an evaluation opens them."""
-        if isinstance(self._inputs_or_error, UserError):
-            raise self._inputs_or_error
-        return self._inputs_or_error
+        """As a training or an evaluation opens them; an error is the same at each use."""
+        if isinstance(self._inputs, UserError):
+            raise self._inputs
+        return self._inputs
 
     @cached_property
-    def _inputs_or_error(self) -> Inputs | UserError:
+    def _inputs(self) -> Inputs | UserError:
         try:
-            return self._inputs_of_evaluation() if self.args.evaluate else open_inputs(self.args)
+            return self._evaluated() if self.args.evaluate else setup.open_inputs(self.args)
         except UserError as error:
             flag = re.search(r"--\w+|$", str(error))[0]
             self.owners.setdefault(str(error), OWNERS.get(flag, "model"))
             return error
 
-    def _inputs_of_evaluation(self) -> Inputs:
+    def _evaluated(self) -> Inputs:
         args = self.args
         if not args.resume:
             raise UserError("--resume is missing: --evaluate needs the folder of a checkpoint")
         checkpoint = find_checkpoint(args.resume, args.output_dir, True, True)
-        config = build_config(args, checkpoint, vae=self.vae)
-        check_vae(self.vae, config, value(args, "vae_path"))
+        config = setup.build_config(args, checkpoint, vae=self.vae)
+        setup.check_vae(self.vae, config, value(args, "vae_path"))
         self.size = config.img_size
-        data = TrainingData([], [], "--evaluate", None)
-        return Inputs(checkpoint, self.vae, data, config, None)
+        return Inputs(checkpoint, self.vae, TrainingData([], [], "--evaluate", None), config, None)
 
     @cached_property
     def model(self) -> TokenBridge:
@@ -147,14 +139,10 @@ class Opened:
         """None where its weights are not at hand: nothing is downloaded here."""
         given, name = self.args.inception_weights, registered_name(self.args.feature_extractor)
         path = Path(given) if given else published_weights()
-        if not given and (name != INCEPTION or not path.is_file()):
+        if self.args.no_metrics or not given and (name != INCEPTION or not path.is_file()):
             return None
         load_tensors(path, "--inception_weights")
         return Extractor(name, path, torch.device("cpu"))
-
-    def described(self) -> str:
-        data = self.inputs.data
-        return f"{data.source}: {len(data.dataset)} images in {len(data.classes)} classes"
 
     @cached_property
     def latents(self) -> tuple[LatentHistogram, Tensor]:
@@ -182,24 +170,24 @@ class Opened:
 
 def code(_opened: Opened) -> Finding:
     """No other checkout or package has our names, where Python or pip would find it first."""
-    found = (d.read_text("direct_url.json") for d in metadata.distributions(name="tokenbridge"))
-    records = [json.loads(text) for text in found if text]
-    editable = [r["url"] for r in records if r.get("dir_info", {}).get("editable")]
-    places = {Path(entry).resolve() for entry in sys.path}
-    places |= {Path(unquote(urlsplit(url).path)).resolve() for url in editable}
+    folders = {Path(entry).resolve() for entry in sys.path}
+    for distribution in metadata.distributions(name="tokenbridge"):
+        record = json.loads(distribution.read_text("direct_url.json") or "{}")
+        if record.get("dir_info", {}).get("editable"):
+            folders.add(Path(unquote(urlsplit(record["url"]).path)).resolve())
     names = [f"{name}{end}" for name in ("models", "util") for end in ("/__init__.py", ".py")]
-    others = [p for p in sorted(places - {ROOT}) if any((p / name).is_file() for name in names)]
+    others = [f for f in sorted(folders - {ROOT}) if any((f / name).is_file() for name in names)]
     remedy = "pip install -e . here, pip uninstall the other, or take it off PYTHONPATH"
-    return judged(f"of {ROOT}", remedy, *(f"another models or util is in {p}" for p in others))
+    return judged(f"of {ROOT}", remedy, *(f"another models or util is in {f}" for f in others))
 
 
 def device(opened: Opened) -> Finding:
-    found, asked = opened.device, opened.args.device
-    text = f"torch {torch.__version__}, {found}"
-    if found.type == "cuda":
-        properties = torch.cuda.get_device_properties(found)
+    device, asked = opened.device, opened.args.device
+    text = f"torch {torch.__version__}, {device}"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
         text += f" ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
-    missing = asked.partition(":")[0] != found.type and f"--device {asked} is not here"
+    missing = asked.partition(":")[0] != device.type and f"--device {asked} is not here"
     return judged(text, "install a torch that sees it, or pass --device cpu", missing)
 
 
@@ -218,14 +206,10 @@ def precision(opened: Opened) -> Finding:
 
 
 def processes(opened: Opened) -> Finding:
-    """A sum over all processes, where there are several."""
     size = dist.world_size()
-    if size == 1:
-        return Finding(OK, "one process; under torchrun this tries the backend, too")
-    total = dist.all_reduce_sum(torch.tensor([dist.rank() + 1.0], device=opened.device)).item()
-    expected = size * (size + 1) / 2
-    text = f"{size} processes by {dist.backend()}, their sum is {total:g}"
-    wrong = total != expected and f"it should be {expected:g}"
+    total = dist.all_reduce_sum(torch.ones(1, device=opened.device)).item()
+    wrong = total != size and f"the sum of their ones is {total:g}"
+    text = f"{size} by {dist.backend()}" if size > 1 else "one; torchrun tries the backend, too"
     return judged(text, "see NCCL_DEBUG=INFO", wrong, state=FAILURE)
 
 
@@ -307,8 +291,8 @@ def quantizer(opened: Opened) -> Finding:
         made.set_levels(weights["boundaries"], weights["reconstruction_values"])
     elif kind == "calibrated":
         digest = inputs.data.vae_sha256
-        known = cache_histogram(opened.args.cached_path, channels, digest)
-        made.set_levels(*calibrated_levels(known, levels, config.latent_scale))
+        known = setup.cache_histogram(opened.args.cached_path, channels, digest)
+        made.set_levels(*setup.calibrated_levels(known, levels, config.latent_scale))
     scalars = values.T.float()  # [B, C]
     counts = torch.zeros(channels, levels, dtype=torch.int64)
     counts.scatter_add_(1, made.encode(scalars).T, histogram.counts)
@@ -326,17 +310,13 @@ def quantizer(opened: Opened) -> Finding:
 
 
 def data(opened: Opened) -> Finding:
-    if opened.inputs and (opened.args.use_cached or opened.args.evaluate):
-        return Finding(OK, "not read: neither --use_cached nor --evaluate needs images")
-    return Finding(OK, opened.described())
-
-
-def cache(opened: Opened) -> Finding:
-    if opened.inputs and not opened.args.use_cached:
-        return Finding(OK, "not read: only --use_cached needs one")
+    if opened.inputs and opened.args.evaluate:
+        return Finding(OK, "not read: --evaluate needs none")
+    data = opened.inputs.data
+    text = f"{data.source}: {len(data.dataset)} images in {len(data.classes)} classes"
     form = "of the published form, which does not say by which VAE"
-    published = not opened.inputs.data.manifest and form
-    return judged(opened.described(), "make sure that it was this one", published)
+    published = opened.args.use_cached and not data.manifest and form
+    return judged(text, "make sure that it was this one", published)
 
 
 def model(opened: Opened) -> Finding:
@@ -351,14 +331,14 @@ def model(opened: Opened) -> Finding:
 
 
 def checkpoint(opened: Opened) -> Finding:
-    found = opened.inputs.checkpoint
-    if found is None:
+    checkpoint = opened.inputs.checkpoint
+    if checkpoint is None:
         return Finding(OK, "none yet: training starts from scratch")
     expected = {name: tuple(p.shape) for name, p in opened.model.published_parameters()}
-    state = found.weights("model")
+    state = checkpoint.weights("model")
     wrong = [n for n, shape in expected.items() if n not in state or state[n].shape != shape]
     return judged(
-        f"{found.path}, checksums agree, {len(expected)} tensors",
+        f"{checkpoint.path}, checksums agree, {len(expected)} tensors",
         "it is of another model: see --model and --patch_size",
         bool(wrong) and f"{len(wrong)} are missing or of another shape, as {wrong[0]}",
         state=FAILURE,
@@ -366,13 +346,14 @@ def checkpoint(opened: Opened) -> Finding:
 
 
 def fid_statistics(opened: Opened) -> Finding:
-    args, extractor = opened.args, None if opened.args.no_metrics else opened.extractor
+    args, extractor = opened.args, opened.extractor
     name = registered_name(args.feature_extractor)
-    there = name == INCEPTION and ADM_STATISTICS.is_file()
-    path = args.fid_stats or (str(ADM_STATISTICS) if there else None)
-    if args.no_metrics or (path is None and args.fid_reference):
+    path = args.fid_stats
+    if not path and name == INCEPTION and ADM_STATISTICS.is_file():
+        path = str(ADM_STATISTICS)
+    if args.no_metrics or (not path and args.fid_reference):
         return Finding(OK, "not needed: --no_metrics or --fid_reference")
-    if path is None:
+    if not path:
         remedy = "put ADM's adm_in256_stats.npz into fid_stats/, or name a file with --fid_stats"
         return Finding(WARNING, "no statistics, so FID cannot be computed", remedy)
     if extractor is None and name != INCEPTION:
@@ -389,10 +370,12 @@ def fid_statistics(opened: Opened) -> Finding:
 
 
 def feature_weights(opened: Opened) -> Finding:
-    args, found = opened.args, None if opened.args.no_metrics else opened.extractor
-    if found is not None:
-        widths = {metric: found.width(metric, opened.size) for metric in found.layers}
-        return Finding(OK, f"{found.name}, features {widths}, sha256 {found.weights_sha256}")
+    args, extractor = opened.args, opened.extractor
+    if extractor is not None:
+        widths = {metric: extractor.width(metric, opened.size) for metric in extractor.layers}
+        return Finding(
+            OK, f"{extractor.name}, features {widths}, sha256 {extractor.weights_sha256}"
+        )
     if args.no_metrics or registered_name(args.feature_extractor) != INCEPTION:
         return Finding(OK, "not needed: --no_metrics, or an extractor that finds its own")
     remedy = f"put torch-fidelity's at {published_weights()}, or name them by --inception_weights"
@@ -407,11 +390,11 @@ def disk_space(opened: Opened) -> Finding:
     size = 4 * 4 * sum(p.numel() for p in opened.model.parameters())
     milestones = args.epochs // args.save_every if args.save_every else 0
     files = args.keep_checkpoints + milestones + 1  # the one being written
-    folder = Path(args.output_dir).absolute()
-    place = next(path for path in (folder, *folder.parents) if path.exists())
-    free, needed = shutil.disk_usage(place).free, size * files
+    path = Path(args.output_dir).absolute()
+    folder = next(parent for parent in (path, *path.parents) if parent.exists())
+    free, needed = shutil.disk_usage(folder).free, size * files
     return judged(
-        f"{free / 2**30:.1f} GiB free in {place}, {files} checkpoints of {size / 2**30:.2f} GiB "
+        f"{free / 2**30:.1f} GiB free in {folder}, {files} checkpoints of {size / 2**30:.2f} GiB "
         f"take {needed / 2**30:.1f}",
         "free some, name another --output_dir, or keep fewer (--keep_checkpoints)",
         free < ROOM * needed and ("too little" if free < needed else "little is left for images"),
@@ -427,7 +410,6 @@ CHECKS: dict[str, Callable[[Opened], Finding]] = {
     "VAE": vae,
     "photograph": photograph,
     "data": data,
-    "cache": cache,
     "checkpoint": checkpoint,
     "model": model,
     "latents": latents,
@@ -436,31 +418,30 @@ CHECKS: dict[str, Callable[[Opened], Finding]] = {
     "feature weights": feature_weights,
     "disk space": disk_space,
 }
-
-# Of these, what a training's --dry_run looks at before its step.
-TRAINING_CHECKS = ("code", "device", "precision", "processes", "VAE", "data", "cache")
-TRAINING_CHECKS += ("checkpoint", "model", "disk space")
+# Of a training's --dry_run, before its step.
+TRAINING_CHECKS = ("code", "device", "precision", "processes", "VAE", "data", "checkpoint", "model")
+TRAINING_CHECKS += ("disk space",)
 
 
 def attempt(name: str, opened: Opened, names: tuple[str, ...] = tuple(CHECKS)) -> Finding:
     """One of those checks; whatever goes wrong in it is its finding, and the next one goes on."""
     with io.StringIO() as notes, redirect_stdout(notes), redirect_stderr(notes):
         try:
-            found = CHECKS[name](opened)
+            finding = CHECKS[name](opened)
         except stop.Stopped:
             raise
         except UserError as error:
-            found = Finding(FAILURE, str(error))
             owner = opened.owners.setdefault(str(error), name)
+            finding = Finding(FAILURE, str(error))
             if owner != name and owner in names:
-                found = Finding(WARNING, f"not checked: see {owner}")
+                finding = Finding(WARNING, f"not checked: see {owner}")
         except Exception as error:  # an unforeseen failure must not hide the other checks
             message = " ".join(str(error).split())[:200]
-            found = Finding(FAILURE, f"unexpected {type(error).__name__}: {message}")
+            finding = Finding(FAILURE, f"unexpected {type(error).__name__}: {message}")
         lines = notes.getvalue().splitlines()
-    doubted = found.state == OK and any(n.startswith(("note: ", "warning: ")) for n in lines)
-    state = WARNING if doubted else found.state
-    return replace(found, name=name, state=state, text="; ".join([found.text, *lines]))
+    if finding.state == OK and any(line.startswith(("note: ", "warning: ")) for line in lines):
+        finding = replace(finding, state=WARNING)
+    return replace(finding, name=name, text="; ".join([finding.text, *lines]))
 
 
 def examine(opened: Opened, names: tuple[str, ...] = tuple(CHECKS)) -> list[Finding]:
@@ -480,28 +461,23 @@ def report(findings: list[Finding]) -> str:
     lines = []
     for finding in findings:
         mark = finding.state.upper() if finding.state == FAILURE else finding.state
-        remedy = f"; {finding.remedy}" if finding.remedy else ""
-        lines.append(f"{mark:<8} {finding.name:<16} {finding.text}{remedy}")
+        lines.append(f"{mark:<8} {finding.name:<16} {finding}")
     counts = [sum(f.state == state for f in findings) for state in reversed(STATES)]
     return "\n".join([*lines, "{} ok, {} warnings, {} failures".format(*counts)])
 
 
 def dry_run(
-    args: argparse.Namespace,
-    device: torch.device,
-    checks: tuple[str, ...],
-    step: Callable[[], dict],
+    args: argparse.Namespace, device: torch.device, checks: tuple[str, ...], step: Callable
 ) -> dict:
     """--dry_run of a script: those checks, then one step and what it measured.
 
-    step: makes one step of the script at hand and returns figures by name. Nothing is written.
+    step: makes one step of the script at hand, returns figures by name (dict), writes nothing.
     Raises UserError if a check fails.
     """
     findings = examine(Opened(args, device), checks)
     dist.print_main(report(findings))
-    for finding in findings:
-        if finding.state == FAILURE:
-            raise UserError("; ".join(filter(None, (finding.text, finding.remedy))))
+    if failures := [str(finding) for finding in findings if finding.state == FAILURE]:
+        raise UserError(failures[0])
     figures = step()
     lines = [f"{name.replace('_', ' '):<24} {_shown(name, x)}" for name, x in figures.items()]
     dist.print_main("\n".join([*lines, "nothing was written"]))
@@ -530,9 +506,8 @@ def main() -> None:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp)
         findings = examine(Opened(args, device))
     healthy = all(finding.state != FAILURE for finding in findings)
-    checks = [asdict(finding) for finding in findings]
-    listed = json.dumps({"ok": healthy, "checks": checks}, indent=1)
-    dist.print_main(listed if args.json else report(findings))
+    figures = {"ok": healthy, "checks": [asdict(finding) for finding in findings]}
+    dist.print_main(json.dumps(figures, indent=1) if args.json else report(findings))
     dist.cleanup()
     if not healthy:
         sys.exit(1)

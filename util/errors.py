@@ -31,8 +31,7 @@ def as_user_error(context: str = "", catch: tuple[type[Exception], ...] = (Value
         raise
     except catch as error:
         message = " ".join(str(error).split()) or type(error).__name__
-        if not isinstance(error, UserError):
-            message = message[:LONGEST]
+        message = message if isinstance(error, UserError) else message[:LONGEST]
         raise UserError(f"{context}: {message}" if context else message) from error
 
 

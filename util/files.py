@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import io
 import os
-import pathlib
 import pickletools
 import re
 import secrets
@@ -24,7 +23,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
 import numpy as np
@@ -41,15 +40,11 @@ ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours and bold of a terminal
 MOST_NAMES = 5  # that a message lists
 DIRECTORY = 0x10  # among a zip record's attributes
 TORCH_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how files of torch before 1.6 begin
+PACKED = "a packed archive; unpack it and name the file inside"
 # How files begin that are something else, and what to do.
 BEGINNINGS = {
     b"version https://git-lfs": "a git-LFS pointer, not the file; git lfs pull fetches the file",
-    **dict.fromkeys(
-        (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"7z\xbc\xaf", b"Rar!"),
-        "a packed archive; unpack it and name the file inside",
-    ),
-    b"\x89HDF": "an HDF5 file, as Keras writes, not one of torch.save",
-    b"\x93NUMPY": "an array of NumPy, not a file of torch.save",
+    **dict.fromkeys((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), PACKED),
     b"<": "a web page, not the file: its address asks for a login or a confirmation; fetch it in "
     "a browser, or by the site's own program",
     TORCH_PICKLE: None,
@@ -139,8 +134,7 @@ def refuse_busy(folder: str | Path, flag: str) -> None:
 
     Early, before its files are read, which the other job replaces and removes; nothing is made.
     """
-    nothing = suppress(FileNotFoundError, NotADirectoryError)
-    with as_user_error(f"{flag} {folder}: cannot write", (OSError,)), nothing:
+    with suppress(FileNotFoundError, NotADirectoryError):
         _locked(Path(folder), flag, "r+b").close()
 
 
@@ -152,19 +146,15 @@ def _locked(folder: Path, flag: str, mode: str) -> BinaryIO:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)
-            holder = ascii(file.read(100).decode(errors="replace"))[1:-1] or "starting"
+            holder = shown(file.read(100).decode(errors="replace")) or "starting"
             file.close()
             raise UserError(
                 f"{flag} {folder} is in use by another job ({holder}); wait for it or stop it"
             ) from None
         if error.errno not in NO_LOCKS:
             raise
-        print(
-            f"warning: {flag} {folder}: this file system has no locks ({error.strerror}); see to "
-            "it that no second job works in this folder",
-            file=sys.stderr,
-            flush=True,
-        )
+        why = f"this file system has no locks ({error.strerror})"
+        print(f"warning: {flag} {folder}: {why}; start no second job there", file=sys.stderr)
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
             return file
@@ -188,8 +178,8 @@ PLAIN_TYPES = [
     *(np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdgFDSUMm"}),
     *((np.float64(0).__reduce__()[0], f"{home}.scalar") for home in NUMPY),
     *((np.zeros(1).__reduce__()[0], f"{home}._reconstruct") for home in NUMPY),
-    *((pathlib.PurePosixPath, f"{path}PosixPath") for path in PATHS),
-    *((pathlib.PureWindowsPath, f"{path}WindowsPath") for path in PATHS),
+    *((PurePosixPath, f"{path}PosixPath") for path in PATHS),
+    *((PureWindowsPath, f"{path}WindowsPath") for path in PATHS),
     (str, "torch.torch_version.TorchVersion"),
     (PassedOver, "collections.defaultdict"),
 ]
@@ -208,17 +198,17 @@ def load_tensors(path: str | Path, flag: str, wide: bool = False) -> dict:
     if not path.is_file():
         raise UserError(f"{flag} {path}: {'a folder, not a' if path.is_dir() else 'no such'} file")
     try:
-        other = what_else(path, wide)
-        saved = _read(path, wide) if other is None else None
+        if other := what_else(path, wide):
+            raise UserError(f"this is {other}")
+        saved = _read(path, wide)
+        if not isinstance(saved, dict):
+            raise UserError(f"holds a {type(saved).__name__}, not a dict of tensors")
+        return saved
     except Stopped:
         raise
     except Exception as error:  # a damaged file can make the reader fail in any way
-        raise UserError(f"{flag} {path}: {_what_failed(error)}") from error
-    if other is not None:
-        raise UserError(f"{flag} {path}: this is {other}")
-    if not isinstance(saved, dict):
-        raise UserError(f"{flag} {path}: holds a {type(saved).__name__}, not a dict of tensors")
-    return saved
+        reason = error if isinstance(error, UserError) else _what_failed(error)
+        raise UserError(f"{flag} {path}: {reason}") from error
 
 
 def _read(path: Path, wide: bool) -> object:
@@ -253,20 +243,19 @@ def what_else(path: Path, wide: bool = False) -> str | None:
     if is_safetensors(path):
         return None if wide else "a file of safetensors; here one of torch.save is read"
     if head.startswith(b"PK\x03\x04"):
-        return _other_archive(path)
+        return _other_zip(path)
     if head[257:262] == b"ustar":
-        return "a tar archive; unpack it (tar -xf) and name the file inside"
-    for start, said in BEGINNINGS.items():
+        return PACKED
+    for start, other in BEGINNINGS.items():
         if head.lstrip().startswith(start):
-            return said
+            return other
     text = " ".join(head.decode("latin-1").split())
     if text and text.isascii() and text.isprintable():
-        said = text[:60]
-        return f"text, not tensors ({said!r}...), perhaps a server's answer; fetch the file again"
+        return f"text, not tensors ({text[:60]!r}...), perhaps a server's answer; fetch it again"
     return None
 
 
-def _other_archive(path: Path) -> str | None:
+def _other_zip(path: Path) -> str | None:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"its end is missing, {path.stat().st_size} bytes are there")
     with zipfile.ZipFile(path) as archive:
@@ -275,9 +264,7 @@ def _other_archive(path: Path) -> str | None:
         return "a TorchScript program, which is not run; save the state_dict() of its model"
     if any(name.endswith("/data.pkl") for name in names):
         return None
-    if names and all(name.endswith(".npy") for name in names):
-        return "an npz file of NumPy, not one of torch.save"
-    return f"a zip archive of {listed(names)}; unpack it and name the file inside"
+    return f"a zip archive of {listed(names)}, not a file of torch.save"
 
 
 def is_safetensors(path: Path) -> bool:
@@ -289,17 +276,16 @@ def is_safetensors(path: Path) -> bool:
 
 def _what_failed(error: Exception) -> str:
     """What a reader says, without its advice and a terminal's escape codes, and the remedy."""
-    said = ESCAPES.sub("", str(error)).rpartition("WeightsUnpickler error: ")[2].strip()
-    asked = re.search(r"GLOBAL (\S+) (?:was not|whose)|Can only build .* got (.+)", said)
+    message = ESCAPES.sub("", str(error)).rpartition("WeightsUnpickler error: ")[2].strip()
+    asked = re.search(r"GLOBAL (\S+) (?:was not|whose)|Can only build .* got (.+)", message)
     if asked is not None:
         return (
             f"holds {(asked[1] or asked[2])[:100]}, which is not read, since reading it may run "
-            "code; where you trust the file, load it with weights_only=False and save its state "
-            "dicts alone"
+            "code; where you trust the file, save its state dicts alone"
         )
-    if said.startswith("Unsupported operand 149"):  # of pickle's protocol 4
+    if message.startswith("Unsupported operand 149"):  # of pickle's protocol 4
         return "is pickled in another form than torch.save's own; save it again by torch.save alone"
-    reason = said.splitlines()[0][:120] if said else "it is empty, or its end is missing"
+    reason = message.splitlines()[0][:120] if message else "it is empty, or its end is missing"
     return f"damaged ({reason}); fetch or save it again"
 
 
@@ -319,11 +305,14 @@ def unwrapped(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """A state dict without what DistributedDataParallel (module.) and torch.compile (_orig_mod.)
     put into its names, and what was stripped. Raises ValueError where two names become one.
     """
-    names = {name: re.sub(r"(?:^|(?<=\.))_orig_mod\.", "", str(name)) for name in state}
-    stripped = ["_orig_mod."] if any(names[name] != name for name in state) else []
-    bare = {name: re.sub(r"^(module\.)+", "", short) for name, short in names.items()}
-    stripped += ["module."] if bare != names else []
-    found = {bare[name]: tensor for name, tensor in state.items()}
-    if len(found) < len(state):
+    names, stripped = [str(name) for name in state], []
+    for prefix, where in {
+        "_orig_mod.": r"(?:^|(?<=\.))_orig_mod\.",
+        "module.": r"^(module\.)+",
+    }.items():
+        before, names = names, [re.sub(where, "", name) for name in names]
+        stripped += [prefix] if names != before else []
+    bare = dict(zip(names, state.values(), strict=True))
+    if len(bare) < len(state):
         raise ValueError(f"it has tensors with and without {' and '.join(stripped)}; keep one set")
-    return found, " and ".join(stripped)
+    return bare, " and ".join(stripped)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Of the process: signals have no other place. pid: whose handlers they are.
+# Of the process, as signals are. pid: whose handlers they are.
 _state = SimpleNamespace(pid=0, received=None, deferred=False)
 
 
