@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from tests.conftest import ROOT, environment
 from tests.hub import Hub, running
 from tests.runs import call, free_port, refused
-from util import dist, download
+from util import download
 from util.download import PLACES, REPOSITORY
 from util.errors import EXIT_STOPPED
 
