@@ -139,6 +139,8 @@ def build_run(
         max_skipped=args.max_skipped,
         eval_freq=args.eval_freq,
     )
+    if args.online_eval:
+        add_evaluation(args, run, data.classes)
     warnings = rate_warnings(args, rate, first, checkpoint)  # which reads what is let go of below
     if checkpoint is not None:
         checkpoint.load_training_state(run.ema, run.optimizer, run.scaler)
@@ -315,6 +317,7 @@ def dry_run(args: argparse.Namespace, device: torch.device, precision: Precision
 
 def step_figures(run: Run, steps: int) -> dict:
     """Of the last of some steps as in training; the same on all processes."""
+    encoding = 0.0 if run.cached else encoding_seconds(run)
     run = replace(run, loader=random_batches(run), cached=True)
     run.start()
     if run.device.type == "cuda":
@@ -327,7 +330,8 @@ def step_figures(run: Run, steps: int) -> dict:
         if run.device.type != "cpu":
             torch.accelerator.synchronize(run.device)
         seconds.append(time.perf_counter() - started)
-    slowest = torch.tensor([seconds[0], seconds[-1], float(peak_memory(run.device))])
+    last = seconds[-1] + encoding
+    slowest = torch.tensor([seconds[0], last, float(peak_memory(run.device))])
     first, last, peak = dist.all_reduce_max(slowest.to(run.device)).tolist()
     config, batches = run.model.config, run.batches
     kind = run.device.type
@@ -350,6 +354,17 @@ def step_figures(run: Run, steps: int) -> dict:
         "hours": hours,
         "device_hours": hours * dist.world_size(),
     }
+
+
+def encoding_seconds(run: Run) -> float:
+    """Of this process's images of a step, by the VAE."""
+    size = run.model.config.img_size
+    images = torch.zeros(run.batches.batch_size, 3, size, size, device=run.device)
+    for _ in range(1 if run.device.type == "cpu" else 2):  # a GPU chooses its kernels at first
+        started = time.perf_counter()
+        run.tokenizer.encode(images).sum().item()
+        seconds = time.perf_counter() - started
+    return seconds * len(run.own_micro_batches)
 
 
 def random_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
