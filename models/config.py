@@ -98,7 +98,7 @@ class TokenBridgeConfig:
 
     @property
     def grid_size(self) -> int:
-        """Token positions along one side of the image."""
+        """Token positions along one side."""
         return self.img_size // (self.vae_stride * self.patch_size)
 
     @property

@@ -1,7 +1,7 @@
 """A model as a folder or a repository on the Hugging Face hub: config.json and model.safetensors.
 
 config.json: the fields of `TokenBridgeConfig`. model.safetensors: all tensors in the published
-names; its header says where they come from (`Origin`). Nothing is ever unpickled.
+names; its header holds their `Origin`. Nothing is ever unpickled.
 """
 
 import json
@@ -27,8 +27,7 @@ DAMAGE = (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from: `weights` is "ema" (averaged) or "model" (raw), `classes` are
-    names by label, `vae_sha256` is of the file of the VAE. None: not known."""
+    """Of weights, "ema" (averaged) or "model" (raw). classes: names by label. None: not known."""
 
     weights: str | None = None
     step: int | None = None
@@ -90,7 +89,7 @@ class Pretrained(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Both files, each whole or absent. Raises ValueError on a quantizer without levels."""
-        if not self.fitted:
+        if not self.quantizer.fitted:
             raise ValueError("this model's calibrated quantizer has no levels yet: fit them first")
         # Copies: safetensors takes no tensor that is a view of another's memory.
         state = {name: tensor.clone() for name, tensor in self.published_state_dict().items()}

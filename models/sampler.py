@@ -106,8 +106,8 @@ def sample_latents(
 
     labels: [B] int64 classes; None, with `batch_size`, for images of no class.
     image_ids: B numbers that name the images, default 0..B-1. orders: [B, L] permutations, the
-    positions in the reverse order of their prediction, instead of those of the options.
-    options: those of `SamplingOptions`. Raises ValueError on values out of range.
+    positions in the reverse order of their prediction. options: those of `SamplingOptions`.
+    Raises ValueError on values out of range.
     """
     how = SamplingOptions(**options), batch_size, image_ids, orders
     *_, last = sampling_steps(model, labels, *how)
@@ -127,7 +127,7 @@ def sampling_steps(
     config, device = model.config, model.backbone.fake_latent.device
     if labels is None and batch_size is None:
         raise ValueError("labels=None needs batch_size, the number of images")
-    if labels is not None and bool(((labels < 0) | (labels >= config.class_num)).any()):
+    if labels is not None and ((labels < 0) | (labels >= config.class_num)).any():
         raise ValueError(f"labels {labels.tolist()} are not all in [0, {config.class_num})")
     batch = batch_size if labels is None else len(labels)
     ids = range(batch) if image_ids is None else image_ids

@@ -115,27 +115,22 @@ class TokenBridge(nn.Module, Pretrained):
         self._check_kind(state)
         own, parameters = self.published_state_dict(), dict(self.published_parameters())
         check_layout(state, {k: t for k, t in own.items() if k in state or k in parameters})
-        for name in ("boundaries", "reconstruction_values") if self.fitted else ():
+        for name in ("boundaries", "reconstruction_values") if self.quantizer.fitted else ():
             given = state.get(name, own[name]).cpu().float()
             if not torch.allclose(given, own[name].cpu(), atol=1e-4):
                 raise ValueError(f"the checkpoint's quantizer differs from this one in {name!r}")
         new = own | state
-        self.load_state_dict({name: new[_published_name(name)] for name in self.state_dict()})
+        self.load_state_dict({name: new[name.split(".", 1)[1]] for name in self.state_dict()})
         self.config = replace(self.config, head_input=head_input)
 
     def _check_kind(self, state: dict[str, Tensor]) -> None:
         """Levels are one table in the published layout, one a channel if they are calibrated."""
         levels, own = state.get("reconstruction_values"), self.config.quantizer
-        if levels is None and not self.fitted:
+        if levels is None and not self.quantizer.fitted:
             raise ValueError("it holds no levels, and this model's calibrated ones are not set")
         kind = own if levels is None else "calibrated" if levels.dim() == 2 else "published"
         if kind != own:
             raise ValueError(f"its quantizer is {kind}, this model's {own}; see --quantizer")
-
-    @property
-    def fitted(self) -> bool:
-        """Whether the quantizer has levels."""
-        return self.quantizer.fitted
 
 
 tokenbridge_tiny, tokenbridge_base, tokenbridge_large, tokenbridge_huge = (
@@ -144,10 +139,8 @@ tokenbridge_tiny, tokenbridge_base, tokenbridge_large, tokenbridge_huge = (
 
 
 def resized_positions(state: dict[str, Tensor], side: int) -> dict[str, Tensor]:
-    """A published state dict with its positions interpolated to a grid of side x side.
-
-    Each table is [1, S + L, D] or [1, L, D], the L positions those of a square; the S slots stay.
-    """
+    """A published state dict with its tables of positions, [1, S + L, D] or [1, L, D], interpolated
+    from their square to one of side x side; the S slots stay."""
     length = state["output_pos_embed"].shape[1]
     before = math.isqrt(length)
     if before == side:
@@ -162,12 +155,8 @@ def resized_positions(state: dict[str, Tensor], side: int) -> dict[str, Tensor]:
     return state | {name: resized(state[name]) for name in POSITIONS}
 
 
-def _published_name(name: str) -> str:
-    """Without the part (backbone, head, quantizer), which the published model has not."""
-    return name.split(".", 1)[1]
-
-
 def _published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the published names and order: first those that belong to no submodule."""
-    named = {_published_name(name): tensor for name, tensor in tensors.items()}
+    """In the published names, without the part (backbone, head, quantizer), and order: first those
+    that belong to no submodule."""
+    named = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items()}
     return dict(sorted(named.items(), key=lambda item: "." in item[0]))

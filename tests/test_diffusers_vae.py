@@ -121,17 +121,6 @@ def test_all_forms_of_a_folder_are_read(tmp_path, form):
     assert_same_network(load_vae(tmp_path).eval(), made.float())
 
 
-def test_attention_in_the_names_of_early_diffusers_is_read(own):
-    new = ("to_q", "to_k", "to_v", "to_out.0")
-    old = ("query", "key", "value", "proj_attn")
-    state = load_file(own / f"{WEIGHTS}.safetensors")
-    for now, then in zip(new, old, strict=True):
-        state = {k.replace(f"attentions.0.{now}", f"attentions.0.{then}"): state[k] for k in state}
-    assert sum(".proj_attn." in name for name in state) == 4
-    save_file(state, own / f"{WEIGHTS}.safetensors")
-    assert_same_network(load_vae(own).eval(), network())
-
-
 @pytest.mark.parametrize("quant_conv", [True, False], ids=["as SDXL's", "as Flux's"])
 def test_a_file_in_the_names_of_latent_diffusion_is_the_network_of_diffusers(tmp_path, quant_conv):
     """One .safetensors file without settings, as they are passed around; the shape is found."""

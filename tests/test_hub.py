@@ -51,7 +51,7 @@ def test_a_folder_gives_the_same_model_and_equal_models_equal_files(tmp_path):
     assert json.loads((tmp_path / "model" / CONFIG).read_text()) == model.config.to_dict()
     found = TokenBridge.from_pretrained(tmp_path / "model")
     assert_same(found, model)
-    assert found.fitted and not found.training and not found.head.training
+    assert found.quantizer.fitted and not found.training and not found.head.training
     found.save_pretrained(tmp_path / "again")
     for path in (tmp_path / "model").iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()

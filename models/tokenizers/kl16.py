@@ -69,11 +69,11 @@ class VAE(nn.Module):
         return Posterior(self.moments(images))
 
     def moments(self, images: Tensor) -> Tensor:
-        """images: [B, 3, H, W] in [-1, 1] -> [B, 2C, h, w], mean and log-variance."""
+        """[B, 3, H, W] in [-1, 1] -> [B, 2C, h, w], mean and log-variance."""
         raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: [B, C, h, w], unscaled -> images [B, 3, H, W], about [-1, 1], not clamped."""
+        """[B, C, h, w], unscaled -> images [B, 3, H, W], about [-1, 1], not clamped."""
         raise NotImplementedError
 
 
@@ -145,8 +145,9 @@ def upsample(channels: int) -> nn.Module:
 
 
 def middle(channels: int) -> nn.Module:
-    blocks = ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels)
-    return nn.Sequential(OrderedDict(zip(("block_1", "attn_1", "block_2"), blocks, strict=True)))
+    first, attention = ResBlock(channels, channels), AttnBlock(channels)
+    last = ResBlock(channels, channels)
+    return nn.Sequential(OrderedDict(block_1=first, attn_1=attention, block_2=last))
 
 
 class Level(nn.Module):
@@ -196,13 +197,12 @@ class Decoder(nn.Module):
         super().__init__()
         self.conv_in = conv3x3(channels, widths[-1])
         self.mid = middle(widths[-1])
-        levels = []
+        self.up = nn.ModuleList()  # the published names count from the finest level
         for i, width in reversed(list(enumerate(widths))):
             level = Level(widths[min(i + 1, len(widths) - 1)], width, blocks, i in attention)
             if i > 0:
                 level.upsample = upsample(width)
-            levels.insert(0, level)
-        self.up = nn.ModuleList(levels)  # the published names count from the finest level
+            self.up.insert(0, level)
         self.norm_out = group_norm(widths[0])
         self.conv_out = conv3x3(widths[0], 3)
 
@@ -295,14 +295,13 @@ def settings_of(state: dict[str, Tensor]) -> dict:
 
 def check_layout(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise ValueError naming the tensors that are missing, unexpected or of another shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    both = [name for name in shapes if name in found and found[name] != shapes[name]]
     problems = {
-        "missing": sorted(set(expected) - set(state)),
-        "unexpected": sorted(set(state) - set(expected)),
-        "of another shape": [
-            f"{name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
+        "missing": sorted(set(shapes) - set(found)),
+        "unexpected": sorted(set(found) - set(shapes)),
+        "of another shape": [f"{name} is {found[name]}, not {shapes[name]}" for name in both],
     }
     parts = [f"{len(ns)} {kind} (first: {ns[0]})" for kind, ns in problems.items() if ns]
     if parts:
