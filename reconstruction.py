@@ -222,10 +222,7 @@ class Reconstruction:
     def decode(
         self, images: Tensor, ids: list[int], names: Sequence[str]
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """(name, pixels uint8 [N, 3, H, W], record) of the crops and variants of these names.
-
-        images: uint8 [N, 3, H, W], numbered by ids.
-        """
+        """(name, pixels like images, record) of these names. images: uint8 [N, 3, H, W] of ids."""
         tokenizer, latents = self.evaluator.tokenizer, None
         original = images.to(self.evaluator.device)
         variants = {variant.name: variant for variant in self.variants}

@@ -20,16 +20,22 @@ from util.errors import UserError
 from util.evaluation.evaluator import GRID, METRICS, Evaluator
 from util.evaluation.folder import read_json, read_png, write_csv
 from util.evaluation.metrics import fid_error, is_error
-from util.evaluation.plot import plot
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import SWEPT, EvalSettings
-from util.files import sha256
+from util.files import atomic_write, sha256
 from util.logging import MetricsFile
 from util.setup import build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.vae import vae_digest
 
-# The figures that are drawn.
-PLOTTED = ("fid", "frechet_distance", "inception_score_mean", "score_mean", "precision", "recall")
+# The figures that are drawn, and their standard errors where there are any.
+PLOTTED = {
+    "fid": "fid_standard_error",
+    "frechet_distance": "frechet_distance_standard_error",
+    "inception_score_mean": None,
+    "score_mean": None,
+    "precision": None,
+    "recall": None,
+}
 SHOWN = 8  # images of each point in sweep_images.png
 
 
@@ -96,13 +102,8 @@ def write_sweep(output: Path, points: list[EvalSettings], side: int) -> None:
     grids = [read_png(output / point.folder_name() / GRID) for point in points]
     width = min(grids[0].shape[2], SHOWN * (side + 2) + 2)  # grid() pads by two
     save_png(torch.cat([g[:, : side + 4, :width] for g in grids], 1), output / "sweep_images.png")
-    if not any(name in PLOTTED for name in rows[0]):
-        return
-    axis = max(SWEPT, key=lambda name: len({row[name] for row in rows}))
-    others = [name for name in SWEPT if len({row[name] for row in rows}) > 1 and name != axis]
-    labels = [", ".join(f"{name} {row[name]:g}" for name in others) for row in rows]
-    labelled = [row | {"label": text} for row, text in zip(rows, labels, strict=True)]
-    plot(output / "sweep.png", labelled, axis, PLOTTED)
+    if any(name in PLOTTED for name in rows[0]):
+        plot_sweep(rows, output / "sweep.png")
 
 
 def sweep_row(point: EvalSettings, output: Path) -> dict:
@@ -133,3 +134,27 @@ def compared(rows: list[dict]) -> list[dict]:
             if own and other:
                 row[f"{name}_difference_error"] = error(np.subtract(own, other).tolist())
     return rows
+
+
+def plot_sweep(rows: list[dict], path: Path) -> None:
+    """Each figure over the setting with the most values; a line for each choice of the others."""
+    from matplotlib.figure import Figure
+
+    shown = [name for name in rows[0] if name in PLOTTED]
+    axis = max(SWEPT, key=lambda name: len({row[name] for row in rows}))
+    others = [name for name in SWEPT if len({r[name] for r in rows}) > 1 and name != axis]
+    lines: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row[axis]):
+        lines.setdefault(", ".join(f"{name} {row[name]:g}" for name in others), []).append(row)
+    figure = Figure(figsize=(4.2 * len(shown), 3.4), layout="constrained")
+    for name, panel in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
+        for label, line in lines.items():
+            errors = [row.get(PLOTTED[name], 0) for row in line]
+            x, y = ([row[key] for row in line] for key in (axis, name))
+            panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, label=label)
+        panel.set(xlabel=axis, ylabel=name.removesuffix("_mean").replace("_", " "))
+        panel.grid(alpha=0.3)
+        if others:
+            panel.legend(fontsize="small")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
