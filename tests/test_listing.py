@@ -239,7 +239,7 @@ def loose(data: Path) -> None:
 def test_training_and_doctor_say_what_may_surprise(inputs, data, capsys, change, fragments):
     call(*command(inputs, "train", data))
     told = capsys.readouterr().out
-    assert "warning" not in told and "note" not in told
+    assert "warning: " not in told and "note: " not in told
     change(data)
     call(*command(inputs, "train", data))
     told = capsys.readouterr().out
