@@ -187,7 +187,6 @@ def test_listing_names_what_is_missing(tmp_path):
 def test_classes_are_counted_where_no_flag_says(inputs, tmp_path, capsys):
     found = train(inputs, tmp_path / "own", class_num=None, epochs=1)
     assert found["config"]["class_num"] == 3
-    assert "class_num: 3\n" in (tmp_path / "own" / "config.yaml").read_text()
     assert_same_training(found, train(inputs, tmp_path / "given", epochs=1))
     capsys.readouterr()
     more = train(inputs, tmp_path / "more", class_num=5, epochs=1)
@@ -240,7 +239,7 @@ def loose(data: Path) -> None:
 def test_training_and_doctor_say_what_may_surprise(inputs, data, capsys, change, fragments):
     call(*command(inputs, "train", data))
     told = capsys.readouterr().out
-    assert "warning" not in told and "note" not in told
+    assert "warning: " not in told and "note: " not in told
     change(data)
     call(*command(inputs, "train", data))
     told = capsys.readouterr().out

@@ -139,8 +139,9 @@ class _Walk:
         return f" ({kinds} are not read: convert them, as to .png)" if kinds else ""
 
     def print_notes(self, where: str, others: list[str]) -> None:
-        links = "links lead to what is listed already, which counts once"
-        notes = [f"{links}: {listed(sorted(self.again))}"] if self.again else []
+        names = ", ".join(map(shown, sorted(self.again)[:5]))
+        said = f"{len(self.again)} links lead to what is listed already, which counts once: {names}"
+        notes = [said] if self.again else []
         notes += [f"some images are left out{self.unread_kinds()}"] if self.unread else []
         for note in notes + others:
             dist.print_main(f"warning: {where}: {note}")
