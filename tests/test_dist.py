@@ -352,29 +352,29 @@ def test_process_without_a_sign_of_life_has_died(now, dogs):
     exchange(dogs[:2])  # who have read the third's last sign now
     now[0] += 59
     exchange(dogs[:2])
-    assert dogs[0].find_dead() == ""
+    assert dogs[0].find_lost() == ""
     now[0] += 2
     exchange(dogs[:2])
-    assert dogs[0].find_dead().startswith("process 2 (c) has died: no sign of life for 61 s")
+    assert dogs[0].find_lost().startswith("process 2 (c) has died: no sign of life for 61 s")
 
 
 def test_process_that_said_why_it_ends_is_quoted_and_one_that_finished_not_missed(now, dogs):
     dogs[1].announce_end("stopped with an error: no such file")
     dogs[1].announce_end("again")  # the first reason counts
     exchange(dogs[:1])
-    assert dogs[0].find_dead() == "process 1 (b) stopped with an error: no such file"
+    assert dogs[0].find_lost() == "process 1 (b) stopped with an error: no such file"
     dogs = new_dogs(None)
     for dog in dogs[1:]:
         dog.announce_end(FINISHED)
     now[0] += 1000
     exchange(dogs[:1])
-    assert dogs[0].find_dead() == ""
+    assert dogs[0].find_lost() == ""
 
 
 def test_main_process_is_missed_when_its_store_is_gone(dogs):
     dogs[1].store = None
     dogs[1]._exchange([])
-    assert dogs[1].find_dead().startswith("process 0 (a) has died")
+    assert dogs[1].find_lost().startswith("process 0 (a) has died")
 
 
 def test_who_is_behind_is_named_when_nobody_makes_progress(now, dogs):
@@ -383,11 +383,11 @@ def test_who_is_behind_is_named_when_nobody_makes_progress(now, dogs):
     exchange(dogs)
     now[0] += 79
     exchange(dogs)
-    assert dogs[0].find_hung() == ""
+    assert dogs[0].find_lost() == ""
     now[0] += 2
     for dog in dogs:
         exchange(dogs)
-        line = dog.find_hung()
+        line = dog.find_lost()
         assert "no progress for 81 s" in line and "--dist_timeout" in line
         assert line.endswith("waiting for process 1 (b) (step 1: forward)")
 
@@ -397,13 +397,13 @@ def test_slow_start_and_one_that_works_on_are_no_hang(now, dogs):
     dogs[0].beat("step 1")
     now[0] += 1000
     exchange(dogs)
-    assert dogs[0].find_hung() == ""
+    assert dogs[0].find_lost() == ""
     beat(dogs, "batch 1")
     for _ in range(10):
         now[0] += 70
         dogs[1].beat("batch")
         exchange(dogs)
-        assert [dog.find_dead() or dog.find_hung() for dog in dogs] == [""] * 3
+        assert [dog.find_lost() for dog in dogs] == [""] * 3
 
 
 def test_main_process_lets_the_others_read_who_is_lost_before_its_store_ends(monkeypatch):

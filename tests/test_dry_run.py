@@ -96,8 +96,6 @@ def test_damaged_checkpoint_is_named_and_stays(inputs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        (IMAGES | dict(data_path="missing"), "--data_path"),
-        (dict(cached_path="missing"), "--cached_path"),
         (IMAGES | dict(vae_path="missing"), "--vae_path"),
         (dict(class_num=2), "3 classes, --class_num is 2"),
         (dict(global_batch=7, accum_iter=None), "--global_batch 7"),

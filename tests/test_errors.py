@@ -110,8 +110,6 @@ def has(line: str, *fragments) -> bool:
         ("train", {"vae_stride": 8}, "--cached_path 4) --vae_stride"),
         ("train", {"patch_size": 3}, "patch_size 3"),
         ("train", {"quant_min": 6}, "quant_min 6"),
-        ("train", {"device": "tpu"}, "--device tpu"),
-        ("train", {"dist_on_itp": True}, "--dist_on_itp OMPI_COMM_WORLD_RANK"),
         ("train", {"vae_path": "other.ckpt"}, "--cached_path another VAE --vae_path"),
         ("train", {"online_eval": True, "num_images": 6}, "--vae_path kl16.ckpt"),
         ("images", {"data_path": "/nowhere"}, "--data_path /nowhere"),

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn
@@ -159,7 +159,9 @@ def _meet(host: str, port: int, serves: bool, world: World) -> dist.Store:
 
     with as_user_error(f"cannot meet process 0 at {host}:{port}", (RuntimeError, ValueError)):
         # Not torch's own waiting, in which Python's signals would wait, too.
-        while not (serves or _listens(host, port)):
+        while not serves:
+            with suppress(OSError), socket.create_connection((host, port), timeout=1):
+                break
             pause("" if world.local_rank else f"process 0 of {world.size}")
         store = dist.TCPStore(host, port, None, serves, TIMEOUT, wait_for_workers=False)
         one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
@@ -177,14 +179,6 @@ def _meet(host: str, port: int, serves: bool, world: World) -> dist.Store:
     return store
 
 
-def _listens(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=1).close()
-        return True
-    except OSError:
-        return False
-
-
 def is_restarted() -> bool:
     """Whether torchrun has started this run again, after it lost a worker."""
     return os.environ.get(ATTEMPT, "0") != "0"
@@ -192,7 +186,7 @@ def is_restarted() -> bool:
 
 @dataclass
 class Peer:
-    """What is known of one process. The times are of this process's clock, in seconds."""
+    """What is known of one process; times in seconds of this one's clock."""
 
     name: str
     beat_at: float
@@ -233,7 +227,8 @@ class Watchdog(threading.Thread):
         self._exchange([])
 
     def beat(self, doing: str) -> None:
-        self.own.update(self.own.beats, self.own.progress + 1, doing, self.own.ending)
+        self.own.progress += 1
+        self.own.doing, self.own.progress_at = doing, time.monotonic()
 
     def announce_end(self, why: str) -> None:
         """Say to the others why this process ends, once; they need not look for a reason."""
@@ -248,7 +243,7 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self._stopping.wait(INTERVAL):
             self._exchange(self.others)
-            if lost := self.find_dead() or self.find_hung():
+            if lost := self.find_lost():
                 time.sleep(0 if self.rank else 2 * INTERVAL)
                 if not self._stopping.is_set():  # else it was asked to stop, too
                     # The main thread waits in a collective that nothing else interrupts.
@@ -268,24 +263,19 @@ class Watchdog(threading.Thread):
         for rank, state in zip(others, states, strict=True):
             self.peers[rank].update(*json.loads(state))
 
-    def find_dead(self) -> str:
-        """Who has given no sign of life for too long, or has said that it ends; or ''."""
+    def find_lost(self) -> str:
+        """Who has died, has said that it ends, or holds everybody up; or ''."""
         if self.store_lost and self.rank != 0:
             return f"{self.peers[0].name} has died: the connection to it is lost"
+        now, working = time.monotonic(), [peer for peer in self.peers if not peer.ending]
         for peer in (self.peers[rank] for rank in self.others):
-            silent = time.monotonic() - peer.beat_at
-            if peer.ending and peer.ending != FINISHED:
+            if peer.ending not in ("", FINISHED):
                 return f"{peer.name} {peer.ending}"
-            if silent > self.silence and not peer.ending:
+            if peer in working and (silent := now - peer.beat_at) > self.silence:
                 return f"{peer.name} has died: no sign of life for {silent:.0f} s ({peer.doing})"
-        return ""
-
-    def find_hung(self) -> str:
-        """Who holds everybody up, if nobody makes progress any more; or ''."""
-        working = [peer for peer in self.peers if not peer.ending]
-        still = time.monotonic() - max(peer.progress_at for peer in working)
-        behind = min(peer.progress for peer in working)
-        if still < self.timeout or behind <= 0:
+        still = now - max((peer.progress_at for peer in working), default=now)
+        behind = min((peer.progress for peer in working), default=0)
+        if still < self.timeout or behind == 0:  # 0: it has not come to its first batch
             return ""
         slowest = [peer for peer in working if peer.progress == behind]
         where = f"all {len(working)} processes wait at the same place ({self.own.doing})"
@@ -311,10 +301,7 @@ def _start_watchdog(host: str, timeout: float) -> None:
 
 
 def beat(doing: str) -> None:
-    """Tell the others that this process makes progress: once a batch, in every long loop.
-
-    Also where a signal that asks the process to stop is noticed at the latest.
-    """
+    """Publish progress, once a batch in every long loop; a signal to stop is noticed here."""
     stop.check()
     if _watchdog is not None:
         _watchdog.beat(doing)

@@ -134,7 +134,8 @@ def refuse_busy(folder: str | Path, flag: str) -> None:
 
     Early, before its files are read, which the other job replaces and removes; nothing is made.
     """
-    with suppress(FileNotFoundError, NotADirectoryError):
+    missing = suppress(FileNotFoundError, NotADirectoryError)
+    with as_user_error(f"{flag} {folder}: cannot write", (OSError,)), missing:
         _locked(Path(folder), flag, "r+b").close()
 
 
