@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 import main_cache
 import main_tokenbridge
@@ -42,6 +43,10 @@ def one_step(micro_batches: int) -> dict:
     model = tiny_model(attn_dropout=0.1, proj_dropout=0.1, label_drop_prob=0.5).train()
     losses = []
     model.register_forward_hook(lambda _module, _inputs, loss: losses.append(loss.detach()))
+    parts: dict[str, list[Tensor]] = {}  # the gradient of each micro-batch, before they are summed
+    for name, parameter in model.named_parameters():
+        parts[name] = []
+        parameter.register_hook(parts[name].append)
     run = new_run(model, 0.9)
     run.batches = Batches(BATCH, micro_batches, IMAGES, seed=1)
     run.steps, run.grad_clip = range(1), 1e9
@@ -59,6 +64,7 @@ def one_step(micro_batches: int) -> dict:
         "loss": found.loss,
         "norm": found.grad_norm,
         "gradients": optimizer.gradients,
+        "parts": parts,
     }
 
 
