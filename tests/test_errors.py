@@ -229,7 +229,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsiz
         (LFS_POINTER, "git lfs pull"),
         (b"\n<!DOCTYPE html><html>Virus scan warning", "a web page"),
         (b'{"error": "Repository not found"}', 'text, not tensors (\'{"error"'),
-        (gzip.compress(b"x"), "a packed archive; unpack it"),
+        (gzip.compress(b"x", mtime=0), "a packed archive; unpack it"),
         (tarfile.TarInfo("vae.ckpt").tobuf(), "a packed archive; unpack it"),
         (packed("vae.ckpt"), "a zip archive of vae.ckpt, not a file of torch.save"),
         (packed("vae/constants.pkl"), "a TorchScript program"),

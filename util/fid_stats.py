@@ -13,9 +13,9 @@ from pathlib import Path
 
 from util import dist
 from util.args import EXTRACTOR, Flag, Parser, auto, positive_int
-from util.data.arrays import ImageArray
 from util.data.images import Loading
 from util.errors import UserError
+from util.evaluation.arrays import ImageArray
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import load_extractor
 from util.evaluation.folder import batch_ranges

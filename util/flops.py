@@ -131,7 +131,7 @@ def _activations(config: TokenBridgeConfig, a: int, recompute: bool) -> tuple[fl
     block = width * (4 * FULL + 12 * a) + int(width * config.mlp_ratio) * 2 * a
     channel = depth * FULL * width + block if recompute else depth * block
     channel += (6 * depth + 2) * width * a  # modulations
-    channel += width * (7 * FULL + 4 * a) + config.quant_levels * (2 * FULL + a)  # two in flight
+    channel += width * (6 * FULL + 4 * a) + config.quant_levels * (2 * FULL + a)  # two in flight
     return image + (largest if recompute else 0), config.token_dim * channel
 
 

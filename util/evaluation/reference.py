@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util import dist, stop
-from util.data.arrays import ImageArray, read_npz
 from util.data.images import LOADING, ImageDataset, Loading, center_crop, collate_skipping
 from util.data.listing import list_files
 from util.errors import UserError, as_user_error
+from util.evaluation.arrays import ImageArray, read_npz
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import INCEPTION, load_extractor
 from util.evaluation.folder import FeatureFiles, batch_ranges, check_shared
