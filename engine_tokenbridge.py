@@ -295,7 +295,7 @@ def find_cause(run: Run, step: int, j: int) -> str:
         for name, module in leaves
     ]
     with run.precision.autocast(run.device):
-        run.model(latents, labels)
+        check("the model", run.model(latents, labels))  # the logits are no module's output
     for hook in hooks:
         hook.remove()
     samples = " ".join(f"{index}{' flipped' if flip else ''}" for index, flip in keys[:8])

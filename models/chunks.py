@@ -67,5 +67,5 @@ class _ChunkedMean(torch.autograd.Function):
             raise RuntimeError("backward through a chunked loss a second time; it keeps nothing")
         (z_gradient, gradients, grad_scale), ctx.gradients = ctx.gradients, None
         factor = grad / grad_scale
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
         return None, z_gradient * factor, None, *gradients

@@ -67,14 +67,15 @@ class TokenBridge(nn.Module, Pretrained):
         Raises ValueError on other shapes.
         """
         z, indices = self.conditions(latents, labels, mask)  # [M, D], [M, C]
-        # The cross-entropy itself is in `ChannelHead.forward`; a loss on z is added here.
+        # The cross-entropy is in `ChannelHead.forward`. A loss on z is added here, without
+        # grad_scale: autograd multiplies it anyway.
         return self.head.loss(z, indices, grad_scale)
 
     def channel_losses(
         self, latents: Tensor, labels: Tensor | None, mask: Tensor | None = None
     ) -> Tensor:
-        """The same for each channel on its own, [C] in natural order; their mean is the loss."""
-        return self.head.losses(*self.conditions(latents, labels, mask)).mean(dim=0)
+        """Mean cross-entropy of each channel, [C] in natural order, for validation."""
+        return self.head.cross_entropies(*self.conditions(latents, labels, mask)).mean(dim=0)
 
     def logits(self, latents: Tensor, labels: Tensor | None, mask: Tensor) -> Tensor:
         """Teacher-forced logits of the masked positions, row by row: [M, C, K], natural order."""

@@ -41,12 +41,13 @@ COMMANDS = ("python ", "torchrun ")  # how a paragraph of examples begins
 
 
 def bounded(kind: type, low: float = -math.inf, high: float = math.inf, least: float | None = None):
-    """A number in [low, high], finite, and above `least` if that is given."""
+    """A finite number in [low, high], and above `least` if that is given."""
 
     def parse(text: str):
         number = kind(text)
-        inside = low <= number <= high and math.isfinite(number)
-        if not inside or (least is not None and number <= least):
+        if not math.isfinite(number):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if not low <= number <= high or (least is not None and number <= least):
             beyond = f" and above {least:g}" if least is not None else ""
             raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]{beyond}")
         return number

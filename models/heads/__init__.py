@@ -10,7 +10,7 @@ are in natural order; an order of prediction is the head's own business.
         losses   [M, T]  float32, in nats; their mean is what is minimised
 
     head.loss(z, indices, grad_scale) -> mean of head(z, indices)
-    head.losses(z, indices) -> head(z, indices)
+    head.cross_entropies(z, indices) -> head(z, indices)
         both may work in chunks of `head.chunk` rows (models/chunks.py); with chunk 0 they do not
 
     head.sample(z, uniforms, temperature, head_input) -> indices, log_probs

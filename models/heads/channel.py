@@ -73,8 +73,8 @@ class ChannelHead(nn.Module):
             return self(z, indices).mean()
         return chunked_mean(self, z, indices, self._pieces(z), grad_scale)
 
-    def losses(self, z: Tensor, indices: Tensor) -> Tensor:
-        """All cross-entropies [M, T], in chunks, for evaluation."""
+    def cross_entropies(self, z: Tensor, indices: Tensor) -> Tensor:
+        """As `forward`, in chunks, for validation; training takes `loss`."""
         return torch.cat([self(*part) for part in split(self._pieces(z), z, indices)])
 
     def logits(self, z: Tensor, indices: Tensor) -> Tensor:
