@@ -9,6 +9,7 @@ import torch
 
 import main_tokenbridge
 from engine_tokenbridge import Run, SkipVote, train_step
+from models.heads.channel import ChannelHead
 from tests.conftest import new_run, tiny_model
 from tests.runs import CLASSES, IMAGES, TRAIN_FLAGS, flags, on_processes, refused
 from util.logging import StepResult
@@ -135,6 +136,14 @@ def test_too_many_skipped_steps_name_the_first_module_and_its_batch(inputs, tmp_
     line = refused(capsys, main_tokenbridge.main, *broken(inputs, tmp_path / "out"))
     assert "2 steps in a row was not finite, up to step 4" in line
     assert "in micro-batch 0 (samples " in line and "first the output of backbone." in line
+
+
+def test_logits_that_are_not_finite_are_found(inputs, tmp_path, capsys, monkeypatch):
+    """No module gives them: the last weights of the head are applied in one product."""
+    logits = ChannelHead.logits
+    monkeypatch.setattr(ChannelHead, "logits", lambda *args: logits(*args) * torch.nan)
+    line = refused(capsys, main_tokenbridge.main, *broken(inputs, tmp_path / "out"))
+    assert "first the output of the model" in line
 
 
 def test_samples_that_are_not_finite_are_named(inputs, tmp_path, capsys):
