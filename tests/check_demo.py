@@ -10,8 +10,10 @@ import re
 import numpy as np
 from PIL import Image
 
+from tests.browser import chromium
 from tests.conftest import ROOT
 
+PAGE = ROOT / "output" / "demo-quick" / "report.html"
 STAGES = 10
 SECTIONS = [
     *("Real and generated", "Mistakes", "Figures", "Training", "Validation loss"),
@@ -21,7 +23,7 @@ SECTIONS = [
 
 
 def test_the_page_of_the_demo_has_every_part_and_no_empty_picture():
-    html = (ROOT / "output" / "demo-quick" / "report.html").read_text()
+    html = PAGE.read_text()
     parts = dict(re.findall(r"<section.*?<h2>(.*?)</h2>(.*?)</section>", html, flags=re.DOTALL))
     assert list(parts) == SECTIONS
     assert [text for text in parts.values() if not re.search("<svg|<img|<td>", text)] == []
@@ -31,3 +33,14 @@ def test_the_page_of_the_demo_has_every_part_and_no_empty_picture():
     assert len(pictures) > 20 and html.count("<svg") > 10
     for picture in pictures:
         assert np.ptp(np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))))) > 50
+
+
+def test_the_page_opens_on_a_phone_without_an_error():
+    with chromium() as browser:
+        page, wrong = browser.new_page(viewport={"width": 360, "height": 800}), []
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(PAGE.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.locator("section h2").all_inner_texts() == SECTIONS
+        assert wrong == []
