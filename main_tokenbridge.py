@@ -308,7 +308,7 @@ def dry_run(args: argparse.Namespace, device: torch.device, precision: Precision
     """The doctor's checks, one step on random latents, and what the training would take."""
 
     def step() -> dict:
-        inputs = open_inputs(args)
+        inputs = open_inputs(args, read_only=True)
         run, _, _ = build_run(args, inputs, device, precision)
         return step_figures(run, steps=2 if device.type != "cpu" or args.compile else 1)
 
@@ -317,7 +317,7 @@ def dry_run(args: argparse.Namespace, device: torch.device, precision: Precision
 
 def step_figures(run: Run, steps: int) -> dict:
     """Of the last of some steps as in training; the same on all processes."""
-    encoding = 0.0 if run.cached else encoding_seconds(run)
+    encoding = 0.0 if run.cached or run.tokenizer.vae is None else encoding_seconds(run)
     run = replace(run, loader=random_batches(run), cached=True)
     run.start()
     if run.device.type == "cuda":

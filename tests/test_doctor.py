@@ -128,7 +128,7 @@ def test_vae_that_cannot_be_read_fails_once_unless_nothing_needs_it(own):
     (own / "vae.ckpt").write_bytes(b"damaged")
     assert_found(check("VAE", own), FAILURE, "--vae_path", "damaged")
     (own / "vae.ckpt").unlink()
-    assert_found(check("VAE", own), OK, "cached latents do without it")
+    assert_found(check("VAE", own), OK, "no image has to be encoded")
     both = doctor.examine(opened(own, online_eval=True), ("VAE", "photograph"))
     assert_found(both[0], FAILURE, "no such file")
     assert_found(both[1], WARNING, "not checked: see VAE")

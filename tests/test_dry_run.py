@@ -93,6 +93,16 @@ def test_damaged_checkpoint_is_named_and_stays(inputs, tmp_path, capsys):
     assert files(tmp_path) == before
 
 
+def test_without_data_it_says_what_imagenet_would_take(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = "--model tokenbridge_tiny --img_size 64 --batch_size 2 --accum_iter 3 --device cpu"
+    call(main_tokenbridge.main, *argv.split(), "--dry_run", "--epochs", "2")
+    out = capsys.readouterr().out
+    assert "a training set as large as ImageNet's: 1281167 images" in out
+    assert f"{2 * (1281167 // 6):,}" in out and "nothing was written" in out
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [

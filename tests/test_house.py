@@ -12,8 +12,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-PRODUCT_LINES, TEST_LINES = 13_800, 12_010
-CORE_LINES, CORE_FILES, UTIL_ENTRIES, WIDE_FUNCTIONS = 7_820, 38, 22, 0
+PRODUCT_LINES, TEST_LINES = 13_810, 12_015
+CORE_LINES, CORE_FILES, UTIL_ENTRIES, WIDE_FUNCTIONS = 7_835, 38, 22, 0
 SCRIPTS = ("main_tokenbridge.py", "main_cache.py", "reconstruction.py", "engine_tokenbridge.py")
 ROOTS = ("engine_tokenbridge.py", "main_tokenbridge.py")
 # Other evenings: evaluation, report, tokenizers and the other heads.

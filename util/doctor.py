@@ -38,7 +38,7 @@ from util.checkpoint import find_checkpoint
 from util.data.histogram import BINS, LatentHistogram
 from util.data.images import ImageDataset, psnr
 from util.data.latent_cache import CachedLatents
-from util.data.training_set import TrainingData
+from util.data.training_set import TrainingData, is_without_data
 from util.device import resolve_precision
 from util.errors import UserError
 from util.evaluation.extractor import INCEPTION, Extractor, published_weights, registered_name
@@ -92,7 +92,7 @@ class Opened:
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        known = vars(make_parser().parse([])) | vars(args) | {"dry_run": True}
+        known = vars(make_parser().parse([])) | vars(args)
         self.args, self.device = argparse.Namespace(**known), device
         self.size = value(args, "img_size")
         self.owners: dict[str, str] = {}  # the check that reports an error, by its message
@@ -111,7 +111,9 @@ class Opened:
     @cached_property
     def _inputs(self) -> Inputs | UserError:
         try:
-            return self._evaluated() if self.args.evaluate else setup.open_inputs(self.args)
+            if self.args.evaluate:
+                return self._evaluated()
+            return setup.open_inputs(self.args, read_only=True)
         except UserError as error:
             flag = re.search(r"--\w+|$", str(error))[0]
             self.owners.setdefault(str(error), OWNERS.get(flag, "model"))
@@ -215,9 +217,9 @@ def processes(opened: Opened) -> Finding:
 
 def vae(opened: Opened) -> Finding:
     path, args = value(opened.args, "vae_path"), opened.args
-    needed = not args.use_cached or args.online_eval or args.evaluate
+    needed = not (args.use_cached or is_without_data(args)) or args.online_eval or args.evaluate
     if not needed and not Path(path).exists():
-        return Finding(OK, f"--vae_path {path} is not there, and cached latents do without it")
+        return Finding(OK, f"--vae_path {path} is not there, and no image has to be encoded")
     kind = "KL-16" if opened.vae.is_kl16 else "a VAE that is not KL-16"
     text = f"{kind}, {opened.vae.channels} channels, stride {opened.vae.stride}, all tensors match"
     return Finding(OK, f"{text}, sha256 {vae_digest(path)}")

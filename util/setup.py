@@ -308,9 +308,9 @@ class Inputs:
     validation: ValidationSet | None
 
 
-def open_inputs(args: argparse.Namespace) -> Inputs:
+def open_inputs(args: argparse.Namespace, read_only: bool = False) -> Inputs:
     """Raises UserError, naming flags and values, if they do not make a training."""
-    checkpoint = open_checkpoint(args, read_only=args.dry_run)
+    checkpoint = open_checkpoint(args, read_only)
     vae = build_vae(args) if needs_vae(args) else None
     data = open_data(args, vae, checkpoint)
     print_class_notes(data.classes)

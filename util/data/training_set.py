@@ -16,10 +16,12 @@ from util.errors import UserError, as_user_error
 from util.vae import vae_digest
 from util.validation import ValidationSet, evenly_spread
 
+IMAGENET_IMAGES = 1_281_167  # of its training set
+
 
 @dataclass(frozen=True)
 class TrainingData:
-    dataset: ImageDataset | CachedLatents
+    dataset: ImageDataset | CachedLatents | range  # a range in a dry run without data
     classes: list[str]
     source: str  # the flag and its value
     vae_sha256: str | None
@@ -30,8 +32,16 @@ class TrainingData:
         return int(self.dataset.bad.sum()) if isinstance(self.dataset, ImageDataset) else 0
 
 
+def is_without_data(args: argparse.Namespace) -> bool:
+    """A dry run that names no data: it says what a training on ImageNet would take."""
+    named = args.use_cached or args.data_path or args.val_path or args.val_cached_path
+    return args.dry_run and not named and not Path(value(args, "data_path")).exists()
+
+
 def needs_vae(args: argparse.Namespace) -> bool:
     """With cached latents, to draw previews and to encode validation images."""
+    if is_without_data(args):
+        return False
     there = Path(value(args, "vae_path")).exists()
     if not args.use_cached or args.online_eval:
         return True
@@ -46,6 +56,9 @@ def open_data(
     args: argparse.Namespace, vae: VAE | None, checkpoint: Checkpoint | None = None
 ) -> TrainingData:
     """The images of --data_path, or the latents of --cached_path."""
+    if is_without_data(args):
+        source = "no --data_path or --use_cached: a training set as large as ImageNet's"
+        return TrainingData(range(IMAGENET_IMAGES), [], source, None)
     path, size, cached = value(args, "vae_path"), args.img_size, args.cached_path
     if size is None and checkpoint is not None and checkpoint.config is not None:
         size = checkpoint.config.img_size
@@ -89,7 +102,7 @@ def check_data(
         if checkpoint is not None and not checkpoint.begins:
             reason = f"{checkpoint.named} was trained on {known}; name the data it was trained on"
         raise UserError(f"{data.source} has {own} classes, {reason}")
-    if own < known:
+    if 0 < own < known:
         others = f"{data.source} {own}: the others are never trained"
         dist.print_main(f"note: the model has {known} classes, {others}")
     if isinstance(data.dataset, CachedLatents):
@@ -122,7 +135,7 @@ def open_validation(
     given = [name for name in ("val_path", "val_cached_path", "holdout") if getattr(args, name)]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]}: validation data comes from one of them")
-    if args.val_freq == 0 and not args.holdout:
+    if is_without_data(args) or (args.val_freq == 0 and not args.holdout):
         return data, None
     if args.holdout:
         return _set_aside(data, args.holdout)
