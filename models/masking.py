@@ -53,13 +53,18 @@ def draw_mask_ratio(minimum: float) -> float:
     return min(max(ratio, minimum), 1.0)
 
 
-def masked_counts(length: int, minimum: float) -> list[tuple[int, float]]:
-    """How many positions `training_mask` masks, and with which probability: (M, P(M))."""
+def share_below(ratio: float, minimum: float) -> float:
+    """P(drawn <= ratio), the distribution function of `draw_mask_ratio`."""
     normal = NormalDist(MASK_RATIO_MEAN, MASK_RATIO_STD)
     below, mass = normal.cdf(minimum), normal.cdf(1.0) - normal.cdf(minimum)
-    if mass == 0:
-        return [(length, 1.0)]
-    cdf = [max(normal.cdf(m / length) - below, 0.0) / mass for m in range(length + 1)]
+    if mass == 0:  # all is masked
+        return float(ratio >= 1)
+    return max(normal.cdf(ratio) - below, 0.0) / mass
+
+
+def masked_counts(length: int, minimum: float) -> list[tuple[int, float]]:
+    """How many positions `training_mask` masks, and with which probability: (M, P(M))."""
+    cdf = [share_below(m / length, minimum) for m in range(length + 1)]
     return [(m, cdf[m] - cdf[m - 1]) for m in range(1, length + 1) if cdf[m] > cdf[m - 1]]
 
 

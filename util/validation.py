@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.config import TokenBridgeConfig
 from models.generate import decode_images, spread_labels
-from models.masking import MASK_RATIO_MEAN, MASK_RATIO_STD
+from models.masking import share_below
 from models.quantizer import entropy, level_counts
 from models.sampler import SamplingOptions, evaluation_mode, image_randomness, sample_latents
 from models.tokenbridge import TokenBridge
@@ -91,16 +91,10 @@ def validation_masks(numbers: list[int], config: TokenBridgeConfig) -> Tensor:
 
 
 def ratio_weights(minimum: float) -> list[float]:
-    """How often training draws a ratio nearest to each of RATIOS, which add up to 1.
-
-    Source: models/masking.py, normal(1.0, 0.25) truncated to [minimum, 1].
-    """
+    """How often training draws a ratio nearest to each of RATIOS, which add up to 1."""
     middles = [(a + b) / 2 for a, b in zip(RATIOS, RATIOS[1:], strict=False)]
-    edges = torch.tensor([0.0, *middles, 1.0]).clamp(min=minimum)
-    mass = torch.special.ndtr((edges - MASK_RATIO_MEAN) / MASK_RATIO_STD).diff()
-    if mass.sum() == 0:  # all is masked
-        mass[-1] = 1
-    return (mass / mass.sum()).tolist()
+    cdf = [0.0, *(share_below(middle, minimum) for middle in middles), 1.0]
+    return [above - below for below, above in zip(cdf, cdf[1:], strict=False)]
 
 
 def as_scalars(losses: Tensor, weights: str, config: TokenBridgeConfig) -> dict[str, float]:
