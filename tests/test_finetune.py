@@ -126,7 +126,7 @@ def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call(doctor.main, *argv, "--vae_path", str(others / "vae.ckpt"), "--no_metrics")
     said = capsys.readouterr().out
-    assert "FAILURE  cache" in said and "--finetune in the place of --resume" in said
+    assert "FAILURE  data" in said and "--finetune in the place of --resume" in said
 
 
 @pytest.mark.parametrize(

@@ -76,10 +76,15 @@ class LatentHistogram:
 
     @classmethod
     def from_dict(cls, values: dict) -> "LatentHistogram":
-        """The inverse of `to_dict`. The cache's checksum has said that it is whole."""
-        counts = np.frombuffer(zlib.decompress(base64.b64decode(values["counts"])), "<i8")
-        counts = torch.from_numpy(counts.astype(np.int64)).reshape(-1, BINS)
-        return cls(torch.tensor(values["exponents"]), counts)
+        """The inverse of `to_dict`. Raises ValueError if the values are not of one."""
+        try:
+            packed = zlib.decompress(base64.b64decode(values["counts"]))
+            counts = np.frombuffer(packed, "<i8").astype(np.int64)
+            return cls(
+                torch.tensor(values["exponents"]), torch.from_numpy(counts.reshape(-1, BINS))
+            )
+        except (LookupError, TypeError, RuntimeError, zlib.error) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def posterior_noise(moments: Tensor) -> Tensor:

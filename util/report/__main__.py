@@ -21,15 +21,16 @@ from util.report.sections import sections
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="of a run, or of several")
-    help = "to write; default: OUTPUT_DIR/report.html"
-    parser.add_argument_group("page").add_argument("--output", metavar="FILE", help=help)
+    add = parser.add_argument_group("page").add_argument
+    add("--output", metavar="FILE", help="to write; default: OUTPUT_DIR/report.html")
+    add("--title", help="of the page; default: the folder's name")
     return parser
 
 
 def main() -> None:
     args = make_parser().parse()
     root = Path(args.output_dir)
-    page = render(root.resolve().name, sections(load(root)))
+    page = render(args.title or root.resolve().name, sections(load(root)))
     write(Path(args.output or root / "report.html"), page)
 
 
