@@ -15,7 +15,7 @@ help:
 	@echo '  make demo   train on real handwritten digits and draw new ones; ends with a report'
 	@echo '              (about 5 minutes on 2 CPU cores); ARGS=--quick: few steps, poor digits'
 	@echo '  make app    a page to draw with the demo model or any other, in the browser'
-	@echo '  make test   run the tests (about 10 minutes on 2 CPU cores); ARGS="-k vae" picks some'
+	@echo '  make test   run the tests (about 9 minutes on 2 CPU cores); ARGS="-k vae" picks some'
 	@echo '  make soak   do harm to training, saving and caching, over 50 times; prints a table'
 	@echo '  make bench  time everything, each optimisation on and off (up to 25 minutes on 2 cores);'
 	@echo '              ARGS="--only train" picks some'
