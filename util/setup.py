@@ -2,7 +2,7 @@
 
     flags -> checkpoint (util/checkpoint.py finds it) -> VAE, data -> settings -> model -> run
 
-`args` ends here: what is behind it takes frozen dataclasses, or values. Nothing is written.
+The engine and models never see `args`. Nothing is written; a damaged checkpoint is set aside.
 A flag that was given must agree with what a checkpoint, a cache and a VAE know; where it was not
 given, they decide, and the published value where none of them does.
 """
