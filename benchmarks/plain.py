@@ -93,7 +93,7 @@ def head_outputs(head: ChannelHead, inputs: Tensor, cond: Tensor) -> Tensor:
     return modulate(head.channel_final.norm_final(head.channel_norm(x)), shift, scale)
 
 
-def head_input(head: ChannelHead, cond: Tensor, indices: Tensor, i: int) -> Tensor:
+def channel_input(head: ChannelHead, cond: Tensor, indices: Tensor, i: int) -> Tensor:
     """The i-th input [M, D] in head order; indices: [M, T] in head order."""
     token = cond if i == 0 else head.token_embeddings[i - 1](indices[:, i - 1])
     return token + head.channel_embed[:, i]
@@ -103,7 +103,7 @@ def head_loss(head: ChannelHead, z: Tensor, indices: Tensor, *_) -> Tensor:
     """z: [M, D], indices: [M, T] -> mean cross-entropy, teacher-forced, all M positions at once."""
     cond, indices = head.condition_proj(z), indices[:, head.order]
     channels = range(len(head.order))
-    inputs = torch.stack([head_input(head, cond, indices, i) for i in channels], dim=1)
+    inputs = torch.stack([channel_input(head, cond, indices, i) for i in channels], dim=1)
     outputs = head_outputs(head, inputs, cond)
     logits = torch.stack([head.channel_heads[i](outputs[:, i]) for i in channels], dim=1)
     return F.cross_entropy(logits.flatten(0, 1).float(), indices.flatten())
@@ -115,15 +115,15 @@ def head_sample(
     z: Tensor,
     uniforms: Tensor,
     temperature: float = 1.0,
-    head_input_mode: str = "trained",
+    head_input: str = "trained",
 ) -> tuple[Tensor, Tensor]:
     """As `ChannelHead.sample`, but each channel computes all of its prefix again."""
     cond, uniforms = head.condition_proj(z), uniforms[:, head.order]
     indices = torch.zeros(uniforms.shape, dtype=torch.int64, device=z.device)
     log_probs = torch.zeros(uniforms.shape, device=z.device)
     for i in range(len(head.order)):
-        inputs = [head_input(head, cond, indices, j) for j in range(i + 1)]
-        if head_input_mode == "published":
+        inputs = [channel_input(head, cond, indices, j) for j in range(i + 1)]
+        if head_input == "published":
             inputs[0] = inputs[0] + head.timesteps_embeddings[:, 0]
         outputs = head_outputs(head, torch.stack(inputs, dim=1), cond)
         logits = head.channel_heads[i](outputs[:, i])
@@ -150,7 +150,9 @@ def sample_latents(
         )
         z = uncond + sampler.guidance_scale(cfg, "linear", config.seq_len, m) * (z - uncond)
         draws = take(uniforms, positions)
-        drawn, _ = model.head.sample(z.flatten(0, 1), draws.flatten(0, 1), 1.0, config.head_input)
+        drawn, _ = model.head.sample(
+            z.flatten(0, 1), draws.flatten(0, 1), head_input=config.head_input
+        )
         levels = model.quantizer.decode(drawn).view_as(draws)
         values.scatter_(1, positions[..., None].expand_as(levels), levels)
     return unpatchify(values, config.patch_size, config.grid_size)

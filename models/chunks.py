@@ -21,18 +21,20 @@ def split(pieces: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def chunked_mean(
-    head: nn.Module, z: Tensor, indices: Tensor, pieces: int, grad_scale: Tensor | float = 1.0
+    head: nn.Module, rows: tuple[Tensor, ...], pieces: int, grad_scale: Tensor | float = 1.0
 ) -> Tensor:
-    """head(z, indices).mean(), z [M, D] and indices [M, T]; gradients can be taken once.
+    """head(*rows).mean(), the rows z [M, D], targets and noise; gradients can be taken once.
 
     grad_scale: of a gradient scaler; gradients are computed multiplied by it, or those in fp16
     would underflow.
     """
     if not torch.is_grad_enabled():
-        return sum(head(*part).sum() for part in split(pieces, z, indices)) / indices.numel()
+        parts = [head(*part) for part in split(pieces, *rows)]
+        return sum(losses.sum() for losses in parts) / (len(rows[0]) * parts[0].shape[1])
     parameters = {name: p for name, p in head.named_parameters() if p.requires_grad}
-    how = head, list(parameters), pieces, grad_scale
-    return _ChunkedMean.apply(how, z, indices, *parameters.values())
+    z, *others = rows
+    how = head, list(parameters), pieces, others, grad_scale
+    return _ChunkedMean.apply(how, z, *parameters.values())
 
 
 class _ChunkedMean(torch.autograd.Function):
@@ -43,17 +45,17 @@ class _ChunkedMean(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, how: tuple, z: Tensor, indices: Tensor, *parameters: nn.Parameter) -> Tensor:
-        head, names, pieces, grad_scale = how
+    def forward(ctx, how: tuple, z: Tensor, *parameters: nn.Parameter) -> Tensor:
+        head, names, pieces, others, grad_scale = how
         leaves = [parameter.data.requires_grad_() for parameter in parameters]
         replaced = dict(zip(names, leaves, strict=True))
         total, z_gradients = 0.0, []
         # A chunk uses what it saves at once: hooks on what is kept for later are not for it.
         with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
-            for rows, targets in split(pieces, z.detach(), indices):
+            for rows, *targets in split(pieces, z.detach(), *others):
                 rows = rows.requires_grad_()
-                losses = functional_call(head, replaced, (rows, targets))
-                loss = losses.sum() / indices.numel()
+                losses = functional_call(head, replaced, (rows, *targets))
+                loss = losses.sum() / (len(z) * losses.shape[1])
                 (loss * grad_scale).backward()
                 z_gradients.append(rows.grad)
                 total = total + loss.detach()
@@ -68,4 +70,4 @@ class _ChunkedMean(torch.autograd.Function):
         (z_gradient, gradients, grad_scale), ctx.gradients = ctx.gradients, None
         factor = grad / grad_scale
         torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
-        return None, z_gradient * factor, None, *gradients
+        return None, z_gradient * factor, *gradients

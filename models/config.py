@@ -15,13 +15,33 @@ PUBLISHED_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 HEAD_INPUTS = ("trained", "published")
 # The published codebook, or one for each channel, fitted to the latents: see models/quantizer.py.
 QUANTIZERS = ("published", "calibrated")
+# What models/heads/ has, and the settings that one of them alone has, with their defaults.
+HEADS = {
+    "channel": {},
+    "parallel": {},
+    "masked": {"head_steps": 4},
+    "mixture": {"mixture_components": 16},
+    "diffusion": {
+        "diffloss_d": 3,
+        "diffloss_w": 1024,
+        "num_sampling_steps": 100,
+        "diffusion_batch_mul": 1,
+    },
+    "codebook": {"codebook_size": 16384},
+}
+# The quantizers of heads that do not take all of those; none: the head reads continuous latents.
+HEAD_QUANTIZERS = {"mixture": (None,), "diffusion": (None,), "codebook": ("codebook",)}
 
-# width and depth of encoder and decoder, heads; width, depth and heads of the channel head
+# width and depth of encoder and decoder, heads; width, depth and heads of the channel head, or
+# width and depth of the diffusion head
 _SIZES = {
     "tokenbridge_tiny": (128, 2, 4, 64, 2, 4),
     "tokenbridge_base": (768, 12, 12, 768, 4, 8),
     "tokenbridge_large": (1024, 16, 16, 1024, 4, 8),
     "tokenbridge_huge": (1280, 20, 16, 1024, 6, 8),
+    "mar_base": (768, 12, 12, 1024, 6),
+    "mar_large": (1024, 16, 16, 1280, 8),
+    "mar_huge": (1280, 20, 16, 1536, 12),
 }
 PRESETS = tuple(_SIZES)
 
@@ -32,7 +52,10 @@ class TokenBridgeConfig:
 
     img_size in pixels, vae_stride in pixels per latent position, patch_size in latent positions.
     channel_order: in which the head predicts the channels, None is `default_channel_order`.
-    quant_min, quant_max: of the published quantizer.
+    quant_min, quant_max: of the published quantizer. quantizer: None is the head's: "published",
+    "codebook", or none at all for a continuous head.
+    head_share: of the masked positions whose loss is computed in training; published: all.
+    The last ones are the settings of a head (`HEADS`), None in a model that has another one.
     Raises ValueError, naming the value, if the numbers do not fit together.
     """
 
@@ -62,14 +85,51 @@ class TokenBridgeConfig:
     channel_order: tuple[int, ...] | None = None
     latent_scale: float = PUBLISHED_LATENT_SCALE
     head_input: str = "trained"
-    quantizer: str = "published"
+    quantizer: str | None = None
+    head: str = "channel"
+    head_share: float = 1.0
+    head_steps: int | tuple[int, ...] | None = None
+    mixture_components: int | None = None
+    diffloss_d: int | None = None
+    diffloss_w: int | None = None
+    num_sampling_steps: int | None = None
+    diffusion_batch_mul: int | None = None
+    codebook_size: int | None = None
 
     def __post_init__(self):
         order = self.channel_order
         order = default_channel_order(self.vae_embed_dim) if order is None else tuple(order)
-        object.__setattr__(self, "channel_order", order)
-        for problem in self._problems():
+        resolved = {"channel_order": order}
+        if self.quantizer is None:
+            resolved["quantizer"] = HEAD_QUANTIZERS.get(self.head, QUANTIZERS)[0]
+        for name, default in HEADS.get(self.head, {}).items():
+            given = getattr(self, name)  # "100" of MAR's flag, a list of a JSON file
+            given = default if given is None else int(given) if type(given) is str else given
+            resolved[name] = tuple(given) if isinstance(given, list) else given
+        for name, setting in resolved.items():
+            object.__setattr__(self, name, setting)
+        for problem in (*self._problems(), *self._head_problems()):
             raise ValueError(problem)
+
+    def _head_problems(self) -> Iterator[str]:
+        if self.head not in HEADS:
+            yield f"head {self.head!r} is not one of {', '.join(HEADS)}"
+        for head, settings in HEADS.items():
+            for name in settings if head != self.head else ():
+                if getattr(self, name) is not None:
+                    yield f"{name} {getattr(self, name)} is of the {head} head, not of {self.head}"
+        for name in HEADS.get(self.head, {}):
+            setting = getattr(self, name)
+            if not setting or min(setting if isinstance(setting, tuple) else (setting,)) < 1:
+                yield f"{name} {setting} is not positive"
+        if (self.num_sampling_steps or 0) > 1000:
+            yield f"num_sampling_steps {self.num_sampling_steps} is more than 1000"
+        if isinstance(self.head_steps, tuple) and sum(self.head_steps) != self.token_dim:
+            yield f"head_steps {self.head_steps} do not sum to {self.token_dim} channels"
+        quantizers = HEAD_QUANTIZERS.get(self.head, QUANTIZERS)
+        if self.quantizer not in quantizers:
+            known = f"the {self.head} head's, which takes {' or '.join(map(str, quantizers))}"
+            yield f"quantizer {self.quantizer!r} is not {known}"
 
     def _problems(self) -> Iterator[str]:
         token_pixels = self.vae_stride * self.patch_size
@@ -86,15 +146,16 @@ class TokenBridgeConfig:
         for name in ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min"):
             if not 0 <= getattr(self, name) <= 1:
                 yield f"{name} {getattr(self, name)} is not between 0 and 1"
+        if not 0 < self.head_share <= 1:
+            yield f"head_share {self.head_share} is not above 0 and at most 1"
         for name in ("class_num", "vae_embed_dim", "buffer_size", "latent_scale"):
             if not getattr(self, name) > 0:
                 yield f"{name} {getattr(self, name)} is not positive"
         if sorted(self.channel_order) != list(range(self.vae_embed_dim)):
             permuted = f"a permutation of the {self.vae_embed_dim} latent channels (vae_embed_dim)"
             yield f"channel_order {self.channel_order} is not {permuted}"
-        for name, known in (("head_input", HEAD_INPUTS), ("quantizer", QUANTIZERS)):
-            if getattr(self, name) not in known:
-                yield f"{name} {getattr(self, name)!r} is not one of {known}"
+        if self.head_input not in HEAD_INPUTS:
+            yield f"head_input {self.head_input!r} is not one of {HEAD_INPUTS}"
 
     @property
     def grid_size(self) -> int:
@@ -140,5 +201,9 @@ def preset(name: str) -> dict:
     """Keyword arguments of one of the `PRESETS`."""
     sizes = ("embed_dim", "depth", "num_heads")
     names = [f"{part}_{size}" for part in ("encoder", "decoder") for size in sizes]
-    names += ["channel_embed_dim", "channel_depth", "channel_heads"]
-    return dict(zip(names, _SIZES[name][:3] + _SIZES[name], strict=True))
+    if name.startswith("mar_"):
+        names += ["diffloss_w", "diffloss_d"]
+    else:
+        names += ["channel_embed_dim", "channel_depth", "channel_heads"]
+    sizes = dict(zip(names, _SIZES[name][:3] + _SIZES[name], strict=True))
+    return sizes | ({"head": "diffusion"} if name.startswith("mar_") else {})

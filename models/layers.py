@@ -151,6 +151,36 @@ class AdaLNBlock(nn.Module):
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
+class AdaLNMLP(nn.Module):
+    """An MLP around which x is added, shifted, scaled and gated by `adaLN_modulation` of y."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.in_ln = LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y: [N, D] -> [N, D]."""
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
+
+
+class AdaLNLinear(nn.Module):
+    """Norm without weights of its own, modulated, and a linear layer that is zero at first."""
+
+    def __init__(self, width: int, outputs: int):
+        super().__init__()
+        self.norm_final = LayerNorm(width, elementwise_affine=False)
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y: [N, D] -> [N, outputs]."""
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
 class FinalNorm(nn.Module):
     """A norm without weights of its own, modulated."""
 

@@ -68,10 +68,20 @@ def masked_counts(length: int, minimum: float) -> list[tuple[int, float]]:
     return [(m, cdf[m] - cdf[m - 1]) for m in range(1, length + 1) if cdf[m] > cdf[m - 1]]
 
 
-def training_mask(batch: int, length: int, minimum: float, device: torch.device | str) -> Mask:
-    """The published training mask: one ratio for the batch, ceil(L * ratio) positions an image."""
+def training_mask(
+    batch: int, length: int, minimum: float, share: float, device: torch.device | str
+) -> tuple[Mask, Tensor]:
+    """The published training mask: one ratio for the batch, ceil(L * ratio) positions an image.
+
+    share: of the masked positions that the loss is taken of, the second result [B, n], ascending:
+    a uniformly random subset, all of them if it is 1.
+    """
     num_masked = math.ceil(length * draw_mask_ratio(minimum))
-    return Mask.from_orders(random_orders(batch, length, device), num_masked)
+    orders = random_orders(batch, length, device)
+    mask = Mask.from_orders(orders, num_masked)
+    if share == 1:
+        return mask, mask.masked
+    return mask, orders[:, : math.ceil(num_masked * share)].sort(dim=1).values
 
 
 def mask_schedule(length: int, num_iter: int) -> list[tuple[int, int, int]]:

@@ -4,6 +4,7 @@ published: K levels of equal probability under N(0, 1): boundaries b_i = clamp(P
 levels v_i = E[n | b_i < n < b_{i+1}]. A scalar x in [low, high] maps to n = (x - low)/(high - low)
 * 6 - 3, its index is the nearest v.
 calibrated: K levels of its own for each channel, fitted to the latents (models/calibration.py).
+codebook: the vectors of a VQ tokenizer, for the head of that name; these are learnt.
 Letters: C latent channels, K levels, D scalars of a token: C, or C*p*p channel by channel.
 Source: arXiv 2503.16430, post-training quantization.
 """
@@ -17,6 +18,7 @@ from models.tokenizers.kl16 import check_layout
 
 # The published codebook covers this many standard deviations to each side.
 SPAN = 3.0
+CODEBOOK_ROWS = 4096  # whose distances from all codes are computed at once
 
 
 def gaussian_levels(levels: int) -> tuple[Tensor, Tensor]:
@@ -145,10 +147,51 @@ class CalibratedQuantizer(Quantizer):
         return (x < ends[:, 0]) | (x > ends[:, 1])
 
 
+class CodebookQuantizer(nn.Module):
+    """The nearest of K learnt vectors: those of a VQ tokenizer, set later or by a state dict.
+
+    codebook: buffer [K, C], scaled as the latents are. A token has one index.
+    """
+
+    codebook: Tensor
+
+    def __init__(self, size: int, channels: int):
+        super().__init__()
+        self.levels = size
+        self.register_buffer("codebook", torch.full((size, channels), torch.nan))
+
+    @property
+    def fitted(self) -> bool:
+        return bool(self.codebook[0, 0].isfinite())
+
+    def set_codebook(self, codebook: Tensor) -> None:
+        """codebook: [K, C]. Raises ValueError on another shape."""
+        check_layout({"codebook": codebook}, self.state_dict())
+        self.codebook.copy_(codebook)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x: [..., C] -> int64 [..., 1]; in parts, lest all distances fill the memory."""
+        half = self.codebook.square().sum(dim=1) / 2
+        parts = x.float().reshape(-1, x.shape[-1]).split(CODEBOOK_ROWS)
+        nearest = [(part @ self.codebook.T - half).argmax(dim=1) for part in parts]
+        return torch.cat(nearest).view(*x.shape[:-1], 1)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """indices: [..., 1] integers in [0, K) -> float32 [..., C]."""
+        return self.codebook[indices[..., 0].long()]
+
+
 def build_quantizer(
-    kind: str, levels: int, low: float, high: float, channels: int
-) -> GaussianQuantizer | CalibratedQuantizer:
-    """The quantizer of that name; a calibrated one has no range but its levels', set later."""
+    kind: str | None, levels: int, low: float, high: float, channels: int
+) -> GaussianQuantizer | CalibratedQuantizer | CodebookQuantizer | None:
+    """The quantizer of that name; a calibrated one and a codebook are set later.
+
+    levels: K. channels: C of a codebook are those of a token.
+    """
+    if kind is None:
+        return None
+    if kind == "codebook":
+        return CodebookQuantizer(levels, channels)
     if kind == "calibrated":
         return CalibratedQuantizer(levels, channels)
     return GaussianQuantizer(levels, low, high)

@@ -1,9 +1,10 @@
 """Iterative decoding: from all positions masked to an image's latents.
 
 sampling: mask schedule -> backbone (guided) -> channel head -> quantizer values -> unpatchify
-What is random about image i (the order of its positions, one uniform number for each position
-and channel) is a function of (seed, i) alone, whatever the batch and the number of processes.
-Letters: B batch, L positions, C channels of a token, m positions still masked, n of them predicted.
+What is random about image i (the order of its positions, the uniform numbers that a head draws
+a position from) is a function of (seed, i) alone, whatever the batch and the number of processes.
+Letters: B batch, L positions, C channels of a token, U uniforms of a position, m positions still
+masked, n of them predicted.
 Source: MAR, arXiv 2406.11838, section 3.4; arXiv 2503.16430; MaskGIT, arXiv 2202.04200, for the
 order by confidence.
 """
@@ -67,7 +68,7 @@ class SamplingStep:
     """What an iteration filled: the positions [B, n].
 
     values: [B, L, C] of all positions so far, 0 elsewhere. masked: [B, L], true where nothing is.
-    log_probs: [B, n, C], in nats, of what was drawn at the temperature.
+    log_probs: [B, n, C], in nats, of what was drawn at the temperature; see models/heads.
     """
 
     values: Tensor
@@ -77,10 +78,10 @@ class SamplingStep:
 
 
 def image_randomness(
-    seed: int, image_ids: Sequence[int], length: int, channels: int
+    seed: int, image_ids: Sequence[int], length: int, draws: int
 ) -> tuple[Tensor, Tensor]:
-    """For each image, from (seed, id): a random order [B, L] and uniforms [B, L, C] in [0, 1)."""
-    shape = (length, channels + 1)
+    """For each image, from (seed, id): a random order [B, L] and uniforms [B, L, U] in [0, 1)."""
+    shape = (length, draws + 1)
     # Raw Philox words: numpy promises that these stay as they are in later releases.
     words = [np.random.Philox(key=[seed, i]).random_raw(math.prod(shape)) for i in image_ids]
     draws = (np.stack(words) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
@@ -100,16 +101,17 @@ def sample_latents(
     batch_size: int | None = None,
     image_ids: Sequence[int] | None = None,
     orders: Tensor | None = None,
+    uniforms: Tensor | None = None,
     **options,
 ) -> Tensor:
-    """[B, C, H, W] scaled latents, every value a level of the quantizer.
+    """[B, C, H, W] scaled latents, every value a level of the quantizer if there is one.
 
     labels: [B] int64 classes; None, with `batch_size`, for images of no class.
     image_ids: B numbers that name the images, default 0..B-1. orders: [B, L] permutations, the
-    positions in the reverse order of their prediction. options: those of `SamplingOptions`.
-    Raises ValueError on values out of range.
+    positions in the reverse order of their prediction. uniforms: [B, L, U], what the head draws
+    from. options: those of `SamplingOptions`. Raises ValueError on values out of range.
     """
-    how = SamplingOptions(**options), batch_size, image_ids, orders
+    how = SamplingOptions(**options), batch_size, image_ids, (orders, uniforms)
     *_, last = sampling_steps(model, labels, *how)
     return unpatchify(last.values, model.config.patch_size, model.config.grid_size)
 
@@ -121,25 +123,31 @@ def sampling_steps(
     options: SamplingOptions,
     batch_size: int | None = None,
     image_ids: Sequence[int] | None = None,
-    orders: Tensor | None = None,
+    given: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Iterator[SamplingStep]:
-    """The same, one iteration after the other: at least one."""
+    """The same, one iteration after the other: at least one. given: orders and uniforms."""
     config, device = model.config, model.backbone.fake_latent.device
     if labels is None and batch_size is None:
         raise ValueError("labels=None needs batch_size, the number of images")
     if labels is not None and ((labels < 0) | (labels >= config.class_num)).any():
         raise ValueError(f"labels {labels.tolist()} are not all in [0, {config.class_num})")
+    if options.order == "confidence" and model.quantizer is None:
+        raise ValueError(f"order confidence needs probabilities, which {config.head} has not")
     batch = batch_size if labels is None else len(labels)
     ids = range(batch) if image_ids is None else image_ids
     if len(ids) != batch:
         raise ValueError(f"{len(ids)} image_ids for a batch of {batch}")
-    drawn_orders, uniforms = image_randomness(options.seed, ids, config.seq_len, config.token_dim)
+    drawn = image_randomness(options.seed, ids, config.seq_len, model.head.draws)
     if options.order == "raster":
-        drawn_orders = torch.arange(config.seq_len).flip(0).expand(batch, -1)
-    orders = (drawn_orders if orders is None else orders).to(device)
-    uniforms = uniforms.to(device)
+        drawn = torch.arange(config.seq_len).flip(0).expand(batch, -1), drawn[1]
+    orders, uniforms = (
+        (own if other is None else other).to(device)
+        for own, other in zip(drawn, given, strict=True)
+    )
     conditions = _Conditions(model, None if labels is None else labels.to(device), options)
-    how = options.temperature, options.head_input or config.head_input
+    how = {"temperature": options.temperature}
+    if config.head == "channel":
+        how["head_input"] = options.head_input or config.head_input
 
     values = torch.zeros(batch, config.seq_len, config.token_dim, device=device)
     filled = orders[:, :0]
@@ -152,25 +160,31 @@ def sampling_steps(
             scale = guidance_scale(options.cfg, options.cfg_schedule, config.seq_len, m)
             mask = Mask.from_orders(orders, before)
             z = conditions(values, mask, positions, filled, scale).flatten(0, 1)
-            drawn = model.head.sample(z, take(uniforms, positions).flatten(0, 1), *how)
-            indices, log_probs = (x.unflatten(0, positions.shape) for x in drawn)
+            if z.dim() == 3:  # [M, 2, D]: the head guides
+                how["guidance"] = scale
+            drawn = model.head.sample(z, take(uniforms, positions).flatten(0, 1), **how)
+            tokens, log_probs = (x.unflatten(0, positions.shape) for x in drawn)
             if options.order == "confidence":
                 ranks = log_probs.sum(dim=-1).argsort(dim=1)  # the least certain first
                 orders = torch.cat([positions.gather(1, ranks), orders[:, before:]], dim=1)
-                indices, log_probs = (take(x, ranks[:, after:]) for x in (indices, log_probs))
+                tokens, log_probs = (take(x, ranks[:, after:]) for x in (tokens, log_probs))
             filled = orders[:, after:before]
-            filled_values = model.quantizer.decode(indices)
-            values.scatter_(1, filled[..., None].expand_as(filled_values), filled_values)
+            if model.quantizer is not None:
+                tokens = model.quantizer.decode(tokens)
+            values.scatter_(1, filled[..., None].expand_as(tokens), tokens)
             masked = torch.ones(values.shape[:2], dtype=torch.bool, device=device)
             masked.scatter_(1, orders[:, after:], False)
             yield SamplingStep(values, filled, log_probs, masked)
 
 
 class _Conditions:
-    """z of the positions to predict; guided, z_uncond + g (z_cond - z_uncond), both in one pass."""
+    """z of the positions to predict; guided, z_uncond + g (z_cond - z_uncond), both in one pass.
+
+    For a head that guides, [B, n, 2, D]: both.
+    """
 
     def __init__(self, model: TokenBridge, labels: Tensor | None, options: SamplingOptions):
-        self.backbone, self.labels = model.backbone, labels
+        self.backbone, self.labels, self.head = model.backbone, labels, model.head
         self.guided = labels is not None and options.cfg != 1
         refresh = options.token_cache
         self.cached = CachedBackbone(model.backbone, refresh) if refresh else None
@@ -192,6 +206,8 @@ class _Conditions:
         if not guided:
             return z
         cond, uncond = z.chunk(2)
+        if self.head.guides:
+            return torch.stack([cond, uncond], dim=2)
         return uncond + scale * (cond - uncond)
 
 

@@ -1,8 +1,9 @@
-"""TokenBridge: quantizer, backbone and channel head put together; latents -> loss.
+"""TokenBridge: quantizer, backbone and a head put together; latents -> loss.
 
 training: latents -> patchify -> quantizer -> masking -> backbone -> channel head -> cross-entropy
+A continuous head (models/heads/) reads the latents as they are: `quantizer` is None then.
 Letters: B batch, L positions, C channels of a token, K levels, M masked positions of the batch.
-Source: arXiv 2503.16430.
+Source: arXiv 2503.16430; MAR, arXiv 2406.11838, of whose models `mar_*` have the published layout.
 """
 
 import math
@@ -17,12 +18,32 @@ from torch.nn import functional as F
 from models.backbone import Backbone, patchify
 from models.config import PRESETS, TokenBridgeConfig, preset
 from models.heads.channel import ChannelHead
+from models.heads.codebook import CodebookHead
+from models.heads.diffusion import DiffusionHead
+from models.heads.masked import MaskedHead, ParallelHead
+from models.heads.mixture import MixtureHead
 from models.hub import Pretrained
-from models.layers import take
+from models.layers import AdaLNBlock, AdaLNMLP, Block, take
 from models.masking import Mask, training_mask
 from models.quantizer import build_quantizer
 from models.tokenizers.kl16 import check_layout
 
+HEADS = {
+    "channel": ChannelHead,
+    "parallel": ParallelHead,
+    "masked": MaskedHead,
+    "mixture": MixtureHead,
+    "diffusion": DiffusionHead,
+    "codebook": CodebookHead,
+}
+# Prefixes of our names and of the published ones of models with that head; elsewhere the part
+# (backbone, head, quantizer) is left out.
+RENAMED = {
+    "diffusion": {
+        "head.net.": "diffloss.net.",
+        "backbone.output_pos_embed": "diffusion_pos_embed_learned",
+    }
+}
 # Tensors, in the published names, whose size is that of the classes or of the grid.
 CLASS_ROWS = "class_emb.weight"
 POSITIONS = ("encoder_pos_embed_learned", "decoder_pos_embed_learned", "output_pos_embed")
@@ -31,7 +52,7 @@ POSITIONS = ("encoder_pos_embed_learned", "decoder_pos_embed_learned", "output_p
 class TokenBridge(nn.Module, Pretrained):
     """Keyword arguments: the fields of `TokenBridgeConfig`.
 
-    grad_checkpointing: recompute all blocks in backward. head_chunk: see `ChannelHead.chunk`.
+    grad_checkpointing: recompute all blocks in backward. head_chunk: see `Head.chunk`.
     """
 
     def __init__(
@@ -40,16 +61,18 @@ class TokenBridge(nn.Module, Pretrained):
         super().__init__()
         self.config = config = TokenBridgeConfig(**kwargs)
         self.backbone = Backbone(config)
-        self.head = ChannelHead(config)
-        levels = (config.quant_levels, config.quant_min, config.quant_max)
-        self.quantizer = build_quantizer(config.quantizer, *levels, config.vae_embed_dim)
+        self.head = HEADS[config.head](config)
+        of_code, of_channel = config.codebook_size, (config.quant_levels, config.vae_embed_dim)
+        levels, channels = (of_code, config.token_dim) if of_code else of_channel
+        limits = config.quant_min, config.quant_max
+        self.quantizer = build_quantizer(config.quantizer, levels, *limits, channels)
         self.backbone.grad_checkpointing = self.head.grad_checkpointing = grad_checkpointing
         self.head.chunk = head_chunk
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Each block by itself; sizes are symbolic, and blocks of a kind share their graphs."""
-        net, head = self.backbone, self.head
-        for block in (*net.encoder_blocks, *net.decoder_blocks, *head.channel_blocks):
+        blocks = [m for m in self.modules() if isinstance(m, Block | AdaLNBlock | AdaLNMLP)]
+        for block in blocks:
             block.compile(dynamic=True, backend=backend)
 
     def forward(
@@ -59,53 +82,62 @@ class TokenBridge(nn.Module, Pretrained):
         mask: Tensor | None = None,
         grad_scale: Tensor | float = 1.0,
     ) -> Tensor:
-        """Mean cross-entropy, in nats, over all masked positions and channels.
+        """The head's mean loss over all masked positions; of `channel`, cross-entropy in nats.
 
         latents: [B, C, H, W] scaled. labels: [B] int64, or None for no class.
         mask: [B, L], true where masked, the same number in each row; drawn if None.
         grad_scale: what backward will multiply the loss by, a number or a tensor.
         Raises ValueError on other shapes.
         """
-        z, indices = self.conditions(latents, labels, mask)  # [M, D], [M, C]
+        z, targets = self.conditions(latents, labels, mask)  # [M, D], [M, C]
         # The cross-entropy is in `ChannelHead.forward`. A loss on z is added here, without
         # grad_scale: autograd multiplies it anyway.
-        return self.head.loss(z, indices, grad_scale)
+        return self.head.loss(z, targets, grad_scale)
 
     def channel_losses(
         self, latents: Tensor, labels: Tensor | None, mask: Tensor | None = None
     ) -> Tensor:
-        """Mean cross-entropy of each channel, [C] in natural order, for validation."""
-        return self.head.cross_entropies(*self.conditions(latents, labels, mask)).mean(dim=0)
+        """Mean loss of each channel, [C] in natural order, for validation; [1] of some heads."""
+        return self.head.losses(*self.conditions(latents, labels, mask)).mean(dim=0)
 
     def logits(self, latents: Tensor, labels: Tensor | None, mask: Tensor) -> Tensor:
-        """Teacher-forced logits of the masked positions, row by row: [M, C, K], natural order."""
+        """Teacher-forced logits of the masked positions, row by row: [M, C, K], natural order.
+
+        Of the channel head.
+        """
         return self.head.logits(*self.conditions(latents, labels, mask))
 
     def conditions(
         self, latents: Tensor, labels: Tensor | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """z [M, D] and indices [M, C] of the masked positions; arguments as those of `forward`."""
+        """z [M, D] and the head's targets [M, C] of the masked positions, or of `head_share` of
+        them where the mask is drawn; arguments as those of `forward`.
+        """
         config, batch = self.config, len(latents)
         if latents.shape[1:] != config.latent_shape:
             found = tuple(latents.shape)
             raise ValueError(f"latents are {found}, expected [B, *{config.latent_shape}]")
         if mask is not None:
             drawn = Mask.from_bool(mask)
+            positions = drawn.masked
         else:
-            drawn = training_mask(batch, config.seq_len, config.mask_ratio_min, latents.device)
-        indices = self.quantizer.encode(patchify(latents, config.patch_size))  # [B, L, C]
-        values = self.quantizer.decode(indices)
+            how = config.mask_ratio_min, config.head_share
+            drawn, positions = training_mask(batch, config.seq_len, *how, latents.device)
+        targets = values = patchify(latents, config.patch_size)  # [B, L, C]
+        if self.quantizer is not None:
+            targets = self.quantizer.encode(values)
+            values = self.quantizer.decode(targets)
         classes = self.backbone.class_embedding(labels, batch)
-        z = self.backbone(values, classes, drawn, drawn.masked)
-        return z.flatten(0, 1), take(indices, drawn.masked).flatten(0, 1)
+        z = self.backbone(values, classes, drawn, positions)
+        return z.flatten(0, 1), take(targets, positions).flatten(0, 1)
 
     def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) in the published names and order."""
-        return iter(_published(dict(self.named_parameters())).items())
+        return iter(self._published(dict(self.named_parameters())).items())
 
     def published_state_dict(self) -> dict[str, Tensor]:
         """All tensors, parameters and buffers, in the published layout."""
-        return _published(self.state_dict())
+        return self._published(self.state_dict())
 
     def load_published(self, state: dict[str, Tensor], head_input: str = "published") -> None:
         """Load a state dict of the published layout, buffers present or (as in an EMA) absent.
@@ -116,27 +148,44 @@ class TokenBridge(nn.Module, Pretrained):
         self._check_kind(state)
         own, parameters = self.published_state_dict(), dict(self.published_parameters())
         check_layout(state, {k: t for k, t in own.items() if k in state or k in parameters})
-        for name in ("boundaries", "reconstruction_values") if self.quantizer.fitted else ():
+        fitted = self.quantizer is not None and self.quantizer.fitted
+        for name in ("boundaries", "reconstruction_values", "codebook") if fitted else ():
+            if name not in own:
+                continue
             given = state.get(name, own[name]).cpu().float()
             if not torch.allclose(given, own[name].cpu(), atol=1e-4):
                 raise ValueError(f"the checkpoint's quantizer differs from this one in {name!r}")
         new = own | state
-        self.load_state_dict({name: new[name.split(".", 1)[1]] for name in self.state_dict()})
+        self.load_state_dict({name: new[self._published_name(name)] for name in self.state_dict()})
         self.config = replace(self.config, head_input=head_input)
 
     def _check_kind(self, state: dict[str, Tensor]) -> None:
         """Levels are one table in the published layout, one a channel if they are calibrated."""
         levels, own = state.get("reconstruction_values"), self.config.quantizer
+        if "codebook" in state or own in (None, "codebook"):
+            return  # `check_layout` compares the tensors
         if levels is None and not self.quantizer.fitted:
             raise ValueError("it holds no levels, and this model's calibrated ones are not set")
         kind = own if levels is None else "calibrated" if levels.dim() == 2 else "published"
         if kind != own:
             raise ValueError(f"its quantizer is {kind}, this model's {own}; see --quantizer")
 
+    def _published_name(self, name: str) -> str:
+        for own, published in RENAMED.get(self.config.head, {}).items():
+            if name.startswith(own):
+                return published + name.removeprefix(own)
+        return name.split(".", 1)[1]
+
+    def _published(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """In the published names and order: first those that belong to no submodule."""
+        named = {self._published_name(name): tensor for name, tensor in tensors.items()}
+        return dict(sorted(named.items(), key=lambda item: "." in item[0]))
+
 
 tokenbridge_tiny, tokenbridge_base, tokenbridge_large, tokenbridge_huge = (
-    partial(TokenBridge, **preset(name)) for name in PRESETS
+    partial(TokenBridge, **preset(name)) for name in PRESETS[:4]
 )
+mar_base, mar_large, mar_huge = (partial(TokenBridge, **preset(name)) for name in PRESETS[4:])
 
 
 def resized_positions(state: dict[str, Tensor], side: int) -> dict[str, Tensor]:
@@ -154,10 +203,3 @@ def resized_positions(state: dict[str, Tensor], side: int) -> dict[str, Tensor]:
         return torch.cat([slots, grid.flatten(2).mT], dim=1)
 
     return state | {name: resized(state[name]) for name in POSITIONS}
-
-
-def _published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """In the published names, without the part (backbone, head, quantizer), and order: first those
-    that belong to no submodule."""
-    named = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items()}
-    return dict(sorted(named.items(), key=lambda item: "." in item[0]))

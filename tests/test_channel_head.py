@@ -50,7 +50,7 @@ def test_the_loss_and_its_gradients_equal_the_plain_ones(head, chunk):
         assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-7)
     with torch.no_grad():
         assert torch.allclose(head.loss(z, indices), loss, rtol=1e-6)
-    assert torch.allclose(head.cross_entropies(z, indices), each, atol=1e-6)
+    assert torch.allclose(head.losses(z, indices), each, atol=1e-6)
 
 
 def test_what_a_chunked_loss_keeps_does_not_grow_with_the_positions(head):

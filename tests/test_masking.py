@@ -29,7 +29,7 @@ def test_mask_ratio_follows_the_truncated_normal():
     assert min(ratios) >= 0.7 and max(ratios) <= 1.0
     assert kstest(ratios, expected.cdf).pvalue > 0.01
     assert draw_mask_ratio(1.0) == 1.0
-    masked = {training_mask(2, 16, 0.7, "cpu").masked.shape[1] for _ in range(50)}
+    masked = {training_mask(2, 16, 0.7, 1.0, "cpu")[0].masked.shape[1] for _ in range(50)}
     assert masked == set(range(math.ceil(16 * 0.7), 17))
 
 

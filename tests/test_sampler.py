@@ -128,9 +128,9 @@ def test_confidence_order_keeps_the_most_likely_of_all_that_it_drew(monkeypatch)
     model, drawn = tiny_model(), []
     plain = model.head.sample
 
-    def sample(*arguments):
-        drawn.append(plain(*arguments)[1].sum(dim=-1))
-        return plain(*arguments)
+    def sample(*arguments, **how):
+        drawn.append(plain(*arguments, **how)[1].sum(dim=-1))
+        return plain(*arguments, **how)
 
     monkeypatch.setattr(model.head, "sample", sample)
     steps = run(model, torch.tensor([2]), num_iter=4, order="confidence")

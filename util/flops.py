@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from models.config import TokenBridgeConfig
-from models.heads.channel import CHUNK_ROWS, CHUNK_ROWS_ELSEWHERE
+from models.heads import CHUNK_ROWS, CHUNK_ROWS_ELSEWHERE
 from models.masking import mask_schedule, masked_counts
 from models.tokenbridge import TokenBridge
 from util.device import Precision

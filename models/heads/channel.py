@@ -7,34 +7,23 @@ Letters: M positions, T channels of a token (C*p*p), K levels, D width.
 Source: arXiv 2503.16430, dimension-wise autoregressive prediction.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.chunks import chunked_mean, split
 from models.config import TokenBridgeConfig
+from models.heads import Head, inverse_cdf
 from models.layers import AdaLNBlock, FinalNorm, KVCache, LayerNorm, call, init_linear, learned
 
-# Rows (positions x channels) that the head works on at once: enough to keep the device busy.
-CHUNK_ROWS = {"cpu": 1024}
-CHUNK_ROWS_ELSEWHERE = 16384
 
-
-class ChannelHead(nn.Module):
-    """See models/heads/__init__.py for what it is given and returns.
-
-    chunk: positions worked on at once; None is chosen by the device, 0 is all of them in one graph.
-    """
+class ChannelHead(Head):
+    """See models/heads/__init__.py for what it is given and returns."""
 
     order: Tensor
     inverse_order: Tensor
 
     def __init__(self, config: TokenBridgeConfig):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.chunk: int | None = None
+        super().__init__(draws=config.token_dim, rows_each=config.token_dim)
         self.levels, self.heads = config.quant_levels, config.channel_heads
         width = config.channel_embed_dim
         area = config.patch_size**2  # a token has its patch channel by channel, then row-major
@@ -67,16 +56,6 @@ class ChannelHead(nn.Module):
         losses = F.cross_entropy(logits.flatten(0, 1), indices.flatten(), reduction="none")
         return losses.view_as(indices)
 
-    def loss(self, z: Tensor, indices: Tensor, grad_scale: Tensor | float = 1.0) -> Tensor:
-        """The mean of all cross-entropies; in chunks (`chunked_mean`) unless chunk is 0."""
-        if self.chunk == 0:
-            return self(z, indices).mean()
-        return chunked_mean(self, z, indices, self._pieces(z), grad_scale)
-
-    def cross_entropies(self, z: Tensor, indices: Tensor) -> Tensor:
-        """As `forward`, in chunks, for validation; training takes `loss`."""
-        return torch.cat([self(*part) for part in split(self._pieces(z), z, indices)])
-
     def logits(self, z: Tensor, indices: Tensor) -> Tensor:
         """Teacher-forced logits: z [M, cond_dim], indices [M, T] int64 -> [M, T, K].
 
@@ -107,35 +86,15 @@ class ChannelHead(nn.Module):
         c = F.silu(c)
         return [p.adaLN_modulation[1](c) for p in (*self.channel_blocks, self.channel_final)]
 
-    def _pieces(self, z: Tensor) -> int:
-        """The number of chunks to work in."""
-        chunk = self.chunk
-        if chunk is None:
-            rows = CHUNK_ROWS.get(z.device.type, CHUNK_ROWS_ELSEWHERE)
-            rows *= 1 if torch.is_grad_enabled() else 4  # then most of the memory is not needed
-            chunk = max(1, rows // len(self.order))
-        return max(1, math.ceil(len(z) / chunk)) if chunk else 1
-
-    @torch.no_grad()
-    def sample(
-        self, z: Tensor, uniforms: Tensor, temperature: float = 1.0, head_input: str = "trained"
+    def _sample(
+        self, z: Tensor, uniforms: Tensor, temperature: float, head_input: str = "trained"
     ) -> tuple[Tensor, Tensor]:
-        """Draw the T channels of each position, one after the other: indices, log-probabilities.
+        """Draw the T channels of each position, one after the other.
 
-        z: [M, cond_dim]. uniforms: [M, T] in [0, 1), one for each draw.
-        temperature: 0 takes the most likely level, and gives log-probabilities of temperature 1.
         head_input: "trained" feeds the condition at the first channel, as training does;
         "published" feeds condition + first timestep embedding, as the published sampler does
         and as the published FIDs were measured.
         """
-        parts = split(self._pieces(z), z, uniforms)
-        drawn = [self._sample(*part, temperature, head_input) for part in parts]
-        indices, log_probs = (torch.cat(x) for x in zip(*drawn, strict=True))
-        return indices, log_probs
-
-    def _sample(
-        self, z: Tensor, uniforms: Tensor, temperature: float, head_input: str
-    ) -> tuple[Tensor, Tensor]:
         uniforms, channels = uniforms[:, self.order], torch.arange(len(self.order), device=z.device)
         cond = self.condition_proj(z)  # [M, D]
         c = cond + self.timesteps_embeddings[0, :, None]  # [T, M, D]
@@ -154,21 +113,3 @@ class ChannelHead(nn.Module):
                 token = self.token_embeddings[i](drawn[i][0])
         indices, log_probs = (torch.stack(x, dim=1) for x in zip(*drawn, strict=True))
         return indices[:, self.inverse_order], log_probs[:, self.inverse_order]
-
-
-def inverse_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draws of softmax(logits / temperature), and their log-probabilities.
-
-    logits: [M, K], uniforms: [M] in [0, 1) -> [M] int64 and [M] float32.
-    """
-    logits = logits.float()
-    below = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: no temperature is too low
-    log_probs = (below / (temperature or 1)).log_softmax(dim=-1)
-    if temperature == 0:
-        drawn = log_probs.argmax(dim=-1)
-    else:
-        cdf = log_probs.exp().cumsum(dim=-1)
-        # The sum of K rounded probabilities is not exactly 1: scale the draw to what it is.
-        drawn = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(dim=-1)
-        drawn = drawn.clamp(max=logits.shape[-1] - 1)
-    return drawn, log_probs.gather(-1, drawn[:, None])[:, 0]

@@ -1,0 +1,134 @@
+"""MAR's diffusion head against the golden data: layout, net, process, loss, gradients, sampling."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.config import preset
+from models.heads.diffusion import Process
+from models.masking import Mask, mask_schedule
+from models.sampler import sample_latents
+from models.tokenbridge import TokenBridge
+from tests.conftest import formula_weight, golden, golden_json, relative_error
+
+SETTINGS, DATA = golden_json("mar_config"), golden("mar")
+HEAD_RUNS, SAMPLING_RUNS = (list(enumerate(SETTINGS[f"{n}_runs"])) for n in ("head", "sampling"))
+
+
+@pytest.fixture(scope="module")
+def model() -> TokenBridge:
+    model = TokenBridge(head="diffusion", **SETTINGS["config"])
+    named = model.published_parameters()
+    model.load_published({name: formula_weight(name, tuple(p.shape)) for name, p in named})
+    return model.eval()
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_layout_and_count_are_the_published_ones(size):
+    layout = golden_json("mar_layouts")[f"mar_{size}"]
+    sizes = preset(f"mar_{size}")
+    assert (sizes["diffloss_d"], sizes["diffloss_w"]) == (
+        layout["diffloss_d"],
+        layout["diffloss_w"],
+    )
+    with torch.device("meta"):
+        model = TokenBridge(**sizes)
+    assert sum(p.numel() for p in model.parameters()) == layout["parameters"]
+    state = model.published_state_dict()
+    assert {name: list(t.shape) for name, t in state.items()} == layout["tensors"]
+    assert list(state) == list(layout["tensors"])  # which numbers the optimizer's state
+
+
+def uniforms_of(noise: Tensor) -> Tensor:
+    """What the head draws such noise from."""
+    return torch.special.ndtr(noise.double())
+
+
+@torch.no_grad()
+def test_conditions_and_net_match_golden(model):
+    mask = Mask.from_bool(DATA["mask"])
+    tokens = DATA["latents"].flatten(2).mT
+    classes = model.backbone.class_embedding(DATA["labels"], len(tokens))
+    encoded = model.backbone.encode(tokens, classes, mask)
+    assert relative_error(encoded, DATA["encoder_out"]) < 1e-5
+    everywhere = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
+    assert relative_error(model.backbone.decode(encoded, mask, everywhere), DATA["z"]) < 1e-5
+    out = model.head.net(*(DATA[f"net_{name}"] for name in "xtz"))
+    assert relative_error(out, DATA["net_out"]) < 1e-5
+
+
+def test_process_matches_golden():
+    whole = Process.respaced()
+    assert relative_error(torch.from_numpy(whole.betas), DATA["betas"]) < 1e-12
+    assert relative_error(torch.from_numpy(whole.alphas_cumprod), DATA["alphas_cumprod"]) < 1e-12
+    for name in DATA:
+        if name.startswith("respaced_timesteps_"):
+            steps = int(name.rpartition("_")[2])
+            process = Process.respaced(steps)
+            assert process.timesteps.tolist() == DATA[name].tolist()
+            expected = DATA[f"respaced_betas_{steps}"]
+            assert relative_error(torch.from_numpy(process.betas), expected) < 1e-10
+
+
+def golden_loss(model: TokenBridge, chunk: int | None) -> Tensor:
+    """The masked mean, with the given timesteps and noise."""
+    z, targets = model.conditions(DATA["latents"], DATA["labels"], DATA["mask"])
+    masked = DATA["mask"].bool()
+    given = (DATA["loss_t"][:, masked].T, DATA["loss_noise"][:, masked].transpose(0, 1))
+    model.head.noise, model.head.chunk = lambda _: given, chunk
+    try:
+        return model.head.loss(z, targets)
+    finally:
+        del model.head.noise
+        model.head.chunk = None
+
+
+@torch.no_grad()
+def test_each_part_of_the_loss_matches_golden(model):
+    z, targets = DATA["z"].flatten(0, 1), DATA["latents"].flatten(2).mT.flatten(0, 1)
+    t, noise = DATA["loss_t"].flatten(1).T, DATA["loss_noise"].flatten(1, 2).transpose(0, 1)
+    parts = [
+        x.mean(dim=-1).T.reshape(DATA["loss_t"].shape)
+        for x in model.head.parts(z, targets, t, noise)
+    ]
+    for name, part in zip(("mse", "vb"), parts, strict=True):
+        assert relative_error(part, DATA[f"{name}_each"]) < 1e-4, name
+    assert relative_error(sum(parts), DATA["loss_each"]) < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [0, 7, None])
+def test_loss_and_gradients_match_golden(model, chunk):
+    model.zero_grad()
+    loss = golden_loss(model, chunk)
+    loss.backward()
+    assert loss.item() == pytest.approx(DATA["loss"].item(), rel=1e-5)
+    for name, parameter in model.published_parameters():
+        expected = DATA[f"gradnorm:{name}"].item()
+        found = 0.0 if parameter.grad is None else parameter.grad.norm().item()
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-7), name
+
+
+@pytest.mark.parametrize(("number", "run"), HEAD_RUNS)
+def test_head_samples_match_golden(model, number, run):
+    z, start, steps, out = (DATA[f"head{number}_{n}"] for n in ("z", "start", "steps", "out"))
+    count, how = len(start), {}
+    if run["cfg"] != 1:
+        z, how = torch.stack(z.chunk(2), dim=1), {"guidance": run["cfg"]}
+    noise = torch.cat([start[None], steps[:, :count]]).transpose(0, 1).flatten(1)
+    found, _ = model.head.sample(z, uniforms_of(noise), run["temperature"], **how)
+    assert relative_error(found, out[:count]) < 1e-4
+
+
+@pytest.mark.parametrize(("number", "run"), SAMPLING_RUNS)
+def test_whole_sampling_runs_match_golden(model, number, run):
+    orders, length = DATA["orders"], model.config.seq_len
+    noise = torch.zeros(*orders.shape, model.head.draws)
+    for i, (before, after, _) in enumerate(mask_schedule(length, run["num_iter"])):
+        positions = orders[:, after:before].sort(dim=1).values  # row by row, ascending
+        start, steps = (DATA[f"sample{number}_it{i}_{name}"] for name in ("start", "steps"))
+        of_each = torch.cat([start[None], steps[:, : len(start)]]).transpose(0, 1).flatten(1)
+        of_each = of_each.view(*positions.shape, -1)
+        noise.scatter_(1, positions[..., None].expand_as(of_each), of_each)
+    how = {"orders": orders, "uniforms": uniforms_of(noise)}
+    found = sample_latents(model, DATA["labels"], **how, **run)
+    assert relative_error(found, DATA[f"sample{number}_latents"]) < 1e-4

@@ -1,0 +1,230 @@
+"""What every head promises, and each one against its oracle."""
+
+import math
+
+import pytest
+import torch
+from torch import distributions as D
+from torch.nn import functional as F
+
+from models.config import HEADS
+from models.heads import inverse_cdf
+from models.heads.masked import step_sizes
+from models.masking import training_mask
+from models.sampler import sample_latents
+from models.tokenbridge import TokenBridge
+from tests.conftest import relative_error, tiny_model
+
+SETTINGS = {
+    "masked": {"head_steps": (1, 2, 3)},
+    "mixture": {"mixture_components": 3},
+    "diffusion": {**dict(diffloss_d=1, diffloss_w=16, num_sampling_steps=4, diffusion_batch_mul=2)},
+    "codebook": {"codebook_size": 8},
+}
+ALL = pytest.mark.parametrize("head", list(HEADS))
+
+
+def model_of(head: str, **changes) -> TokenBridge:
+    model = tiny_model(head=head, **SETTINGS.get(head, {}) | changes)
+    if head == "codebook":
+        model.quantizer.set_codebook(F.normalize(torch.randn(8, 6), dim=1))
+    return model
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(2, 6, 4, 4), torch.tensor([0, 2])
+
+
+@ALL
+def test_chunks_change_no_loss_and_no_gradient(head):
+    model, (latents, labels) = model_of(head).train(), inputs()
+    results = []
+    for chunk in (0, 3, None):
+        model.zero_grad()
+        model.head.chunk = chunk
+        torch.manual_seed(1)
+        loss = model(latents, labels)
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters())  # as DDP wants
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for other in results[1:]:
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0], other, strict=True))
+
+
+@ALL
+@pytest.mark.parametrize("options", [{}, {"cfg": 2.0}, {"token_cache": 2, "order": "raster"}])
+def test_an_image_is_the_same_in_any_batch_and_in_any_chunks(head, options):
+    model, labels = model_of(head), torch.tensor([0, 1, 2])
+    how = dict(num_iter=4, temperature=0.9, seed=5, **options)
+    whole = sample_latents(model, labels, image_ids=[4, 7, 9], **how)
+    model.head.chunk = 2
+    alone = sample_latents(model, labels[1:2], image_ids=[7], **how)
+    assert relative_error(alone, whole[1:2]) < 1e-5
+    other = sample_latents(model, labels, image_ids=[4, 7, 9], **how | {"seed": 6})
+    assert whole.isfinite().all() and not torch.equal(whole, other)
+
+
+@ALL
+def test_one_batch_can_be_learnt_by_heart(head):
+    model, (latents, labels) = model_of(head, mask_ratio_min=1.0).train(), inputs()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(150):
+        loss = model(latents, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    first, last = sum(losses[:10]) / 10, sum(losses[-10:]) / 10
+    assert last < (first - 3 if head == "mixture" else 0.5 * first)
+
+
+@ALL
+def test_its_state_goes_to_the_published_form_and_back(head):
+    model, other = model_of(head), model_of(head)
+    torch.nn.init.normal_(other.backbone.mask_token)
+    other.load_published(model.published_state_dict(), model.config.head_input)
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    again = type(model.config).from_dict(model.config.to_dict())
+    assert again == model.config
+
+
+def test_settings_and_quantizers_of_another_head_are_refused():
+    for wrong, message in (
+        (dict(diffloss_d=2), "diffloss_d 2 is of the diffusion head, not of channel"),
+        (dict(head="mixture", head_steps=2), "head_steps 2 is of the masked head"),
+        (dict(head="diffusion", quantizer="published"), "'published' is not the diffusion head's"),
+        (dict(head="codebook", quantizer="calibrated"), "codebook head's, which takes codebook"),
+        (dict(head="masked", head_steps=[2, 3]), "do not sum to 16"),
+        (dict(head="diffusion", num_sampling_steps="0"), "num_sampling_steps 0 is not positive"),
+        (dict(head="givt"), "head 'givt' is not one of channel, parallel"),
+        (dict(head_share=0.0), "head_share 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TokenBridge(**wrong)
+    continuous = model_of("diffusion")
+    with pytest.raises(ValueError, match="order confidence"):
+        sample_latents(continuous, torch.tensor([0]), order="confidence")
+    with pytest.raises(ValueError, match="unexpected|missing"):
+        continuous.load_published(model_of("mixture").published_state_dict())
+
+
+# --- mixture
+
+
+def oracle(model: TokenBridge, z: torch.Tensor) -> D.MixtureSameFamily:
+    logits, means, scales = model.head.mixture(z)
+    each = D.Independent(D.Normal(means, scales), 1)
+    return D.MixtureSameFamily(D.Categorical(logits=logits), each)
+
+
+def test_mixture_loss_is_the_density_and_begins_as_one_gaussian():
+    model, z, x = model_of("mixture"), torch.randn(50, 16), torch.randn(50, 6) * 2
+    loss = model.head(z, x)
+    assert loss.shape == (50, 1)
+    assert torch.allclose(loss[:, 0], -oracle(model, z).log_prob(x), atol=1e-4)
+    fresh = TokenBridge(head="mixture", encoder_depth=1, decoder_depth=1)
+    logits, means, scales = fresh.head.mixture(torch.randn(5, 1024))
+    assert means.shape == (5, 16, 16) and not means.any() and not logits.any()
+    assert torch.equal(scales, torch.ones_like(scales))
+
+
+def test_mixture_samples_follow_the_density_and_the_temperature_its_deviations():
+    model, z = model_of("mixture"), torch.randn(1, 16).expand(40000, -1)
+    uniforms = torch.rand(40000, 7)
+    for temperature in (1.0, 0.5):
+        values, log_probs = model.head.sample(z, uniforms, temperature)
+        logits, means, scales = model.head.mixture(z[:1])
+        shares = logits.softmax(dim=1)[0]
+        mean = (shares[:, None] * means[0]).sum(dim=0)
+        second = (shares[:, None] * (means[0] ** 2 + (temperature * scales[0]) ** 2)).sum(dim=0)
+        assert torch.allclose(values.mean(dim=0), mean, atol=0.05)
+        assert torch.allclose(values.var(dim=0), second - mean**2, atol=0.12)
+        assert torch.allclose(log_probs[:, 0], oracle(model, z).log_prob(values), atol=1e-4)
+
+
+# --- masked and parallel
+
+
+def test_step_sizes_are_the_published_ones_or_given():
+    assert step_sizes(4, 16) == (2, 2, 5, 7) and step_sizes(1, 16) == (16,)
+    assert step_sizes(16, 16) == (1,) * 16 and step_sizes((3, 5), 8) == (3, 5)
+    assert sum(step_sizes(3, 8)) == 8 and step_sizes(9, 4) == (1, 1, 1, 1)
+
+
+def test_masked_head_fills_the_most_certain_first_and_never_changes_them():
+    head, z = model_of("masked").head, torch.randn(20, 16)
+    uniforms, calls, plain = torch.rand(20, 18), [], head.logits
+
+    def logits(z, indices, masked):
+        calls.append((indices.clone(), masked.clone()))
+        return plain(z, indices, masked)
+
+    head.logits = logits
+    indices, log_probs = head.sample(z, uniforms)
+    assert [masked.sum(dim=1).unique().tolist() for _, masked in calls] == [[6], [5], [3]]
+    first = uniforms.unflatten(1, (3, 6))[:, 0]
+    everything = torch.ones(20, 6, dtype=torch.bool)
+    drawn, sure = inverse_cdf(plain(z, torch.zeros(20, 6).long(), everything), first, 1.0)
+    best = sure.argmax(dim=1, keepdim=True)
+    assert torch.equal(indices.gather(1, best), drawn.gather(1, best))
+    assert torch.equal(log_probs.gather(1, best), sure.gather(1, best))
+    for before, masked in calls[1:]:
+        assert torch.equal(before[~masked], indices[~masked])
+
+
+def test_masked_head_sees_no_masked_channel_and_weighs_visible_ones_by_a_tenth():
+    head, z, indices = model_of("masked").head, torch.randn(8, 16), torch.randint(8, (8, 6))
+    masked = torch.rand(8, 6) < 0.5
+    logits = head.logits(z, indices, masked)
+    changed = torch.where(masked, (indices + 1) % 8, indices)
+    assert torch.equal(logits, head.logits(z, changed, masked))
+    losses = F.cross_entropy(logits.mT, indices, reduction="none")
+    expected = torch.where(masked, losses, 0.1 * losses)
+    assert torch.allclose(head(z, indices, masked), expected, atol=1e-6)
+    shares = torch.cat([head.noise(torch.zeros(20000, 6))[0]]).float().mean(dim=1)
+    assert shares.min() > 0 and 0.5 < shares.mean() < 0.65  # of 1 - sigmoid(0.8 n), rounded up
+
+
+def test_parallel_head_is_the_masked_one_in_a_single_step():
+    model, z = model_of("parallel"), torch.randn(5, 16)
+    uniforms = torch.rand(5, 6)
+    everything = torch.ones(5, 6, dtype=torch.bool)
+    logits = model.head.logits(z, torch.zeros(5, 6).long(), everything)
+    indices, _ = model.head.sample(z, uniforms)
+    assert torch.equal(indices, inverse_cdf(logits, uniforms, 1.0)[0])
+
+
+# --- codebook
+
+
+def test_codebook_tokens_are_the_nearest_codes():
+    model, x = model_of("codebook"), torch.randn(2, 5, 6)
+    indices = model.quantizer.encode(x)
+    codes = model.quantizer.codebook
+    assert torch.equal(indices[..., 0], torch.cdist(x, codes).argmin(dim=-1))
+    assert torch.equal(model.quantizer.decode(indices), codes[indices[..., 0]])
+    latents = sample_latents(model, torch.tensor([1]), num_iter=3)
+    distances = torch.cdist(latents.flatten(2).mT[0], codes).min(dim=1).values
+    assert distances.max() < 1e-5
+
+
+# --- head_share
+
+
+def test_a_share_of_the_positions_is_a_random_subset_and_its_loss_unbiased():
+    torch.manual_seed(3)
+    whole, everywhere = training_mask(4, 16, 0.7, 1.0, "cpu")
+    torch.manual_seed(3)
+    mask, positions = training_mask(4, 16, 0.7, 0.25, "cpu")
+    assert torch.equal(mask.masked, whole.masked) and torch.equal(everywhere, whole.masked)
+    assert positions.shape[1] == math.ceil(mask.masked.shape[1] / 4)
+    for row, masked in zip(positions.tolist(), mask.masked.tolist(), strict=True):
+        assert set(row) <= set(masked) and row == sorted(set(row))
+    latents, labels = inputs()
+    means = []
+    for share in (1.0, 0.25):
+        model = tiny_model(head_share=share)
+        with torch.no_grad():
+            means.append(sum(model(latents, labels).item() for _ in range(400)) / 400)
+    assert means[0] == pytest.approx(means[1], rel=0.01)
