@@ -162,6 +162,7 @@ def new_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) ->
         inputs.config,
         inputs.checkpoint,
         levels=new_levels(args, inputs),
+        codebook=new_codebook(inputs),
         grad_checkpointing=args.grad_checkpointing,
         head_chunk=args.head_chunk,
     ).to(device)
@@ -223,10 +224,16 @@ def check_same(run: Run, classes: list[str]) -> None:
 def new_levels(args: argparse.Namespace, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
     """Those of a calibrated quantizer at the start of a training; a checkpoint brings its own."""
     config = inputs.config
-    if config.quantizer == "published" or inputs.checkpoint is not None:
+    if config.quantizer != "calibrated" or inputs.checkpoint is not None:
         return None
     histogram = cache_histogram(args.cached_path, config.vae_embed_dim, inputs.data.vae_sha256)
     return calibrated_levels(histogram, config.quant_levels, config.latent_scale)
+
+
+def new_codebook(inputs: Inputs) -> Tensor | None:
+    """The VQ tokenizer's codes, scaled as the latents are."""
+    codes = getattr(inputs.vae, "codebook", None)
+    return codes * inputs.config.latent_scale if codes is not None else None
 
 
 def skipped_before(checkpoint: Checkpoint | None) -> int:

@@ -89,7 +89,7 @@ class Pretrained(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Both files, each whole or absent. Raises ValueError on a quantizer without levels."""
-        if not self.quantizer.fitted:
+        if self.quantizer is not None and not self.quantizer.fitted:
             raise ValueError("this model's calibrated quantizer has no levels yet: fit them first")
         # Copies: safetensors takes no tensor that is a view of another's memory.
         state = {name: tensor.clone() for name, tensor in self.published_state_dict().items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from models.config import HEAD_INPUTS, PRESETS, QUANTIZERS, TokenBridgeConfig
+from models.config import HEAD_INPUTS, HEADS, PRESETS, QUANTIZERS, TokenBridgeConfig
 from models.generate import PRECISIONS
 from models.sampler import CFG_SCHEDULES, ORDERS
 from util import dist
@@ -77,6 +77,11 @@ def channel_order(text: str) -> str | tuple[int, ...]:
 
 def latent_scale(text: str) -> str | float:
     return text if text == "auto" else positive_float(text)
+
+
+def head_steps(text: str) -> int | tuple[int, ...]:
+    """A number of steps, or the channels that each of them fills."""
+    return tuple(map(positive_int, text.split(","))) if "," in text else positive_int(text)
 
 
 def metrics_path(text: str) -> str:
@@ -188,6 +193,14 @@ MODEL = [
     LATENT_SCALE,
     auto("channel_order", channel_order, "auto", "the head's, as 8,1,10...; auto: likewise"),
     model_flag("head_input", str, "the sampler's first input to the head", HEAD_INPUTS),
+    model_flag("head", str, "what predicts a token; mar_*: diffusion", tuple(HEADS)),
+    model_flag("head_share", fraction, "of the masked positions, whose loss is computed"),
+    model_flag("head_steps", head_steps, "of the masked head [4], or channels of each, as 2,2,5,7"),
+    model_flag("mixture_components", positive_int, "of the mixture head [16]"),
+    model_flag("diffloss_d", positive_int, "blocks of the diffusion head [3]"),
+    model_flag("diffloss_w", positive_int, "width of the diffusion head [1024]"),
+    model_flag("diffusion_batch_mul", positive_int, "timesteps a token in training [1]"),
+    model_flag("num_sampling_steps", positive_int, "of the diffusion head [100]"),
 ]
 VAE_PATH = auto("vae_path", str, "pretrained_models/vae/kl16.ckpt", "its weights, or a folder")
 VAE = [
@@ -205,7 +218,7 @@ TRAINING = [
     Flag("lr", non_negative_float, None, "peak learning rate; default: by --blr"),
     Flag("blr", non_negative_float, 1e-4, f"lr = blr * samples a step / {BLR_BATCH}"),
     Flag("min_lr", non_negative_float, 0.0, "learning rate at the end"),
-    Flag("lr_schedule", str, "cosine", "after warm-up", ("cosine", "constant")),
+    auto("lr_schedule", str, "cosine", "after warm-up; mar_*: constant", ("cosine", "constant")),
     Flag("weight_decay", non_negative_float, 0.02, "AdamW's"),
     Flag("grad_clip", positive_float, 3.0, "largest norm of the gradient"),
     Flag("ema_rate", fraction, 0.9999, "of the averaged weights, a step"),

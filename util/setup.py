@@ -16,7 +16,12 @@ from pathlib import Path
 from torch import Tensor
 
 from models.calibration import fit_levels
-from models.config import PUBLISHED_LATENT_SCALE, TokenBridgeConfig, default_channel_order, preset
+from models.config import (
+    PUBLISHED_LATENT_SCALE,
+    TokenBridgeConfig,
+    default_channel_order,
+    preset,
+)
 from models.sampler import SamplingOptions
 from models.tokenbridge import CLASS_ROWS, TokenBridge
 from models.tokenizers.kl16 import VAE
@@ -51,10 +56,12 @@ from util.validation import ValidationSet
 
 # Settings that may change from one use of the same weights to the next.
 BEHAVIOUR = ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "head_input")
+BEHAVIOUR += ("head_share", "head_steps", "num_sampling_steps", "diffusion_batch_mul")
 # Settings that belong to the tokenizer's latents and can be measured.
 LATENT = ("latent_scale", "channel_order")
 DIRECT = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "buffer_size")
-DIRECT += ("quant_min", "quant_max", "quantizer", *BEHAVIOUR, *LATENT)
+DIRECT += ("quant_min", "quant_max", "quantizer", "head", *BEHAVIOUR, *LATENT)
+DIRECT += ("mixture_components", "diffloss_d", "diffloss_w")
 # Flags of which the learning rate is made.
 OF_THE_RATE = ("epochs", "warmup_epochs", "lr", "blr", "min_lr", "lr_schedule")
 
@@ -105,8 +112,8 @@ def open_checkpoint(args: argparse.Namespace, read_only: bool = False) -> Checkp
 
 def given_settings(args: argparse.Namespace) -> dict:
     """Those of `TokenBridgeConfig` that the command line says."""
-    given = {name: getattr(args, name) for name in DIRECT}
-    given |= preset(args.model) if args.model is not None else {}
+    given = preset(args.model) if args.model is not None else {}
+    given |= {name: getattr(args, name) for name in DIRECT if getattr(args, name) is not None}
     given |= {"quant_levels": 2**args.quant_bits} if args.quant_bits is not None else {}
     return {name: setting for name, setting in given.items() if setting not in (None, "auto")}
 
@@ -241,6 +248,7 @@ def build_model(
     checkpoint: Checkpoint | None,
     weights: str = "model",
     levels: tuple[Tensor, Tensor] | None = None,
+    codebook: Tensor | None = None,
     **options,
 ) -> TokenBridge:
     """A model, with the checkpoint's weights under that key if there is a checkpoint.
@@ -252,11 +260,16 @@ def build_model(
         model = TokenBridge(**config.to_dict(), **options)
     if levels is not None:
         model.quantizer.set_levels(*levels)
+    elif config.quantizer == "codebook" and checkpoint is None:
+        model.quantizer.set_codebook(codebook)
     if checkpoint is not None:
         if config.quantizer == "calibrated":  # averaged weights come without buffers
             with as_user_error(checkpoint.named, (ValueError, KeyError)):
                 state = checkpoint.weights("model")
                 model.quantizer.set_levels(state["boundaries"], state["reconstruction_values"])
+        if config.quantizer == "codebook":
+            with as_user_error(checkpoint.named, (ValueError, KeyError)):
+                model.quantizer.set_codebook(checkpoint.weights("model")["codebook"])
         checkpoint.load_into(model, weights)
     return model
 
@@ -418,9 +431,10 @@ def _count_micro_batches(args: argparse.Namespace, batch_size: int, earlier: int
 
 def learning_rate(args: argparse.Namespace, batches: Batches) -> LRSchedule:
     lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
-    return LRSchedule(
-        lr, args.min_lr, args.warmup_epochs, args.epochs, batches.steps_per_epoch, args.lr_schedule
-    )
+    as_published = "constant" if value(args, "model").startswith("mar_") else "cosine"
+    kind = args.lr_schedule or as_published
+    how = args.min_lr, args.warmup_epochs, args.epochs, batches.steps_per_epoch
+    return LRSchedule(lr, *how, kind)
 
 
 def rate_warnings(

@@ -107,6 +107,8 @@ def as_scalars(losses: Tensor, weights: str, config: TokenBridgeConfig) -> dict[
     scalars = {f"validation/loss_{weights}": channels.mean().item()}
     for ratio, row in zip(RATIOS, losses, strict=True):
         scalars[f"validation_ratio_{weights}/{ratio:.2f}"] = row.mean().item()
+    if len(channels) == 1:  # of a head whose loss is of whole positions
+        return scalars
     for channel, loss in enumerate(channels.tolist()):
         scalars[f"validation_channel_{weights}/{channel:02d}"] = loss
     for rank, channel in enumerate(config.channel_order):
@@ -208,7 +210,7 @@ class Validation:
         None elsewhere, and if a signal asks to stop.
         """
         self.config, parts = model.config, []
-        with evaluation_mode(model):
+        with evaluation_mode(model), unchanged_randomness(self.device):
             for batch in self.batches:
                 if stop.requested():  # the others must find this process where they meet
                     break
@@ -224,13 +226,14 @@ class Validation:
     def _losses(self, model: TokenBridge, batch: ValidationBatch) -> Tensor:
         """[R, C] float64, means over the batch."""
         latents, labels = batch.latents.to(self.device), batch.labels.to(self.device)
+        torch.manual_seed(batch.number)  # of what a head draws
         rows = []
         for mask in batch.masks.to(self.device):
             with self.precision.autocast(self.device):
                 losses = model.channel_losses(latents, labels, mask)
             # with patches, a token holds p*p scalars of each channel
-            channels = losses.cpu().double().unflatten(0, (model.config.vae_embed_dim, -1))
-            rows.append(channels.mean(1))
+            channels = model.config.vae_embed_dim if len(losses) > 1 else 1
+            rows.append(losses.cpu().double().unflatten(0, (channels, -1)).mean(1))
         return torch.stack(rows)
 
     def _draw(self, model: TokenBridge, ema: EMA, log: TrainingLog, done: int) -> None:
@@ -259,12 +262,13 @@ class Validation:
     def _log_samples(
         self, model: TokenBridge, rate: float, log: TrainingLog, drawn: dict, done: int
     ) -> None:
-        if self.levels_of_data is None:
+        if self.levels_of_data is None and model.quantizer is not None:
             numbers = evenly_spread(len(self.training_data), COUNTED)
             latents, _ = read_latents(self.training_data, numbers, self.tokenizer, self.device)
             self.levels_of_data = count_levels(model, latents.to(self.device))
         counts = {"data": self.levels_of_data}
         counts |= {f"generated_{weights}": levels for weights, (levels, _) in drawn.items()}
+        counts = {} if model.quantizer is None else counts
         for name, levels in counts.items():
             log.histogram(f"levels/{name}", levels.sum(dim=0), done)
         bits = {f"levels/entropy_{name}": entropy(c).mean().item() for name, c in counts.items()}
@@ -276,8 +280,10 @@ class Validation:
             log.image("validation/raw_and_average", side_by_side(raw, averaged), done)
 
 
-def count_levels(model: TokenBridge, latents: Tensor) -> Tensor:
+def count_levels(model: TokenBridge, latents: Tensor) -> Tensor | None:
     """latents: [N, C, h, w] scaled -> how often each channel takes each level, [C, K]."""
+    if model.quantizer is None:
+        return None
     indices = model.quantizer.encode(latents.float().movedim(1, -1))
     return level_counts(indices, model.quantizer.levels).cpu()
 
