@@ -197,6 +197,12 @@ def default_channel_order(channels: int) -> tuple[int, ...]:
     return published if channels == len(published) else tuple(range(channels))
 
 
+def unread_settings(head: str) -> tuple[str, ...]:
+    """Settings that a model with that head does not read, whatever they are."""
+    unread = () if head == "channel" else ("head_input",)
+    return unread + (("quant_levels", "quant_min", "quant_max") if head in HEAD_QUANTIZERS else ())
+
+
 def preset(name: str) -> dict:
     """Keyword arguments of one of the `PRESETS`."""
     sizes = ("embed_dim", "depth", "num_heads")

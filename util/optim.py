@@ -18,13 +18,14 @@ BLR_BATCH = 256  # the global batch that a base learning rate stands for
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW; no weight decay on 1-D tensors and biases.
+    """AdamW; no weight decay on 1-D tensors, biases, and MAR's diffusion network, as published.
 
     With the parameters in the published order, the state's numbering is the published one too.
     """
     decayed, plain = [], []
     for name, parameter in named_parameters:
-        (plain if parameter.ndim == 1 or name.endswith(".bias") else decayed).append(parameter)
+        undecayed = parameter.ndim == 1 or name.endswith(".bias") or name.startswith("diffloss.")
+        (plain if undecayed else decayed).append(parameter)
     groups = [
         {"params": plain, "weight_decay": 0.0},
         {"params": decayed, "weight_decay": weight_decay},

@@ -21,6 +21,7 @@ from models.config import (
     TokenBridgeConfig,
     default_channel_order,
     preset,
+    unread_settings,
 )
 from models.sampler import SamplingOptions
 from models.tokenbridge import CLASS_ROWS, TokenBridge
@@ -132,6 +133,11 @@ def build_config(
     manifest: of a cache. classes: of the data, if there are any.
     """
     given = given_settings(args)
+    saved = checkpoint.config if checkpoint is not None else None
+    head = given.get("head", saved.head if saved is not None else "channel")
+    if unread := [name for name in unread_settings(head) if name in given]:
+        flag = "quant_bits" if unread[0] == "quant_levels" else unread[0]
+        raise UserError(f"--{flag}: the {head} head does not read it; leave it out")
     if checkpoint is not None and checkpoint.begins:
         rows = checkpoint.weights("model")[CLASS_ROWS]
         given = {"class_num": classes or len(rows)} | given
@@ -171,10 +177,8 @@ def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
     """The checkpoint's settings, with those flags that were given and may differ."""
     saved = checkpoint.config
     free = (*BEHAVIOUR, "class_num", "img_size") if checkpoint.begins else BEHAVIOUR
-    with as_user_error():
-        asked = replace(saved, **given)
-    for name in given:
-        before, now = getattr(saved, name), getattr(asked, name)
+    for name, now in given.items():
+        before = getattr(saved, name)
         if name not in free and before != now:
             hint = name in ("class_num", "img_size") and not checkpoint.begins
             remedy = f"; to train on with another {name}, {FINETUNE} in the place of --resume"
@@ -182,7 +186,8 @@ def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
                 f"{checkpoint.named} has {name} {before}, but the flags say {now}; leave the flag "
                 f"out, or name another checkpoint{remedy if hint else ''}"
             )
-    return asked
+    with as_user_error():
+        return replace(saved, **given)
 
 
 def _known_latents(

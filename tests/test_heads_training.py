@@ -1,0 +1,124 @@
+"""Other heads through the scripts: training, resuming, drawing; MAR's folders and flags."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_tokenbridge
+from tests.runs import (
+    TRAIN_FLAGS,
+    assert_same_training,
+    call,
+    evaluate,
+    flags,
+    load,
+    on_processes,
+    refused,
+    train,
+)
+from util import export
+
+SMALL = {"diffusion": dict(diffloss_d=1, diffloss_w=32, num_sampling_steps=3)}
+HEADS = pytest.mark.parametrize("head", ["parallel", "masked", "mixture", "diffusion"])
+VALIDATED = dict(holdout=4, val_freq=1, preview_freq=1, preview_iter=2, preview_images=2)
+
+
+@HEADS
+def test_training_that_goes_on_is_the_uninterrupted_one(inputs, tmp_path, head):
+    settings = dict(head=head, save_last_freq=1, **SMALL.get(head, {}))
+    whole = train(inputs, tmp_path / "whole", **settings, **VALIDATED)
+    assert whole["config"]["head"] == head
+    assert (whole["config"]["quantizer"] is None) == (head in ("mixture", "diffusion"))
+    (tmp_path / "parts").mkdir()
+    (earlier,) = (path for path in (tmp_path / "whole").glob("*step*2.pth"))
+    shutil.copy(earlier, tmp_path / "parts" / "checkpoint-last.pth")
+    parts = train(inputs, tmp_path / "parts", **settings, holdout=4, val_freq=0, resume="auto")
+    assert_same_training(parts, whole)
+
+
+@HEADS
+def test_two_processes_train_as_one_and_the_images_do_not_depend_on_the_batch(
+    inputs, tmp_path, head
+):
+    settings = dict(head=head, **SMALL.get(head, {}), **VALIDATED)
+    one = train(inputs, tmp_path / "one", **settings)
+    argv = flags(inputs, TRAIN_FLAGS, settings, output_dir=tmp_path / "two", accum_iter=1)
+    result = on_processes(2, "main_tokenbridge.py", *argv)
+    assert result.returncode == 0, result.stderr
+    two = load(tmp_path / "two")
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(two["model"][name], tensor, rtol=1e-3, atol=1e-4)
+    drawn = evaluate(inputs, tmp_path / "a", tmp_path / "one", no_metrics=True)
+    again = evaluate(inputs, tmp_path / "b", tmp_path / "one", no_metrics=True, eval_bsz=3)
+    assert len(drawn) == 12 and drawn == again
+    exported = tmp_path / "exported"
+    call(export.main, "--resume", str(tmp_path / "one"), "--output_dir", str(exported))
+    assert drawn == evaluate(inputs, tmp_path / "c", exported, no_metrics=True)
+
+
+# --- MAR's commands
+
+
+MAR = dict(model="mar_base", diffloss_d=1, diffloss_w=32, diffusion_batch_mul=2)
+MAR |= dict(num_sampling_steps="3", buffer_size=4, class_num=3, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def mar_folder(inputs, tmp_path_factory) -> Path:
+    """A checkpoint as MAR's code leaves it: no settings but an argparse.Namespace."""
+    folder = tmp_path_factory.mktemp("mar")
+    small = {"model": "tokenbridge_tiny", "head": "diffusion", "lr_schedule": "constant"}
+    saved = train(inputs, folder, **MAR | small)
+    keys = ("model", "model_ema", "optimizer", "epoch", "scaler")
+    theirs = {key: saved[key] for key in keys} | {"args": argparse.Namespace(model="mar_base")}
+    for path in folder.iterdir():
+        path.unlink() if path.is_file() else None
+    torch.save(theirs, folder / "checkpoint-last.pth")
+    return folder
+
+
+def test_a_folder_of_mar_evaluates_goes_on_and_goes_back(inputs, mar_folder, tmp_path):
+    small = MAR | {"model": "tokenbridge_tiny", "head": "diffusion"}
+    asked = {name: small[name] for name in ("model", "head", "diffloss_d", "diffloss_w")}
+    asked |= dict(num_sampling_steps=3, buffer_size=4, img_size=16, no_metrics=True)
+    scale = dict(latent_scale=1.0, channel_order="0,1,2,3", vae_embed_dim=4, vae_stride=4)
+    assert len(evaluate(inputs, tmp_path / "a", mar_folder, **asked, **scale)) == 12
+    before = torch.load(mar_folder / "checkpoint-last.pth", weights_only=False)
+    shutil.copytree(mar_folder, tmp_path / "run")
+    after = train(inputs, tmp_path / "run", **small | {"epochs": 3}, resume=tmp_path / "run")
+    assert list(after["model"]) == list(before["model"]) and after["epoch"] == 2
+    assert any(name.startswith("diffloss.net.") for name in after["model_ema"])
+    assert "diffusion_pos_embed_learned" in after["model"]
+
+
+def test_the_diffusion_networks_weights_do_not_decay(inputs, mar_folder):
+    saved = torch.load(mar_folder / "checkpoint-last.pth", weights_only=False)
+    plain, decayed = (group["params"] for group in saved["optimizer"]["param_groups"])
+    names = [name for name in saved["model_ema"] if "diffloss" in name]
+    small = [n for n, t in saved["model_ema"].items() if t.ndim == 1 and "diffloss" not in n]
+    assert len(plain) == len(names) + len(small)
+    assert len(plain) + len(decayed) == len(saved["model_ema"])
+
+
+def test_flags_that_a_head_does_not_have_are_refused_in_one_line(inputs, trained, tmp_path, capsys):
+    for head, wrong, said in (
+        ("channel", dict(num_sampling_steps=5), "num_sampling_steps 5 is of the diffusion head"),
+        ("diffusion", dict(quantizer="published"), "quantizer 'published' is not the diffusion"),
+        ("diffusion", dict(quant_bits=4), "--quant_bits"),
+        ("mixture", dict(head_input="published"), "--head_input"),
+        ("masked", dict(head_steps="2,3"), "head_steps (2, 3) do not sum to 4"),
+        ("mixture", dict(diffloss_d=3), "diffloss_d 3 is of the diffusion head"),
+    ):
+        argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", head=head, **wrong)
+        assert said in refused(capsys, main_tokenbridge.main, *argv), head
+        assert not (tmp_path / "out").exists()
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", head="mixture", resume=trained)
+    assert "has head channel, but the flags say mixture" in refused(
+        capsys, main_tokenbridge.main, *argv
+    )
+    argv = flags(inputs, TRAIN_FLAGS, output_dir=trained, resume=trained, evaluate=True, cfg=2)
+    argv += ["--num_sampling_steps", "10"]
+    assert "num_sampling_steps 10" in refused(capsys, main_tokenbridge.main, *argv)
