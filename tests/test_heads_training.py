@@ -9,6 +9,7 @@ import torch
 
 import main_tokenbridge
 from tests.runs import (
+    EVALUATE_FLAGS,
     TRAIN_FLAGS,
     assert_same_training,
     call,
@@ -119,6 +120,6 @@ def test_flags_that_a_head_does_not_have_are_refused_in_one_line(inputs, trained
     assert "has head channel, but the flags say mixture" in refused(
         capsys, main_tokenbridge.main, *argv
     )
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=trained, resume=trained, evaluate=True, cfg=2)
-    argv += ["--num_sampling_steps", "10"]
+    asked = dict(output_dir=tmp_path / "out", resume=trained, num_sampling_steps=10)
+    argv = flags(inputs, EVALUATE_FLAGS, asked)
     assert "num_sampling_steps 10" in refused(capsys, main_tokenbridge.main, *argv)
