@@ -16,17 +16,19 @@ order; an order of prediction is the head's own business. All that is random is 
         values    [M, T]   as the targets
         log_probs [M, T']  in nats, with which they were drawn; zeros where they are not known
 
-`loss` and `losses` work in chunks of `head.chunk` rows (models/chunks.py) unless that is 0.
+`loss` and `losses` work in chunks of `head.chunk` rows (`chunked_mean`) unless that is 0.
 channel is the paper's; parallel and masked (masked.py), mixture (mixture.py), diffusion
 (diffusion.py) and codebook (codebook.py) are what it is compared with.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-
-from models.chunks import chunked_mean, split
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
 # Rows (positions x `rows_each`) worked on at once: enough to keep the device busy.
 CHUNK_ROWS = {"cpu": 1024}
@@ -107,3 +109,68 @@ def inverse_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[T
 def normals(uniforms: Tensor) -> Tensor:
     """Standard normal numbers of uniform ones in [0, 1), multiples of 2^-24 or finer."""
     return torch.special.ndtri(uniforms.clamp(2**-25, 1 - 2**-25))
+
+
+# --- the loss in chunks
+
+
+def split(pieces: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of all tensors in pieces of about equal size."""
+    return zip(*(tensor.tensor_split(pieces) for tensor in tensors), strict=True)
+
+
+def chunked_mean(
+    head: nn.Module, rows: tuple[Tensor, ...], pieces: int, grad_scale: Tensor | float = 1.0
+) -> Tensor:
+    """head(*rows).mean() in memory that does not grow with the rows: z [M, D], targets, noise.
+
+    Each chunk goes forward and backward at once, so that what it keeps for its backward is freed
+    before the next begins. The gradients of z and of the parameters stay, which autograd's
+    later backward only multiplies by the gradient from above; so they can be taken once.
+
+    grad_scale: of a gradient scaler; gradients are computed multiplied by it, or those in fp16
+    would underflow.
+    """
+    if not torch.is_grad_enabled():
+        parts = [head(*part) for part in split(pieces, *rows)]
+        return sum(losses.sum() for losses in parts) / (len(rows[0]) * parts[0].shape[1])
+    parameters = {name: p for name, p in head.named_parameters() if p.requires_grad}
+    z, *others = rows
+    how = head, list(parameters), pieces, others, grad_scale
+    return _ChunkedMean.apply(how, z, *parameters.values())
+
+
+class _ChunkedMean(torch.autograd.Function):
+    """One operation on z and the parameters: hooks on them, DDP's too, run once, at the end.
+
+    The chunks therefore work on leaves of their own: tensors that share the parameters' storage
+    and gather the gradients of all chunks in their `.grad`.
+    """
+
+    @staticmethod
+    def forward(ctx, how: tuple, z: Tensor, *parameters: nn.Parameter) -> Tensor:
+        head, names, pieces, others, grad_scale = how
+        leaves = [parameter.data.requires_grad_() for parameter in parameters]
+        replaced = dict(zip(names, leaves, strict=True))
+        total, z_gradients = 0.0, []
+        # A chunk uses what it saves at once: hooks on what is kept for later are not for it.
+        with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+            for rows, *targets in split(pieces, z.detach(), *others):
+                rows = rows.requires_grad_()
+                losses = functional_call(head, replaced, (rows, *targets))
+                loss = losses.sum() / (len(z) * losses.shape[1])
+                (loss * grad_scale).backward()
+                z_gradients.append(rows.grad)
+                total = total + loss.detach()
+        ctx.gradients = torch.cat(z_gradients), [leaf.grad for leaf in leaves], grad_scale
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple:
+        if ctx.gradients is None:
+            raise RuntimeError("backward through a chunked loss a second time; it keeps nothing")
+        (z_gradient, gradients, grad_scale), ctx.gradients = ctx.gradients, None
+        factor = grad / grad_scale
+        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
+        return None, z_gradient * factor, *gradients
