@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from demo import classifier, digits, report, seeds
 from demo import train_vae as vae_training
+from models.tokenizers.vq import VQModel
 from tests.conftest import ROOT
 from tests.runs import call, refused
 from util import fid_stats
@@ -62,10 +63,11 @@ def test_enlarging_keeps_black_and_white_and_is_smooth():
     assert np.abs(np.diff(image[16])).max() < 100  # repeated pixels would jump by 255
 
 
-def test_vae_training_is_a_function_of_the_seed_and_its_file_is_read(few, tmp_path, capsys):
+@pytest.mark.parametrize("vq", [[], ["--vq"]])
+def test_vae_training_is_a_function_of_the_seed_and_its_file_is_read(few, tmp_path, capsys, vq):
     def trained(seed: int) -> torch.Tensor:
         path = tmp_path / f"vae{seed}.ckpt"
-        argv = ["--data_path", few, "--output", path, "--steps", 2, "--seed", seed]
+        argv = ["--data_path", few, "--output", path, "--steps", 2, "--seed", seed, *vq]
         call(vae_training.main, *map(str, argv))
         vae = load_vae(path, 8)
         assert vae.stride == 8 and vae.encode(torch.zeros(1, 3, 32, 32)).mean.shape[1:] == (8, 4, 4)
@@ -80,6 +82,27 @@ def test_the_vae_that_comes_with_the_demo_knows_digits_that_it_never_saw(few):
     """docs/tokenizers.md says 29.9 dB on all of the held-out digits."""
     vae = load_vae(ROOT / "demo" / "digits_vae.ckpt").eval()
     assert vae_training.psnr(vae, vae_training.load_part(few, "val", 32)) > 29
+
+
+def test_the_codebook_that_comes_with_the_demo_is_in_use(data):
+    vae = load_vae(ROOT / "demo" / "digits_vq.ckpt", 8).eval()
+    images = vae_training.load_part(data, "val", 32)
+    assert vae.codebook.shape == (512, 8) and vae.indices(images[:2]).shape == (2, 4, 4)
+    assert vae_training.psnr(vae, images) > 27
+    assert vae_training.codes_used(vae, images) > 480
+
+
+def test_codes_that_nothing_chooses_are_restarted():
+    torch.manual_seed(0)
+    vae = VQModel(codebook_size=64, embed_dim=4, ch_mult=(1, 1), ch=32, z_channels=4)
+    codebook, z = vae.quantize.embedding.weight, torch.randn(2, 4, 3, 3)
+    loss, before = vae_training.VQLoss(len(codebook), steps=10), codebook.detach().clone()
+    loss.idle[5:9] = vae_training.PATIENCE
+    loss.restart(codebook, z)
+    outputs = torch.nn.functional.normalize(z, dim=1).movedim(1, -1).flatten(0, 2)
+    assert all(any(torch.equal(code, z) for z in outputs) for code in codebook[5:9])
+    others = [i for i in range(64) if not 5 <= i < 9]
+    assert torch.equal(codebook[others], before[others]) and not loss.idle.any()
 
 
 def test_a_vae_of_a_wrong_size_is_refused_in_one_line(few, tmp_path, capsys):

@@ -4,6 +4,7 @@ A file has tensors in the names of latent diffusion: of torch.save under `model`
 one was saved), under `state_dict`, or bare; or of safetensors. A folder is one of diffusers, or a
 pipeline with vae/ in it: config.json and diffusion_pytorch_model.safetensors, or its shards, or its
 one variant. Such a .safetensors file may be named itself. Nothing in them is executed.
+A file with a codebook is in the names of LlamaGen.
 """
 
 import hashlib
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from models.tokenizers.diffusers import DiffusersVAE
 from models.tokenizers.kl16 import VAE, AutoencoderKL, settings_of
+from models.tokenizers.vq import EMBEDDING, VQModel
+from models.tokenizers.vq import settings_of as vq_settings_of
 from util import dist
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, listed, load_tensors, sha256, unwrapped, what_else
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
-PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
+PARTS = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
 NAME = re.compile(
     rf"{WEIGHTS}(?:\.(\w+))?\.safetensors|{WEIGHTS}\.safetensors\.index(?:\.(\w+))?\.json"
 )
@@ -52,13 +55,13 @@ def vae_digest(path: str | Path) -> str:
     return sha256(path) if folder is None else folder.digest()
 
 
-def save_vae(path: str | Path, vae: AutoencoderKL) -> None:
+def save_vae(path: str | Path, vae: AutoencoderKL | VQModel) -> None:
     """Write a VAE with its configuration, as `load_vae` reads it."""
     with atomic_write(path) as file:
         torch.save({"model": vae.state_dict(), "config": vae.config}, file)
 
 
-def _load_file(path: Path) -> AutoencoderKL:
+def _load_file(path: Path) -> AutoencoderKL | VQModel:
     saved = load_tensors(path, "--vae_path", wide=True)
     damaged = (ValueError, TypeError, AttributeError, RuntimeError, LookupError)
     with as_user_error(f"--vae_path {path}", damaged):
@@ -66,7 +69,9 @@ def _load_file(path: Path) -> AutoencoderKL:
         if any(".resnets." in name for name in state):
             raise ValueError(f"in diffusers' names; save it as .safetensors beside its {CONFIG}")
         own = "config" in saved and "model" in saved  # that of a trainer is of another kind
-        vae = AutoencoderKL(**(saved["config"] if own else settings_of(state)))
+        vq = (VQModel, vq_settings_of)
+        family, sizes = vq if EMBEDDING in state else (AutoencoderKL, settings_of)
+        vae = family(**(saved["config"] if own else sizes(state)))
         vae.load_published(state)
     if left_out:
         dist.print_main(f"--vae_path {path}: {left_out}")

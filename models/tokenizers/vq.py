@@ -1,0 +1,208 @@
+"""VQ-16 of LlamaGen: a convolutional autoencoder whose latents are entries of one codebook.
+
+    code(z) = argmin_k |n(z) - n(e_k)|^2,  value = n(e_k),  n(x) = x / |x|
+
+The network is that of `kl16` in other names; tensor names are those of the published file.
+Letters: B batch, K codes, C their width, S stride, h = H / S, N = B h w positions.
+Source: Sun et al., arXiv 2406.06525; the straight-through gradient: arXiv 1711.00937.
+"""
+
+import re
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.tokenizers.kl16 import (
+    GROUPS,
+    LOGVAR_RANGE,
+    VAE,
+    AttnBlock,
+    ResBlock,
+    check_layout,
+    conv1x1,
+    conv3x3,
+    downsample,
+    fastest_layout,
+    group_norm,
+    upsample,
+)
+
+# The published tokenizer: 71,883,403 parameters, stride 16.
+VQ16 = {
+    "codebook_size": 16384,
+    "embed_dim": 8,
+    "ch_mult": (1, 1, 2, 2, 4),
+    "ch": 128,
+    "num_res_blocks": 2,
+    "z_channels": 256,
+}
+EMBEDDING = "quantize.embedding.weight"
+USED = "quantize.codebook_used"
+ROWS = 4096  # positions compared with the codebook at once: 256 MiB of distances at 16,384 codes
+
+
+class Codebook(nn.Module):
+    """embedding: [K, C], read l2-normalised. codebook_used: of the published file, never read."""
+
+    def __init__(self, size: int, width: int):
+        super().__init__()
+        self.register_buffer("codebook_used", torch.zeros(65536))
+        self.embedding = nn.Embedding(size, width)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """z: [B, C, h, w], of any length -> the nearest codes [B, C, h, w], indices [B, h, w].
+
+        The gradient of the codes is that of n(z).
+        """
+        z = F.normalize(z, dim=1)
+        codebook = F.normalize(self.embedding.weight, dim=1)
+        indices = nearest(z.detach().movedim(1, -1), codebook.detach())
+        codes = codebook.detach()[indices].movedim(-1, 1)
+        return codes + (z - z.detach()), indices
+
+
+def nearest(z: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the nearest code by squared distance. z: [..., C], codebook: [K, C] -> [...]."""
+    square = codebook.square().sum(dim=1)  # |z|^2 is the same for all codes
+    rows = z.reshape(-1, z.shape[-1]).split(ROWS)
+    found = [torch.addmm(square, part, codebook.T, alpha=-2).argmin(dim=1) for part in rows]
+    return torch.cat(found).view(z.shape[:-1])
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, attention after each, then a change of resolution."""
+
+    def __init__(self, channels_in: int, channels: int, blocks: int, attends: bool):
+        super().__init__()
+        widths = [channels_in] + [channels] * (blocks - 1)
+        self.res = nn.ModuleList(ResBlock(width, channels) for width in widths)
+        self.attn = nn.ModuleList(AttnBlock(channels) for _ in widths if attends)
+        self.downsample = self.upsample = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.res):
+            x = block(x)
+            x = self.attn[i](x) if self.attn else x
+        return self.upsample(self.downsample(x))
+
+
+def levels(widths: list[int], blocks: int, coarsest: int) -> list[Level]:
+    """One level a width, of which the coarsest attends; the first takes its own width."""
+    before = [widths[0], *widths[:-1]]
+    pairs = enumerate(zip(before, widths, strict=True))
+    return [Level(a, b, blocks, attends=i == coarsest) for i, (a, b) in pairs]
+
+
+def middle(channels: int) -> nn.Module:
+    block = ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels)
+    return nn.Sequential(*block)
+
+
+def network(conv_in: nn.Module, inner: dict[str, nn.Module], conv_out: nn.Module) -> nn.Module:
+    norm = group_norm(conv_out.in_channels)
+    outer = {"norm_out": norm, "silu": nn.SiLU(), "conv_out": conv_out}
+    return nn.Sequential(OrderedDict({"conv_in": conv_in} | inner | outer))
+
+
+def encoder(widths: list[int], blocks: int, ch: int, channels: int) -> nn.Module:
+    """Images [B, 3, H, W] -> [B, channels, h, w]."""
+    fine = levels(widths, blocks, coarsest=len(widths) - 1)
+    for level, width in zip(fine[:-1], widths, strict=False):
+        level.downsample = downsample(width)
+    inner = {"conv_blocks": nn.Sequential(*fine), "mid": middle(widths[-1])}
+    return network(conv3x3(3, ch), inner, conv3x3(widths[-1], channels))
+
+
+def decoder(widths: list[int], blocks: int, channels: int) -> nn.Module:
+    """[B, channels, h, w] -> images [B, 3, H, W]; its levels stand from coarse to fine."""
+    widths = widths[::-1]
+    coarse = levels(widths, blocks, coarsest=0)
+    for level, width in zip(coarse[:-1], widths, strict=False):
+        level.upsample = upsample(width)
+    inner = {"mid": middle(widths[0]), "conv_blocks": nn.Sequential(*coarse)}
+    return network(conv3x3(channels, widths[0]), inner, conv3x3(widths[-1], 3))
+
+
+class VQModel(VAE):
+    """The tokenizer, of the settings in `VQ16` unless others are given.
+
+    codebook_size: K. embed_dim: C. z_channels: of the encoder's output, before 1x1 to C.
+    ch, ch_mult, num_res_blocks: as of `kl16.AutoencoderKL`.
+    Raises ValueError on an unknown setting, or if ch does not fit the group norms.
+    """
+
+    def __init__(self, **settings):
+        if unknown := set(settings) - set(VQ16):
+            raise ValueError(f"unknown VQ settings {sorted(unknown)}")
+        config = VQ16 | settings
+        config["ch_mult"] = tuple(config["ch_mult"])
+        ch, blocks, z_channels = (config[name] for name in ("ch", "num_res_blocks", "z_channels"))
+        if ch <= 0 or ch % GROUPS:
+            raise ValueError(f"ch {ch} is not a multiple of {GROUPS}, the group norms' groups")
+        super().__init__(config, config["embed_dim"], 2 ** (len(config["ch_mult"]) - 1))
+        widths = [ch * mult for mult in config["ch_mult"]]
+        self.encoder = encoder(widths, blocks, ch, z_channels)
+        self.decoder = decoder(widths, blocks + 1, z_channels)
+        self.quantize = Codebook(config["codebook_size"], self.channels)
+        self.quant_conv = conv1x1(z_channels, self.channels)
+        self.post_quant_conv = conv1x1(self.channels, z_channels)
+
+    @property
+    def codebook(self) -> Tensor:
+        """[K, C], of length one."""
+        return F.normalize(self.quantize.embedding.weight, dim=1)
+
+    def before_quantizer(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, C, h, w], which `quantize` takes."""
+        return self.quant_conv(self.encoder(fastest_layout(images))).contiguous()
+
+    def indices(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, h, w] int64 in [0, K)."""
+        return self.quantize(self.before_quantizer(images))[1]
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """[B, h, w] int64 in [0, K) -> latents [B, C, h, w]."""
+        return self.codebook[indices].movedim(-1, 1).contiguous()
+
+    def moments(self, images: Tensor) -> Tensor:
+        """The mean is the code; the log-variance is so small that a sample is the code too."""
+        mean = self.codes(self.indices(images))
+        return torch.cat([mean, torch.full_like(mean, LOGVAR_RANGE[0])], dim=1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(fastest_layout(latents))).contiguous()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The reconstruction of [B, 3, H, W]; no gradient reaches the codebook."""
+        return self.decode(self.quantize(self.before_quantizer(images))[0])
+
+    def load_published(self, state: dict[str, Tensor]) -> None:
+        """Load tensors by their published names; all must match. Raises ValueError."""
+        state = {USED: self.quantize.codebook_used} | state
+        check_layout(state, self.state_dict())
+        self.load_state_dict(state)
+
+
+def settings_of(state: dict[str, Tensor]) -> dict:
+    """The settings of a `VQModel`, from the names and shapes of its tensors.
+
+    Raises ValueError without a tensor that tells them.
+    """
+    pattern = re.compile(r"encoder\.conv_blocks\.(\d+)\.res\.(\d+)\.")
+    found = [tuple(map(int, match.groups())) for match in map(pattern.match, state) if match]
+    depth = 1 + max((level for level, _ in found), default=0)
+    whole = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight", EMBEDDING)
+    each = [f"encoder.conv_blocks.{i}.res.0.conv2.weight" for i in range(depth)]
+    if missing := [name for name in (*whole, *each) if name not in state]:
+        raise ValueError(f"it has no tensor {missing[0]}")
+    ch, z_channels, embed_dim, codebook_size, *widths = (len(state[n]) for n in (*whole, *each))
+    return {
+        "codebook_size": codebook_size,
+        "embed_dim": embed_dim,
+        "ch_mult": tuple(width // max(ch, 1) for width in widths),
+        "ch": ch,
+        "num_res_blocks": 1 + max(block for _, block in found),
+        "z_channels": z_channels,
+    }
