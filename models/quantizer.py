@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from models.tokenizers.kl16 import check_layout
+from models.tokenizers.vq import nearest
 
 # The published codebook covers this many standard deviations to each side.
 SPAN = 3.0
-CODEBOOK_ROWS = 4096  # whose distances from all codes are computed at once
 
 
 def gaussian_levels(levels: int) -> tuple[Tensor, Tensor]:
@@ -170,11 +170,8 @@ class CodebookQuantizer(nn.Module):
         self.codebook.copy_(codebook)
 
     def encode(self, x: Tensor) -> Tensor:
-        """x: [..., C] -> int64 [..., 1]; in parts, lest all distances fill the memory."""
-        half = self.codebook.square().sum(dim=1) / 2
-        parts = x.float().reshape(-1, x.shape[-1]).split(CODEBOOK_ROWS)
-        nearest = [(part @ self.codebook.T - half).argmax(dim=1) for part in parts]
-        return torch.cat(nearest).view(*x.shape[:-1], 1)
+        """x: [..., C] -> int64 [..., 1]."""
+        return nearest(x.float(), self.codebook)[..., None]
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices: [..., 1] integers in [0, K) -> float32 [..., C]."""
