@@ -92,7 +92,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     run, plan, description = build_run(args, inputs, device, precision)
     with (
         only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext(),
-        settings_saved(args, run.output_dir / CONFIG, description, plan.first_step),
+        settings_saved(args, run.output_dir / CONFIG, description),
     ):
         train(run)
 
