@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class Run:
 
     loader: this process's micro-batches from the first of `steps` on, images or posteriors (cached)
     and labels; sampler: which samples they hold. facts: plain values that every checkpoint carries.
-    evaluator, evaluation: None without --online_eval.
+    log, saver, validation: of every training, made once the others are there. evaluator,
+    evaluation: None without --online_eval.
     """
 
     model: TokenBridge
@@ -52,15 +54,15 @@ class Run:
     sampler: MicroBatchSampler
     loader: Iterable
     cached: bool
-    log: TrainingLog
-    saver: CheckpointSaver
-    validation: Validation
     skip_vote: "SkipVote"
     output_dir: Path
     facts: dict
     grad_clip: float
     max_skipped: int
     eval_freq: int
+    log: TrainingLog | None = None
+    saver: CheckpointSaver | None = None
+    validation: Validation | None = None
     evaluator: Evaluator | None = None
     evaluation: EvalSettings | None = None
 
@@ -84,7 +86,8 @@ def train(run: Run) -> None:
         dist.print_main(f"nothing to train: step {first} is the end of --epochs")
     try:
         with stop.deferred():
-            if evaluation_due(run, first) and not evaluated(run, first):
+            measured = (evaluation_folder(run, first) / "metrics.json").exists()
+            if evaluation_due(run, first) and not dist.gather_objects(measured)[0]:
                 evaluate(run, first)  # it was stopped before its end
             if run.steps and first and run.validation.due(first):  # it may have been killed there
                 run.validation(run.model, run.ema, run.log, first)
@@ -183,12 +186,6 @@ def evaluation_due(run: Run, done: int) -> bool:
     return done == run.steps.stop or epoch % run.eval_freq == 0
 
 
-def evaluated(run: Run, done: int) -> bool:
-    """Whether the evaluation after so many steps has its figures, on all processes alike."""
-    finished = (evaluation_folder(run, done) / "metrics.json").exists()
-    return dist.gather_objects(finished)[0]
-
-
 def evaluation_folder(run: Run, done: int) -> Path:
     return run.output_dir / f"eval-epoch{done // run.batches.steps_per_epoch}"
 
@@ -209,8 +206,7 @@ def evaluate(run: Run, done: int) -> None:
 # --- numbers that are not finite
 
 
-@dataclass(frozen=True)
-class StepStatus:
+class StepStatus(NamedTuple):
     """stop: a process was asked to. skipped: steps in all. in_a_row: of these, the latest."""
 
     stop: bool = False

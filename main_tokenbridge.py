@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from engine_tokenbridge import Run, SkipVote, train, train_step
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
-from util import dist, doctor, stop
+from util import dist, doctor, setup, stop
 from util.args import (
     CONFIG,
     Parser,
@@ -30,7 +31,6 @@ from util.args import (
     train_parser,
     value,
 )
-from util.checkpoint import Checkpoint
 from util.data.batches import MicroBatchSampler
 from util.data.images import collate_skipping
 from util.data.latent_cache import as_one_batch
@@ -44,20 +44,7 @@ from util.flops import Meter, peak_flops, peak_memory, training_memory, training
 from util.logging import LogSettings, TrainingLog, environment, figures_on_stdout
 from util.optim import EMA, build_optimizer
 from util.saver import CheckpointSaver, SaveSettings
-from util.setup import (
-    Inputs,
-    Plan,
-    build_model,
-    cache_histogram,
-    calibrated_levels,
-    check_agreement,
-    learning_rate,
-    open_inputs,
-    plan_batches,
-    rate_warnings,
-    refuse_finished,
-    sampling_options,
-)
+from util.setup import Inputs
 from util.validation import Validation, ValidationSettings
 
 GIB = 2**30
@@ -88,38 +75,39 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     check_writable(args.log_dir or args.output_dir, "--log_dir")
     if dist.is_main():
         refuse_busy(args.output_dir, "--output_dir")
-    inputs = open_inputs(args)
-    run, plan, description = build_run(args, inputs, device, precision)
+    run, description = build_run(args, setup.open_inputs(args), device, precision)
     with (
         only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext(),
-        settings_saved(args, run.output_dir / CONFIG, description, plan.first_step),
+        settings_saved(args, run.output_dir / CONFIG, description),
     ):
         train(run)
 
 
 def build_run(
     args: argparse.Namespace, inputs: Inputs, device: torch.device, precision: Precision
-) -> tuple[Run, Plan, str]:
-    """The training, its plan, and what a user should see of it before weeks of it begin."""
+) -> tuple[Run, str]:
+    """The training, and what a user should see of it before weeks of it begin."""
     data, config, checkpoint = inputs.data, inputs.config, inputs.checkpoint
-    plan = plan_batches(args, checkpoint, len(data.dataset))
-    batches, first = plan.batches, plan.first_step
+    batches, first, note = setup.plan_batches(args, checkpoint, len(data.dataset))
     steps = range(first, max(first, args.epochs * batches.steps_per_epoch))
-    rate = learning_rate(args, batches)
+    rate = setup.learning_rate(args, batches)
+    warnings = setup.rate_warnings(rate, steps, checkpoint)
+    setup.refuse_finished(args, checkpoint, steps)
     model = new_model(args, inputs, device)
-    tokenizer = Tokenizer(inputs.vae, config.latent_scale).to(device)
     sampler = MicroBatchSampler(
         batches, steps, dist.rank(), dist.world_size(), flip=not args.no_flip
     )
-    flags = to_save(args)
+    flags, skipped = to_save(args), 0
     if checkpoint is not None and not checkpoint.begins:  # what a run began with stays known
         flags["finetune"] = args.finetune or checkpoint.argument("finetune") or ""
+    if checkpoint is not None and "skipped_steps" in checkpoint.saved:
+        skipped = checkpoint.whole_number("skipped_steps")
     run = Run(
         model=model,
         ema=EMA(model.published_parameters(), args.ema_rate),
         optimizer=build_optimizer(model.published_parameters(), rate.lr, args.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
-        tokenizer=tokenizer,
+        tokenizer=Tokenizer(inputs.vae, config.latent_scale).to(device),
         device=device,
         precision=precision,
         batches=batches,
@@ -127,153 +115,90 @@ def build_run(
         learning_rate=rate,
         data=data.dataset,
         sampler=sampler,
-        loader=make_loader(args, data.dataset, sampler, device),
+        loader=DataLoader(
+            data.dataset,
+            batch_sampler=sampler,
+            collate_fn=as_one_batch if args.use_cached else collate_skipping,
+            num_workers=args.num_workers,
+            pin_memory=args.pin_mem and device.type == "cuda",
+            worker_init_fn=stop.ignore_in_worker,
+        ),
         cached=args.use_cached,
-        log=make_log(args, inputs, flags, plan, precision, device),
-        saver=CheckpointSaver(save_settings(args), batches.steps_per_epoch, first),
-        validation=make_validation(args, inputs, tokenizer, device, precision, plan),
-        skip_vote=SkipVote(device, skipped_before(checkpoint)),
+        skip_vote=SkipVote(device, skipped),
         output_dir=Path(args.output_dir),
         facts={"classes": data.classes, "vae_sha256": data.vae_sha256, "args": flags},
         grad_clip=args.grad_clip,
         max_skipped=args.max_skipped,
         eval_freq=args.eval_freq,
     )
-    if args.online_eval:
-        add_evaluation(args, run, data.classes)
-    warnings = rate_warnings(args, rate, first, checkpoint)  # which reads what is let go of below
+    add_reports(args, run, inputs)
     if checkpoint is not None:
         checkpoint.load_training_state(run.ema, run.optimizer, run.scaler)
         checkpoint.release()
         dist.print_main(f"loaded {checkpoint.path}")
-    check_same(run, data.classes)
-    refuse_finished(args, checkpoint, steps)
-    lines = [*describe(args, run, inputs), *plan.notes]
+    setup.check_agreement(
+        {
+            "first step (--resume)": first,
+            "number of images": len(data.dataset),
+            "number of validation images": len(run.validation.numbers),
+            "classes": data.classes,
+            "settings of the model": config.to_dict(),
+            "micro-batches of a step": batches.to_dict(),
+            "learning rate": rate.lr,
+        }
+    )
+    lines = [*describe(args, run, inputs), note, *warnings]
     lines += [f"going on after step {first}"] if first else []
-    description = "\n".join([*lines, *warnings])
+    description = "\n".join(filter(None, lines))
     dist.print_main(description)
-    return run, plan, description
+    return run, description
 
 
 def new_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> TokenBridge:
+    config, levels = inputs.config, None
+    if config.quantizer == "calibrated" and inputs.checkpoint is None:
+        digest = inputs.data.vae_sha256
+        histogram = setup.cache_histogram(args.cached_path, config.vae_embed_dim, digest)
+        levels = setup.calibrated_levels(histogram, config.quant_levels, config.latent_scale)
+    elif config.quantizer == "codebook" and inputs.checkpoint is None and inputs.vae is not None:
+        levels = (inputs.vae.codebook * config.latent_scale,)
     # The same initial weights on every process, whatever was built before the model.
     torch.manual_seed(value(args, "seed"))
-    model = build_model(
-        inputs.config,
-        inputs.checkpoint,
-        levels=new_levels(args, inputs),
-        codebook=new_codebook(inputs),
-        grad_checkpointing=args.grad_checkpointing,
-        head_chunk=args.head_chunk,
-    ).to(device)
+    options = dict(grad_checkpointing=args.grad_checkpointing, head_chunk=args.head_chunk)
+    model = setup.build_model(config, inputs.checkpoint, levels=levels, **options).to(device)
     if args.compile:
         compile_model(model, device)
     return model
 
 
-def make_log(
-    args: argparse.Namespace,
-    inputs: Inputs,
-    flags: dict,
-    plan: Plan,
-    precision: Precision,
-    device: torch.device,
-) -> TrainingLog:
+def add_reports(args: argparse.Namespace, run: Run, inputs: Inputs) -> None:
+    """What a run leaves: log, checkpoints, validation, evaluations."""
+    data, config, steps_per_epoch = inputs.data, inputs.config, run.batches.steps_per_epoch
+    about = {
+        "environment": environment(run.device, run.precision.name, dist.world_size()),
+        "flags": run.facts["args"],
+        "model": config.to_dict(),
+    }
     settings = LogSettings(
         folder=args.log_dir or args.output_dir,
         every=args.log_freq,
-        batches=plan.batches,
-        first_step=plan.first_step,
-        last_step=args.epochs * plan.batches.steps_per_epoch,
-        about={
-            "environment": environment(device, precision.name, dist.world_size()),
-            "flags": flags,
-            "model": inputs.config.to_dict(),
-        },
+        batches=run.batches,
+        first_step=run.steps.start,
+        last_step=run.steps.stop,
+        about=about,
         metrics_file=args.metrics_file,
     )
-    meter = Meter(training_step(inputs.config), device, peak_flops(device, precision))
-    return TrainingLog(settings, meter, inputs.data.count_skipped)
-
-
-def add_evaluation(args: argparse.Namespace, run: Run, classes: list[str]) -> None:
-    """--online_eval; a dry run loads no extractor."""
-    config = run.model.config
-    run.evaluation = eval_settings(args, config.class_num, classes)
-    if not args.dry_run:
-        folder = run.output_dir / "reference_features"
-        measure = prepare_measure(args, config.img_size, run.device, folder)
-        run.evaluator = Evaluator(run.model, run.tokenizer, run.device, run.precision, measure)
-
-
-def check_same(run: Run, classes: list[str]) -> None:
-    """Raise UserError unless all processes are about to train the same."""
-    check_agreement(
-        {
-            "first step (--resume)": run.steps.start,
-            "number of images": len(run.data),
-            "number of validation images": len(run.validation.numbers),
-            "classes": classes,
-            "settings of the model": run.model.config.to_dict(),
-            "micro-batches of a step": run.batches.to_dict(),
-            "learning rate": run.learning_rate.lr,
-        }
-    )
-
-
-def new_levels(args: argparse.Namespace, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
-    """Those of a calibrated quantizer at the start of a training; a checkpoint brings its own."""
-    config = inputs.config
-    if config.quantizer != "calibrated" or inputs.checkpoint is not None:
-        return None
-    histogram = cache_histogram(args.cached_path, config.vae_embed_dim, inputs.data.vae_sha256)
-    return calibrated_levels(histogram, config.quant_levels, config.latent_scale)
-
-
-def new_codebook(inputs: Inputs) -> Tensor | None:
-    """The VQ tokenizer's codes, scaled as the latents are."""
-    codes = getattr(inputs.vae, "codebook", None)
-    return codes * inputs.config.latent_scale if codes is not None else None
-
-
-def skipped_before(checkpoint: Checkpoint | None) -> int:
-    known = checkpoint is not None and "skipped_steps" in checkpoint.saved
-    return checkpoint.whole_number("skipped_steps") if known else 0
-
-
-def make_loader(
-    args: argparse.Namespace, dataset, sampler: MicroBatchSampler, device: torch.device
-) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=as_one_batch if args.use_cached else collate_skipping,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-        worker_init_fn=stop.ignore_in_worker,
-    )
-
-
-def save_settings(args: argparse.Namespace) -> SaveSettings:
-    return SaveSettings(
-        folder=Path(args.output_dir),
+    meter = Meter(training_step(config), run.device, peak_flops(run.device, run.precision))
+    run.log = TrainingLog(settings, meter, data.count_skipped)
+    settings = SaveSettings(
+        folder=run.output_dir,
         last_freq=args.save_last_freq,
         milestones=args.save_every,
         steps=args.save_steps,
         minutes=args.save_minutes,
         keep=args.keep_checkpoints,
     )
-
-
-def make_validation(
-    args: argparse.Namespace,
-    inputs: Inputs,
-    tokenizer: Tokenizer,
-    device: torch.device,
-    precision: Precision,
-    plan: Plan,
-) -> Validation:
-    data, steps_per_epoch = inputs.data, plan.batches.steps_per_epoch
+    run.saver = CheckpointSaver(settings, steps_per_epoch, run.steps.start)
     loss_every, samples_every = (
         max(1, round(freq * steps_per_epoch)) if freq else 0
         for freq in (args.val_freq, args.preview_freq)
@@ -283,16 +208,21 @@ def make_validation(
         loss_images=args.val_images,
         samples_every=samples_every,
         samples=args.preview_images,
-        last_step=args.epochs * steps_per_epoch,
-        sampling=sampling_options(args, num_iter=args.preview_iter, token_cache=0),
-        classes=drawn_classes(args.classes, inputs.config.class_num, data.classes),
+        last_step=run.steps.stop,
+        sampling=setup.sampling_options(args, num_iter=args.preview_iter, token_cache=0),
+        classes=drawn_classes(args.classes, config.class_num, data.classes),
         names=data.classes,
     )
     images = inputs.validation if loss_every else None
-    if images is not None:
-        count = min(args.val_images, len(images.dataset))
-        dist.print_main(f"validation loss on {count} images of {images.source}")
-    return Validation(settings, tokenizer, device, precision, data.dataset, images)
+    run.validation = Validation(
+        settings, run.tokenizer, run.device, run.precision, data.dataset, images
+    )
+    if args.online_eval:
+        run.evaluation = eval_settings(args, config.class_num, data.classes)
+    if args.online_eval and not args.dry_run:  # which loads no extractor
+        folder = run.output_dir / "reference_features"
+        measure = prepare_measure(args, config.img_size, run.device, folder)
+        run.evaluator = Evaluator(run.model, run.tokenizer, run.device, run.precision, measure)
 
 
 def describe(args: argparse.Namespace, run: Run, inputs: Inputs) -> list[str]:
@@ -300,11 +230,13 @@ def describe(args: argparse.Namespace, run: Run, inputs: Inputs) -> list[str]:
     data, batches = inputs.data, run.batches
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
     images = f"{batches.images} images in {len(data.classes)} classes"
+    validated, source = len(run.validation.numbers), inputs.validation and inputs.validation.source
     return [
         f"{parameters:.1f} M parameters, {images if data.classes else data.source}",
         f"global batch {batches.global_batch} ({batches.micro_batches} x {batches.batch_size} on "
         f"{dist.world_size()} processes), lr {run.learning_rate.lr:.3g}, "
         f"{batches.steps_per_epoch} steps an epoch, {args.epochs} epochs, output {args.output_dir}",
+        f"validation loss on {validated} images of {source}" if validated else "",
     ]
 
 
@@ -312,11 +244,11 @@ def describe(args: argparse.Namespace, run: Run, inputs: Inputs) -> list[str]:
 
 
 def dry_run(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict:
-    """The doctor's checks, one step on random latents, and what the training would take."""
+    """The doctor's checks, one step on made-up data, and what the training would take."""
 
     def step() -> dict:
-        inputs = open_inputs(args, read_only=True)
-        run, _, _ = build_run(args, inputs, device, precision)
+        inputs = setup.open_inputs(args, read_only=True)
+        run, _ = build_run(args, inputs, device, precision)
         return step_figures(run, steps=2 if device.type != "cpu" or args.compile else 1)
 
     return doctor.dry_run(args, device, doctor.TRAINING_CHECKS, step)
@@ -324,28 +256,20 @@ def dry_run(args: argparse.Namespace, device: torch.device, precision: Precision
 
 def step_figures(run: Run, steps: int) -> dict:
     """Of the last of some steps as in training; the same on all processes."""
-    encoding = 0.0 if run.cached or run.tokenizer.vae is None else encoding_seconds(run)
-    run = replace(run, loader=random_batches(run), cached=True)
+    cached, seconds = run.cached or run.tokenizer.vae is None, []
+    run = replace(run, loader=made_up_batches(run, cached), cached=cached)
     run.start()
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
-    seconds = []
     for step in range(run.steps.start, run.steps.start + steps):
         started = time.perf_counter()
-        result = train_step(run, step)
-        loss = float(dist.all_reduce_sum(result.loss.clone()))
-        if run.device.type != "cpu":
-            torch.accelerator.synchronize(run.device)
+        loss = dist.all_reduce_sum(train_step(run, step).loss).item()  # which waits for the device
         seconds.append(time.perf_counter() - started)
-    last = seconds[-1] + encoding
-    slowest = torch.tensor([seconds[0], last, float(peak_memory(run.device))])
+    slowest = torch.tensor([seconds[0], seconds[-1], float(peak_memory(run.device))])
     first, last, peak = dist.all_reduce_max(slowest.to(run.device)).tolist()
-    config, batches = run.model.config, run.batches
-    kind = run.device.type
-    memory = training_memory(run.model, batches.batch_size, run.precision.name, kind)
+    batches, processes = run.batches, dist.world_size()
+    name, kind = run.precision.name, run.device.type
+    memory = training_memory(run.model, batches.batch_size, name, kind)
     parameters = sum(p.numel() for p in run.model.parameters())
-    rate = batches.global_batch / last
-    hours = len(run.steps) * last / 3600
+    rate, hours = batches.global_batch / last, len(run.steps) * last / 3600
     return {
         "loss": loss,
         "parameters": parameters,
@@ -353,36 +277,28 @@ def step_figures(run: Run, steps: int) -> dict:
         "seconds_first_step": first,
         "seconds_per_step": last,
         "images_per_second": rate,
-        "tflops_per_device": training_step(config) * rate / dist.world_size() / 1e12,
+        "tflops_per_device": training_step(run.model.config) * rate / processes / 1e12,
         "gib_estimated": sum(memory.values()) / GIB,
         "gib_peak": peak / GIB,
         "gib_per_checkpoint": 4 * SAVED_COPIES * parameters / GIB,
         "steps": len(run.steps),
         "hours": hours,
-        "device_hours": hours * dist.world_size(),
+        "device_hours": hours * processes,
     }
 
 
-def encoding_seconds(run: Run) -> float:
-    """Of this process's images of a step, by the VAE."""
-    size = run.model.config.img_size
-    images = torch.zeros(run.batches.batch_size, 3, size, size, device=run.device)
-    for _ in range(1 if run.device.type == "cpu" else 2):  # a GPU chooses its kernels at first
-        started = time.perf_counter()
-        run.tokenizer.encode(images).sum().item()
-        seconds = time.perf_counter() - started
-    return seconds * len(run.own_micro_batches)
-
-
-def random_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
-    """Posteriors [B, 2C, h, w] of about unit scaled variance, labels [B], again and again."""
+def made_up_batches(run: Run, cached: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same one again and again: black images uint8 [B, 3, S, S], or, cached, posteriors
+    [B, 2C, h, w] of about unit scaled variance; and labels [B].
+    """
     config, size = run.model.config, run.batches.batch_size
     generator = torch.Generator().manual_seed(dist.rank())
-    while True:
-        shape = (size, *config.latent_shape)
-        means = torch.randn(shape, generator=generator) / config.latent_scale
-        labels = torch.randint(config.class_num, (size,), generator=generator)
-        yield torch.cat([means, torch.full_like(means, -10.0)], dim=1), labels
+    labels = torch.randint(config.class_num, (size,), generator=generator)
+    if not cached:
+        shape = (size, 3, config.img_size, config.img_size)
+        return repeat((torch.zeros(shape, dtype=torch.uint8), labels))
+    means = torch.randn((size, *config.latent_shape), generator=generator) / config.latent_scale
+    return repeat((torch.cat([means, torch.full_like(means, -10.0)], dim=1), labels))
 
 
 cli = partial(dist.run, main)

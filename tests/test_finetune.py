@@ -133,7 +133,7 @@ def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
     ("changes", "said"),
     [
         (dict(resume="RUN"), "--resume auto goes on with what has begun"),
-        (dict(finetune="auto"), "--finetune auto: name the folder or file"),
+        (dict(finetune="auto"), "--finetune auto names the folder or file"),
         (dict(finetune="/nowhere"), "--finetune /nowhere does not exist"),
         (dict(quant_bits=4), "has quant_levels 64, but the flags say 16"),
         (dict(channel_order="3,2,1,0"), "has channel_order"),

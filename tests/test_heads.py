@@ -27,7 +27,7 @@ ALL = pytest.mark.parametrize("head", list(HEADS))
 def model_of(head: str, **changes) -> TokenBridge:
     model = tiny_model(head=head, **SETTINGS.get(head, {}) | changes)
     if head == "codebook":
-        model.quantizer.set_codebook(F.normalize(torch.randn(8, 6), dim=1))
+        model.quantizer.set_levels(F.normalize(torch.randn(8, 6), dim=1))
     return model
 
 

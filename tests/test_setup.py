@@ -41,32 +41,29 @@ def world(monkeypatch):
 )
 def test_global_batch_is_that_of_the_flags(world, given, processes, micro_batches):
     world(processes)
-    plan = plan_batches(arguments(**given), None, IMAGES)
-    assert plan.batches == Batches(4, micro_batches, IMAGES, 1)
-    assert plan.first_step == 0 and plan.batches.global_batch == 4 * micro_batches
+    expected = Batches(4, micro_batches, IMAGES, 1)
+    assert plan_batches(arguments(**given), None, IMAGES) == (expected, 0, "")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 6])
 def test_resumed_run_keeps_its_batches_on_any_number_of_processes(world, processes):
     world(processes)
-    plan = plan_batches(arguments(batch_size=None), checkpoint(), IMAGES)
-    assert plan.batches == Batches(4, 6, IMAGES, 7)
-    assert plan.first_step == 30 and plan.notes == ()
+    found = plan_batches(arguments(batch_size=None), checkpoint(), IMAGES)
+    assert found == (Batches(4, 6, IMAGES, 7), 30, "")
 
 
 def test_other_batches_go_on_at_the_same_epoch_and_it_is_said():
-    plan = plan_batches(arguments(global_batch=8, seed=9), checkpoint(), IMAGES)
-    assert plan.batches.steps_per_epoch == 12  # were 4
-    assert plan.first_step == 90
-    (note,) = plan.notes
+    batches, first, note = plan_batches(arguments(global_batch=8, seed=9), checkpoint(), IMAGES)
+    assert batches.steps_per_epoch == 12  # were 4
+    assert first == 90
     assert "micro_batches 2 (was 6), seed 9 (was 7)" in note and "epoch, 7.50" in note
 
 
 def test_published_file_begins_at_its_next_epoch():
     published = Checkpoint(Path("x.pth"), {"optimizer": {}, "epoch": 4})
-    assert plan_batches(arguments(), published, IMAGES).first_step == 5 * 25
+    assert plan_batches(arguments(), published, IMAGES)[1] == 5 * 25
     weights = Checkpoint(Path("x.pth"), {"model": {}})
-    assert plan_batches(arguments(start_epoch=2), weights, IMAGES).first_step == 2 * 25
+    assert plan_batches(arguments(start_epoch=2), weights, IMAGES)[1] == 2 * 25
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Command lines: a parser that answers in one line, --config, and the flags of all scripts.
+"""Command lines: the flags of all scripts, a parser that answers in one line, and --config.
 
 Names and defaults are those of the published scripts. A flag that something else may know better
 (a checkpoint, the data, a cache) is None unless it is given; `value` then says the published one.
+A setting of the model is one `model_flag`, named as its field of `TokenBridgeConfig`.
 """
 
 import argparse
@@ -9,7 +10,6 @@ import math
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,37 +33,33 @@ CONFIG, EVALUATION_CONFIG = "config.yaml", "config-evaluation.yaml"
 NOT_SAVED = ("config", "dry_run", "world_size", "local_rank")
 # Where a run writes besides its folder: a run in another folder leaves them alone.
 OF_ONE_FOLDER = ("metrics_file", "log_dir")
-SAVED_BY, GIVEN = "saved_by", "given"  # in files that a run has left; the second until version 0.1
-COMMANDS = ("python ", "torchrun ")  # how a paragraph of examples begins
+SAVED_BY = "saved_by"  # in files that a run has left
 
 
 # --- types of values
 
 
-def bounded(kind: type, low: float = -math.inf, high: float = math.inf, least: float | None = None):
-    """A finite number in [low, high], and above `least` if that is given."""
+def number(kind: type, holds: Callable[[float], bool], name: str) -> Callable:
+    """A type of finite numbers for which something holds. name: of such a number."""
 
     def parse(text: str):
-        number = kind(text)
-        if not math.isfinite(number):
-            raise argparse.ArgumentTypeError(f"{text} is not finite")
-        if not low <= number <= high or (least is not None and number <= least):
-            beyond = f" and above {least:g}" if least is not None else ""
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low:g}, {high:g}]{beyond}")
-        return number
+        parsed = kind(text)
+        if not (math.isfinite(parsed) and holds(parsed)):
+            raise argparse.ArgumentTypeError(f"{text} is not {name}")
+        return parsed
 
     parse.__name__ = kind.__name__
     return parse
 
 
-positive_int = bounded(int, 1)
-non_negative_int = bounded(int, 0)
-random_seed = bounded(int, 0, 2**63 - 1)
-finite_float = bounded(float)
-non_negative_float = bounded(float, 0)
-positive_float = bounded(float, 0, least=0)
-fraction = bounded(float, 0, 1)
-bit_width = bounded(int, 1, MAX_BITS)
+positive_int = number(int, lambda n: n > 0, "a positive number")
+non_negative_int = number(int, lambda n: n >= 0, "0 or a positive number")
+random_seed = number(int, lambda n: 0 <= n < 2**63, "in [0, 2^63)")
+finite_float = number(float, lambda x: True, "a finite number")
+non_negative_float = number(float, lambda x: x >= 0, "0 or a positive number")
+positive_float = number(float, lambda x: x > 0, "a positive number")
+fraction = number(float, lambda x: 0 <= x <= 1, "in [0, 1]")
+bit_width = number(int, lambda n: 1 <= n <= MAX_BITS, f"in [1, {MAX_BITS}]")
 
 
 def bit_width_or_continuous(text: str) -> int:
@@ -95,8 +91,9 @@ def metrics_path(text: str) -> str:
 
 @dataclass(frozen=True)
 class Flag:
-    """kind: makes the value of the word; bool is a switch. published: what `value` says of a flag
-    that is None unless given.
+    """kind: makes the value of the word; bool is a switch, which --no_NAME switches off.
+
+    published: what `value` says of a flag that is None unless given.
     """
 
     name: str
@@ -109,11 +106,12 @@ class Flag:
 
     def add_to(self, group) -> None:
         if self.kind is bool:
-            group.add_argument(f"--{self.name}", action="store_true", help=self.help)
+            add, name = group.add_argument, self.name
+            add(f"--{name}", action="store_true", default=self.default, help=self.help)
+            add(f"--no_{name}", action="store_false", dest=name, help=argparse.SUPPRESS)
             return
-        shown = self.published if self.default in (None, "") else self.default
-        listed = shown if isinstance(shown, list) else [shown]
-        default = f" [{' '.join(map(str, listed))}]" if shown not in (None, "") else ""
+        shown = self.default if self.published is None else self.published
+        listed = " ".join(map(str, shown)) if isinstance(shown, list) else shown
         metavar = {"int": "N", "float": "X"}.get(self.kind.__name__, "VALUE")
         group.add_argument(
             f"--{self.name}",
@@ -122,11 +120,12 @@ class Flag:
             choices=self.choices,
             nargs=self.nargs,
             metavar=None if self.choices else metavar,
-            help=(self.help + default).replace("%", "%%"),
+            help=self.help.replace("%", "%%") + ("" if shown in (None, "") else f" [{listed}]"),
         )
 
 
 PUBLISHED: dict[str, object] = {}
+KINDS = {int: positive_int, float: finite_float, str: str}
 
 
 def auto(name: str, kind: Callable, published, help: str, choices=None) -> Flag:
@@ -135,9 +134,11 @@ def auto(name: str, kind: Callable, published, help: str, choices=None) -> Flag:
     return Flag(name, kind, None, help, choices, published=published)
 
 
-def model_flag(name: str, kind: Callable, help: str, choices=None) -> Flag:
-    """A setting of the model, which a checkpoint knows."""
-    return auto(name, kind, getattr(TokenBridgeConfig(), name), help, choices)
+def model_flag(name: str, help: str, choices=None) -> Flag:
+    """A field of `TokenBridgeConfig`, which checks it further; a checkpoint knows it."""
+    published = getattr(TokenBridgeConfig(), name)
+    published = next((known[name] for known in HEADS.values() if name in known), published)
+    return auto(name, KINDS[type(published)], published, help, choices)
 
 
 def value(args: argparse.Namespace, name: str):
@@ -148,17 +149,14 @@ def value(args: argparse.Namespace, name: str):
 
 DATA_PATH = auto("data_path", str, "./data/imagenet", "images in train/CLASS/")
 CACHED_PATH = Flag("cached_path", str, "", "the cache that main_cache.py made")
-QUANTIZER = model_flag("quantizer", str, "or fitted to --cached_path's latents", QUANTIZERS)
+QUANTIZER = model_flag("quantizer", "or fitted to --cached_path's latents", QUANTIZERS)
 METRICS_FILE = Flag("metrics_file", metrics_path, None, "figures for programs, a line of JSON each")
 JSON = Flag("json", bool, False, "the final figures as JSON on stdout, all else on stderr")
 SEED = auto("seed", random_seed, 1, "of everything random")
 DEVICE = Flag("device", str, "cuda", "cuda, mps or cpu; what the machine has instead is used")
-RESUME = Flag("resume", str, "", "folder or file of a checkpoint; auto: the newest of --output_dir")
 EVAL_WEIGHTS = Flag("eval_weights", str, "ema", "averaged or raw weights", ("ema", "model"))
 EXTRACTOR = [
-    Flag(
-        "feature_extractor", str, INCEPTION, "of torch-fidelity, or MODULE:NAME, registered there"
-    ),
+    Flag("feature_extractor", str, INCEPTION, "of torch-fidelity, or MODULE:NAME"),
     Flag("inception_weights", str, None, "of the extractor, torch-fidelity's Inception or other"),
 ]
 DATA = [
@@ -171,7 +169,7 @@ DATA = [
     METRICS_FILE,
     JSON,
     Flag("dry_run", bool, False, "check everything, make one step, say what a training takes"),
-    RESUME,
+    Flag("resume", str, "", "folder or file of a checkpoint; auto: the newest of --output_dir"),
     Flag("finetune", str, "", "begin with a checkpoint's averaged weights, for other classes too"),
 ]
 LATENT_SCALE = auto("latent_scale", latent_scale, "auto", "1 / std; auto: the cache's, KL-16's")
@@ -179,34 +177,33 @@ MODEL = [
     auto("model", str, "tokenbridge_large", "size", PRESETS),
     auto("quant_bits", bit_width, 6, "bits a latent scalar"),
     QUANTIZER,
-    model_flag("vae_stride", positive_int, "pixels a latent position"),
-    model_flag("patch_size", positive_int, "latent positions a token, along one side"),
-    model_flag("class_num", positive_int, "classes; else as many as data or checkpoint have"),
-    model_flag("quant_min", finite_float, "lowest scaled latent"),
-    model_flag("quant_max", finite_float, "highest scaled latent"),
-    model_flag("buffer_size", positive_int, "slots filled with the class"),
-    model_flag("attn_dropout", fraction, "on attention weights"),
-    model_flag("proj_dropout", fraction, "after projections"),
-    model_flag("label_drop_prob", fraction, "share of labels dropped in training"),
-    model_flag("mask_ratio_min", fraction, "least share of masked positions in training"),
+    model_flag("vae_stride", "pixels a latent position"),
+    model_flag("patch_size", "latent positions a token, along one side"),
+    model_flag("class_num", "classes; else as many as data or checkpoint have"),
+    model_flag("quant_min", "lowest scaled latent"),
+    model_flag("quant_max", "highest scaled latent"),
+    model_flag("buffer_size", "slots filled with the class"),
+    model_flag("attn_dropout", "on attention weights"),
+    model_flag("proj_dropout", "after projections"),
+    model_flag("label_drop_prob", "share of labels dropped in training"),
+    model_flag("mask_ratio_min", "least share of masked positions in training"),
     Flag("use_quantized_value", bool, False, "the encoder's input; it always is, as published"),
     LATENT_SCALE,
     auto("channel_order", channel_order, "auto", "the head's, as 8,1,10...; auto: likewise"),
-    model_flag("head_input", str, "the sampler's first input to the head", HEAD_INPUTS),
-    model_flag("head", str, "what predicts a token; mar_*: diffusion", tuple(HEADS)),
-    model_flag("head_share", fraction, "of the masked positions, whose loss is computed"),
-    model_flag("head_steps", head_steps, "of the masked head [4], or channels of each, as 2,2,5,7"),
-    model_flag("mixture_components", positive_int, "of the mixture head [16]"),
-    model_flag("diffloss_d", positive_int, "blocks of the diffusion head [3]"),
-    model_flag("diffloss_w", positive_int, "width of the diffusion head [1024]"),
-    model_flag("diffusion_batch_mul", positive_int, "timesteps a token in training [1]"),
-    model_flag("num_sampling_steps", positive_int, "of the diffusion head [100]"),
+    model_flag("head_input", "the sampler's first input to the head", HEAD_INPUTS),
+    model_flag("head", "what predicts a token; mar_*: diffusion", tuple(HEADS)),
+    model_flag("head_share", "of the masked positions, whose loss is computed"),
+    auto("head_steps", head_steps, 4, "of the masked head, or the channels of each, as 2,2,5,7"),
+    model_flag("mixture_components", "of the mixture head"),
+    model_flag("diffloss_d", "blocks of the diffusion head; mar_*: the published number"),
+    model_flag("diffloss_w", "width of the diffusion head; mar_*: likewise"),
+    model_flag("diffusion_batch_mul", "noises a token in training, of the diffusion head"),
+    model_flag("num_sampling_steps", "of the diffusion head"),
 ]
-VAE_PATH = auto("vae_path", str, "pretrained_models/vae/kl16.ckpt", "its weights, or a folder")
 VAE = [
-    model_flag("img_size", positive_int, "pixels, of a side"),
-    VAE_PATH,
-    model_flag("vae_embed_dim", positive_int, "latent channels"),
+    model_flag("img_size", "pixels, of a side"),
+    auto("vae_path", str, "pretrained_models/vae/kl16.ckpt", "its weights, or a folder"),
+    model_flag("vae_embed_dim", "latent channels"),
 ]
 TRAINING = [
     auto("batch_size", positive_int, 16, "samples of a micro-batch"),
@@ -244,14 +241,6 @@ VALIDATION = [
     Flag("val_cached_path", str, "", "or a cache of them (main_cache.py --split val)"),
     Flag("holdout", non_negative_int, 0, "or so many of the training images"),
 ]
-SAMPLING = [
-    Flag("num_iter", positive_int, [256], "iterations an image", nargs="+"),
-    Flag("cfg", non_negative_float, [1.0], "guidance; 1 is none", nargs="+"),
-    Flag("cfg_schedule", str, "linear", "of the guidance", CFG_SCHEDULES),
-    Flag("temperature", non_negative_float, [1.0], "of the levels; 0: argmax", nargs="+"),
-    Flag("order", str, "random", "in which positions are filled", ORDERS),
-    Flag("token_cache", non_negative_int, 0, "approximate: iterations between whole ones; 0: off"),
-]
 EVALUATION = [
     Flag("evaluate", bool, False, "generate images, measure them and stop"),
     Flag("online_eval", bool, False, "evaluate while training"),
@@ -259,7 +248,12 @@ EVALUATION = [
     Flag("eval_bsz", positive_int, 64, "images a batch"),
     Flag("num_images", positive_int, 50000, "in all, spread over the classes"),
     Flag("classes", str, None, "draw these, by name or by number; default: all", nargs="+"),
-    *SAMPLING,
+    Flag("num_iter", positive_int, [256], "iterations an image", nargs="+"),
+    Flag("cfg", non_negative_float, [1.0], "guidance; 1 is none", nargs="+"),
+    Flag("cfg_schedule", str, "linear", "of the guidance", CFG_SCHEDULES),
+    Flag("temperature", non_negative_float, [1.0], "of the levels; 0: argmax", nargs="+"),
+    Flag("order", str, "random", "in which positions are filled", ORDERS),
+    Flag("token_cache", non_negative_int, 0, "approximate: iterations between whole ones; 0: off"),
     EVAL_WEIGHTS,
     Flag("keep_images", bool, False, "keep the PNG files once they are measured"),
     Flag("save_npz", bool, False, "all images as samples.npz, for ADM's evaluator"),
@@ -274,11 +268,11 @@ LOADER = [
     Flag("num_workers", non_negative_int, 10, "of each process"),
     Flag("skip_bad_images", bool, False, "count and skip unreadable images"),
     Flag("max_image_pixels", positive_int, MAX_PIXELS, "larger images count as unreadable"),
+    Flag("pin_mem", bool, True, "page-locked batches, as by default; or --no_pin_mem"),
 ]
-RECOGNISED, UNREAD = "torchrun and Slurm are recognised by their environment", "not read [-1]"
 PROCESSES = [
     Flag("world_size", int, 1, "set by the launcher; not read"),
-    Flag("dist_on_itp", bool, False, "started by Open MPI"),
+    Flag("dist_on_itp", bool, False, "started by Open MPI; torchrun and Slurm are recognised"),
     Flag("dist_url", str, "env://", "where they meet"),
     Flag("dist_timeout", positive_float, dist.NO_PROGRESS, "seconds without progress: all stop"),
 ]
@@ -292,7 +286,7 @@ PRECISION = [
 
 
 class Parser(argparse.ArgumentParser):
-    """--help shows defaults in 80 columns; a wrong flag gets one line and exit code 2.
+    """What is wrong gets one line and exit code 2.
 
     description: the script's docstring; what it says of letters is for readers of the code.
     """
@@ -300,200 +294,102 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(
             prog=program(),
+            usage="%(prog)s [flags]",
             description=description.partition("\nLetters:")[0],
-            formatter_class=_HelpFormatter,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,  # a prefix that works today is ambiguous tomorrow
         )
-        self.source = ""  # of what is parsed: a file, or the command line
-        self.add_argument(
-            "--config",
-            metavar="FILE",
-            help="settings, as `name: value` in YAML, or the config.yaml of a run; flags go before "
-            "them, and --no_NAME switches off what the file switches on",
-        )
+        text = "settings, as `name: value` in YAML; flags go before them, --no_NAME switches off"
+        self.add_argument("--config", metavar="FILE", help=text)
 
-    def add_flags(self, title: str, *flags: Flag, about: str | None = None):
+    def add_flags(self, title: str, *flags: Flag):
         """A group, which is returned for further flags."""
-        group = self.add_argument_group(title, about)
+        group = self.add_argument_group(title)
         for flag in flags:
             flag.add_to(group)
         return group
 
     def add_loader_flags(self) -> None:
-        group = self.add_flags("loader", *LOADER)
-        group.add_argument(
-            "--pin_mem", action="store_true", default=True, help="page-locked batches (default)"
-        )
-        group.add_argument("--no_pin_mem", action="store_false", dest="pin_mem", help="pageable")
+        self.add_flags("loader", *LOADER)
 
     def add_device_flags(self, *more: Flag, seed: Flag = SEED) -> None:
         self.add_flags("device", DEVICE, seed, *more)
-        group = self.add_flags("processes", *PROCESSES, about=RECOGNISED)
-        group.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=UNREAD)
+        add = self.add_flags("processes", *PROCESSES).add_argument
+        add("--local_rank", "--local-rank", type=int, default=-1, help="not read [-1]")
 
     def error(self, message: str):
-        if self.source and "are required" in message:
-            return  # the command line may give it
-        print(f"{self.prog}: error: {self.source}{message} (see --help)", file=sys.stderr)
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
-        """Like parse_args, with the settings of --config before the words of the command line."""
-        self._add_negations()
+        """Like parse_args, but begins with the settings of --config."""
         argv = [expand_home(word) for word in (sys.argv[1:] if argv is None else argv)]
-        self._refuse_empty(argv)
-        words, path = [], _value_of("--config", argv)
-        if path is not None:
-            self.source = f"--config {path}: "
-            try:
-                words = self._words_of(path, _value_of("--output_dir", argv))
-            except (ValueError, OSError, RecursionError) as error:
-                self.error(getattr(error, "strerror", None) or " ".join(str(error).split()))
-            self.parse_known_args(words)
-            self.source = ""
-        args, unknown = self.parse_known_args(words + argv)
+        for before, word in zip(["", *argv], argv, strict=False):
+            if not word or re.fullmatch(r"--\w+=", word):  # --resume "$RUN" where RUN is not set
+                name = word[:-1] or before
+                self.error(f"the value of {name} is empty: set the shell variable, or leave it out")
+        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for name in ("--config", "--output_dir"):
+            early.add_argument(name, nargs="?")
+        known, _ = early.parse_known_args(argv)
+        settings = self._read(known.config, known.output_dir) if known.config else {}
+        args, unknown = self.parse_known_args(argv, argparse.Namespace(**settings))
         if unknown:
-            self.error(f"unknown: {' '.join(unknown)}{self._hint(unknown)}")
+            hint = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unknown: {' '.join(unknown)}{hint}")
         return args
 
-    def _words_of(self, path: str, output_dir: str | None) -> list[str]:
-        """The words of a command line that say what a file of settings says, each checked alone.
+    def _read(self, path: str, output_dir: str | None) -> dict:
+        """What the `name: value` lines of a YAML file say.
 
         output_dir: the one that the command line names. Of the file that a run in another folder
         has left, the names of that run's own files are not taken.
         """
-        settings = read_settings(path)
-        elsewhere = output_dir not in (None, settings.get("output_dir"))
-        if settings.pop(SAVED_BY, None) and elsewhere:
-            settings = {k: v for k, v in settings.items() if k not in OF_ONE_FOLDER}
-        words: list[str] = []
-        for name, setting in settings.items():
-            words += self._words(name, setting)
-        return words
+        try:
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            if not isinstance(settings, dict):
+                raise ValueError("has no lines of the form 'name: value'")
+            elsewhere = output_dir not in (None, settings.get("output_dir"))
+            left_out = OF_ONE_FOLDER if settings.pop(SAVED_BY, None) and elsewhere else ()
+            said = {k: v for k, v in settings.items() if v not in (None, "") and k not in left_out}
+            return {name: self._setting(str(name), setting) for name, setting in said.items()}
+        except (OSError, ValueError, yaml.YAMLError, RecursionError, argparse.ArgumentError) as e:
+            self.error(f"--config {path}: {' '.join(str(e).split())}")
 
-    def _words(self, name: str, setting) -> list[str]:
-        actions = {
-            option.removeprefix("--"): action
-            for action in self._actions
-            for option in action.option_strings
-            if action.dest not in ("help", "config") and action.help != argparse.SUPPRESS
-        }
+    def _setting(self, name: str, setting):
+        """The value of a flag, checked as its words are."""
+        actions = {a.dest: a for a in self._actions if a.dest not in ("help", "config")}
         if name not in actions:
             raise ValueError(f"{name} is no setting of {self.prog}{did_you_mean(name, actions)}")
         action = actions[name]
         if action.nargs == 0:
             if not isinstance(setting, bool):
                 raise ValueError(f"{name}: {setting!r} is not true or false")
-            return [f"--{name}"] if setting else [] if name == "no_pin_mem" else [f"--no_{name}"]
-        if setting is None or setting == "":
-            return []
+            return setting
         parts = setting if isinstance(setting, list) else [setting]
-        if not parts or any(isinstance(p, bool | dict | list | None.__class__) for p in parts):
+        if not parts or any(isinstance(p, bool | dict | list) or p is None for p in parts):
             raise ValueError(f"{name}: {setting!r} is not a value or a list of values")
-        parts = [os.path.expanduser(str(part)) for part in parts]
-        if action.nargs:
-            return [f"--{name}", *parts]
-        return [f"--{name}={','.join(parts)}"]  # --channel_order 8,1,10
-
-    def _refuse_empty(self, words: list[str]) -> None:
-        """No flag has an empty value to mean: --resume "$RUN" has one where RUN is not set."""
-        for before, word in zip(["", *words], words, strict=False):
-            if word == "" or re.fullmatch(r"--\w+=", word):
-                name = (word or before).rstrip("=")
-                where = f"the value of {name}" if name.startswith("-") else "an argument"
-                self.error(
-                    f"{where} is empty: set the shell variable, or leave the flag out (and, to "
-                    "undo what a file of settings says, remove its line there)"
-                )
-
-    def _add_negations(self) -> None:
-        """--no_NAME for every switch, to turn off what a file turns on."""
-        for action in list(self._actions):
-            name = f"--no_{action.dest}"
-            if (
-                action.nargs == 0
-                and action.const is True
-                and name not in self._option_string_actions
-            ):
-                self.add_argument(
-                    name, dest=action.dest, action="store_false", help=argparse.SUPPRESS
-                ).default = argparse.SUPPRESS
-
-    def _hint(self, unknown: list[str]) -> str:
-        """The flag that may have been meant."""
-        flag = next((word.split("=")[0] for word in unknown if word.startswith("--")), None)
-        return did_you_mean(flag, self._option_string_actions) if flag is not None else ""
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """The script's paragraphs, one placeholder a flag, and no wall of flags on top."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=28)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Paragraphs are filled anew; of a paragraph of commands, each stays one."""
-        filled = []
-        for paragraph in text.strip().split("\n\n"):
-            commands = paragraph.startswith(COMMANDS)
-            for part in paragraph.splitlines() if commands else [" ".join(paragraph.split())]:
-                lines = textwrap.wrap(part, width - 6, break_long_words=False)
-                filled.append((" \\\n    " if commands else "\n").join(lines))
-            filled.append("")
-        return "\n".join(filled).rstrip()
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        """As Python 3.13 does: the placeholder once, whatever the number of spellings."""
-        if not action.option_strings or action.nargs == 0:
-            return super()._format_action_invocation(action)
-        values = self._format_args(action, action.dest.upper())
-        return f"{', '.join(action.option_strings)} {values}"
-
-    def _format_usage(self, usage, actions, groups, prefix) -> str:
-        """What must be given; all the rest is below, explained."""
-        needed = [a for a in actions if a.required or not a.option_strings]
-        text = super()._format_usage(usage, needed, [], prefix)
-        return f"{text.rstrip()} [flags]\n\n"
+        words = [os.path.expanduser(str(part)) for part in parts]
+        action.required = False
+        return self._get_values(action, words if action.nargs else [",".join(words)])
 
 
 def expand_home(word: str) -> str:
     """~ and ~user in every value, as the shell does, but for --flag=~/folder, where it does not."""
-    flag, equals, text = word.partition("=")
-    if equals and flag.startswith("--"):
-        return f"{flag}={os.path.expanduser(text)}"
-    return os.path.expanduser(word)
-
-
-def _value_of(flag: str, argv: list[str]) -> str | None:
-    """The last value of a flag on a command line, before it is parsed."""
-    found = None
-    for word, following in zip(argv, [*argv[1:], None], strict=False):
-        found = following if word == flag else found
-        found = word.partition("=")[2] if word.startswith(f"{flag}=") else found
-    return found
+    flag, equals, text = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + os.path.expanduser(text)
 
 
 def train_parser(description: str) -> Parser:
     """That of main_tokenbridge.py and of the doctor."""
     parser = Parser(description)
     parser.add_flags("data and output", *DATA)
-    parser.add_flags("model", *MODEL, about="a checkpoint made here knows its own settings")
+    parser.add_flags("model (a checkpoint made here knows its own settings)", *MODEL)
     parser.add_flags("tokenizer", *VAE)
-    parser.add_flags(
-        "training", *TRAINING, about="a step takes batch_size x accum_iter samples a process"
-    )
-    parser.add_flags("checkpoints", *SAVING, about="written in the background")
-    parser.add_flags(
-        "validation while training",
-        *VALIDATION,
-        about="to TensorBoard; parts of epochs are possible, 0 is never; images are drawn with "
-        "--cfg and --temperature",
-    )
-    parser.add_flags(
-        "evaluation",
-        *EVALUATION,
-        about="several values of num_iter, cfg or temperature: all combinations, compared",
-    )
+    parser.add_flags("training (batch_size x accum_iter samples a step and process)", *TRAINING)
+    parser.add_flags("checkpoints (written in the background)", *SAVING)
+    parser.add_flags("validation while training (parts of epochs are possible)", *VALIDATION)
+    parser.add_flags("evaluation (several num_iter, cfg, temperature: all together)", *EVALUATION)
     parser.add_flags("metrics", *METRICS)
     parser.add_loader_flags()
     parser.add_device_flags(*PRECISION)
@@ -501,27 +397,6 @@ def train_parser(description: str) -> Parser:
 
 
 # --- files of settings
-
-
-def read_settings(path: str) -> dict:
-    """The `name: value` lines of a YAML file. Raises ValueError on anything else.
-
-    Files of runs until version 0.1 hold every value, and the names of those that were given.
-    """
-    try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"is no file of settings ({' '.join(str(error).split())})") from error
-    settings = {} if settings is None else settings
-    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
-        raise ValueError("has no lines of the form 'name: value'")
-    given = settings.pop(GIVEN, None)
-    if given is not None:
-        settings[SAVED_BY] = "version 0.1"
-        for name in [name for name in settings if name not in given]:
-            if settings[name] == PUBLISHED.get(name):
-                del settings[name]
-    return settings
 
 
 def to_save(args: argparse.Namespace) -> dict:
@@ -544,46 +419,28 @@ def changed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
 
 
 @contextmanager
-def settings_saved(
-    args: argparse.Namespace, path: Path, remarks: str = "", step: int = 0
-) -> Iterator[None]:
-    """Leave the settings of a job beside what it makes, from the main process.
+def settings_saved(args: argparse.Namespace, path: Path, remarks: str = "") -> Iterator[None]:
+    """Leave a file beside what a job makes that makes the same call again, from the main process.
 
     A job that fails before it has left anything else leaves nothing at all. remarks: what the
-    settings led to, for comments. step: with which a training goes on; other settings than the
-    last time are kept as those before it.
+    settings led to, for comments.
     """
-    if not dist.is_main():
-        yield
-        return
-    save_settings(args, path, remarks, step)
+    if dist.is_main():
+        settings = to_save(args) | {SAVED_BY: program()}
+        text = "".join(f"# {line}\n" for line in remarks.splitlines())
+        text += yaml.safe_dump(
+            settings, sort_keys=False, default_flow_style=None, allow_unicode=True
+        )
+        with as_user_error(f"{path}: cannot write", (OSError,)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                file.write(text.encode())
     try:
         yield
     except BaseException:
-        if all(other.name in (path.name, LOCK) for other in path.parent.iterdir()):
+        if dist.is_main() and {p.name for p in path.parent.iterdir()} <= {path.name, LOCK}:
             path.unlink(missing_ok=True)
         raise
-
-
-def save_settings(args: argparse.Namespace, path: Path, remarks: str = "", step: int = 0) -> None:
-    """Write a file that makes the same call again; for the arguments, see `settings_saved`."""
-    settings = to_save(args) | {SAVED_BY: program()}
-    body = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, allow_unicode=True)
-    with as_user_error(f"{path}: cannot write", (OSError,)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        before = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        if "".join(re.findall(r"^[^#].*\n?", before, re.MULTILINE)) == body:
-            return
-        # A second change at one step has trained nothing with the first.
-        earlier = path.with_name(f"{path.stem}-before-step{step:08d}{path.suffix}")
-        if before and step and not earlier.exists():
-            _write(earlier, before)
-        _write(path, "".join(f"# {line}\n" for line in remarks.splitlines()) + body)
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode())
 
 
 def check_mode(args: argparse.Namespace) -> None:
@@ -593,6 +450,4 @@ def check_mode(args: argparse.Namespace) -> None:
     if args.finetune and args.evaluate and not args.resume:
         raise UserError("--finetune begins a training; --evaluate takes a checkpoint by --resume")
     if args.json and not (args.dry_run or args.evaluate):
-        raise UserError(
-            "--json is for --evaluate and --dry_run; the figures of a training go to --metrics_file"
-        )
+        raise UserError("--json is for --evaluate and --dry_run; a training has --metrics_file")

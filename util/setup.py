@@ -10,7 +10,8 @@ given, they decide, and the published value where none of them does.
 import argparse
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from operator import index
 from pathlib import Path
 
 from torch import Tensor
@@ -45,7 +46,6 @@ from util.data.listing import print_class_notes
 from util.data.training_set import (
     TrainingData,
     check_data,
-    check_same_classes,
     needs_vae,
     open_data,
     open_validation,
@@ -60,11 +60,8 @@ BEHAVIOUR = ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min"
 BEHAVIOUR += ("head_share", "head_steps", "num_sampling_steps", "diffusion_batch_mul")
 # Settings that belong to the tokenizer's latents and can be measured.
 LATENT = ("latent_scale", "channel_order")
-DIRECT = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "buffer_size")
-DIRECT += ("quant_min", "quant_max", "quantizer", "head", *BEHAVIOUR, *LATENT)
-DIRECT += ("mixture_components", "diffloss_d", "diffloss_w")
-# Flags of which the learning rate is made.
-OF_THE_RATE = ("epochs", "warmup_epochs", "lr", "blr", "min_lr", "lr_schedule")
+# The buffers of a quantizer whose levels come from the data or from the tokenizer.
+LEVELS = {"calibrated": ("boundaries", "reconstruction_values"), "codebook": ("codebook",)}
 
 
 # --- checkpoint
@@ -81,12 +78,10 @@ def open_checkpoint(args: argparse.Namespace, read_only: bool = False) -> Checkp
     folder = Path(output_dir).resolve()
     begun = dist.gather_objects(bool(saved_in(folder)))[0]
     elsewhere = resume not in ("", AUTO) and not Path(resume).resolve().is_relative_to(folder)
-    if finetune == AUTO:
-        raise UserError(f"{FINETUNE} {AUTO}: name the folder or file of the weights to begin with")
-    if finetune and elsewhere:
+    if finetune == AUTO or (finetune and elsewhere):
         raise UserError(
-            f"{FINETUNE} {finetune} with --resume {resume}: --finetune names the weights to begin "
-            "with, and --resume auto goes on with what has begun"
+            f"{FINETUNE} {finetune} names the folder or file of the weights to begin with; leave "
+            "--resume out, or --resume auto goes on with what has begun"
         )
     # Nodes may count restarts differently: one that lost no worker of its own has none.
     if begun and any(dist.gather_objects(dist.is_restarted())):
@@ -111,14 +106,6 @@ def open_checkpoint(args: argparse.Namespace, read_only: bool = False) -> Checkp
 # --- the model's settings
 
 
-def given_settings(args: argparse.Namespace) -> dict:
-    """Those of `TokenBridgeConfig` that the command line says."""
-    given = preset(args.model) if args.model is not None else {}
-    given |= {name: getattr(args, name) for name in DIRECT if getattr(args, name) is not None}
-    given |= {"quant_levels": 2**args.quant_bits} if args.quant_bits is not None else {}
-    return {name: setting for name, setting in given.items() if setting not in (None, "auto")}
-
-
 def build_config(
     args: argparse.Namespace,
     checkpoint: Checkpoint | None,
@@ -132,28 +119,26 @@ def build_config(
     changes behaviour. Otherwise they are the flags, completed by what is known of the latents.
     manifest: of a cache. classes: of the data, if there are any.
     """
-    given = given_settings(args)
-    saved = checkpoint.config if checkpoint is not None else None
-    head = given.get("head", saved.head if saved is not None else "channel")
+    flags = {field.name: getattr(args, field.name, None) for field in fields(TokenBridgeConfig)}
+    given = preset(args.model) if args.model is not None else {}
+    given |= {name: setting for name, setting in flags.items() if setting is not None}
+    given |= {"quant_levels": 2**args.quant_bits} if args.quant_bits is not None else {}
+    given = {name: setting for name, setting in given.items() if setting not in (None, "auto")}
+    known_head = checkpoint is not None and checkpoint.config is not None
+    head = given.get("head", checkpoint.config.head if known_head else "channel")
     if unread := [name for name in unread_settings(head) if name in given]:
         flag = "quant_bits" if unread[0] == "quant_levels" else unread[0]
         raise UserError(f"--{flag}: the {head} head does not read it; leave it out")
-    if checkpoint is not None and checkpoint.begins:
-        rows = checkpoint.weights("model")[CLASS_ROWS]
-        given = {"class_num": classes or len(rows)} | given
+    begins = checkpoint is None or checkpoint.begins
+    count = (begins and classes) or (_class_rows(checkpoint) if checkpoint is not None else 0)
+    counted = {"class_num": count} if count else {}
     if checkpoint is not None and checkpoint.config is not None:
-        return _agreed_config(given, checkpoint)
-    known = _known_latents(args, checkpoint, manifest, vae)
-    if checkpoint is None and classes:
-        known["class_num"] = classes
+        return _agreed_config(counted | given if begins else given, checkpoint)
+    known = _known_latents(args, checkpoint, manifest, vae) | counted
     if checkpoint is not None:
-        if given.get("quantizer") == "calibrated":
-            raise UserError(
-                f"--quantizer calibrated, but {checkpoint.named} was made by the published "
-                "code, which has the published one; leave the flag out"
-            )
         known["head_input"] = "published"  # as the released checkpoints were measured
-        known |= _class_num(checkpoint)
+    if head == "codebook" and vae is not None and vae.codebook is not None:
+        known["codebook_size"] = len(vae.codebook)
     settings = known | given
     missing = [f"--{name}" for name in LATENT if name not in settings]
     if missing:
@@ -165,26 +150,24 @@ def build_config(
         return TokenBridgeConfig(**settings)
 
 
-def _class_num(checkpoint: Checkpoint) -> dict:
-    """The rows of the table of classes, where the weights alone tell."""
+def _class_rows(checkpoint: Checkpoint) -> int:
+    """The rows of the table of classes, by the weights alone; 0 where they have none."""
     states = (checkpoint.saved.get(key) for key in WEIGHT_KEYS.values())
     tables = (state.get(CLASS_ROWS) for state in states if isinstance(state, dict))
-    rows = [len(table) for table in tables if isinstance(table, Tensor) and table.dim() == 2]
-    return {"class_num": rows[0]} if rows else {}
+    return next((len(t) for t in tables if isinstance(t, Tensor) and t.dim() == 2), 0)
 
 
 def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
     """The checkpoint's settings, with those flags that were given and may differ."""
-    saved = checkpoint.config
-    free = (*BEHAVIOUR, "class_num", "img_size") if checkpoint.begins else BEHAVIOUR
+    saved, free = checkpoint.config, BEHAVIOUR
+    free += ("class_num", "img_size") if checkpoint.begins else ()
     for name, now in given.items():
         before = getattr(saved, name)
         if name not in free and before != now:
-            hint = name in ("class_num", "img_size") and not checkpoint.begins
-            remedy = f"; to train on with another {name}, {FINETUNE} in the place of --resume"
             raise UserError(
                 f"{checkpoint.named} has {name} {before}, but the flags say {now}; leave the flag "
-                f"out, or name another checkpoint{remedy if hint else ''}"
+                f"out, or name another checkpoint (for another class_num or img_size, {FINETUNE} "
+                "in the place of --resume)"
             )
     with as_user_error():
         return replace(saved, **given)
@@ -202,14 +185,13 @@ def _known_latents(
     published checkpoints and caches, which say nothing, belong to KL-16.
     """
     if manifest is not None:
-        channels, side, _ = manifest["latent_shape"]
-        known = {name: manifest[name] for name in LATENT}
-        known |= {"vae_embed_dim": channels, "vae_stride": manifest["image_size"] // side}
-        return known | {"img_size": manifest["image_size"]}
-    known = {}
-    if vae is not None:
-        known = {"vae_embed_dim": vae.channels, "vae_stride": vae.stride}
-    if checkpoint is not None or vae is None or vae.is_kl16:
+        (channels, side, _), size = manifest["latent_shape"], manifest["image_size"]
+        known = {"img_size": size, "vae_embed_dim": channels, "vae_stride": size // side}
+        return known | {name: manifest[name] for name in LATENT}
+    known = {"vae_embed_dim": vae.channels, "vae_stride": vae.stride} if vae is not None else {}
+    if vae is not None and vae.codebook is not None:  # entries of length one: each mean square 1/C
+        known |= {"latent_scale": vae.channels**0.5, "channel_order": tuple(range(vae.channels))}
+    elif checkpoint is not None or vae is None or vae.is_kl16:
         channels = known.get("vae_embed_dim", value(args, "vae_embed_dim"))
         known["latent_scale"] = PUBLISHED_LATENT_SCALE
         known["channel_order"] = default_channel_order(channels)
@@ -228,7 +210,13 @@ def build_vae(args: argparse.Namespace) -> VAE:
 
 
 def check_vae(vae: VAE, config: TokenBridgeConfig, path: str) -> None:
-    """Raise UserError unless the VAE makes latents of the model's shape."""
+    """Raise UserError unless the VAE makes latents of the model's kind and shape."""
+    if (vae.codebook is not None) != (config.head == "codebook"):
+        kind = "has a codebook" if vae.codebook is not None else "is a VAE without a codebook"
+        raise UserError(
+            f"--vae_path {path} {kind}, but the model's head is {config.head}; --head codebook and "
+            "a VQ tokenizer belong together"
+        )
     own, expected = (vae.channels, vae.stride), (config.vae_embed_dim, config.vae_stride)
     if own != expected:
         raise UserError(
@@ -252,29 +240,24 @@ def build_model(
     config: TokenBridgeConfig,
     checkpoint: Checkpoint | None,
     weights: str = "model",
-    levels: tuple[Tensor, Tensor] | None = None,
-    codebook: Tensor | None = None,
+    levels: tuple[Tensor, ...] | None = None,
     **options,
 ) -> TokenBridge:
     """A model, with the checkpoint's weights under that key if there is a checkpoint.
 
-    levels: of a calibrated quantizer, where no checkpoint brings them (see `calibrated_levels`).
+    levels: of a calibrated quantizer or a codebook, where no checkpoint brings them.
     options: grad_checkpointing and head_chunk of `TokenBridge`.
     """
     with as_user_error():
         model = TokenBridge(**config.to_dict(), **options)
-    if levels is not None:
+    if checkpoint is not None and config.quantizer in LEVELS:  # averages have no buffers
+        named = f"{checkpoint.named}: no --quantizer {config.quantizer}"
+        with as_user_error(named, (ValueError, KeyError)):
+            state = checkpoint.weights("model")
+            model.quantizer.set_levels(*(state[name] for name in LEVELS[config.quantizer]))
+    elif levels is not None:
         model.quantizer.set_levels(*levels)
-    elif config.quantizer == "codebook" and checkpoint is None:
-        model.quantizer.set_codebook(codebook)
     if checkpoint is not None:
-        if config.quantizer == "calibrated":  # averaged weights come without buffers
-            with as_user_error(checkpoint.named, (ValueError, KeyError)):
-                state = checkpoint.weights("model")
-                model.quantizer.set_levels(state["boundaries"], state["reconstruction_values"])
-        if config.quantizer == "codebook":
-            with as_user_error(checkpoint.named, (ValueError, KeyError)):
-                model.quantizer.set_codebook(checkpoint.weights("model")["codebook"])
         checkpoint.load_into(model, weights)
     return model
 
@@ -284,16 +267,11 @@ def cache_histogram(cached_path: str, channels: int, vae_sha256: str | None) -> 
 
     Raises UserError unless the cache is of this VAE and knows it.
     """
-    if not cached_path:
+    manifest = open_cache(cached_path, vae_sha256=vae_sha256).manifest if cached_path else None
+    if not manifest or not manifest.get("histogram"):
         raise UserError(
-            "--quantizer calibrated needs --cached_path, a cache of main_cache.py: its levels are "
-            "fitted to the latents' distribution, which the cache knows"
-        )
-    manifest = open_cache(cached_path, vae_sha256=vae_sha256).manifest
-    if manifest is None or not manifest.get("histogram"):
-        raise UserError(
-            f"--cached_path {cached_path} does not say how its latents are distributed, which "
-            "--quantizer calibrated needs; make a new cache with this version's main_cache.py"
+            "--quantizer calibrated needs --cached_path, a cache of this version's main_cache.py, "
+            f"which says how its latents are distributed (it is {cached_path or 'not given'})"
         )
     with as_user_error(f"--cached_path {cached_path}: manifest.json is damaged"):
         histogram = LatentHistogram.from_dict(manifest["histogram"])
@@ -307,9 +285,8 @@ def calibrated_levels(
 ) -> tuple[Tensor, Tensor]:
     """Boundaries [C, K + 1] and values [C, K], float32, that fit latents multiplied by scale."""
     with as_user_error("--quantizer calibrated"):
-        fitted = fit_levels(histogram.counts, histogram.bin_widths(scale), levels)
-    boundaries, values = (table.float() for table in fitted)
-    return boundaries, values
+        boundaries, values = fit_levels(histogram.counts, histogram.bin_widths(scale), levels)
+    return boundaries.float(), values.float()
 
 
 # --- all of it
@@ -333,11 +310,12 @@ def open_inputs(args: argparse.Namespace, read_only: bool = False) -> Inputs:
     data = open_data(args, vae, checkpoint)
     print_class_notes(data.classes)
     config = build_config(args, checkpoint, data.manifest, vae, len(data.classes))
-    if checkpoint is not None:
-        if checkpoint.begins:
-            checkpoint = fitted(checkpoint, config, data.classes, value(args, "seed"))
-        else:
-            check_same_classes(checkpoint, data.classes, data.source)
+    if checkpoint is not None and checkpoint.begins:
+        with as_user_error(checkpoint.named, (ValueError, RuntimeError)):
+            checkpoint, notes = checkpoint.fitted(config, data.classes, value(args, "seed"))
+        kind = "averaged" if checkpoint.saved["weights"] == "ema" else "raw"
+        notes = [f"beginning with the {kind} weights of {checkpoint.named}", *notes]
+        dist.print_main("\n".join(notes))
     check_data(data, config, checkpoint)
     if vae is not None:
         check_vae(vae, config, value(args, "vae_path"))
@@ -346,84 +324,51 @@ def open_inputs(args: argparse.Namespace, read_only: bool = False) -> Inputs:
     return Inputs(checkpoint, vae, data, config, validation)
 
 
-def fitted(
-    checkpoint: Checkpoint, config: TokenBridgeConfig, classes: list[str], seed: int
-) -> Checkpoint:
-    """The weights of --finetune fitted to this training's model; what was done is said."""
-    with as_user_error(checkpoint.named, (ValueError, RuntimeError)):
-        checkpoint, notes = checkpoint.fitted(config, classes, seed)
-    kind = "averaged" if checkpoint.saved["weights"] == "ema" else "raw"
-    dist.print_main("\n".join([f"beginning with the {kind} weights of {checkpoint.named}", *notes]))
-    return checkpoint
-
-
 # --- batches and learning rate
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a step is made of, from which step on, and what the user should know of it."""
-
-    batches: Batches
-    first_step: int
-    notes: tuple[str, ...] = ()
-
-
-def plan_batches(args: argparse.Namespace, checkpoint: Checkpoint | None, images: int) -> Plan:
-    """The batches of the flags, or of the checkpoint where they do not say.
+def plan_batches(
+    args: argparse.Namespace, checkpoint: Checkpoint | None, images: int
+) -> tuple[Batches, int, str]:
+    """The batches of the flags, or of the checkpoint where they do not say; the first step; a note.
 
     Raises UserError if the processes cannot share the global batch.
     """
-    saved = _saved_batches(checkpoint)
-    known = saved.to_dict() if saved is not None else {}
+    saved = None  # of the published code, which does not say
+    if checkpoint is not None and "schedule" in checkpoint.saved:
+        with as_user_error(f"{checkpoint.named}, 'schedule'", (TypeError, KeyError)):
+            said = checkpoint.saved["schedule"]
+            saved = Batches(*(index(said[field.name]) for field in fields(Batches)))
     batch_size, seed = (
-        known[name] if name in known and getattr(args, name) is None else value(args, name)
+        getattr(saved, name) if saved and getattr(args, name) is None else value(args, name)
         for name in ("batch_size", "seed")
     )
-    earlier = known.get("micro_batches") if batch_size == known.get("batch_size") else None
-    micro_batches = _count_micro_batches(args, batch_size, earlier)
-    batches = Batches(batch_size, micro_batches, images, seed)
+    earlier = saved.micro_batches if saved and saved.batch_size == batch_size else None
+    batches = Batches(batch_size, _micro_batches(args, batch_size, earlier), images, seed)
     if checkpoint is None or "optimizer" not in checkpoint.saved:
-        return Plan(batches, args.start_epoch * batches.steps_per_epoch)
+        return batches, args.start_epoch * batches.steps_per_epoch, ""
     if saved is None:
-        return Plan(batches, (checkpoint.whole_number("epoch") + 1) * batches.steps_per_epoch)
+        return batches, (checkpoint.whole_number("epoch") + 1) * batches.steps_per_epoch, ""
     step = checkpoint.whole_number("step")
     if batches == saved:
-        return Plan(batches, step)
-    now = batches.to_dict()
-    changes = ", ".join(f"{n} {now[n]} (was {known[n]})" for n in now if now[n] != known[n])
-    note = (
-        f"note: other than when {checkpoint.path} was saved: {changes}; going on at the same "
-        f"epoch, {step / saved.steps_per_epoch:.2f}, as another run"
-    )
-    return Plan(batches, step * batches.steps_per_epoch // saved.steps_per_epoch, (note,))
+        return batches, step, ""
+    was, now = saved.to_dict(), batches.to_dict()
+    changes = ", ".join(f"{n} {now[n]} (was {was[n]})" for n in now if now[n] != was[n])
+    note = f"note: going on at the same epoch, {step / saved.steps_per_epoch:.2f}, with {changes}"
+    return batches, step * batches.steps_per_epoch // saved.steps_per_epoch, note
 
 
-def _saved_batches(checkpoint: Checkpoint | None) -> Batches | None:
-    """What a checkpoint says; None for those of the published code, which do not."""
-    if checkpoint is None or "schedule" not in checkpoint.saved:
-        return None
-    saved = checkpoint.saved["schedule"]
-    names = ("batch_size", "micro_batches", "images", "seed")
-    if not isinstance(saved, dict) or any(type(saved.get(name)) is not int for name in names):
-        raise UserError(f"--resume {checkpoint.path}: 'schedule' is {saved!r}, not whole numbers")
-    return Batches(**{name: saved[name] for name in names})
-
-
-def _count_micro_batches(args: argparse.Namespace, batch_size: int, earlier: int | None) -> int:
+def _micro_batches(args: argparse.Namespace, batch_size: int, earlier: int | None) -> int:
     """Micro-batches a step: of --global_batch, of --accum_iter, or as earlier in this run."""
-    processes, micro_batches = dist.world_size(), value(args, "accum_iter") * dist.world_size()
-    if args.global_batch is not None:
-        if args.global_batch % batch_size:
+    processes, asked = dist.world_size(), args.global_batch
+    micro_batches = value(args, "accum_iter") * processes
+    if asked is not None:
+        if asked % batch_size or (args.accum_iter and micro_batches * batch_size != asked):
             raise UserError(
-                f"--global_batch {args.global_batch} is not a multiple of --batch_size {batch_size}"
+                f"--global_batch {asked} is not a multiple of --batch_size {batch_size}, or not "
+                f"{processes} processes x --accum_iter times it; leave --accum_iter out"
             )
-        if args.accum_iter is not None and micro_batches * batch_size != args.global_batch:
-            raise UserError(
-                f"--global_batch {args.global_batch} is not --batch_size {batch_size} x "
-                f"--accum_iter {args.accum_iter} x {processes} processes; leave --accum_iter out"
-            )
-        micro_batches = args.global_batch // batch_size
+        micro_batches = asked // batch_size
     elif earlier is not None and args.accum_iter is None:
         micro_batches = earlier
     if processes > micro_batches:
@@ -442,41 +387,23 @@ def learning_rate(args: argparse.Namespace, batches: Batches) -> LRSchedule:
     return LRSchedule(lr, *how, kind)
 
 
-def rate_warnings(
-    args: argparse.Namespace, rate: LRSchedule, first_step: int, checkpoint: Checkpoint | None
-) -> list[str]:
+def rate_warnings(rate: LRSchedule, steps: range, checkpoint: Checkpoint | None) -> list[str]:
     """Warnings of a learning rate that never gets high, or that jumps where a run goes on."""
-    warnings, step, last = [], first_step - 1, rate.epochs * rate.steps_per_epoch - 1
-    if step >= last:
-        return []
-    if rate.warmup_epochs >= rate.epochs:
+    warnings = []
+    if steps and rate.warmup_epochs >= rate.epochs:
         warnings.append(
             f"warning: --warmup_epochs {rate.warmup_epochs:g} does not end before --epochs "
-            f"{rate.epochs}: the learning rate reaches {rate(last):.3g} of {rate.lr:.3g}; "
-            f"--warmup_epochs {rate.epochs / 4:g} would be a quarter of the run, as published"
+            f"{rate.epochs}: the learning rate reaches {rate(steps[-1]):.3g} of {rate.lr:.3g}"
         )
-    before = checkpoint.last_rate() if checkpoint is not None else None
-    if before is not None and step >= 0 and not math.isclose(rate(step), before, rel_tol=0.01):
+    before = checkpoint.last_rate() if checkpoint is not None and steps.start else None
+    now = rate(steps.start - 1)
+    if steps and before is not None and not math.isclose(now, before, rel_tol=0.01):
         warnings.append(
-            f"warning: the learning rate of step {step + 1} was {before:.3g} when "
-            f"{checkpoint.path} was saved, and is {rate(step):.3g} with these flags"
-            f"{_other_flags(args, checkpoint)}"
+            f"warning: the learning rate of step {steps.start} was {before:.3g} when "
+            f"{checkpoint.path} was saved, and is {now:.3g} with --epochs {rate.epochs}, "
+            f"--warmup_epochs {rate.warmup_epochs:g} and the other flags"
         )
     return warnings
-
-
-def _other_flags(args: argparse.Namespace, checkpoint: Checkpoint) -> str:
-    before = {name: checkpoint.argument(name) for name in OF_THE_RATE}
-    if before["epochs"] is None:  # a file of the published code
-        return ""
-    pairs = ((name, before[name], getattr(args, name)) for name in OF_THE_RATE)
-    return "".join(
-        f", --{n} {_said(now)} (was {_said(was)})" for n, was, now in pairs if was != now
-    )
-
-
-def _said(setting) -> str:
-    return "not given" if setting is None else str(setting)
 
 
 def refuse_finished(args: argparse.Namespace, checkpoint: Checkpoint | None, steps: range) -> None:
@@ -486,13 +413,11 @@ def refuse_finished(args: argparse.Namespace, checkpoint: Checkpoint | None, ste
     """
     if steps or checkpoint is None or checkpoint.begins:
         return
-    if checkpoint.path.resolve().is_relative_to(Path(args.output_dir).resolve()):
-        return
-    raise UserError(
-        f"{checkpoint.named} has done all of --epochs {args.epochs}, so there is nothing to train; "
-        f"raise --epochs to go on, or begin a training of your own with its weights: "
-        f"{FINETUNE} {args.resume}"
-    )
+    if not checkpoint.path.resolve().is_relative_to(Path(args.output_dir).resolve()):
+        raise UserError(
+            f"{checkpoint.named} has done all of --epochs {args.epochs}, so there is nothing to "
+            f"train; raise --epochs, or begin a training with its weights: {FINETUNE} {args.resume}"
+        )
 
 
 def check_agreement(facts: dict) -> None:
@@ -502,8 +427,7 @@ def check_agreement(facts: dict) -> None:
     """
     gathered = dist.gather_objects(facts)
     for name in facts:
-        values = [other[name] for other in gathered]
-        differing = [rank for rank, own in enumerate(values) if own != values[0]]
+        differing = [rank for rank, own in enumerate(gathered) if own[name] != gathered[0][name]]
         if differing:
             raise UserError(
                 f"process {differing[0]} and process 0 have different values: {name}; "
@@ -513,13 +437,6 @@ def check_agreement(facts: dict) -> None:
 
 def sampling_options(args: argparse.Namespace, **changes) -> SamplingOptions:
     """Of the flags, the first where there are several values."""
-    options = SamplingOptions(
-        num_iter=args.num_iter[0],
-        cfg=args.cfg[0],
-        cfg_schedule=args.cfg_schedule,
-        temperature=args.temperature[0],
-        order=args.order,
-        seed=value(args, "seed"),
-        token_cache=args.token_cache,
-    )
-    return replace(options, **changes)
+    swept = {name: getattr(args, name)[0] for name in ("num_iter", "cfg", "temperature")}
+    fixed = {name: value(args, name) for name in ("cfg_schedule", "order", "seed", "token_cache")}
+    return SamplingOptions(**swept | fixed | changes)

@@ -49,10 +49,12 @@ class VAE(nn.Module):
     """All that the rest of the program knows of an autoencoder, whatever network it is.
 
     config: its settings. channels: C. stride: S, pixels per latent position along one side.
-    is_kl16: whether the published constants of `models.config` hold for it.
+    is_kl16: whether the published constants of `models.config` hold for it. codebook: [K, C], of
+    a VQ tokenizer, whose latents are its entries.
     """
 
     is_kl16 = False
+    codebook: Tensor | None = None
 
     def __init__(self, config: dict, channels: int, stride: int):
         super().__init__()

@@ -42,13 +42,11 @@ def needs_vae(args: argparse.Namespace) -> bool:
     """With cached latents, to draw previews and to encode validation images."""
     if is_without_data(args):
         return False
-    there = Path(value(args, "vae_path")).exists()
-    if not args.use_cached or args.online_eval:
+    if not args.use_cached or args.online_eval or args.head == "codebook":
         return True
-    if args.vae_path is not None and there:
+    if args.vae_path is not None and Path(args.vae_path).exists():
         return bool(args.preview_freq) or validation_folder(args) is not None
-    if args.preview_freq:
-        dist.print_main("no preview images: cached latents need no VAE, --vae_path draws them")
+    dist.print_main("no VAE: with --vae_path it draws images and the cache is checked to be its")
     return False
 
 
@@ -59,37 +57,26 @@ def open_data(
     if is_without_data(args):
         source = "no --data_path or --use_cached: a training set as large as ImageNet's"
         return TrainingData(range(IMAGENET_IMAGES), [], source, None)
-    path, size, cached = value(args, "vae_path"), args.img_size, args.cached_path
+    path, size, cached, digest = value(args, "vae_path"), args.img_size, args.cached_path, None
     if size is None and checkpoint is not None and checkpoint.config is not None:
         size = checkpoint.config.img_size
-    if not args.use_cached:
-        images = list_images(value(args, "data_path"))
-        size, digest = size or value(args, "img_size"), vae_digest(path)
-        on_bad = "next" if args.skip_bad_images else "raise"
-        dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
-        # Nobody published this VAE's scale and channel order; a cache of it has measured them.
-        measured = bool(cached) and vae is not None and not vae.is_kl16
-        manifest = open_cache(cached, size, digest).manifest if measured else None
-        source = f"--data_path {value(args, 'data_path')}"
-        return TrainingData(dataset, images.classes, source, digest, manifest)
-    if not cached:
-        raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
-    digest = None
-    if Path(path).exists() and (args.online_eval or args.vae_path is not None):
-        digest = vae_digest(path)
-    elif args.vae_path is not None:
-        dist.print_main(f"--vae_path {path}: no such file; whether the cache is its is not checked")
-    cache = open_cache(cached, size, digest)
-    made_by = cache.manifest["vae_sha256"] if cache.manifest else digest
-    return TrainingData(cache, cache.classes, f"--cached_path {cached}", made_by, cache.manifest)
-
-
-def check_same_classes(checkpoint: Checkpoint, classes: list[str], source: str) -> None:
-    if classes and checkpoint.classes and list(checkpoint.classes) != classes:
-        raise UserError(
-            f"{source} has other classes than {checkpoint.named} was trained on; their labels "
-            f"would not mean the same; {FINETUNE} in the place of --resume trains it on them"
-        )
+    if args.use_cached:
+        if not cached:
+            raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
+        if Path(path).exists() and (args.online_eval or args.vae_path is not None):
+            digest = vae_digest(path)
+        cache = open_cache(cached, size, digest)
+        digest = cache.manifest["vae_sha256"] if cache.manifest else digest
+        source = f"--cached_path {cached}"
+        return TrainingData(cache, cache.classes, source, digest, cache.manifest)
+    images = list_images(value(args, "data_path"))
+    size, digest, manifest = size or value(args, "img_size"), vae_digest(path), None
+    on_bad = "next" if args.skip_bad_images else "raise"
+    dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
+    if cached and not vae.is_kl16:  # nobody published its latents' scale; its cache has measured it
+        manifest = open_cache(cached, size, digest).manifest
+    source = f"--data_path {value(args, 'data_path')}"
+    return TrainingData(dataset, images.classes, source, digest, manifest)
 
 
 def check_data(
@@ -97,11 +84,15 @@ def check_data(
 ) -> None:
     """Raise UserError unless classes and latents fit the model."""
     own, known = len(data.classes), config.class_num
+    trained = checkpoint.classes if checkpoint is not None else ()
+    if own and trained and list(trained) != data.classes:
+        raise UserError(
+            f"{data.source} has other classes than {checkpoint.named} was trained on; their labels "
+            f"would not mean the same; {FINETUNE} in the place of --resume trains it on them"
+        )
     if own > known:
-        reason = f"--class_num is {known}; leave --class_num out"
-        if checkpoint is not None and not checkpoint.begins:
-            reason = f"{checkpoint.named} was trained on {known}; name the data it was trained on"
-        raise UserError(f"{data.source} has {own} classes, {reason}")
+        remedy = "leave --class_num out, or name the data that the checkpoint was trained on"
+        raise UserError(f"{data.source} has {own} classes, --class_num is {known}; {remedy}")
     if 0 < own < known:
         others = f"{data.source} {own}: the others are never trained"
         dist.print_main(f"note: the model has {known} classes, {others}")
@@ -131,7 +122,10 @@ def validation_folder(args: argparse.Namespace) -> Path | None:
 def open_validation(
     args: argparse.Namespace, data: TrainingData, config: TokenBridgeConfig, vae: VAE | None
 ) -> tuple[TrainingData, ValidationSet | None]:
-    """The training data without what the flags hold out, and that."""
+    """The training data without what the flags hold out, and that.
+
+    What a flag names must fit; a folder val/ that does not is named and left alone.
+    """
     given = [name for name in ("val_path", "val_cached_path", "holdout") if getattr(args, name)]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]}: validation data comes from one of them")
@@ -139,17 +133,13 @@ def open_validation(
         return data, None
     if args.holdout:
         return _set_aside(data, args.holdout)
-    if args.val_cached_path:
-        source = f"--val_cached_path {args.val_cached_path}"
-        with as_user_error(source):
-            cache = open_cache(args.val_cached_path, config.img_size, data.vae_sha256)
-        check_latent_shape(cache, config, source)
-        return data, ValidationSet(cache, _labels(cache.classes, data, source), source)
-    folder = validation_folder(args)
-    if folder is None:
-        dist.print_main("no validation loss: --val_path, --val_cached_path or --holdout gives it")
+    try:
+        return data, _open_validation_data(args, data, config, vae)
+    except UserError as error:
+        if given:
+            raise
+        dist.print_main(f"no validation loss: {error}")
         return data, None
-    return data, _validation_images(args, data, config, vae, folder)
 
 
 def _set_aside(data: TrainingData, count: int) -> tuple[TrainingData, ValidationSet]:
@@ -164,35 +154,26 @@ def _set_aside(data: TrainingData, count: int) -> tuple[TrainingData, Validation
     return replace(data, dataset=data.dataset.subset(rest)), aside
 
 
-def _validation_images(
-    args: argparse.Namespace,
-    data: TrainingData,
-    config: TokenBridgeConfig,
-    vae: VAE | None,
-    folder: Path,
-) -> ValidationSet | None:
-    """Those of --val_path must fit; a folder val/ that does not is named and left alone."""
-    try:
-        if vae is None:
-            raise UserError(
-                f"{folder} holds images, which need --vae_path, or a cache of them (main_cache.py "
-                "--split val) as --val_cached_path"
-            )
-        images = list_images(folder, "", flag="--val_path")
+def _open_validation_data(
+    args: argparse.Namespace, data: TrainingData, config: TokenBridgeConfig, vae: VAE | None
+) -> ValidationSet:
+    """The cache of --val_cached_path, or images in a folder."""
+    if path := args.val_cached_path:
+        source = f"--val_cached_path {path}"
+        with as_user_error(source):
+            dataset = found = open_cache(path, config.img_size, data.vae_sha256)
+        check_latent_shape(dataset, config, source)
+    elif (folder := validation_folder(args)) is None:
+        raise UserError("--val_path, --val_cached_path or --holdout gives it")
+    elif vae is None:
+        raise UserError(f"{folder} holds images, which need --vae_path, or --val_cached_path")
+    else:
+        source, found = str(folder), list_images(folder, "", flag="--val_path")
         on_bad = "drop" if args.skip_bad_images else "raise"
-        dataset = ImageDataset(images.samples, config.img_size, on_bad, args.max_image_pixels)
-        return ValidationSet(dataset, _labels(images.classes, data, str(folder)), str(folder))
-    except UserError as error:
-        if args.val_path:
-            raise
-        dist.print_main(f"no validation loss: {error}")
-        return None
-
-
-def _labels(classes: list[str], data: TrainingData, source: str) -> list[int]:
-    if unknown := [name for name in classes if name not in data.classes]:
+        dataset = ImageDataset(found.samples, config.img_size, on_bad, args.max_image_pixels)
+    if unknown := [name for name in found.classes if name not in data.classes]:
         raise UserError(
             f"{source} has class {unknown[0]!r}, which {data.source} has not; name a folder whose "
             "classes are among those trained on"
         )
-    return [data.classes.index(name) for name in classes]
+    return ValidationSet(dataset, [data.classes.index(name) for name in found.classes], source)
