@@ -167,7 +167,7 @@ class CodebookQuantizer(nn.Module):
     def set_levels(self, codebook: Tensor) -> None:
         """codebook: [K, C]. Raises ValueError on another shape."""
         check_layout({"codebook": codebook}, self.state_dict())
-        self.codebook.copy_(codebook)
+        self.load_state_dict({"codebook": codebook.detach()})
 
     def encode(self, x: Tensor) -> Tensor:
         """x: [..., C] -> int64 [..., 1]."""

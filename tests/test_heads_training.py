@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import main_cache
 import main_tokenbridge
+from models.tokenizers.vq import VQModel
 from tests.runs import (
+    CACHE_FLAGS,
     EVALUATE_FLAGS,
     TRAIN_FLAGS,
     assert_same_training,
@@ -21,6 +24,7 @@ from tests.runs import (
     train,
 )
 from util import export
+from util.vae import save_vae
 
 SMALL = {"diffusion": dict(diffloss_d=1, diffloss_w=32, num_sampling_steps=3)}
 HEADS = pytest.mark.parametrize("head", ["parallel", "masked", "mixture", "diffusion"])
@@ -58,6 +62,31 @@ def test_two_processes_train_as_one_and_the_images_do_not_depend_on_the_batch(
     exported = tmp_path / "exported"
     call(export.main, "--resume", str(tmp_path / "one"), "--output_dir", str(exported))
     assert drawn == evaluate(inputs, tmp_path / "c", exported, no_metrics=True)
+
+
+def test_a_vq_tokenizer_is_cached_trained_on_and_drawn_with(inputs, tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = dict(codebook_size=16, embed_dim=4, z_channels=32, ch=32, ch_mult=(1, 1, 1))
+    vae = VQModel(num_res_blocks=1, **sizes)
+    path, cache = tmp_path / "vq.ckpt", tmp_path / "cache"
+    save_vae(path, vae)
+    call(main_cache.main, *flags(inputs, CACHE_FLAGS, vae_path=path, cached_path=cache))
+    asked = dict(head="codebook", cached_path=cache, vae_path=path, **VALIDATED)
+    saved = train(inputs, tmp_path / "run", **asked)
+    scale = saved["config"]["latent_scale"]
+    assert torch.allclose(saved["model"]["codebook"], vae.codebook * scale)
+    assert saved["config"]["codebook_size"] == 16
+    drawn = [
+        evaluate(inputs, tmp_path / f"{n}", tmp_path / "run", vae_path=path, no_metrics=True, **how)
+        for n, how in enumerate(({}, {"eval_bsz": 3}, {"order": "confidence"}))
+    ]
+    assert len(drawn[0]) == 12 and drawn[0] == drawn[1] != drawn[2]
+    train(inputs, tmp_path / "images", **asked | dict(use_cached=False, data_path="data", epochs=1))
+    for wrong in (dict(head="channel"), dict(vae_path="vae.ckpt", cached_path="cache")):
+        argv = flags(inputs, TRAIN_FLAGS, asked | wrong, output_dir=tmp_path / "no")
+        assert "--head codebook and a VQ tokenizer belong together" in refused(
+            capsys, main_tokenbridge.main, *argv
+        )
 
 
 # --- MAR's commands

@@ -129,6 +129,12 @@ def build_config(
     if unread := [name for name in unread_settings(head) if name in given]:
         flag = "quant_bits" if unread[0] == "quant_levels" else unread[0]
         raise UserError(f"--{flag}: the {head} head does not read it; leave it out")
+    if vae is not None and (vae.codebook is None) == (head == "codebook"):
+        kind = "is a VAE without a codebook" if vae.codebook is None else "has a codebook"
+        raise UserError(
+            f"--vae_path {value(args, 'vae_path')} {kind}, but the model's head is {head}; "
+            "--head codebook and a VQ tokenizer belong together"
+        )
     begins = checkpoint is None or checkpoint.begins
     count = (begins and classes) or (_class_rows(checkpoint) if checkpoint is not None else 0)
     counted = {"class_num": count} if count else {}
@@ -210,13 +216,7 @@ def build_vae(args: argparse.Namespace) -> VAE:
 
 
 def check_vae(vae: VAE, config: TokenBridgeConfig, path: str) -> None:
-    """Raise UserError unless the VAE makes latents of the model's kind and shape."""
-    if (vae.codebook is not None) != (config.head == "codebook"):
-        kind = "has a codebook" if vae.codebook is not None else "is a VAE without a codebook"
-        raise UserError(
-            f"--vae_path {path} {kind}, but the model's head is {config.head}; --head codebook and "
-            "a VQ tokenizer belong together"
-        )
+    """Raise UserError unless the VAE makes latents of the model's shape."""
     own, expected = (vae.channels, vae.stride), (config.vae_embed_dim, config.vae_stride)
     if own != expected:
         raise UserError(
