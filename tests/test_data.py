@@ -39,20 +39,6 @@ def test_center_crop_equals_golden():
         center_crop(Image.new("RGB", (1, 60000)), 256)
 
 
-def test_halving_is_the_box_filter_of_resize_to_the_bit():
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        width, height = rng.integers(8, 65, 2)
-        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        size = min(width, height) // 4
-        expected = image
-        while min(expected.size) >= 2 * size:
-            half = (expected.width // 2, expected.height // 2)
-            expected = expected.resize(half, Image.Resampling.BOX)
-        expected = center_crop(expected, size)  # which has nothing left to halve
-        np.testing.assert_array_equal(center_crop(image, size), expected, f"{image.size}")
-
-
 def test_images_of_all_kinds_become_upright_rgb_of_8_bits(tmp_path):
     eight = gradient()
     sixteen = eight.astype(np.uint16) * 257  # scaled, not clipped
@@ -96,9 +82,8 @@ def test_bad_files_are_named_with_the_remedy(tmp_path):
             read_image(tmp_path / name)
 
 
-def test_image_bomb_is_refused_with_its_size(tmp_path, monkeypatch):
+def test_image_bomb_is_refused_with_its_size(tmp_path):
     path = save(tmp_path / "bomb.png", np.zeros((40, 30), np.uint8))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own has no say
     with pytest.raises(UserError, match="30 x 40 is 1200 pixels.* --max_image_pixels 1199"):
         read_image(path, 1199)
     assert read_image(path, 1200).size == (30, 40)
