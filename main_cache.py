@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
 from models.tokenizers import kl16
@@ -118,10 +118,10 @@ def write_cache(args, device: torch.device) -> dict:
         pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]
         dist.print_main(f"{len(pending)} of {writer.num_shards} shards to write")
         own = pending[dist.rank() :: dist.world_size()]
-        shards = {shard: unfinished(writer, shard, args.batch_size) for shard in own}
+        batches = {k: list(BatchSampler(writer.images(k), args.batch_size, False)) for k in own}
         loader = DataLoader(
             dataset,
-            batch_sampler=[batch for batches in shards.values() for batch in batches],
+            batch_sampler=[batch for shard in batches.values() for batch in shard],
             collate_fn=collate_skipping,
             num_workers=args.num_workers,
             pin_memory=args.pin_mem and device.type == "cuda",
@@ -129,7 +129,7 @@ def write_cache(args, device: torch.device) -> dict:
         )
         # Of a whole cache, config.yaml keeps saying what it was made with.
         with settings_saved(args, writer.folder / CONFIG) if pending else nullcontext():
-            encode_shards(vae, loader, writer, shards, device)
+            encode_shards(vae, loader, writer, batches, device)
             dist.barrier()
         manifest = writer.write_manifest(vae.is_kl16) if dist.is_main() else None
         dist.barrier()
@@ -162,14 +162,13 @@ def encode_shards(
     shards: dict[int, list[list[int]]],
     device: torch.device,
 ) -> None:
-    """Encode and write these shards: workers decode, the device encodes, a thread writes, at once.
+    """Encode and write shards: workers decode, the device encodes, a thread writes, all at once.
 
-    loader: the images of all batches of all shards, one after the other. shards: the numbers of the
-    images of each batch of each shard.
+    shards: batches of the numbers of each one's images, which the loader loads in this order.
     """
     loaded, bad, waiting = iter(loader), loader.dataset.bad, deque()
-    count = sum(len(batch) for batches in shards.values() for batch in batches)
-    bar = tqdm(total=count, unit="img", disable=None if dist.is_main() else True)
+    total = sum(len(writer.images(shard)) for shard in shards)
+    bar = tqdm(total=total, unit="img", disable=None if dist.is_main() else True)
 
     def wait_until(left: int) -> None:
         while len(waiting) > left:
@@ -192,15 +191,6 @@ def encode_shards(
         wait_until(0)
 
 
-def unfinished(writer: CacheWriter, shard: int, size: int) -> list[list[int]]:
-    """The batches of a shard in which images are missing, divided as if none were there, since
-    how a VAE rounds depends on the batch.
-    """
-    images, missing = writer.images(shard), set(writer.missing(shard))
-    batches = [list(images[i : i + size]) for i in range(0, len(images), size)]
-    return [batch for batch in batches if not missing.isdisjoint(batch)]
-
-
 @torch.inference_mode()
 def encode(vae: kl16.VAE, images: Tensor) -> np.ndarray:
     """images: uint8 [B, 3, H, W] -> moments [B, 2, 2C, h, w] of them and of their mirror images."""
@@ -211,7 +201,7 @@ def encode(vae: kl16.VAE, images: Tensor) -> np.ndarray:
 
 def try_batch(writer: CacheWriter, vae: kl16.VAE, batch_size: int, device: torch.device) -> dict:
     """The step of --dry_run: encode one batch of black images; what the whole cache would take."""
-    missing = sum(len(writer.missing(shard)) for shard in writer.unfinished())
+    missing = sum(len(writer.images(shard)) for shard in writer.pending())
     size, folder = writer.settings.image_size, writer.folder.absolute()
     images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device)
     for _ in range(1 if device.type == "cpu" else 2):  # a GPU chooses its kernels at first
@@ -231,7 +221,6 @@ def try_batch(writer: CacheWriter, vae: kl16.VAE, batch_size: int, device: torch
         "images_per_second": speed,
         "hours": (hours := missing / speed / 3600),
         "device_hours": hours * dist.world_size(),
-        "bytes_of_cache": bytes_per_image * len(writer.names),
         "bytes_to_write": bytes_per_image * missing,
         "bytes_free": disk.free,
         "bytes_peak": int(peak),

@@ -96,20 +96,6 @@ def test_two_processes_write_the_bytes_of_one_and_either_goes_on(inputs, tmp_pat
     assert (two / "shard-00000.npy").stat().st_mtime_ns == before  # it was not touched
 
 
-def test_missing_npz_files_get_the_bits_of_an_undisturbed_run(inputs, tmp_path, capsys):
-    """Encoded alone, an image is rounded in another way than in its batch."""
-    form = dict(format="npz", batch_size=4)
-    make(inputs, tmp_path, **form)
-    before = contents(tmp_path)
-    for name in ("manifest.json", "shard-00000.json", "ant/1.png.npz", "ant/4.png.npz"):
-        (tmp_path / name).unlink()
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
-    make(inputs, tmp_path, **form)
-    assert "1 of 3 shards" in capsys.readouterr().out
-    assert contents(tmp_path) == before
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
-
-
 def test_a_whole_cache_is_not_encoded_again(inputs, tmp_path, monkeypatch, capsys):
     make(inputs, tmp_path)
     before, settings = contents(tmp_path), (tmp_path / CONFIG).read_text()

@@ -7,8 +7,8 @@
 
 Every file is whole or absent. The published form, CLASS/IMAGE.npz with float32 `moments` and
 `moments_flip` [2C, h, w], takes the place of the .npy files on request, or is all there is. Field
-by field: docs/formats.md. Nothing here is pickled, no name and no link leads out of the folder, and
-each posterior is checked against its CRC-32 when it is read.
+by field: docs/formats.md. Nothing here is pickled, no name leads out of the folder, and each
+posterior is checked against its CRC-32 when it is read.
 Letters: N images, n those of a shard, B batch, C latent channels, h, w positions.
 """
 
@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from bisect import bisect_right
 from copy import copy
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -39,7 +39,6 @@ FORMAT_VERSION = 2
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 NPZ_NAMES = ("moments", "moments_flip")
 CHECKSUM = "checksum"  # the last entry of every JSON file, over all others
-SPARE_FILES = 512  # that a process may open beside the shards
 AGAIN = "remove it and run main_cache.py again"
 
 
@@ -76,17 +75,10 @@ def read_sidecar(folder: Path, shard: int, cache_id: str) -> dict:
     if sidecar.get("cache_id") != cache_id or sidecar.get("shard") != shard:
         other = "belongs to another place or to a cache with other settings"
         raise UserError(f"--cached_path: {path} {other}; remove the shard's files, and cache again")
+    for name in sidecar["names"]:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise UserError(f"--cached_path: {path}: {name[:200]!r} leads out of the folder")
     return sidecar
-
-
-def check_inside(folder: Path, files: list[str]) -> None:
-    """Raise UserError if one of the files lies outside the folder, by its name or by a link."""
-    real = cache(os.path.realpath)  # of each class folder once
-    for file in files:
-        parent, name = os.path.split(file)
-        own = os.path.realpath(file) if os.path.islink(file) else os.path.join(real(parent), name)
-        if not own.startswith(os.path.join(real(folder), "")):
-            raise UserError(f"--cached_path {folder}: {file[:200]!r} leads out of the folder")
 
 
 def read_moments(path: str | Path, names: tuple[str, ...] = NPZ_NAMES) -> np.ndarray:
@@ -130,7 +122,6 @@ class CachedLatents(Dataset):
             channels, *sides = read_moments(self.files[0]).shape[1:]
             self.latent_shape, self.dtype = (channels // 2, *sides), torch.float32
         else:
-            check_inside(folder, self.files or self.paths)
             self.crcs = np.concatenate([np.array(s["crc32"], np.uint32) for s in sidecars])
             self.latent_shape = tuple(manifest["latent_shape"])
             self.dtype = getattr(torch, manifest["dtype"])
@@ -174,8 +165,10 @@ class CachedLatents(Dataset):
 
     @cached_property
     def shards(self) -> list[np.ndarray | None]:
-        """Mapped into memory: read where they are touched, never written."""
-        _allow_open_files(len(self.counts))
+        """Mapped into memory: read where they are touched, never written; each an open file."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        files = min(hard, max(soft, len(self.counts) + 512))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
         return [self._map(shard) if n else None for shard, n in enumerate(self.counts)]
 
     def _map(self, shard: int) -> np.ndarray:
@@ -233,11 +226,3 @@ def _open_published(folder: Path) -> CachedLatents:
     files, labels = zip(*images.samples, strict=True)
     names = [os.path.relpath(path, folder) for path in files]
     return CachedLatents(folder, images.classes, [{"names": names, "labels": labels}])
-
-
-def _allow_open_files(count: int) -> None:
-    """Let this process map so many files beside others, as far as the system allows it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < count + SPARE_FILES:  # -1 is no limit
-        most = count + SPARE_FILES if hard < 0 else min(count + SPARE_FILES, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

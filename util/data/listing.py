@@ -50,9 +50,8 @@ def list_images(
     root, where, walk = Path(data_path) / split, f"{flag} {data_path}", _Walk(extensions)
     with as_user_error(where, (OSError,)):
         if not root.is_dir():
-            raise UserError(
-                f"there is no folder {root}; {_other_root(Path(data_path), split, flag)}"
-            )
+            remedy = _other_root(Path(data_path), split, flag)
+            raise UserError(f"{where}: there is no folder {root}; {remedy}")
         above = _with_parents(root)
         folders = [entry.path for entry in visible(root) if os.path.isdir(entry.path)]
         walk.again = [path for path in folders if os.path.realpath(path) in above]
