@@ -10,12 +10,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 demo=output/demo seed=0
-stages=(7 12 180 5 28 22 6 13 5 6) # seconds of each, on two cores of 2021
 train=() judge=(--epochs 30) bits=(-1 8 6 4 3 2)
 sample=(--num_images 360 --eval_bsz 90 --num_iter 16)
 while [ $# -gt 0 ]; do
   if [ "$1" = --quick ]; then
-    demo+=-quick stages=(4 9 16 5 9 4 5 9 5 5) judge=(--epochs 3) bits=(-1 4)
+    demo+=-quick judge=(--epochs 3) bits=(-1 4)
     train=(--epochs 2 --warmup_epochs 0.5 --ema_rate 0.9 --val_images 16 --preview_iter 4)
     sample=(--num_images 40 --eval_bsz 20 --num_iter 4)
   elif [[ $1 = --seed && ${2-} =~ ^[0-9]{1,9}$ ]]; then
@@ -36,18 +35,13 @@ vae=$demo/vae.ckpt
 features=(--feature_extractor demo.classifier:digits --inception_weights "$demo/classifier.pth")
 two="torchrun --standalone --nproc_per_node=2"
 
-clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
-
 # stage TITLE COMMAND...: say how far the demo is, show the command, run it, note its time.
-# What is left is expected to take as much longer than planned as what was done so far.
-number=0 done=0 all=$(IFS=+; echo $((${stages[*]})))
+number=0
 stage() {
   local title=$1 began=$SECONDS
   shift
-  local left=$(((all - done) * (20 + began) / (20 + done)))
-  number=$((number + 1)) done=$((done + stages[number - 1]))
-  printf '\n== %d/%d %s   %s so far, about %s left\n$ %s\n' \
-    "$number" "${#stages[@]}" "$title" "$(clock "$began")" "$(clock "$left")" "$*"
+  number=$((number + 1))
+  printf '\n== %d/10 %s   %d s so far\n$ %s\n' "$number" "$title" "$began" "$*"
   "$@"
   printf '%s\t%s\n' "$title" "$((SECONDS - began))" >>"$demo/timings.tsv"
 }

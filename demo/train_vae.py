@@ -6,7 +6,6 @@ VAE, demo/digits_vae.ckpt, was made.
 Letters: N images, S side in pixels, B batch.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,24 +33,16 @@ def load_part(data_path: Path, part: str, size: int) -> Tensor:
     return from_uint8(torch.stack([dataset[index][0] for index in range(len(dataset))]))
 
 
-def batches(images: Tensor, steps: int) -> Iterator[Tensor]:
-    """`steps` random batches [B, 3, S, S]; within an epoch no image comes twice."""
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        if len(order) < BATCH:
-            order = torch.randperm(len(images))
-        yield images[order[:BATCH]]
-        order = order[BATCH:]
-
-
 def train(vae: AutoencoderKL, images: Tensor, steps: int) -> None:
-    """Train in place, in fp32."""
+    """Train in place, in fp32; within an epoch no image comes twice."""
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, HIGHEST_RATE, total_steps=steps, pct_start=0.1
     )
-    progress = tqdm(batches(images, steps), total=steps)
-    for batch in progress:
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in tqdm(range(steps)):
+        order = order if len(order) >= BATCH else torch.randperm(len(images))
+        batch, order = images[order[:BATCH]], order[BATCH:]
         posterior = vae.encode(batch)
         distance = (vae.decode(posterior.sample()) - batch).abs().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -60,7 +51,6 @@ def train(vae: AutoencoderKL, images: Tensor, steps: int) -> None:
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix_str(f"L1 {distance:.4f}, KL {kl:.3f}", refresh=False)
 
 
 @torch.no_grad()
