@@ -146,11 +146,7 @@ def test_next_readable_image_takes_the_place_of_a_bad_one(samples, capfd):
     assert dataset.bad.sum() == 2
     named = capfd.readouterr().err.splitlines()  # once, however often they are met
     assert len(named) == 2 and "2.png" in named[0] and "3.png" in named[1]
-
-
-def test_next_wraps_around_and_ends(samples):
-    assert ImageDataset(samples[2:] + samples[:2], 16, on_bad="next")[1][1] == 4
-    assert ImageDataset([samples[1], samples[2]], 16, on_bad="next")[1][1] == 1
+    assert ImageDataset([samples[1], samples[2]], 16, on_bad="next")[1][1] == 1  # the first again
     with pytest.raises(UserError, match="none of the 2 images"):
         ImageDataset(samples[2:4], 16, on_bad="next")[0]
 
@@ -173,11 +169,13 @@ def micro_batches(world_size: int, first_step: int = 0, num_steps: int = 8) -> d
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 6, 12])
-def test_micro_batches_do_not_depend_on_the_number_of_processes(world_size):
+@pytest.mark.parametrize("world_size", [1, 3, 4, 12])
+def test_micro_batches_depend_neither_on_the_processes_nor_on_restarts(world_size):
     alone = micro_batches(1)
     assert len(alone) == 8 * G
+    rest = micro_batches(world_size, 5, 3)
     assert micro_batches(world_size) == alone
+    assert rest == {key: keys for key, keys in alone.items() if key[0] >= 5}
 
 
 def test_every_sample_comes_at_most_once_an_epoch_and_epochs_differ():
@@ -203,13 +201,6 @@ def test_flips_are_fair_and_differ_between_epochs_or_are_none():
     assert not any(flips(0, flip=False).values())
     assert abs(sum(first.values()) - 2000) < 200
     assert 1800 < sum(first[i] != second[i] for i in range(4000)) < 2200
-
-
-@pytest.mark.parametrize("first_step", [1, 3, 5])
-def test_restart_goes_on_identically(first_step):
-    whole = micro_batches(2)
-    rest = micro_batches(2, first_step, 8 - first_step)
-    assert rest == {key: keys for key, keys in whole.items() if key[0] >= first_step}
 
 
 def test_too_few_samples_for_a_step_are_refused():

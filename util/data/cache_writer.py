@@ -13,24 +13,19 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
 from util.args import CONFIG
 from util.data.latent_cache import (
     CHECKSUM,
-    FORMAT_VERSION,
     MANIFEST,
     NPZ_NAMES,
     SETTINGS,
-    CachedLatents,
     json_digest,
-    open_cache,
     read_json,
     read_sidecar,
     shard_path,
@@ -39,35 +34,7 @@ from util.data.statistics import LatentStats
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, check_writable, listed, sha256
 
-FORMATS = ("npy", "npz")
-DTYPES = ("float16", "float32")
 STATS_IMAGES = 256  # images a step of the statistics, to bound its memory
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    """All that decides what a cache holds."""
-
-    format: str
-    dtype: str
-    shard_size: int
-    image_size: int
-    vae_sha256: str
-    vae_config: dict
-    vae_stride: int
-    classes: list[str]
-    images_sha256: str  # see `list_digest`
-    crop: str = "adm_center_crop"
-    format_version: int = FORMAT_VERSION
-
-    def to_dict(self) -> dict:
-        """As JSON gives it back, where tuples are lists."""
-        return json.loads(json.dumps(asdict(self)))
-
-    @property
-    def cache_id(self) -> str:
-        """What the shards of one cache have in common, and those of no other."""
-        return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()
 
 
 def list_digest(names: list[str], labels: list[int]) -> str:
@@ -77,19 +44,24 @@ def list_digest(names: list[str], labels: list[int]) -> str:
 class CacheWriter:
     """Fills one folder with the posteriors of a list of images, shard by shard.
 
-    names: the images' paths relative to the folder of classes; labels: their classes' numbers.
+    settings: all that decides what the cache holds, as docs/formats.md lists it. names: the images'
+    paths relative to the folder of classes; labels: their classes' numbers.
     Raises UserError if the folder holds anything but (a part of) the cache with these settings.
     """
 
-    def __init__(self, path: str, settings: CacheSettings, names: list[str], labels: list[int]):
-        self.folder, self.settings, self.names, self.labels = Path(path), settings, names, labels
-        self.num_shards = math.ceil(len(names) / settings.shard_size)
+    def __init__(self, path: str, settings: dict, names: list[str], labels: list[int]):
+        self.folder, self.names, self.labels = Path(path), names, labels
+        self.settings = settings = json.loads(json.dumps(settings))  # as it is read, without tuples
+        # What the shards of one cache have in common, and those of no other.
+        self.cache_id = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+        self.is_npy, self.shard_size = settings["format"] == "npy", settings["shard_size"]
+        self.num_shards = math.ceil(len(names) / self.shard_size)
         check_writable(self.folder, "--cached_path")
         files = os.listdir(self.folder) if self.folder.exists() else []
         others = [name for name in files if not name.startswith(".") and name != CONFIG]
         if SETTINGS in others:
-            before, own = read_json(self.folder / SETTINGS), settings.to_dict()
-            differ = [name for name in sorted(before | own) if before.get(name) != own.get(name)]
+            before = read_json(self.folder / SETTINGS)
+            differ = [name for name in before | settings if before.get(name) != settings.get(name)]
             others = [f"a cache of {name} {before.get(name)!s:.40}" for name in differ]
         if others:
             raise UserError(
@@ -104,19 +76,18 @@ class CacheWriter:
     def _is_whole(self, shard: int) -> bool:
         if not shard_path(self.folder, shard, ".json").exists():
             return False
-        names = read_sidecar(self.folder, shard, self.settings.cache_id)["names"]
+        names = read_sidecar(self.folder, shard, self.cache_id)["names"]
         return all(map(os.path.isfile, self.files(shard, names)))
 
     def files(self, shard: int, names: list[str]) -> list[Path]:
         """What holds the posteriors of a shard's images."""
-        if self.settings.format == "npy":
+        if self.is_npy:
             return [shard_path(self.folder, shard, ".npy")]
         return [self.folder / f"{name}.npz" for name in names]
 
     def images(self, shard: int) -> range:
         """The numbers of a shard's images."""
-        start = shard * self.settings.shard_size
-        return range(start, min(start + self.settings.shard_size, len(self.names)))
+        return range(len(self.names))[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -124,7 +95,7 @@ class CacheWriter:
         with as_user_error(f"--cached_path {self.folder}: cannot write", (OSError, ValueError)):
             if not (self.folder / SETTINGS).exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_json(self.folder / SETTINGS, self.settings.to_dict())
+                write_json(self.folder / SETTINGS, self.settings)
             yield
 
     def write_manifest(self, published_constants: bool) -> dict:
@@ -133,21 +104,20 @@ class CacheWriter:
         published_constants: take the scale and channel order that the released models were trained
         with, since the VAE is KL-16; what is measured stands beside them.
         """
-        folder, cache_id = self.folder, self.settings.cache_id
+        folder, cache_id = self.folder, self.cache_id
         sidecars = [read_sidecar(folder, shard, cache_id) for shard in range(self.num_shards)]
         parts = [LatentStats.from_dict(s["statistics"]) for s in sidecars if s["names"]]
         if not parts:
             raise UserError(f"none of the {len(self.names)} images can be read; see --data_path")
         stats = sum(parts[1:], parts[0])
         scale, order = stats.latent_scale(), stats.channel_order()
-        published = PUBLISHED_LATENT_SCALE, list(PUBLISHED_CHANNEL_ORDER)
         manifest = {
-            **self.settings.to_dict(),
+            **self.settings,
             "cache_id": cache_id,
             "count": sum(len(sidecar["names"]) for sidecar in sidecars),
             "latent_shape": list(stats.latent_shape),
-            "latent_scale": published[0] if published_constants else scale,
-            "channel_order": published[1] if published_constants else order,
+            "latent_scale": PUBLISHED_LATENT_SCALE if published_constants else scale,
+            "channel_order": list(PUBLISHED_CHANNEL_ORDER) if published_constants else order,
             "measured_latent_scale": scale,
             "measured_channel_order": order,
             "channel_mean": stats.channel_mean().tolist(),
@@ -181,7 +151,7 @@ class ShardWriter:
     def __init__(self, writer: CacheWriter, shard: int):
         self.writer, self.shard, self.images = writer, shard, writer.images(shard)
         self.kept: list[int] = []  # numbers of the images in the shard
-        self.moments = np.empty(0, writer.settings.dtype)
+        self.moments = np.empty(0, writer.settings["dtype"])
         self.statistics: list[LatentStats] = []
 
     def take(self, images: list[int], moments: np.ndarray) -> None:
@@ -211,7 +181,7 @@ class ShardWriter:
         names = [writer.names[i] for i in self.kept]
         files, digest = writer.files(self.shard, names), hashlib.sha256()
         with writer.writing():
-            if writer.settings.format == "npy":
+            if writer.is_npy:
                 np.save(whole := io.BytesIO(), moments)
                 digest.update(whole.getbuffer())
                 with atomic_write(files[0]) as file:
@@ -223,7 +193,7 @@ class ShardWriter:
                     with atomic_write(path) as file:
                         np.savez(file, **dict(zip(NPZ_NAMES, views, strict=True)))
             sidecar = {
-                "cache_id": writer.settings.cache_id,
+                "cache_id": writer.cache_id,
                 "shard": self.shard,
                 "sha256": digest.hexdigest(),
                 "statistics": sum(parts[1:], parts[0]).to_dict() if parts else None,
@@ -240,17 +210,3 @@ def write_json(path: Path, value: dict) -> None:
     with atomic_write(path) as file:
         signed = value | {CHECKSUM: json_digest(value)}
         file.write((json.dumps(signed, indent=1) + "\n").encode())
-
-
-def verify(path: str | Path) -> CachedLatents:
-    """Read all of a cache and compare the checksums, which a published one has not."""
-    cache = open_cache(path)
-    if cache.files:
-        for index in tqdm(range(len(cache)), "reading", disable=None):
-            cache.__getitems__([(index, False), (index, True)])
-        return cache
-    said = zip(tqdm(cache.paths, "reading", disable=None), cache.manifest["shards"], strict=True)
-    if damaged := [Path(file).stem for file, entry in said if sha256(file) != entry["sha256"]]:
-        remedy = "remove the files of these shards and run main_cache.py again"
-        raise UserError(f"--cached_path {path}: wrong checksums in {', '.join(damaged)}; {remedy}")
-    return cache

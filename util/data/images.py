@@ -140,14 +140,14 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: Key | int) -> tuple[Tensor, int] | None:
         index, flip = parse_key(key, len(self))
-        if self.on_bad == "raise":
-            return self._load(index, flip)
         tries = len(self) if self.on_bad == "next" else 1
         for other in (number % len(self) for number in range(index, index + tries)):
             try:
                 if not self.bad[other]:
                     return self._load(other, flip)
             except UserError as error:
+                if self.on_bad == "raise":
+                    raise
                 self.bad[other] = True
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
         if self.on_bad == "next":

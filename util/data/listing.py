@@ -5,8 +5,8 @@ many links in its class lead to it.
 """
 
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ UNREAD = {".avif", ".heic", ".heif", ".jp2", ".j2k", ".jxl", ".svg", ".psd", ".t
 # Besides all that begins with a dot, as .ipynb_checkpoints and AppleDouble's ._0.png do.
 LEFT_BEHIND = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
 ONE_CLASS = "all"  # the class folder of images without classes, which may hold folders of them
+LINKS = "links to what is listed, left out"
 DARK = 16  # of 255: the brightest that 12 bits in 16 can be
 
 
@@ -47,35 +48,38 @@ def list_images(
     Raises UserError, naming the flag, if a folder is missing, holds no class, a class is empty, or
     the classes are a level deeper.
     """
-    root, where, walk = Path(data_path) / split, f"{flag} {data_path}", _Walk(extensions)
+    root, where, passed = Path(data_path) / split, f"{flag} {data_path}", defaultdict(list)
     with as_user_error(where, (OSError,)):
         if not root.is_dir():
             remedy = _other_root(Path(data_path), split, flag)
             raise UserError(f"{where}: there is no folder {root}; {remedy}")
         above = _with_parents(root)
         folders = [entry.path for entry in visible(root) if os.path.isdir(entry.path)]
-        walk.again = [path for path in folders if os.path.realpath(path) in above]
-        folders = [path for path in folders if path not in walk.again]
-        classes = {os.path.basename(path): walk.files(path, above) for path in folders}
-    _check_level(root, classes, split, flag)
-    empty = [name for name, files in classes.items() if not files]
+        passed[LINKS] = [path for path in folders if os.path.realpath(path) in above]
+        folders = [path for path in folders if path not in passed[LINKS]]
+        files = [_files(path, extensions, passed, above) for path in folders]
+    classes = [os.path.basename(path) for path in folders]
+    images = [path for own in files for path in own]
+    _print_notes(where, passed, images if extensions is EXTENSIONS else [])
+    if len(classes) == 1 and classes != [ONE_CLASS]:
+        _check_level(root, images, split, flag)
+    empty = [name for name, own in zip(classes, files, strict=True) if not own]
     if empty or not classes:
         lacking = f"no images in {listed(empty)}" if empty else f"no class folder in {root}"
         remedy = f"put images into {root}/CLASS/, and remove folders without any"
-        raise UserError(f"{where}: {lacking}; {remedy}{walk.unread_kinds()}")
-    samples = [(path, k) for k, files in enumerate(classes.values()) for path in files]
-    walk.print_notes(where, samples[0][0])
-    return ImageList(root, list(classes), samples)
+        raise UserError(f"{where}: {lacking}; {remedy}")
+    labels = [label for label, own in enumerate(files) for _ in own]
+    return ImageList(root, classes, list(zip(images, labels, strict=True)))
 
 
 def list_files(folder: str | Path, flag: str) -> list[str]:
     """All images in a folder and the folders in it, sorted. Raises UserError if there are none."""
-    where, walk = f"{flag} {folder}", _Walk(EXTENSIONS)
+    where, passed = f"{flag} {folder}", defaultdict(list)
     with as_user_error(where, (OSError,)):
-        files = walk.files(str(folder), set())
+        files = _files(str(folder), EXTENSIONS, passed)
+    _print_notes(where, passed, files)
     if not files:
-        raise UserError(f"{where}: no images in it{walk.unread_kinds()}")
-    walk.print_notes(where, files[0])
+        raise UserError(f"{where}: no images in it")
     return files
 
 
@@ -91,56 +95,45 @@ def _with_parents(folder: str | Path) -> set[str]:
     return set(map(str, Path(os.path.realpath(folder), "in").parents))
 
 
-class _Walk:
-    """Lists files with some extensions and remembers what it passes over."""
+def _files(
+    folder: str, extensions: tuple[str, ...], passed: dict[str, list[str]], above: Set[str] = set()
+) -> list[str]:
+    """Sorted by folder and name, each once. above: where no link may lead.
 
-    def __init__(self, extensions: tuple[str, ...]):
-        self.extensions = extensions
-        self.again: list[str] = []  # names that lead to what is listed under another one
-        self.unread: Counter[str] = Counter()  # images of other kinds, by extension
+    passed: to which what is left out is added, by its kind.
+    """
+    found, known = [], above | _with_parents(folder)  # real paths
 
-    def files(self, folder: str, entered: set[str]) -> list[str]:
-        """Sorted by folder and name. entered: where no link may lead."""
-        files = sorted(self._walk(folder, entered | _with_parents(folder)))
-        return [os.path.join(*file) for file in files]
-
-    def _walk(self, folder: str, known: set[str]) -> Iterator[tuple[str, str]]:
-        """(folder, name) of each file once. known: real paths of all that was met, extended."""
+    def walk(folder: str) -> None:
         real = os.path.realpath(folder)
         # Links last, so that a folder goes by its own name.
         for entry in sorted(visible(folder), key=os.DirEntry.is_symlink):
             own = os.path.join(real, entry.name)
             own = os.path.realpath(own) if entry.is_symlink() else own
             if own in known or (entry.is_symlink() and os.path.islink(own)):  # a link to itself
-                self.again.append(entry.path)
+                passed[LINKS].append(entry.path)
                 continue
             known.add(own)
             if entry.is_dir():
-                yield from self._walk(entry.path, known)
-            elif entry.name.lower().endswith(self.extensions):
-                yield folder, entry.name
+                walk(entry.path)
+            elif entry.name.lower().endswith(extensions):
+                found.append((folder, entry.name))
             elif (kind := os.path.splitext(entry.name)[1].lower()) in UNREAD:
-                self.unread[kind] += 1
+                passed[f"{kind} files, which are not read: convert them"].append(entry.path)
 
-    def unread_kinds(self) -> str:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.unread.items()))
-        return f" ({kinds} are not read: convert them, as to .png)" if kinds else ""
+    walk(folder)
+    return [os.path.join(*file) for file in sorted(found)]
 
-    def print_notes(self, where: str, first: str) -> None:
-        """first: the path of an image, which stands for the others."""
-        notes = []
-        if self.again:
-            names = ", ".join(map(shown, self.again[:5]))
-            notes.append(
-                f"{len(self.again)} links lead to what is listed, which counts once: {names}"
-            )
-        if self.unread:
-            notes.append(f"some images are left out{self.unread_kinds()}")
-        with suppress(UserError):  # a damaged file is named when it is read for the work
-            if self.extensions is EXTENSIONS and np.asarray(read_image(first)).max() <= DARK:
-                notes.append(f"{first} is nearly black; if it is of 12 bits in 16, multiply by 16")
-        for note in notes:
-            dist.print_main(f"warning: {where}: {note}")
+
+def _print_notes(where: str, passed: dict[str, list[str]], images: list[str]) -> None:
+    """What was left out, and that the first of the images is nearly black."""
+    with suppress(UserError):  # a damaged file is named when it is read for the work
+        if images and np.asarray(read_image(images[0])).max() <= DARK:
+            passed["nearly black; if it holds 12 bits in 16, multiply by 16"].append(images[0])
+    for kind, paths in passed.items():
+        if paths:
+            names = ", ".join(map(shown, paths[:5]))
+            dist.print_main(f"warning: {where}: {len(paths)} {kind}: {names}")
 
 
 def _other_root(folder: Path, split: str, flag: str) -> str:
@@ -150,12 +143,11 @@ def _other_root(folder: Path, split: str, flag: str) -> str:
     return f"name {flag} {found[0].parent}" if found else "put the class folders there"
 
 
-def _check_level(root: Path, classes: dict[str, list[str]], split: str, flag: str) -> None:
-    """Raise UserError if the only class holds no images but folders of them: those are classes."""
-    (name, files), *others = classes.items() or [("", [])]
-    folders = sorted(set(map(os.path.dirname, files)))
+def _check_level(root: Path, images: list[str], split: str, flag: str) -> None:
+    """Raise UserError if the only class has no images but folders of them: those are classes."""
+    folders = sorted(set(map(os.path.dirname, images)))
     inner = Path(os.path.commonpath(folders or [root]))
-    if others or name == ONE_CLASS or len(folders) < 2 or str(inner) in folders:
+    if len(folders) < 2 or str(inner) in folders:
         return
     named = f"name {flag} {inner.parent if split else inner}, or "
     raise UserError(

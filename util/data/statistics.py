@@ -3,9 +3,9 @@
 latent_scale = 1 / std of posterior samples, over all images, channels and positions. By the law of
 total variance, Var[sample] = Var[mean] + E[variance].
 
-channel_order = channels by their share of low-frequency energy, largest first. A channel's energy
-is the power of the 2-D spectra of its posterior means, less its mean over the whole data set. Low
-are the frequencies within a quarter of the sampling frequency from zero, which itself counts.
+channel_order = channels by their share of low-frequency energy, largest first: the power of the 2-D
+spectra of posterior means, less their mean over the data set, at frequencies from zero to a quarter
+of the sampling frequency.
 
 histogram = the distribution of posterior samples in each channel, which calibrated levels fit.
 
