@@ -18,36 +18,17 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
 from models.tokenizers import kl16
 from models.tokenizers.tokenizer import from_uint8
+from util import args as flags
 from util import dist, stop
-from util.args import (
-    CACHED_PATH,
-    CONFIG,
-    DATA_PATH,
-    JSON,
-    VAE,
-    Flag,
-    Parser,
-    changed,
-    positive_int,
-    random_seed,
-    settings_saved,
-    value,
-)
-from util.data.cache_writer import (
-    DTYPES,
-    FORMATS,
-    CacheSettings,
-    CacheWriter,
-    ShardWriter,
-    list_digest,
-    verify,
-)
+from util.args import Flag, Parser, positive_int, value
+from util.data.cache_writer import CacheWriter, ShardWriter, list_digest
 from util.data.images import ImageDataset, collate_skipping
+from util.data.latent_cache import FORMAT_VERSION, verify
 from util.data.listing import ImageList, list_images, print_class_notes
 from util.errors import UserError
 from util.files import only_job_in
@@ -65,20 +46,20 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_flags(
         "cache",
-        DATA_PATH,
+        flags.DATA_PATH,
         Flag("split", str, "train", "subfolder of --data_path to encode"),
-        CACHED_PATH,
+        flags.CACHED_PATH,
         Flag("batch_size", positive_int, 128, "images a batch"),
-        Flag("format", str, "npy", "shards, or the published CLASS/IMAGE.npz", FORMATS),
-        Flag("dtype", str, None, "of the moments; default: float16, float32 in npz files", DTYPES),
+        Flag("format", str, "npy", "shards, or the published CLASS/IMAGE.npz", ("npy", "npz")),
+        Flag("dtype", str, None, "default: float16, float32 in npz files", ("float16", "float32")),
         Flag("shard_size", positive_int, 4096, "images a shard, held in memory"),
         Flag("verify", bool, False, "only check an existing cache"),
         Flag("dry_run", bool, False, "check all, encode one batch, say what all takes"),
-        JSON,
+        flags.JSON,
     )
-    parser.add_flags("tokenizer", *VAE)
+    parser.add_flags("tokenizer", *flags.VAE)
     parser.add_loader_flags()
-    parser.add_device_flags(seed=Flag("seed", random_seed, 0, "of everything random"))
+    parser.add_device_flags(seed=Flag("seed", flags.random_seed, 0, "of everything random"))
     return parser
 
 
@@ -94,7 +75,7 @@ def main() -> None:
         return
     with figures_on_stdout(args.json) as figures:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
-        dist.print_main(changed(args, parser))
+        dist.print_main(flags.changed(args, parser))
         figures.update(write_cache(args, device))
     dist.cleanup()
 
@@ -111,25 +92,25 @@ def write_cache(args, device: torch.device) -> dict:
 
         step = partial(try_batch, writer, vae, args.batch_size, device)
         return doctor.dry_run(args, device, CHECKS, step)
-    on_bad, size = "drop" if args.skip_bad_images else "raise", writer.settings.image_size
+    on_bad, size = "drop" if args.skip_bad_images else "raise", writer.settings["image_size"]
     dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
     with only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext():
         # One process says what is to be done; each takes every W-th shard.
         pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]
         dist.print_main(f"{len(pending)} of {writer.num_shards} shards to write")
         own = pending[dist.rank() :: dist.world_size()]
-        shards = {shard: unfinished(writer, shard, args.batch_size) for shard in own}
+        batches = {k: list(BatchSampler(writer.images(k), args.batch_size, False)) for k in own}
         loader = DataLoader(
             dataset,
-            batch_sampler=[batch for batches in shards.values() for batch in batches],
+            batch_sampler=[batch for shard in batches.values() for batch in shard],
             collate_fn=collate_skipping,
             num_workers=args.num_workers,
             pin_memory=args.pin_mem and device.type == "cuda",
             worker_init_fn=stop.ignore_in_worker,
         )
         # Of a whole cache, config.yaml keeps saying what it was made with.
-        with settings_saved(args, writer.folder / CONFIG) if pending else nullcontext():
-            encode_shards(vae, loader, writer, shards, device)
+        with flags.settings_saved(args, writer.folder / flags.CONFIG) if pending else nullcontext():
+            encode_shards(vae, loader, writer, batches, device)
             dist.barrier()
         manifest = writer.write_manifest(vae.is_kl16) if dist.is_main() else None
         dist.barrier()
@@ -141,17 +122,19 @@ def open_writer(args, images: ImageList, vae: kl16.VAE) -> CacheWriter:
         raise UserError("--dtype float16: the published form (--format npz) is float32")
     names = [os.path.relpath(path, images.root) for path, _ in images.samples]
     labels = [label for _, label in images.samples]
-    settings = CacheSettings(
-        format=args.format,
-        dtype=args.dtype or ("float16" if args.format == "npy" else "float32"),
-        shard_size=args.shard_size,
-        image_size=value(args, "img_size"),
-        vae_sha256=vae_digest(value(args, "vae_path")),
-        vae_config=vae.config,
-        vae_stride=vae.stride,
-        classes=images.classes,
-        images_sha256=list_digest(names, labels),
-    )
+    settings = {
+        "format": args.format,
+        "dtype": args.dtype or ("float16" if args.format == "npy" else "float32"),
+        "shard_size": args.shard_size,
+        "image_size": value(args, "img_size"),
+        "vae_sha256": vae_digest(value(args, "vae_path")),
+        "vae_config": vae.config,
+        "vae_stride": vae.stride,
+        "classes": images.classes,
+        "images_sha256": list_digest(names, labels),
+        "crop": "adm_center_crop",
+        "format_version": FORMAT_VERSION,
+    }
     return CacheWriter(args.cached_path, settings, names, labels)
 
 
@@ -162,14 +145,13 @@ def encode_shards(
     shards: dict[int, list[list[int]]],
     device: torch.device,
 ) -> None:
-    """Encode and write these shards: workers decode, the device encodes, a thread writes, at once.
+    """Encode and write shards: workers decode, the device encodes, a thread writes, all at once.
 
-    loader: the images of all batches of all shards, one after the other. shards: the numbers of the
-    images of each batch of each shard.
+    shards: batches of the numbers of each one's images, which the loader loads in this order.
     """
     loaded, bad, waiting = iter(loader), loader.dataset.bad, deque()
-    count = sum(len(batch) for batches in shards.values() for batch in batches)
-    bar = tqdm(total=count, unit="img", disable=None if dist.is_main() else True)
+    total = sum(len(writer.images(shard)) for shard in shards)
+    bar = tqdm(total=total, unit="img", disable=None if dist.is_main() else True)
 
     def wait_until(left: int) -> None:
         while len(waiting) > left:
@@ -178,8 +160,7 @@ def encode_shards(
     with bar, ThreadPoolExecutor(max_workers=1) as thread:
         for shard, batches in shards.items():
             filled = ShardWriter(writer, shard)
-            for batch in batches:
-                readable = next(loaded)
+            for batch, readable in zip(batches, loaded, strict=False):  # no more than the batches
                 if readable is not None:
                     kept = [i for i in batch if not bad[i]]
                     moments = encode(vae, readable[0].to(device, non_blocking=True))
@@ -192,15 +173,6 @@ def encode_shards(
         wait_until(0)
 
 
-def unfinished(writer: CacheWriter, shard: int, size: int) -> list[list[int]]:
-    """The batches of a shard in which images are missing, divided as if none were there, since
-    how a VAE rounds depends on the batch.
-    """
-    images, missing = writer.images(shard), set(writer.missing(shard))
-    batches = [list(images[i : i + size]) for i in range(0, len(images), size)]
-    return [batch for batch in batches if not missing.isdisjoint(batch)]
-
-
 @torch.inference_mode()
 def encode(vae: kl16.VAE, images: Tensor) -> np.ndarray:
     """images: uint8 [B, 3, H, W] -> moments [B, 2, 2C, h, w] of them and of their mirror images."""
@@ -211,8 +183,8 @@ def encode(vae: kl16.VAE, images: Tensor) -> np.ndarray:
 
 def try_batch(writer: CacheWriter, vae: kl16.VAE, batch_size: int, device: torch.device) -> dict:
     """The step of --dry_run: encode one batch of black images; what the whole cache would take."""
-    missing = sum(len(writer.missing(shard)) for shard in writer.unfinished())
-    size, folder = writer.settings.image_size, writer.folder.absolute()
+    missing = sum(len(writer.images(shard)) for shard in writer.pending())
+    size, folder = writer.settings["image_size"], writer.folder.absolute()
     images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device)
     for _ in range(1 if device.type == "cpu" else 2):  # a GPU chooses its kernels at first
         started = time.perf_counter()
@@ -220,20 +192,19 @@ def try_batch(writer: CacheWriter, vae: kl16.VAE, batch_size: int, device: torch
         seconds = time.perf_counter() - started
     slowest = torch.tensor([seconds, float(peak_memory(device))], device=device)
     seconds, peak = dist.all_reduce_max(slowest).tolist()
-    speed = batch_size * dist.world_size() / seconds
-    bytes_per_image = moments[0].astype(writer.settings.dtype).nbytes
-    disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
-    if disk.free < bytes_per_image * missing:
+    hours = missing / batch_size / dist.world_size() * seconds / 3600
+    to_write = missing * moments[0].astype(writer.settings["dtype"]).nbytes
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    if free < to_write:
         dist.print_main(f"warning: {folder}: the disk is too small for the cache")
     return {
         "images": len(writer.names),
         "images_to_encode": missing,
-        "images_per_second": speed,
-        "hours": (hours := missing / speed / 3600),
+        "images_per_second": batch_size * dist.world_size() / seconds,
+        "hours": hours,
         "device_hours": hours * dist.world_size(),
-        "bytes_of_cache": bytes_per_image * len(writer.names),
-        "bytes_to_write": bytes_per_image * missing,
-        "bytes_free": disk.free,
+        "bytes_to_write": to_write,
+        "bytes_free": free,
         "bytes_peak": int(peak),
     }
 
@@ -241,14 +212,11 @@ def try_batch(writer: CacheWriter, vae: kl16.VAE, batch_size: int, device: torch
 def report(manifest: dict, path: str) -> dict:
     """Say what the cache holds; the same as figures."""
     used, measured = manifest["latent_scale"], manifest["measured_latent_scale"]
-    notes = [f"skipped {name}" for name in manifest["skipped"]]
     summary = f"{manifest['count']} images in {len(manifest['classes'])} classes"
-    print(f"{path}: {summary}, {len(notes)} skipped, latent scale {used:.4g}")
+    print(f"{path}: {summary}, {len(manifest['skipped'])} skipped, latent scale {used:.4g}")
     if abs(measured / used - 1) > 0.1:
         scales = f"these latents ask for a scale of {measured:.4g}, the published one is {used:.4g}"
-        notes += [f"warning: {scales}: another VAE than kl16.ckpt, or unusual images"]
-    for note in notes:
-        print(note, file=sys.stderr)
+        print(f"warning: {scales}: another VAE than kl16.ckpt, or unusual images", file=sys.stderr)
     return {"cached_path": path} | {name: manifest[name] for name in SHOWN}
 
 

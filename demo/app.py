@@ -175,7 +175,6 @@ def generate_tab(library: Library, model: list, seed_value: int) -> list:
 
 
 def reconstruct_tab(library: Library, model: list) -> list:
-    """The components whose values a checkpoint brings with it."""
     with gr.Column(scale=1, min_width=280):
         picture = gr.Image(label="Picture", sources=["upload", "clipboard"], elem_id="picture")
         # The project's own reader opens it: no other formats, one line for a damaged file.
@@ -197,11 +196,10 @@ def main() -> None:
         raise UserError("the page needs gradio: pip install -c requirements.lock -e '.[app]'")
     if path := next((path for path in args.resume or [] if not Path(path).exists()), None):
         raise UserError(f"--resume {path} does not exist; name a checkpoint or its folder")
-    vae_path = args.vae_path
     device = resolve_device(args.device)
     folder = tempfile.TemporaryDirectory(prefix="tokenbridge-page-")
     os.environ["GRADIO_TEMP_DIR"] = folder.name  # what visitors upload goes when the page does
-    page = make_page(Library(args, device, args.resume or (), vae_path), value(args, "seed"))
+    page = make_page(Library(args, device, args.resume or (), args.vae_path), value(args, "seed"))
     for name in ("NO_PROXY", "no_proxy"):  # gradio's requests to itself
         os.environ[name] = ",".join([os.environ.get(name, ""), "127.0.0.1", args.host]).strip(",")
     options = dict(quiet=True, prevent_thread_lock=True, ssr_mode=False, footer_links=[])

@@ -143,10 +143,9 @@ def draw(
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     """The images of `models.generate.generate`, of the same labels and options, step by step.
 
-    seconds: to take at least, so that eyes can follow. Yields, after every iteration but those
-    that take longer to show than to compute, its number, how many there are, pixels uint8
-    [B, S, S, 3], and maps [2, B, G, G] of the iteration that filled a position and the mean
-    log-probability of its channels, nan where nothing is filled yet.
+    seconds: to take at least, so that eyes can follow. Yields, after iterations that do not take
+    longer to show than to compute, number, how many there are, pixels uint8 [B, S, S, 3], and maps
+    [2, B, G, G]: the iteration that filled a position, the mean log-probability of its channels.
     """
     model, config = loaded.model, loaded.model.config
     device = next(model.parameters()).device

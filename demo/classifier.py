@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -21,6 +20,7 @@ from torch_fidelity.registry import register_feature_extractor
 
 from util import dist
 from util.args import Parser, positive_int
+from util.data.images import read_image
 from util.evaluation.extractor import Extractor
 from util.evaluation.metrics import Statistics, frechet, statistics
 from util.evaluation.reference import load_fid_statistics
@@ -83,8 +83,8 @@ register_feature_extractor("digits", DigitFeatures)
 
 def load_images(paths: list[Path]) -> Tensor:
     """Image files of one size -> uint8 [N, 3, S, S]."""
-    pixels = [np.asarray(Image.open(path).convert("RGB")) for path in paths]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    pixels = np.stack([np.asarray(read_image(path)) for path in paths])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def grey(images: Tensor) -> Tensor:
@@ -124,12 +124,6 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> Classifier:
     return model.eval()
 
 
-def nearest_distance(images: Tensor, references: Tensor) -> float:
-    """Mean over images of the root mean square pixel difference to the nearest reference."""
-    distances = torch.cdist(images.flatten(1), references.flatten(1))
-    return distances.min(1).values.mean().item() / images[0].numel() ** 0.5
-
-
 def labelled_images(folder: Path) -> tuple[Tensor, Tensor]:
     """Images and labels of folder/CLASS/, classes numbered in sorted order."""
     classes = sorted(path.name for path in folder.iterdir())
@@ -151,11 +145,13 @@ def judge(
     """Figures of images. stats: of the training images' features; train: their pixels."""
     found = extractor(images)
     predictions = found["logits"].argmax(dim=1)
+    distances = torch.cdist(grey(images).flatten(1), grey(train).flatten(1))
     return {
         "images": len(images),
         "accuracy": (predictions == labels).double().mean().item(),
         "frechet_to_train": frechet(statistics(found["features"]), stats),
-        "nearest_training_image": nearest_distance(grey(images), grey(train)),
+        # Root mean square of the pixels' differences, the mean over images.
+        "nearest_training_image": distances.div(images.shape[-1]).amin(1).mean().item(),
         "labels": labels.tolist(),
         "predictions": predictions.tolist(),
     }

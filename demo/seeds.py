@@ -18,17 +18,16 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23], help="one demo each")
     args = parser.parse()
-    accuracies, rows = [], []
+    accuracies, rows = [], ["| seed | accuracy | Fréchet distance |", "|---|---|---|"]
     for number in args.seeds:
         if subprocess.run(["bash", ROOT / "demo" / "run.sh", "--seed", str(number)]).returncode:
             raise UserError(f"the demo of --seeds {number} failed, see above")
-        path = ROOT / "output" / f"demo-seed{number}" / "scores.json"
+        path = ROOT / f"output/demo-seed{number}/scores.json"
         scores = json.loads(path.read_text())["generated"]
         accuracies.append(scores["accuracy"])
         rows.append(f"| {number} | {accuracies[-1]:.1%} | {scores['frechet_to_train']:.2f} |")
-    print("\n| seed | accuracy | Fréchet distance |", "|---|---|---|", *rows, sep="\n")
-    mean = sum(accuracies) / len(accuracies)
-    print(f"\nmean {mean:.1%}, lowest {min(accuracies):.1%}")
+    rows += ["", f"mean {sum(accuracies) / len(accuracies):.1%}, lowest {min(accuracies):.1%}"]
+    print("", *rows, sep="\n")
 
 
 if __name__ == "__main__":

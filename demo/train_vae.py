@@ -8,7 +8,6 @@ two tokenizers were made: demo/digits_vae.ckpt, and, with --vq, demo/digits_vq.c
 Letters: N images, S side in pixels, B batch, K codes.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -42,22 +41,11 @@ def load_part(data_path: Path, part: str, size: int) -> Tensor:
     return from_uint8(torch.stack([dataset[index][0] for index in range(len(dataset))]))
 
 
-def batches(images: Tensor, steps: int) -> Iterator[Tensor]:
-    """`steps` random batches [B, 3, S, S]; within an epoch no image comes twice."""
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        if len(order) < BATCH:
-            order = torch.randperm(len(images))
-        yield images[order[:BATCH]]
-        order = order[BATCH:]
-
-
-def kl_loss(vae: AutoencoderKL, batch: Tensor) -> tuple[Tensor, str]:
-    """The loss, and its parts in words."""
+def kl_loss(vae: AutoencoderKL, batch: Tensor) -> Tensor:
     posterior = vae.encode(batch)
     distance = (vae.decode(posterior.sample()) - batch).abs().mean()
     kl = posterior.kl().mean() / posterior.mean[0].numel()
-    return distance + KL_WEIGHT * kl, f"L1 {distance:.4f}, KL {kl:.3f}"
+    return distance + KL_WEIGHT * kl
 
 
 class VQLoss:
@@ -69,7 +57,7 @@ class VQLoss:
         self.idle = torch.zeros(codes)  # steps since each was chosen
         self.restarts = int(RESTARTING * steps)
 
-    def __call__(self, vae: VQModel, batch: Tensor) -> tuple[Tensor, str]:
+    def __call__(self, vae: VQModel, batch: Tensor) -> Tensor:
         z = vae.before_quantizer(batch)
         self.restart(vae.quantize.embedding.weight, z)
         codes, indices = vae.quantize(z)
@@ -80,9 +68,7 @@ class VQLoss:
         codebook, commitment = (
             pair.square().sum(dim=1).mean() for pair in (z.detach() - codes, z - codes.detach())
         )
-        used = int((self.idle < PATIENCE).sum())
-        loss = distance + VQ_WEIGHT * (codebook + BETA * commitment)
-        return loss, f"L1 {distance:.4f}, codebook {codebook:.3f}, {used} codes"
+        return distance + VQ_WEIGHT * (codebook + BETA * commitment)
 
     @torch.no_grad()
     def restart(self, codebook: Tensor, z: Tensor) -> None:
@@ -96,21 +82,22 @@ class VQLoss:
 
 
 def train(vae: VAE, images: Tensor, steps: int) -> None:
-    """Train in place, in fp32."""
+    """Train in place, in fp32; within an epoch no image comes twice."""
     optimizer = torch.optim.AdamW(vae.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, HIGHEST_RATE, total_steps=steps, pct_start=0.1
     )
     loss_of = VQLoss(len(vae.codebook), steps) if isinstance(vae, VQModel) else kl_loss
-    progress = tqdm(batches(images, steps), total=steps)
-    for batch in progress:
-        loss, parts = loss_of(vae, batch)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in tqdm(range(steps)):
+        order = order if len(order) >= BATCH else torch.randperm(len(images))
+        batch, order = images[order[:BATCH]], order[BATCH:]
+        loss = loss_of(vae, batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        progress.set_postfix_str(parts, refresh=False)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 PAGE = ROOT / "output" / "demo-quick" / "report.html"
 STAGES = 10
 SECTIONS = [
-    *("Real and generated", "Mistakes", "Figures", "Training", "Validation loss"),
+    *("Real and generated", "Figures", "Training", "Validation loss"),
     *("Images over time", "Use of the levels", "Evaluation", "Reconstruction"),
     *("Configuration", "Environment", "Time"),
 ]

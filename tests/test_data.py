@@ -39,20 +39,6 @@ def test_center_crop_equals_golden():
         center_crop(Image.new("RGB", (1, 60000)), 256)
 
 
-def test_halving_is_the_box_filter_of_resize_to_the_bit():
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        width, height = rng.integers(8, 65, 2)
-        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
-        size = min(width, height) // 4
-        expected = image
-        while min(expected.size) >= 2 * size:
-            half = (expected.width // 2, expected.height // 2)
-            expected = expected.resize(half, Image.Resampling.BOX)
-        expected = center_crop(expected, size)  # which has nothing left to halve
-        np.testing.assert_array_equal(center_crop(image, size), expected, f"{image.size}")
-
-
 def test_images_of_all_kinds_become_upright_rgb_of_8_bits(tmp_path):
     eight = gradient()
     sixteen = eight.astype(np.uint16) * 257  # scaled, not clipped
@@ -96,9 +82,8 @@ def test_bad_files_are_named_with_the_remedy(tmp_path):
             read_image(tmp_path / name)
 
 
-def test_image_bomb_is_refused_with_its_size(tmp_path, monkeypatch):
+def test_image_bomb_is_refused_with_its_size(tmp_path):
     path = save(tmp_path / "bomb.png", np.zeros((40, 30), np.uint8))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow's own has no say
     with pytest.raises(UserError, match="30 x 40 is 1200 pixels.* --max_image_pixels 1199"):
         read_image(path, 1199)
     assert read_image(path, 1200).size == (30, 40)
@@ -161,11 +146,7 @@ def test_next_readable_image_takes_the_place_of_a_bad_one(samples, capfd):
     assert dataset.bad.sum() == 2
     named = capfd.readouterr().err.splitlines()  # once, however often they are met
     assert len(named) == 2 and "2.png" in named[0] and "3.png" in named[1]
-
-
-def test_next_wraps_around_and_ends(samples):
-    assert ImageDataset(samples[2:] + samples[:2], 16, on_bad="next")[1][1] == 4
-    assert ImageDataset([samples[1], samples[2]], 16, on_bad="next")[1][1] == 1
+    assert ImageDataset([samples[1], samples[2]], 16, on_bad="next")[1][1] == 1  # the first again
     with pytest.raises(UserError, match="none of the 2 images"):
         ImageDataset(samples[2:4], 16, on_bad="next")[0]
 
@@ -188,11 +169,13 @@ def micro_batches(world_size: int, first_step: int = 0, num_steps: int = 8) -> d
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4, 6, 12])
-def test_micro_batches_do_not_depend_on_the_number_of_processes(world_size):
+@pytest.mark.parametrize("world_size", [1, 3, 4, 12])
+def test_micro_batches_depend_neither_on_the_processes_nor_on_restarts(world_size):
     alone = micro_batches(1)
     assert len(alone) == 8 * G
+    rest = micro_batches(world_size, 5, 3)
     assert micro_batches(world_size) == alone
+    assert rest == {key: keys for key, keys in alone.items() if key[0] >= 5}
 
 
 def test_every_sample_comes_at_most_once_an_epoch_and_epochs_differ():
@@ -218,13 +201,6 @@ def test_flips_are_fair_and_differ_between_epochs_or_are_none():
     assert not any(flips(0, flip=False).values())
     assert abs(sum(first.values()) - 2000) < 200
     assert 1800 < sum(first[i] != second[i] for i in range(4000)) < 2200
-
-
-@pytest.mark.parametrize("first_step", [1, 3, 5])
-def test_restart_goes_on_identically(first_step):
-    whole = micro_batches(2)
-    rest = micro_batches(2, first_step, 8 - first_step)
-    assert rest == {key: keys for key, keys in whole.items() if key[0] >= first_step}
 
 
 def test_too_few_samples_for_a_step_are_refused():

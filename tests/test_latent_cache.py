@@ -2,9 +2,7 @@
 
 import json
 import pickle
-import resource
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +13,16 @@ from torch.utils.data import DataLoader
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
 from util.data import cache_writer
 from util.data.batches import Batches, MicroBatchSampler
-from util.data.cache_writer import CacheSettings, CacheWriter, ShardWriter, list_digest, verify
-from util.data.latent_cache import as_one_batch, json_digest, open_cache
+from util.data.cache_writer import CacheWriter, ShardWriter, list_digest
+from util.data.latent_cache import as_one_batch, json_digest, open_cache, verify
 from util.data.statistics import LatentStats
 from util.errors import UserError
-from util.files import sha256
 
 C, H, W = 3, 4, 5
 NAMES = [f"{name}/{i}.png" for name in ("ant", "bee") for i in range(5)]
 LABELS = [0] * 5 + [1] * 5
 MOMENTS = np.random.default_rng(0).normal(size=(10, 2, 2 * C, H, W)).astype(np.float32)
-SETTINGS = CacheSettings(
+SETTINGS = dict(
     format="npy",
     dtype="float32",
     shard_size=4,
@@ -35,17 +32,18 @@ SETTINGS = CacheSettings(
     vae_stride=4,
     classes=["ant", "bee"],
     images_sha256=list_digest(NAMES, LABELS),
+    format_version=2,
 )
 FORMS = pytest.mark.parametrize("form", ["npy", "npz"])
 
 
 def writer_for(path: Path, **changes) -> CacheWriter:
-    return CacheWriter(str(path), replace(SETTINGS, **changes), NAMES, LABELS)
+    return CacheWriter(str(path), SETTINGS | changes, NAMES, LABELS)
 
 
 def write(writer: CacheWriter, shard: int, bad=(), moments: np.ndarray = MOMENTS) -> list[int]:
     """What the encoder would hand over, in batches of three; the numbers of the images."""
-    images = [i for i in writer.missing(shard) if i not in bad]
+    images = [i for i in writer.images(shard) if i not in bad]
     filled = ShardWriter(writer, shard)
     for i in range(0, len(images), 3):
         filled.take(images[i : i + 3], moments[images[i : i + 3]])
@@ -170,8 +168,7 @@ def test_only_what_is_missing_is_written_again_and_identically(tmp_path, form, m
     (tmp_path / "shard-00002.npy").unlink(missing_ok=True)
     (tmp_path / "bee" / "3.png.npz").unlink(missing_ok=True)
     (tmp_path / ".shard-00001.npy.123.tmp").write_bytes(b"half")
-    expected = [4, 5, 6, 7, 8, 9] if form == "npy" else [8]  # complete npz files are kept
-    assert fill(tmp_path, format=form) == expected
+    assert fill(tmp_path, format=form) == [4, 5, 6, 7, 8, 9]
     assert contents(tmp_path) == before
 
 
@@ -186,13 +183,12 @@ def test_a_folder_of_other_settings_is_refused_unchanged(tmp_path):
 
 
 def test_a_shard_of_another_cache_or_place_is_refused(tmp_path):
-    fill(tmp_path / "mine")
-    fill(tmp_path / "other", vae_sha256="cd" * 32)
-    own = tmp_path / "mine" / "shard-00001.json"
-    for other in (tmp_path / "other" / "shard-00001.json", tmp_path / "mine" / "shard-00000.json"):
-        shutil.copy(other, own)
-        assert str(own) in complaint(writer_for(tmp_path / "mine").pending)
-        assert "belongs to another place" in complaint(open_cache, tmp_path / "mine")
+    fill(tmp_path)
+    own, other = tmp_path / "shard-00001.json", tmp_path / "shard-00000.json"
+    for changes in (dict(cache_id="of another"), json.loads(other.read_text())):
+        rewrite(own, **changes)
+        assert str(own) in complaint(writer_for(tmp_path).pending)
+        assert str(own) in complaint(open_cache, tmp_path)
 
 
 def test_nothing_is_written_beside_other_files_or_of_values_beyond_float16(tmp_path):
@@ -204,27 +200,17 @@ def test_nothing_is_written_beside_other_files_or_of_values_beyond_float16(tmp_p
     assert not (tmp_path / "cache").exists()
 
 
-def test_lost_settings_are_no_hindrance_to_go_on(tmp_path):
-    fill(tmp_path)
-    before = contents(tmp_path)
-    (tmp_path / "settings.json").write_bytes(b"")
-    assert "settings.json" in complaint(writer_for, tmp_path)
-    (tmp_path / "settings.json").unlink()
-    assert "other settings" in complaint(writer_for(tmp_path, image_size=32).pending)
-    (tmp_path / "shard-00001.json").unlink()
-    assert fill(tmp_path) == [4, 5, 6, 7]
-    assert contents(tmp_path) == before
-
-
 # --- what is refused
 
 
 def test_missing_unfinished_and_other_caches_are_refused(tmp_path):
-    assert "not a folder" in complaint(open_cache, tmp_path / "none")
+    assert "no folder" in complaint(open_cache, tmp_path / "none")
     (tmp_path / "images" / "ant").mkdir(parents=True)
     assert "ant" in complaint(open_cache, tmp_path / "images")
     fill(tmp_path / "cache")
-    assert "--img_size 32" in complaint(open_cache, tmp_path / "cache", img_size=32)
+    assert "--img_size: image_size is 16, not 32" in complaint(
+        open_cache, tmp_path / "cache", img_size=32
+    )
     assert "--vae_path" in complaint(open_cache, tmp_path / "cache", vae_sha256="cd" * 32)
     for name in ("manifest.json", "settings.json"):
         (tmp_path / "cache" / name).unlink()
@@ -248,9 +234,8 @@ def test_damaged_files_are_named_and_never_unpickled(tmp_path, form):
     for content in (b"", whole[: len(whole) // 2], (tmp_path / "trap.npy").read_bytes()):
         path.write_bytes(content)
         assert name in complaint(lambda: open_cache(tmp_path)[7])
-    arrays = {"moments": trap}, {"other": MOMENTS[0]}, {"moments": MOMENTS[7, 0, :3]}
-    for content in (*arrays, {"moments": MOMENTS[7, 0].astype(int)}):
-        np.savez(tmp_path / "other.npz", **content)
+    for array in (trap, MOMENTS[7, 0, :3], MOMENTS[7, 0].astype(int)):
+        np.savez(tmp_path / "other.npz", moments=array)
         shutil.copy(tmp_path / "other.npz", path)
         assert name in complaint(lambda: open_cache(tmp_path)[7])
     path.unlink()
@@ -271,41 +256,25 @@ def test_a_wrong_bit_is_named_when_it_is_read_and_by_verify(tmp_path, form):
     cache = open_cache(tmp_path)
     assert name in complaint(lambda: cache.__getitems__([(1, False), (7, True)]))
     assert torch.equal(cache[(8, True)][0], torch.from_numpy(MOMENTS[8, 1]))
-    assert name.removesuffix(".npy") in complaint(verify, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["shard-00000.npy", "bee/2.png.npz", "bee"])
-def test_links_that_lead_out_of_the_folder_are_refused(tmp_path, name):
-    folder, form = tmp_path / "cache", "npy" if name.endswith("npy") else "npz"
-    fill(folder, format=form)
-    (tmp_path / "link").symlink_to(folder)  # to the whole, and within it
-    (folder / name).rename(folder / "inside")
-    (folder / name).symlink_to(folder / "inside")
-    assert len(open_cache(tmp_path / "link")) == 10
-    (folder / "inside").rename(tmp_path / "outside")
-    (folder / "inside").symlink_to(tmp_path / "outside")
-    for action in (open_cache, lambda path: writer_for(path, format=form).pending()):
-        assert "leads out of the folder" in complaint(action, folder)
+    assert name in complaint(verify, tmp_path)
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
     fill(tmp_path, format="npz")
-    sidecar, manifest = tmp_path / "shard-00000.json", tmp_path / "manifest.json"
+    sidecar = tmp_path / "shard-00000.json"
     names = json.loads(sidecar.read_text())["names"]
     for name in ("../../etc/passwd", "/etc/passwd", "ant/../../x"):
         rewrite(sidecar, names=[name, *names[1:]])
-        shards = json.loads(manifest.read_text())["shards"]
-        shards[0]["sidecar_sha256"] = sha256(sidecar)
-        rewrite(manifest, shards=shards)
-        assert "leads out of the folder" in complaint(open_cache, tmp_path)
+        for action in (open_cache, lambda path: writer_for(path, format="npz").pending()):
+            assert "leads out of the folder" in complaint(action, tmp_path)
 
 
 def test_json_files_of_other_versions_or_content_are_refused(tmp_path):
     fill(tmp_path)
     manifest, sidecar = tmp_path / "manifest.json", tmp_path / "shard-00001.json"
     whole = manifest.read_text()
-    for text in ("", "{", "[]", "\udcff", whole + "x", whole.replace("0.", "1.", 1)):
-        manifest.write_bytes(text.encode(errors="surrogateescape"))
+    for text in ("", "[]", whole + "x", whole.replace("0.", "1.", 1)):
+        manifest.write_text(text)
         assert "manifest.json" in complaint(open_cache, tmp_path)
     manifest.write_text(json.dumps(json.loads(whole)))  # spaced in another way
     assert len(open_cache(tmp_path)) == 10
@@ -314,15 +283,4 @@ def test_json_files_of_other_versions_or_content_are_refused(tmp_path):
     for name in ("manifest.json", "settings.json"):
         rewrite(tmp_path / name, format_version=1)
     for action in (open_cache, writer_for):
-        assert "format version 1, this program reads 2" in complaint(action, tmp_path)
-
-
-def test_more_shards_than_open_files_are_allowed_raise_the_limit(tmp_path):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    fill(tmp_path, shard_size=1)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
-        assert len(open_cache(tmp_path)) == 10
-        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 10 + 100
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert "format_version" in complaint(action, tmp_path)

@@ -26,9 +26,9 @@ def moments_of(means: torch.Tensor, std: float = 0.5) -> torch.Tensor:
     return torch.cat([means, torch.full_like(means, 2 * math.log(std))], dim=1)
 
 
-def random_moments(count: int, channels: int = 3, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 2 * channels, SIDE, SIDE + 2, generator=generator) + 1
+def random_moments(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 6, SIDE, SIDE + 2, generator=generator) + 1
 
 
 def test_channels_are_ordered_by_their_low_frequencies():
@@ -58,21 +58,13 @@ def test_scale_brings_posterior_samples_to_unit_variance():
     p = stats.histogram.counts / stats.histogram.counts.sum(dim=1, keepdim=True)
     middles = (torch.arange(BINS) - BINS // 2 + 0.5) * stats.histogram.bin_widths()[:, None]
     mean = (p * middles).sum(dim=1)  # the histogram is of the samples, too
-    std = (p * (middles - mean[:, None]).square()).sum(dim=1).sqrt()
     torch.testing.assert_close(mean, stats.channel_mean(), rtol=0.06, atol=0)
-    torch.testing.assert_close(std, stats.channel_std(), rtol=0.02, atol=0)
     assert (samples * stats.latent_scale()).std().item() == pytest.approx(1, rel=0.01)
     torch.testing.assert_close(stats.channel_mean(), means.mean(dim=(0, 2, 3)))
     torch.testing.assert_close(stats.channel_std(), samples.std(dim=(0, 2, 3)), rtol=0.02, atol=0)
     means = torch.stack([torch.full((SIDE, SIDE), value) for value in (3.0, -3.0)])[None]
     between = LatentStats.of(moments_of(means, std=4.0))  # the variance between channels counts
     assert between.latent_scale() == pytest.approx(1 / 5)
-
-
-def test_latents_that_are_not_finite_are_refused():
-    for value in (math.inf, math.nan):
-        with pytest.raises(ValueError, match="not finite"):
-            LatentStats.of(moments_of(torch.full((2, 1, 4, 4), value)))
 
 
 def test_merged_parts_equal_the_whole_and_survive_json():
@@ -106,6 +98,9 @@ def test_counts_are_numpys():
         assert np.array_equal(histogram.counts[channel], np.histogram(values, edges)[0])
         assert histogram.bin_widths()[channel] == edges[1] - edges[0]
     assert histogram.bin_widths(0.5).tolist() == (histogram.bin_widths() / 2).tolist()
+    for value in (math.inf, math.nan):
+        with pytest.raises(ValueError, match="not finite"):
+            LatentHistogram.of(torch.full((2, 1, 4, 4), value))
     on_edges = torch.tensor([-1.0, 0.0, 1.0, 1.5])[:, None, None, None]  # of the bin above
     bins = LatentHistogram.of(on_edges).counts[0].nonzero().flatten()
     assert bins.tolist() == [BINS // 4, BINS // 2, 3 * BINS // 4, 7 * BINS // 8]

@@ -1,7 +1,6 @@
 """main_cache.py as a user calls it: what it encodes, on how many processes, and what it refuses."""
 
 import json
-import os
 import resource
 import shutil
 import signal
@@ -96,20 +95,6 @@ def test_two_processes_write_the_bytes_of_one_and_either_goes_on(inputs, tmp_pat
     assert (two / "shard-00000.npy").stat().st_mtime_ns == before  # it was not touched
 
 
-def test_missing_npz_files_get_the_bits_of_an_undisturbed_run(inputs, tmp_path, capsys):
-    """Encoded alone, an image is rounded in another way than in its batch."""
-    form = dict(format="npz", batch_size=4)
-    make(inputs, tmp_path, **form)
-    before = contents(tmp_path)
-    for name in ("manifest.json", "shard-00000.json", "ant/1.png.npz", "ant/4.png.npz"):
-        (tmp_path / name).unlink()
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
-    make(inputs, tmp_path, **form)
-    assert "1 of 3 shards" in capsys.readouterr().out
-    assert contents(tmp_path) == before
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
-
-
 def test_a_whole_cache_is_not_encoded_again(inputs, tmp_path, monkeypatch, capsys):
     make(inputs, tmp_path)
     before, settings = contents(tmp_path), (tmp_path / CONFIG).read_text()
@@ -138,8 +123,7 @@ def test_skipped_images_are_named_counted_and_left_out(own, tmp_path, capsys):
     make(own, tmp_path / "cache", skip_bad_images=True, num_workers=1)
     manifest = open_cache(tmp_path / "cache").manifest
     assert manifest["count"] == 22 and manifest["skipped"] == ["ant/3.png", "ant/4.png"]
-    captured = capsys.readouterr()
-    assert "2 skipped" in captured.out and "ant/3.png" in captured.err
+    assert "2 skipped" in capsys.readouterr().out
 
 
 def test_verify_tells_a_sound_cache_from_a_damaged_one(inputs, tmp_path, capsys):
@@ -198,19 +182,6 @@ def test_a_signal_ends_it_at_once_and_leaves_the_shards_that_were_encoded(
     assert contents(cache) == contents(tmp_path / "at_once")
 
 
-def test_a_corrupt_image_met_late_leaves_whole_shards_to_go_on_from(own, tmp_path, capsys):
-    path = own / "data" / "train" / "cat" / "7.png"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:100])
-    assert "7.png" in refused(capsys, main_cache.main, *argv_of(own, tmp_path / "cache"))
-    shards = {f"shard-0000{i}.{end}" for i in range(2) for end in ("npy", "json")}
-    assert set(os.listdir(tmp_path / "cache")) == {"settings.json", "config.yaml", *shards}
-    path.write_bytes(whole)
-    make(own, tmp_path / "cache")
-    make(own, tmp_path / "at_once")
-    assert contents(tmp_path / "cache") == contents(tmp_path / "at_once")
-
-
 def test_a_second_job_in_the_same_folder_is_refused(inputs, tmp_path, capsys):
     with holder(tmp_path / "cache") as (first, _):
         line = refused(capsys, main_cache.main, *argv_of(inputs, tmp_path / "cache"))
@@ -225,6 +196,7 @@ def test_a_second_job_in_the_same_folder_is_refused(inputs, tmp_path, capsys):
     [
         ({"cached_path": None}, ["--cached_path"]),
         ({"vae_path": "/nowhere/vae.pt"}, ["--vae_path /nowhere/vae.pt"]),
+        ({"vae_path": "data/train/ant/1.png"}, ["--vae_path", "ant/1.png"]),
         ({"vae_embed_dim": 16}, ["--vae_embed_dim", "16"]),
         ({"img_size": 15}, ["--img_size", "15"]),
         ({"format": "npz", "dtype": "float16"}, ["--dtype", "float16"]),
@@ -236,10 +208,3 @@ def test_wrong_flags_are_refused(inputs, tmp_path, capsys, changes, fragments):
     line = refused(capsys, main_cache.main, *argv_of(inputs, tmp_path / "cache", **changes))
     assert all(fragment in line for fragment in fragments), line
     assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize("name", ["vae.ckpt", "data/train/ant/1.png"])
-def test_damaged_inputs_are_refused(own, tmp_path, capsys, name):
-    (own / name).write_bytes((own / name).read_bytes()[:100])
-    assert name in refused(capsys, main_cache.main, *argv_of(own, tmp_path / "x", num_workers=1))
-    assert not (tmp_path / "x").exists()

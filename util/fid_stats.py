@@ -49,11 +49,10 @@ def main() -> None:
     images = open_images(args.image_dir, "--image_dir")
     size = args.img_size or (images.side if isinstance(images, ImageArray) else 256)
     extractor = load_extractor(args.feature_extractor, args.inception_weights, device)
-    if extractor is None:
-        raise UserError("statistics need the extractor's weights: name a file, --inception_weights")
-    if "fid" not in extractor.layers:
+    if extractor is None or "fid" not in extractor.layers:
         raise UserError(
-            f"--feature_extractor {args.feature_extractor} declares no layer for a Frechet distance"
+            f"--feature_extractor {args.feature_extractor}: statistics need its weights "
+            "(--inception_weights), and a layer for a Frechet distance"
         )
     evaluator = Evaluator(None, None, device, None, Measure(extractor))
     evaluator.begin(sums=Accumulator({"fid": extractor.layers["fid"]}, groups=1))

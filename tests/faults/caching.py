@@ -5,6 +5,7 @@ A step is an image; lost are those that had to be encoded a second time.
 As a program this is main_cache.py, which also adds a byte to the file ENCODED for every image.
 """
 
+import json
 import os
 import random
 import signal
@@ -51,9 +52,10 @@ class Caching:
 
     def whole(self) -> dict[str, tuple[int, int]]:
         """Which file is which, of those that must not be written again."""
-        shards = [path.with_suffix("") for path in self.folder.glob("shard-*.json")]
-        files = [shard.with_suffix(end) for shard in shards for end in (".json", ".npy")]
-        files += self.folder.glob("*/*.npz")
+        sidecars = sorted(self.folder.glob("shard-*.json"))
+        names = [name for path in sidecars for name in json.loads(path.read_text())["names"]]
+        files = [*sidecars, *(path.with_suffix(".npy") for path in sidecars)]
+        files += [self.folder / f"{name}.npz" for name in names]
         there = {str(path): path.stat() for path in files if path.exists()}
         return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in there.items()}
 

@@ -80,15 +80,6 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunks) + chunk(b"IEND", b"")
 
 
-def jpeg(scans: int) -> bytes:
-    """Each scan of a progressive image costs a pass over all of it."""
-    file = io.BytesIO()
-    Image.new("RGB", (4000, 3000), "red").save(file, "JPEG", progressive=True)
-    content = file.getvalue()
-    last = content.rindex(b"\xff\xda")
-    return content[:last] + content[last:-2] * scans + content[-2:]
-
-
 def zeros(size: int) -> bytes:
     return zlib.compress(bytes(size), 9)
 
@@ -100,11 +91,9 @@ def zeros(size: int) -> bytes:
         (lambda: png(8, 8, chunk(b"IDAT", zeros(1 << 28))), None),  # the rest is left aside
         (lambda: png(8, 8, chunk(b"zTXt", b"a\0\0" + zeros(1 << 28))), None),
         (lambda: b"P6 999999999 999999999 255\n" + bytes(100), "pixels, more than"),
-        (lambda: jpeg(20_000), "scans"),
-        (lambda: jpeg(50), ""),
     ],
 )
 def test_a_bomb_is_refused_without_its_size(path, make, said):
     path.write_bytes(make())
     found = read(path)
-    assert said is None or (said in str(found) if said else not isinstance(found, UserError))
+    assert said is None or said in str(found)

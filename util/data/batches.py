@@ -6,6 +6,7 @@ step, its number j), never on the number of processes that share the work, which
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -53,7 +54,7 @@ class MicroBatchSampler(Sampler[list[Key]]):
 
     With S steps an epoch, B samples a micro-batch and G micro-batches a step, micro-batch j of step
     s is the B positions from ((s % S) * G + j) * B on in the order of epoch s // S. Process r of W
-    has j = r, r + W, ... < G, in this order. flip: whether half of the samples are mirrored.
+    has j = r, r + W, ... < G. flip: whether half of the samples are mirrored.
     Raises UserError if one global batch exceeds the samples; ValueError if W exceeds G.
     """
 
@@ -61,12 +62,11 @@ class MicroBatchSampler(Sampler[list[Key]]):
         self, batches: Batches, steps: range, rank: int, world_size: int, flip: bool = True
     ):
         if world_size > batches.micro_batches:
-            shared = f"{batches.micro_batches} micro-batches"
-            raise ValueError(f"{world_size} processes cannot share {shared}")
+            raise ValueError(f"{world_size} processes share {batches.micro_batches} micro-batches")
         self.batches, self.steps, self.flip = batches, steps, flip
         self.steps_per_epoch = batches.steps_per_epoch
         self.own = range(rank, batches.micro_batches, world_size)
-        self._epoch = None  # whose order is at hand
+        self.epoch_keys = lru_cache(maxsize=1)(partial(epoch_keys, batches.images, batches.seed))
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.own)
@@ -76,11 +76,9 @@ class MicroBatchSampler(Sampler[list[Key]]):
 
     def keys(self, step: int, j: int) -> list[Key]:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._order, self._flips = epoch_keys(self.batches.images, self.batches.seed, epoch)
-            self._flips &= self.flip
+        order, flips = self.epoch_keys(epoch)
         size = self.batches.batch_size
         start = (step_in_epoch * self.batches.micro_batches + j) * size
         chosen = slice(start, start + size)
-        return list(zip(self._order[chosen].tolist(), self._flips[chosen].tolist(), strict=True))
+        flips = (flips[chosen] & self.flip).tolist()
+        return list(zip(order[chosen].tolist(), flips, strict=True))

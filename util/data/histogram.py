@@ -40,11 +40,9 @@ class LatentHistogram:
             raise ValueError("latents that are not finite have no histogram")
         exponents = torch.frexp(largest).exponent.long()  # largest < 2^e
         exponents = torch.where(largest > 0, exponents, MIN_EXPONENT).clamp(min=MIN_EXPONENT)
-        widths = cls(exponents, torch.empty(0)).bin_widths()
-        bins = torch.floor(values / widths[:, None])
+        bins = torch.floor(values / cls(exponents, values).bin_widths()[:, None]).long() + BINS // 2
         counts = torch.zeros(len(values), BINS, dtype=torch.int64)
-        counts.scatter_add_(1, bins.long() + BINS // 2, torch.ones_like(bins, dtype=torch.int64))
-        return cls(exponents, counts)
+        return cls(exponents, counts.scatter_add_(1, bins, torch.ones_like(bins)))
 
     def __add__(self, other: "LatentHistogram") -> "LatentHistogram":
         exponents = torch.maximum(self.exponents, other.exponents)
@@ -79,10 +77,8 @@ class LatentHistogram:
         """The inverse of `to_dict`. Raises ValueError if the values are not of one."""
         try:
             packed = zlib.decompress(base64.b64decode(values["counts"]))
-            counts = np.frombuffer(packed, "<i8").astype(np.int64)
-            return cls(
-                torch.tensor(values["exponents"]), torch.from_numpy(counts.reshape(-1, BINS))
-            )
+            counts = np.frombuffer(packed, "<i8").astype(np.int64).reshape(-1, BINS)
+            return cls(torch.tensor(values["exponents"]), torch.from_numpy(counts))
         except (LookupError, TypeError, RuntimeError, zlib.error) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 

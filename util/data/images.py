@@ -10,8 +10,6 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,9 +30,7 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 FORMATS += ("JPEG2000",) if features.check("jpg_2000") else ()
 FORMATS += ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
 MAX_PIXELS = 250_000_000  # of one image: 0.75 GB as RGB; cameras have up to 200 million
-PILLOW_LIMIT = Image.MAX_IMAGE_PIXELS
-MAX_SCANS = 100  # of a progressive JPEG, each a pass over the image; encoders make some ten
-SCAN = b"\xff\xda"  # its beginning, which no scan has in it
+Image.MAX_IMAGE_PIXELS = None  # ours, which a flag raises, takes the place of Pillow's
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -45,35 +41,22 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     context = f"cannot read image {shown(path)} (mend or remove it, or pass --skip_bad_images)"
     # Pillow's readers meet a damaged file with nearly any exception, so all of them count.
-    with as_user_error(context, (Exception,)), open_image(path, max_pixels) as image:
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
-
-
-@contextmanager
-def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """An image of which no more than size and kind is read yet. Raises nearly any exception."""
-    if not os.path.isfile(path):  # opening a pipe would wait for its other end
-        raise FileNotFoundError("there is no regular file of that name")
-    with warnings.catch_warnings():
+    with as_user_error(context, (Exception,)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at metadata that nobody needs
-        Image.MAX_IMAGE_PIXELS = None  # ours takes its place
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                pixels = image.width * image.height
-                if pixels > max_pixels:
-                    raise ValueError(
-                        f"{image.width} x {image.height} is {pixels} pixels, more than "
-                        f"--max_image_pixels {max_pixels}; raise that if you trust the file"
-                    )
-                if "progressive" in image.info and Path(path).read_bytes().count(SCAN) > MAX_SCANS:
-                    raise ValueError(f"a JPEG of more than {MAX_SCANS} scans would take minutes")
-                yield image
-        finally:
-            Image.MAX_IMAGE_PIXELS = PILLOW_LIMIT
+        if not os.path.isfile(path):  # opening a pipe would wait for its other end
+            raise FileNotFoundError("there is no regular file of that name")
+        with Image.open(path, formats=FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
+                raise ValueError(
+                    f"{image.width} x {image.height} is {pixels} pixels, more than "
+                    f"--max_image_pixels {max_pixels}; raise that if you trust the file"
+                )
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
     """As 8-bit RGB. Raises ValueError if its numbers have no fixed range."""
     # Pillow reads 16-bit PPM as 32-bit numbers; its own conversion clips at 255.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
@@ -93,7 +76,8 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     Raises ValueError if it would exceed MAX_PIXELS. Source: ADM (arXiv 2105.05233).
     """
     while min(image.size) >= 2 * size:
-        image = _halve(image)
+        half = image.width // 2, image.height // 2
+        image = image.resize(half, Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_PIXELS:
@@ -101,14 +85,6 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return image.crop((left, top, left + size, top + size))
-
-
-def _halve(image: Image.Image) -> Image.Image:
-    """resize() to half of both sides, rounded down, with a box filter, to the bit."""
-    width, height = image.size
-    if width % 2 or height % 2:
-        return image.resize((width // 2, height // 2), Image.Resampling.BOX)
-    return image.reduce((2, 1)).reduce((1, 2))  # faster; rounded after each axis, too
 
 
 def parse_key(key: Key | int, length: int) -> Key:
@@ -164,14 +140,19 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, key: Key | int) -> tuple[Tensor, int] | None:
         index, flip = parse_key(key, len(self))
-        if self.on_bad == "raise":
-            return self._load(index, flip)
-        if self.on_bad == "drop":
-            return self._try_load(index, flip)
-        for other in range(index, index + len(self)):
-            if (item := self._try_load(other % len(self), flip)) is not None:
-                return item
-        raise UserError(f"none of the {len(self)} images can be read; see --data_path")
+        tries = len(self) if self.on_bad == "next" else 1
+        for other in (number % len(self) for number in range(index, index + tries)):
+            try:
+                if not self.bad[other]:
+                    return self._load(other, flip)
+            except UserError as error:
+                if self.on_bad == "raise":
+                    raise
+                self.bad[other] = True
+                print(f"skipped: {error}", file=sys.stderr, flush=True)
+        if self.on_bad == "next":
+            raise UserError(f"none of the {len(self)} images can be read; see --data_path")
+        return None
 
     def _load(self, index: int, flip: bool) -> tuple[Tensor, int]:
         path, label = self.samples[index]
@@ -180,16 +161,6 @@ class ImageDataset(Dataset):
             pixels = np.asarray(center_crop(image, self.size))  # [S, S, 3]
         own = np.array(pixels[:, ::-1] if flip else pixels)
         return torch.from_numpy(own).permute(2, 0, 1), label
-
-    def _try_load(self, index: int, flip: bool) -> tuple[Tensor, int] | None:
-        if self.bad[index]:
-            return None
-        try:
-            return self._load(index, flip)
-        except UserError as error:
-            self.bad[index] = True
-            print(f"skipped: {error}", file=sys.stderr, flush=True)
-            return None
 
 
 def collate_skipping(items: list[tuple[Tensor, int] | None]) -> list[Tensor] | None:

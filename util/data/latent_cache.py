@@ -6,9 +6,8 @@
     FOLDER/manifest.json     the cache is whole: VAE, image size, classes, scale, channel order, ...
 
 Every file is whole or absent. The published form, CLASS/IMAGE.npz with float32 `moments` and
-`moments_flip` [2C, h, w], takes the place of the .npy files on request, or is all there is. Field
-by field: docs/formats.md. Nothing here is pickled, no name and no link leads out of the folder, and
-each posterior is checked against its CRC-32 when it is read.
+`moments_flip` [2C, h, w], takes the place of the .npy files on request, or is all there is; see
+docs/formats.md. Nothing is pickled, no name leads out of the folder, each posterior has its CRC-32.
 Letters: N images, n those of a shard, B batch, C latent channels, h, w positions.
 """
 
@@ -16,12 +15,11 @@ import hashlib
 import io
 import json
 import os
-import resource
 import zipfile
 import zlib
 from bisect import bisect_right
 from copy import copy
-from functools import cache, cached_property
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -29,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from util.data.images import Key, parse_key
 from util.data.listing import list_images
@@ -39,7 +38,6 @@ FORMAT_VERSION = 2
 SETTINGS, MANIFEST = "settings.json", "manifest.json"
 NPZ_NAMES = ("moments", "moments_flip")
 CHECKSUM = "checksum"  # the last entry of every JSON file, over all others
-SPARE_FILES = 512  # that a process may open beside the shards
 AGAIN = "remove it and run main_cache.py again"
 
 
@@ -56,37 +54,27 @@ def json_digest(value: dict) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file of a cache, without its checksum. Raises UserError, naming it, if it is wrong."""
+def read_json(path: Path, **expected) -> dict:
+    """A JSON file of a cache, without its checksum. Raises UserError, naming it, if it is damaged
+    or says something else than expected.
+    """
     with as_user_error(unreadable(path), (Exception,)):
         value = json.loads(path.read_bytes())
-        checksum = value.pop(CHECKSUM)
-    if value.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        other = f"has format version {value['format_version']}, this program reads {FORMAT_VERSION}"
-        raise UserError(f"--cached_path: {path} {other}; make the cache again in another folder")
-    if checksum != json_digest(value):
-        raise UserError(f"{unreadable(path)}: wrong checksum")
-    return value
+        if value.pop(CHECKSUM) != json_digest(value):
+            raise ValueError("wrong checksum")
+        for name, own in expected.items():
+            if value.get(name) != own:
+                raise ValueError(f"its {name} is {value.get(name)!s:.40}, not {own!s:.40}")
+        return value
 
 
 def read_sidecar(folder: Path, shard: int, cache_id: str) -> dict:
-    """What shard-00000.json says. Raises UserError if it is of another cache or not in order."""
+    """What shard-00000.json says. Raises UserError if it is damaged or not that of this cache."""
     path = shard_path(folder, shard, ".json")
-    sidecar = read_json(path)
-    if sidecar.get("cache_id") != cache_id or sidecar.get("shard") != shard:
-        other = "belongs to another place or to a cache with other settings"
-        raise UserError(f"--cached_path: {path} {other}; remove the shard's files, and cache again")
+    sidecar = read_json(path, cache_id=cache_id, shard=shard)
+    if outside := [n for n in sidecar["names"] if n.startswith("/") or ".." in n.split("/")]:
+        raise UserError(f"--cached_path: {path}: {outside[0][:200]!r} leads out of the folder")
     return sidecar
-
-
-def check_inside(folder: Path, files: list[str]) -> None:
-    """Raise UserError if one of the files lies outside the folder, by its name or by a link."""
-    real = cache(os.path.realpath)  # of each class folder once
-    for file in files:
-        parent, name = os.path.split(file)
-        own = os.path.realpath(file) if os.path.islink(file) else os.path.join(real(parent), name)
-        if not own.startswith(os.path.join(real(folder), "")):
-            raise UserError(f"--cached_path {folder}: {file[:200]!r} leads out of the folder")
 
 
 def read_moments(path: str | Path, names: tuple[str, ...] = NPZ_NAMES) -> np.ndarray:
@@ -106,6 +94,16 @@ def as_one_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return batch
 
 
+@lru_cache(maxsize=512)  # open files of a process
+def map_shard(path: str, dtype: str, shape: tuple[int, ...], opened: object) -> np.ndarray:
+    """A shard in memory: read where it is touched, never written. opened: by what."""
+    with as_user_error(unreadable(path), (Exception,)):
+        array = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        if shape[0] and (array.shape != shape or array.dtype != dtype):
+            raise ValueError(f"it holds {array.dtype} {array.shape}, not {dtype} {shape}")
+        return array
+
+
 class CachedLatents(Dataset):
     """dataset[(index, flip)] -> (moments [2C, h, w] as they are stored, label).
 
@@ -116,26 +114,26 @@ class CachedLatents(Dataset):
     def __init__(
         self, folder: Path, classes: list[str], sidecars: list[dict], manifest: dict | None = None
     ):
-        self.folder, self.classes, self.manifest = folder, classes, manifest
-        self.counts = [len(sidecar["names"]) for sidecar in sidecars]
+        self.classes, self.manifest, self.crcs = classes, manifest, None
         self.labels = np.concatenate([np.array(s["labels"], np.int64) for s in sidecars])
         self.rows = range(len(self.labels))  # of each image among all that are stored
-        self.paths = [str(shard_path(folder, k, ".npy")) for k in range(len(sidecars))]
-        self.starts = [0, *accumulate(self.counts)]
-        self.files, self.crcs = [], None
-        if manifest is None or manifest["format"] == "npz":
+        self.starts = [0, *accumulate(len(sidecar["names"]) for sidecar in sidecars)]
+        self.is_npz = manifest is None or manifest["format"] == "npz"
+        self.files = [str(shard_path(folder, k, ".npy")) for k in range(len(sidecars))]
+        if self.is_npz:
             end = ".npz" if manifest else ""
             self.files = [str(folder / f"{name}{end}") for s in sidecars for name in s["names"]]
         if manifest is None:
             channels, *sides = read_moments(self.files[0]).shape[1:]
             self.latent_shape, self.dtype = (channels // 2, *sides), torch.float32
         else:
-            check_inside(folder, self.files or self.paths)
             self.crcs = np.concatenate([np.array(s["crc32"], np.uint32) for s in sidecars])
             self.latent_shape = tuple(manifest["latent_shape"])
             self.dtype = getattr(torch, manifest["dtype"])
         self.shape = (2 * self.latent_shape[0], *self.latent_shape[1:])  # of moments
-        _ = self.files or self.shards  # what is wrong with a shard is said at once
+        self.opened = object()  # opened again, a file may be another one
+        for shard in () if self.is_npz else range(len(self.files)):
+            self._shard(shard)  # what is wrong with it is said at once
 
     def subset(self, chosen: list[int]) -> "CachedLatents":
         """The images of those numbers, numbered anew."""
@@ -156,39 +154,20 @@ class CachedLatents(Dataset):
         pairs = [parse_key(key, len(self)) for key in keys]
         for view, (index, flip) in zip(moments.numpy(), pairs, strict=True):
             row = self.rows[index]
-            file, stored = self._read(row, flip)
+            shard = row if self.is_npz else bisect_right(self.starts, row) - 1
+            if self.is_npz:
+                (stored,) = read_moments(self.files[row], NPZ_NAMES[flip : flip + 1])
+            else:
+                stored = self._shard(shard)[row - self.starts[shard], int(flip)]
+            checked = self.crcs is None or zlib.crc32(stored) == self.crcs[2 * row + flip]
+            if stored.shape != self.shape or not checked:
+                raise UserError(f"{unreadable(self.files[shard])}: wrong shape or checksum")
             view[...] = stored
-            if self.crcs is not None and zlib.crc32(view) != self.crcs[2 * row + flip]:
-                raise UserError(f"{unreadable(file)}: wrong checksum")
         return moments, torch.from_numpy(self.labels[[index for index, _ in pairs]])
 
-    def _read(self, row: int, flip: bool) -> tuple[str, np.ndarray]:
-        """The file that a posterior is in, and the posterior [2C, h, w]."""
-        if not self.files:
-            shard = bisect_right(self.starts, row) - 1
-            return self.paths[shard], self.shards[shard][row - self.starts[shard], int(flip)]
-        (moments,) = read_moments(self.files[row], NPZ_NAMES[flip : flip + 1])
-        if moments.shape != self.shape:
-            raise UserError(f"{unreadable(self.files[row])}: {moments.shape} is not {self.shape}")
-        return self.files[row], moments
-
-    @cached_property
-    def shards(self) -> list[np.ndarray | None]:
-        """Mapped into memory: read where they are touched, never written."""
-        _allow_open_files(len(self.counts))
-        return [self._map(shard) if n else None for shard, n in enumerate(self.counts)]
-
-    def _map(self, shard: int) -> np.ndarray:
-        path = self.paths[shard]
-        with as_user_error(unreadable(path), (Exception,)):
-            array = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
-            shape, dtype = (self.counts[shard], 2, *self.shape), self.manifest["dtype"]
-            if array.shape != shape or array.dtype != dtype:
-                raise ValueError(f"it holds {array.dtype} {array.shape}, not {dtype} {shape}")
-        return array
-
-    def __getstate__(self) -> dict:  # for another process: the files' names, not the data
-        return {name: value for name, value in self.__dict__.items() if name != "shards"}
+    def _shard(self, shard: int) -> np.ndarray:
+        shape = (self.starts[shard + 1] - self.starts[shard], 2, *self.shape)
+        return map_shard(self.files[shard], self.manifest["dtype"], shape, self.opened)
 
 
 def open_cache(
@@ -199,20 +178,16 @@ def open_cache(
     Raises UserError if it is missing, not whole, damaged, or made with something else.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"--cached_path {path} is not a folder; make a cache with main_cache.py")
     if not (folder / MANIFEST).exists():
         return _open_published(folder)
-    manifest = read_json(folder / MANIFEST)
-    made_for, made_by = manifest["image_size"], manifest["vae_sha256"]
-    if img_size not in (None, made_for):
-        other = f"was made for images of {made_for} px, not --img_size {img_size}"
-        raise UserError(f"--cached_path {path} {other}; pass the former or make another cache")
-    if vae_sha256 not in (None, made_by):
-        raise UserError(
-            f"--cached_path {path} was made with another VAE (SHA-256 {made_by[:12]}) than "
-            f"--vae_path ({vae_sha256[:12]}); name that one or make another cache"
-        )
+    manifest = read_json(folder / MANIFEST, format_version=FORMAT_VERSION)
+    for name, own, other in (
+        ("image_size", img_size, "image size than --img_size"),
+        ("vae_sha256", vae_sha256, "VAE than --vae_path"),
+    ):
+        if own not in (None, manifest[name]):
+            differ = f"{name} is {manifest[name]}, not {own}; name that one or another cache"
+            raise UserError(f"--cached_path {path} was made with another {other}: {differ}")
     sidecars = []
     for shard, entry in enumerate(manifest["shards"]):
         sidecars.append(read_sidecar(folder, shard, manifest["cache_id"]))
@@ -224,7 +199,7 @@ def open_cache(
 
 def _open_published(folder: Path) -> CachedLatents:
     if (folder / SETTINGS).exists() or any(folder.glob("shard-*")):
-        remedy = "run main_cache.py with the same flags again, it goes on where it was stopped"
+        remedy = "run main_cache.py with the same flags again"
         raise UserError(f"--cached_path {folder} is not finished, it has no {MANIFEST}; {remedy}")
     if inside := sorted(path.parent for path in folder.glob(f"*/{SETTINGS}")):
         raise UserError(f"--cached_path {folder} holds caches; name --cached_path {inside[0]}")
@@ -235,9 +210,9 @@ def _open_published(folder: Path) -> CachedLatents:
     return CachedLatents(folder, images.classes, [{"names": names, "labels": labels}])
 
 
-def _allow_open_files(count: int) -> None:
-    """Let this process map so many files beside others, as far as the system allows it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < count + SPARE_FILES:  # -1 is no limit
-        most = count + SPARE_FILES if hard < 0 else min(count + SPARE_FILES, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+def verify(path: str | Path) -> CachedLatents:
+    """Read all of a cache, and so compare the checksums, which a published one has not."""
+    cache = open_cache(path)
+    for index in tqdm(range(len(cache)), "reading", disable=None):
+        cache.__getitems__([(index, False), (index, True)])
+    return cache

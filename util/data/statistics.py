@@ -3,9 +3,9 @@
 latent_scale = 1 / std of posterior samples, over all images, channels and positions. By the law of
 total variance, Var[sample] = Var[mean] + E[variance].
 
-channel_order = channels by their share of low-frequency energy, largest first. A channel's energy
-is the power of the 2-D spectra of its posterior means, less its mean over the whole data set. Low
-are the frequencies within a quarter of the sampling frequency from zero, which itself counts.
+channel_order = channels by their share of low-frequency energy, largest first: the power of the 2-D
+spectra of posterior means, less their mean over the data set, at frequencies from zero to a quarter
+of the sampling frequency.
 
 histogram = the distribution of posterior samples in each channel, which calibrated levels fit.
 
@@ -13,6 +13,7 @@ Letters: N latents, C channels, h, w positions.
 Source: arXiv 2503.16430, the Fourier analysis of KL-16's channels.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,9 @@ class LatentStats:
         """moments: [N, 2C, h, w], mean and log-variance."""
         posterior = Posterior(moments.double())
         mean, variance = posterior.mean, posterior.std.square()
-        power = torch.fft.fft2(mean).abs().square() * _low_frequencies(*mean.shape[2:])
+        rows, columns = map(torch.fft.fftfreq, mean.shape[2:])
+        is_low = rows[:, None].square() + columns.square() <= LOW_FREQUENCY**2
+        power = torch.fft.fft2(mean).abs().square() * is_low
         sums = torch.stack([x.sum(dim=(0, 2, 3)) for x in (mean, mean.square(), variance, power)])
         noise = torch.stack([posterior_noise(of_latent) for of_latent in moments])
         samples = mean + posterior.std * noise
@@ -55,43 +58,42 @@ class LatentStats:
         return LatentStats(self.latent_shape, self.count + other.count, sums, histogram)
 
     def to_dict(self) -> dict:
-        """Plain values only, as a JSON file holds them."""
+        """As a JSON file holds it."""
         rows = dict(zip(_ROWS, self.sums.tolist(), strict=True))
         values = {"latent_shape": list(self.latent_shape), "count": self.count, **rows}
         return values | {"histogram": self.histogram.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict) -> "LatentStats":
-        """The inverse of `to_dict`."""
         sums = torch.tensor([values[row] for row in _ROWS], dtype=torch.float64)
         histogram = LatentHistogram.from_dict(values["histogram"])
         return cls(tuple(values["latent_shape"]), values["count"], sums, histogram)
 
     @property
-    def _per_channel(self) -> int:
-        _, height, width = self.latent_shape
-        return self.count * height * width
+    def _means(self) -> Tensor:
+        """What sums up, at an average position, [4, C]."""
+        return self.sums / (self.count * math.prod(self.latent_shape[1:]))
 
     def channel_mean(self) -> Tensor:
         """[C]."""
-        return self.sums[0] / self._per_channel
+        return self._means[0]
 
     def channel_std(self) -> Tensor:
         """Std of posterior samples, [C]."""
-        _, square, variance, _ = self.sums / self._per_channel
-        return (square + variance - self.channel_mean().square()).clamp(min=0).sqrt()
+        mean, square, variance, _ = self._means
+        return (square + variance - mean.square()).clamp(min=0).sqrt()
 
     def latent_scale(self) -> float:
-        mean, square, variance, _ = (self.sums / self._per_channel).mean(dim=1).tolist()
+        mean, square, variance, _ = self._means.mean(dim=1).tolist()
         return (square + variance - mean**2) ** -0.5
 
     def low_frequency_share(self) -> Tensor:
         """Part of each channel's energy at low frequencies, [C] in [0, 1]; 0 without energy."""
-        _, height, width = self.latent_shape
+        area = math.prod(self.latent_shape[1:])
         _, square, _, low_power = self.sums
         # The constant sits in the zero frequency alone: N images of power (h * w * mean)^2.
-        constant = self.count * (height * width * self.channel_mean()).square()
-        energy = height * width * square - constant  # Parseval: power of all frequencies
+        constant = self.count * (area * self.channel_mean()).square()
+        energy = area * square - constant  # Parseval: power of all frequencies
         share = torch.where(energy > 0, (low_power - constant) / energy, 0.0)
         return share.clamp(0, 1)
 
@@ -99,9 +101,3 @@ class LatentStats:
         """Channels, largest share of low-frequency energy first; equal ones by their number."""
         share = self.low_frequency_share().round(decimals=9)  # equal up to rounding is equal
         return share.argsort(descending=True, stable=True).tolist()
-
-
-def _low_frequencies(height: int, width: int) -> Tensor:
-    """Bool [h, w], true where `fft2` holds a low frequency."""
-    rows, columns = torch.fft.fftfreq(height), torch.fft.fftfreq(width)
-    return rows[:, None].square() + columns.square() <= LOW_FREQUENCY**2
