@@ -43,14 +43,9 @@ def test_lock_satisfies_every_range_of_pyproject(python):
     for requirement in requirements():
         version = versions[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), (requirement, version)
-    assert (versions["torch"], versions["torchvision"]) == ("2.14.1", "0.29.2")
-
-
-def test_ranges_end_at_the_locked_pair():
     # torchvision 0.29 accepts any later torch, so only our own bounds keep the pair together
-    ranges = {requirement.name: requirement.specifier for requirement in requirements()}
-    assert not ranges["torch"].contains("2.15.0")
-    assert not ranges["torchvision"].contains("0.30.0")
+    pair = {r.name: r.specifier for r in requirements() if r.name in ("torch", "torchvision")}
+    assert not pair["torch"].contains("2.15.0") and not pair["torchvision"].contains("0.30.0")
 
 
 def test_lock_has_no_index_or_machine_path():
@@ -104,13 +99,3 @@ def test_commands_and_modules_of_the_documentation_run_in_any_folder(tmp_path):
     assert result.returncode == 0, result.stderr
     programs = {f"{module.partition('.')[2]}.py" for module in modules} | set(COMMANDS)
     assert set(re.findall(r"^usage: (\S+)", result.stdout, flags=re.MULTILINE)) == programs
-
-
-def test_citation_has_what_its_format_asks_for():
-    """Version 1.2.0 of the Citation File Format."""
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
-    paper = citation["preferred-citation"]
-    assert paper["type"] == "article" and isinstance(paper["year"], int)
-    for entry in (citation, paper):
-        assert entry["title"] and all({"name", "family-names"} & set(a) for a in entry["authors"])
