@@ -24,7 +24,7 @@ from models.config import PRESETS, preset
 from models.generate import decode_images, to_uint8
 from models.hub import WEIGHTS
 from models.masking import mask_schedule
-from models.quantizer import GaussianQuantizer, entropy, level_counts
+from models.quantizer import GaussianQuantizer, Quantizer, entropy, level_counts
 from models.sampler import SamplingOptions, sampling_steps
 from models.tokenbridge import CLASS_ROWS, TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
@@ -190,7 +190,7 @@ def reconstruct(
     pixels, captions, coded = [original], ["Original"], {"Continuous VAE": latents}
     for width in bits:
         quantizer = loaded.model.quantizer
-        if 2**width != config.quant_levels:
+        if not isinstance(quantizer, Quantizer) or quantizer.levels != 2**width:
             quantizer = GaussianQuantizer(2**width, config.quant_min, config.quant_max).to(device)
         indices = quantizer.encode(latents.movedim(1, -1))
         use = entropy(level_counts(indices, 2**width)).mean().item()
