@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +35,7 @@ class Run:
 
     loader: this process's micro-batches from the first of `steps` on, images or posteriors (cached)
     and labels; sampler: which samples they hold. facts: plain values that every checkpoint carries.
-    log, saver, validation: of every training, made once the others are there. evaluator,
-    evaluation: None without --online_eval.
+    The reports come last, made of the others; evaluator, evaluation: None without --online_eval.
     """
 
     model: TokenBridge
@@ -95,12 +93,12 @@ def train(run: Run) -> None:
                 lr = run.learning_rate(step)
                 set_lr(run.optimizer, lr)
                 result = train_step(run, step)
-                status = run.skip_vote.conclude(result.skipped)
+                stopping, in_a_row = run.skip_vote.conclude(result.skipped)
                 run.log.step(step, lr, result)
-                if status.in_a_row >= run.max_skipped:
+                if in_a_row >= run.max_skipped:
                     give_up(run, step - run.skip_vote.lag)
-                save_and_evaluate(run, step + 1, status.stop)
-                if status.stop:
+                save_and_evaluate(run, step + 1, stopping)
+                if stopping:
                     run.saver.close()
                     dist.cleanup()  # nobody leaves before everything is saved
                     raise stop.acknowledge()
@@ -206,21 +204,12 @@ def evaluate(run: Run, done: int) -> None:
 # --- numbers that are not finite
 
 
-class StepStatus(NamedTuple):
-    """stop: a process was asked to. skipped: steps in all. in_a_row: of these, the latest."""
-
-    stop: bool = False
-    skipped: int = 0
-    in_a_row: int = 0
-
-
 class SkipVote:
     """What all processes must know of a step, without making the GPU wait for it.
 
     Two facts travel in one small all-reduce: whether a process was asked to stop, and whether one
-    met numbers that are not finite. The second decides on the device whether the step is skipped,
-    on all processes alike. What the host must know of both is read a step late on a GPU, by then
-    without waiting; every process reads the same values after the same step.
+    met numbers that are not finite, by which all skip the step, on the device. What the host must
+    know is read a step late on a GPU, by then without waiting, after the same step on all.
     skipped: steps that were skipped before this run.
     """
 
@@ -237,24 +226,24 @@ class SkipVote:
         self.votes = dist.all_reduce_max(torch.stack([asked, (~finite).float()]))
         return self.votes[1] > 0
 
-    def conclude(self, skipped: Tensor) -> StepStatus:
-        """skipped: 0-d bool, the same on all processes -> the status, `lag` steps old."""
+    def conclude(self, skipped: Tensor) -> tuple[bool, int]:
+        """skipped: 0-d bool, the same on all processes -> whether to stop, and how many of the
+        latest steps in a row were skipped, `lag` steps ago.
+        """
         self.counts = torch.stack([self.counts[0] + skipped, (self.counts[1] + 1) * skipped])
-        values = torch.cat([self.votes[:1].long(), self.counts])
-        on_gpu = self.device.type == "cuda"
-        host = torch.empty(3, dtype=torch.int64, pin_memory=on_gpu)
-        host.copy_(values, non_blocking=on_gpu)
-        copied = torch.cuda.Event() if on_gpu else None
-        if copied is not None:
+        values = torch.stack([self.votes[0].long(), self.counts[1]])
+        host, copied = values.to("cpu", non_blocking=self.lag > 0), None  # pinned, on a GPU
+        if self.lag:
+            copied = torch.cuda.Event()
             copied.record()
         self.unread.append((host, copied))
         if len(self.unread) <= self.lag:
-            return StepStatus()
+            return False, 0
         host, copied = self.unread.popleft()
         if copied is not None:
             copied.synchronize()
-        asked, total, in_a_row = host.tolist()
-        return StepStatus(bool(asked), total, in_a_row)
+        asked, in_a_row = host.tolist()
+        return bool(asked), in_a_row
 
     def skipped(self) -> int:
         """Steps skipped so far; waits for the device."""
@@ -263,8 +252,8 @@ class SkipVote:
 
 def give_up(run: Run, step: int) -> None:
     """Raise UserError with the first module, micro-batch and samples that are not finite."""
-    causes = [cause for j in run.own_micro_batches if (cause := find_cause(run, step, j))]
-    causes = [cause for own in dist.gather_objects(causes) for cause in own]
+    gathered = dist.gather_objects([find_cause(run, step, j) for j in run.own_micro_batches])
+    causes = [cause for own in gathered for cause in own if cause]
     raise UserError(
         f"loss or gradient of {run.max_skipped} steps in a row was not finite, up to step "
         f"{step + 1} (--max_skipped): {'; '.join(causes[:3]) or 'only in the gradients'}; resume "
@@ -275,24 +264,24 @@ def give_up(run: Run, step: int) -> None:
 @torch.no_grad()
 def find_cause(run: Run, step: int, j: int) -> str:
     """Where the numbers of a micro-batch leave the finite, in words; "" if they do not."""
-    keys = run.sampler.keys(step, j)
-    batch, labels = (x.to(run.device) for x in default_collate([run.data[key] for key in keys]))
-    seed_micro_batch(run.batches.seed, step, j)
-    latents = run.tokenizer.from_moments(batch) if run.cached else run.tokenizer.encode(batch)
-    names: list[str] = [] if latents.isfinite().all() else ["its latents"]
+    keys, names = run.sampler.keys(step, j), []
 
     def check(name: str, output) -> None:
         if not names and isinstance(output, Tensor) and not output.isfinite().all():
-            names.append(f"the output of {name}")
+            names.append(name)
 
-    leaves = ((name, m) for name, m in run.model.named_modules() if not list(m.children()))
+    batch, labels = (x.to(run.device) for x in default_collate([run.data[key] for key in keys]))
+    seed_micro_batch(run.batches.seed, step, j)
+    latents = run.tokenizer.from_moments(batch) if run.cached else run.tokenizer.encode(batch)
+    check("its latents", latents)
     hooks = [
         module.register_forward_hook(lambda _m, _i, output, name=name: check(name, output))
-        for name, module in leaves
+        for name, module in run.model.named_modules()
+        if not list(module.children())
     ]
     with run.precision.autocast(run.device):
-        check("the model", run.model(latents, labels))  # the logits are no module's output
+        check("the logits", run.model(latents, labels))  # which no module puts out
     for hook in hooks:
         hook.remove()
     samples = " ".join(f"{index}{' flipped' if flip else ''}" for index, flip in keys[:8])
-    return f"in micro-batch {j} (samples {samples}) first {names[0]}" if names else ""
+    return f"in micro-batch {j} (samples {samples}) first in {names[0]}" if names else ""

@@ -20,51 +20,44 @@ from torch.utils.data import DataLoader
 from engine_tokenbridge import Run, SkipVote, train, train_step
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
+from util import args as flags
 from util import dist, doctor, setup, stop
-from util.args import (
-    CONFIG,
-    Parser,
-    changed,
-    check_mode,
-    settings_saved,
-    to_save,
-    train_parser,
-    value,
-)
 from util.data.batches import MicroBatchSampler
 from util.data.images import collate_skipping
 from util.data.latent_cache import as_one_batch
 from util.device import Precision, compile_model, resolve_precision
+from util.errors import UserError
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import drawn_classes, eval_settings
 from util.evaluation.sweep import evaluate_checkpoint
 from util.files import check_writable, only_job_in, refuse_busy
-from util.flops import Meter, peak_flops, peak_memory, training_memory, training_step
+from util.flops import Meter, peak_flops, peak_memory, training_step
 from util.logging import LogSettings, TrainingLog, environment, figures_on_stdout
 from util.optim import EMA, build_optimizer
 from util.saver import CheckpointSaver, SaveSettings
-from util.setup import Inputs
 from util.validation import Validation, ValidationSettings
 
 GIB = 2**30
-SAVED_COPIES = 4  # of the parameters in a checkpoint, fp32: weights, averages, AdamW's two moments
 
 
-def make_parser() -> Parser:
-    return train_parser(__doc__)
+def make_parser() -> flags.Parser:
+    return flags.train_parser(__doc__)
 
 
 def main() -> None:
     parser = make_parser()
     args = parser.parse()
-    check_mode(args)
+    if args.dry_run and args.evaluate:
+        raise UserError("--dry_run is of a training; leave --evaluate out (--no_evaluate)")
+    if args.json and not (args.dry_run or args.evaluate):
+        raise UserError("--json is for --evaluate and --dry_run; a training has --metrics_file")
     with figures_on_stdout(args.json) as figures:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
         precision = resolve_precision(args.precision, device)
         check_writable(args.output_dir, "--output_dir")
         dist.print_main(f"device {device.type}, precision {precision.name}")
-        dist.print_main(changed(args, parser))
+        dist.print_main(flags.changed(args, parser))
         job = evaluate_checkpoint if args.evaluate else dry_run if args.dry_run else train_model
         figures.update(job(args, device, precision) or {})
     dist.cleanup()
@@ -78,28 +71,25 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     run, description = build_run(args, setup.open_inputs(args), device, precision)
     with (
         only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext(),
-        settings_saved(args, run.output_dir / CONFIG, description),
+        flags.settings_saved(args, run.output_dir / flags.CONFIG, description),
     ):
         train(run)
 
 
 def build_run(
-    args: argparse.Namespace, inputs: Inputs, device: torch.device, precision: Precision
+    args: argparse.Namespace, inputs: setup.Inputs, device: torch.device, precision: Precision
 ) -> tuple[Run, str]:
     """The training, and what a user should see of it before weeks of it begin."""
     data, config, checkpoint = inputs.data, inputs.config, inputs.checkpoint
-    batches, first, note = setup.plan_batches(args, checkpoint, len(data.dataset))
+    batches, first, notes = setup.plan_batches(args, checkpoint, len(data.dataset))
     steps = range(first, max(first, args.epochs * batches.steps_per_epoch))
     rate = setup.learning_rate(args, batches)
-    warnings = setup.rate_warnings(rate, steps, checkpoint)
-    setup.refuse_finished(args, checkpoint, steps)
+    notes += setup.check_rate(args, rate, steps, checkpoint)
     model = new_model(args, inputs, device)
-    sampler = MicroBatchSampler(
-        batches, steps, dist.rank(), dist.world_size(), flip=not args.no_flip
-    )
-    flags, skipped = to_save(args), 0
+    sampler = MicroBatchSampler(batches, steps, dist.rank(), dist.world_size(), not args.no_flip)
+    saved_args, skipped = flags.to_save(args), 0
     if checkpoint is not None and not checkpoint.begins:  # what a run began with stays known
-        flags["finetune"] = args.finetune or checkpoint.argument("finetune") or ""
+        saved_args["finetune"] = args.finetune or checkpoint.argument("finetune") or ""
     if checkpoint is not None and "skipped_steps" in checkpoint.saved:
         skipped = checkpoint.whole_number("skipped_steps")
     run = Run(
@@ -126,7 +116,7 @@ def build_run(
         cached=args.use_cached,
         skip_vote=SkipVote(device, skipped),
         output_dir=Path(args.output_dir),
-        facts={"classes": data.classes, "vae_sha256": data.vae_sha256, "args": flags},
+        facts={"classes": data.classes, "vae_sha256": data.vae_sha256, "args": saved_args},
         grad_clip=args.grad_clip,
         max_skipped=args.max_skipped,
         eval_freq=args.eval_freq,
@@ -136,25 +126,32 @@ def build_run(
         checkpoint.load_training_state(run.ema, run.optimizer, run.scaler)
         checkpoint.release()
         dist.print_main(f"loaded {checkpoint.path}")
-    setup.check_agreement(
-        {
-            "first step (--resume)": first,
-            "number of images": len(data.dataset),
-            "number of validation images": len(run.validation.numbers),
-            "classes": data.classes,
-            "settings of the model": config.to_dict(),
-            "micro-batches of a step": batches.to_dict(),
-            "learning rate": rate.lr,
-        }
-    )
-    lines = [*describe(args, run, inputs), note, *warnings]
+    facts = {
+        "first step (--resume)": first,
+        "number of validation images": len(run.validation.numbers),
+        "classes": data.classes,
+        "settings of the model": config.to_dict(),
+        "number of images or of micro-batches": batches.to_dict(),
+        "learning rate": rate.lr,
+    }
+    setup.check_agreement(facts)
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    images = f"{batches.images} images in {len(data.classes)} classes"
+    lines = [
+        f"{parameters:.1f} M parameters, {images if data.classes else data.source}",
+        f"global batch {batches.global_batch} ({batches.micro_batches} x {batches.batch_size} on "
+        f"{dist.world_size()} processes), lr {rate.lr:.3g}, {batches.steps_per_epoch} steps an "
+        f"epoch, {args.epochs} epochs, output {args.output_dir}",
+    ]
+    if validated := len(run.validation.numbers):
+        lines += [f"validation loss on {validated} images of {inputs.validation.source}"]
     lines += [f"going on after step {first}"] if first else []
-    description = "\n".join(filter(None, lines))
+    description = "\n".join([*lines, *notes])
     dist.print_main(description)
     return run, description
 
 
-def new_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) -> TokenBridge:
+def new_model(args: argparse.Namespace, inputs: setup.Inputs, device: torch.device) -> TokenBridge:
     config, levels = inputs.config, None
     if config.quantizer == "calibrated" and inputs.checkpoint is None:
         digest = inputs.data.vae_sha256
@@ -163,7 +160,7 @@ def new_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) ->
     elif config.quantizer == "codebook" and inputs.checkpoint is None and inputs.vae is not None:
         levels = (inputs.vae.codebook * config.latent_scale,)
     # The same initial weights on every process, whatever was built before the model.
-    torch.manual_seed(value(args, "seed"))
+    torch.manual_seed(flags.value(args, "seed"))
     options = dict(grad_checkpointing=args.grad_checkpointing, head_chunk=args.head_chunk)
     model = setup.build_model(config, inputs.checkpoint, levels=levels, **options).to(device)
     if args.compile:
@@ -171,7 +168,7 @@ def new_model(args: argparse.Namespace, inputs: Inputs, device: torch.device) ->
     return model
 
 
-def add_reports(args: argparse.Namespace, run: Run, inputs: Inputs) -> None:
+def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> None:
     """What a run leaves: log, checkpoints, validation, evaluations."""
     data, config, steps_per_epoch = inputs.data, inputs.config, run.batches.steps_per_epoch
     about = {
@@ -225,21 +222,6 @@ def add_reports(args: argparse.Namespace, run: Run, inputs: Inputs) -> None:
         run.evaluator = Evaluator(run.model, run.tokenizer, run.device, run.precision, measure)
 
 
-def describe(args: argparse.Namespace, run: Run, inputs: Inputs) -> list[str]:
-    """Lines that a user should see before a run of weeks begins."""
-    data, batches = inputs.data, run.batches
-    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    images = f"{batches.images} images in {len(data.classes)} classes"
-    validated, source = len(run.validation.numbers), inputs.validation and inputs.validation.source
-    return [
-        f"{parameters:.1f} M parameters, {images if data.classes else data.source}",
-        f"global batch {batches.global_batch} ({batches.micro_batches} x {batches.batch_size} on "
-        f"{dist.world_size()} processes), lr {run.learning_rate.lr:.3g}, "
-        f"{batches.steps_per_epoch} steps an epoch, {args.epochs} epochs, output {args.output_dir}",
-        f"validation loss on {validated} images of {source}" if validated else "",
-    ]
-
-
 # --- dry run
 
 
@@ -247,8 +229,7 @@ def dry_run(args: argparse.Namespace, device: torch.device, precision: Precision
     """The doctor's checks, one step on made-up data, and what the training would take."""
 
     def step() -> dict:
-        inputs = setup.open_inputs(args, read_only=True)
-        run, _ = build_run(args, inputs, device, precision)
+        run, _ = build_run(args, setup.open_inputs(args, read_only=True), device, precision)
         return step_figures(run, steps=2 if device.type != "cpu" or args.compile else 1)
 
     return doctor.dry_run(args, device, doctor.TRAINING_CHECKS, step)
@@ -256,49 +237,37 @@ def dry_run(args: argparse.Namespace, device: torch.device, precision: Precision
 
 def step_figures(run: Run, steps: int) -> dict:
     """Of the last of some steps as in training; the same on all processes."""
-    cached, seconds = run.cached or run.tokenizer.vae is None, []
+    cached = run.cached or run.tokenizer.vae is None
     run = replace(run, loader=made_up_batches(run, cached), cached=cached)
     run.start()
     for step in range(run.steps.start, run.steps.start + steps):
         started = time.perf_counter()
         loss = dist.all_reduce_sum(train_step(run, step).loss).item()  # which waits for the device
-        seconds.append(time.perf_counter() - started)
-    slowest = torch.tensor([seconds[0], seconds[-1], float(peak_memory(run.device))])
-    first, last, peak = dist.all_reduce_max(slowest.to(run.device)).tolist()
-    batches, processes = run.batches, dist.world_size()
-    name, kind = run.precision.name, run.device.type
-    memory = training_memory(run.model, batches.batch_size, name, kind)
-    parameters = sum(p.numel() for p in run.model.parameters())
-    rate, hours = batches.global_batch / last, len(run.steps) * last / 3600
+        seconds = time.perf_counter() - started
+    slowest = torch.tensor([seconds, float(peak_memory(run.device))], device=run.device)
+    seconds, peak = dist.all_reduce_max(slowest).tolist()
+    rate, hours = run.batches.global_batch / seconds, len(run.steps) * seconds / 3600
     return {
         "loss": loss,
-        "parameters": parameters,
-        "images_per_step": batches.global_batch,
-        "seconds_first_step": first,
-        "seconds_per_step": last,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "images_per_step": run.batches.global_batch,
+        "seconds_per_step": seconds,
         "images_per_second": rate,
-        "tflops_per_device": training_step(run.model.config) * rate / processes / 1e12,
-        "gib_estimated": sum(memory.values()) / GIB,
+        "tflops_per_device": training_step(run.model.config) * rate / dist.world_size() / 1e12,
         "gib_peak": peak / GIB,
-        "gib_per_checkpoint": 4 * SAVED_COPIES * parameters / GIB,
         "steps": len(run.steps),
         "hours": hours,
-        "device_hours": hours * processes,
+        "device_hours": hours * dist.world_size(),
     }
 
 
 def made_up_batches(run: Run, cached: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same one again and again: black images uint8 [B, 3, S, S], or, cached, posteriors
-    [B, 2C, h, w] of about unit scaled variance; and labels [B].
-    """
+    """Black images uint8 [B, 3, S, S] or, cached, posteriors [B, 2C, h, w]; labels [B]."""
     config, size = run.model.config, run.batches.batch_size
-    generator = torch.Generator().manual_seed(dist.rank())
-    labels = torch.randint(config.class_num, (size,), generator=generator)
-    if not cached:
-        shape = (size, 3, config.img_size, config.img_size)
-        return repeat((torch.zeros(shape, dtype=torch.uint8), labels))
-    means = torch.randn((size, *config.latent_shape), generator=generator) / config.latent_scale
-    return repeat((torch.cat([means, torch.full_like(means, -10.0)], dim=1), labels))
+    images = torch.zeros(size, 3, config.img_size, config.img_size, dtype=torch.uint8)
+    channels, height, width = config.latent_shape
+    posteriors = torch.randn(size, 2 * channels, height, width)
+    return repeat((posteriors if cached else images, torch.zeros(size, dtype=torch.int64)))
 
 
 cli = partial(dist.run, main)

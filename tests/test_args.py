@@ -184,7 +184,7 @@ def test_home_is_expanded_on_the_command_line_and_in_a_file(tmp_path, monkeypatc
         ("epochs: true", "epochs: True"),
         ("epochs: {a: 1}", "epochs: "),
         ("epochs: 0", "epochs: 0 is not"),
-        ("use_cached: 1", "use_cached: 1 is not true or false"),
+        ("use_cached: 1", "use_cached: 1 is not what --use_cached takes"),
         ("cfg: []", "cfg: "),
         ("cfg: [1, x]", "cfg: "),
         ("model: tokenbridge_larg", "tokenbridge_larg"),

@@ -109,8 +109,8 @@ def test_step_with_numbers_that_are_not_finite_changes_nothing(name, spoiled):
     tensors = [*run.ema.parameters, *run.ema.averages, *moments]
     before = [tensor.detach().clone() for tensor in tensors]
     result = step(run, micro_batches)
-    status = run.skip_vote.conclude(result.skipped)
-    assert result.skipped and (status.skipped, status.in_a_row) == (1, 1)
+    assert result.skipped and run.skip_vote.conclude(result.skipped) == (False, 1)
+    assert run.skip_vote.skipped() == 1
     assert all(torch.equal(t.detach(), old) for t, old in zip(tensors, before, strict=True))
 
 
@@ -118,10 +118,8 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row():
     vote, counts = SkipVote(CPU, skipped=5), []
     for skipped in (True, True, False, True):
         vote(torch.tensor(True))
-        status = vote.conclude(torch.tensor(skipped))
-        counts.append((status.skipped, status.in_a_row))
-    assert counts == [(6, 1), (7, 2), (7, 0), (8, 1)]
-    assert vote.skipped() == 8
+        counts.append((vote.conclude(torch.tensor(skipped)), vote.skipped()))
+    assert counts == [((False, 1), 6), ((False, 2), 7), ((False, 0), 7), ((False, 1), 8)]
 
 
 # --- where it began
@@ -135,7 +133,7 @@ def broken(inputs: Path, output: Path, **changes) -> list[str]:
 def test_too_many_skipped_steps_name_the_first_module_and_its_batch(inputs, tmp_path, capsys):
     line = refused(capsys, main_tokenbridge.main, *broken(inputs, tmp_path / "out"))
     assert "2 steps in a row was not finite, up to step 4" in line
-    assert "in micro-batch 0 (samples " in line and "first the output of backbone." in line
+    assert "in micro-batch 0 (samples " in line and "first in backbone." in line
 
 
 def test_logits_that_are_not_finite_are_found(inputs, tmp_path, capsys, monkeypatch):
@@ -143,7 +141,7 @@ def test_logits_that_are_not_finite_are_found(inputs, tmp_path, capsys, monkeypa
     logits = ChannelHead.logits
     monkeypatch.setattr(ChannelHead, "logits", lambda *args: logits(*args) * torch.nan)
     line = refused(capsys, main_tokenbridge.main, *broken(inputs, tmp_path / "out"))
-    assert "first the output of the model" in line
+    assert "first in the logits" in line
 
 
 def test_samples_that_are_not_finite_are_named(inputs, tmp_path, capsys):
@@ -157,7 +155,7 @@ def test_samples_that_are_not_finite_are_named(inputs, tmp_path, capsys):
     argv += ["--latent_scale", "1", "--channel_order", "0,1,2,3"]
     argv += ["--vae_embed_dim", "4", "--vae_stride", "4"]
     line = refused(capsys, main_tokenbridge.main, *argv)
-    assert "up to step 3" in line and line.count("first its latents") == 2
+    assert "up to step 3" in line and line.count("first in its latents") == 2
 
 
 def test_two_processes_give_up_together(inputs, tmp_path):

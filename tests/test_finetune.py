@@ -138,7 +138,7 @@ def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
         (dict(quant_bits=4), "has quant_levels 64, but the flags say 16"),
         (dict(channel_order="3,2,1,0"), "has channel_order"),
         (dict(class_num=3), "has 4 classes, --class_num is 3; leave --class_num out"),
-        (dict(evaluate=True), "--evaluate takes a checkpoint by --resume"),
+        (dict(evaluate=True), "--evaluate needs"),
         (dict(finetune=None, resume="RUN"), "--finetune in the place of --resume"),
         (dict(finetune=None, resume="RUN", class_num=4), "--finetune in the place of --resume"),
     ],
@@ -169,7 +169,7 @@ def test_a_run_stays_known_by_what_it_began_with(others, trained, tmp_path, caps
 
 def test_a_finished_checkpoint_of_another_run_is_not_nothing_to_train(inputs, trained, tmp_path):
     """As the published ones on one's own images; a run itself may be started again at its end."""
-    with pytest.raises(UserError, match=f"has done all of --epochs 2, .*--finetune {trained}"):
+    with pytest.raises(UserError, match=f"has done all of --epochs 2; .*--finetune {trained}"):
         train(inputs, tmp_path / "out", resume=trained)
     shutil.copytree(trained, tmp_path / "own")
     train(inputs, tmp_path / "own", resume="auto")

@@ -42,18 +42,18 @@ def world(monkeypatch):
 def test_global_batch_is_that_of_the_flags(world, given, processes, micro_batches):
     world(processes)
     expected = Batches(4, micro_batches, IMAGES, 1)
-    assert plan_batches(arguments(**given), None, IMAGES) == (expected, 0, "")
+    assert plan_batches(arguments(**given), None, IMAGES) == (expected, 0, [])
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 6])
 def test_resumed_run_keeps_its_batches_on_any_number_of_processes(world, processes):
     world(processes)
     found = plan_batches(arguments(batch_size=None), checkpoint(), IMAGES)
-    assert found == (Batches(4, 6, IMAGES, 7), 30, "")
+    assert found == (Batches(4, 6, IMAGES, 7), 30, [])
 
 
 def test_other_batches_go_on_at_the_same_epoch_and_it_is_said():
-    batches, first, note = plan_batches(arguments(global_batch=8, seed=9), checkpoint(), IMAGES)
+    batches, first, (note,) = plan_batches(arguments(global_batch=8, seed=9), checkpoint(), IMAGES)
     assert batches.steps_per_epoch == 12  # were 4
     assert first == 90
     assert "micro_batches 2 (was 6), seed 9 (was 7)" in note and "epoch, 7.50" in note

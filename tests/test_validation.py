@@ -118,7 +118,7 @@ def test_what_cannot_be_held_out_is_refused_in_one_line(beside, tmp_path, capsys
         argv = flags(beside, TRAIN_FLAGS, output_dir=tmp_path / "out", **changes)
         return refused(capsys, main_tokenbridge.main, *argv)
 
-    assert "--holdout 24 leaves nothing of the 24 images" in line(holdout=24)
+    assert "--holdout 24 leaves nothing of the 24 of" in line(holdout=24)
     assert "comes from one of them" in line(holdout=1, val_path=beside / "data" / "val")
     assert "--vae_path" in line(val_path=beside / "data" / "val")
     (tmp_path / "val" / "dog").mkdir(parents=True)

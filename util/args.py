@@ -22,7 +22,7 @@ from models.generate import PRECISIONS
 from models.sampler import CFG_SCHEDULES, ORDERS
 from util import dist
 from util.data.images import MAX_PIXELS
-from util.errors import EXIT_USER_ERROR, UserError, as_user_error, did_you_mean, program
+from util.errors import EXIT_USER_ERROR, as_user_error, did_you_mean, program
 from util.files import LOCK, atomic_write
 from util.optim import BLR_BATCH
 
@@ -80,21 +80,12 @@ def head_steps(text: str) -> int | tuple[int, ...]:
     return tuple(map(positive_int, text.split(","))) if "," in text else positive_int(text)
 
 
-def metrics_path(text: str) -> str:
-    if Path(text).suffix != ".jsonl":
-        raise argparse.ArgumentTypeError(f"{text} does not end in .jsonl")
-    return text
-
-
 # --- flags
 
 
 @dataclass(frozen=True)
 class Flag:
-    """kind: makes the value of the word; bool is a switch, which --no_NAME switches off.
-
-    published: what `value` says of a flag that is None unless given.
-    """
+    """kind: makes the value of the word; bool is a switch, which --no_NAME switches off."""
 
     name: str
     kind: Callable
@@ -102,7 +93,6 @@ class Flag:
     help: str
     choices: tuple[str, ...] | None = None
     nargs: str | None = None
-    published: object = None
 
     def add_to(self, group) -> None:
         if self.kind is bool:
@@ -110,7 +100,7 @@ class Flag:
             add(f"--{name}", action="store_true", default=self.default, help=self.help)
             add(f"--no_{name}", action="store_false", dest=name, help=argparse.SUPPRESS)
             return
-        shown = self.default if self.published is None else self.published
+        shown = PUBLISHED.get(self.name) if self.default is None else self.default
         listed = " ".join(map(str, shown)) if isinstance(shown, list) else shown
         metavar = {"int": "N", "float": "X"}.get(self.kind.__name__, "VALUE")
         group.add_argument(
@@ -124,14 +114,14 @@ class Flag:
         )
 
 
-PUBLISHED: dict[str, object] = {}
+PUBLISHED: dict[str, object] = {}  # of the flags that are None unless given
 KINDS = {int: positive_int, float: finite_float, str: str}
 
 
 def auto(name: str, kind: Callable, published, help: str, choices=None) -> Flag:
     """A flag that is None unless given, where something else may know better."""
     PUBLISHED[name] = published
-    return Flag(name, kind, None, help, choices, published=published)
+    return Flag(name, kind, None, help, choices)
 
 
 def model_flag(name: str, help: str, choices=None) -> Flag:
@@ -150,7 +140,7 @@ def value(args: argparse.Namespace, name: str):
 DATA_PATH = auto("data_path", str, "./data/imagenet", "images in train/CLASS/")
 CACHED_PATH = Flag("cached_path", str, "", "the cache that main_cache.py made")
 QUANTIZER = model_flag("quantizer", "or fitted to --cached_path's latents", QUANTIZERS)
-METRICS_FILE = Flag("metrics_file", metrics_path, None, "figures for programs, a line of JSON each")
+METRICS_FILE = Flag("metrics_file", str, None, "figures for programs, a line of JSON each")
 JSON = Flag("json", bool, False, "the final figures as JSON on stdout, all else on stderr")
 SEED = auto("seed", random_seed, 1, "of everything random")
 DEVICE = Flag("device", str, "cuda", "cuda, mps or cpu; what the machine has instead is used")
@@ -158,19 +148,6 @@ EVAL_WEIGHTS = Flag("eval_weights", str, "ema", "averaged or raw weights", ("ema
 EXTRACTOR = [
     Flag("feature_extractor", str, INCEPTION, "of torch-fidelity, or MODULE:NAME"),
     Flag("inception_weights", str, None, "of the extractor, torch-fidelity's Inception or other"),
-]
-DATA = [
-    DATA_PATH,
-    Flag("use_cached", bool, False, "read latents, not images"),
-    CACHED_PATH,
-    Flag("no_flip", bool, False, "no mirror images (digits, text)"),
-    Flag("output_dir", str, "./output_dir", "checkpoints, logs and images"),
-    Flag("log_dir", str, "", "TensorBoard's; default: --output_dir"),
-    METRICS_FILE,
-    JSON,
-    Flag("dry_run", bool, False, "check everything, make one step, say what a training takes"),
-    Flag("resume", str, "", "folder or file of a checkpoint; auto: the newest of --output_dir"),
-    Flag("finetune", str, "", "begin with a checkpoint's averaged weights, for other classes too"),
 ]
 LATENT_SCALE = auto("latent_scale", latent_scale, "auto", "1 / std; auto: the cache's, KL-16's")
 MODEL = [
@@ -205,60 +182,6 @@ VAE = [
     auto("vae_path", str, "pretrained_models/vae/kl16.ckpt", "its weights, or a folder"),
     model_flag("vae_embed_dim", "latent channels"),
 ]
-TRAINING = [
-    auto("batch_size", positive_int, 16, "samples of a micro-batch"),
-    auto("accum_iter", positive_int, 1, "micro-batches a step, of each process"),
-    Flag("global_batch", positive_int, None, "samples a step, on any number of processes"),
-    Flag("epochs", positive_int, 400, "in all, with those of --resume"),
-    Flag("start_epoch", non_negative_int, 0, "the first one, without --resume"),
-    Flag("warmup_epochs", non_negative_float, 100, "in which the rate rises from 0"),
-    Flag("lr", non_negative_float, None, "peak learning rate; default: by --blr"),
-    Flag("blr", non_negative_float, 1e-4, f"lr = blr * samples a step / {BLR_BATCH}"),
-    Flag("min_lr", non_negative_float, 0.0, "learning rate at the end"),
-    auto("lr_schedule", str, "cosine", "after warm-up; mar_*: constant", ("cosine", "constant")),
-    Flag("weight_decay", non_negative_float, 0.02, "AdamW's"),
-    Flag("grad_clip", positive_float, 3.0, "largest norm of the gradient"),
-    Flag("ema_rate", fraction, 0.9999, "of the averaged weights, a step"),
-    Flag("grad_checkpointing", bool, False, "less memory: recompute all blocks"),
-    Flag("head_chunk", non_negative_int, None, "positions the head works on at once; 0 is all"),
-    Flag("log_freq", positive_int, 20, "steps between two log lines"),
-    Flag("max_skipped", positive_int, 20, "steps in a row, not finite, after which to stop"),
-]
-SAVING = [
-    Flag("save_last_freq", positive_int, 5, "epochs between two"),
-    Flag("save_steps", non_negative_int, 0, "steps, besides; 0: never"),
-    Flag("save_minutes", non_negative_float, 30.0, "minutes, besides; 0: never"),
-    Flag("keep_checkpoints", positive_int, 2, "how many of the last stay"),
-    Flag("save_every", non_negative_int, 0, "epochs between those that all stay; 0: none"),
-]
-VALIDATION = [
-    Flag("preview_freq", non_negative_float, 1.0, "epochs between image grids; 0: never"),
-    Flag("preview_images", positive_int, 8, "of each, raw and averaged weights"),
-    Flag("preview_iter", positive_int, 32, "iterations; guided as by --cfg"),
-    Flag("val_freq", non_negative_float, 1.0, "epochs between validation losses; 0: never"),
-    Flag("val_images", positive_int, 256, "validation images used, at most"),
-    Flag("val_path", str, "", "validation images in CLASS/; default: val/ beside train/, if there"),
-    Flag("val_cached_path", str, "", "or a cache of them (main_cache.py --split val)"),
-    Flag("holdout", non_negative_int, 0, "or so many of the training images"),
-]
-EVALUATION = [
-    Flag("evaluate", bool, False, "generate images, measure them and stop"),
-    Flag("online_eval", bool, False, "evaluate while training"),
-    Flag("eval_freq", positive_int, 40, "epochs between two, while training"),
-    Flag("eval_bsz", positive_int, 64, "images a batch"),
-    Flag("num_images", positive_int, 50000, "in all, spread over the classes"),
-    Flag("classes", str, None, "draw these, by name or by number; default: all", nargs="+"),
-    Flag("num_iter", positive_int, [256], "iterations an image", nargs="+"),
-    Flag("cfg", non_negative_float, [1.0], "guidance; 1 is none", nargs="+"),
-    Flag("cfg_schedule", str, "linear", "of the guidance", CFG_SCHEDULES),
-    Flag("temperature", non_negative_float, [1.0], "of the levels; 0: argmax", nargs="+"),
-    Flag("order", str, "random", "in which positions are filled", ORDERS),
-    Flag("token_cache", non_negative_int, 0, "approximate: iterations between whole ones; 0: off"),
-    EVAL_WEIGHTS,
-    Flag("keep_images", bool, False, "keep the PNG files once they are measured"),
-    Flag("save_npz", bool, False, "all images as samples.npz, for ADM's evaluator"),
-    Flag("fid_reference", str, None, "real images, a folder or npz: FID, KID, precision, recall"),
-]
 METRICS = [
     Flag("fid_stats", str, None, "npz with mu and sigma; default: ADM's in fid_stats/, if there"),
     Flag("no_metrics", bool, False, "images only, no FID and IS"),
@@ -280,6 +203,82 @@ PRECISION = [
     Flag("precision", str, "auto", "auto: bf16 on CUDA, else fp16; fp32 elsewhere", PRECISIONS),
     Flag("compile", bool, False, "compile the blocks: minutes at the start, faster steps"),
 ]
+# Of main_tokenbridge.py and the doctor, by group.
+GROUPS = {
+    "data and output": [
+        DATA_PATH,
+        Flag("use_cached", bool, False, "read latents, not images"),
+        CACHED_PATH,
+        Flag("no_flip", bool, False, "no mirror images (digits, text)"),
+        Flag("output_dir", str, "./output_dir", "checkpoints, logs and images"),
+        Flag("log_dir", str, "", "TensorBoard's; default: --output_dir"),
+        METRICS_FILE,
+        JSON,
+        Flag("dry_run", bool, False, "check everything, make one step, say what a training takes"),
+        Flag("resume", str, "", "folder or file of a checkpoint; auto: the newest of --output_dir"),
+        Flag("finetune", str, "", "begin with a checkpoint's averages, for other classes too"),
+    ],
+    "model (a checkpoint made here knows its own settings)": MODEL,
+    "tokenizer": VAE,
+    "training (batch_size x accum_iter samples a step and process)": [
+        auto("batch_size", positive_int, 16, "samples of a micro-batch"),
+        auto("accum_iter", positive_int, 1, "micro-batches a step, of each process"),
+        Flag("global_batch", positive_int, None, "samples a step, on any number of processes"),
+        Flag("epochs", positive_int, 400, "in all, with those of --resume"),
+        Flag("start_epoch", non_negative_int, 0, "the first one, without --resume"),
+        Flag("warmup_epochs", non_negative_float, 100, "in which the rate rises from 0"),
+        Flag("lr", non_negative_float, None, "peak learning rate; default: by --blr"),
+        Flag("blr", non_negative_float, 1e-4, f"lr = blr * samples a step / {BLR_BATCH}"),
+        Flag("min_lr", non_negative_float, 0.0, "learning rate at the end"),
+        auto(
+            "lr_schedule", str, "cosine", "after warm-up; mar_*: constant", ("cosine", "constant")
+        ),
+        Flag("weight_decay", non_negative_float, 0.02, "AdamW's"),
+        Flag("grad_clip", positive_float, 3.0, "largest norm of the gradient"),
+        Flag("ema_rate", fraction, 0.9999, "of the averaged weights, a step"),
+        Flag("grad_checkpointing", bool, False, "less memory: recompute all blocks"),
+        Flag("head_chunk", non_negative_int, None, "positions the head works on at once; 0 is all"),
+        Flag("log_freq", positive_int, 20, "steps between two log lines"),
+        Flag("max_skipped", positive_int, 20, "steps in a row, not finite, after which to stop"),
+    ],
+    "checkpoints (written in the background)": [
+        Flag("save_last_freq", positive_int, 5, "epochs between two"),
+        Flag("save_steps", non_negative_int, 0, "steps, besides; 0: never"),
+        Flag("save_minutes", non_negative_float, 30.0, "minutes, besides; 0: never"),
+        Flag("keep_checkpoints", positive_int, 2, "how many of the last stay"),
+        Flag("save_every", non_negative_int, 0, "epochs between those that all stay; 0: none"),
+    ],
+    "validation while training (parts of epochs are possible)": [
+        Flag("preview_freq", non_negative_float, 1.0, "epochs between image grids; 0: never"),
+        Flag("preview_images", positive_int, 8, "of each, raw and averaged weights"),
+        Flag("preview_iter", positive_int, 32, "iterations; guided as by --cfg"),
+        Flag("val_freq", non_negative_float, 1.0, "epochs between validation losses; 0: never"),
+        Flag("val_images", positive_int, 256, "validation images used, at most"),
+        Flag("val_path", str, "", "images in CLASS/; default: val/ beside train/, if there"),
+        Flag("val_cached_path", str, "", "or a cache of them (main_cache.py --split val)"),
+        Flag("holdout", non_negative_int, 0, "or so many of the training images"),
+    ],
+    "evaluation (several num_iter, cfg, temperature: all together)": [
+        Flag("evaluate", bool, False, "generate images, measure them and stop"),
+        Flag("online_eval", bool, False, "evaluate while training"),
+        Flag("eval_freq", positive_int, 40, "epochs between two, while training"),
+        Flag("eval_bsz", positive_int, 64, "images a batch"),
+        Flag("num_images", positive_int, 50000, "in all, spread over the classes"),
+        Flag("classes", str, None, "draw these, by name or by number; default: all", nargs="+"),
+        Flag("num_iter", positive_int, [256], "iterations an image", nargs="+"),
+        Flag("cfg", non_negative_float, [1.0], "guidance; 1 is none", nargs="+"),
+        Flag("cfg_schedule", str, "linear", "of the guidance", CFG_SCHEDULES),
+        Flag("temperature", non_negative_float, [1.0], "of the levels; 0: argmax", nargs="+"),
+        Flag("order", str, "random", "in which positions are filled", ORDERS),
+        Flag("token_cache", non_negative_int, 0, "approximate: iterations between exact ones"),
+        EVAL_WEIGHTS,
+        Flag("keep_images", bool, False, "keep the PNG files once they are measured"),
+        Flag("save_npz", bool, False, "all images as samples.npz, for ADM's evaluator"),
+        Flag("fid_reference", str, None, "real images (folder, npz): FID, KID, precision, recall"),
+    ],
+    "metrics": METRICS,
+    "loader": LOADER,
+}
 
 
 # --- the parser
@@ -299,6 +298,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,  # a prefix that works today is ambiguous tomorrow
         )
+        for kind in (None, str):  # ~ as the shell does, but for --flag=~/folder and in files
+            self.register("type", kind, os.path.expanduser)
         text = "settings, as `name: value` in YAML; flags go before them, --no_NAME switches off"
         self.add_argument("--config", metavar="FILE", help=text)
 
@@ -323,75 +324,55 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
         """Like parse_args, but begins with the settings of --config."""
-        argv = [expand_home(word) for word in (sys.argv[1:] if argv is None else argv)]
+        argv = sys.argv[1:] if argv is None else argv
         for before, word in zip(["", *argv], argv, strict=False):
             if not word or re.fullmatch(r"--\w+=", word):  # --resume "$RUN" where RUN is not set
                 name = word[:-1] or before
                 self.error(f"the value of {name} is empty: set the shell variable, or leave it out")
-        early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for name in ("--config", "--output_dir"):
-            early.add_argument(name, nargs="?")
-        known, _ = early.parse_known_args(argv)
-        settings = self._read(known.config, known.output_dir) if known.config else {}
-        args, unknown = self.parse_known_args(argv, argparse.Namespace(**settings))
+        args, unknown = self.parse_known_args(argv)
+        if args.config:
+            args, unknown = self.parse_known_args(argv, self._read(args))
         if unknown:
             hint = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
             self.error(f"unknown: {' '.join(unknown)}{hint}")
         return args
 
-    def _read(self, path: str, output_dir: str | None) -> dict:
-        """What the `name: value` lines of a YAML file say.
+    def _read(self, args: argparse.Namespace) -> argparse.Namespace:
+        """What the `name: value` lines of --config say.
 
-        output_dir: the one that the command line names. Of the file that a run in another folder
-        has left, the names of that run's own files are not taken.
+        args: of the command line. Of the file that a run in another folder has left, the names of
+        that run's own files are not taken.
         """
         try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-            if not isinstance(settings, dict):
+            said = yaml.safe_load(Path(args.config).read_text(encoding="utf-8")) or {}
+            if not isinstance(said, dict):
                 raise ValueError("has no lines of the form 'name: value'")
-            elsewhere = output_dir not in (None, settings.get("output_dir"))
-            left_out = OF_ONE_FOLDER if settings.pop(SAVED_BY, None) and elsewhere else ()
-            said = {k: v for k, v in settings.items() if v not in (None, "") and k not in left_out}
-            return {name: self._setting(str(name), setting) for name, setting in said.items()}
+            places = (self.get_default("output_dir"), said.get("output_dir"))
+            if said.pop(SAVED_BY, None) and getattr(args, "output_dir", None) not in places:
+                said |= dict.fromkeys(OF_ONE_FOLDER)
+            said = {name: setting for name, setting in said.items() if setting not in (None, "")}
+            return argparse.Namespace(**{str(n): self._setting(str(n), s) for n, s in said.items()})
         except (OSError, ValueError, yaml.YAMLError, RecursionError, argparse.ArgumentError) as e:
-            self.error(f"--config {path}: {' '.join(str(e).split())}")
+            self.error(f"--config {args.config}: {' '.join(str(e).split())}")
 
     def _setting(self, name: str, setting):
         """The value of a flag, checked as its words are."""
         actions = {a.dest: a for a in self._actions if a.dest not in ("help", "config")}
         if name not in actions:
             raise ValueError(f"{name} is no setting of {self.prog}{did_you_mean(name, actions)}")
-        action = actions[name]
-        if action.nargs == 0:
-            if not isinstance(setting, bool):
-                raise ValueError(f"{name}: {setting!r} is not true or false")
-            return setting
-        parts = setting if isinstance(setting, list) else [setting]
-        if not parts or any(isinstance(p, bool | dict | list) or p is None for p in parts):
-            raise ValueError(f"{name}: {setting!r} is not a value or a list of values")
-        words = [os.path.expanduser(str(part)) for part in parts]
-        action.required = False
-        return self._get_values(action, words if action.nargs else [",".join(words)])
-
-
-def expand_home(word: str) -> str:
-    """~ and ~user in every value, as the shell does, but for --flag=~/folder, where it does not."""
-    flag, equals, text = word.partition("=") if word.startswith("--") else ("", "", word)
-    return flag + equals + os.path.expanduser(text)
+        action, is_switch = actions[name], isinstance(setting, bool)
+        if setting == [] or is_switch != (action.nargs == 0):
+            raise ValueError(f"{name}: {setting!r} is not what --{name} takes")
+        words = [str(part) for part in (setting if isinstance(setting, list) else [setting])]
+        words = words if action.nargs else [",".join(words)]
+        return setting if is_switch else self._get_values(action, words)
 
 
 def train_parser(description: str) -> Parser:
     """That of main_tokenbridge.py and of the doctor."""
     parser = Parser(description)
-    parser.add_flags("data and output", *DATA)
-    parser.add_flags("model (a checkpoint made here knows its own settings)", *MODEL)
-    parser.add_flags("tokenizer", *VAE)
-    parser.add_flags("training (batch_size x accum_iter samples a step and process)", *TRAINING)
-    parser.add_flags("checkpoints (written in the background)", *SAVING)
-    parser.add_flags("validation while training (parts of epochs are possible)", *VALIDATION)
-    parser.add_flags("evaluation (several num_iter, cfg, temperature: all together)", *EVALUATION)
-    parser.add_flags("metrics", *METRICS)
-    parser.add_loader_flags()
+    for title, flags in GROUPS.items():
+        parser.add_flags(title, *flags)
     parser.add_device_flags(*PRECISION)
     return parser
 
@@ -400,12 +381,8 @@ def train_parser(description: str) -> Parser:
 
 
 def to_save(args: argparse.Namespace) -> dict:
-    """The settings of a call as plain values, --channel_order as its flag has it."""
-    return {
-        name: ",".join(map(str, setting)) if isinstance(setting, tuple) else setting
-        for name, setting in vars(args).items()
-        if name not in NOT_SAVED
-    }
+    """The settings of a call."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
 
 
 def changed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
@@ -428,9 +405,7 @@ def settings_saved(args: argparse.Namespace, path: Path, remarks: str = "") -> I
     if dist.is_main():
         settings = to_save(args) | {SAVED_BY: program()}
         text = "".join(f"# {line}\n" for line in remarks.splitlines())
-        text += yaml.safe_dump(
-            settings, sort_keys=False, default_flow_style=None, allow_unicode=True
-        )
+        text += yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         with as_user_error(f"{path}: cannot write", (OSError,)):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
@@ -441,13 +416,3 @@ def settings_saved(args: argparse.Namespace, path: Path, remarks: str = "") -> I
         if dist.is_main() and {p.name for p in path.parent.iterdir()} <= {path.name, LOCK}:
             path.unlink(missing_ok=True)
         raise
-
-
-def check_mode(args: argparse.Namespace) -> None:
-    """Raise UserError if flags of training, evaluation and dry run contradict each other."""
-    if args.dry_run and args.evaluate:
-        raise UserError("--dry_run is of a training; leave --evaluate out (--no_evaluate)")
-    if args.finetune and args.evaluate and not args.resume:
-        raise UserError("--finetune begins a training; --evaluate takes a checkpoint by --resume")
-    if args.json and not (args.dry_run or args.evaluate):
-        raise UserError("--json is for --evaluate and --dry_run; a training has --metrics_file")

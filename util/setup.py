@@ -17,13 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from models.calibration import fit_levels
-from models.config import (
-    PUBLISHED_LATENT_SCALE,
-    TokenBridgeConfig,
-    default_channel_order,
-    preset,
-    unread_settings,
-)
+from models.config import TokenBridgeConfig, preset, unread_settings
 from models.sampler import SamplingOptions
 from models.tokenbridge import CLASS_ROWS, TokenBridge
 from models.tokenizers.kl16 import VAE
@@ -32,7 +26,6 @@ from util.args import value
 from util.checkpoint import (
     AUTO,
     FINETUNE,
-    WEIGHT_KEYS,
     Checkpoint,
     find_checkpoint,
     refuse_other_run,
@@ -43,13 +36,7 @@ from util.data.batches import Batches
 from util.data.histogram import LatentHistogram
 from util.data.latent_cache import open_cache
 from util.data.listing import print_class_notes
-from util.data.training_set import (
-    TrainingData,
-    check_data,
-    needs_vae,
-    open_data,
-    open_validation,
-)
+from util.data.training_set import TrainingData, check_data, needs_vae, open_data, open_validation
 from util.errors import UserError, as_user_error
 from util.optim import BLR_BATCH, LRSchedule
 from util.vae import load_vae
@@ -116,8 +103,9 @@ def build_config(
     """The model's settings.
 
     A checkpoint made here knows them: a flag that was given must agree with it, unless it only
-    changes behaviour. Otherwise they are the flags, completed by what is known of the latents.
-    manifest: of a cache. classes: of the data, if there are any.
+    changes behaviour. Otherwise they are the flags, completed by what a cache's manifest knows of
+    the latents, or the VAE; those of published checkpoints and caches are KL-16's, as is the
+    default. classes: of the data, if there are any.
     """
     flags = {field.name: getattr(args, field.name, None) for field in fields(TokenBridgeConfig)}
     given = preset(args.model) if args.model is not None else {}
@@ -136,31 +124,32 @@ def build_config(
             "--head codebook and a VQ tokenizer belong together"
         )
     begins = checkpoint is None or checkpoint.begins
-    count = (begins and classes) or (_class_rows(checkpoint) if checkpoint is not None else 0)
-    counted = {"class_num": count} if count else {}
+    rows = classes if begins else 0
+    if checkpoint is not None and not rows:
+        key = "model" if "model" in checkpoint.saved else "model_ema"
+        rows = len(checkpoint.weights(key).get(CLASS_ROWS, ()))
+    known = {"class_num": rows} if rows else {}
     if checkpoint is not None and checkpoint.config is not None:
-        return _agreed_config(counted | given if begins else given, checkpoint)
-    known = _known_latents(args, checkpoint, manifest, vae) | counted
+        return _agreed_config(known | given if begins else given, checkpoint)
     if checkpoint is not None:
         known["head_input"] = "published"  # as the released checkpoints were measured
-    if head == "codebook" and vae is not None and vae.codebook is not None:
-        known["codebook_size"] = len(vae.codebook)
-    settings = known | given
-    missing = [f"--{name}" for name in LATENT if name not in settings]
-    if missing:
-        raise UserError(
-            f"--vae_path is not KL-16, so {' and '.join(missing)} must be given; or cache its "
-            "latents with main_cache.py, which measures them, and name the cache with --cached_path"
-        )
+    if head == "codebook" and vae is not None:  # entries of length one: each mean square is 1/C
+        known |= {"codebook_size": len(vae.codebook), "latent_scale": vae.channels**0.5}
+        known["channel_order"] = tuple(range(vae.channels))
+    if manifest is not None:
+        (channels, side, _), size = manifest["latent_shape"], manifest["image_size"]
+        known |= {"img_size": size, "vae_embed_dim": channels, "vae_stride": size // side}
+        known |= {name: manifest[name] for name in LATENT}
+    elif vae is not None:
+        known |= {"vae_embed_dim": vae.channels, "vae_stride": vae.stride}
+        missing = [f"--{name}" for name in LATENT if name not in known | given]
+        if missing and not vae.is_kl16 and checkpoint is None:
+            raise UserError(
+                f"--vae_path is not KL-16, so {' and '.join(missing)} must be given, or "
+                "--cached_path, for which main_cache.py has measured them"
+            )
     with as_user_error():
-        return TokenBridgeConfig(**settings)
-
-
-def _class_rows(checkpoint: Checkpoint) -> int:
-    """The rows of the table of classes, by the weights alone; 0 where they have none."""
-    states = (checkpoint.saved.get(key) for key in WEIGHT_KEYS.values())
-    tables = (state.get(CLASS_ROWS) for state in states if isinstance(state, dict))
-    return next((len(t) for t in tables if isinstance(t, Tensor) and t.dim() == 2), 0)
+        return TokenBridgeConfig(**known | given)
 
 
 def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
@@ -172,36 +161,10 @@ def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
         if name not in free and before != now:
             raise UserError(
                 f"{checkpoint.named} has {name} {before}, but the flags say {now}; leave the flag "
-                f"out, or name another checkpoint (for another class_num or img_size, {FINETUNE} "
-                "in the place of --resume)"
+                f"out, or, for another class_num or img_size, {FINETUNE} in the place of --resume"
             )
     with as_user_error():
         return replace(saved, **given)
-
-
-def _known_latents(
-    args: argparse.Namespace,
-    checkpoint: Checkpoint | None,
-    manifest: dict | None,
-    vae: VAE | None,
-) -> dict:
-    """Image size, channels, stride, scale and channel order, as far as anything tells them.
-
-    A cache's manifest knows them all; a VAE its shape, and if it is KL-16 the published constants;
-    published checkpoints and caches, which say nothing, belong to KL-16.
-    """
-    if manifest is not None:
-        (channels, side, _), size = manifest["latent_shape"], manifest["image_size"]
-        known = {"img_size": size, "vae_embed_dim": channels, "vae_stride": size // side}
-        return known | {name: manifest[name] for name in LATENT}
-    known = {"vae_embed_dim": vae.channels, "vae_stride": vae.stride} if vae is not None else {}
-    if vae is not None and vae.codebook is not None:  # entries of length one: each mean square 1/C
-        known |= {"latent_scale": vae.channels**0.5, "channel_order": tuple(range(vae.channels))}
-    elif checkpoint is not None or vae is None or vae.is_kl16:
-        channels = known.get("vae_embed_dim", value(args, "vae_embed_dim"))
-        known["latent_scale"] = PUBLISHED_LATENT_SCALE
-        known["channel_order"] = default_channel_order(channels)
-    return known
 
 
 # --- tokenizer and model
@@ -250,13 +213,13 @@ def build_model(
     """
     with as_user_error():
         model = TokenBridge(**config.to_dict(), **options)
-    if checkpoint is not None and config.quantizer in LEVELS:  # averages have no buffers
-        named = f"{checkpoint.named}: no --quantizer {config.quantizer}"
-        with as_user_error(named, (ValueError, KeyError)):
-            state = checkpoint.weights("model")
-            model.quantizer.set_levels(*(state[name] for name in LEVELS[config.quantizer]))
-    elif levels is not None:
-        model.quantizer.set_levels(*levels)
+    named = checkpoint.named if checkpoint is not None else ""
+    with as_user_error(f"{named}: no levels of its quantizer", (ValueError, KeyError)):
+        if checkpoint is not None and config.quantizer in LEVELS:
+            state = checkpoint.weights("model")  # the averaged weights come without buffers
+            levels = [state[name] for name in LEVELS[config.quantizer]]
+        if levels is not None:
+            model.quantizer.set_levels(*levels)
     if checkpoint is not None:
         checkpoint.load_into(model, weights)
     return model
@@ -274,16 +237,13 @@ def cache_histogram(cached_path: str, channels: int, vae_sha256: str | None) -> 
             f"which says how its latents are distributed (it is {cached_path or 'not given'})"
         )
     with as_user_error(f"--cached_path {cached_path}: manifest.json is damaged"):
-        histogram = LatentHistogram.from_dict(manifest["histogram"])
-        if len(histogram.counts) != channels:
-            raise ValueError(f"a histogram of {len(histogram.counts)} channels, not {channels}")
-    return histogram
+        return LatentHistogram.from_dict(manifest["histogram"])
 
 
 def calibrated_levels(
     histogram: LatentHistogram, levels: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Boundaries [C, K + 1] and values [C, K], float32, that fit latents multiplied by scale."""
+    """Those, float32, that fit latents multiplied by scale."""
     with as_user_error("--quantizer calibrated"):
         boundaries, values = fit_levels(histogram.counts, histogram.bin_widths(scale), levels)
     return boundaries.float(), values.float()
@@ -329,8 +289,8 @@ def open_inputs(args: argparse.Namespace, read_only: bool = False) -> Inputs:
 
 def plan_batches(
     args: argparse.Namespace, checkpoint: Checkpoint | None, images: int
-) -> tuple[Batches, int, str]:
-    """The batches of the flags, or of the checkpoint where they do not say; the first step; a note.
+) -> tuple[Batches, int, list[str]]:
+    """The batches of the flags, or of the checkpoint where they do not say; the first step; notes.
 
     Raises UserError if the processes cannot share the global batch.
     """
@@ -346,16 +306,16 @@ def plan_batches(
     earlier = saved.micro_batches if saved and saved.batch_size == batch_size else None
     batches = Batches(batch_size, _micro_batches(args, batch_size, earlier), images, seed)
     if checkpoint is None or "optimizer" not in checkpoint.saved:
-        return batches, args.start_epoch * batches.steps_per_epoch, ""
+        return batches, args.start_epoch * batches.steps_per_epoch, []
     if saved is None:
-        return batches, (checkpoint.whole_number("epoch") + 1) * batches.steps_per_epoch, ""
+        return batches, (checkpoint.whole_number("epoch") + 1) * batches.steps_per_epoch, []
     step = checkpoint.whole_number("step")
     if batches == saved:
-        return batches, step, ""
+        return batches, step, []
     was, now = saved.to_dict(), batches.to_dict()
     changes = ", ".join(f"{n} {now[n]} (was {was[n]})" for n in now if now[n] != was[n])
     note = f"note: going on at the same epoch, {step / saved.steps_per_epoch:.2f}, with {changes}"
-    return batches, step * batches.steps_per_epoch // saved.steps_per_epoch, note
+    return batches, step * batches.steps_per_epoch // saved.steps_per_epoch, [note]
 
 
 def _micro_batches(args: argparse.Namespace, batch_size: int, earlier: int | None) -> int:
@@ -382,42 +342,40 @@ def _micro_batches(args: argparse.Namespace, batch_size: int, earlier: int | Non
 def learning_rate(args: argparse.Namespace, batches: Batches) -> LRSchedule:
     lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
     as_published = "constant" if value(args, "model").startswith("mar_") else "cosine"
-    kind = args.lr_schedule or as_published
-    how = args.min_lr, args.warmup_epochs, args.epochs, batches.steps_per_epoch
-    return LRSchedule(lr, *how, kind)
+    shape = args.min_lr, args.warmup_epochs, args.epochs, batches.steps_per_epoch
+    return LRSchedule(lr, *shape, args.lr_schedule or as_published)
 
 
-def rate_warnings(rate: LRSchedule, steps: range, checkpoint: Checkpoint | None) -> list[str]:
-    """Warnings of a learning rate that never gets high, or that jumps where a run goes on."""
-    warnings = []
-    if steps and rate.warmup_epochs >= rate.epochs:
+def check_rate(
+    args: argparse.Namespace, rate: LRSchedule, steps: range, checkpoint: Checkpoint | None
+) -> list[str]:
+    """Warnings of a learning rate that never gets high, or that jumps where a run goes on.
+
+    steps: of this training. Raises UserError if another run's checkpoint leaves none; a run that
+    has come to its end may be started again.
+    """
+    warnings, goes_on = [], checkpoint is not None and not checkpoint.begins
+    if not steps:
+        own = Path(args.output_dir).resolve()
+        if goes_on and not checkpoint.path.resolve().is_relative_to(own):
+            raise UserError(
+                f"{checkpoint.named} has done all of --epochs {args.epochs}; raise --epochs, or "
+                f"begin a training with its weights: {FINETUNE} {args.resume}"
+            )
+        return warnings
+    if rate.warmup_epochs >= rate.epochs:
         warnings.append(
             f"warning: --warmup_epochs {rate.warmup_epochs:g} does not end before --epochs "
             f"{rate.epochs}: the learning rate reaches {rate(steps[-1]):.3g} of {rate.lr:.3g}"
         )
-    before = checkpoint.last_rate() if checkpoint is not None and steps.start else None
-    now = rate(steps.start - 1)
-    if steps and before is not None and not math.isclose(now, before, rel_tol=0.01):
+    before = checkpoint.last_rate() if goes_on and steps.start else None
+    if before is not None and not math.isclose(rate(steps.start - 1), before, rel_tol=0.01):
         warnings.append(
             f"warning: the learning rate of step {steps.start} was {before:.3g} when "
-            f"{checkpoint.path} was saved, and is {now:.3g} with --epochs {rate.epochs}, "
-            f"--warmup_epochs {rate.warmup_epochs:g} and the other flags"
+            f"{checkpoint.path} was saved, and is {rate(steps.start - 1):.3g} with --epochs "
+            f"{rate.epochs}, --warmup_epochs {rate.warmup_epochs:g} and the other flags"
         )
     return warnings
-
-
-def refuse_finished(args: argparse.Namespace, checkpoint: Checkpoint | None, steps: range) -> None:
-    """Raise UserError if another run's checkpoint leaves nothing to train.
-
-    steps: of this training. A run that has come to its end may be started again.
-    """
-    if steps or checkpoint is None or checkpoint.begins:
-        return
-    if not checkpoint.path.resolve().is_relative_to(Path(args.output_dir).resolve()):
-        raise UserError(
-            f"{checkpoint.named} has done all of --epochs {args.epochs}, so there is nothing to "
-            f"train; raise --epochs, or begin a training with its weights: {FINETUNE} {args.resume}"
-        )
 
 
 def check_agreement(facts: dict) -> None:
@@ -425,12 +383,10 @@ def check_agreement(facts: dict) -> None:
 
     Nodes that see different folders would train different models together without a word.
     """
-    gathered = dist.gather_objects(facts)
-    for name in facts:
-        differing = [rank for rank, own in enumerate(gathered) if own[name] != gathered[0][name]]
-        if differing:
+    for rank, other in enumerate(dist.gather_objects(facts)):
+        if differing := [name for name in facts if other[name] != facts[name]]:
             raise UserError(
-                f"process {differing[0]} and process 0 have different values: {name}; "
+                f"process {dist.rank()} and process {rank} have different values: {differing[0]}; "
                 "--data_path, --cached_path and --resume must be the same folders on all nodes"
             )
 

@@ -39,14 +39,15 @@ def is_without_data(args: argparse.Namespace) -> bool:
 
 
 def needs_vae(args: argparse.Namespace) -> bool:
-    """With cached latents, to draw previews and to encode validation images."""
+    """With cached latents, to draw images and to encode those of a validation."""
     if is_without_data(args):
         return False
-    if not args.use_cached or args.online_eval or args.head == "codebook":
+    named = args.vae_path is not None and Path(args.vae_path).exists()
+    if not args.use_cached or args.online_eval or named or args.head == "codebook":
         return True
-    if args.vae_path is not None and Path(args.vae_path).exists():
-        return bool(args.preview_freq) or validation_folder(args) is not None
-    dist.print_main("no VAE: with --vae_path it draws images and the cache is checked to be its")
+    dist.print_main(
+        "no preview images, and the cache is not checked to be of --vae_path: there is none"
+    )
     return False
 
 
@@ -57,26 +58,24 @@ def open_data(
     if is_without_data(args):
         source = "no --data_path or --use_cached: a training set as large as ImageNet's"
         return TrainingData(range(IMAGENET_IMAGES), [], source, None)
-    path, size, cached, digest = value(args, "vae_path"), args.img_size, args.cached_path, None
+    size, cached = args.img_size, args.cached_path
     if size is None and checkpoint is not None and checkpoint.config is not None:
         size = checkpoint.config.img_size
+    digest = vae_digest(value(args, "vae_path")) if vae is not None else None
     if args.use_cached:
         if not cached:
             raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
-        if Path(path).exists() and (args.online_eval or args.vae_path is not None):
-            digest = vae_digest(path)
         cache = open_cache(cached, size, digest)
         digest = cache.manifest["vae_sha256"] if cache.manifest else digest
         source = f"--cached_path {cached}"
         return TrainingData(cache, cache.classes, source, digest, cache.manifest)
-    images = list_images(value(args, "data_path"))
-    size, digest, manifest = size or value(args, "img_size"), vae_digest(path), None
+    path, size, manifest = value(args, "data_path"), size or value(args, "img_size"), None
+    images = list_images(path)
     on_bad = "next" if args.skip_bad_images else "raise"
     dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
     if cached and not vae.is_kl16:  # nobody published its latents' scale; its cache has measured it
         manifest = open_cache(cached, size, digest).manifest
-    source = f"--data_path {value(args, 'data_path')}"
-    return TrainingData(dataset, images.classes, source, digest, manifest)
+    return TrainingData(dataset, images.classes, f"--data_path {path}", digest, manifest)
 
 
 def check_data(
@@ -108,31 +107,27 @@ def check_latent_shape(cache: CachedLatents, config: TokenBridgeConfig, source: 
         )
 
 
-def validation_folder(args: argparse.Namespace) -> Path | None:
-    """Images that no other flag holds out: --val_path, or val/ of --data_path if it is there."""
-    if not args.val_freq or args.val_cached_path or args.holdout:
-        return None
-    if args.val_path:
-        return Path(args.val_path)
-    beside = Path(value(args, "data_path")) / "val"
-    named = not args.use_cached or args.data_path is not None
-    return beside if named and beside.is_dir() else None
-
-
 def open_validation(
     args: argparse.Namespace, data: TrainingData, config: TokenBridgeConfig, vae: VAE | None
 ) -> tuple[TrainingData, ValidationSet | None]:
     """The training data without what the flags hold out, and that.
 
-    What a flag names must fit; a folder val/ that does not is named and left alone.
+    What a flag names must fit; a folder val/ beside train/ that does not is named and left alone.
     """
     given = [name for name in ("val_path", "val_cached_path", "holdout") if getattr(args, name)]
     if len(given) > 1:
         raise UserError(f"--{given[0]} and --{given[1]}: validation data comes from one of them")
-    if is_without_data(args) or (args.val_freq == 0 and not args.holdout):
+    if is_without_data(args) or not (args.val_freq or args.holdout):
         return data, None
-    if args.holdout:
-        return _set_aside(data, args.holdout)
+    if count := args.holdout:
+        if count >= (total := len(data.dataset)):
+            raise UserError(f"--holdout {count} leaves nothing of the {total} of {data.source}")
+        chosen = evenly_spread(total, count)
+        rest = data.dataset.subset(sorted(set(range(total)) - set(chosen)))
+        source = f"{count} images that --holdout takes out of {data.source}"
+        labels = [*range(len(data.classes))]
+        aside = ValidationSet(data.dataset.subset(chosen), labels, source)
+        return replace(data, dataset=rest), aside
     try:
         return data, _open_validation_data(args, data, config, vae)
     except UserError as error:
@@ -142,28 +137,18 @@ def open_validation(
         return data, None
 
 
-def _set_aside(data: TrainingData, count: int) -> tuple[TrainingData, ValidationSet]:
-    """Take so many images, evenly spread over the classes, out of the training set."""
-    total = len(data.dataset)
-    if count >= total:
-        raise UserError(f"--holdout {count} leaves nothing of the {total} images of {data.source}")
-    chosen = evenly_spread(total, count)
-    rest = sorted(set(range(total)) - set(chosen))
-    source = f"{count} images that --holdout takes out of {data.source}"
-    aside = ValidationSet(data.dataset.subset(chosen), [*range(len(data.classes))], source)
-    return replace(data, dataset=data.dataset.subset(rest)), aside
-
-
 def _open_validation_data(
     args: argparse.Namespace, data: TrainingData, config: TokenBridgeConfig, vae: VAE | None
 ) -> ValidationSet:
-    """The cache of --val_cached_path, or images in a folder."""
+    """The cache of --val_cached_path, or images: of --val_path or beside those of --data_path."""
+    folder = Path(args.val_path or Path(value(args, "data_path")) / "val")
+    named = args.val_path or ((args.data_path or not args.use_cached) and folder.is_dir())
     if path := args.val_cached_path:
         source = f"--val_cached_path {path}"
         with as_user_error(source):
             dataset = found = open_cache(path, config.img_size, data.vae_sha256)
         check_latent_shape(dataset, config, source)
-    elif (folder := validation_folder(args)) is None:
+    elif not named:
         raise UserError("--val_path, --val_cached_path or --holdout gives it")
     elif vae is None:
         raise UserError(f"{folder} holds images, which need --vae_path, or --val_cached_path")
