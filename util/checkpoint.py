@@ -34,7 +34,7 @@ WEIGHT_KEYS = {"ema": "model_ema", "model": "model"}
 # Names that training gives; a copy beside them, such as -good.pth, is its owner's.
 STEP_FILES = f"checkpoint-step{'[0-9]' * 8}.pth"
 EPOCH_FILES = f"checkpoint-epoch{'[0-9]' * 4}.pth"
-# Of a network's file system, of permissions and limits; not of what a file holds.
+# Of a network's file system, of permissions and limits: the file may be whole, and read tomorrow.
 OUT_OF_REACH = {errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE}
 
 
@@ -250,7 +250,7 @@ def newest_whole(folder: Path, read_only: bool = False) -> Checkpoint | None:
                 found = load_checkpoint(path)
                 break
             except UserError as error:
-                if read_only or _is_out_of_reach(error):
+                if read_only or getattr(error.__cause__, "errno", None) in OUT_OF_REACH:
                     raise
                 aside = path.with_name(path.name + ".damaged")
                 os.replace(path, aside)
@@ -265,11 +265,6 @@ def newest_whole(folder: Path, read_only: bool = False) -> Checkpoint | None:
         remedy = "give a mended one its name back, or name another --output_dir"
         raise UserError(f"--resume auto: all checkpoints in {folder} are damaged; {remedy}")
     return load_checkpoint(path) if path and not found else found
-
-
-def _is_out_of_reach(error: UserError) -> bool:
-    """Whether `load_checkpoint` failed where the file may be whole: tomorrow it can be read."""
-    return getattr(error.__cause__, "errno", None) in OUT_OF_REACH
 
 
 def give_name(path: Path, name: Path) -> None:

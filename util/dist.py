@@ -224,8 +224,8 @@ class Watchdog(threading.Thread):
         """Say to the others why this process ends, once; they need not look for a reason."""
         if self._stopping.is_set():
             return
-        self.own.ending = why
         self._stopping.set()
+        self.own.ending = why
         self._exchange([])
         if why != FINISHED and self.rank == 0:
             time.sleep(2 * INTERVAL)  # the store ends with process 0: let the others read first
@@ -284,7 +284,7 @@ def _start_watchdog(host: str, timeout: float) -> None:
     name = f"process {rank()} (pid {os.getpid()} on {socket.gethostname()})"
     names, ports = zip(*gather_objects((name, served.port if served else None)), strict=True)
     store = served or dist.TCPStore(host, ports[0], is_master=False)
-    _watchdog = Watchdog(store, rank(), names, timeout, lambda lost: end(f"stopped: {lost}", 1))
+    _watchdog = Watchdog(store, rank(), names, timeout, lambda lost: end(f"stopped: {lost}"))
     barrier()  # everybody is in the store
     _watchdog.start()
 
@@ -328,7 +328,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         with stop.deferred():  # torchrun asks the others to end before they have found out why
             _watchdog.silence = PROBABLY_DEAD
             _watchdog.join(3 * PROBABLY_DEAD)  # which ends this process once it knows who is lost
-            end("stopped: another process ended first", 1)
+            end("stopped: another process ended first")
 
 
 def _say(line: str) -> None:
@@ -340,7 +340,7 @@ def before_exit(finish: Callable[[], None]) -> None:
     _finishers.append(finish)
 
 
-def end(why: str, code: int) -> NoReturn:
+def end(why: str) -> NoReturn:
     """End this process at once, a checkpoint that is being written apart: print why, and go.
 
     Not by an exception: what is left of the backend would only fail once more.
@@ -349,7 +349,7 @@ def end(why: str, code: int) -> NoReturn:
     for finish in _finishers:
         finish()
     sys.stdout.flush()
-    os._exit(code)
+    os._exit(1)
 
 
 def cleanup() -> None:

@@ -19,7 +19,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
@@ -151,7 +151,6 @@ PLAIN_TYPES = [
     *((np.float64(0).__reduce__()[0], f"{home}.scalar") for home in NUMPY),
     *((np.zeros(1).__reduce__()[0], f"{home}._reconstruct") for home in NUMPY),
     *((PurePosixPath, f"pathlib.{local}PosixPath") for local in ("", "_local.")),
-    *((PureWindowsPath, f"pathlib.{local}WindowsPath") for local in ("", "_local.")),
     (str, "torch.torch_version.TorchVersion"),
     (PassedOver, "collections.defaultdict"),
 ]

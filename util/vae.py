@@ -128,8 +128,5 @@ def diffusers_weights(path: Path) -> Path | None:
 def _settings(weights: Path) -> dict:
     """config.json beside the weights."""
     path = weights.parent / CONFIG
-    with as_user_error(f"--vae_path {path}: damaged", (ValueError, OSError, RecursionError)):
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("it holds no JSON object")
-        return value
+    with as_user_error(f"--vae_path {path}: damaged", (ValueError, TypeError, OSError)):
+        return dict(json.loads(path.read_bytes()))
