@@ -31,7 +31,7 @@ from util.evaluation.evaluator import Evaluator
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import drawn_classes, eval_settings
 from util.evaluation.sweep import evaluate_checkpoint
-from util.files import check_writable, only_job_in, refuse_busy
+from util.files import check_writable, only_job_in
 from util.flops import Meter, peak_flops, peak_memory, training_step
 from util.logging import LogSettings, TrainingLog, environment, figures_on_stdout
 from util.optim import EMA, build_optimizer
@@ -66,14 +66,10 @@ def main() -> None:
 def train_model(args: argparse.Namespace, device: torch.device, precision: Precision) -> None:
     """Everything is built and checked before anything is written."""
     check_writable(args.log_dir or args.output_dir, "--log_dir")
-    if dist.is_main():
-        refuse_busy(args.output_dir, "--output_dir")
-    run, description = build_run(args, setup.open_inputs(args), device, precision)
-    with (
-        only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext(),
-        flags.settings_saved(args, run.output_dir / flags.CONFIG, description),
-    ):
-        train(run)
+    with only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext():
+        run, description = build_run(args, setup.open_inputs(args), device, precision)
+        with flags.settings_saved(args, run.output_dir / flags.CONFIG, description):
+            train(run)
 
 
 def build_run(

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from time import sleep
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
@@ -25,14 +24,13 @@ FILE = rf"/{NAME}/resolve/([^/]+)/(.+)"
 class Hub:
     """repos: of each, its files. requests: (method, path, range) of each, in order.
 
-    cut: how many bytes to send before the connection breaks, one entry a GET. stall: how many to
-    send before nothing comes any more. damaged: names whose content has a wrong byte on the way.
+    cut: how many bytes to send before the connection breaks, one entry a GET.
+    damaged: names whose content has a wrong byte on the way.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
     cut: list[int] = field(default_factory=list)
-    stall: int | None = None
     damaged: set[str] = field(default_factory=set)
     url: str = ""
 
@@ -124,12 +122,10 @@ class Answers(BaseHTTPRequestHandler):
         if start:
             headers["Content_Range"] = f"bytes {start}-{total - 1}/{total}"
         content, status = content[start:], 206 if start else 200
-        if self.command == "HEAD" or not (self.hub.cut or self.hub.stall):
+        if self.command == "HEAD" or not self.hub.cut:
             return self.send(content, status, **headers)
-        kept = content[: self.hub.stall or self.hub.cut.pop(0)]
+        kept = content[: self.hub.cut.pop(0)]
         self.send(kept, status, Content_Length=len(content), **headers)
-        while self.hub.stall:
-            sleep(0.05)
         self.close_connection = True
         return None
 

@@ -5,22 +5,17 @@ Run as a script, this file is one of two processes: see `main`.
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-import main_cache
-import main_tokenbridge
-import reconstruction
 from engine_tokenbridge import train_step
 from tests.conftest import new_run, tiny_model
-from tests.runs import call, fork_together, free_port, ranks
+from tests.runs import fork_together, free_port, ranks
 from util import dist, stop
 from util.data.batches import Batches, MicroBatchSampler
 from util.dist import FINISHED, Watchdog, run
@@ -135,15 +130,6 @@ def test_weights_on_one_node_alone_are_used_by_none(pair):
     """Processes that disagree on whether to measure would wait for each other for ever."""
     # Here both are on one node, so the download was tried once, by the first.
     assert pair[0]["weights"] is None and pair[1]["weights"] is None
-
-
-def test_a_world_of_one_needs_nothing():
-    assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
-    assert dist.all_reduce_sum(torch.ones(2)).tolist() == [1.0, 1.0]
-    assert dist.gather_objects("a") == dist.gather_to_main("a") == ["a"]
-    model = torch.nn.Linear(1, 1)
-    assert dist.wrap(model, torch.device("cpu")) is model
-    dist.barrier()
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -274,14 +260,6 @@ def test_the_end_of_process_0_ends_the_wait_of_the_others(environment, monkeypat
     assert f"cannot meet process 0 at 127.0.0.1:{meeting['MASTER_PORT']}" in capfd.readouterr().err
 
 
-def test_a_taken_port_is_named(environment):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-        environment(TORCHRUN | {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        with pytest.raises(UserError, match="cannot meet process 0 at .* already in use"):
-            dist.init("cpu")
-
-
 def test_processes_that_found_different_things_are_all_refused(monkeypatch):
     """As when a node sees another output folder: every process stops, none trains alone."""
     facts = [{"first epoch": 2, "classes": ["a"]}, {"first epoch": 0, "classes": ["a"]}]
@@ -292,16 +270,6 @@ def test_processes_that_found_different_things_are_all_refused(monkeypatch):
             check_agreement(own)
     monkeypatch.setattr(dist, "gather_objects", lambda own: [own, own])
     check_agreement(facts[0])
-
-
-@pytest.mark.parametrize("script", [main_cache, main_tokenbridge, reconstruction])
-def test_every_script_minds_the_timeout(script, tmp_path, monkeypatch):
-    init = mock.create_autospec(dist.init, side_effect=UserError("enough"))
-    monkeypatch.setattr(dist, "init", init)
-    argv = ["--cached_path", str(tmp_path)] if script is main_cache else []
-    with pytest.raises(UserError, match="enough"):
-        call(script.main, *argv, "--dist_timeout", "77")
-    assert 77 in (*init.call_args.args, *init.call_args.kwargs.values())
 
 
 # --- who has died, and who holds everybody up

@@ -25,7 +25,6 @@ from tests.runs import (
     flags,
     make_inputs,
     on_processes,
-    run_together,
     train,
 )
 from util import doctor
@@ -101,14 +100,6 @@ def test_another_checkout_is_named(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "first"), str(registered.parent)])
     places = str(tmp_path / "first"), str(tmp_path / "an editable")
     assert_found(check("code", inputs), WARNING, f"of {ROOT}", *places, "pip uninstall")
-
-
-def test_two_checkouts_are_not_mixed(tmp_path):
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "__init__.py").touch()
-    command = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import util"
-    ((code, _, stderr),) = run_together(["-c", command])
-    assert code == 1 and f"util comes from {ROOT} and models from {tmp_path}" in stderr
 
 
 # --- tokenizer

@@ -1,8 +1,6 @@
 """python -m util.download against a stand-in for the hub on loopback."""
 
 import hashlib
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,12 +9,10 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
-from tests.conftest import ROOT, environment
 from tests.hub import Hub, running
 from tests.runs import call, free_port, refused
 from util import download
 from util.download import PLACES, REPOSITORY
-from util.errors import EXIT_STOPPED
 
 LARGE = PLACES["large"]
 CONTENT = {name: np.random.default_rng(i).bytes(300_000) for i, name in enumerate(PLACES.values())}
@@ -53,9 +49,9 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
-def part(folder: Path, content: bytes = b"", of: bytes = CONTENT[LARGE]) -> Path:
+def part(folder: Path, content: bytes = b"") -> Path:
     """What is there of the large model's file before it is complete; written if it has content."""
-    path = folder / f"{LARGE}.{hashlib.sha256(of).hexdigest()[:12]}.part"
+    path = folder / f"{LARGE}.{hashlib.sha256(CONTENT[LARGE]).hexdigest()[:12]}.part"
     if content:
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
@@ -77,9 +73,7 @@ def test_all_three_come_to_their_places_and_are_verified_when_there(hub, tmp_pat
     assert files(tmp_path) == CONTENT | {PLACES["vae"]: b"mine"}
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_an_interrupted_download_goes_on_with_its_part(hub, tmp_path, ranges):
-    hub.ignore_ranges = not ranges
+def test_an_interrupted_download_goes_on_with_its_part(hub, tmp_path):
     part(tmp_path, CONTENT[LARGE][:123_456])
     fetch(hub, tmp_path, "large")
     assert hub.ranges(LARGE) == ["bytes=123456-"]
@@ -101,22 +95,6 @@ def test_a_damaged_transfer_is_refused_and_thrown_away(hub, tmp_path, capsys, be
     line = refused_at_last(capsys, hub, tmp_path, "large")
     assert "checksum" in line and "start the same command again" in line
     assert files(tmp_path) == {}
-
-
-def test_a_signal_stops_it_and_the_part_stays(hub, tmp_path):
-    hub.repos[REPOSITORY][LARGE] = big = CONTENT[LARGE] * 100
-    hub.stall = 20_000_000
-    process = subprocess.Popen(
-        [sys.executable, "-m", "util.download", *command(hub, tmp_path, "large")],
-        **dict(cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True),
-    )
-    stalled, deadline = part(tmp_path, of=big), time.monotonic() + 60
-    while not stalled.exists() or stalled.stat().st_size < 1:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == EXIT_STOPPED, process.stderr.read()
-    assert 0 < stalled.stat().st_size < len(big)
 
 
 def test_files_may_lie_elsewhere_in_a_repository(hub, tmp_path):
@@ -146,6 +124,5 @@ def test_what_cannot_be_is_told_in_one_line(hub, tmp_path, capsys, flags, fragme
 def test_without_a_network_it_says_what_to_fetch_and_where_to_put_it(tmp_path, capsys):
     nobody = Hub(url=f"http://127.0.0.1:{free_port()}")
     line = refused(capsys, download.main, *command(nobody, tmp_path, "vae", "huge"))
-    assert nobody.url in line and f"https://huggingface.co/{REPOSITORY}" in line
-    assert f"kl16.ckpt as {tmp_path / PLACES['vae']}" in line
-    assert f"tokenbridge_huge/checkpoint-last.pth as {tmp_path / PLACES['huge']}" in line
+    assert nobody.url in line and REPOSITORY in line
+    assert f"{tmp_path / PLACES['vae']}, {tmp_path / PLACES['huge']}" in line

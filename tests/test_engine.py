@@ -132,7 +132,8 @@ def broken(inputs: Path, output: Path, **changes) -> list[str]:
 
 def test_too_many_skipped_steps_name_the_first_module_and_its_batch(inputs, tmp_path, capsys):
     line = refused(capsys, main_tokenbridge.main, *broken(inputs, tmp_path / "out"))
-    assert "2 steps in a row was not finite, up to step 4" in line
+    assert "2 steps in a row was not finite, up to step 4" in line and "--blr" in line
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
     assert "in micro-batch 0 (samples " in line and "first in backbone." in line
 
 

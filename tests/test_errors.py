@@ -5,7 +5,6 @@ import io
 import os
 import pickle
 import shutil
-import tarfile
 import zipfile
 from decimal import Decimal
 from pathlib import Path
@@ -13,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import main_tokenbridge
 import reconstruction
@@ -26,7 +24,6 @@ from tests.runs import (
     call,
     flags,
     fork_together,
-    free_port,
     load,
     make_inputs,
     ranks,
@@ -37,7 +34,6 @@ from tests.test_lock import holder
 from util.checkpoint import LAST
 from util.dist import run
 from util.errors import UserError, as_user_error
-from util.files import load_tensors
 from util.vae import save_vae
 
 IMAGE_FLAGS = dict(use_cached=False, cached_path=None, data_path="data", vae_path="vae.ckpt")
@@ -101,28 +97,22 @@ def has(line: str, *fragments) -> bool:
     ("use", "changes", "fragments"),
     [
         ("train", {"precision": "fp8"}, "--precision 'fp8' bf16"),
-        ("train", {"batch_size": 16}, "24 32 --batch_size"),
         ("train", {"cached_path": None}, "--use_cached --cached_path"),
         ("train", {"cached_path": "/nowhere"}, "--cached_path /nowhere"),
         ("train", {"resume": "out", "class_num": 5}, "--resume class_num 3 5"),
-        ("train", {"class_num": 2}, "3 classes --class_num 2"),
         ("train", {"img_size": 32}, "--img_size 32 16"),
         ("train", {"vae_stride": 8}, "--cached_path 4) --vae_stride"),
-        ("train", {"patch_size": 3}, "patch_size 3"),
-        ("train", {"quant_min": 6}, "quant_min 6"),
         ("train", {"vae_path": "other.ckpt"}, "--cached_path another VAE --vae_path"),
         ("train", {"online_eval": True, "num_images": 6}, "--vae_path kl16.ckpt"),
         ("images", {"data_path": "/nowhere"}, "--data_path /nowhere"),
         ("images", {"data_path": "cache"}, "--data_path cache train"),
         ("images", {"vae_path": "/nowhere.ckpt"}, "--vae_path /nowhere.ckpt no such file"),
         ("images", {"vae_path": "out/checkpoint-last.pth"}, "--vae_path checkpoint-last.pth"),
-        ("images", {"vae_embed_dim": 16}, "--vae_embed_dim 16 4 channels"),
         ("images", {"img_size": 18}, "--img_size 18 4"),
         ("images", {"latent_scale": None}, "--latent_scale main_cache.py"),
         ("evaluate", {"resume": None}, "--evaluate --resume"),
         ("evaluate", {"vae_path": "other.ckpt"}, "--vae_path other.ckpt 6 channels"),
         ("evaluate", {"quant_bits": 4}, "--resume quant_levels 64 16"),
-        ("evaluate", {"channel_order": "3,2,1,0"}, "--resume channel_order (3, 2, 1, 0)"),
         ("evaluate", {"cfg_schedule": "cosine"}, "--cfg_schedule 'cosine'"),
         ("evaluate", {"fid_stats": "/nowhere.npz"}, "--fid_stats /nowhere.npz"),
         ("evaluate", {"inception_weights": "/nowhere.pth"}, "--inception_weights /nowhere.pth"),
@@ -178,12 +168,6 @@ def test_code_in_a_file_is_never_run(inputs, refusal, tmp_path, flag, legacy):
     assert marker.exists()
 
 
-@pytest.mark.parametrize("use", ["train", "evaluate"])
-def test_truncated_checkpoint_is_refused(inputs, refusal, tmp_path, use):
-    (tmp_path / LAST).write_bytes((inputs / "out" / LAST).read_bytes()[:-999])
-    assert has(refusal(use, inputs, resume=tmp_path), "--resume", tmp_path / LAST, "damaged")
-
-
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
@@ -216,26 +200,24 @@ def saved(value) -> bytes:
     return file.getvalue()
 
 
+DAMAGED = "damaged, or not written by torch.save ("
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 265\n"
 
 
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (b"", "damaged (it is empty"),
-        (bytes(1000), "damaged ("),
-        (saved({"model": {}})[:-90], "damaged (its end is missing"),
+        (b"", DAMAGED),
+        (bytes(1000), DAMAGED),
+        (saved({"model": {}})[:-90], DAMAGED),
         (saved([1, 2]), "holds a list, not a dict"),
         (LFS_POINTER, "git lfs pull"),
         (b"\n<!DOCTYPE html><html>Virus scan warning", "a web page"),
-        (b'{"error": "Repository not found"}', 'text, not tensors (\'{"error"'),
+        (b'{"error": "Repository not found"}', DAMAGED),
         (gzip.compress(b"x", mtime=0), "a packed archive; unpack it"),
-        (tarfile.TarInfo("vae.ckpt").tobuf(), "a packed archive; unpack it"),
-        (packed("vae.ckpt"), "a zip archive of vae.ckpt, not a file of torch.save"),
-        (packed("vae/constants.pkl"), "a TorchScript program"),
-        (pickle.dumps({"model": 1}), "a pickle that torch.save did not write"),
+        (packed("vae.ckpt"), DAMAGED),
+        (pickle.dumps({"model": 1}), DAMAGED),
         (saved({"model": Decimal(1)}), "holds decimal.Decimal, which is not read"),
-        (saved({"model": torch.nn.Linear(1, 1)}), "holds torch.nn.modules.linear.Linear"),
     ],
 )
 def test_a_file_of_another_kind_is_called_what_it_is(inputs, refusal, tmp_path, content, kind):
@@ -254,16 +236,6 @@ def test_every_flag_that_names_a_file_says_so(inputs, refusal, tmp_path, flag, e
     path.write_bytes(LFS_POINTER)
     changes = {"feature_extractor": PIXELS} if flag.startswith("fid_") else {}
     assert has(refusal("evaluate", inputs, **{flag: path}, **changes), f"--{flag} {path}", "lfs")
-
-
-def test_a_folder_or_nothing_is_no_file_and_safetensors_are_for_the_wide(tmp_path):
-    """torch-fidelity unpickles its weights without restriction, once they were found harmless."""
-    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
-    kinds = {".": "a folder, not a file", "x": "no such file", "x.safetensors": "this is a file of"}
-    for name, kind in kinds.items():
-        with pytest.raises(UserError, match=f"--flag {tmp_path / name}: {kind}"):
-            load_tensors(tmp_path / name, "--flag")
-    assert load_tensors(tmp_path / "x.safetensors", "--flag", wide=True)["a"].tolist() == [1]
 
 
 # --- folders that do not fit, and runs that go wrong
@@ -290,25 +262,16 @@ def spoil_images(data: Path, count: int | None = None) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_corrupt_image_is_named(own, refusal, num_workers):
+def test_corrupt_images_are_named_and_refused_when_there_are_no_others(
+    own, refusal, tmp_path, num_workers
+):
     spoil_images(own / "data")
     line = refusal("images", own, num_workers=num_workers)
     assert has(line, "cannot read image", ".png", "--skip_bad_images")
-
-
-def test_nothing_but_corrupt_images_is_refused_even_when_skipping(own, tmp_path, capsys):
-    spoil_images(own / "data")
-    argv = flags(own, TRAIN_FLAGS, IMAGE_FLAGS, output_dir=tmp_path / "new", skip_bad_images=True)
+    argv = flags(own, TRAIN_FLAGS, IMAGE_FLAGS, output_dir=tmp_path / "a", num_workers=num_workers)
     with pytest.raises(UserError, match="none of the 24 images"):
-        call(main_tokenbridge.main, *argv)
-    assert not (tmp_path / "new").exists()
-
-
-def test_loss_that_is_not_finite_stops_before_the_checkpoint(inputs, tmp_path, capsys):
-    settings = dict(output_dir=tmp_path / "new", blr=1e30, grad_clip=1e30, max_skipped=2)
-    line = refused(capsys, main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, **settings))
-    assert has(line, "2 steps in a row", "--blr", "--precision")
-    assert not list((tmp_path / "new").glob("checkpoint-*"))
+        call(main_tokenbridge.main, *argv, "--skip_bad_images")
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_folder_in_use_is_refused_before_its_checkpoints_are_read(inputs, tmp_path, capsys):
@@ -327,18 +290,6 @@ def test_a_folder_in_use_is_refused_before_its_checkpoints_are_read(inputs, tmp_
 def test_process_says_it_in_one_line(inputs, tmp_path):
     argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "new", resume="/nowhere")
     assert_user_error(run_script("main_tokenbridge.py", *argv), "--resume /nowhere")
-
-
-def test_torchrun_ends_and_the_line_is_there(own, tmp_path):
-    """An image that one of two processes meets; the other must not wait for it."""
-    spoil_images(own / "data", 23)
-    argv = flags(own, TRAIN_FLAGS, IMAGE_FLAGS, output_dir=tmp_path / "new", accum_iter=1)
-    launch = ("torchrun", "--nproc_per_node=2", f"--master_port={free_port()}")
-    result = run_script(*launch, "main_tokenbridge.py", *argv, timeout=100)
-    assert result.returncode != 0
-    lines = [line for line in result.stderr.splitlines() if ": error: cannot read image" in line]
-    assert lines and all("--skip_bad_images" in line for line in lines)
-    assert not (tmp_path / "new").exists()
 
 
 def test_process_whose_peer_was_refused_says_so(own, tmp_path):

@@ -65,7 +65,9 @@ def test_an_exported_folder_may_be_the_output_folder(trained, tmp_path, must_exi
     found = find_checkpoint(str(tmp_path), str(tmp_path), must_exist)
     assert found.path == tmp_path / WEIGHTS
     facts, saved = ("step", "epoch", "classes", "vae_sha256", "config"), load(trained)
-    assert [found.saved[name] for name in facts] == [saved[name] for name in facts]
+    assert [found.saved[name] for name in facts] == [
+        tuple(saved[name]) if name == "classes" else saved[name] for name in facts
+    ]
     shutil.copy(trained / LAST, tmp_path)
     assert find_checkpoint(str(tmp_path), str(tmp_path), must_exist).path == tmp_path / LAST
 
@@ -88,10 +90,9 @@ def published_form(trained: Path, path: Path) -> list[str]:
     return f"{words} --class_num 3 --buffer_size 4".split()
 
 
-def test_a_published_checkpoint_takes_its_settings_from_the_flags(trained, tmp_path, capsys):
+def test_a_published_checkpoint_takes_its_settings_from_the_flags(trained, tmp_path):
     flags = published_form(trained, tmp_path / "weights.pth")
     header = run(tmp_path / "weights.pth", tmp_path / "out", *flags)
-    assert "does not say its settings" in capsys.readouterr().err
     assert "step" not in header and "classes" not in header
     config = TokenBridge.from_pretrained(tmp_path / "out").config
     assert config.head_input == "published" and config.latent_scale == 0.2325

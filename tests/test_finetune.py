@@ -76,8 +76,8 @@ def test_the_same_command_goes_on_with_what_it_has_begun(others, trained, tmp_pa
 @pytest.mark.parametrize(
     ("classes", "said"),
     [
-        (4, "3 of 3 rows kept by number, since the file names no classes; 1 new (eel)"),
-        (2, "0 of 3 rows kept by number, since the file names no classes, and the data have fewer"),
+        (4, "3 of 3 rows kept by number; 1 new (eel)"),
+        (2, "0 of 3 rows kept by number; 2 new (dog, eel)"),
     ],
 )
 def test_rows_without_names_are_kept_where_the_data_have_as_many(

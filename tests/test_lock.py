@@ -78,20 +78,6 @@ def test_nothing_is_left_of_a_job_but_what_it_wrote(tmp_path):
     assert os.listdir(folder) == ["mine"]
 
 
-def test_a_lock_on_a_file_that_its_last_holder_removed_is_taken_anew(tmp_path, monkeypatch):
-    calls, original = [], files.fcntl.lockf
-
-    def late(*arguments):
-        if not calls:
-            (tmp_path / ".lock").unlink()
-        calls.append(arguments)
-        original(*arguments)
-
-    monkeypatch.setattr(files.fcntl, "lockf", late)
-    with only_job_in(tmp_path, "--flag"):
-        assert len(calls) == 2 and (tmp_path / ".lock").exists()
-
-
 def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):
     refuse = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
     monkeypatch.setattr(files.fcntl, "lockf", refuse)

@@ -100,13 +100,3 @@ def test_swap_lends_the_averages_without_a_copy_and_gives_the_weights_back_after
     for name, parameter in model.published_parameters():
         assert parameter.data_ptr() == own[name][0] and torch.equal(parameter, own[name][1])
         assert torch.equal(ema.state_dict()[name], averages[name][1])
-
-
-@pytest.mark.parametrize(
-    "state", [{}, {"w": torch.ones(1)}, {"w": torch.ones(2), "v": torch.ones(2)}]
-)
-def test_other_averages_are_refused(state):
-    ema = EMA([("w", torch.nn.Parameter(torch.zeros(2)))], 0.5)
-    with pytest.raises(ValueError, match="[wv]"):
-        ema.load_state_dict(state)
-    assert ema.state_dict()["w"].tolist() == [0.0, 0.0]

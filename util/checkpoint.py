@@ -8,7 +8,6 @@ A checkpoint is a dict with the published keys `model`, `model_ema` (parameters 
 import errno
 import math
 import os
-import re
 import shutil
 import sys
 from contextlib import suppress
@@ -24,7 +23,7 @@ from models.hub import CONFIG, WEIGHTS
 from models.tokenbridge import CLASS_ROWS, POSITIONS, TokenBridge, resized_positions
 from util import dist
 from util.errors import UserError, as_user_error
-from util.files import flush_file, flush_folder, listed, load_tensors, unwrapped
+from util.files import atomic_write, flush, listed, load_tensors, unwrapped
 from util.optim import EMA, load_moments
 
 LAST = "checkpoint-last.pth"
@@ -35,7 +34,7 @@ WEIGHT_KEYS = {"ema": "model_ema", "model": "model"}
 # Names that training gives; a copy beside them, such as -good.pth, is its owner's.
 STEP_FILES = f"checkpoint-step{'[0-9]' * 8}.pth"
 EPOCH_FILES = f"checkpoint-epoch{'[0-9]' * 4}.pth"
-# Of a network's file system, of permissions and limits; not of what a file holds.
+# Of a network's file system, of permissions and limits: the file may be whole, and read tomorrow.
 OUT_OF_REACH = {errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE}
 
 
@@ -76,33 +75,31 @@ class Checkpoint:
 
     def key(self, kind: str) -> str:
         """Where the weights are that --eval_weights names. Raises UserError if it has others."""
-        if (kept := self.saved.get("weights", kind)) != kind:
-            remedy = f"pass --eval_weights {kept}"
-            raise UserError(f"{self.named} holds the {kept} weights alone; {remedy}")
+        if (only := self.saved.get("weights", kind)) != kind:
+            remedy = f"pass --eval_weights {only}"
+            raise UserError(f"{self.named} holds the {only} weights alone; {remedy}")
         return WEIGHT_KEYS[kind]
 
     def load_into(self, model: TokenBridge, key: str) -> None:
         """Load one of its state dicts; every tensor must match."""
         state, classes = self.weights(key), model.config.class_num
-        if (rows := len(state.get(CLASS_ROWS, ()))) not in (0, classes):
-            remedy = f"main_tokenbridge.py {FINETUNE} trains its weights on other classes"
-            raise UserError(f"{self.named} has {rows} classes, not --class_num {classes}; {remedy}")
-        broken = (n for n, t in state.items() if t.is_floating_point() and not t.isfinite().all())
-        if name := next(broken, None):
-            raise UserError(f"{self.named}, {key!r}: {name} is not finite; take an earlier one")
         with as_user_error(f"{self.named}, {key!r}"):
+            if (rows := len(state.get(CLASS_ROWS, ()))) not in (0, classes):
+                raise ValueError(f"{rows} classes, not --class_num {classes}; see {FINETUNE}")
+            for name, tensor in state.items():
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{name} is not finite; take an earlier checkpoint")
             model.load_published(state, head_input=model.config.head_input)
 
     def to_finetune(self) -> "Checkpoint":
         """Its averaged weights alone, the raw ones where it has no others, and its settings."""
-        keys = [key for key in ("model", "model_ema") if key in self.saved] or ["model"]
+        keys = [key for key in ("model", "model_ema") if key in self.saved]
         state = {name: tensor for key in keys for name, tensor in self.weights(key).items()}
-        sized = {CLASS_ROWS: 2, **dict.fromkeys(POSITIONS, 3)}
-        if any(name not in state or state[name].dim() != dims for name, dims in sized.items()):
-            raise UserError(f"{self.named}: no TokenBridge model in it (it has {listed(state)})")
-        about = ("classes", "vae_sha256", "config")
-        saved = {key: self.saved[key] for key in about if key in self.saved}
-        kind = self.saved.get("weights", "ema" if keys[-1] == WEIGHT_KEYS["ema"] else "model")
+        if any(name not in state for name in (CLASS_ROWS, *POSITIONS)):
+            held = listed(state or self.saved)
+            raise UserError(f"{self.named}: no TokenBridge model in it (it has {held})")
+        saved = {k: v for k, v in self.saved.items() if k in ("classes", "vae_sha256", "config")}
+        kind = self.saved.get("weights", "ema" if "model_ema" in keys else "model")
         return replace(self, saved=saved | {"model": state, "weights": kind})
 
     def fitted(
@@ -113,24 +110,20 @@ class Checkpoint:
         classes: of the data, by label. Rows stay by the classes' names, where the file knows them;
         else by number, unless the data have fewer classes than it. The others are drawn anew.
         """
-        state, before = self.saved["model"], self.classes
+        state, count = self.saved["model"], config.class_num
         rows, width = state[CLASS_ROWS].shape
-        if before and classes:
-            number, own = {n: i for i, n in enumerate(before[:rows])}, classes[: config.class_num]
-            kept = {i: number[name] for i, name in enumerate(own) if name in number}
-            how = "by name"
+        if self.classes and classes:
+            number, how = {name: i for i, name in enumerate(self.classes[:rows])}, "by name"
+            kept = {i: number[name] for i, name in enumerate(classes[:count]) if name in number}
         else:
-            fewer = 0 < len(classes) < rows
-            kept = {} if fewer else {i: i for i in range(min(rows, config.class_num))}
-            how = "by number, since the file names no classes" if classes else "by number"
-            how += ", and the data have fewer" if fewer else ""
+            fewer, how = 0 < len(classes) < rows, "by number"
+            kept = {} if fewer else {i: i for i in range(min(rows, count))}
         generator = torch.Generator().manual_seed(seed)
-        table = torch.randn(config.class_num, width, generator=generator) * 0.02
+        table = torch.randn(count, width, generator=generator) * 0.02
         for i, row in kept.items():
             table[i] = state[CLASS_ROWS][row]
         new = [name for i, name in enumerate(classes) if i not in kept]
-        named = f" ({listed(new)})" if new else ""
-        drawn = f"{config.class_num - len(kept)} new{named}"
+        drawn = f"{count - len(kept)} new" + (f" ({listed(new)})" if new else "")
         notes = [f"class embedding: {len(kept)} of {rows} rows kept {how}; {drawn}"]
         sides = [math.isqrt(state[POSITIONS[-1]].shape[1]), config.grid_size]
         if sides[0] != sides[1]:
@@ -176,37 +169,33 @@ class Checkpoint:
         return int(value)
 
 
-def load_checkpoint(path: Path, remedy: str = "", flag: str = "--resume") -> Checkpoint:
-    """Read a checkpoint, its checksums compared. A state dict alone is its raw weights.
-
-    remedy: what else to say to the user of a damaged one.
-    """
-    try:
-        saved = load_tensors(path, flag, wide=True)
-    except UserError as error:
-        raise UserError(f"{error}{remedy}") from error
+def load_checkpoint(path: Path, flag: str = "--resume") -> Checkpoint:
+    """Read a checkpoint, its checksums compared. A state dict alone is its raw weights."""
+    saved = load_tensors(path, flag, wide=True)
     bare = saved.get("state_dict", saved)
     tensors = isinstance(bare, dict) and all(isinstance(value, Tensor) for value in bare.values())
     if "model" not in saved and tensors and bare:
         saved = {"model": bare, "weights": "model"}
     for key in [key for key in ("model", "model_ema") if isinstance(saved.get(key), dict)]:
         with as_user_error(f"{flag} {path}, {key!r}"):
-            saved[key], stripped = unwrapped(saved[key])
-        if stripped:
-            dist.print_main(f"{flag} {path}, {key!r}: read without {stripped} in its names")
+            own = unwrapped(saved[key])
+        if own.keys() != saved[key].keys():
+            dist.print_main(f"{flag} {path}, {key!r}: without module. and _orig_mod. in its names")
+        saved[key] = own
     return Checkpoint(path, saved, flag)
 
 
-def load_exported(folder: Path, flag: str) -> Checkpoint:
-    """A folder of util.export: weights of one kind, which stand for both kinds."""
+def load_exported(folder: Path, flag: str) -> Checkpoint | None:
+    """A folder of util.export, if it is one: weights of one kind, which stand for both kinds."""
+    if not (folder / WEIGHTS).is_file():
+        return None
     with as_user_error(flag, (ValueError, OSError)):
         model = TokenBridge.from_pretrained(folder)
     state = model.published_state_dict()
     averaged = {name: state[name] for name, _ in model.published_parameters()}
     saved = {"model": state, "model_ema": averaged, "config": model.config.to_dict()}
-    origin = {name: value for name, value in asdict(model.origin).items() if value is not None}
-    known = {name: list(v) if isinstance(v, tuple) else v for name, v in origin.items()}
-    return Checkpoint(folder / WEIGHTS, saved | known, flag)
+    saved |= {name: value for name, value in asdict(model.origin).items() if value is not None}
+    return Checkpoint(folder / WEIGHTS, saved, flag)
 
 
 def find_checkpoint(
@@ -222,27 +211,21 @@ def find_checkpoint(
     None if there is none yet in --output_dir, which the published commands name from the first
     start on. Raises UserError if it is missing anywhere else, or damaged.
     """
-    folder = Path(output_dir)
+    folder, path = Path(output_dir), Path(resume)
+    own = resume == AUTO or path.resolve() == folder.resolve()
     if resume == AUTO:
-        if (checkpoint := newest_whole(folder, read_only)) is None and must_exist:
-            raise UserError(f"--resume auto: no whole checkpoint in --output_dir {output_dir}")
-        return checkpoint
-    path = Path(resume)
-    if path.name == WEIGHTS and path.is_file():
-        raise UserError(f"{flag} {resume} needs its {CONFIG}; name the folder of both")
-    own = path.resolve() == folder.resolve()
-    # Killed between a checkpoint and its second name, a run has a newer one than LAST.
-    if own and (newest := saved_in(folder)):
-        return load_checkpoint(newest[0], "; --resume auto takes the newest whole one")
-    for file in (path, path / LAST):
-        if file.is_file():
-            return load_checkpoint(file, flag=flag)
-    if (path / WEIGHTS).is_file():
-        return load_exported(path, flag)
-    if own and not must_exist:
-        return None
-    what = f"holds no {LAST}" if path.is_dir() else "does not exist"
-    raise UserError(f"{flag} {resume} {what}; name a folder with one, a .pth file, or an export")
+        found = newest_whole(folder, read_only)
+    else:
+        # Killed between a checkpoint and its second name, a run has a newer one than LAST.
+        files = saved_in(folder) if own else []
+        files += [file for file in (path, path / LAST) if file.is_file() and file.name != WEIGHTS]
+        found = load_checkpoint(files[0], flag) if files else load_exported(path, flag)
+    if found is None and (must_exist or not own):
+        raise UserError(
+            f"{flag} {resume} does not exist or holds no whole checkpoint; name a folder with "
+            f"{LAST}, a .pth file, or an export's folder with {CONFIG} and {WEIGHTS}"
+        )
+    return found
 
 
 def saved_in(folder: Path) -> list[Path]:
@@ -260,14 +243,14 @@ def newest_whole(folder: Path, read_only: bool = False) -> Checkpoint | None:
 
     read_only: change nothing in the folder; the newest one must be whole then.
     """
-    found = None
+    found, lost = None, False
     if dist.is_main():
         for path in saved_in(folder):
             try:
                 found = load_checkpoint(path)
                 break
             except UserError as error:
-                if read_only or _is_out_of_reach(error):
+                if read_only or getattr(error.__cause__, "errno", None) in OUT_OF_REACH:
                     raise
                 aside = path.with_name(path.name + ".damaged")
                 os.replace(path, aside)
@@ -275,19 +258,13 @@ def newest_whole(folder: Path, read_only: bool = False) -> Checkpoint | None:
         if found is not None and not read_only:
             with as_user_error(f"--output_dir {folder}: cannot write", (OSError,)):
                 give_name(found.path, folder / LAST)
-    path = dist.gather_objects(found.path if found else None)[0]
-    # Those set aside before count: the next attempt must not begin from scratch.
-    lost = dist.is_main() and found is None and any(folder.glob("checkpoint-*.pth.damaged"))
-    if any(dist.gather_objects(lost)):
+        # Those set aside before count: the next attempt must not begin from scratch.
+        lost = found is None and any(folder.glob("checkpoint-*.pth.damaged"))
+    path, lost = dist.gather_objects((found and found.path, lost))[0]
+    if lost:
         remedy = "give a mended one its name back, or name another --output_dir"
         raise UserError(f"--resume auto: all checkpoints in {folder} are damaged; {remedy}")
-    return found if path is None or found is not None else load_checkpoint(path)
-
-
-def _is_out_of_reach(error: UserError) -> bool:
-    """Whether `load_checkpoint` failed where the file may be whole: tomorrow it can be read."""
-    causes = (error.__cause__, getattr(error.__cause__, "__cause__", None))
-    return any(isinstance(cause, OSError) and cause.errno in OUT_OF_REACH for cause in causes)
+    return load_checkpoint(path) if path and not found else found
 
 
 def give_name(path: Path, name: Path) -> None:
@@ -298,11 +275,11 @@ def give_name(path: Path, name: Path) -> None:
     temporary.unlink(missing_ok=True)
     try:
         os.link(path, temporary)
+        os.replace(temporary, name)
+        flush(name.parent)
     except OSError:  # a file system without links
-        shutil.copyfile(path, temporary)
-        flush_file(temporary)
-    os.replace(temporary, name)
-    flush_folder(name.parent)
+        with path.open("rb") as source, atomic_write(name) as copy:
+            shutil.copyfileobj(source, copy)
 
 
 def same_place(*paths: str | None) -> bool:
@@ -315,13 +292,12 @@ def same_place(*paths: str | None) -> bool:
 def refuse_other_run(output_dir: str, checkpoint: Checkpoint | None) -> None:
     """Raise UserError if a run would write over the checkpoints of another one."""
     found = saved_in(Path(output_dir))
-    if not found:
-        return
-    if checkpoint is not None and checkpoint.path.parent.samefile(output_dir):
-        newest = re.fullmatch(r"checkpoint-step(\d+)\.pth", found[0].name)
-        if newest is None or checkpoint.saved.get("step", 0) >= int(newest[1]):
-            return
-    begun = "from scratch" if checkpoint is None else f"from {checkpoint.path}"
-    remedy = "pass --resume auto to go on with it, or name another folder"
-    holds = f"--output_dir {output_dir} holds {found[0].name}"
-    raise UserError(f"{holds}, which a run {begun} would replace; {remedy}")
+    if checkpoint is not None and checkpoint.path.parent.resolve() == Path(output_dir).resolve():
+        step = checkpoint.saved.get("step", 0)
+        found = [path for path in found[:1] if path.name > f"checkpoint-step{step:08d}.pth"]
+    if found:
+        begun = "from scratch" if checkpoint is None else f"from {checkpoint.path}"
+        raise UserError(
+            f"--output_dir {output_dir} holds {found[0].name}, which a run {begun} would replace; "
+            "pass --resume auto to go on with it, or name another folder"
+        )

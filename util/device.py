@@ -20,11 +20,8 @@ from util.errors import UserError, as_user_error
 def resolve_device(name: str, local_rank: int = 0, quiet: bool = False) -> torch.device:
     """The device of that name, or the best the machine has instead, which is said on stderr."""
     kind, _, index = name.partition(":")
-    here = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    here["cpu"] = True
     if kind not in here:
         raise UserError(f"--device {name!r} is not one of cuda, mps, cpu")
     if not here[kind]:
@@ -67,10 +64,7 @@ def compile_model(model: TokenBridge, device: torch.device) -> None:
     """--compile. Raises UserError where what inductor needs is missing: it would end in a trace."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
-        raise UserError(
-            f"--compile needs a C++ compiler on a CPU, and there is no {compiler}; install one "
-            "(apt install g++), name it in the variable CXX, or leave --compile out"
-        )
+        raise UserError(f"--compile needs a C++ compiler; install {compiler}, or name one in CXX")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs triton on CUDA: pip install triton, or leave it out")
     # On Python 3.10 and 3.11, once anything has looked for pip, setuptools finds the standard

@@ -61,7 +61,7 @@ class World:
 
 def detect_world(dist_on_itp: bool = False) -> World:
     """This process's rank, from what its launcher put into the environment."""
-    env, tasks = os.environ, os.environ.get("SLURM_NTASKS", "1")
+    env = os.environ
     if dist_on_itp:
         launcher = "Open MPI (--dist_on_itp)"
     elif "RANK" in env and "WORLD_SIZE" in env:
@@ -70,12 +70,9 @@ def detect_world(dist_on_itp: bool = False) -> World:
     elif env.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         launcher = "Slurm"
     else:
-        if tasks != "1" and "SLURM_STEP_ID" not in env:
-            print(
-                f"inside a Slurm allocation of {tasks} tasks but not started by srun: one process "
-                "(`srun python ...` starts one for each task)",
-                file=sys.stderr,
-            )
+        if env.get("SLURM_NTASKS", "1") != "1" and "SLURM_STEP_ID" not in env:
+            tasks = f"inside a Slurm allocation of {env['SLURM_NTASKS']} tasks"
+            print(f"{tasks} but not started by srun: one process", file=sys.stderr)
         return World(rank=0, size=1, local_rank=0, launcher="one process")
     try:
         return World(*(int(env[name]) for name in LAUNCHERS[launcher]), launcher=launcher)
@@ -100,10 +97,6 @@ def init(
     if world.launcher == "Slurm" and torch.cuda.is_available():
         local_rank %= torch.cuda.device_count()  # --gpus-per-task shows each task its own alone
     chosen = resolve_device(device, local_rank, quiet=world.rank > 0)
-    if chosen.type == "mps" and world.size > 1:
-        chosen = torch.device("cpu")
-        if world.rank == 0:
-            print(f"{world.size} processes cannot share mps: running on cpu", file=sys.stderr)
     is_cuda = chosen.type == "cuda"
     if is_cuda:
         torch.cuda.set_device(chosen)
@@ -143,39 +136,37 @@ def _address(dist_url: str, world: World) -> tuple[str, int]:
 
 
 def _meet(host: str, port: int, serves: bool, world: World) -> dist.Store:
-    """The store in which the processes find each other's addresses, once all of them are there."""
+    """The store in which the processes find each other's addresses, once all of them are there.
+
+    Not torch's own waiting, in which Python's signals would wait, too.
+    """
     begun, due = time.monotonic(), FIRST_WORD
 
     def pause(missing: str) -> None:
         nonlocal due
         waited = time.monotonic() - begun
-        if waited > TIMEOUT.total_seconds():
-            raise ValueError(f"others have not come in {TIMEOUT}")
-        if waited >= due:
+        if waited >= due and not world.local_rank:
             due += NEXT_WORD
-            if missing:
-                print(f"waiting for {missing} at {host}:{port} for {waited:.0f} s", file=sys.stderr)
+            print(f"waiting for {missing} at {host}:{port} for {waited:.0f} s", file=sys.stderr)
         time.sleep(min(0.01 + waited / 10, 0.5))
 
     with as_user_error(f"cannot meet process 0 at {host}:{port}", (RuntimeError, ValueError)):
-        # Not torch's own waiting, in which Python's signals would wait, too.
         while not serves:
             with suppress(OSError), socket.create_connection((host, port), timeout=1):
                 break
-            pause("" if world.local_rank else f"process 0 of {world.size}")
+            pause(f"process 0 of {world.size}")
         store = dist.TCPStore(host, port, None, serves, TIMEOUT, wait_for_workers=False)
-        one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         # With --master_addr, torchrun --max-restarts keeps one store for all attempts, and with it
         # addresses of processes that have died. With --rdzv_id, nodes may count attempts
         # differently; after a restart all may then seem to be here at once.
+        one_node = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
         if one_node or os.environ.get("TORCHELASTIC_RUN_ID", "none") == "none":
             store = dist.PrefixStore(f"attempt{os.environ.get(ATTEMPT, 0)}", store)
         keys = [f"here{rank}" for rank in range(world.size)]
         store.set(keys[world.rank], "")
         while not store.check(keys):
             absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
-            words = f"{len(absent)} of {world.size} processes (rank {listed(absent)})"
-            pause("" if world.rank else words)
+            pause(f"{len(absent)} of {world.size} processes (rank {listed(absent)})")
     return store
 
 
@@ -227,15 +218,14 @@ class Watchdog(threading.Thread):
         self._exchange([])
 
     def beat(self, doing: str) -> None:
-        self.own.progress += 1
-        self.own.doing, self.own.progress_at = doing, time.monotonic()
+        self.own.update(self.own.beats, self.own.progress + 1, doing, "")
 
     def announce_end(self, why: str) -> None:
         """Say to the others why this process ends, once; they need not look for a reason."""
         if self._stopping.is_set():
             return
-        self.own.ending = why
         self._stopping.set()
+        self.own.ending = why
         self._exchange([])
         if why != FINISHED and self.rank == 0:
             time.sleep(2 * INTERVAL)  # the store ends with process 0: let the others read first
@@ -268,20 +258,19 @@ class Watchdog(threading.Thread):
         if self.store_lost and self.rank != 0:
             return f"{self.peers[0].name} has died: the connection to it is lost"
         now, working = time.monotonic(), [peer for peer in self.peers if not peer.ending]
-        for peer in (self.peers[rank] for rank in self.others):
+        for peer in self.peers:
             if peer.ending not in ("", FINISHED):
                 return f"{peer.name} {peer.ending}"
-            if peer in working and (silent := now - peer.beat_at) > self.silence:
+            silent = now - peer.beat_at
+            if not peer.ending and peer is not self.own and silent > self.silence:
                 return f"{peer.name} has died: no sign of life for {silent:.0f} s ({peer.doing})"
         still = now - max((peer.progress_at for peer in working), default=now)
         behind = min((peer.progress for peer in working), default=0)
         if still < self.timeout or behind == 0:  # 0: it has not come to its first batch
             return ""
-        slowest = [peer for peer in working if peer.progress == behind]
-        where = f"all {len(working)} processes wait at the same place ({self.own.doing})"
-        if len(slowest) < len(working):
-            where = "waiting for " + " and ".join(f"{p.name} ({p.doing})" for p in slowest)
-        return f"no progress for {still:.0f} s (--dist_timeout): {where}"
+        slowest = [f"{peer.name} ({peer.doing})" for peer in working if peer.progress == behind]
+        waiting = f"waiting for {' and '.join(slowest)}"
+        return f"no progress for {still:.0f} s (--dist_timeout): {waiting}"
 
 
 _watchdog: Watchdog | None = None  # of this process, if there are others
@@ -295,7 +284,7 @@ def _start_watchdog(host: str, timeout: float) -> None:
     name = f"process {rank()} (pid {os.getpid()} on {socket.gethostname()})"
     names, ports = zip(*gather_objects((name, served.port if served else None)), strict=True)
     store = served or dist.TCPStore(host, ports[0], is_master=False)
-    _watchdog = Watchdog(store, rank(), names, timeout, lambda lost: end(f"stopped: {lost}", 1))
+    _watchdog = Watchdog(store, rank(), names, timeout, lambda lost: end(f"stopped: {lost}"))
     barrier()  # everybody is in the store
     _watchdog.start()
 
@@ -333,14 +322,13 @@ def run(main: Callable[[], None]) -> NoReturn:
         _say(f"stopped by {signal}; start the same command again to go on")
         sys.exit(errors.EXIT_STOPPED)
     except RuntimeError as error:
-        if not any(phrase in str(error) for phrase in LOST_PEER):
+        if _watchdog is None or not any(phrase in str(error) for phrase in LOST_PEER):
             _announce_end(f"failed: {type(error).__name__}")
             raise
         with stop.deferred():  # torchrun asks the others to end before they have found out why
-            if _watchdog is not None:  # which ends this process as soon as it shows who is lost
-                _watchdog.silence = PROBABLY_DEAD
-                _watchdog.join(3 * PROBABLY_DEAD)
-            end("stopped: another process ended first", errors.EXIT_LOST_PEER)
+            _watchdog.silence = PROBABLY_DEAD
+            _watchdog.join(3 * PROBABLY_DEAD)  # which ends this process once it knows who is lost
+            end("stopped: another process ended first")
 
 
 def _say(line: str) -> None:
@@ -352,7 +340,7 @@ def before_exit(finish: Callable[[], None]) -> None:
     _finishers.append(finish)
 
 
-def end(why: str, code: int) -> NoReturn:
+def end(why: str) -> NoReturn:
     """End this process at once, a checkpoint that is being written apart: print why, and go.
 
     Not by an exception: what is left of the backend would only fail once more.
@@ -361,7 +349,7 @@ def end(why: str, code: int) -> NoReturn:
     for finish in _finishers:
         finish()
     sys.stdout.flush()
-    os._exit(code)
+    os._exit(1)
 
 
 def cleanup() -> None:
@@ -380,7 +368,7 @@ def world_size() -> int:
 
 
 def backend() -> str:
-    """What carries the processes' messages: nccl, gloo, or none in a world of one."""
+    """nccl, gloo, or none in a world of one."""
     return dist.get_backend() if dist.is_initialized() else "none"
 
 
@@ -441,10 +429,8 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _sum_gradients(_state, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """The sum, where DDP would divide by the number of processes, which changes nothing but bits:
-
-    a micro-batch's gradient is then the same on any number of processes, and they may have
-    unequal shares of the micro-batches.
+    """The sum, where DDP divides by the number of processes: a micro-batch's gradient is then the
+    same on any number of them, and they may have unequal shares of the micro-batches.
     """
     reduced = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return reduced.then(lambda future: future.value()[0])

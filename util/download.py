@@ -2,9 +2,8 @@
 
 python -m util.download {vae,large,huge} ...
 
-Names and checksums are the hub's. Until its checksum is right a file is NAME.CHECKSUM.part, with
-which the same command goes on after an interruption, where `hf_hub_download` would begin gigabytes
-anew. A file that is there is verified and left as it is.
+Until its checksum is the hub's, a file is NAME.CHECKSUM.part, with which the same command goes on
+after an interruption; `hf_hub_download` would begin gigabytes anew.
 """
 
 from pathlib import Path
@@ -17,7 +16,7 @@ from huggingface_hub.utils import build_hf_headers
 from util import dist
 from util.args import Parser
 from util.errors import UserError, as_user_error
-from util.files import check_writable, flush_file, flush_folder, only_job_in, sha256
+from util.files import check_writable, flush, listed, only_job_in, sha256
 
 REPOSITORY = "Epiphqny/TokenBridge"
 # Where the published commands look for each. Of a repository's file the end of its path is known:
@@ -46,28 +45,24 @@ def main() -> None:
     args = make_parser().parse()
     if args.file and len(set(args.what)) > 1:
         raise UserError(f"--file {args.file} is one file, and {', '.join(args.what)} are several")
-    places = [PLACES[name] for name in args.what]
-    paths = {place.partition("/")[2]: Path(args.output_dir, place) for place in places}
+    paths = [Path(args.output_dir, PLACES[name]) for name in args.what]
     check_writable(args.output_dir, "--output_dir")
-    try:
+    where = f"--repo {args.repo} --revision {args.revision} of {args.endpoint}"
+    by_hand = f"without a network, fetch it elsewhere and put here {', '.join(map(str, paths))}"
+    with as_user_error(f"{where} ({by_hand})", (*HUB_ERRORS, TypeError, LookupError)):
         api = HfApi(args.endpoint)
         info = api.model_info(args.repo, revision=args.revision, files_metadata=True, timeout=20)
-    except (*HUB_ERRORS, TypeError, LookupError) as error:  # refused, no answer, or none of a hub
-        steps = ", ".join(f"{name} as {path}" for name, path in paths.items())
-        raise UserError(
-            f"--repo {args.repo} --revision {args.revision} of {args.endpoint}: "
-            f"{' '.join(str(error).split())[:300] or type(error).__name__}; where there is no "
-            f"network, fetch https://huggingface.co/{args.repo} elsewhere and put here: {steps}"
-        ) from error
     with as_user_error(f"--repo {args.repo}"):
-        chosen = [choose(info.siblings or [], args.file or name) for name in paths]
-    for file, path in zip(chosen, paths.values(), strict=True):
+        names = [args.file or PLACES[name].partition("/")[2] for name in args.what]
+        chosen = [choose(info.siblings or [], name) for name in names]
+    for file, path in zip(chosen, paths, strict=True):
         url = hf_hub_url(args.repo, file.rfilename, revision=info.sha, endpoint=args.endpoint)
-        if path.exists():
-            verify(path, file)
-        else:
+        if not path.exists():
             with only_job_in(path.parent, "--output_dir"):
                 fetch(url, file, path)
+        elif sha256(path) != file.lfs.sha256:
+            raise UserError(f"{path} is there, but is not the hub's {file.rfilename}; move it away")
+        print(f"{path}: complete, SHA-256 {file.lfs.sha256}")
 
 
 def choose(files: list[RepoSibling], name: str) -> RepoSibling:
@@ -75,17 +70,9 @@ def choose(files: list[RepoSibling], name: str) -> RepoSibling:
     found = [file for file in files if file.lfs and f"/{file.rfilename}".endswith(f"/{name}")]
     found = [file for file in found if file.rfilename == name] or found
     if len(found) != 1:
-        names = ", ".join(file.rfilename for file in files[:12]) or "it is empty"
+        names = listed(file.rfilename for file in files)
         raise UserError(f"it has no single large file {name}; name one by --file: {names}")
     return found[0]
-
-
-def verify(path: Path, file: RepoSibling) -> None:
-    """Raises UserError if it is another file than the hub's."""
-    print(f"{path}: verifying", flush=True)
-    if sha256(path) != file.lfs.sha256:
-        raise UserError(f"{path} is there, but is not the hub's {file.rfilename}; move it away")
-    print(f"{path}: complete, SHA-256 {file.lfs.sha256}")
 
 
 def fetch(url: str, file: RepoSibling, path: Path) -> None:
@@ -99,10 +86,9 @@ def fetch(url: str, file: RepoSibling, path: Path) -> None:
         if sha256(part) != file.lfs.sha256:
             part.unlink()
             raise ValueError(f"damaged, its checksum is not {file.lfs.sha256}")
-        flush_file(part)
+        flush(part)
         part.replace(path)
-        flush_folder(path.parent)
-    print(f"{path}: fetched, SHA-256 {file.lfs.sha256}")
+        flush(path.parent)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from pathlib import Path
 from util import stop
 
 EXIT_USER_ERROR = 2
-EXIT_LOST_PEER = 1
 EXIT_STOPPED = 75  # "try again" (EX_TEMPFAIL of sysexits.h): the same command goes on
 LONGEST = 500  # characters of what a library says, which may quote a damaged file
 

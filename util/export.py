@@ -7,7 +7,6 @@ settings from the flags (--model, --quant_bits, ...).
 """
 
 import argparse
-import sys
 from dataclasses import replace
 
 from models.hub import Origin
@@ -60,8 +59,6 @@ def main() -> None:
     with as_user_error(f"--output_dir {args.output_dir}: cannot write", (OSError,)):
         model.save_pretrained(args.output_dir)
     print(f"{args.output_dir}: the {args.eval_weights} weights of {checkpoint.path}")
-    if checkpoint.config is None:
-        print("note: the checkpoint does not say its settings, the flags do", file=sys.stderr)
     if args.push_to_hub:
         with as_user_error(f"--push_to_hub {args.push_to_hub}", HUB_ERRORS):
             print(f"pushed to {model.push_to_hub(args.push_to_hub)}")

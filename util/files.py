@@ -6,30 +6,27 @@ killed run keeps. A POSIX record lock is its holder's alone, and ends with it.
 """
 
 import argparse
-import datetime
 import errno
 import fcntl
 import hashlib
-import io
 import os
-import pickletools
 import re
 import secrets
 import socket
 import sys
-import types
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from util.errors import UserError, as_user_error
 from util.stop import Stopped
@@ -39,17 +36,11 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # on th
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours and bold of a terminal
 MOST_NAMES = 5  # that a message lists
 DIRECTORY = 0x10  # among a zip record's attributes
-TORCH_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how files of torch before 1.6 begin
-PACKED = "a packed archive; unpack it and name the file inside"
 # How files begin that are something else, and what to do.
 BEGINNINGS = {
-    b"version https://git-lfs": "a git-LFS pointer, not the file; git lfs pull fetches the file",
-    **dict.fromkeys((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), PACKED),
-    b"<": "a web page, not the file: its address asks for a login or a confirmation; fetch it in "
-    "a browser, or by the site's own program",
-    TORCH_PICKLE: None,
-    b"\x80": "a pickle that torch.save did not write, and not read, since reading one may run "
-    "code; where you trust it, save its tensors by torch.save",
+    b"version https://git-lfs": "a git-LFS pointer; git lfs pull fetches the file",
+    b"<": "a web page; its address may ask for a login, so fetch the file in a browser",
+    b"\x1f\x8b": "a packed archive; unpack it and name the file inside",
 }
 
 
@@ -72,19 +63,16 @@ def atomic_write(path: str | Path, durable: bool = True) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     if durable:
-        flush_folder(path.parent)
+        flush(path.parent)
 
 
-def flush_file(path: Path) -> None:
-    """Put on the disk what something else has written to a file, or the names in a folder."""
+def flush(path: Path) -> None:
+    """Put a file's content, or the names in a folder, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-flush_folder = flush_file
 
 
 def check_writable(folder: str | Path, flag: str) -> None:
@@ -109,39 +97,26 @@ def only_job_in(folder: str | Path, flag: str) -> Iterator[None]:
     """Hold the folder's lock; the folder is made if need be, and removed if it stays empty.
 
     Raises UserError, naming the flag, if another job holds it or the folder cannot be written to.
-    A file system without locks is said once, and the work goes on.
     """
     folder = Path(folder)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with as_user_error(f"{flag} {folder}: cannot write", (OSError,)):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _locked(folder, flag, "a+b")
+        lock = _locked(folder, flag)
     try:
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield
     finally:
         with suppress(OSError):
-            os.unlink(folder / LOCK)  # while it is held: see _locked
+            os.unlink(folder / LOCK)  # while it is held
         lock.close()
         with suppress(OSError):  # not empty
             for place in made:
                 place.rmdir()
 
 
-def refuse_busy(folder: str | Path, flag: str) -> None:
-    """Raise UserError, naming the flag, if another job holds the folder's lock now.
-
-    Early, before its files are read, which the other job replaces and removes; nothing is made.
-    """
-    missing = suppress(FileNotFoundError, NotADirectoryError)
-    with as_user_error(f"{flag} {folder}: cannot write", (OSError,)), missing:
-        _locked(Path(folder), flag, "r+b").close()
-
-
-def _locked(folder: Path, flag: str, mode: str) -> BinaryIO:
+def _locked(folder: Path, flag: str) -> BinaryIO:
     """The open file .lock, which holds the lock until it is closed."""
-    file = open(folder / LOCK, mode, buffering=0)  # noqa: SIM115
+    file = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -158,9 +133,11 @@ def _locked(folder: Path, flag: str, mode: str) -> BinaryIO:
         print(f"warning: {flag} {folder}: {why}; start no second job there", file=sys.stderr)
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             return file
     file.close()  # its last holder has removed it meanwhile
-    return _locked(folder, flag, mode)
+    return _locked(folder, flag)
 
 
 class PassedOver:
@@ -171,16 +148,13 @@ class PassedOver:
 
 
 NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")  # moved between releases
-PATHS = [f"{home}.{pure}" for home in ("pathlib", "pathlib._local") for pure in ("", "Pure")]
 # What may stand beside tensors: types that are nothing but their value.
 PLAIN_TYPES = [
-    *(argparse.Namespace, types.SimpleNamespace, dict, list, tuple, str, int, float, bool),
-    *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
+    *(argparse.Namespace, dict, list, tuple, str, int, float, bool),
     *(np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bhilqBHILQefdgFDSUMm"}),
     *((np.float64(0).__reduce__()[0], f"{home}.scalar") for home in NUMPY),
     *((np.zeros(1).__reduce__()[0], f"{home}._reconstruct") for home in NUMPY),
-    *((PurePosixPath, f"{path}PosixPath") for path in PATHS),
-    *((PureWindowsPath, f"{path}WindowsPath") for path in PATHS),
+    *((PurePosixPath, f"pathlib.{local}PosixPath") for local in ("", "_local.")),
     (str, "torch.torch_version.TorchVersion"),
     (PassedOver, "collections.defaultdict"),
 ]
@@ -199,7 +173,7 @@ def load_tensors(path: str | Path, flag: str, wide: bool = False) -> dict:
     if not path.is_file():
         raise UserError(f"{flag} {path}: {'a folder, not a' if path.is_dir() else 'no such'} file")
     try:
-        if other := what_else(path, wide):
+        if other := what_else(path):
             raise UserError(f"this is {other}")
         saved = _read(path, wide)
         if not isinstance(saved, dict):
@@ -213,66 +187,29 @@ def load_tensors(path: str | Path, flag: str, wide: bool = False) -> dict:
 
 
 def _read(path: Path, wide: bool) -> object:
-    if is_safetensors(path):
+    if wide and path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
-    if not zipfile.is_zipfile(path):  # of torch before 1.6; a wrong length ends with the bytes
-        return _load(io.BytesIO(path.read_bytes()))
-    with zipfile.ZipFile(path) as archive:
-        for record in archive.infolist():
-            stored = (record.compress_type, record.file_size) == (0, record.compress_size)
-            if not stored or record.external_attr & DIRECTORY:  # torch would not fill its memory
-                raise ValueError(f"{record.filename} is compressed or marked as a folder")
-        if damaged := archive.testzip():  # compares the checksums (CRC-32), which torch does not
-            raise ValueError(f"wrong checksum of {damaged}")
-        (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        steps = pickletools.genops(archive.read(pickled)) if wide else ()
-        # Types and functions that it asks for; none is looked up.
-        asked = {text.replace(" ", ".") for step, text, _ in steps if step.name == "GLOBAL"}
-    return _load(path, [(PassedOver, name) for name in asked if PASSED_OVER.match(name)])
-
-
-def _load(file: Path | BinaryIO, more: Iterable = ()) -> object:
-    with torch.serialization.safe_globals([*PLAIN_TYPES, *more]), warnings.catch_warnings():
+    passed_over = []
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                stored = (record.compress_type, record.file_size) == (0, record.compress_size)
+                if not stored or record.external_attr & DIRECTORY:  # torch would leave memory as is
+                    raise ValueError(f"{record.filename} is compressed or marked as a folder")
+            if wrong := archive.testzip():  # compares the checksums (CRC-32), which torch does not
+                raise ValueError(f"wrong checksum of {wrong}")
+        asked = get_unsafe_globals_in_checkpoint(path) if wide else ()
+        passed_over = [(PassedOver, name) for name in asked if PASSED_OVER.match(name)]
+    with safe_globals([*PLAIN_TYPES, *passed_over]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch wonders about in a damaged file
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def what_else(path: Path, wide: bool = False) -> str | None:
-    """What a file is that is no file of torch.save, and the remedy; None if it may be one."""
+def what_else(path: Path) -> str:
+    """What a file is by its beginning that holds no tensors, and the remedy; "" if it may."""
     with open(path, "rb") as file:
-        head = file.read(512)
-    if is_safetensors(path):
-        return None if wide else "a file of safetensors; here one of torch.save is read"
-    if head.startswith(b"PK\x03\x04"):
-        return _other_zip(path)
-    if head[257:262] == b"ustar":
-        return PACKED
-    for start, other in BEGINNINGS.items():
-        if head.lstrip().startswith(start):
-            return other
-    text = " ".join(head.decode("latin-1").split())
-    if text and text.isascii() and text.isprintable():
-        return f"text, not tensors ({text[:60]!r}...), perhaps a server's answer; fetch it again"
-    return None
-
-
-def _other_zip(path: Path) -> str | None:
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"its end is missing, {path.stat().st_size} bytes are there")
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    if any(name.endswith("/constants.pkl") for name in names):
-        return "a TorchScript program, which is not run; save the state_dict() of its model"
-    if any(name.endswith("/data.pkl") for name in names):
-        return None
-    return f"a zip archive of {listed(names)}, not a file of torch.save"
-
-
-def is_safetensors(path: Path) -> bool:
-    """By its beginning: the length of a header, which is JSON."""
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+        head = file.read(100).lstrip()
+    return next((other for start, other in BEGINNINGS.items() if head.startswith(start)), "")
 
 
 def _what_failed(error: Exception) -> str:
@@ -284,10 +221,8 @@ def _what_failed(error: Exception) -> str:
             f"holds {(asked[1] or asked[2])[:100]}, which is not read, since reading it may run "
             "code; where you trust the file, save its state dicts alone"
         )
-    if message.startswith("Unsupported operand 149"):  # of pickle's protocol 4
-        return "is pickled in another form than torch.save's own; save it again by torch.save alone"
-    reason = message.splitlines()[0][:120] if message else "it is empty, or its end is missing"
-    return f"damaged ({reason}); fetch or save it again"
+    reason = (message or type(error).__name__).splitlines()[0][:120]
+    return f"damaged, or not written by torch.save ({reason}); fetch or save it again"
 
 
 def shown(name: str | Path) -> str:
@@ -302,18 +237,12 @@ def listed(names: Iterable) -> str:
     return ", ".join(names[:MOST_NAMES]) + more if names else "nothing"
 
 
-def unwrapped(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without what DistributedDataParallel (module.) and torch.compile (_orig_mod.)
-    put into its names, and what was stripped. Raises ValueError where two names become one.
+    put into its names. Raises ValueError where two names become one.
     """
-    names, stripped = [str(name) for name in state], []
-    for prefix, where in {
-        "_orig_mod.": r"(?:^|(?<=\.))_orig_mod\.",
-        "module.": r"^(module\.)+",
-    }.items():
-        before, names = names, [re.sub(where, "", name) for name in names]
-        stripped += [prefix] if names != before else []
-    bare = dict(zip(names, state.values(), strict=True))
+    wrappers = r"^((module|_orig_mod)\.)+|(?<=\.)_orig_mod\."
+    bare = {re.sub(wrappers, "", str(name)): tensor for name, tensor in state.items()}
     if len(bare) < len(state):
-        raise ValueError(f"it has tensors with and without {' and '.join(stripped)}; keep one set")
-    return bare, " and ".join(stripped)
+        raise ValueError("it has tensors with and without module. or _orig_mod.; keep one set")
+    return bare

@@ -38,32 +38,11 @@ class SaveSettings:
     keep: int = 2
 
 
-class HostCopy:
-    """Copies a nested dict of tensors into host memory that is kept for the next time."""
-
-    def __init__(self):
-        self.buffers: dict[tuple, Tensor] = {}  # by place, shape and type
-
-    def __call__(self, state: dict) -> dict:
-        copied = tree_map_with_path(self._copy, state)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # all copies at once
-        return copied
-
-    def _copy(self, path: tuple, value):
-        if not isinstance(value, Tensor):
-            return value
-        key = (path, value.shape, value.dtype)
-        if key not in self.buffers:
-            self.buffers[key] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return self.buffers[key].copy_(value.detach(), non_blocking=value.is_cuda)
-
-
 class CarefulFile:
     """A file whose failure to write is its `error`: torch.save would end the process."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.error = file, None
+        self.file, self.error, self.flush = file, None, file.flush
 
     def write(self, data) -> int:
         try:
@@ -73,16 +52,13 @@ class CarefulFile:
             self.error = error
         return len(data)
 
-    def flush(self) -> None:
-        """torch.save asks for it; `atomic_write` does it."""
-
 
 class CheckpointSaver:
     """A failure to write is reported, training goes on, and what was saved before stays."""
 
     def __init__(self, settings: SaveSettings, steps_per_epoch: int, first_step: int):
         self.settings, self.steps_per_epoch = settings, steps_per_epoch
-        self.copy = HostCopy()
+        self.buffers: dict[tuple, Tensor] = {}  # in host memory, by place, shape and type
         self.writing = threading.Thread()
         self.failure: str | None = None
         self.saved_step = first_step  # the newest that was handed over, or the run began with
@@ -92,10 +68,7 @@ class CheckpointSaver:
     def ends_epoch(self, step: int) -> bool:
         """Whether an epoch ends there after which to save, on all processes alike."""
         often = self.settings.last_freq, self.settings.milestones
-        return any(self._ends(step, epochs) for epochs in often)
-
-    def _ends(self, step: int, epochs: int) -> bool:
-        return bool(epochs) and step % (epochs * self.steps_per_epoch) == 0
+        return any(epochs and step % (epochs * self.steps_per_epoch) == 0 for epochs in often)
 
     def due(self, step: int) -> bool:
         """Whether to save after so many steps. Of steps and minutes, which wait for a file that is
@@ -115,11 +88,21 @@ class CheckpointSaver:
             return
         self.wait()
         began = time.monotonic()
-        copied = self.copy(state())
+        copied = tree_map_with_path(self._copy, state())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # all copies at once
         self.saved_step, self.saved_at = step, time.monotonic()
         arguments = (step, copied, self.saved_at - began)
         self.writing = threading.Thread(target=self._write, args=arguments)
         self.writing.start()
+
+    def _copy(self, path: tuple, value):
+        if not isinstance(value, Tensor):
+            return value
+        key = (path, value.shape, value.dtype)
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return self.buffers[key].copy_(value.detach(), non_blocking=value.is_cuda)
 
     def _write(self, step: int, state: dict, stalled: float) -> None:
         path = self.settings.folder / f"checkpoint-step{step:08d}.pth"
@@ -129,8 +112,8 @@ class CheckpointSaver:
                 raise ValueError(f"the weights are not finite any more ({broken[0]})")
             write_checkpoint(path, state)
             give_name(path, self.settings.folder / LAST)
-            if self._ends(step, self.settings.milestones):
-                epoch = step // self.steps_per_epoch
+            epoch, inside = divmod(step, self.steps_per_epoch)
+            if self.settings.milestones and not inside and epoch % self.settings.milestones == 0:
                 give_name(path, self.settings.folder / f"checkpoint-epoch{epoch:04d}.pth")
             self._remove_old(path)
         except Exception as error:  # nobody else would hear of it, and training need not end

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Of the process, as signals are. pid: whose handlers they are.
 _state = SimpleNamespace(pid=0, received=None, deferred=False)
 
 
@@ -23,7 +22,7 @@ class Stopped(Exception):
 
 
 def install() -> None:
-    """Handle the signals from now on; for the main thread, once."""
+    """Handle the signals from now on, in the main thread."""
     _state.pid, _state.received = os.getpid(), None
     for number in SIGNALS:
         signal.signal(number, _on_signal)
@@ -43,7 +42,7 @@ def requested() -> bool:
 
 def check() -> None:
     """Raise Stopped if a signal came whose exception got lost, as in a destructor."""
-    if _state.received is not None and not _state.deferred:
+    if requested() and not _state.deferred:
         raise Stopped(_state.received)
 
 
@@ -54,7 +53,7 @@ def acknowledge() -> Stopped:
 
 @contextmanager
 def deferred(active: bool = True) -> Iterator[None]:
-    """Signals are only noted; who asks `requested` does what is right."""
+    """Signals are only noted, for `requested`."""
     before, _state.deferred = _state.deferred, active
     try:
         check()
@@ -64,7 +63,7 @@ def deferred(active: bool = True) -> Iterator[None]:
 
 
 def immediate():
-    """Context within `deferred`: signals raise again, those that wait included."""
+    """Within `deferred`: signals raise again, those that wait included."""
     return deferred(active=False)
 
 

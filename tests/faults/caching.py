@@ -85,7 +85,6 @@ def harm(
         if not kill_once(caching, rng.choice(processes), rng):
             break
         row.injected += 1
-        row.bytes_lost += sum(path.stat().st_size for path in caching.folder.rglob(".*.tmp"))
         found = caching.whole()
         assert kept.items() <= found.items(), "what was whole was written again"
         kept = found

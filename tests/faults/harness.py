@@ -31,7 +31,6 @@ class Row:
     injected: int = 0
     survived: int = 0
     steps_lost: int = 0
-    bytes_lost: int = 0
     result: str = ""
 
 

@@ -17,8 +17,8 @@ from tests.faults import caching, training
 from tests.faults.harness import Row
 from tests.runs import make_inputs
 
-HEAD = ("fault", "injected", "survived", "steps lost", "bytes lost", "result")
-LINE = "{:43}  {:>8}  {:>8}  {:>10}  {:>10}  {}"
+HEAD = ("fault", "injected", "survived", "steps lost", "result")
+LINE = "{:43}  {:>8}  {:>8}  {:>10}  {}"
 
 
 def scenarios(inputs: Path, folder: Path, kills: int, seed: int) -> list[Callable[[], Row]]:
@@ -49,7 +49,7 @@ def main() -> int:
         for scenario in scenarios(inputs, Path(name), 1 if args.short else args.kills, args.seed):
             rows.append(scenario())
             print(f"{rows[-1].fault}: {rows[-1].result}", flush=True)
-    columns = list(zip(*map(astuple, rows), strict=True))[1:5]
+    columns = list(zip(*map(astuple, rows), strict=True))[1:4]
     total = ("all", *map(sum, columns), "")
     print("", *(LINE.format(*row) for row in (HEAD, *map(astuple, rows), total)), "", sep="\n")
     print(f"seed {args.seed}, {time.monotonic() - began:.0f} s")

@@ -9,15 +9,13 @@ import os
 import random
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from tests.faults.harness import Job, Row, last_step, resumed_step, send
 from tests.runs import TRAIN_FLAGS, flags, load, ranks, tensors
-from util.checkpoint import load_checkpoint
-from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from util.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 SCRIPT = "main_tokenbridge.py"
 STEPS_PER_EPOCH = 3
@@ -53,22 +51,10 @@ class Training:
         assert job.end() == 0, job.printed()[-2000:]
         return job.printed()
 
-    def damaged_bytes(self) -> int:
-        """Size of the checkpoints that cannot be read, and were not removed meanwhile."""
-        damaged = 0
-        for path in self.output.glob("checkpoint-*.pth"):
-            with suppress(FileNotFoundError):
-                try:
-                    load_checkpoint(path)
-                except (UserError, FileNotFoundError):
-                    damaged += path.stat().st_size
-        return damaged
 
-
-def note(row: Row, run: Training, job: Job, following: str) -> None:
+def note(row: Row, job: Job, following: str) -> None:
     """Count what a fault has cost. following: what the next start printed."""
     row.steps_lost += max(0, last_step(job.printed()) - resumed_step(following))
-    row.bytes_lost += run.damaged_bytes()
 
 
 def judge(row: Row, run: Training, reference: Training, problem: str = "") -> Row:
@@ -76,6 +62,8 @@ def judge(row: Row, run: Training, reference: Training, problem: str = "") -> Ro
     found, expected = (tensors(load(each.output)) for each in (run, reference))
     same = list(found) == list(expected)
     same = same and all(torch.equal(found[name], expected[name]) for name in expected)
+    if any(run.output.glob("*.damaged")):  # set aside by one of the starts
+        problem = problem or "A CHECKPOINT WAS DAMAGED"
     row.survived = row.injected if same and not problem else 0
     row.result = problem or ("ends with the same bits" if same else "ENDS DIFFERENTLY")
     return row
@@ -102,14 +90,14 @@ def kill_training(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
         ended = not job.running
         job.kill()
         if before is not None and resumed_step(job.printed()):
-            note(row, run, before, job.printed())
+            note(row, before, job.printed())
         if ended:
             break
         row.injected += 1
         before = job if last_step(job.printed()) else before
     following = run.finish()
     if before is not None:
-        note(row, run, before, following)
+        note(row, before, following)
     return judge(row, run, reference)
 
 
@@ -126,7 +114,7 @@ def kill_saving(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
             break
         job.kill()
         row.injected += 1
-        note(row, run, job, run.start_until(GOES_ON).printed())
+        note(row, job, run.start_until(GOES_ON).printed())
     run.finish()
     return judge(row, run, reference)
 
@@ -152,7 +140,7 @@ def terminate(inputs: Path, folder: Path, signals: int, seed: int) -> Row:
         row.injected += 1
         if code != EXIT_STOPPED and (processes == 1 or "exitcode  : 75" not in job.printed()):
             problem = f"exit code {code}"
-        note(row, run, job, run.start_until(GOES_ON).printed())
+        note(row, job, run.start_until(GOES_ON).printed())
     run.finish()
     return judge(row, run, reference, problem)
 
@@ -168,7 +156,6 @@ def full_disk(inputs: Path, folder: Path) -> Row:
     went_on = "was not saved: [Errno 27]" in printed and last_step(printed) == 24
     stayed = load(run.output)["step"] == kept and not any(run.output.glob(".checkpoint*"))
     row.steps_lost = max(0, kept - resumed_step(run.finish()))
-    row.bytes_lost = run.damaged_bytes()
     right = went_on and stayed and code == EXIT_USER_ERROR
     return judge(row, run, reference, "" if right else f"exit code {code}: {printed[-300:]}")
 
@@ -188,8 +175,10 @@ def damaged_newest(inputs: Path, folder: Path, times: int, seed: int) -> Row:
             break
         spoil(steps[-1], rng, cut=i % 2 == 1)
         row.injected += 1
-        note(row, run, job, run.start_until("set aside as", GOES_ON).printed())
+        note(row, job, run.start_until("set aside as", GOES_ON).printed())
     run.finish()
+    for path in run.output.glob("*.damaged"):
+        path.unlink()
     return judge(row, run, reference)
 
 
@@ -227,7 +216,6 @@ def kill_worker(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
         if not job.wait_for(lambda n=before: GOES_ON in job.printed()[n:]):
             break
         row.steps_lost += max(0, at - resumed_step(job.printed()[before:]))
-        row.bytes_lost += run.damaged_bytes()
     assert job.end() == 0, job.printed()[-2000:]
     return judge(row, run, reference)
 
@@ -250,7 +238,7 @@ def kill_node(inputs: Path, folder: Path) -> Row:
     again = start()
     codes = [job.end() for job in again]
     row = Row("one of two nodes dies", injected=1)
-    note(row, run, first, again[0].printed())
+    note(row, first, again[0].printed())
     right = code == 1 and named and codes == [0, 0]
     return judge(
         row, run, reference, "" if right else f"exit code {code}, {first.printed()[-300:]}"
@@ -267,6 +255,5 @@ def hang(inputs: Path, folder: Path) -> Row:
     noticed = job.wait_for(lambda: "main_tokenbridge.py: stopped: " in job.printed(), GRACE)
     row.survived = int(noticed and f"process 1 (pid {victim}" in job.printed())
     job.kill()
-    row.bytes_lost = run.damaged_bytes()
     row.result = "named within the time-out" if row.survived else job.printed()[-300:]
     return row
