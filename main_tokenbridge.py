@@ -334,8 +334,7 @@ def step_figures(run: Run, steps: int) -> dict:
     slowest = torch.tensor([seconds[0], last, float(peak_memory(run.device))])
     first, last, peak = dist.all_reduce_max(slowest.to(run.device)).tolist()
     config, batches = run.model.config, run.batches
-    kind = run.device.type
-    memory = training_memory(run.model, batches.batch_size, run.precision.name, kind)
+    memory = training_memory(run.model, batches.batch_size, run.precision.name)
     parameters = sum(p.numel() for p in run.model.parameters())
     rate = batches.global_batch / last
     hours = len(run.steps) * last / 3600

@@ -59,9 +59,7 @@ def largest_batch(model: TokenBridge, precision: str, usable: float) -> tuple[in
 def cost(args: argparse.Namespace) -> dict[str, float]:
     """All figures. Raises UserError, in one line, on what cannot be."""
     hardware = HARDWARE[args.hardware]
-    peak = getattr(hardware, args.precision)
-    if peak is None:
-        raise UserError(f"--hardware {args.hardware} has no {args.precision}; see --precision")
+    peak = hardware.fp32 if args.precision == "fp32" else hardware.half
     sizes = {name: getattr(args, name) for name in ("img_size", "vae_stride", "vae_embed_dim")}
     levels = {"quant_levels": 2**args.quant_bits}
     with as_user_error(), torch.device("meta"):

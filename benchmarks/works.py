@@ -118,7 +118,7 @@ def head_sampling(settings: Settings) -> Work:
             model.head.sample(z, uniforms)
 
     title, parts = f"head sampling, {count} tokens", Parts(model=model)
-    operations = flops.head(model.config, count)
+    operations = count * flops.head(model.config, sampled=True)
     return Work(title, count, "tokens", sample, parts, ("sampling",), (), operations)
 
 
