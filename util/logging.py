@@ -14,7 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -251,12 +251,9 @@ class MetricsFile:
 def figures_on_stdout(asked: bool) -> Iterator[dict]:
     """--json: a dict to fill, which the main process prints at the end; all else goes to stderr."""
     figures: dict = {}
-    if not asked:
+    with redirect_stdout(sys.stderr) if asked else nullcontext():
         yield figures
-        return
-    with redirect_stdout(sys.stderr):
-        yield figures
-    if dist.is_main():
+    if asked and dist.is_main():
         print(json.dumps(finite(figures), indent=1), flush=True)
 
 
