@@ -38,7 +38,7 @@ from util.setup import build_vae
 from util.vae import vae_digest
 
 QUEUED = 4  # batches that may wait for the disk; each 8 MB, of 128 images of 256 px
-CHECKS = ("code", "device", "processes", "VAE", "photograph")  # before the batch of --dry_run
+CHECKS = ("device", "processes", "VAE")  # before the batch of --dry_run
 SHOWN = ("count", "classes", "skipped", "latent_scale", "channel_order", "latent_shape")
 
 

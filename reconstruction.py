@@ -125,7 +125,7 @@ def measure_variants(args, device: torch.device) -> dict:
     job = Reconstruction(folder, dataset, evaluator, variants, settings.get("seed"))
     if args.dry_run:
         folder.refuse_other(settings)
-        return dry_run(args, device, ("code", "device", "processes"), job.first_batch)
+        return dry_run(args, device, ("device", "processes"), job.first_batch)
     figures = {}
     folder.begin(settings)
     with settings_saved(args, folder.path / flags.CONFIG):

@@ -9,24 +9,30 @@ python -m benchmarks.cost --model tokenbridge_huge --hardware H200 --devices 32 
 
 import argparse
 import json
+import math
 
 import torch
+from torch import nn
 
 from models.config import PRESETS, TokenBridgeConfig, preset
+from models.heads import CHUNK_ROWS_ELSEWHERE
 from models.tokenbridge import TokenBridge
 from util import dist, flops
 from util.args import Parser, bit_width, fraction, non_negative_float, positive_int
 from util.errors import UserError, as_user_error
-from util.flops import ACTIVATION, HARDWARE, count_parameters, training_memory
+from util.flops import HARDWARE
 
+SIZES = [name for name in PRESETS if name.startswith("tokenbridge_")]
 PUBLISHED_EPOCHS = {"tokenbridge_huge": 800}  # all others 400
 USABLE = 0.9  # of a device's memory: the rest is the context's and the allocator's
+FULL = 4  # bytes of fp32: weights, optimizer, EMA, and the sums that run through the blocks
+ACTIVATION = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", choices=PRESETS, default="tokenbridge_large", help="size")
+    add("--model", choices=SIZES, default="tokenbridge_large", help="size")
     add("--img_size", type=positive_int, default=256, help="pixels a side")
     add("--vae_stride", type=positive_int, default=16, help="pixels a latent position")
     add("--vae_embed_dim", type=positive_int, default=16, help="latent channels")
@@ -44,6 +50,48 @@ def make_parser() -> Parser:
     return parser
 
 
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def training_memory(model: TokenBridge, batch_size: int, precision: str = "bf16") -> dict[str, int]:
+    """Bytes on a GPU, by part; without VAE, loader, CUDA context and the allocator's losses.
+
+    model: on any device, meta too. batch_size: of a micro-batch.
+    states: weights, gradients, AdamW's moments, EMA. casts: weights in half precision. backbone,
+    head: an estimate of what is kept for backward, in the head of a chunk, and the gradients of its
+    weights again. A block keeps the sums before both norms, their outputs, q, k, v, what attention
+    gives, twice the MLP's width around GELU, and dropout's masks of one byte.
+    """
+    config, head, a = model.config, model.head, ACTIVATION[precision]
+    ratio, drop, again = config.mlp_ratio, config.proj_dropout > 0, head.grad_checkpointing
+    masked, length = math.ceil(config.seq_len * config.mask_ratio_min), config.seq_len
+    encoder, decoder = config.encoder_embed_dim, config.decoder_embed_dim
+    image = 2 * FULL * ((config.buffer_size + length) * encoder + masked * decoder)
+    kept = 2 * FULL + 6 * a + 2 * drop + ratio * (2 * a + drop)  # by a block, a row and a feature
+    for width, positions, depth in (
+        (encoder, length - masked, config.encoder_depth),
+        (decoder, length, config.decoder_depth),
+    ):
+        features = (config.buffer_size + positions) * width
+        image += depth * features * (FULL if again else kept)
+    image += features * kept if again else 0  # of the one that is computed again
+    width, depth, levels = config.channel_embed_dim, config.channel_depth, config.quant_levels
+    in_block = 4 * FULL + 12 * a + 2 * a * ratio
+    channel = depth * FULL + in_block if again else depth * in_block
+    channel += (6 * depth + 2) * a + 6 * FULL + 4 * a  # modulations; the ends
+    channel = width * channel + levels * (2 * FULL + a)  # logits
+    chunk = CHUNK_ROWS_ELSEWHERE // config.token_dim if head.chunk is None else head.chunk
+    positions = min(chunk or batch_size * length, batch_size * length)
+    multiplied = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    return {
+        "states": 5 * FULL * count_parameters(model),
+        "casts": a * multiplied if a < FULL else 0,
+        "backbone": round(batch_size * image),
+        "head": round(positions * config.token_dim * channel + FULL * count_parameters(head)),
+    }
+
+
 def largest_batch(model: TokenBridge, precision: str, usable: float) -> tuple[int, int]:
     """As many of 64 images at once as fit into the bytes, and the bytes that they take."""
     for batch in (64, 32, 16, 8, 4, 2, 1):
@@ -59,9 +107,7 @@ def largest_batch(model: TokenBridge, precision: str, usable: float) -> tuple[in
 def cost(args: argparse.Namespace) -> dict[str, float]:
     """All figures. Raises UserError, in one line, on what cannot be."""
     hardware = HARDWARE[args.hardware]
-    peak = getattr(hardware, args.precision)
-    if peak is None:
-        raise UserError(f"--hardware {args.hardware} has no {args.precision}; see --precision")
+    peak = hardware.fp32 if args.precision == "fp32" else hardware.half
     sizes = {name: getattr(args, name) for name in ("img_size", "vae_stride", "vae_embed_dim")}
     levels = {"quant_levels": 2**args.quant_bits}
     with as_user_error(), torch.device("meta"):

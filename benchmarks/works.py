@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.plain import Parts
 from models.config import TokenBridgeConfig
 from models.masking import random_orders
-from models.quantizer import GaussianQuantizer
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
@@ -26,7 +25,6 @@ from util.optim import EMA, build_optimizer, guarded_step
 MASK_RATIO = 0.867  # the mean of training's
 CFG = 3.0  # guidance
 HEAD_POSITIONS = 32  # for each image of the batch
-QUANTIZED = (64, 16, 16, 16)
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,8 @@ def training(settings: Settings) -> Work:
         ema.update(skipped)
 
     title = f"training step, batch {batch}, {settings.masked} masked positions"
-    whole, single = ("quantizer", "head", "backbone", "ema", "optimizer"), ("chunks", "backbone")
+    whole = ("quantizer", "head", "backbone", "ema", "optimizer")
+    single = ("quantizer", "chunks", "backbone", "ema", "optimizer")
     operations = batch * flops.training_step(model.config, settings.masked)
     parts = Parts(model=model, optimizer=optimizer, ema=ema)
     return Work(title, batch, "images", step, parts, whole, single, operations)
@@ -118,7 +117,7 @@ def head_sampling(settings: Settings) -> Work:
             model.head.sample(z, uniforms)
 
     title, parts = f"head sampling, {count} tokens", Parts(model=model)
-    operations = flops.head(model.config, count)
+    operations = count * flops.head(model.config, sampled=True)
     return Work(title, count, "tokens", sample, parts, ("sampling",), (), operations)
 
 
@@ -137,29 +136,6 @@ def sampling(settings: Settings) -> Work:
     return Work(title, count, "images", sample, parts, whole, (*whole, "token_cache"), operations)
 
 
-def quantizer(settings: Settings) -> Work:
-    module = GaussianQuantizer(64).to(settings.device)
-    x = torch.randn(QUANTIZED, device=settings.device)
-    title, parts = f"quantizer, {list(QUANTIZED)}", Parts(model=Parts(quantizer=module))
-    return in_fp32(title, (x.numel(), "scalars"), lambda: module.encode(x), parts, "quantizer")
-
-
-def ema(settings: Settings) -> Work:
-    model, skipped = settings.build_model(), torch.zeros((), device=settings.device)
-    average = EMA(model.published_parameters(), 0.9999)
-    items = flops.count_parameters(model), "parameters"
-    return in_fp32("EMA update", items, lambda: average.update(skipped), Parts(ema=average), "ema")
-
-
-def optimizer(settings: Settings) -> Work:
-    model, skipped = settings.build_model(), torch.zeros((), device=settings.device)
-    adamw = build_optimizer(model.published_parameters(), 1e-4, 0.02)
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 1e-3)
-    items, parts = (flops.count_parameters(model), "parameters"), Parts(optimizer=adamw)
-    return in_fp32("AdamW step", items, lambda: guarded_step(adamw, skipped), parts, "optimizer")
-
-
 def vae(settings: Settings, direction: str) -> Work:
     torch.manual_seed(0)
     tokenizer = Tokenizer(AutoencoderKL(), 1.0).to(settings.device)
@@ -170,15 +146,9 @@ def vae(settings: Settings, direction: str) -> Work:
     def run() -> Tensor:
         return tokenizer.decode(latents) if direction == "decode" else tokenizer.posterior(images)
 
-    work = in_fp32(f"VAE {direction}", (batch, "images"), run, Parts(), "channels_last")
-    return replace(work, operations=batch * vae_operations(size)[direction])
-
-
-def in_fp32(
-    title: str, items: tuple[int, str], run: Callable[[], object], parts: Parts, switch: str
-) -> Work:
-    """Of what has no other arithmetic."""
-    return Work(title, *items, lambda _: run(), parts, (switch,), precisions=("fp32",))
+    operations = batch * vae_operations(size)[direction]
+    work = Work(f"VAE {direction}", batch, "images", lambda _: run(), Parts(), ("channels_last",))
+    return replace(work, operations=operations, precisions=("fp32",))  # it has no other
 
 
 @torch.no_grad()
@@ -197,9 +167,6 @@ WORKS: dict[str, Callable[[Settings], Work]] = {
     "train": training,
     "head": head_sampling,
     "sample": sampling,
-    "quantizer": quantizer,
-    "ema": ema,
-    "optimizer": optimizer,
     "vae_encode": partial(vae, direction="encode"),
     "vae_decode": partial(vae, direction="decode"),
 }

@@ -59,7 +59,8 @@ class KVCache(NamedTuple):
     def empty(cls, x: Tensor, heads: int, length: int) -> "KVCache":
         """For sequences of T = length positions; x: [N, ..., D], what the keys are made from."""
         kind, shape = x.device.type, (len(x), heads, length, x.shape[-1] // heads)
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        casts = kind != "meta" and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if casts else x.dtype
         return cls(*(torch.zeros(shape, dtype=dtype, device=x.device) for _ in range(2)))
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

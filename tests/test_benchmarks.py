@@ -122,7 +122,6 @@ def test_variants_run_in_turn_beside_products(monkeypatch):
 
 def test_the_whole_command_measures_every_work_with_its_switches(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(works, "AutoencoderKL", partial(AutoencoderKL, ch=32, num_res_blocks=1))
-    monkeypatch.setattr(works, "QUANTIZED", (2, 4, 4))
     monkeypatch.setattr(run, "MATRIX", {"cpu": 64})
     monkeypatch.setattr(run, "SHORTEST", 0.0)
     flags = ["--device", "cpu", "--model", "tokenbridge_tiny", "--img_size", "32", "--repeats", "1"]
@@ -132,7 +131,7 @@ def test_the_whole_command_measures_every_work_with_its_switches(tmp_path, monke
     assert {row["work"] for row in result["rows"]} == set(works.WORKS)
     assert all(len(row["seconds"]) == len(row["product_rates"]) == 1 for row in result["rows"])
     shown = {row["variant"] for row in result["rows"]}
-    alone = ("chunks", "backbone", "sampling", "guidance", "token_cache")
+    alone = SWITCHES.keys() - {"head", "channels_last"}
     assert shown == {FAST, PLAIN, *(f"{PLAIN}: {name}" for name in alone)}
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(table) == 2 + len(result["rows"]) and result["torch"] == torch.__version__[:6]

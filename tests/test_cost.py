@@ -43,7 +43,6 @@ def test_larger_problems_take_smaller_batches(capsys):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--hardware", "V100"], "has no bf16"),
         (["--share", "1.5"], "--share"),
         (["--img_size", "250"], "img_size 250 is not a multiple"),
         (["--model", "tokenbridge_huge", "--img_size", "4096"], "one image takes about"),

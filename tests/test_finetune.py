@@ -120,13 +120,13 @@ def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
     assert "2 of 3 rows kept by name" in capsys.readouterr().out
     call(doctor.main, *argv, "--vae_path", str(others / "vae.ckpt"), "--no_metrics")
     lines = {line[9:26].strip(): line for line in capsys.readouterr().out.splitlines()}
-    assert lines["checkpoint"].startswith("ok") and "2 new (dog, eel)" in lines["data"]
-    assert "4 classes" in lines["model"] and not (tmp_path / "out").exists()
+    assert lines["checkpoint"].startswith("ok") and "2 new (dog, eel)" in lines["inputs"]
+    assert "4 classes" in lines["inputs"] and not (tmp_path / "out").exists()
     argv = flags(others, TRAIN_FLAGS, AGAIN, resume=trained, output_dir=tmp_path / "out")
     with pytest.raises(SystemExit):
         call(doctor.main, *argv, "--vae_path", str(others / "vae.ckpt"), "--no_metrics")
     said = capsys.readouterr().out
-    assert "FAILURE  data" in said and "--finetune in the place of --resume" in said
+    assert "FAILURE  inputs" in said and "--finetune in the place of --resume" in said
 
 
 @pytest.mark.parametrize(

@@ -82,19 +82,6 @@ def test_speed_and_share_of_the_peak_follow_the_clock(new_log, tmp_path, monkeyp
     assert "5.0 images/s  5 GFLOP/s (25 %)  1.5 GiB  data wait 38 %  left 0:02:00" in line
 
 
-def test_line_of_a_large_run_fits_a_terminal(new_log, tmp_path, monkeypatch, capsys):
-    now = iter([0.0, 27.0, 27.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
-    meter = Meter(flops=2.2e11, device=CPU, peak=989e12)
-    sizes = dict(every=20, batches=Batches(64, 32, 1_281_167, 0), last_step=250_000)
-    log = new_log(tmp_path, meter=meter, **sizes)
-    for number in range(123_440, 123_460):
-        step(log, number, 3.1234)
-    line = capsys.readouterr().out
-    assert "1517 images/s  334 TFLOP/s (34 %)" in line and "left 47 h" in line
-    assert len(line) <= 140
-
-
 def test_nothing_is_read_from_the_device_between(new_log, tmp_path, monkeypatch):
     """Every step waiting for the device would cost more than the log is worth."""
     log = new_log(tmp_path, every=20)

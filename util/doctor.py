@@ -6,46 +6,43 @@ torchrun --nproc_per_node=8 -m util.doctor FLAGS OF main_tokenbridge.py
 One line a check: ok, warning or FAILURE, with the remedy. The exit code is 1 if anything failed.
 --json prints the same as one object. Nothing is written.
 
-Letters: C latent channels, K levels, B bins.
+Letters: N images, C latent channels, K levels.
 """
 
 import argparse
 import io
 import json
 import math
-import re
 import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import torch
-from torch import Tensor
 
+from models.config import QUANTIZERS
 from models.generate import to_uint8
-from models.quantizer import build_quantizer, entropy
+from models.quantizer import Quantizer, build_quantizer, entropy, level_counts
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import VAE
 from models.tokenizers.tokenizer import Tokenizer
 from util import ROOT, dist, setup, stop
 from util.args import Parser, train_parser, value
 from util.checkpoint import find_checkpoint
-from util.data.histogram import BINS, LatentHistogram
 from util.data.images import ImageDataset, psnr
-from util.data.latent_cache import CachedLatents
-from util.data.training_set import TrainingData, is_without_data
+from util.data.training_set import TrainingData, needs_vae
 from util.device import resolve_precision
 from util.errors import UserError
-from util.evaluation.extractor import INCEPTION, Extractor, published_weights, registered_name
-from util.evaluation.reference import ADM_STATISTICS, check_statistics, load_fid_statistics
-from util.files import load_tensors
+from util.evaluation.extractor import INCEPTION, published_weights, registered_name
+from util.evaluation.reference import prepare_measure
 from util.setup import Inputs
 from util.vae import vae_digest
+from util.validation import evenly_spread, read_latents
 
 FAILURE, WARNING, OK = STATES = "failure", "warning", "ok"
 # Of KL-16 on photographs: 24.1 dB with a standard deviation of 4.2 dB between ImageNet's images
@@ -54,25 +51,18 @@ LEAST_PSNR = 18.0
 # Of unit-variance latents. KL-16's channels differ; far beyond these, scale or VAE is another one.
 STD_OF_ALL, STD_OF_CHANNEL, MEAN_OF_CHANNEL = (0.9, 1.1), (0.5, 2.0), 1.0
 MOST_SATURATED, MOST_UNUSED_BITS = 0.001, 1.0
-MEASURED_IMAGES = 64  # of --data_path, where no cache says how the latents are distributed
+MEASURED = 64  # images, or cached latents of so many
 ROOM = 2.0  # times the checkpoints' size, below which the space is called little
-# Of an error in what the script opens: the check that reports it, by the flag that it names first.
-OWNERS = dict.fromkeys(("--data_path", "--cached_path", "--use_cached"), "data")
-OWNERS |= dict.fromkeys(("--resume", "--finetune", "--output_dir"), "checkpoint")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """text: what was found, with its values. remedy: what helps, if anything has to.
-
-    by_channel: figures of every channel by name, for --json; the text has their extremes.
-    """
+    """text: what was found, with its values. remedy: what helps, if anything has to."""
 
     state: str
     text: str
     remedy: str = ""
     name: str = ""
-    by_channel: dict[str, list[float]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return "; ".join(filter(None, (self.text, self.remedy)))
@@ -95,7 +85,7 @@ class Opened:
         known = vars(make_parser().parse([])) | vars(args)
         self.args, self.device = argparse.Namespace(**known), device
         self.size = value(args, "img_size")
-        self.owners: dict[str, str] = {}  # the check that reports an error, by its message
+        self.first: dict[str, str] = {}  # the check that first met an error, by its message
 
     @cached_property
     def vae(self) -> VAE:
@@ -115,8 +105,6 @@ class Opened:
                 return self._evaluated()
             return setup.open_inputs(self.args, read_only=True)
         except UserError as error:
-            flag = re.search(r"--\w+|$", str(error))[0]
-            self.owners.setdefault(str(error), OWNERS.get(flag, "model"))
             return error
 
     def _evaluated(self) -> Inputs:
@@ -136,39 +124,6 @@ class Opened:
         with torch.device("meta"):
             return TokenBridge(**settings)
 
-    @cached_property
-    def extractor(self) -> Extractor | None:
-        """None where its weights are not at hand: nothing is downloaded here."""
-        given, name = self.args.inception_weights, registered_name(self.args.feature_extractor)
-        path = Path(given) if given else published_weights()
-        if self.args.no_metrics or not given and (name != INCEPTION or not path.is_file()):
-            return None
-        load_tensors(path, "--inception_weights")
-        return Extractor(name, path, torch.device("cpu"))
-
-    @cached_property
-    def latents(self) -> tuple[LatentHistogram, Tensor]:
-        """How the latents are distributed, and the scaled value of each bin [C, B]."""
-        data, scale = self.inputs.data, self.inputs.config.latent_scale
-        if data.manifest and data.manifest.get("histogram"):
-            histogram = LatentHistogram.from_dict(data.manifest["histogram"])
-        else:
-            histogram = self._measured(data.dataset)
-        middles = torch.arange(BINS) - BINS // 2 + 0.5
-        return histogram, middles * histogram.bin_widths(scale)[:, None]
-
-    def _measured(self, dataset: ImageDataset | CachedLatents) -> LatentHistogram:
-        """Of some of the images, or of the cached posteriors."""
-        tokenizer = Tokenizer(self.inputs.vae, 1.0).to(self.device)
-        is_cache = isinstance(dataset, CachedLatents)
-        encode = tokenizer.from_moments if is_cache else tokenizer.encode
-        histogram = LatentHistogram.empty(self.inputs.config.vae_embed_dim)
-        for i in range(0, len(dataset), max(1, len(dataset) // MEASURED_IMAGES)):
-            generator = torch.Generator(self.device).manual_seed(value(self.args, "seed"))
-            images = torch.as_tensor(dataset[i][0])[None].to(self.device)
-            histogram += LatentHistogram.of(encode(images, generator).cpu())
-        return histogram
-
 
 def code(_opened: Opened) -> Finding:
     """No other checkout or package has our names, where Python or pip would find it first."""
@@ -184,27 +139,14 @@ def code(_opened: Opened) -> Finding:
 
 
 def device(opened: Opened) -> Finding:
-    device, asked = opened.device, opened.args.device
+    device, args = opened.device, opened.args
     text = f"torch {torch.__version__}, {device}"
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         text += f" ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
-    missing = asked.partition(":")[0] != device.type and f"--device {asked} is not here"
+    text += f", --precision {resolve_precision(args.precision, device).name}"
+    missing = args.device.partition(":")[0] != device.type and f"--device {args.device} is not here"
     return judged(text, "install a torch that sees it, or pass --device cpu", missing)
-
-
-def precision(opened: Opened) -> Finding:
-    """A small product in the training's arithmetic, against the same in double precision."""
-    chosen = resolve_precision(opened.args.precision, opened.device)
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(64, 64, generator=generator) for _ in range(2))
-    with chosen.autocast(opened.device):
-        product = (a.to(opened.device) @ b.to(opened.device)).cpu()
-    exact = a.double() @ b.double()
-    error = ((product.double() - exact).norm() / exact.norm()).item()
-    text = f"{chosen.name}, relative error of a product {error:.1e}"
-    wrong = not error < 0.02 and "the arithmetic is wrong here"  # also where it is NaN
-    return judged(text, "pass another --precision", wrong, state=FAILURE)
 
 
 def processes(opened: Opened) -> Finding:
@@ -216,120 +158,49 @@ def processes(opened: Opened) -> Finding:
 
 
 def vae(opened: Opened) -> Finding:
-    path, args = value(opened.args, "vae_path"), opened.args
-    needed = not (args.use_cached or is_without_data(args)) or args.online_eval or args.evaluate
-    if not needed and not Path(path).exists():
+    """It fits, and a natural photograph comes back from it about as well as from KL-16."""
+    args, path = opened.args, value(opened.args, "vae_path")
+    if not Path(path).exists() and not (needs_vae(args) or args.evaluate):
         return Finding(OK, f"--vae_path {path} is not there, and no image has to be encoded")
     kind = "KL-16" if opened.vae.is_kl16 else "a VAE that is not KL-16"
     text = f"{kind}, {opened.vae.channels} channels, stride {opened.vae.stride}, all tensors match"
-    return Finding(OK, f"{text}, sha256 {vae_digest(path)}")
-
-
-def photograph(opened: Opened) -> Finding:
-    """A natural photograph must come back from the VAE about as well as KL-16's do."""
-    args, paths = opened.args, [opened.args.photo]
+    text += f", sha256 {vae_digest(path)}"
+    photos = [args.photo]
     if args.photo is None:
         try:
-            from sklearn import datasets
+            from sklearn.datasets import load_sample_images
         except ImportError:
             remedy = "pip install scikit-learn, which has two photographs, or name one by --photo"
-            return Finding(WARNING, "not checked", remedy)
-        folder = Path(datasets.__file__).parent / "images"
-        paths = [str(folder / name) for name in ("china.jpg", "flower.jpg")]
+            return Finding(WARNING, f"{text}; not tried", remedy)
+        photos = load_sample_images().filenames
     tokenizer, values = Tokenizer(opened.vae, 1.0).to(opened.device), {}
-    for path in paths:
-        photo = ImageDataset([(path, 0)], opened.size, "raise", args.max_image_pixels)
-        pixels = photo[0][0][None]  # uint8 [1, 3, S, S]
+    for photo in photos:
+        dataset = ImageDataset([(photo, 0)], opened.size, "raise", args.max_image_pixels)
+        pixels = dataset[0][0][None]  # uint8 [1, 3, S, S]
         posterior = tokenizer.posterior(pixels.to(opened.device))
         decoded = to_uint8(tokenizer.decode(tokenizer.mode(posterior))).cpu()
-        values[Path(path).name] = psnr(decoded, pixels).item()
-    text = ", ".join(f"{name} {value:.1f} dB" for name, value in values.items())
+        values[Path(photo).name] = psnr(decoded, pixels).item()
+    text += "".join(f", {name} {value:.1f} dB" for name, value in values.items())
     poor = min(values.values()) < LEAST_PSNR and f"below {LEAST_PSNR:g} dB"
     if opened.vae.is_kl16:
         return judged(text, "this is not kl16.ckpt as published: fetch it", poor, state=FAILURE)
-    remedy = "right only if it was trained for other images than photographs"
-    return judged(f"{text} (not KL-16)", remedy, poor)
+    return judged(text, "right only if it was trained for other images than photographs", poor)
 
 
-def _channels(problem: Tensor, text: str) -> str | bool:
-    """problem: [C] bool. The text with those channels, if there are any."""
-    return bool(problem.any()) and text.format(problem.nonzero().flatten().tolist())
-
-
-def latents(opened: Opened) -> Finding:
-    """Mean and std of each channel after scaling: about 0 and 1."""
-    if opened.args.evaluate:
-        return Finding(OK, "not read: --evaluate draws them")
-    histogram, values = opened.latents
-    share = histogram.counts / histogram.counts.sum(dim=1, keepdim=True).double()  # [C, B]
-    mean = (share * values).sum(dim=1)
-    std = (share * (values - mean[:, None]).square()).sum(dim=1).sqrt()
-    total = ((share * values.square()).sum(dim=1).mean() - mean.mean() ** 2).sqrt().item()
+def inputs(opened: Opened) -> Finding:
+    """Flags, data, checkpoint, cache and VAE agree on the model's settings."""
+    config, data = opened.inputs.config, opened.inputs.data
+    millions = sum(p.numel() for p in opened.model.parameters()) / 1e6
+    images = f"{len(data.dataset)} images in {len(data.classes)} classes"
     text = (
-        f"scaled by {opened.inputs.config.latent_scale:.4g}: std {total:.3f}, "
-        f"by channel {std.min():.2f} to {std.max():.2f}, mean {mean.min():.2f} to {mean.max():.2f}"
+        f"{data.source}{'' if opened.args.evaluate else f': {images}'}; {millions:.1f} M "
+        f"parameters, {config.seq_len} positions of {config.token_dim} scalars, "
+        f"{config.codebook_size or config.quant_levels} levels ({config.quantizer}), head "
+        f"{config.head}, {config.class_num} classes"
     )
-    far = (std < STD_OF_CHANNEL[0]) | (std > STD_OF_CHANNEL[1])
-    finding = judged(
-        text,
-        "check --vae_path and --latent_scale; --quantizer calibrated adapts",
-        not STD_OF_ALL[0] <= total <= STD_OF_ALL[1] and "std is not near 1",
-        _channels(far, "std of channels {} is far from 1"),
-        _channels(mean.abs() > MEAN_OF_CHANNEL, "mean of channels {} is far from 0"),
-    )
-    return replace(finding, by_channel={"mean": mean.tolist(), "std": std.tolist()})
-
-
-def quantizer(opened: Opened) -> Finding:
-    """Use of the levels by the latents, and how much of them lies beyond the range."""
-    if opened.args.evaluate:
-        return Finding(OK, "not measured: --evaluate reads no latents")
-    histogram, values = opened.latents
-    inputs, config, channels = opened.inputs, opened.inputs.config, len(histogram.counts)
-    kind, levels = config.quantizer, config.quant_levels
-    made = build_quantizer(kind, levels, config.quant_min, config.quant_max, channels)
-    if kind == "calibrated" and inputs.checkpoint is not None:
-        weights = inputs.checkpoint.weights("model")
-        made.set_levels(weights["boundaries"], weights["reconstruction_values"])
-    elif kind == "calibrated":
-        digest = inputs.data.vae_sha256
-        known = setup.cache_histogram(opened.args.cached_path, channels, digest)
-        made.set_levels(*setup.calibrated_levels(known, levels, config.latent_scale))
-    scalars = values.T.float()  # [B, C]
-    counts = torch.zeros(channels, levels, dtype=torch.int64)
-    counts.scatter_add_(1, made.encode(scalars).T, histogram.counts)
-    bits, full = entropy(counts), math.log2(levels)
-    outside = (made.outside(scalars).T * histogram.counts).sum(dim=1) / histogram.counts.sum(dim=1)
-    finding = judged(
-        f"{kind}, entropy {bits.min():.2f} to {bits.max():.2f} of {full:g} bits by channel, "
-        f"out of range {outside.min():.2%} to {outside.max():.2%}",
-        "check --latent_scale, --quant_min and --quant_max, or pass --quantizer calibrated",
-        _channels(bits < full - MOST_UNUSED_BITS, "channels {} use less than half of the levels"),
-        _channels(outside > MOST_SATURATED, "channels {} saturate"),
-    )
-    figures = {"entropy_bits": bits.tolist(), "out_of_range_share": outside.tolist()}
-    return replace(finding, by_channel=figures)
-
-
-def data(opened: Opened) -> Finding:
-    if opened.inputs and opened.args.evaluate:
-        return Finding(OK, "not read: --evaluate needs none")
-    data = opened.inputs.data
-    text = f"{data.source}: {len(data.dataset)} images in {len(data.classes)} classes"
-    form = "of the published form, which does not say by which VAE"
+    form = "a cache of the published form does not say by which VAE"
     published = opened.args.use_cached and not data.manifest and form
     return judged(text, "make sure that it was this one", published)
-
-
-def model(opened: Opened) -> Finding:
-    """Flags, checkpoint, cache and VAE agree on the model's settings."""
-    config = opened.inputs.config
-    millions = sum(p.numel() for p in opened.model.parameters()) / 1e6
-    return Finding(
-        OK,
-        f"{millions:.1f} M parameters, {config.seq_len} positions of {config.token_dim} scalars, "
-        f"{config.quant_levels} levels ({config.quantizer}), {config.class_num} classes",
-    )
 
 
 def checkpoint(opened: Opened) -> Finding:
@@ -347,41 +218,79 @@ def checkpoint(opened: Opened) -> Finding:
     )
 
 
-def fid_statistics(opened: Opened) -> Finding:
-    args, extractor = opened.args, opened.extractor
-    name = registered_name(args.feature_extractor)
-    path = args.fid_stats
-    if not path and name == INCEPTION and ADM_STATISTICS.is_file():
-        path = str(ADM_STATISTICS)
-    if args.no_metrics or (not path and args.fid_reference):
-        return Finding(OK, "not needed: --no_metrics or --fid_reference")
-    if not path:
-        remedy = "put ADM's adm_in256_stats.npz into fid_stats/, or name a file with --fid_stats"
-        return Finding(WARNING, "no statistics, so FID cannot be computed", remedy)
-    if extractor is None and name != INCEPTION:
-        remedy = f"name a file of {name}'s weights by --inception_weights"
-        return Finding(WARNING, "not checked without the extractor", remedy)
-    features, identity = 2048, {"extractor": name}
-    if extractor is not None:
-        features = extractor.width("fid", opened.size)
-        identity = extractor.identity() | {"layer": extractor.layers["fid"]}
-    stats = load_fid_statistics(path, features)
-    record, doubts = check_statistics(path, stats, identity, opened.size)
-    text = f"{path}, {features} features, sha256 {record['fid_stats_sha256']}"
-    return judged(text, "python -m util.fid_stats makes statistics of your own images", *doubts)
-
-
-def feature_weights(opened: Opened) -> Finding:
-    args, extractor = opened.args, opened.extractor
-    if extractor is not None:
-        widths = {metric: extractor.width(metric, opened.size) for metric in extractor.layers}
-        return Finding(
-            OK, f"{extractor.name}, features {widths}, sha256 {extractor.weights_sha256}"
+def latents(opened: Opened) -> Finding:
+    """Mean and std of each channel after scaling: about 0 and 1; and use of the levels by them."""
+    if opened.args.evaluate:
+        return Finding(OK, "not read: --evaluate draws them")
+    inputs, config = opened.inputs, opened.inputs.config
+    numbers = evenly_spread(len(inputs.data.dataset), MEASURED)
+    tokenizer = Tokenizer(inputs.vae, config.latent_scale).to(opened.device)
+    latents, _ = read_latents(inputs.data.dataset, numbers, tokenizer, opened.device)
+    scalars = latents.movedim(1, -1)  # [N, h, w, C]
+    total, (std, mean) = scalars.std().item(), torch.std_mean(scalars, dim=(0, 1, 2))
+    text = (
+        f"{len(latents)} scaled by {config.latent_scale:.4g}, std {total:.3f}; by channel std "
+        f"{std.min():.2f} to {std.max():.2f}, mean {mean.min():.2f} to {mean.max():.2f}"
+    )
+    problems = {
+        "std of channels {} is far from 1": (std < STD_OF_CHANNEL[0]) | (std > STD_OF_CHANNEL[1]),
+        "mean of channels {} is far from 0": mean.abs() > MEAN_OF_CHANNEL,
+    }
+    if config.quantizer in QUANTIZERS:
+        made, full = fitted_quantizer(opened), math.log2(config.quant_levels)
+        bits = entropy(level_counts(made.encode(scalars), config.quant_levels))
+        outside = made.outside(scalars).double().mean(dim=(0, 1, 2))
+        text += (
+            f", entropy {bits.min():.2f} to {bits.max():.2f} of {full:g} bits ({config.quantizer}),"
+            f" out of range {outside.min():.2%} to {outside.max():.2%}"
         )
-    if args.no_metrics or registered_name(args.feature_extractor) != INCEPTION:
-        return Finding(OK, "not needed: --no_metrics, or an extractor that finds its own")
-    remedy = f"put torch-fidelity's at {published_weights()}, or name them by --inception_weights"
-    return Finding(WARNING, "no Inception weights here; they would be downloaded", remedy)
+        unused = bits < full - MOST_UNUSED_BITS
+        problems["channels {} use less than half of the levels"] = unused
+        problems["channels {} saturate"] = outside > MOST_SATURATED
+    return judged(
+        text,
+        "check --vae_path, --latent_scale, --quant_min and --quant_max; --quantizer calibrated "
+        "adapts",
+        not STD_OF_ALL[0] <= total <= STD_OF_ALL[1] and "std is not near 1",
+        *(
+            what.format(of.nonzero().flatten().tolist())
+            for what, of in problems.items()
+            if of.any()
+        ),
+    )
+
+
+def fitted_quantizer(opened: Opened) -> Quantizer:
+    inputs, config = opened.inputs, opened.inputs.config
+    sizes = config.quant_levels, config.quant_min, config.quant_max, config.vae_embed_dim
+    quantizer = build_quantizer(config.quantizer, *sizes)
+    if config.quantizer == "calibrated" and inputs.checkpoint is not None:
+        weights = inputs.checkpoint.weights("model")
+        quantizer.set_levels(weights["boundaries"], weights["reconstruction_values"])
+    elif config.quantizer == "calibrated":
+        path, digest = opened.args.cached_path, inputs.data.vae_sha256
+        known = setup.cache_histogram(path, config.vae_embed_dim, digest)
+        levels = setup.calibrated_levels(known, config.quant_levels, config.latent_scale)
+        quantizer.set_levels(*levels)
+    return quantizer
+
+
+def evaluation(opened: Opened) -> Finding:
+    """The extractor and the statistics of real images; nothing is downloaded here."""
+    args, name = opened.args, registered_name(opened.args.feature_extractor)
+    if args.no_metrics:
+        return Finding(OK, "not needed: --no_metrics")
+    remedy = f"name a file of {name}'s weights by --inception_weights"
+    if args.inception_weights is None and not (name == INCEPTION and published_weights().is_file()):
+        remedy += f", or put it at {published_weights()}" if name == INCEPTION else ""
+        return Finding(WARNING, "no weights here, nothing checked; they may be downloaded", remedy)
+    measure = prepare_measure(args, opened.size, torch.device("cpu"))
+    digests = f"sha256 {measure.extractor.weights_sha256}"
+    if measure.stats is not None:
+        found = f"{measure.record['fid_stats']}, {len(measure.stats['mu'])} features"
+        return Finding(OK, f"{name} {digests}; {found} {measure.record['fid_stats_sha256']}")
+    missing = not args.fid_reference and "no statistics, so FID cannot be computed"
+    return judged(f"{name} {digests}", "name them with --fid_stats", missing)
 
 
 def disk_space(opened: Opened) -> Finding:
@@ -407,25 +316,19 @@ def disk_space(opened: Opened) -> Finding:
 CHECKS: dict[str, Callable[[Opened], Finding]] = {
     "code": code,
     "device": device,
-    "precision": precision,
     "processes": processes,
     "VAE": vae,
-    "photograph": photograph,
-    "data": data,
+    "inputs": inputs,
     "checkpoint": checkpoint,
-    "model": model,
     "latents": latents,
-    "quantizer": quantizer,
-    "FID statistics": fid_statistics,
-    "feature weights": feature_weights,
+    "evaluation": evaluation,
     "disk space": disk_space,
 }
 # Of a training's --dry_run, before its step.
-TRAINING_CHECKS = ("code", "device", "precision", "processes", "VAE", "data", "checkpoint", "model")
-TRAINING_CHECKS += ("disk space",)
+TRAINING_CHECKS = ("code", "device", "processes", "VAE", "inputs", "checkpoint", "disk space")
 
 
-def attempt(name: str, opened: Opened, names: tuple[str, ...] = tuple(CHECKS)) -> Finding:
+def attempt(name: str, opened: Opened) -> Finding:
     """One of those checks; whatever goes wrong in it is its finding, and the next one goes on."""
     with io.StringIO() as notes, redirect_stdout(notes), redirect_stderr(notes):
         try:
@@ -433,10 +336,9 @@ def attempt(name: str, opened: Opened, names: tuple[str, ...] = tuple(CHECKS)) -
         except stop.Stopped:
             raise
         except UserError as error:
-            owner = opened.owners.setdefault(str(error), name)
+            if (first := opened.first.setdefault(str(error), name)) != name:
+                return Finding(WARNING, f"not checked: see {first}", name=name)
             finding = Finding(FAILURE, str(error))
-            if owner != name and owner in names:
-                finding = Finding(WARNING, f"not checked: see {owner}")
         except Exception as error:  # an unforeseen failure must not hide the other checks
             message = " ".join(str(error).split())[:200]
             finding = Finding(FAILURE, f"unexpected {type(error).__name__}: {message}")
@@ -451,7 +353,7 @@ def examine(opened: Opened, names: tuple[str, ...] = tuple(CHECKS)) -> list[Find
     own, merged = [], []
     for name in names:
         dist.beat(f"examining: {name}")
-        own.append(attempt(name, opened, names))
+        own.append(attempt(name, opened))
     for findings in zip(*dist.gather_objects(own), strict=True):
         rank = min(range(len(findings)), key=lambda r: (STATES.index(findings[r].state), r))
         text = f"process {rank}: {findings[rank].text}" if rank else findings[rank].text
@@ -488,11 +390,11 @@ def dry_run(
 
 def _shown(name: str, value) -> str:
     """A figure with its unit."""
-    if name.startswith("bytes") and value is not None:
+    if name.startswith("bytes"):
         return f"{value / 2**30:.3g} GiB"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "not known" if value is None else f"{value:,}" if type(value) is int else str(value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def make_parser() -> Parser:

@@ -4,7 +4,6 @@ Statistics are summed on the device; every `every` steps they are summed over th
 once, and written by the main process.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -15,7 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from util import ROOT, dist
 from util.data.batches import Batches
-from util.errors import UserError
+from util.errors import as_user_error
 from util.files import atomic_write, check_writable
 from util.flops import Meter, peak_memory, readable
 
@@ -68,6 +67,13 @@ class LogSettings:
     metrics_file: str | None = None
 
 
+class NoWriter:
+    """Of the processes that write nothing."""
+
+    def __getattr__(self, name: str):
+        return lambda *args, **kwargs: None
+
+
 class TrainingLog:
     """Scalars for TensorBoard and --metrics_file, and a progress line.
 
@@ -82,12 +88,12 @@ class TrainingLog:
 
     @cached_property
     def writer(self):
-        """TensorBoard's on the main process, None elsewhere.
+        """TensorBoard's, on the main process.
 
         Made when there is something to write: a run that stops at its first image leaves no folder.
         """
         if not dist.is_main():
-            return None
+            return NoWriter()
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         settings = self.settings
@@ -137,14 +143,11 @@ class TrainingLog:
         if taken:
             scalars["train/loss"] = loss / taken
             scalars["train/grad_norm"] = grad_norm / taken / processes
-        if taken < self.steps:
-            scalars["train/skipped_steps"] = self.steps - taken
-        if unreadable:
-            scalars["data/skipped_images"] = unreadable
+        skipped = {"train/skipped_steps": self.steps - taken, "data/skipped_images": unreadable}
+        scalars |= {name: count for name, count in skipped.items() if count}
         self.scalars(scalars, step + 1)
-        if self.writer is not None:
-            self.writer.flush()
-            print(self._line(step + 1, scalars, elapsed / self.steps), flush=True)
+        self.writer.flush()
+        dist.print_main(self._line(step + 1, scalars, elapsed / self.steps))
         self.restart()
 
     def _line(self, done: int, scalars: dict[str, float], seconds_per_step: float) -> str:
@@ -169,28 +172,17 @@ class TrainingLog:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Write figures, such as those of an evaluation, to TensorBoard and --metrics_file."""
-        if self.writer is not None:
-            for name, number in values.items():
-                self.writer.add_scalar(name, number, step)
+        for name, number in values.items():
+            self.writer.add_scalar(name, number, step)
         self.metrics_file.write(values, step)
-
-    def image(self, name: str, image: Tensor, step: int) -> None:
-        """image: uint8 [3, H, W]."""
-        if self.writer is not None:
-            self.writer.add_image(name, image, step)
 
     def histogram(self, name: str, counts: Tensor, step: int) -> None:
         """counts: [K] whole numbers, how often 0, 1, ..., K - 1 came up."""
-        if self.writer is not None:
-            values = torch.arange(len(counts)).repeat_interleave(counts)
-            self.writer.add_histogram(name, values, step, bins=torch.arange(len(counts) + 1) - 0.5)
-
-    def text(self, name: str, text: str, step: int) -> None:
-        if self.writer is not None:
-            self.writer.add_text(name, text, step)
+        values = torch.arange(len(counts)).repeat_interleave(counts)
+        self.writer.add_histogram(name, values, step, bins=torch.arange(len(counts) + 1) - 0.5)
 
     def close(self) -> None:
-        if self.__dict__.get("writer") is not None:  # asking for it would make its folder
+        if "writer" in self.__dict__:  # asking for it would make its folder
             self.writer.close()
 
 
@@ -202,7 +194,8 @@ class MetricsFile:
 
     The step is the number of steps done, null of a published checkpoint, which does not know it.
     The main process alone writes; what goes wrong while writing is reported, and the work goes on.
-    first_step: with which a training goes on; what a killed one wrote of later steps goes.
+    first_step: with which a training goes on; what a killed one wrote of later steps goes, and the
+    whole file of another training, to .old, where this one begins.
     Raises UserError if the file is not one of these, or cannot be.
     """
 
@@ -217,71 +210,50 @@ class MetricsFile:
         """Append the figures after so many steps. replace: the same ones of an earlier time go."""
         if self.path is None or not values:
             return
+        first, self.first_step = self.first_step, None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.first_step is not None:
-                self._drop_later(self.first_step)
-                self.first_step = None
+            if first == 0 and self._lines():
+                os.replace(self.path, f"{self.path}.old")
+            elif first is not None:
+                self._keep(lambda line: line["step"] is None or line["step"] <= first)
             if replace:
                 self._keep(lambda line: line["step"] != step or not set(line) & set(values))
-            self._append(json.dumps(finite({"step": step} | values)) + "\n")
+            content = json.dumps(finite({"step": step} | values)).encode() + b"\n"
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(content) < len(content):  # a part would spoil the next line
+                    file.truncate(end)
+                    raise OSError("the disk is full")
         except OSError as error:
             print(f"warning: {FLAG} {self.path}: {error}; its figures are lost", file=sys.stderr)
-
-    def _append(self, text: str) -> None:
-        with open(self.path, "ab", buffering=0) as file:
-            end, content = file.tell(), text.encode()
-            try:
-                if file.write(content) < len(content):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                with suppress(OSError):  # a part of a line would spoil the next one
-                    os.truncate(self.path, end)
-                raise
 
     def _lines(self) -> list[dict]:
         """The whole lines there are; the one that a killed process was writing is not."""
         if not self.path.exists():
             return []
-        try:
+        with as_user_error(f"{FLAG} {self.path}: no file of figures", (OSError, ValueError)):
             text = self.path.read_text(encoding="utf-8")
             lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
             if all(isinstance(line, dict) and "step" in line for line in lines):
                 return lines
-        except (OSError, ValueError) as error:
-            raise UserError(f"{FLAG} {self.path}: cannot be read ({error})") from error
-        raise UserError(f"{FLAG} {self.path}: has other lines than figures; name a new file")
+            raise ValueError("it has other lines; name a new file")
 
-    def _drop_later(self, step: int) -> None:
-        """Drop what is of later steps; from step 0 on, the file of another run stays as .old."""
-        if step == 0 and self._lines():
-            os.replace(self.path, f"{self.path}.old")
-            return
-        dropped = self._keep(lambda line: line["step"] is None or line["step"] <= step)
-        if dropped:
-            print(f"{self.path}: {dropped} lines of later steps dropped", flush=True)
-
-    def _keep(self, condition: Callable[[dict], bool]) -> int:
-        """Keep the lines that fulfil it; the number of those that do not."""
-        if not self.path.exists():
-            return 0
-        lines = self._lines()
-        rest = [line for line in lines if condition(line)]
-        with atomic_write(self.path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in rest).encode())
-        return len(lines) - len(rest)
+    def _keep(self, condition: Callable[[dict], bool]) -> None:
+        """Keep the lines that fulfil it."""
+        if self.path.exists():
+            kept = [json.dumps(line) + "\n" for line in self._lines() if condition(line)]
+            with atomic_write(self.path) as file:
+                file.write("".join(kept).encode())
 
 
 @contextmanager
 def figures_on_stdout(asked: bool) -> Iterator[dict]:
     """--json: a dict to fill, which the main process prints at the end; all else goes to stderr."""
     figures: dict = {}
-    if not asked:
+    with redirect_stdout(sys.stderr) if asked else nullcontext():
         yield figures
-        return
-    with redirect_stdout(sys.stderr):
-        yield figures
-    if dist.is_main():
+    if asked and dist.is_main():
         print(json.dumps(finite(figures), indent=1), flush=True)
 
 
@@ -311,30 +283,13 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def processor() -> str:
-    """Its maker's name for it where Linux knows it, else its architecture."""
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def git_revision() -> str | None:
     """The commit of this code, "-dirty" after it if files differ; None outside a clone."""
-    if not (ROOT / ".git").exists():
-        return None
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    with suppress(OSError, subprocess.TimeoutExpired):
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    command = ["git", f"--git-dir={ROOT}/.git", f"--work-tree={ROOT}", "describe", "--always"]
+    with suppress(OSError, subprocess.SubprocessError):
+        result = subprocess.run(
+            [*command, "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=20
+        )
         return result.stdout.strip() or None
     return None
 
@@ -346,8 +301,7 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
         "device": name,
         "processes": str(processes),
         "precision": precision,
-        "processor": f"{processor()}, {cores()} cores",
-        "system": platform.system(),
+        "system": f"{platform.system()}, {platform.machine()}, {torch.get_num_threads()} threads",
         "Python": platform.python_version(),
         **versions(),
         "git revision": git_revision() or "not a clone",

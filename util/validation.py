@@ -2,8 +2,9 @@
 
 What is random about image i (its latents' noise, its order of positions) is a function of i alone,
 and nothing is drawn from a global generator: curves are comparable, and training goes on as if
-nothing had been measured. All processes share the work; figures do not depend on their number.
-Letters: N images, R mask ratios, C latent channels, L positions, K levels, B images of a batch.
+nothing had been measured. The loss is shared by all processes and does not depend on their number.
+Letters: N images, R mask ratios, C latent channels, T losses of a position, L positions, K levels,
+B images of a batch.
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +39,6 @@ SEED = 0  # of noise and orders, whatever --seed is: runs of other seeds compare
 WEIGHTS = ("raw", "ema")
 COUNTED = 64  # training images whose levels are counted
 LARGEST, GAP = 128, 12  # pixels of an image as shown, and between raw and averaged
-FORGOTTEN = 0.01  # share of the initial weights below which nobody sees it
 
 Data = ImageDataset | CachedLatents
 
@@ -80,9 +81,8 @@ def read_latents(
     return joined, torch.tensor(labels, dtype=torch.int64)
 
 
-def validation_masks(numbers: list[int], config: TokenBridgeConfig) -> Tensor:
+def validation_masks(numbers: list[int], length: int) -> Tensor:
     """bool [R, B, L]: ceil(L * ratio) positions of each image; a larger mask holds the smaller."""
-    length = config.seq_len
     orders, _ = image_randomness(SEED, numbers, length, 1)
     masks = torch.zeros(len(RATIOS), len(numbers), length, dtype=torch.bool)
     for mask, ratio in zip(masks, RATIOS, strict=True):
@@ -98,31 +98,27 @@ def ratio_weights(minimum: float) -> list[float]:
 
 
 def as_scalars(losses: Tensor, weights: str, config: TokenBridgeConfig) -> dict[str, float]:
-    """losses: [R, C] -> TensorBoard's names. weights: "raw" or "ema".
+    """losses: [R, T] -> TensorBoard's names. weights: "raw" or "ema".
 
-    The loss and that of the channels are means over the ratios as often as training draws them.
+    The loss and that of the channels, of a head that has a loss for each scalar of a token, are
+    means over the ratios as often as training draws them.
     """
     shares = torch.tensor(ratio_weights(config.mask_ratio_min), dtype=torch.float64)
-    channels = shares @ losses
-    scalars = {f"validation/loss_{weights}": channels.mean().item()}
+    means = shares @ losses  # [T]
+    scalars = {f"validation/loss_{weights}": means.mean().item()}
     for ratio, row in zip(RATIOS, losses, strict=True):
         scalars[f"validation_ratio_{weights}/{ratio:.2f}"] = row.mean().item()
-    if len(channels) == 1:  # of a head whose loss is of whole positions
-        return scalars
-    for channel, loss in enumerate(channels.tolist()):
-        scalars[f"validation_channel_{weights}/{channel:02d}"] = loss
-    for rank, channel in enumerate(config.channel_order):
-        name = f"validation_order_{weights}/{rank:02d}_channel_{channel:02d}"
-        scalars[name] = channels[channel].item()
+    if len(means) == config.token_dim:  # with patches, p*p scalars of each channel
+        for channel, loss in enumerate(means.unflatten(0, (config.vae_embed_dim, -1)).mean(1)):
+            scalars[f"validation_channel_{weights}/{channel:02d}"] = loss.item()
     return scalars
 
 
-@dataclass(frozen=True)
-class ValidationBatch:
+class ValidationBatch(NamedTuple):
     number: int
+    images: list[int]
     latents: Tensor  # [B, C, h, w]
     labels: Tensor  # [B], the training's
-    masks: Tensor  # [R, B, L]
 
 
 @dataclass(frozen=True)
@@ -138,54 +134,45 @@ class ValidationSettings:
     classes: Sequence[int] | None = None  # that are drawn; None is all of the model's
     names: Sequence[str] = ()  # of all classes
 
-    def due(self, done: int, every: int) -> bool:
-        return bool(every) and (done % every == 0 or done in (1, self.last_step))
 
-    def labels(self, class_num: int) -> Tensor:
-        return spread_labels(self.samples, self.classes or range(class_num))
-
-    def describe(self, class_num: int) -> str:
-        labels = self.labels(class_num).tolist()
-        shown = (self.names[label] if self.names else str(label) for label in labels)
-        return f"The images, row by row, are of the classes {', '.join(shown)}."
-
-
+@dataclass
 class Validation:
     """training_data: whose levels are counted once. images: what is never trained on, if any."""
 
-    def __init__(
-        self,
-        settings: ValidationSettings,
-        tokenizer: Tokenizer,
-        device: torch.device,
-        precision: Precision,
-        training_data: Data,
-        images: ValidationSet | None,
-    ):
-        self.settings, self.tokenizer, self.device = settings, tokenizer, device
-        self.precision, self.training_data, self.images = precision, training_data, images
-        self.levels_of_data: Tensor | None = None
-        count = len(images.dataset) if images is not None else 0
-        self.numbers = evenly_spread(count, settings.loss_images)
+    settings: ValidationSettings
+    tokenizer: Tokenizer
+    device: torch.device
+    precision: Precision
+    training_data: Data
+    images: ValidationSet | None
 
-    def due(self, done: int) -> bool:
-        """Whether to validate after so many steps, on all processes alike."""
-        return self.loss_due(done) or self.settings.due(done, self.settings.samples_every)
+    @cached_property
+    def numbers(self) -> list[int]:
+        """Of the validation images."""
+        count = len(self.images.dataset) if self.images is not None else 0
+        return evenly_spread(count, self.settings.loss_images)
 
-    def loss_due(self, done: int) -> bool:
-        return bool(self.numbers) and self.settings.due(done, self.settings.loss_every)
+    def due(self, done: int) -> tuple[str, ...]:
+        """What to do after so many steps, of "loss" and "samples"; on all processes alike."""
+        every = {"loss": self.settings.loss_every if self.numbers else 0}
+        every["samples"] = self.settings.samples_every
+        ends = done in (1, self.settings.last_step)
+        return tuple(name for name, steps in every.items() if steps and (ends or not done % steps))
 
     def __call__(self, model: TokenBridge, ema: EMA, log: TrainingLog, done: int) -> None:
         """Measure, draw and log. A signal that asks to stop cuts it short, on any process."""
+        drawn, due = {}, self.due(done)
         with torch.no_grad(), unchanged_randomness(self.device), evaluation_mode(model):
-            if self.loss_due(done):
-                for weights in WEIGHTS:
-                    with ema.swapped_in() if weights == "ema" else nullcontext():
-                        losses = self.loss(model)
+            for weights in WEIGHTS:
+                with ema.swapped_in() if weights == "ema" else nullcontext():
+                    losses = self.loss(model) if "loss" in due else None
                     if losses is not None:
                         log.scalars(as_scalars(losses, weights, model.config), done)
-            if self.settings.due(done, self.settings.samples_every):
-                self._draw(model, ema, log, done)
+                    if "samples" in due and dist.is_main() and not stop.requested():
+                        dist.beat(f"sample images of the {weights} weights")
+                        drawn[weights] = self._draw(model)
+            if len(drawn) == len(WEIGHTS):
+                self._log_samples(model, log, drawn, done)
         dist.barrier()
         log.restart()  # validation is not training time
 
@@ -199,17 +186,16 @@ class Validation:
             numbers = self.numbers[k * BATCH : (k + 1) * BATCH]
             latents, own = read_latents(self.images.dataset, numbers, self.tokenizer, self.device)
             if len(own):  # as many orders as images that could be read
-                masks = validation_masks(numbers[: len(own)], self.config)
-                batches.append(ValidationBatch(k, latents, labels[own], masks))
+                batches.append(ValidationBatch(k, numbers[: len(own)], latents, labels[own]))
         return batches
 
     @torch.no_grad()
     def loss(self, model: TokenBridge) -> Tensor | None:
-        """Loss at every ratio of every channel, [R, C] float64, on the main process.
+        """Losses of a position at every ratio, [R, T] float64, on the main process.
 
         None elsewhere, and if a signal asks to stop.
         """
-        self.config, parts = model.config, []
+        parts = []
         with evaluation_mode(model), unchanged_randomness(self.device):
             for batch in self.batches:
                 if stop.requested():  # the others must find this process where they meet
@@ -224,96 +210,65 @@ class Validation:
         return sum(count * losses for _, count, losses in ordered) / total if ordered else None
 
     def _losses(self, model: TokenBridge, batch: ValidationBatch) -> Tensor:
-        """[R, C] float64, means over the batch."""
-        latents, labels = batch.latents.to(self.device), batch.labels.to(self.device)
+        """[R, T] float64, means over the batch."""
+        inputs = batch.latents.to(self.device), batch.labels.to(self.device)
+        masks = validation_masks(batch.images, model.config.seq_len).to(self.device)
         torch.manual_seed(batch.number)  # of what a head draws
-        rows = []
-        for mask in batch.masks.to(self.device):
-            with self.precision.autocast(self.device):
-                losses = model.channel_losses(latents, labels, mask)
-            # with patches, a token holds p*p scalars of each channel
-            channels = model.config.vae_embed_dim if len(losses) > 1 else 1
-            rows.append(losses.cpu().double().unflatten(0, (channels, -1)).mean(1))
-        return torch.stack(rows)
+        with self.precision.autocast(self.device):
+            rows = [model.channel_losses(*inputs, mask) for mask in masks]
+        return torch.stack(rows).cpu().double()
 
-    def _draw(self, model: TokenBridge, ema: EMA, log: TrainingLog, done: int) -> None:
-        """Raw and averaged weights are two jobs, each for one process."""
-        drawn, settings = {}, self.settings
-        labels = settings.labels(model.config.class_num)
-        for number, weights in enumerate(WEIGHTS):
-            if number % dist.world_size() == dist.rank() and not stop.requested():
-                dist.beat(f"sample images of the {weights} weights")
-                averaged = ema.swapped_in() if weights == "ema" else nullcontext()
-                with averaged, self.precision.autocast(self.device):
-                    latents = sample_latents(model, labels, **asdict(settings.sampling))
-                images = None
-                if self.tokenizer.vae is not None:
-                    parts = latents.split(8)  # training holds most of the memory
-                    images = torch.cat([decode_images(self.tokenizer, p) for p in parts])
-                    images = shrunk(images)
-                drawn[weights] = (count_levels(model, latents), images)
-        gathered = dist.gather_to_main(drawn)
-        if gathered is None:
-            return
-        drawn = {weights: part for own in gathered for weights, part in own.items()}
-        if set(drawn) == set(WEIGHTS):  # else somebody was asked to stop
-            self._log_samples(model, ema.rate, log, drawn, done)
+    @cached_property
+    def data_latents(self) -> Tensor:
+        """Of training images [N, C, h, w]."""
+        numbers = evenly_spread(len(self.training_data), COUNTED)
+        return read_latents(self.training_data, numbers, self.tokenizer, self.device)[0]
 
-    def _log_samples(
-        self, model: TokenBridge, rate: float, log: TrainingLog, drawn: dict, done: int
-    ) -> None:
-        if self.levels_of_data is None and model.quantizer is not None:
-            numbers = evenly_spread(len(self.training_data), COUNTED)
-            latents, _ = read_latents(self.training_data, numbers, self.tokenizer, self.device)
-            self.levels_of_data = count_levels(model, latents.to(self.device))
-        counts = {"data": self.levels_of_data}
-        counts |= {f"generated_{weights}": levels for weights, (levels, _) in drawn.items()}
-        counts = {} if model.quantizer is None else counts
-        for name, levels in counts.items():
-            log.histogram(f"levels/{name}", levels.sum(dim=0), done)
-        bits = {f"levels/entropy_{name}": entropy(c).mean().item() for name, c in counts.items()}
-        log.scalars(bits, done)
-        text = f"{about_average(rate, done)} {self.settings.describe(model.config.class_num)}"
-        log.text("validation/about_the_average", text, done)
-        (_, raw), (_, averaged) = (drawn[weights] for weights in WEIGHTS)
+    def _labels(self, model: TokenBridge) -> Tensor:
+        classes = self.settings.classes or range(model.config.class_num)
+        return spread_labels(self.settings.samples, classes)
+
+    def _draw(self, model: TokenBridge) -> tuple[Tensor, Tensor | None]:
+        """Latents [N, C, h, w], and images uint8 [N, 3, S, S] if there is a VAE."""
+        with self.precision.autocast(self.device):
+            latents = sample_latents(model, self._labels(model), **asdict(self.settings.sampling))
+        if self.tokenizer.vae is None:
+            return latents, None
+        parts = latents.split(8)  # training holds most of the memory
+        return latents, torch.cat([decode_images(self.tokenizer, part) for part in parts])
+
+    def _log_samples(self, model: TokenBridge, log: TrainingLog, drawn: dict, done: int) -> None:
+        (raw_latents, raw), (latents, averaged) = (drawn[weights] for weights in WEIGHTS)
+        if model.quantizer is not None:
+            sources = {"data": self.data_latents.to(self.device)}
+            sources |= {"generated_raw": raw_latents, "generated_ema": latents}
+            counts = {name: count_levels(model, source) for name, source in sources.items()}
+            for name, levels in counts.items():
+                log.histogram(f"levels/{name}", levels.sum(dim=0), done)
+            bits = {f"levels/entropy_{n}": entropy(c).mean().item() for n, c in counts.items()}
+            log.scalars(bits, done)
         if raw is not None:
-            log.image("validation/raw_and_average", side_by_side(raw, averaged), done)
+            labels, names = self._labels(model).tolist(), self.settings.names
+            classes = ", ".join(names[label] if names else str(label) for label in labels)
+            log.writer.add_text("validation/classes_row_by_row", classes, done)
+            log.writer.add_image("validation/raw_and_average", side_by_side(raw, averaged), done)
 
 
-def count_levels(model: TokenBridge, latents: Tensor) -> Tensor | None:
+def count_levels(model: TokenBridge, latents: Tensor) -> Tensor:
     """latents: [N, C, h, w] scaled -> how often each channel takes each level, [C, K]."""
-    if model.quantizer is None:
-        return None
     indices = model.quantizer.encode(latents.float().movedim(1, -1))
     return level_counts(indices, model.quantizer.levels).cpu()
 
 
-def shrunk(images: Tensor) -> Tensor:
-    """uint8 [N, 3, H, H] -> at most LARGEST pixels a side, lest the logs fill gigabytes."""
-    if images.shape[-1] <= LARGEST:
-        return images
-    smaller = torch.nn.functional.interpolate(images.float(), size=(LARGEST,) * 2, mode="area")
-    return smaller.round().to(torch.uint8)
-
-
-def about_average(rate: float, steps: int) -> str:
-    """The age of the average, in words that explain what its images look like."""
-    share = rate**steps  # of the initial weights
-    counted = f"{steps:,} step{'s' * (steps != 1)}"
-    text = f"The average at --ema_rate {rate:g} after {counted}: "
-    if share < FORGOTTEN:
-        return f"{text}less than 1 % of it are the initial weights."
-    forgets = math.ceil(math.log(FORGOTTEN) / math.log(rate)) if 0 < rate < 1 else None
-    until = f" until about step {forgets:,}" if forgets else ""
-    return (
-        f"{text}{share:.0%} of it are still the weights that training began with "
-        f"({rate:g}^{steps}). Where those were random, its images are grey or black and its loss "
-        f"is high{until}. That is no fault: the raw weights show what the model has learnt."
-    )
-
-
 def side_by_side(raw: Tensor, averaged: Tensor) -> Tensor:
-    """raw, averaged: uint8 [N, 3, S, S] -> one picture uint8 [3, H, W], the raw weights' left."""
-    columns = math.ceil(len(raw) / math.isqrt(len(raw)))
-    left, right = (grid(part, columns) for part in (raw, averaged))
-    return torch.cat([left, left.new_full((3, left.shape[1], GAP), 255), right], dim=2)
+    """raw, averaged: uint8 [N, 3, S, S] -> one picture uint8 [3, H, W], the raw weights' left.
+
+    Images of more than LARGEST pixels a side are shrunk, lest the logs fill gigabytes.
+    """
+    columns, grids = math.ceil(len(raw) / math.isqrt(len(raw))), []
+    for images in (raw, averaged):
+        if images.shape[-1] > LARGEST:
+            images = torch.nn.functional.interpolate(images.float(), size=LARGEST, mode="area")
+        grids.append(grid(images.round().to(torch.uint8), columns))
+    gap = grids[0].new_full((3, grids[0].shape[1], GAP), 255)
+    return torch.cat([grids[0], gap, grids[1]], dim=2)

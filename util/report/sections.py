@@ -15,7 +15,7 @@ from util.report.page import Section, chart, figure, picture
 GRID = "grid.png"  # images of an evaluation or a reconstruction
 FRAMES = 16  # pictures of a training, spread over it
 WEIGHTS = {"raw": "raw weights", "ema": "averaged weights"}
-GROUPS = {"ratio": "mask ratio", "order": "channel as predicted", "channel": "channel"}
+GROUPS = {"ratio": "mask ratio", "channel": "channel"}
 ERRORS = ("_standard_error", "_std", "_error")  # ends of the names of figures' errors
 
 
@@ -68,9 +68,9 @@ def validation(training: Training) -> Section:
     strip = []
     for group, title in GROUPS.items():
         for key, weights in WEIGHTS.items():
-            prefix = f"validation_{group}_{key}/"  # "03_channel_09" follows, of the head's fourth
+            prefix = f"validation_{group}_{key}/"
             tags = sorted(tag for tag in scalars if tag.startswith(prefix))
-            curves = {tag.removeprefix(prefix).split("_")[-1]: scalars[tag] for tag in tags}
+            curves = {tag.removeprefix(prefix): scalars[tag] for tag in tags}
             strip.append(("", chart(f"by {title}, {weights}", curves, wide=True)))
     return Section("Validation loss", text, strip=strip)
 
