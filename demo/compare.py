@@ -26,6 +26,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -361,7 +362,7 @@ def render(results: dict, page: Path = PAGE) -> None:
             sampling[run["label"]] = [(x["seconds_100"], x) for x in draw["points"]]
     images = page.parent / "images"
     images.mkdir(exist_ok=True)
-    with matplotlib.rc_context(STYLE | {"svg.fonttype": "path"}):
+    with matplotlib.rc_context(STYLE):
         for name, curves, x in (
             ("heads-training", training, "seconds of training"),
             ("heads-sampling", sampling, "seconds for 100 images"),
@@ -369,6 +370,9 @@ def render(results: dict, page: Path = PAGE) -> None:
             figure = Figure(figsize=(7, 4), layout="constrained")
             axes = figure.add_subplot(xlabel=x, ylabel="Fréchet distance")
             axes.set(xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+                axis.set_minor_locator(NullLocator())
             for label, points in curves.items():
                 at, found = zip(*points, strict=True)
                 errors = [point["frechet_error"] or 0 for point in found]
