@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from demo import compare
+from demo import compare, compare_page
 from models.config import preset
 from tests.conftest import ROOT, environment
 from util.evaluation.folder import read_json
@@ -124,9 +124,9 @@ def test_operations_of_a_head_are_those_of_its_products(head):
 
 def test_the_page_shows_the_committed_results(tmp_path):
     page = tmp_path / "heads.md"
-    page.write_text(compare.PAGE.read_text())
-    compare.render(read_json(RESULTS), page)
-    assert page.read_text() == compare.PAGE.read_text()
+    page.write_text(compare_page.PAGE.read_text())
+    compare_page.render(read_json(RESULTS), page)
+    assert page.read_text() == compare_page.PAGE.read_text()
     for name in ("heads-training.svg", "heads-sampling.svg"):
         assert "<svg" in (tmp_path / "images" / name).read_text()
-        assert (compare.PAGE.parent / "images" / name).exists()
+        assert (compare_page.PAGE.parent / "images" / name).exists()
