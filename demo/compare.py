@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from demo import classifier
 from demo.compare_page import GROUPS, render, tables
-from models.config import HEADS
+from models.config import HEAD_QUANTIZERS, HEADS
 from models.tokenbridge import TokenBridge
 from util import ROOT, dist
 from util.args import Parser
@@ -51,7 +51,7 @@ COMMANDS = {
     "judge": "-m demo.classifier train --root {root} --epochs {judge}",
     "statistics": "-m util.fid_stats --image_dir {root}/data/train --img_size 32 --num_workers 0 "
     f"{JUDGE} --output {{root}}/digits.npz --device cpu",
-    "train": "main_tokenbridge.py --config configs/digits.yaml --head {head} --seed {seed} "
+    "train": "main_tokenbridge.py --config {config} --head {head} --seed {seed} "
     "--cached_path {root}/{cache} --vae_path {vae} --val_path {root}/data/val --val_images 360 "
     "--batch_size {batch} --epochs {epochs} --warmup_epochs {warmup} --save_every {often} "
     "--val_freq {often} --preview_freq 0 --resume auto --device cpu --output_dir {run} "
@@ -63,7 +63,8 @@ COMMANDS = {
 VAE, VQ = "demo/digits_vae.ckpt", "demo/digits_vq.ckpt"
 # About as many parameters as the channel head of tokenbridge_tiny has, where flags decide it.
 SIZES = {"diffusion": ("--diffloss_d=3", "--diffloss_w=96")}
-RATE, WARMUP = 3e-3, 2 / 24  # of configs/digits.yaml; the second as a share of the epochs
+CONFIG = ROOT / "configs" / "digits.yaml"
+RATE, WARMUP = 3e-3, 2 / 24  # of CONFIG; the second as a share of the epochs
 REPORTED = 1000  # added to the seed of the images by which the temperature is chosen
 TRAINING, DRAWING = {"channel": 200}, {"diffusion": 350}  # seconds planned, of others 80 and 110
 PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux
@@ -191,9 +192,13 @@ class Comparison:
             if None in known:
                 raise UserError(f"{run.name} comes after heads-channel-{run.seed} and {run.like}")
             epochs = max(1, round(epochs * known[0]["seconds"] / known[1]["seconds"]))
-        values = dict(vae=run.vae, head=run.head, seed=run.seed, run=folder, epochs=epochs)
-        values |= dict(warmup=round(WARMUP * epochs, 2), often=max(2, epochs // 6))
-        self.call("train", [*self.scale.more, *run.flags], **values)
+        config, values = CONFIG, dict(vae=run.vae, head=run.head, seed=run.seed, run=folder)
+        if run.head in HEAD_QUANTIZERS:  # which refuse a number of bits
+            config = self.root / "digits-without-bits.yaml"
+            lines = CONFIG.read_text().splitlines(keepends=True)
+            config.write_text("".join(x for x in lines if not x.startswith("quant_bits")))
+        values |= dict(epochs=epochs, warmup=round(WARMUP * epochs, 2), often=max(2, epochs // 6))
+        self.call("train", [*self.scale.more, *run.flags], config=config, **values)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         timed = [line for line in lines if "speed/images_per_second" in line]
         each = [self.scale.batch / line["speed/images_per_second"] for line in timed]
