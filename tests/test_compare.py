@@ -10,32 +10,31 @@ from pathlib import Path
 import pytest
 
 from demo import compare, compare_page
+from main_tokenbridge import make_parser
 from models.config import preset
 from tests.conftest import ROOT, environment
+from tests.runs import start_fork
 from util.evaluation.folder import read_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "heads.json"
 
 
-def started(folder, *flags: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "demo.compare", "--quick", "--output_dir", folder, *flags]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment(), **pipes)
-
-
 def test_a_killed_comparison_goes_on_with_the_stage_it_was_in(tmp_path):
-    first = started(tmp_path, "--heads", "mixture")
+    command = ["-m", "demo.compare", "--quick", "--heads", "mixture", "--output_dir", tmp_path]
+    first = start_fork(command, tmp_path / "first")
     log = tmp_path / "logs" / "heads-mixture-0-train.log"
-    until = time.monotonic() + 100
-    saved = "saved checkpoint-step00000011"  # after the first of two epochs
+    saved, until = "saved checkpoint-step00000011", time.monotonic() + 200  # one of two epochs
     while not (log.exists() and saved in log.read_text()) and time.monotonic() < until:
         time.sleep(0.1)
     first.kill()
-    assert "heads-mixture-0-train" in first.communicate()[0]
+    first.join()
+    assert "heads-mixture-0-train" in (tmp_path / "first.1").read_text()
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
     assert len(finished) == 5  # the digits, the cache, the judge, its statistics, real digits
-    printed, _ = (second := started(tmp_path, "--heads", "mixture")).communicate(timeout=200)
-    assert second.returncode == 0, printed
+    second = start_fork(command, tmp_path / "second")
+    second.join(200)
+    printed, error = ((tmp_path / f"second.{n}").read_text() for n in (1, 2))
+    assert second.exitcode == 0, error
     assert log.read_text().count("going on after step 11") == 1
     assert "1/2 heads-mixture-0-train" in printed and "2/2 heads-mixture-0-draw" in printed
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
@@ -84,6 +83,8 @@ def is_running(number: int) -> bool:
 def test_a_run_at_equal_time_has_the_epochs_that_fit(tmp_path, monkeypatch):
     runs = {run.name: run for run in compare.all_runs(seed=0)}
     assert len(runs) == 33 and {run.group for run in runs.values()} == set(compare.GROUPS)
+    for run in runs.values():
+        make_parser().parse(["--head", run.head, *run.flags])
     comparison = compare.Comparison(tmp_path, compare.Scale(), [])
     asked = {}
 
