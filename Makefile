@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo app test soak bench lint lock clean
+.PHONY: help demo app compare test soak bench lint lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,6 +15,8 @@ help:
 	@echo '  make demo   train on real handwritten digits and draw new ones; ends with a report'
 	@echo '              (about 5 minutes on 2 CPU cores); ARGS=--quick: few steps, poor digits'
 	@echo '  make app    a page to draw with the demo model or any other, in the browser'
+	@echo '  make compare  every head on the same digits (about 30 minutes on 2 cores); goes on where'
+	@echo '              it was; ARGS=--quick: few steps; ARGS=--long: three seeds, many tables'
 	@echo '  make test   run the tests (about 9 minutes on 2 CPU cores); ARGS="-k vae" picks some'
 	@echo '  make soak   do harm to training, saving and caching, over 50 times; prints a table'
 	@echo '  make bench  time everything, each optimisation on and off (up to 25 minutes on 2 cores);'
@@ -31,6 +33,9 @@ demo: $(INSTALLED)
 
 app: $(INSTALLED)
 	@$(BIN)/python demo/app.py $(ARGS)
+
+compare: $(INSTALLED)
+	@$(BIN)/python -m demo.compare $(ARGS)
 
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

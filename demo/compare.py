@@ -1,0 +1,321 @@
+"""Every head on the same digits, tokenizer, backbone and optimizer steps, measured the same way.
+
+python -m demo.compare [--quick] [--long] [--only GROUP ...] [--heads HEAD ...]
+python -m demo.compare --render benchmarks/results/heads.json
+
+What is finished is not done again, also after a kill. Everything goes to output/compare, --quick's
+to output/compare-quick; --render puts a results.json into docs/heads.md as tables and charts.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from demo import classifier
+from demo.compare_page import GROUPS, render, tables
+from models.config import HEAD_QUANTIZERS, HEADS
+from models.tokenbridge import TokenBridge
+from util import ROOT, dist
+from util.args import Parser
+from util.errors import UserError
+from util.evaluation.extractor import Extractor
+from util.evaluation.folder import read_json, write_json
+from util.evaluation.metrics import Accumulator, Measure, score
+from util.evaluation.reference import load_fid_statistics
+from util.files import only_job_in
+from util.flops import count_parameters
+from util.logging import environment, git_revision
+
+# The user's own commands; {root} is the folder of the comparison, {run} that of a training.
+JUDGE = "--feature_extractor demo.classifier:digits --inception_weights {root}/classifier.pth"
+COMMANDS = {
+    "digits": "-m demo.digits --output {root}/data --size 32",
+    "cache": "main_cache.py --img_size 32 --vae_path {vae} --data_path {root}/data --cached_path "
+    "{root}/{cache} --shard_size 360 --num_workers 0 --device cpu",
+    "judge": "-m demo.classifier train --root {root} --epochs {judge}",
+    "statistics": "-m util.fid_stats --image_dir {root}/data/train --img_size 32 --num_workers 0 "
+    f"{JUDGE} --output {{root}}/digits.npz --device cpu",
+    "train": "main_tokenbridge.py --config {config} --head {head} --seed {seed} "
+    "--cached_path {root}/{cache} --vae_path {vae} --val_path {root}/data/val --val_images 360 "
+    "--batch_size {batch} --epochs {epochs} --warmup_epochs {warmup} --save_every {often} "
+    "--val_freq {often} --preview_freq 0 --resume auto --device cpu --output_dir {run} "
+    "--metrics_file {run}/metrics.jsonl",
+    "draw": "main_tokenbridge.py --evaluate --vae_path {vae} --resume {checkpoint} --seed {seed} "
+    "--num_images {images} --eval_bsz 90 --cfg 2.0 --keep_images --device cpu "
+    f"{JUDGE} --fid_stats {{root}}/digits.npz --output_dir {{folder}}",
+}
+VAE, VQ = "demo/digits_vae.ckpt", "demo/digits_vq.ckpt"
+# About as many parameters as the channel head of tokenbridge_tiny has, where flags decide it.
+SIZES = {"diffusion": ("--diffloss_d=3", "--diffloss_w=96")}
+CONFIG = ROOT / "configs" / "digits.yaml"
+RATE, WARMUP = 3e-3, 2 / 24  # of CONFIG; the second as a share of the epochs
+REPORTED = 1000  # added to the seed of the images by which the temperature is chosen
+TRAINING, DRAWING = {"channel": 200}, {"diffusion": 350}  # seconds planned, of others 80 and 110
+PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux
+
+
+class Scale(NamedTuple):
+    """How much is done. judge: its epochs. more: flags of all trainings."""
+
+    epochs: int = 24
+    batch: int = 32
+    images: int = 360
+    judge: int = 30
+    iterations: tuple[int, ...] = (8, 16, 64)
+    temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)
+    more: tuple[str, ...] = ()
+
+
+FEW = "--log_freq=4", "--save_last_freq=1", "--ema_rate=0.9", "--val_images=32"
+QUICK = Scale(2, 128, 80, 3, (2, 4), (0.7, 1.0), FEW)
+
+
+class Run(NamedTuple):
+    """A training and the images that are drawn of it. label: its row in the group's table.
+
+    like: a run of equal steps; this one has as many epochs as fit into the channel head's time.
+    """
+
+    group: str
+    label: str
+    head: str
+    seed: int
+    flags: tuple[str, ...] = ()
+    like: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}-{self.label}-{self.seed}".replace(" ", "-").replace("/", "")
+
+    @property
+    def vae(self) -> str:
+        return VQ if self.head == "codebook" else VAE
+
+    def at_equal_time(self, group: str) -> "Run":
+        return self._replace(group=group, like=self.name)
+
+
+def all_runs(seed: int) -> Iterator[Run]:
+    """Those of a seed, each after what its number of epochs depends on."""
+    equal = [Run("heads", head, head, seed, SIZES.get(head, ())) for head in HEADS]
+    yield from equal
+    yield from (run.at_equal_time("time") for run in equal if run.head != "channel")
+    channel = partial(Run, head="channel", seed=seed)
+    for bits in (3, 5, 6, 7, 8):
+        yield channel("bits", f"{bits} bits", flags=(f"--quant_bits={bits}",))
+    for limit in (2, 3, 4):
+        limits = f"--quant_min={-limit}", f"--quant_max={limit}"
+        yield channel("range", f"range {limit}", flags=limits)
+    yield channel("order", "natural order", flags=("--channel_order=0,1,2,3,4,5,6,7",))
+    for share, times in ((1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)):
+        flags = f"--head_share={1 / share}", f"--lr={RATE * times}"
+        run = channel("share", f"1/{share}, rate x{times}", flags=flags)
+        yield from (run, run.at_equal_time("share-time")) if share > 1 else (run,)
+
+
+class Comparison:
+    """The stages of some runs; their results lie in root/results, their output in root/logs."""
+
+    def __init__(self, root: Path, scale: Scale, runs: Sequence[Run]):
+        self.root, self.scale, self.log = root, scale, root / "logs"
+        # Of every stage its name, the seconds that are planned, and what makes its result.
+        self.stages = {name: (10, partial(self.call, name)) for name in ("digits", "judge")}
+        for run in runs:
+            cache = partial(self.call, "cache", vae=run.vae)
+            self.stages[f"cache-{Path(run.vae).stem}"] = 10, cache
+        self.stages["statistics"] = 10, partial(self.call, "statistics")
+        self.stages["floor"] = 5, self.floor
+        for run in runs:
+            seconds = TRAINING.get("channel" if run.like else run.head, 80)
+            self.stages[f"{run.name}-train"] = seconds, partial(self.train, run)
+            self.stages[f"{run.name}-draw"] = DRAWING.get(run.head, 110), partial(self.draw, run)
+        if scale == QUICK:
+            self.stages = {name: (8, work) for name, (_, work) in self.stages.items()}
+
+    def result(self, stage: str) -> dict | None:
+        path = self.root / "results" / f"{stage}.json"
+        return read_json(path) if path.exists() else None
+
+    def run(self) -> None:
+        """All stages that are not finished; what is left takes as much longer as what was done."""
+        waiting = {k: stage for k, stage in self.stages.items() if self.result(k) is None}
+        for folder in ("results", "logs"):
+            (self.root / folder).mkdir(parents=True, exist_ok=True)
+        began, done, every = time.monotonic(), 0.0, sum(planned for planned, _ in waiting.values())
+        for number, (name, (planned, work)) in enumerate(waiting.items(), 1):
+            taken = time.monotonic() - began
+            left = (every - done) * (20 + taken) / (20 + done)
+            clock = [timedelta(seconds=round(x)) for x in (taken, left)]
+            progress = "{} so far, about {} left".format(*clock)
+            print(f"{number}/{len(waiting)} {name}   {progress}", flush=True)
+            self.log, done = self.root / "logs" / f"{name}.log", done + planned
+            found = (work() or {}) | {"commit": git_revision()}
+            write_json(self.root / "results" / f"{name}.json", found)
+
+    def call(self, command: str, more: Sequence = (), **values) -> None:
+        """One of COMMANDS, its output in the log; the end of everything if it fails."""
+        values = self.scale._asdict() | {"root": self.root} | values
+        values["cache"] = f"cache-{Path(values.get('vae', VAE)).stem}"
+        words = [word.format(**values) for word in COMMANDS[command].split()]
+        words = [sys.executable, *words, *map(str, more)]
+        env = {"OMP_NUM_THREADS": "2", "TQDM_MININTERVAL": "5"} | os.environ
+        with open(self.log, "ab") as log:
+            both = dict(stdout=log, stderr=subprocess.STDOUT)
+            done = subprocess.run(words, cwd=ROOT, env=env, preexec_fn=die_with_parent, **both)
+        if done.returncode:
+            lines = self.log.read_text(errors="replace").splitlines()[-20:]
+            failed = f"failed with exit code {done.returncode}: {' '.join(words)}"
+            print(failed, f"the end of {self.log}:", *lines, sep="\n", file=sys.stderr)
+            sys.exit(1)
+
+    def train(self, run: Run) -> dict:
+        """Train, and what --metrics_file says of it."""
+        folder, epochs = self.root / run.name, self.scale.epochs
+        if run.like:
+            known = [self.result(f"{n}-train") for n in (f"heads-channel-{run.seed}", run.like)]
+            if None in known:
+                raise UserError(f"{run.name} comes after heads-channel-{run.seed} and {run.like}")
+            epochs = max(1, round(epochs * known[0]["seconds"] / known[1]["seconds"]))
+        config, values = CONFIG, dict(vae=run.vae, head=run.head, seed=run.seed, run=folder)
+        if run.head in HEAD_QUANTIZERS:  # which refuse a number of bits
+            config = self.root / "digits-without-bits.yaml"
+            lines = CONFIG.read_text().splitlines(keepends=True)
+            config.write_text("".join(x for x in lines if not x.startswith("quant_bits")))
+        values |= dict(epochs=epochs, warmup=round(WARMUP * epochs, 2), often=max(2, epochs // 6))
+        self.call("train", [*self.scale.more, *run.flags], config=config, **values)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        timed = [line for line in lines if "speed/images_per_second" in line]
+        each = [self.scale.batch / line["speed/images_per_second"] for line in timed]
+        return {
+            "epochs": epochs,  # seconds: without validation and saving
+            "seconds": float(np.diff([line["step"] for line in timed], prepend=0) @ each),
+            "step_seconds": median(each),
+            "memory_gib": max(line["speed/memory_gib"] for line in timed),
+            "validation": [[x["step"], x[k]] for x in lines if (k := "validation/loss_ema") in x],
+        }
+
+    def draw(self, run: Run) -> dict:
+        """Choose the temperature by one seed, then measure the images of another one."""
+        scale, folder, model = self.scale, self.root / f"{run.name}-images", self.root / run.name
+        shutil.rmtree(folder, ignore_errors=True)  # a part of the images, a part of the time
+
+        def points(name: str, checkpoint: Path, seed: int, iterations, temperatures) -> list[dict]:
+            more = ["--num_iter", *iterations, "--temperature", *temperatures]
+            values = dict(vae=run.vae, checkpoint=checkpoint, seed=seed, folder=folder / name)
+            self.call("draw", more, **values)
+            found = [self.point(path) for path in (folder / name).glob("*/metrics.json")]
+            return sorted(found, key=lambda point: point["num_iter"])
+
+        middle, seed, curve = [scale.iterations[1]], run.seed + REPORTED, []
+        tried = points("tried", model, run.seed, middle, scale.temperatures)
+        config = read_json(next((folder / "tried").glob("*/metrics.json")))["model"]
+        chosen = min(tried, key=lambda point: point["frechet"])["temperature"]
+        for epoch in range(1, scale.epochs if run.group == "heads" else 0):
+            if (path := model / f"checkpoint-epoch{epoch:04d}.pth").exists():
+                curve.append(points(path.stem, path, seed, middle, [chosen])[0] | {"epoch": epoch})
+        found = {"temperature": chosen, "tried": tried, "curve": curve, "config": config}
+        found["points"] = points("reported", model, seed, scale.iterations, [chosen])
+        return found | head_figures(config)
+
+    def point(self, path: Path) -> dict:
+        """Of a metrics.json beside its images."""
+        record = read_json(path)
+        images, labels = classifier.generated_images(path.parent)
+        found = {name: record["settings"][name] for name in ("num_iter", "temperature")}
+        found["seconds_100"] = 100 * record["seconds"] / len(images)
+        return found | self.figures(images, labels)
+
+    def floor(self) -> dict:
+        """What real digits get that training does not know."""
+        return self.figures(*classifier.labelled_images(self.root / "data" / "val"))
+
+    def figures(self, images: torch.Tensor, labels: torch.Tensor) -> dict:
+        """Fréchet distance to the training digits with its error, and the judge's accuracy."""
+        stats = load_fid_statistics(self.root / "digits.npz", classifier.FEATURES)
+        sums, features = Accumulator(self.judge.layers), self.judge(images)
+        sums.update(features)
+        found = score(sums, Measure(self.judge, stats)).figures
+        right = (features["logits"].argmax(dim=1) == labels).double().mean().item()
+        error = found.get("frechet_distance_standard_error")
+        return {"frechet": found["frechet_distance"], "frechet_error": error, "accuracy": right}
+
+    @cached_property
+    def judge(self) -> Extractor:
+        return Extractor("digits", self.root / "classifier.pth", torch.device("cpu"))
+
+
+def head_figures(config: dict) -> dict:
+    """Parameters, and operations for one position in training (forward) and in sampling."""
+    model = TokenBridge(**config)
+    head, z = model.head, torch.zeros(1, model.config.decoder_embed_dim)
+    channels = 1 if model.config.head == "codebook" else model.config.token_dim
+    targets = torch.zeros(1, channels, dtype=torch.int64 if model.quantizer else torch.float32)
+    found = {"parameters": count_parameters(head)}
+    for name, call in {
+        "flops_training": lambda: head(z, targets, *head.noise(targets)),
+        "flops_drawing": lambda: head.sample(z, torch.zeros(1, head.draws)),
+    }.items():
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            call()
+        found[name] = counter.get_total_flops()
+    return found
+
+
+def die_with_parent() -> None:
+    """No training goes on alone in the folder in which the same command wants to go on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DIES, signal.SIGKILL)
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a few steps of each, under 3 minutes; poor digits")
+    add("--long", action="store_true", help="seeds 0 1 2, equal time, ablations: many hours")
+    add("--only", nargs="+", choices=tuple(GROUPS), help="these tables [heads; --long: all]")
+    add("--heads", nargs="+", choices=tuple(HEADS), default=[*HEADS], help="these [all]")
+    add("--output_dir", type=Path, help="[output/compare, output/compare-quick]")
+    add("--render", type=Path, help="a results.json, to put into docs/heads.md; runs nothing")
+    args = parser.parse()
+    if args.render:
+        render(read_json(args.render))
+        return
+    groups, heads = args.only or (tuple(GROUPS) if args.long else ["heads"]), set(args.heads)
+    root = (args.output_dir or Path("output") / ("compare" + "-quick" * args.quick)).absolute()
+    if "codebook" in heads and not (ROOT / VQ).exists():
+        print(f"codebook is left out: {VQ} is not there", flush=True)
+        heads.remove("codebook")
+    runs = [run for seed in range(3) for run in all_runs(seed)]
+    chosen = [run for run in runs if run.group in groups and run.head in heads]
+    chosen = [run for run in chosen if run.seed == 0 or args.long]
+    with only_job_in(root, "--output_dir"):
+        comparison = Comparison(root, QUICK if args.quick else Scale(), chosen)
+        comparison.run()
+        about = environment(torch.device("cpu"), "fp32", 1)
+        results = {"about": about, "quick": args.quick, "floor": comparison.result("floor")}
+        results["runs"] = []
+        for run in runs:  # of all calls so far
+            parts = {kind: comparison.result(f"{run.name}-{kind}") for kind in ("train", "draw")}
+            results["runs"] += [run._asdict() | parts] if None not in parts.values() else []
+        write_json(root / "results.json", results)
+    print(f"\n{tables(results)}\nwritten: {root / 'results.json'}")
+
+
+if __name__ == "__main__":
+    dist.run(main)

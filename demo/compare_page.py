@@ -1,0 +1,118 @@
+"""The tables and charts of the comparison's results (demo/compare.py), for docs/heads.md."""
+
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from util import ROOT
+from util.files import atomic_write
+from util.report.page import STYLE
+
+GROUPS = {
+    "heads": "The same optimizer steps",
+    "time": "The same training time",
+    "bits": "Number of levels (channel: 4 bits; mixture, diffusion: continuous)",
+    "range": "Range of the levels (channel: 5)",
+    "order": "Order of the channels (channel: by frequency)",
+    "share": "Share of the masked positions in the loss (channel: 1), the same steps",
+    "share-time": "Share of the masked positions in the loss, the same training time",
+}
+ABOVE = {"heads": (), "bits": ("channel", "mixture", "diffusion")}  # rows that other tables repeat
+PAGE = ROOT / "docs" / "heads.md"
+MARKS = "<!-- results of demo.compare -->\n", "<!-- end of results -->\n"
+
+
+def spread(values: list[float], error: float | None = None) -> str:
+    """Mean and standard error, over seeds or, of a single one, what is known of it."""
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else error
+    return f"{mean(values):.4g}" + (f" ± {error:.2g}" if error is not None else "")
+
+
+def cells(runs: list[dict]) -> tuple[dict[str, str], dict[str, str]]:
+    """Rows of costs and of quality, by the tables' heads, of runs that differ in their seeds."""
+    draws, trains = [run["draw"] for run in runs], [run["train"] for run in runs]
+    head, draw = runs[0]["head"], draws[0]
+    scalars = draw["config"]["vae_embed_dim"] if head == "mixture" else 1
+    losses = [train["validation"][-1][1] / scalars for train in trains]
+    costs, quality = {"": runs[0]["label"]}, {"": runs[0]["label"]}
+    costs["parameters"] = f"{draw['parameters'] / 1000:.0f} K"
+    for kind in ("training", "drawing"):
+        costs[f"MFLOP, {kind}"] = f"{draw[f'flops_{kind}'] / 1e6:.2f}"
+    costs["GiB"] = f"{mean(train['memory_gib'] for train in trains):.2f}"
+    costs["ms a step"] = f"{1000 * mean(train['step_seconds'] for train in trains):.0f}"
+    quality["epochs"] = f"{mean(train['epochs'] for train in trains):.0f}"
+    quality["training, s"] = f"{mean(train['seconds'] for train in trains):.0f}"
+    quality["validation loss"] = "–" if head in ("masked", "diffusion") else spread(losses)
+    quality["temperature"] = ", ".join(f"{draw['temperature']:g}" for draw in draws)
+    for points in zip(*(draw["points"] for draw in draws), strict=True):
+        n, distances = points[0]["num_iter"], [point["frechet"] for point in points]
+        costs[f"s / 100, {n}"] = f"{mean(point['seconds_100'] for point in points):.1f}"
+        quality[f"Fréchet, {n}"] = spread(distances, points[0]["frechet_error"])
+        quality[f"accuracy, {n}"] = f"{mean(point['accuracy'] for point in points):.1%}"
+    return costs, quality
+
+
+def tables(results: dict) -> str:
+    """All groups that there are, in Markdown."""
+    floor, about, runs = results["floor"], results["about"], results["runs"]
+    parts = ["These are of `--quick`: a few steps, poor digits.", ""] if results["quick"] else []
+    for group, title in GROUPS.items():
+        labels = {}
+        for run in runs:
+            repeated = run["group"] == "heads" and run["label"] in ABOVE.get(group, ("channel",))
+            if run["group"] == group or repeated:
+                labels.setdefault(run["label"], []).append(run)
+        if any(run["group"] == group for run in runs):
+            both = zip(*map(cells, labels.values()), strict=True)
+            parts += [f"**{title}**", ""]
+            for rows in both if group == "heads" else [*both][1:]:
+                lines = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+                parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
+    real = spread([floor["frechet"]], floor["frechet_error"])
+    commits = ", ".join(sorted({str(run["draw"]["commit"]) for run in runs}))
+    seeds, where = len({run["seed"] for run in runs}), f"{about['processor']}, {about['system']}"
+    parts += [
+        f"Held-out real digits: Fréchet distance {real}, accuracy {floor['accuracy']:.1%}. Seeds: "
+        f"{seeds}; {where}, Python {about['Python']}, torch {about['torch']}; commit {commits}.",
+    ]
+    return "\n".join([*parts, ""])
+
+
+def render(results: dict, page: Path = PAGE) -> None:
+    """Put the tables between the page's marks, and draw its charts into images/ beside it."""
+    training, sampling = {}, {}
+    for run in results["runs"]:
+        if run["group"] == "heads" and run["seed"] == 0:
+            draw, epochs = run["draw"], run["train"]["epochs"]
+            seconds, last = run["train"]["seconds"], draw["points"][1] | {"epoch": epochs}
+            curve = [(x["epoch"] / epochs * seconds, x) for x in (*draw["curve"], last)]
+            training[run["label"]] = curve
+            sampling[run["label"]] = [(x["seconds_100"], x) for x in draw["points"]]
+    images = page.parent / "images"
+    images.mkdir(exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        for name, curves, x in (
+            ("heads-training", training, "seconds of training"),
+            ("heads-sampling", sampling, "seconds for 100 images"),
+        ):
+            figure = Figure(figsize=(7, 4), layout="constrained")
+            axes = figure.add_subplot(xlabel=x, ylabel="Fréchet distance")
+            axes.set(xscale="log", yscale="log")
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+                axis.set_minor_locator(NullLocator())
+            for label, points in curves.items():
+                at, found = zip(*points, strict=True)
+                errors = [point["frechet_error"] or 0 for point in found]
+                axes.errorbar(at, [y["frechet"] for y in found], errors, marker="o", label=label)
+            axes.axhline(results["floor"]["frechet"], color="grey", ls=":", label="real digits")
+            axes.legend()
+            with atomic_write(images / f"{name}.svg") as file:
+                figure.savefig(file, format="svg", metadata={"Date": None})
+    before, rest = page.read_text().split(MARKS[0])
+    text = f"{before}{MARKS[0]}\n{tables(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    with atomic_write(page) as file:
+        file.write(text.encode())

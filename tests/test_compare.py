@@ -1,0 +1,150 @@
+"""The comparison of heads: killed and started again it goes on; the page is its results' page."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from demo import compare, compare_page
+from main_tokenbridge import make_parser
+from models.config import preset
+from tests.conftest import ROOT, environment
+from tests.runs import call, start_fork
+from util.evaluation.folder import read_json
+
+RESULTS = ROOT / "benchmarks" / "results" / "heads.json"
+
+
+def run_here(words: list[str], **_) -> subprocess.CompletedProcess:
+    """In the place of subprocess.run, without the seconds in which torch is imported."""
+    words = words[2:] if words[1] == "-m" else [words[1].removesuffix(".py"), *words[2:]]
+    call(importlib.import_module(words[0]).main, *words[1:])
+    return subprocess.CompletedProcess(words, 0)
+
+
+def test_a_killed_comparison_goes_on_with_the_stage_it_was_in(tmp_path, monkeypatch):
+    """What comes before the training is done in this process."""
+    monkeypatch.chdir(ROOT)
+    run = next(run for run in compare.all_runs(seed=0) if run.head == "mixture")
+    comparison = compare.Comparison(tmp_path, compare.QUICK, [run])
+    comparison.stages = dict([*comparison.stages.items()][:5])
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "subprocess", SimpleNamespace(run=run_here, STDOUT=None))
+        comparison.run()
+    command = ["-m", "demo.compare", "--quick", "--heads", "mixture", "--output_dir", tmp_path]
+    first = start_fork(command, tmp_path / "first")
+    log = tmp_path / "logs" / "heads-mixture-0-train.log"
+    saved, until = "saved checkpoint-step00000011", time.monotonic() + 200  # one of two epochs
+    while not (log.exists() and saved in log.read_text()) and time.monotonic() < until:
+        time.sleep(0.1)
+    first.kill()
+    first.join()
+    assert "heads-mixture-0-train" in (tmp_path / "first.1").read_text()
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
+    assert len(finished) == 5  # the digits, the cache, the judge, its statistics, real digits
+    second = start_fork(command, tmp_path / "second")
+    second.join(200)
+    printed, error = ((tmp_path / f"second.{n}").read_text() for n in (1, 2))
+    assert second.exitcode == 0, error
+    assert log.read_text().count("going on after step 11") == 1
+    assert "1/2 heads-mixture-0-train" in printed and "2/2 heads-mixture-0-draw" in printed
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    (run,) = read_json(tmp_path / "results.json")["runs"]
+    assert run["train"]["epochs"] == 2 and run["train"]["validation"][-1][0] == 22
+    assert [point["num_iter"] for point in run["draw"]["points"]] == [2, 4]
+    assert all(point["frechet_error"] > 0 for point in run["draw"]["points"])
+    assert "| mixture | 35 K |" in printed
+
+
+def test_a_stage_that_fails_ends_it_with_the_command_and_the_log(tmp_path, monkeypatch, capsys):
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setitem(compare.COMMANDS, "digits", "-m demo.digits --size {judge}x")
+    runs = compare.Comparison(tmp_path, compare.QUICK, [])
+    with pytest.raises(SystemExit) as stop:
+        runs.run()
+    assert stop.value.code == 1 and runs.result("digits") is None
+    error = capsys.readouterr().err
+    assert "exit code 2" in error and "demo.digits --size 3x" in error
+    assert "invalid int value: '3x'" in error
+
+
+def test_a_child_does_not_outlive_a_killed_parent(tmp_path):
+    code = "import subprocess, sys; from demo.compare import die_with_parent as die; "
+    code += "subprocess.run([sys.executable, '-c', 'import os, time; print(os.getpid(), "
+    code += "flush=True); time.sleep(60)'], preexec_fn=die)"
+    pipe = dict(stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(), **pipe)
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 10
+    while is_running(child) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not is_running(child)
+
+
+def is_running(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    return "State:\tZ" not in Path(f"/proc/{number}/status").read_text()
+
+
+def test_a_run_at_equal_time_has_the_epochs_that_fit(tmp_path, monkeypatch):
+    runs = {run.name: run for run in compare.all_runs(seed=0)}
+    assert len(runs) == 33 and {run.group for run in runs.values()} == set(compare.GROUPS)
+    for run in runs.values():
+        make_parser().parse(["--head", run.head, *run.flags])
+    comparison = compare.Comparison(tmp_path, compare.Scale(), [])
+    asked = {}
+
+    def call(command, more, **values):
+        asked.update(values)
+        lines = [{"step": 22, "speed/images_per_second": 64.0, "speed/memory_gib": 1.0}]
+        lines += [{"step": 22, "validation/loss_ema": 2.0}, lines[0] | {"step": 44}]
+        values["run"].mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (values["run"] / "metrics.jsonl").write_text(text)
+
+    monkeypatch.setattr(comparison, "call", call)
+    (tmp_path / "results").mkdir()
+    for name, seconds in (("heads-channel-0", 100.0), ("heads-mixture-0", 30.0)):
+        path = tmp_path / "results" / f"{name}-train.json"
+        path.write_text(json.dumps({"seconds": seconds}))
+    found = comparison.train(runs["time-mixture-0"])
+    assert (asked["epochs"], asked["warmup"], asked["often"]) == (80, 6.67, 13)
+    speed = {"epochs": 80, "seconds": 22.0, "step_seconds": 0.5, "memory_gib": 1.0}
+    assert found == speed | {"validation": [[22, 2.0]]}
+    with pytest.raises(compare.UserError, match="comes after heads-channel-0 and heads-masked-0"):
+        comparison.train(runs["time-masked-0"])
+
+
+@pytest.mark.parametrize("head", compare.HEADS)
+def test_operations_of_a_head_are_those_of_its_products(head):
+    """The mixture and the codebook are one linear layer; diffusion samples in 100 steps."""
+    sizes = dict(img_size=32, vae_stride=8, vae_embed_dim=8, quant_levels=16, head=head)
+    settings = compare.TokenBridge(**preset("tokenbridge_tiny") | sizes).config.to_dict()
+    found = compare.head_figures(settings)
+    outputs = {"mixture": 16 * 17, "codebook": 16384}.get(head)
+    if outputs is not None:
+        expected = {"parameters": 129 * outputs, "flops_training": 2 * 128 * outputs}
+        assert {k: found[k] for k in expected} == expected
+    times = {"diffusion": 100, "masked": 4}.get(head, 1)
+    assert found["flops_drawing"] == times * found["flops_training"]
+
+
+def test_the_page_shows_the_committed_results(tmp_path):
+    page = tmp_path / "heads.md"
+    page.write_text(compare_page.PAGE.read_text())
+    compare_page.render(read_json(RESULTS), page)
+    assert page.read_text() == compare_page.PAGE.read_text()
+    for name in ("heads-training.svg", "heads-sampling.svg"):
+        assert "<svg" in (tmp_path / "images" / name).read_text()
+        assert (compare_page.PAGE.parent / "images" / name).exists()
