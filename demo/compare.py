@@ -24,14 +24,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from demo import classifier
 from demo.compare_page import GROUPS, render, tables
-from models.config import HEAD_QUANTIZERS, HEADS
+from models.config import HEAD_QUANTIZERS, HEADS, TokenBridgeConfig
 from models.tokenbridge import TokenBridge
-from util import ROOT, dist
+from util import ROOT, dist, flops
 from util.args import Parser
 from util.errors import UserError
 from util.evaluation.extractor import Extractor
@@ -39,7 +37,6 @@ from util.evaluation.folder import read_json, write_json
 from util.evaluation.metrics import Accumulator, Measure, score
 from util.evaluation.reference import load_fid_statistics
 from util.files import only_job_in
-from util.flops import count_parameters
 from util.logging import environment, git_revision
 
 # The user's own commands; {root} is the folder of the comparison, {run} that of a training.
@@ -51,7 +48,7 @@ COMMANDS = {
     "judge": "-m demo.classifier train --root {root} --epochs {judge}",
     "statistics": "-m util.fid_stats --image_dir {root}/data/train --img_size 32 --num_workers 0 "
     f"{JUDGE} --output {{root}}/digits.npz --device cpu",
-    "train": "main_tokenbridge.py --config {config} --head {head} --seed {seed} "
+    "train": "main_tokenbridge.py --config configs/digits.yaml --head {head} --seed {seed} "
     "--cached_path {root}/{cache} --vae_path {vae} --val_path {root}/data/val --val_images 360 "
     "--batch_size {batch} --epochs {epochs} --warmup_epochs {warmup} --save_every {often} "
     "--val_freq {often} --preview_freq 0 --resume auto --device cpu --output_dir {run} "
@@ -63,8 +60,7 @@ COMMANDS = {
 VAE, VQ = "demo/digits_vae.ckpt", "demo/digits_vq.ckpt"
 # About as many parameters as the channel head of tokenbridge_tiny has, where flags decide it.
 SIZES = {"diffusion": ("--diffloss_d=3", "--diffloss_w=96")}
-CONFIG = ROOT / "configs" / "digits.yaml"
-RATE, WARMUP = 3e-3, 2 / 24  # of CONFIG; the second as a share of the epochs
+RATE, WARMUP = 3e-3, 2 / 24  # of configs/digits.yaml; the second as a share of the epochs
 REPORTED = 1000  # added to the seed of the images by which the temperature is chosen
 TRAINING, DRAWING = {"channel": 200}, {"diffusion": 350}  # seconds planned, of others 80 and 110
 PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux
@@ -123,6 +119,9 @@ def all_runs(seed: int) -> Iterator[Run]:
         limits = f"--quant_min={-limit}", f"--quant_max={limit}"
         yield channel("range", f"range {limit}", flags=limits)
     yield channel("order", "natural order", flags=("--channel_order=0,1,2,3,4,5,6,7",))
+    for width, depth in ((32, 2), (128, 2), (64, 1), (64, 4)):
+        size = f"--channel_embed_dim={width}", f"--channel_depth={depth}"
+        yield channel("size", f"{width} x {depth}", flags=size)
     for share, times in ((1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)):
         flags = f"--head_share={1 / share}", f"--lr={RATE * times}"
         run = channel("share", f"1/{share}, rate x{times}", flags=flags)
@@ -192,13 +191,10 @@ class Comparison:
             if None in known:
                 raise UserError(f"{run.name} comes after heads-channel-{run.seed} and {run.like}")
             epochs = max(1, round(epochs * known[0]["seconds"] / known[1]["seconds"]))
-        config, values = CONFIG, dict(vae=run.vae, head=run.head, seed=run.seed, run=folder)
-        if run.head in HEAD_QUANTIZERS:  # which refuse a number of bits
-            config = self.root / "digits-without-bits.yaml"
-            lines = CONFIG.read_text().splitlines(keepends=True)
-            config.write_text("".join(x for x in lines if not x.startswith("quant_bits")))
+        values = dict(vae=run.vae, head=run.head, seed=run.seed, run=folder)
+        bits = () if run.head in HEAD_QUANTIZERS else ("--quant_bits=4",)
         values |= dict(epochs=epochs, warmup=round(WARMUP * epochs, 2), often=max(2, epochs // 6))
-        self.call("train", [*self.scale.more, *run.flags], config=config, **values)
+        self.call("train", [*self.scale.more, *bits, *run.flags], **values)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         timed = [line for line in lines if "speed/images_per_second" in line]
         each = [self.scale.batch / line["speed/images_per_second"] for line in timed]
@@ -260,21 +256,12 @@ class Comparison:
         return Extractor("digits", self.root / "classifier.pth", torch.device("cpu"))
 
 
-def head_figures(config: dict) -> dict:
-    """Parameters, and operations for one position in training (forward) and in sampling."""
-    model = TokenBridge(**config)
-    head, z = model.head, torch.zeros(1, model.config.decoder_embed_dim)
-    channels = 1 if model.config.head == "codebook" else model.config.token_dim
-    targets = torch.zeros(1, channels, dtype=torch.int64 if model.quantizer else torch.float32)
-    found = {"parameters": count_parameters(head)}
-    for name, call in {
-        "flops_training": lambda: head(z, targets, *head.noise(targets)),
-        "flops_drawing": lambda: head.sample(z, torch.zeros(1, head.draws)),
-    }.items():
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            call()
-        found[name] = counter.get_total_flops()
-    return found
+def head_figures(settings: dict) -> dict:
+    """Parameters, and operations for one position: forward and backward, and one draw."""
+    config = TokenBridgeConfig.from_dict(settings)
+    parameters = TokenBridge(**settings).head.parameters()
+    found = {"parameters": sum(parameter.numel() for parameter in parameters)}
+    return found | {"flops_training": flops.head(config), "flops_drawing": flops.head(config, True)}
 
 
 def die_with_parent() -> None:

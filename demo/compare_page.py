@@ -17,6 +17,7 @@ GROUPS = {
     "bits": "Number of levels (channel: 4 bits; mixture, diffusion: continuous)",
     "range": "Range of the levels (channel: 5)",
     "order": "Order of the channels (channel: by frequency)",
+    "size": "Width x depth of the head (channel: 64 x 2)",
     "share": "Share of the masked positions in the loss (channel: 1), the same steps",
     "share-time": "Share of the masked positions in the loss, the same training time",
 }

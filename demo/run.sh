@@ -67,7 +67,7 @@ stage 'Cache the latents, on 2 processes' \
 
 stage 'Train the generator, on 2 processes' \
   $two main_tokenbridge.py --config configs/digits.yaml \
-  --cached_path "$demo/cache" --vae_path "$vae" --val_path "$demo/data/val" \
+  --quant_bits 4 --cached_path "$demo/cache" --vae_path "$vae" --val_path "$demo/data/val" \
   --output_dir "$demo/model" --device cpu "${train[@]}"
 
 stage 'Export the averaged weights, for demo/generate.ipynb' \

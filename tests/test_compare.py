@@ -134,10 +134,10 @@ def test_operations_of_a_head_are_those_of_its_products(head):
     found = compare.head_figures(settings)
     outputs = {"mixture": 16 * 17, "codebook": 16384}.get(head)
     if outputs is not None:
-        expected = {"parameters": 129 * outputs, "flops_training": 2 * 128 * outputs}
-        assert {k: found[k] for k in expected} == expected
+        assert found["parameters"] == 129 * outputs
+        assert found["flops_training"] == 3 * 2 * 128 * outputs
     times = {"diffusion": 100, "masked": 4}.get(head, 1)
-    assert found["flops_drawing"] == times * found["flops_training"]
+    assert 3 * found["flops_drawing"] == pytest.approx(times * found["flops_training"], rel=0.02)
 
 
 def test_the_page_shows_the_committed_results(tmp_path):

@@ -169,6 +169,8 @@ MODEL = [
     auto("channel_order", channel_order, "auto", "the head's, as 8,1,10...; auto: likewise"),
     model_flag("head_input", "the sampler's first input to the head", HEAD_INPUTS),
     model_flag("head", "what predicts a token; mar_*: diffusion", tuple(HEADS)),
+    model_flag("channel_embed_dim", "width of the channel, parallel and masked heads"),
+    model_flag("channel_depth", "blocks of the channel head"),
     model_flag("head_share", "of the masked positions, whose loss is computed"),
     auto("head_steps", head_steps, 4, "of the masked head, or the channels of each, as 2,2,5,7"),
     model_flag("mixture_components", "of the mixture head"),

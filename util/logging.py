@@ -283,6 +283,14 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
+def processor() -> str:
+    """Its maker's name for it where Linux knows it, else its architecture."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
 def git_revision() -> str | None:
     """The commit of this code, "-dirty" after it if files differ; None outside a clone."""
     command = ["git", f"--git-dir={ROOT}/.git", f"--work-tree={ROOT}", "describe", "--always"]
@@ -301,7 +309,8 @@ def environment(device: torch.device, precision: str, processes: int) -> dict[st
         "device": name,
         "processes": str(processes),
         "precision": precision,
-        "system": f"{platform.system()}, {platform.machine()}, {torch.get_num_threads()} threads",
+        "processor": f"{processor()}, {torch.get_num_threads()} threads",
+        "system": platform.system(),
         "Python": platform.python_version(),
         **versions(),
         "git revision": git_revision() or "not a clone",
