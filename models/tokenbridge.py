@@ -161,6 +161,9 @@ class TokenBridge(nn.Module, Pretrained):
 
     def _check_kind(self, state: dict[str, Tensor]) -> None:
         """Levels are one table in the published layout, one a channel if they are calibrated."""
+        if any(name.startswith("diffloss.") for name in state) != (self.config.head == "diffusion"):
+            other = "no weights of the" if self.config.head == "diffusion" else "weights of a"
+            raise ValueError(f"it has {other} diffusion head; see --head and --model")
         levels, own = state.get("reconstruction_values"), self.config.quantizer
         if "codebook" in state or own in (None, "codebook"):
             return  # `check_layout` compares the tensors

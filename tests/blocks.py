@@ -54,6 +54,8 @@ SMALL = {
 }
 # The tiny VAE is not KL-16, whose latent scale and channel order are built in.
 IF_NOT_GIVEN = {"cached_path": "cache"}
+# Of commands with a model of MAR's, in the place of its size.
+MAR = dict(head="diffusion", diffloss_d=1, diffloss_w=32, num_sampling_steps=2)
 READS_A_RUN = r"(util\.(report|export)|(--evaluate|app\.py) --resume) .*\$\{OUTPUT_DIR\}"
 WRITES_A_CACHE = r"main_cache\.py .*--cached_path"
 DOWNLOADS = r"util\.download|hf download"
@@ -128,6 +130,8 @@ def make_world(folder: Path) -> Path:
         place = weights / "tokenbridge" / f"tokenbridge_{size}"
         place.mkdir(parents=True)
         shutil.copy(folder / "run" / "checkpoint-last.pth", place)
+    mar = [*train, "--model", "mar_base", "--output_dir", weights / "mar" / "mar_base"]
+    call(main_tokenbridge.main, *smaller("main_tokenbridge", mar))
     demo = folder / "output" / "demo"
     shutil.copytree(folder / "run", demo / "model")
     shutil.copy(weights / "vae" / "kl16.ckpt", demo / "vae.ckpt")
@@ -180,6 +184,7 @@ def smaller(module: str, words: list) -> list[str]:
     known = importlib.import_module(module).make_parser()._option_string_actions
     more = {k: v for k, v in IF_NOT_GIVEN.items() if f"--{k}" not in words}
     more |= {"port": free_port()}  # the one of the page may be taken
+    more |= MAR if any(word.startswith("mar_") for word in words) else {}
     for name, value in (SMALL | more).items():
         words += [f"--{name}", str(value)] if f"--{name}" in known else []
     return words

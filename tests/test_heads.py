@@ -105,8 +105,13 @@ def test_settings_and_quantizers_of_another_head_are_refused():
     continuous = model_of("diffusion")
     with pytest.raises(ValueError, match="order confidence"):
         sample_latents(continuous, torch.tensor([0]), order="confidence")
-    with pytest.raises(ValueError, match="unexpected|missing"):
-        continuous.load_published(model_of("mixture").published_state_dict())
+    for model, state, message in (
+        (continuous, model_of("mixture"), "no weights of the diffusion head; see --head"),
+        (model_of("channel"), continuous, "it has weights of a diffusion head; see --head"),
+        (model_of("parallel"), model_of("mixture"), "missing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.load_published(state.published_state_dict())
 
 
 # --- mixture

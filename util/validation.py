@@ -108,7 +108,9 @@ def as_scalars(losses: Tensor, weights: str, config: TokenBridgeConfig) -> dict[
     scalars = {f"validation/loss_{weights}": means.mean().item()}
     for ratio, row in zip(RATIOS, losses, strict=True):
         scalars[f"validation_ratio_{weights}/{ratio:.2f}"] = row.mean().item()
-    if len(means) == config.token_dim:  # with patches, p*p scalars of each channel
+    if len(means) == 1:  # of whole tokens
+        scalars[f"validation/loss_per_scalar_{weights}"] = means.item() / config.token_dim
+    elif len(means) == config.token_dim:  # with patches, p*p scalars of each channel
         for channel, loss in enumerate(means.unflatten(0, (config.vae_embed_dim, -1)).mean(1)):
             scalars[f"validation_channel_{weights}/{channel:02d}"] = loss.item()
     return scalars
