@@ -227,7 +227,8 @@ def test_a_head_without_levels_and_channels_has_a_loss_and_images(moments):
     new_validation(moments)._log_samples(model, log, drawn, 1)
     assert [call[0] for call in log.method_calls] == ["writer.add_text", "writer.add_image"]
     named = as_scalars(torch.ones(len(RATIOS), 1, dtype=torch.float64), "raw", model.config)
-    assert named["validation/loss_raw"] == 1.0 and len(named) == 1 + len(RATIOS)
+    assert named["validation/loss_raw"] == 1.0 and len(named) == 2 + len(RATIOS)
+    assert named["validation/loss_per_scalar_raw"] == 1 / 6
 
 
 def test_grid_and_levels_are_those_of_the_weights(beside, validated):
