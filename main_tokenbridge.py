@@ -79,7 +79,7 @@ def build_run(
     data, config, checkpoint = inputs.data, inputs.config, inputs.checkpoint
     batches, first, notes = setup.plan_batches(args, checkpoint, len(data.dataset))
     steps = range(first, max(first, args.epochs * batches.steps_per_epoch))
-    rate = setup.learning_rate(args, batches)
+    rate = setup.learning_rate(args, batches, checkpoint)
     notes += setup.check_rate(args, rate, steps, checkpoint)
     model = new_model(args, inputs, device)
     sampler = MicroBatchSampler(batches, steps, dist.rank(), dist.world_size(), not args.no_flip)
@@ -153,7 +153,9 @@ def new_model(args: argparse.Namespace, inputs: setup.Inputs, device: torch.devi
         digest = inputs.data.vae_sha256
         histogram = setup.cache_histogram(args.cached_path, config.vae_embed_dim, digest)
         levels = setup.calibrated_levels(histogram, config.quant_levels, config.latent_scale)
-    elif config.quantizer == "codebook" and inputs.checkpoint is None and inputs.vae is not None:
+    elif config.quantizer == "codebook" and inputs.checkpoint is None:
+        if inputs.vae is None:
+            raise UserError("--head codebook needs --vae_path, a VQ tokenizer, and data")
         levels = (inputs.vae.codebook * config.latent_scale,)
     # The same initial weights on every process, whatever was built before the model.
     torch.manual_seed(flags.value(args, "seed"))

@@ -133,6 +133,7 @@ class Comparison:
 
     def __init__(self, root: Path, scale: Scale, runs: Sequence[Run]):
         self.root, self.scale, self.log = root, scale, root / "logs"
+        self.results = "results-quick" if scale == QUICK else "results"
         # Of every stage its name, the seconds that are planned, and what makes its result.
         self.stages = {name: (10, partial(self.call, name)) for name in ("digits", "judge")}
         for run in runs:
@@ -148,13 +149,13 @@ class Comparison:
             self.stages = {name: (8, work) for name, (_, work) in self.stages.items()}
 
     def result(self, stage: str) -> dict | None:
-        path = self.root / "results" / f"{stage}.json"
+        path = self.root / self.results / f"{stage}.json"
         return read_json(path) if path.exists() else None
 
     def run(self) -> None:
         """All stages that are not finished; what is left takes as much longer as what was done."""
         waiting = {k: stage for k, stage in self.stages.items() if self.result(k) is None}
-        for folder in ("results", "logs"):
+        for folder in (self.results, "logs"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
         began, done, every = time.monotonic(), 0.0, sum(planned for planned, _ in waiting.values())
         for number, (name, (planned, work)) in enumerate(waiting.items(), 1):
@@ -165,7 +166,7 @@ class Comparison:
             print(f"{number}/{len(waiting)} {name}   {progress}", flush=True)
             self.log, done = self.root / "logs" / f"{name}.log", done + planned
             found = (work() or {}) | {"commit": git_revision()}
-            write_json(self.root / "results" / f"{name}.json", found)
+            write_json(self.root / self.results / f"{name}.json", found)
 
     def call(self, command: str, more: Sequence = (), **values) -> None:
         """One of COMMANDS, its output in the log; the end of everything if it fails."""

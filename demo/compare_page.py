@@ -42,7 +42,6 @@ def cells(runs: list[dict]) -> tuple[dict[str, str], dict[str, str]]:
     costs["parameters"] = f"{draw['parameters'] / 1000:.0f} K"
     for kind in ("training", "drawing"):
         costs[f"MFLOP, {kind}"] = f"{draw[f'flops_{kind}'] / 1e6:.2f}"
-    costs["GiB"] = f"{mean(train['memory_gib'] for train in trains):.2f}"
     costs["ms a step"] = f"{1000 * mean(train['step_seconds'] for train in trains):.0f}"
     quality["epochs"] = f"{mean(train['epochs'] for train in trains):.0f}"
     quality["training, s"] = f"{mean(train['seconds'] for train in trains):.0f}"

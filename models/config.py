@@ -126,6 +126,8 @@ class TokenBridgeConfig:
             yield f"num_sampling_steps {self.num_sampling_steps} is more than 1000"
         if isinstance(self.head_steps, tuple) and sum(self.head_steps) != self.token_dim:
             yield f"head_steps {self.head_steps} do not sum to {self.token_dim} channels"
+        if self.head == "codebook" and self.patch_size != 1:
+            yield f"patch_size {self.patch_size}, but a token of the codebook head is one code"
         quantizers = HEAD_QUANTIZERS.get(self.head, QUANTIZERS)
         if self.quantizer not in quantizers:
             known = f"the {self.head} head's, which takes {' or '.join(map(str, quantizers))}"
@@ -199,8 +201,9 @@ def default_channel_order(channels: int) -> tuple[int, ...]:
 
 def unread_settings(head: str) -> tuple[str, ...]:
     """Settings that a model with that head does not read, whatever they are."""
-    unread = () if head == "channel" else ("head_input",)
-    return unread + (("quant_levels", "quant_min", "quant_max") if head in HEAD_QUANTIZERS else ())
+    unread = () if head == "channel" else ("head_input", "channel_depth")
+    of_levels = "quant_bits", "quant_min", "quant_max", "channel_embed_dim"
+    return unread + (of_levels if head in HEAD_QUANTIZERS else ())
 
 
 def preset(name: str) -> dict:

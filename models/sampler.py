@@ -83,9 +83,9 @@ def image_randomness(
     """For each image, from (seed, id): a random order [B, L] and uniforms [B, L, U] in [0, 1)."""
     shape = (length, draws + 1)
     # Raw Philox words: numpy promises that these stay as they are in later releases.
-    words = [np.random.Philox(key=[seed, i]).random_raw(math.prod(shape)) for i in image_ids]
-    draws = (np.stack(words) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
-    draws = torch.from_numpy(draws.reshape(-1, *shape))
+    words = (np.random.Philox(key=[seed, i]).random_raw(math.prod(shape)) for i in image_ids)
+    draws = np.stack([(of_one >> np.uint64(40)).astype(np.float32) for of_one in words])
+    draws = torch.from_numpy(draws.reshape(-1, *shape)) * 2**-24
     return draws[..., 0].argsort(dim=1, stable=True), draws[..., 1:]
 
 

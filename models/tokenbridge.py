@@ -47,6 +47,7 @@ RENAMED = {
 # Tensors, in the published names, whose size is that of the classes or of the grid.
 CLASS_ROWS = "class_emb.weight"
 POSITIONS = ("encoder_pos_embed_learned", "decoder_pos_embed_learned", "output_pos_embed")
+POSITIONS += ("diffusion_pos_embed_learned",)  # in the place of the one before
 
 
 class TokenBridge(nn.Module, Pretrained):
@@ -194,7 +195,8 @@ mar_base, mar_large, mar_huge = (partial(TokenBridge, **preset(name)) for name i
 def resized_positions(state: dict[str, Tensor], side: int) -> dict[str, Tensor]:
     """A published state dict with its tables of positions, [1, S + L, D] or [1, L, D], interpolated
     from their square to one of side x side; the S slots stay."""
-    length = state["output_pos_embed"].shape[1]
+    tables = [name for name in POSITIONS if name in state]
+    length = state[tables[-1]].shape[1]
     before = math.isqrt(length)
     if before == side:
         return state
@@ -205,4 +207,4 @@ def resized_positions(state: dict[str, Tensor], side: int) -> dict[str, Tensor]:
         grid = F.interpolate(grid, (side, side), mode="bicubic", antialias=True)
         return torch.cat([slots, grid.flatten(2).mT], dim=1)
 
-    return state | {name: resized(state[name]) for name in POSITIONS}
+    return state | {name: resized(state[name]) for name in tables}

@@ -46,7 +46,7 @@ def test_a_killed_comparison_goes_on_with_the_stage_it_was_in(tmp_path, monkeypa
     first.kill()
     first.join()
     assert "heads-mixture-0-train" in (tmp_path / "first.1").read_text()
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "results-quick").iterdir()}
     assert len(finished) == 5  # the digits, the cache, the judge, its statistics, real digits
     second = start_fork(command, tmp_path / "second")
     second.join(200)

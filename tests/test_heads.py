@@ -209,8 +209,13 @@ def test_codebook_tokens_are_the_nearest_codes():
     codes = model.quantizer.codebook
     assert torch.equal(indices[..., 0], torch.cdist(x, codes).argmin(dim=-1))
     assert torch.equal(model.quantizer.decode(indices), codes[indices[..., 0]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as in a step of training
+        close = F.normalize(codes[:1] + 1e-3 * torch.randn(500, 6), dim=1)
+        model.quantizer.set_levels(torch.cat([codes[:1], close[:7]]))
+        every = model.quantizer.codebook
+        assert torch.equal(model.quantizer.encode(every)[:, 0], torch.arange(8))
     latents = sample_latents(model, torch.tensor([1]), num_iter=3)
-    distances = torch.cdist(latents.flatten(2).mT[0], codes).min(dim=1).values
+    distances = torch.cdist(latents.flatten(2).mT[0], every).min(dim=1).values
     assert distances.max() < 1e-5
 
 

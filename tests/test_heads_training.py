@@ -9,6 +9,7 @@ import torch
 
 import main_cache
 import main_tokenbridge
+from models.tokenbridge import resized_positions
 from models.tokenizers.vq import VQModel
 from tests.runs import (
     CACHE_FLAGS,
@@ -122,6 +123,10 @@ def test_a_folder_of_mar_evaluates_goes_on_and_goes_back(inputs, mar_folder, tmp
     assert list(after["model"]) == list(before["model"]) and after["epoch"] == 2
     assert any(name.startswith("diffloss.net.") for name in after["model_ema"])
     assert "diffusion_pos_embed_learned" in after["model"]
+    tuned = train(inputs, tmp_path / "tuned", **small | {"epochs": 1}, finetune=mar_folder)
+    assert tuned["step"] == 3
+    state = resized_positions(tuned["model"], 6)
+    assert state["diffusion_pos_embed_learned"].shape[1] == 36
 
 
 def test_the_diffusion_networks_weights_do_not_decay(inputs, mar_folder):
@@ -140,6 +145,9 @@ def test_flags_that_a_head_does_not_have_are_refused_in_one_line(inputs, trained
         ("diffusion", dict(quant_bits=4), "--quant_bits"),
         ("mixture", dict(head_input="published"), "--head_input"),
         ("masked", dict(head_steps="2,3"), "head_steps (2, 3) do not sum to 4"),
+        ("mixture", dict(channel_depth=3), "--channel_depth"),
+        ("mixture", dict(order="confidence"), "--order confidence needs probabilities"),
+        ("codebook", dict(dry_run=True, use_cached=False, cached_path=None), "needs --vae_path"),
         ("mixture", dict(diffloss_d=3), "diffloss_d 3 is of the diffusion head"),
     ):
         argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", head=head, **wrong)

@@ -12,8 +12,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-PRODUCT_LINES, TEST_LINES = 14_070, 12_335
-CORE_LINES, CORE_FILES, UTIL_ENTRIES, WIDE_FUNCTIONS = 7_135, 38, 22, 0
+PRODUCT_LINES, TEST_LINES = 14_100, 12_350
+CORE_LINES, CORE_FILES, UTIL_ENTRIES, WIDE_FUNCTIONS = 7_160, 38, 22, 0
 SCRIPTS = ("main_tokenbridge.py", "main_cache.py", "reconstruction.py", "engine_tokenbridge.py")
 ROOTS = ("engine_tokenbridge.py", "main_tokenbridge.py")
 # Other evenings: evaluation, report, tokenizers and the other heads.

@@ -95,7 +95,7 @@ class Checkpoint:
         """Its averaged weights alone, the raw ones where it has no others, and its settings."""
         keys = [key for key in ("model", "model_ema") if key in self.saved]
         state = {name: tensor for key in keys for name, tensor in self.weights(key).items()}
-        if any(name not in state for name in (CLASS_ROWS, *POSITIONS)):
+        if CLASS_ROWS not in state or len(set(POSITIONS) & set(state)) != 3:
             held = listed(state or self.saved)
             raise UserError(f"{self.named}: no TokenBridge model in it (it has {held})")
         saved = {k: v for k, v in self.saved.items() if k in ("classes", "vae_sha256", "config")}
@@ -125,7 +125,8 @@ class Checkpoint:
         new = [name for i, name in enumerate(classes) if i not in kept]
         drawn = f"{count - len(kept)} new" + (f" ({listed(new)})" if new else "")
         notes = [f"class embedding: {len(kept)} of {rows} rows kept {how}; {drawn}"]
-        sides = [math.isqrt(state[POSITIONS[-1]].shape[1]), config.grid_size]
+        length = min(state[name].shape[1] for name in POSITIONS if name in state)
+        sides = [math.isqrt(length), config.grid_size]
         if sides[0] != sides[1]:
             notes.append("positions interpolated from {0} x {0} to {1} x {1}".format(*sides))
         state = resized_positions(state, config.grid_size) | {CLASS_ROWS: table}

@@ -145,6 +145,8 @@ def _meet(host: str, port: int, serves: bool, world: World) -> dist.Store:
     def pause(missing: str) -> None:
         nonlocal due
         waited = time.monotonic() - begun
+        if waited > TIMEOUT.total_seconds():
+            raise ValueError(f"others have not come in {TIMEOUT}")
         if waited >= due and not world.local_rank:
             due += NEXT_WORD
             print(f"waiting for {missing} at {host}:{port} for {waited:.0f} s", file=sys.stderr)

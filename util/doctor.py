@@ -192,11 +192,12 @@ def inputs(opened: Opened) -> Finding:
     config, data = opened.inputs.config, opened.inputs.data
     millions = sum(p.numel() for p in opened.model.parameters()) / 1e6
     images = f"{len(data.dataset)} images in {len(data.classes)} classes"
+    levels = f"{config.codebook_size or config.quant_levels} levels ({config.quantizer})"
+    levels = levels if config.quantizer else "continuous"
     text = (
         f"{data.source}{'' if opened.args.evaluate else f': {images}'}; {millions:.1f} M "
         f"parameters, {config.seq_len} positions of {config.token_dim} scalars, "
-        f"{config.codebook_size or config.quant_levels} levels ({config.quantizer}), head "
-        f"{config.head}, {config.class_num} classes"
+        f"{levels}, head {config.head}, {config.class_num} classes"
     )
     form = "a cache of the published form does not say by which VAE"
     published = opened.args.use_cached and not data.manifest and form
@@ -247,10 +248,12 @@ def latents(opened: Opened) -> Finding:
         unused = bits < full - MOST_UNUSED_BITS
         problems["channels {} use less than half of the levels"] = unused
         problems["channels {} saturate"] = outside > MOST_SATURATED
+    remedy = "check --vae_path and --latent_scale"
+    if config.quantizer in QUANTIZERS:
+        remedy += ", --quant_min and --quant_max; --quantizer calibrated adapts"
     return judged(
         text,
-        "check --vae_path, --latent_scale, --quant_min and --quant_max; --quantizer calibrated "
-        "adapts",
+        remedy,
         not STD_OF_ALL[0] <= total <= STD_OF_ALL[1] and "std is not near 1",
         *(
             what.format(of.nonzero().flatten().tolist())

@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -117,6 +118,8 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
+    if (status := Path("/proc/self/status")).exists():  # Linux, whose getrusage counts the parent
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from models.calibration import fit_levels
-from models.config import TokenBridgeConfig, preset, unread_settings
+from models.config import HEAD_QUANTIZERS, TokenBridgeConfig, preset, unread_settings
 from models.sampler import SamplingOptions
 from models.tokenbridge import CLASS_ROWS, TokenBridge
 from models.tokenizers.kl16 import VAE
@@ -107,20 +107,24 @@ def build_config(
     the latents, or the VAE; those of published checkpoints and caches are KL-16's, as is the
     default. classes: of the data, if there are any.
     """
-    flags = {field.name: getattr(args, field.name, None) for field in fields(TokenBridgeConfig)}
+    names = [*(field.name for field in fields(TokenBridgeConfig)), "quant_bits"]
+    flags = {name: getattr(args, name, None) for name in names}
     given = preset(args.model) if args.model is not None else {}
     given |= {name: setting for name, setting in flags.items() if setting is not None}
-    given |= {"quant_levels": 2**args.quant_bits} if args.quant_bits is not None else {}
+    given |= {"quant_levels": 2 ** given.pop("quant_bits")} if "quant_bits" in given else {}
     given = {name: setting for name, setting in given.items() if setting not in (None, "auto")}
     known_head = checkpoint is not None and checkpoint.config is not None
     head = given.get("head", checkpoint.config.head if known_head else "channel")
-    if unread := [name for name in unread_settings(head) if name in given]:
-        flag = "quant_bits" if unread[0] == "quant_levels" else unread[0]
-        raise UserError(f"--{flag}: the {head} head does not read it; leave it out")
-    if vae is not None and (vae.codebook is None) == (head == "codebook"):
-        kind = "is a VAE without a codebook" if vae.codebook is None else "has a codebook"
+    if getattr(args, "order", None) == "confidence" and None in HEAD_QUANTIZERS.get(head, ()):
+        raise UserError(f"--order confidence needs probabilities, which the {head} head has not")
+    if unread := [name for name in unread_settings(head) if flags.get(name) is not None]:
+        raise UserError(f"--{unread[0]}: the {head} head does not read it; leave it out")
+    has_codes = "codebook_size" in ((manifest or {}).get("vae_config") or {})
+    has_codes = has_codes if vae is None else vae.codebook is not None
+    if (vae or manifest) and has_codes != (head == "codebook"):
+        kind = "are entries of a codebook" if has_codes else "are of a VAE without a codebook"
         raise UserError(
-            f"--vae_path {value(args, 'vae_path')} {kind}, but the model's head is {head}; "
+            f"the latents of --vae_path or --cached_path {kind}, but the model's head is {head}; "
             "--head codebook and a VQ tokenizer belong together"
         )
     begins = checkpoint is None or checkpoint.begins
@@ -339,11 +343,17 @@ def _micro_batches(args: argparse.Namespace, batch_size: int, earlier: int | Non
     return micro_batches
 
 
-def learning_rate(args: argparse.Namespace, batches: Batches) -> LRSchedule:
+def learning_rate(
+    args: argparse.Namespace, batches: Batches, checkpoint: Checkpoint | None
+) -> LRSchedule:
+    """As the flags say; its shape, where they do not, as that of the run that goes on."""
+    before = checkpoint.argument if checkpoint is not None and not checkpoint.begins else dict().get
     lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
-    as_published = "constant" if value(args, "model").startswith("mar_") else "cosine"
+    model = args.model or before("model") or value(args, "model")
+    kind = args.lr_schedule or before("lr_schedule")
+    kind = kind or ("constant" if model.startswith("mar_") else "cosine")
     shape = args.min_lr, args.warmup_epochs, args.epochs, batches.steps_per_epoch
-    return LRSchedule(lr, *shape, args.lr_schedule or as_published)
+    return LRSchedule(lr, *shape, kind)
 
 
 def check_rate(

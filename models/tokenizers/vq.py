@@ -65,9 +65,10 @@ class Codebook(nn.Module):
 
 def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code by squared distance. z: [..., C], codebook: [K, C] -> [...]."""
-    square = codebook.square().sum(dim=1)  # |z|^2 is the same for all codes
-    rows = z.reshape(-1, z.shape[-1]).split(ROWS)
-    found = [torch.addmm(square, part, codebook.T, alpha=-2).argmin(dim=1) for part in rows]
+    with torch.autocast(z.device.type, enabled=False):  # half precision confuses neighbours
+        square = codebook.square().sum(dim=1)  # |z|^2 is the same for all codes
+        rows = z.float().reshape(-1, z.shape[-1]).split(ROWS)
+        found = [torch.addmm(square, part, codebook.T, alpha=-2).argmin(dim=1) for part in rows]
     return torch.cat(found).view(z.shape[:-1])
 
 
