@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import main_tokenbridge
 from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, refused
@@ -120,7 +121,9 @@ def test_skipped_steps_are_counted_and_not_in_the_means(new_log, tmp_path, capsy
     assert first.endswith("skipped steps 1  skipped images 3") and "loss nan" in second
 
 
-def test_resumed_log_hides_what_a_killed_run_wrote_later(new_log, tmp_path):
+def test_resumed_log_hides_what_a_killed_run_wrote_later(new_log, tmp_path, monkeypatch):
+    # Files of one second and process are read by their number as text, in which 10 is before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     log = new_log(tmp_path, every=1)
     for number in range(4):
         step(log, number, 1.0)
