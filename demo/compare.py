@@ -54,32 +54,36 @@ COMMANDS = {
     "--val_freq {often} --preview_freq 0 --resume auto --device cpu --output_dir {run} "
     "--metrics_file {run}/metrics.jsonl",
     "draw": "main_tokenbridge.py --evaluate --vae_path {vae} --resume {checkpoint} --seed {seed} "
-    "--num_images {images} --eval_bsz 90 --cfg 2.0 --keep_images --device cpu "
+    "--num_images {images} --eval_bsz 90 --keep_images --device cpu "
     f"{JUDGE} --fid_stats {{root}}/digits.npz --output_dir {{folder}}",
 }
 VAE, VQ = "demo/digits_vae.ckpt", "demo/digits_vq.ckpt"
-# About as many parameters as the channel head of tokenbridge_tiny has, where flags decide it.
-SIZES = {"diffusion": ("--diffloss_d=3", "--diffloss_w=96")}
+# About as many parameters as the channel head of tokenbridge_tiny has, where flags decide it; four
+# timesteps a token, as MAR trains.
+TRAINED = {"diffusion": ("--diffloss_d=3", "--diffloss_w=96", "--diffusion_batch_mul=4")}
+# Nothing is clipped: after so little training, the published 100 steps of sampling diverge.
+DRAWN = {"diffusion": ("--num_sampling_steps=500",)}
 RATE, WARMUP = 3e-3, 2 / 24  # of configs/digits.yaml; the second as a share of the epochs
 REPORTED = 1000  # added to the seed of the images by which the temperature is chosen
-TRAINING, DRAWING = {"channel": 200}, {"diffusion": 350}  # seconds planned, of others 80 and 110
+TRAINING, DRAWING = {"channel": 230}, {"diffusion": 900}  # seconds planned, of others 120 and 150
 PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux
 
 
 class Scale(NamedTuple):
     """How much is done. judge: its epochs. more: flags of all trainings."""
 
-    epochs: int = 24
+    epochs: int = 48
     batch: int = 32
     images: int = 360
     judge: int = 30
-    iterations: tuple[int, ...] = (8, 16, 64)
-    temperatures: tuple[float, ...] = (0.4, 0.6, 0.8, 1.0)
+    iterations: tuple[int, ...] = (4, 8, 16)
+    temperatures: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+    guidances: tuple[float, ...] = (1.0, 2.0)
     more: tuple[str, ...] = ()
 
 
 FEW = "--log_freq=4", "--save_last_freq=1", "--ema_rate=0.9", "--val_images=32"
-QUICK = Scale(2, 128, 80, 3, (2, 4), (0.7, 1.0), FEW)
+QUICK = Scale(2, 128, 80, 3, (2, 4), (0.7, 1.0), (2.0,), FEW)
 
 
 class Run(NamedTuple):
@@ -96,6 +100,11 @@ class Run(NamedTuple):
     like: str = ""
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """Of shares the held-out loss is what is asked."""
+        return ("train",) if self.group.startswith("share") else ("train", "draw")
+
+    @property
     def name(self) -> str:
         return f"{self.group}-{self.label}-{self.seed}".replace(" ", "-").replace("/", "")
 
@@ -109,7 +118,7 @@ class Run(NamedTuple):
 
 def all_runs(seed: int) -> Iterator[Run]:
     """Those of a seed, each after what its number of epochs depends on."""
-    equal = [Run("heads", head, head, seed, SIZES.get(head, ())) for head in HEADS]
+    equal = [Run("heads", head, head, seed, TRAINED.get(head, ())) for head in HEADS]
     yield from equal
     yield from (run.at_equal_time("time") for run in equal if run.head != "channel")
     channel = partial(Run, head="channel", seed=seed)
@@ -142,9 +151,10 @@ class Comparison:
         self.stages["statistics"] = 10, partial(self.call, "statistics")
         self.stages["floor"] = 5, self.floor
         for run in runs:
-            seconds = TRAINING.get("channel" if run.like else run.head, 80)
-            self.stages[f"{run.name}-train"] = seconds, partial(self.train, run)
-            self.stages[f"{run.name}-draw"] = DRAWING.get(run.head, 110), partial(self.draw, run)
+            seconds = {"train": TRAINING.get("channel" if run.like else run.head, 120)}
+            seconds["draw"] = DRAWING.get(run.head, 150)
+            for part in run.parts:
+                self.stages[f"{run.name}-{part}"] = seconds[part], partial(getattr(self, part), run)
         if scale == QUICK:
             self.stages = {name: (8, work) for name, (_, work) in self.stages.items()}
 
@@ -199,42 +209,49 @@ class Comparison:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         timed = [line for line in lines if "speed/images_per_second" in line]
         each = [self.scale.batch / line["speed/images_per_second"] for line in timed]
+        steps = np.diff([line["step"] for line in timed], prepend=0)
         return {
-            "epochs": epochs,  # seconds: without validation and saving
-            "seconds": float(np.diff([line["step"] for line in timed], prepend=0) @ each),
+            "epochs": epochs,
+            "seconds": float(steps @ each),  # without validation and saving
+            "tflop": float(steps * each @ [line["speed/tflops_per_device"] for line in timed]),
             "step_seconds": median(each),
             "memory_gib": max(line["speed/memory_gib"] for line in timed),
             "validation": [[x["step"], x[k]] for x in lines if (k := "validation/loss_ema") in x],
         }
 
     def draw(self, run: Run) -> dict:
-        """Choose the temperature by one seed, then measure the images of another one."""
+        """Choose temperature and guidance by one seed, then measure the images of another one."""
         scale, folder, model = self.scale, self.root / f"{run.name}-images", self.root / run.name
         shutil.rmtree(folder, ignore_errors=True)  # a part of the images, a part of the time
 
-        def points(name: str, checkpoint: Path, seed: int, iterations, temperatures) -> list[dict]:
-            more = ["--num_iter", *iterations, "--temperature", *temperatures]
+        def points(name: str, checkpoint: Path, seed: int, **swept: Sequence) -> list[dict]:
+            more = [*DRAWN.get(run.head, ())]
+            more += [word for flag, choices in swept.items() for word in (f"--{flag}", *choices)]
             values = dict(vae=run.vae, checkpoint=checkpoint, seed=seed, folder=folder / name)
             self.call("draw", more, **values)
             found = [self.point(path) for path in (folder / name).glob("*/metrics.json")]
             return sorted(found, key=lambda point: point["num_iter"])
 
-        middle, seed, curve = [scale.iterations[1]], run.seed + REPORTED, []
-        tried = points("tried", model, run.seed, middle, scale.temperatures)
+        middle, seed, curve = scale.iterations[1:2], run.seed + REPORTED, []
+        grid = {"temperature": scale.temperatures, "cfg": scale.guidances}
+        tried = points("tried", model, run.seed, num_iter=middle, **grid)
         config = read_json(next((folder / "tried").glob("*/metrics.json")))["model"]
-        chosen = min(tried, key=lambda point: point["frechet"])["temperature"]
+        best = min(tried, key=lambda point: point["frechet"])
+        chosen = {name: best[name] for name in grid}
+        fixed = {name: [value] for name, value in chosen.items()}
         for epoch in range(1, scale.epochs if run.group == "heads" else 0):
             if (path := model / f"checkpoint-epoch{epoch:04d}.pth").exists():
-                curve.append(points(path.stem, path, seed, middle, [chosen])[0] | {"epoch": epoch})
-        found = {"temperature": chosen, "tried": tried, "curve": curve, "config": config}
-        found["points"] = points("reported", model, seed, scale.iterations, [chosen])
+                (point,) = points(path.stem, path, seed, num_iter=middle, **fixed)
+                curve.append(point | {"epoch": epoch})
+        found = {**chosen, "tried": tried, "curve": curve, "config": config}
+        found["points"] = points("reported", model, seed, num_iter=scale.iterations, **fixed)
         return found | head_figures(config)
 
     def point(self, path: Path) -> dict:
         """Of a metrics.json beside its images."""
         record = read_json(path)
         images, labels = classifier.generated_images(path.parent)
-        found = {name: record["settings"][name] for name in ("num_iter", "temperature")}
+        found = {name: record["settings"][name] for name in ("num_iter", "temperature", "cfg")}
         found["seconds_100"] = 100 * record["seconds"] / len(images)
         return found | self.figures(images, labels)
 
@@ -299,7 +316,7 @@ def main() -> None:
         results = {"about": about, "quick": args.quick, "floor": comparison.result("floor")}
         results["runs"] = []
         for run in runs:  # of all calls so far
-            parts = {kind: comparison.result(f"{run.name}-{kind}") for kind in ("train", "draw")}
+            parts = {part: comparison.result(f"{run.name}-{part}") for part in run.parts}
             results["runs"] += [run._asdict() | parts] if None not in parts.values() else []
         write_json(root / "results.json", results)
     print(f"\n{tables(results)}\nwritten: {root / 'results.json'}")

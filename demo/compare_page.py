@@ -32,27 +32,39 @@ def spread(values: list[float], error: float | None = None) -> str:
     return f"{mean(values):.4g}" + (f" ± {error:.2g}" if error is not None else "")
 
 
-def cells(runs: list[dict]) -> tuple[dict[str, str], dict[str, str]]:
-    """Rows of costs and of quality, by the tables' heads, of runs that differ in their seeds."""
+def costs(runs: list[dict]) -> dict[str, str]:
+    """A row, by the table's head, of runs that differ in their seeds: what the head needs."""
     draws, trains = [run["draw"] for run in runs], [run["train"] for run in runs]
-    head, draw = runs[0]["head"], draws[0]
-    scalars = draw["config"]["vae_embed_dim"] if head == "mixture" else 1
-    losses = [train["validation"][-1][1] / scalars for train in trains]
-    costs, quality = {"": runs[0]["label"]}, {"": runs[0]["label"]}
-    costs["parameters"] = f"{draw['parameters'] / 1000:.0f} K"
+    row = {"": runs[0]["label"], "parameters": f"{draws[0]['parameters'] / 1000:.0f} K"}
     for kind in ("training", "drawing"):
-        costs[f"MFLOP, {kind}"] = f"{draw[f'flops_{kind}'] / 1e6:.2f}"
-    costs["ms a step"] = f"{1000 * mean(train['step_seconds'] for train in trains):.0f}"
-    quality["epochs"] = f"{mean(train['epochs'] for train in trains):.0f}"
-    quality["training, s"] = f"{mean(train['seconds'] for train in trains):.0f}"
-    quality["validation loss"] = "–" if head in ("masked", "diffusion") else spread(losses)
-    quality["temperature"] = ", ".join(f"{draw['temperature']:g}" for draw in draws)
+        row[f"MFLOP, {kind}"] = f"{draws[0][f'flops_{kind}'] / 1e6:.2f}"
+    row["GiB"] = f"{max(train['memory_gib'] for train in trains):.2f}"
+    row["ms a step"] = f"{1000 * mean(train['step_seconds'] for train in trains):.0f}"
+    for points in zip(*(draw["points"] for draw in draws), strict=True):
+        seconds = mean(point["seconds_100"] for point in points)
+        row[f"s / 100, {points[0]['num_iter']}"] = f"{seconds:.1f}"
+    return row
+
+
+def quality(runs: list[dict], timed: bool, drawn: bool) -> dict[str, str]:
+    """As `costs`: what came of it. timed: what training took, too. drawn: of images, too."""
+    head, trains, row = runs[0]["head"], [run["train"] for run in runs], {"": runs[0]["label"]}
+    if timed:
+        for column, key in (("epochs", "epochs"), ("training, s", "seconds"), ("TFLOP", "tflop")):
+            row[column] = f"{mean(train[key] for train in trains):.0f}"
+    losses = [train["validation"][-1][1] for train in trains]
+    if head == "mixture":  # of a token: a channel's is said
+        losses = [x / runs[0]["draw"]["config"]["vae_embed_dim"] for x in losses]
+    row["validation loss"] = "–" if head in ("masked", "diffusion") else spread(losses)
+    draws = [run["draw"] for run in runs if drawn]
+    if drawn:
+        for name in ("temperature", "cfg"):
+            row[name] = ", ".join(f"{draw[name]:g}" for draw in draws)
     for points in zip(*(draw["points"] for draw in draws), strict=True):
         n, distances = points[0]["num_iter"], [point["frechet"] for point in points]
-        costs[f"s / 100, {n}"] = f"{mean(point['seconds_100'] for point in points):.1f}"
-        quality[f"Fréchet, {n}"] = spread(distances, points[0]["frechet_error"])
-        quality[f"accuracy, {n}"] = f"{mean(point['accuracy'] for point in points):.1%}"
-    return costs, quality
+        row[f"Fréchet, {n}"] = spread(distances, points[0]["frechet_error"])
+        row[f"accuracy, {n}"] = f"{mean(point['accuracy'] for point in points):.1%}"
+    return row
 
 
 def tables(results: dict) -> str:
@@ -66,9 +78,12 @@ def tables(results: dict) -> str:
             if run["group"] == group or repeated:
                 labels.setdefault(run["label"], []).append(run)
         if any(run["group"] == group for run in runs):
-            both = zip(*map(cells, labels.values()), strict=True)
             parts += [f"**{title}**", ""]
-            for rows in both if group == "heads" else [*both][1:]:
+            drawn = not group.startswith("share")
+            timed = group == "time" or not drawn
+            both = [[quality(same, timed, drawn) for same in labels.values()]]
+            both = [[*map(costs, labels.values())], *both] if group == "heads" else both
+            for rows in both:
                 lines = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
                 parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
     real = spread([floor["frechet"]], floor["frechet_error"])
