@@ -148,7 +148,7 @@ def sample_latents(
             model.backbone(values, model.backbone.class_embedding(which, batch), mask, positions)
             for which in (labels, None)
         )
-        z = uncond + sampler.guidance_scale(cfg, "linear", config.seq_len, m) * (z - uncond)
+        z = uncond + (1 + (cfg - 1) * (config.seq_len - m) / config.seq_len) * (z - uncond)
         draws = take(uniforms, positions)
         drawn, _ = model.head.sample(
             z.flatten(0, 1), draws.flatten(0, 1), head_input=config.head_input

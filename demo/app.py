@@ -24,8 +24,8 @@ import matplotlib
 import numpy as np
 import torch
 
-from demo.app_model import Library, draw, reconstruct
-from models.sampler import CFG_SCHEDULES, ORDERS, SamplingOptions
+from demo.app_model import Library, draw, editing, reconstruct
+from models.sampler import CFG_SCHEDULES, NOTHING, ORDERS, SamplingOptions
 from util import dist, stop
 from util.args import DEVICE, MAX_BITS, MODEL, SEED, VAE, Flag, Parser, positive_int, value
 from util.device import resolve_device
@@ -79,8 +79,11 @@ def opened(library: Library, name: str | None, weights: str):
     return loaded.facts, some, *loaded.settings.values(), bits, config.img_size
 
 
-def generate(library: Library, name, weights, classes, count, seconds, *settings):
-    """After every iteration: status, images, order, confidence and the call from Python."""
+def generate(library: Library, name, weights, painted, classes, count, seconds, *settings):
+    """After every iteration: status, images, order, confidence and the call from Python.
+
+    painted: None, or paths of a picture and of what was painted on it, to be drawn anew.
+    """
     with errors_in_the_page():
         loaded = library.load(name, weights)
         if not classes:
@@ -91,11 +94,14 @@ def generate(library: Library, name, weights, classes, count, seconds, *settings
         with as_user_error("settings"):
             options = SamplingOptions(*settings[:-1], token_cache=settings[-1])
         known = [f"{k}={v!r}" for k, v in asdict(options).items() if v is not None]
-        call = f"generate(model, vae, {labels}, {', '.join(known)})"
+        given = editing(loaded, painted, len(labels)) if painted else NOTHING
+        function = "edit(model, vae, image, mask" if painted else "generate(model, vae"
+        call = f"{function}, {labels}, {', '.join(known)})"
         guess = -np.log(loaded.model.config.quant_levels)
         began = time.monotonic()
-        for step, steps, pixels, (orders, sure) in draw(loaded, labels, options, seconds):
+        for step, steps, pixels, (orders, sure) in draw(loaded, labels, options, seconds, given):
             filled = np.isfinite(orders)
+            filled |= False if given.known_mask is None else given.known_mask.numpy()
             factor = pixels.shape[1] // filled.shape[1]
             shown = filled.repeat(factor, axis=1).repeat(factor, axis=2)[..., None]
             yield (
@@ -129,7 +135,9 @@ def make_page(library: Library, seed: int) -> "gr.Blocks":
             weights = gr.Radio(["ema", "model"], value="ema", label="Weights: averaged or raw")
         facts = gr.Markdown(elem_id="facts")
         with gr.Tab("Generate"), gr.Row():
-            drawing = generate_tab(library, [checkpoint, weights], seed)
+            drawing, settings = generate_tab(library, [checkpoint, weights], seed)
+        with gr.Tab("Edit"), gr.Row():
+            edit_tab(library, [checkpoint, weights], drawing[0], settings)
         with gr.Tab("Reconstruct"), gr.Row():
             drawing += reconstruct_tab(library, [checkpoint, weights])
         show = partial(opened, library), [checkpoint, weights], [facts, *drawing]
@@ -160,18 +168,56 @@ def generate_tab(library: Library, model: list, seed_value: int) -> list:
             schedule = gr.Radio(CFG_SCHEDULES, value=CFG_SCHEDULES[0], label="Guidance schedule")
             cache = gr.Slider(0, 16, 0, step=1, label="Token cache (0: none)")
             seconds = gr.Slider(0, 20, 2, step=0.5, label="Seconds to take, to watch")
-    with gr.Column(scale=4):
-        status = gr.Markdown("Choose classes and press **Generate**.", elem_id="status")
-        shown = []
-        for note in ("Images", "Order (dark: first)", "Confidence (dark: a guess)"):
-            with gr.Tab(note, elem_id=note[:5]):
-                shown.append(gr.Gallery(show_label=False, format="png", columns=4))
-        call = gr.Code(language="python", lines=2, wrap_lines=True, elem_id="call")
-    settings = [num_iter, cfg, schedule, temperature, order, seed, cache]
-    inputs, outputs = [*model, classes, count, seconds, *settings], [status, *shown, call]
+    outputs = results("Choose classes and press **Generate**.", "")
+    settings = [count, seconds, num_iter, cfg, schedule, temperature, order, seed, cache]
+    inputs = [*model, gr.State(), classes, *settings]
     drawing = start.click(partial(generate, library), inputs, outputs, **EVENT)
+    status = outputs[0]
     halt.click(lambda now: f"Stopped. {now}", status, status, cancels=drawing, queue=False)
-    return [classes, num_iter, cfg, temperature]
+    return [classes, num_iter, cfg, temperature], settings
+
+
+def results(advice: str, prefix: str) -> list:
+    """The components that show what `generate` yields. prefix: of their names in the page."""
+    with gr.Column(scale=4):
+        status, shown = gr.Markdown(advice, elem_id=f"{prefix}status"), []
+        for note in ("Images", "Order (dark: first)", "Confidence (dark: a guess)"):
+            with gr.Tab(note, elem_id=prefix + note[:5]):
+                shown.append(gr.Gallery(show_label=False, format="png", columns=4))
+        call = gr.Code(language="python", lines=2, wrap_lines=True, elem_id=f"{prefix}call")
+    return [status, *shown, call]
+
+
+def edit_tab(library: Library, model: list, classes: "gr.Dropdown", settings: list) -> None:
+    """A picture is painted on; there it is drawn anew, as the settings of Generate say."""
+    with gr.Column(scale=2, min_width=320):
+        brush = gr.Brush(colors=["#000000"], color_mode="fixed", default_size=24)
+        tools = dict(brush=brush, layers=False, transforms=(), format="png")
+        sources = ["upload", "clipboard"]
+        editor = gr.ImageEditor(label="Picture", sources=sources, elem_id="editor", **tools)
+        editor.preprocess = partial(painted_files, editor)
+        chosen = gr.Dropdown(label="Classes", multiselect=True, allow_custom_value=True)
+        start = gr.Button("Draw what is painted over", variant="primary", elem_id="edit")
+    outputs = results("Drop a picture, paint over what shall change, choose classes.", "edited-")
+    classes.change(lambda same: same, classes, chosen, queue=False, show_progress="hidden")
+    inputs = [*model, editor, chosen, *settings]
+    start.click(partial(generate, library), inputs, outputs, **EVENT)
+
+
+def painted_files(editor: "gr.ImageEditor", payload) -> tuple[str, list[str]] | None:
+    """In the place of gradio's own reading, which opens any format: files for the project's."""
+    blobs = editor.blob_storage.pop(payload.id, payload) if payload else None
+    if blobs is None or not blobs.background:
+        return None
+    paths = []
+    for part in (blobs.background, *blobs.layers):
+        path = getattr(part, "path", None)
+        if part and path is None:
+            with tempfile.NamedTemporaryFile(dir=os.environ["GRADIO_TEMP_DIR"], delete=False) as f:
+                f.write(part)
+            path = f.name
+        paths += [path] if path else []
+    return paths[0], paths[1:]
 
 
 def reconstruct_tab(library: Library, model: list) -> list:

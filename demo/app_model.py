@@ -21,11 +21,11 @@ import torch
 
 from models.backbone import unpatchify
 from models.config import PRESETS, preset
-from models.generate import decode_images, to_uint8
+from models.generate import decode_images, known_positions, to_uint8
 from models.hub import WEIGHTS
 from models.masking import mask_schedule
 from models.quantizer import GaussianQuantizer, Quantizer, entropy, level_counts
-from models.sampler import SamplingOptions, sampling_steps
+from models.sampler import NOTHING, Given, SamplingOptions, sampling_steps
 from models.tokenbridge import CLASS_ROWS, TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
 from reconstruction import draw_latents
@@ -139,21 +139,29 @@ def class_names(class_num: int, trained: tuple[str, ...] | None) -> tuple[str, .
 
 
 def draw(
-    loaded: Loaded, labels: Sequence[int], options: SamplingOptions, seconds: float = 0.0
+    loaded: Loaded,
+    labels: Sequence[int],
+    options: SamplingOptions,
+    seconds: float = 0.0,
+    given: Given = NOTHING,
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
     """The images of `models.generate.generate`, of the same labels and options, step by step.
 
-    seconds: to take at least, so that eyes can follow. Yields, after iterations that do not take
-    longer to show than to compute, number, how many there are, pixels uint8 [B, S, S, 3], and maps
-    [2, B, G, G]: the iteration that filled a position, the mean log-probability of its channels.
+    seconds: to take at least, so that eyes can follow. given: what is known of the images. Yields,
+    after iterations that do not take longer to show than to compute, number, how many there are,
+    pixels uint8 [B, S, S, 3], and maps [2, B, G, G]: the iteration that filled a position, the mean
+    log-probability of its channels; NaN where nothing was drawn.
     """
     model, config = loaded.model, loaded.model.config
     device = next(model.parameters()).device
     precision = resolve_precision("auto", device)
-    counts = mask_schedule(config.seq_len, options.num_iter)
-    steps = sum(before != after for before, after, _ in counts)
+    unknown = config.seq_len
+    if given.known_mask is not None:
+        unknown -= int(given.known_mask[0].sum())
+    counts = mask_schedule(unknown, options.num_iter, options.mask_schedule) if unknown else ()
+    steps = sum(before != after for before, after, _ in counts) or 1
     maps = torch.full((2, len(labels), config.seq_len), math.nan)
-    states = sampling_steps(model, torch.tensor(labels), options)
+    states = sampling_steps(model, torch.tensor(labels), options, given=given)
     began = due = time.monotonic()
     for number in range(1, steps + 1):
         with precision.autocast(device):  # not around the loop: threads may change
@@ -168,6 +176,21 @@ def draw(
             yield number, steps, pixels, grids
             due = time.monotonic() + max(0.05, time.monotonic() - now)
         time.sleep(max(0.0, began + seconds * number / steps - time.monotonic()))
+
+
+def editing(loaded: Loaded, painted: tuple[str, Sequence[str]], count: int) -> Given:
+    """What is known of `count` images of a picture; painted: its file, and of what is painted on
+    it, dark on a light or transparent ground. Raises UserError.
+    """
+    config, (picture, layers) = loaded.model.config, painted
+    with as_user_error("this picture"):
+        images = [center_crop(read_image(path), config.img_size) for path in (picture, *layers)]
+    drawn = [np.array(layer.convert("L")) < 255 for layer in images[1:]]
+    mask = np.any(drawn, axis=0) if drawn else np.zeros((config.img_size,) * 2, bool)
+    if not mask.any():
+        raise UserError("nothing is painted over: paint with the brush what shall be drawn anew")
+    known = known_positions(loaded.model, loaded.tokenizer, images[0], mask)
+    return Given(**{k: x.expand(count, *x.shape[1:]).cpu() for k, x in known.items()})
 
 
 @torch.no_grad()

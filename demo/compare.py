@@ -4,18 +4,21 @@ python -m demo.compare [--quick] [--long] [--only GROUP ...] [--heads HEAD ...]
 python -m demo.compare --render benchmarks/results/heads.json
 
 What is finished is not done again, also after a kill. Everything goes to output/compare, --quick's
-to output/compare-quick; --render puts a results.json into docs/heads.md as tables and charts.
+to output/compare-quick; --render puts a results.json into docs/heads.md and docs/sampling.md, as
+tables and charts.
 """
 
 import ctypes
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,6 +31,8 @@ import torch
 from demo import classifier
 from demo.compare_page import GROUPS, render, tables
 from models.config import HEAD_QUANTIZERS, HEADS, TokenBridgeConfig
+from models.masking import mask_schedule
+from models.sampler import SamplingOptions, guidance_scale
 from models.tokenbridge import TokenBridge
 from util import ROOT, dist, flops
 from util.args import Parser
@@ -64,6 +69,18 @@ TRAINED = {"diffusion": ("--diffloss_d=3", "--diffloss_w=96", "--diffusion_batch
 # Nothing is clipped: after so little training, the published 100 steps of sampling diverge.
 DRAWN = {"diffusion": ("--num_sampling_steps=500",)}
 RATE, WARMUP = 3e-3, 2 / 24  # of configs/digits.yaml; the second as a share of the epochs
+# Ways to draw from the channel head, and the guidances of which each takes its best.
+SAMPLED = [(), ("--cfg_schedule=constant",), ("--cfg_schedule=cosine",)]
+SAMPLED += [("--cfg_schedule=cosine", "--cfg_power=2"), ("--mask_schedule=exp",)]
+for ends in ("0 0.5", "0.18 0.6", "0.5 1"):
+    SAMPLED += [("--cfg_schedule=constant", "--cfg_interval", *ends.split())]
+SAMPLED += [
+    ("--order=raster",),
+    ("--order=confidence",),
+    ("--token_cache=2",),
+    ("--token_cache=4",),
+]
+GUIDANCES = (1.5, 2.0, 3.0, 4.0)
 REPORTED = 1000  # added to the seed of the images by which the temperature is chosen
 TRAINING, DRAWING = {"channel": 230}, {"diffusion": 900}  # seconds planned, of others 120 and 150
 PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux
@@ -101,12 +118,20 @@ class Run(NamedTuple):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Of shares the held-out loss is what is asked."""
+        """Of shares the held-out loss is what is asked; ways to draw need no training."""
+        if self.group == "sampling":
+            return ("draw",)
         return ("train",) if self.group.startswith("share") else ("train", "draw")
 
     @property
+    def trained(self) -> str:
+        """The training that is drawn from."""
+        return f"heads-channel-{self.seed}" if self.group == "sampling" else self.name
+
+    @property
     def name(self) -> str:
-        return f"{self.group}-{self.label}-{self.seed}".replace(" ", "-").replace("/", "")
+        words = re.findall(r"[\w.]+", self.label)
+        return "-".join([self.group, *words, str(self.seed)])
 
     @property
     def vae(self) -> str:
@@ -131,6 +156,9 @@ def all_runs(seed: int) -> Iterator[Run]:
     for width, depth in ((32, 2), (128, 2), (64, 1), (64, 4)):
         size = f"--channel_embed_dim={width}", f"--channel_depth={depth}"
         yield channel("size", f"{width} x {depth}", flags=size)
+    yield channel("masks", "mask_distribution exp", flags=("--mask_distribution=exp",))
+    for flags in SAMPLED:
+        yield channel("sampling", " ".join(flags).replace("=", " ") or "as published", flags=flags)
     for share, times in ((1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)):
         flags = f"--head_share={1 / share}", f"--lr={RATE * times}"
         run = channel("share", f"1/{share}, rate x{times}", flags=flags)
@@ -221,19 +249,23 @@ class Comparison:
 
     def draw(self, run: Run) -> dict:
         """Choose temperature and guidance by one seed, then measure the images of another one."""
-        scale, folder, model = self.scale, self.root / f"{run.name}-images", self.root / run.name
+        scale, folder = self.scale, self.root / f"{run.name}-images"
+        model, flags = self.root / run.trained, DRAWN.get(run.head, ())
         shutil.rmtree(folder, ignore_errors=True)  # a part of the images, a part of the time
 
         def points(name: str, checkpoint: Path, seed: int, **swept: Sequence) -> list[dict]:
-            more = [*DRAWN.get(run.head, ())]
-            more += [word for flag, choices in swept.items() for word in (f"--{flag}", *choices)]
-            values = dict(vae=run.vae, checkpoint=checkpoint, seed=seed, folder=folder / name)
-            self.call("draw", more, **values)
+            words = (word for flag, values in swept.items() for word in (f"--{flag}", *values))
+            where = dict(vae=run.vae, checkpoint=checkpoint, seed=seed, folder=folder / name)
+            self.call("draw", [*flags, *words], **where)
             found = [self.point(path) for path in (folder / name).glob("*/metrics.json")]
             return sorted(found, key=lambda point: point["num_iter"])
 
         middle, seed, curve = scale.iterations[1:2], run.seed + REPORTED, []
         grid = {"temperature": scale.temperatures, "cfg": scale.guidances}
+        if run.group == "sampling":
+            if (known := self.result(f"{run.trained}-draw")) is None:
+                raise UserError(f"{run.name} comes after {run.trained}: --only heads")
+            grid, flags = {"temperature": [known["temperature"]], "cfg": GUIDANCES}, run.flags
         tried = points("tried", model, run.seed, num_iter=middle, **grid)
         config = read_json(next((folder / "tried").glob("*/metrics.json")))["model"]
         best = min(tried, key=lambda point: point["frechet"])
@@ -253,6 +285,7 @@ class Comparison:
         images, labels = classifier.generated_images(path.parent)
         found = {name: record["settings"][name] for name in ("num_iter", "temperature", "cfg")}
         found["seconds_100"] = 100 * record["seconds"] / len(images)
+        found["evaluations"] = evaluations(record["settings"], record["model"])
         return found | self.figures(images, labels)
 
     def floor(self) -> dict:
@@ -272,6 +305,16 @@ class Comparison:
     @cached_property
     def judge(self) -> Extractor:
         return Extractor("digits", self.root / "classifier.pth", torch.device("cpu"))
+
+
+def evaluations(settings: dict, model: dict) -> int:
+    """Of the backbone, for one image; a guided iteration is two."""
+    known = {field.name for field in fields(SamplingOptions)} & set(settings)
+    options = SamplingOptions(**{name: settings[name] for name in known})
+    length = TokenBridgeConfig.from_dict(model).seq_len
+    steps = enumerate(mask_schedule(length, options.num_iter, options.mask_schedule))
+    filling = [(i / options.num_iter, m) for i, (before, after, m) in steps if before > after]
+    return sum(1 + (guidance_scale(options, length, m, done) != 1) for done, m in filling)
 
 
 def head_figures(settings: dict) -> dict:
@@ -296,7 +339,7 @@ def main() -> None:
     add("--only", nargs="+", choices=tuple(GROUPS), help="these tables [heads; --long: all]")
     add("--heads", nargs="+", choices=tuple(HEADS), default=[*HEADS], help="these [all]")
     add("--output_dir", type=Path, help="[output/compare, output/compare-quick]")
-    add("--render", type=Path, help="a results.json, to put into docs/heads.md; runs nothing")
+    add("--render", type=Path, help="a results.json, to put into docs/; runs nothing")
     args = parser.parse()
     if args.render:
         render(read_json(args.render))

@@ -1,5 +1,6 @@
 """The tables and charts of the comparison's results (demo/compare.py), for docs/heads.md."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -18,11 +19,19 @@ GROUPS = {
     "range": "Range of the levels (channel: 5)",
     "order": "Order of the channels (channel: by frequency)",
     "size": "Width x depth of the head (channel: 64 x 2)",
+    "masks": "Distribution of the training mask ratio (channel: normal)",
     "share": "Share of the masked positions in the loss (channel: 1), the same steps",
     "share-time": "Share of the masked positions in the loss, the same training time",
+    "sampling": "Ways to draw from the channel head",
 }
-ABOVE = {"heads": (), "bits": ("channel", "mixture", "diffusion")}  # rows that other tables repeat
-PAGE = ROOT / "docs" / "heads.md"
+TIMED = ("time", "share", "share-time")  # tables in which it matters what training took
+ABOVE = {
+    "heads": (),
+    "sampling": (),
+    "bits": ("channel", "mixture", "diffusion"),
+}  # rows that other tables repeat
+PAGES = {"heads.md": [name for name in GROUPS if name not in ("sampling", "masks")]}
+PAGES["sampling.md"] = ["sampling", "masks"]
 MARKS = "<!-- results of demo.compare -->\n", "<!-- end of results -->\n"
 
 
@@ -46,58 +55,64 @@ def costs(runs: list[dict]) -> dict[str, str]:
     return row
 
 
-def quality(runs: list[dict], timed: bool, drawn: bool) -> dict[str, str]:
-    """As `costs`: what came of it. timed: what training took, too. drawn: of images, too."""
-    head, trains, row = runs[0]["head"], [run["train"] for run in runs], {"": runs[0]["label"]}
-    if timed:
+def quality(runs: list[dict], group: str) -> dict[str, str]:
+    """As `costs`, in the table of that group: what came of it."""
+    head, row = runs[0]["head"], {"": runs[0]["label"]}
+    trains, draws = ([run[part] for run in runs if part in run] for part in ("train", "draw"))
+    if group in TIMED:
         for column, key in (("epochs", "epochs"), ("training, s", "seconds"), ("TFLOP", "tflop")):
             row[column] = f"{mean(train[key] for train in trains):.0f}"
-    losses = [train["validation"][-1][1] for train in trains]
-    if head == "mixture":  # of a token: a channel's is said
-        losses = [x / runs[0]["draw"]["config"]["vae_embed_dim"] for x in losses]
-    row["validation loss"] = "–" if head in ("masked", "diffusion") else spread(losses)
-    draws = [run["draw"] for run in runs if drawn]
-    if drawn:
-        for name in ("temperature", "cfg"):
-            row[name] = ", ".join(f"{draw[name]:g}" for draw in draws)
+    if group != "sampling":
+        losses = [train["validation"][-1][1] for train in trains]
+        if head == "mixture":  # of a token: a channel's is said
+            losses = [loss / draws[0]["config"]["vae_embed_dim"] for loss in losses]
+        row["validation loss"] = "–" if head in ("masked", "diffusion") else spread(losses)
+    if group.startswith("share"):
+        return row
+    for name in ("temperature", "cfg"):
+        row[name] = ", ".join(f"{draw[name]:g}" for draw in draws)
     for points in zip(*(draw["points"] for draw in draws), strict=True):
         n, distances = points[0]["num_iter"], [point["frechet"] for point in points]
+        if group == "sampling":
+            row[f"evaluations, {n}"] = f"{points[0]['evaluations']}"
         row[f"Fréchet, {n}"] = spread(distances, points[0]["frechet_error"])
         row[f"accuracy, {n}"] = f"{mean(point['accuracy'] for point in points):.1%}"
     return row
 
 
-def tables(results: dict) -> str:
-    """All groups that there are, in Markdown."""
-    floor, about, runs = results["floor"], results["about"], results["runs"]
+def tables(results: dict, groups: Sequence[str] = tuple(GROUPS)) -> str:
+    """Those groups that there are, in Markdown."""
+    floor, about = results["floor"], results["about"]
     parts = ["These are of `--quick`: a few steps, poor digits.", ""] if results["quick"] else []
-    for group, title in GROUPS.items():
+    used = []
+    for group in groups:
         labels = {}
-        for run in runs:
+        if not any(run["group"] == group for run in results["runs"]):
+            continue
+        for run in results["runs"]:
             repeated = run["group"] == "heads" and run["label"] in ABOVE.get(group, ("channel",))
             if run["group"] == group or repeated:
                 labels.setdefault(run["label"], []).append(run)
-        if any(run["group"] == group for run in runs):
-            parts += [f"**{title}**", ""]
-            drawn = not group.startswith("share")
-            timed = group == "time" or not drawn
-            both = [[quality(same, timed, drawn) for same in labels.values()]]
-            both = [[*map(costs, labels.values())], *both] if group == "heads" else both
-            for rows in both:
-                lines = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
-                parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
+        used += sum(labels.values(), [])
+        parts += [f"**{GROUPS[group]}**", ""]
+        both = [[quality(same, group) for same in labels.values()]]
+        both = [[*map(costs, labels.values())], *both] if group == "heads" else both
+        for rows in both:
+            lines = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+            parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
     real = spread([floor["frechet"]], floor["frechet_error"])
-    commits = ", ".join(sorted({str(run["draw"]["commit"]) for run in runs}))
-    seeds, where = len({run["seed"] for run in runs}), f"{about['processor']}, {about['system']}"
+    made = [run[part]["commit"] for run in used for part in ("train", "draw") if part in run]
+    where = f"{about['processor']}, {about['system']}"
     parts += [
         f"Held-out real digits: Fréchet distance {real}, accuracy {floor['accuracy']:.1%}. Seeds: "
-        f"{seeds}; {where}, Python {about['Python']}, torch {about['torch']}; commit {commits}.",
+        f"{len({run['seed'] for run in used})}; {where}, Python {about['Python']}, torch "
+        f"{about['torch']}; commit {', '.join(sorted(set(made)))}.",
     ]
     return "\n".join([*parts, ""])
 
 
-def render(results: dict, page: Path = PAGE) -> None:
-    """Put the tables between the page's marks, and draw its charts into images/ beside it."""
+def render(results: dict, folder: Path = ROOT / "docs") -> None:
+    """Put the tables between the marks of the pages, and the charts into images/ beside them."""
     training, sampling = {}, {}
     for run in results["runs"]:
         if run["group"] == "heads" and run["seed"] == 0:
@@ -106,7 +121,7 @@ def render(results: dict, page: Path = PAGE) -> None:
             curve = [(x["epoch"] / epochs * seconds, x) for x in (*draw["curve"], last)]
             training[run["label"]] = curve
             sampling[run["label"]] = [(x["seconds_100"], x) for x in draw["points"]]
-    images = page.parent / "images"
+    images = folder / "images"
     images.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
         for name, curves, x in (
@@ -127,7 +142,8 @@ def render(results: dict, page: Path = PAGE) -> None:
             axes.legend()
             with atomic_write(images / f"{name}.svg") as file:
                 figure.savefig(file, format="svg", metadata={"Date": None})
-    before, rest = page.read_text().split(MARKS[0])
-    text = f"{before}{MARKS[0]}\n{tables(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
-    with atomic_write(page) as file:
-        file.write(text.encode())
+    for name, groups in PAGES.items():
+        before, rest = (folder / name).read_text().split(MARKS[0])
+        text = f"{before}{MARKS[0]}\n{tables(results, groups)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+        with atomic_write(folder / name) as file:
+            file.write(text.encode())

@@ -6,6 +6,8 @@ Source: arXiv 2503.16430 and the released checkpoints.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 
+from models.masking import MASK_RATIO_MIN, MaskRatios
+
 # Multiplying KL-16's posterior samples by this brings them to about unit standard deviation.
 PUBLISHED_LATENT_SCALE = 0.2325
 # KL-16's channels by their share of low-frequency energy, largest first.
@@ -54,6 +56,7 @@ class TokenBridgeConfig:
     channel_order: in which the head predicts the channels, None is `default_channel_order`.
     quant_min, quant_max: of the published quantizer. quantizer: None is the head's: "published",
     "codebook", or none at all for a continuous head.
+    mask_distribution, mask_ratio_min: see `MaskRatios`; None is the distribution's published one.
     head_share: of the masked positions whose loss is computed in training; published: all.
     The last ones are the settings of a head (`HEADS`), None in a model that has another one.
     Raises ValueError, naming the value, if the numbers do not fit together.
@@ -81,7 +84,8 @@ class TokenBridgeConfig:
     quant_min: float = -5.0
     quant_max: float = 5.0
     label_drop_prob: float = 0.1
-    mask_ratio_min: float = 0.7
+    mask_distribution: str = "normal"
+    mask_ratio_min: float | None = None
     channel_order: tuple[int, ...] | None = None
     latent_scale: float = PUBLISHED_LATENT_SCALE
     head_input: str = "trained"
@@ -100,6 +104,8 @@ class TokenBridgeConfig:
         order = self.channel_order
         order = default_channel_order(self.vae_embed_dim) if order is None else tuple(order)
         resolved = {"channel_order": order}
+        if self.mask_ratio_min is None:
+            resolved["mask_ratio_min"] = MASK_RATIO_MIN.get(self.mask_distribution, 0.0)
         if self.quantizer is None:
             resolved["quantizer"] = HEAD_QUANTIZERS.get(self.head, QUANTIZERS)[0]
         for name, default in HEADS.get(self.head, {}).items():
@@ -156,8 +162,10 @@ class TokenBridgeConfig:
         if sorted(self.channel_order) != list(range(self.vae_embed_dim)):
             permuted = f"a permutation of the {self.vae_embed_dim} latent channels (vae_embed_dim)"
             yield f"channel_order {self.channel_order} is not {permuted}"
-        if self.head_input not in HEAD_INPUTS:
-            yield f"head_input {self.head_input!r} is not one of {HEAD_INPUTS}"
+        known = {"head_input": HEAD_INPUTS, "mask_distribution": tuple(MASK_RATIO_MIN)}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                yield f"{name} {getattr(self, name)!r} is not one of {values}"
 
     @property
     def grid_size(self) -> int:
@@ -173,6 +181,11 @@ class TokenBridgeConfig:
     def token_dim(self) -> int:
         """C * p * p, the latent scalars of one token."""
         return self.vae_embed_dim * self.patch_size**2
+
+    @property
+    def mask_ratios(self) -> MaskRatios:
+        """Of training."""
+        return MaskRatios(self.mask_distribution, self.mask_ratio_min)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -55,7 +55,8 @@ def generate(
 
     vae: the one of the training; a VAE, whose latents are scaled by the model's latent_scale, or a
     Tokenizer, which has its own; it is frozen. labels: B classes, by number or by name.
-    options: num_iter, cfg, cfg_schedule, temperature, order, seed, ... of `SamplingOptions`.
+    options: num_iter, cfg, cfg_schedule, temperature, order, seed, ... of `SamplingOptions`; known
+    and known_mask of `sample_latents`, of one image for all.
     image_ids: image i is made of the noise of (seed, image_ids[i]), default i, so it is the
     same in any batch, but for rounding. batch_size: images at once.
     precision: one of `PRECISIONS`, of the model; the VAE decodes in fp32.
@@ -68,14 +69,54 @@ def generate(
         raise ValueError(f"{len(ids)} image_ids, {len(labels)} labels, batch_size {batch_size}")
     device = model.backbone.fake_latent.device
     _, dtype = arithmetic(precision, device)
+    given = {name: options.pop(name) for name in ("known", "known_mask") if name in options}
     tokenizer, sampling = _tokenizer(vae, model), asdict(SamplingOptions(**options))
     images = []
     for start in range(0, len(labels), batch_size):
         batch = slice(start, start + batch_size)
         with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
-            latents = sample_latents(model, labels[batch], image_ids=ids[batch], **sampling)
+            same = {k: x.expand(len(labels[batch]), *x.shape[1:]) for k, x in given.items()}
+            latents = sample_latents(model, labels[batch], image_ids=ids[batch], **same, **sampling)
         images.append(decode_images(tokenizer, latents))
     return torch.cat(images).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def edit(
+    model: TokenBridge,
+    vae: VAE | Tokenizer,
+    image: np.ndarray,
+    mask: np.ndarray,
+    labels: Sequence[int | str] | Tensor,
+    **settings,
+) -> np.ndarray:
+    """The image as an image of each label, drawn anew where the mask is true.
+
+    image: uint8 [S, S, 3] of the model's size, an array or PIL image. mask: bool [S, S]. settings:
+    of `generate`. What is not drawn anew comes back as VAE and quantizer have it.
+    Returns uint8 [B, S, S, 3]. Raises ValueError on values out of range.
+    """
+    tokenizer = _tokenizer(vae, model)
+    known = known_positions(model, tokenizer, image, mask)
+    return generate(model, tokenizer, labels, **known, **settings)
+
+
+def known_positions(
+    model: TokenBridge, tokenizer: Tokenizer, image: np.ndarray, mask: np.ndarray
+) -> dict[str, Tensor]:
+    """What `sample_latents` takes as known, of one image; see `edit`.
+
+    A position is drawn anew if one of its pixels is: the mask is rounded outwards.
+    """
+    config, pixels, mask = model.config, np.array(image), np.array(mask, bool)
+    size, grid = config.img_size, config.grid_size
+    if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8 or mask.shape != (size, size):
+        found = f"image of {pixels.shape} {pixels.dtype} and mask of {mask.shape}"
+        raise ValueError(f"{found}: expected uint8 ({size}, {size}, 3) and ({size}, {size})")
+    drawn = mask.reshape(grid, size // grid, grid, size // grid).any(axis=(1, 3))
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    posterior = tokenizer.posterior(batch.to(next(tokenizer.parameters()).device))
+    latents = tokenizer.mode(posterior)
+    return {"known": latents, "known_mask": torch.from_numpy(~drawn)[None]}
 
 
 def decode_images(tokenizer: Tokenizer, latents: Tensor) -> Tensor:

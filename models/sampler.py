@@ -6,26 +6,28 @@ a position from) is a function of (seed, i) alone, whatever the batch and the nu
 Letters: B batch, L positions, C channels of a token, U uniforms of a position, m positions still
 masked, n of them predicted.
 Source: MAR, arXiv 2406.11838, section 3.4; arXiv 2503.16430; MaskGIT, arXiv 2202.04200, for the
-order by confidence.
+order by confidence; RAR, arXiv 2411.00776, for cosine guidance; eMIGM, arXiv 2503.07197, for
+the interval of guidance and the exponential mask schedule.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from models.backbone import unpatchify
+from models.backbone import patchify, unpatchify
 from models.config import HEAD_INPUTS
 from models.layers import take
-from models.masking import Mask, mask_schedule
+from models.masking import MASK_SCHEDULES, Mask, mask_schedule
 from models.token_cache import CachedBackbone
 from models.tokenbridge import TokenBridge
 
-CFG_SCHEDULES = ("linear", "constant")
+CFG_SCHEDULES = ("linear", "constant", "cosine")
 ORDERS = ("random", "confidence", "raster")
 
 
@@ -33,7 +35,10 @@ ORDERS = ("random", "confidence", "raster")
 class SamplingOptions:
     """How to decode. Raises ValueError, naming the value, on what cannot be done.
 
-    num_iter: iterations S. cfg: guidance g, 1 is none.
+    num_iter: iterations S. cfg: guidance g, 1 is none; see `guidance_scale`.
+    cfg_power: of the cosine schedule, None is 1. cfg_interval: guide only while the share of the
+    iterations that are done lies in it, both ends included; elsewhere g is 1 and the unconditional
+    half is not computed. None is always. mask_schedule: of `MASK_SCHEDULES`.
     temperature: of the softmax over levels; 0 takes the most likely one.
     order: "random", each image's own; "raster", row by row; "confidence": every iteration draws
     all masked positions and keeps those whose channels were the most likely together.
@@ -50,14 +55,26 @@ class SamplingOptions:
     seed: int = 0
     head_input: str | None = None
     token_cache: int = 0
+    cfg_power: float | None = None
+    cfg_interval: tuple[float, float] | None = None
+    mask_schedule: str = "cosine"
 
     def __post_init__(self):
         for name, least in (("num_iter", 1), ("temperature", 0), ("cfg", 0), ("token_cache", 0)):
             if not least <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)} is not a number from {least} on")
+        if self.cfg_power is not None and self.cfg_schedule != "cosine":
+            raise ValueError(f"cfg_power {self.cfg_power:g} is of cfg_schedule cosine")
+        if self.cfg_power is not None and not 0 < self.cfg_power < math.inf:
+            raise ValueError(f"cfg_power {self.cfg_power} is not positive")
+        if self.cfg_interval is not None:
+            low, high = self.cfg_interval
+            if not 0 <= low <= high <= 1:
+                raise ValueError(f"cfg_interval {low} {high} is not 0 <= LOW <= HIGH <= 1")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} is not between 0 and 2^63")
         known = dict(cfg_schedule=CFG_SCHEDULES, order=ORDERS, head_input=(*HEAD_INPUTS, None))
+        known["mask_schedule"] = tuple(MASK_SCHEDULES)
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {values}")
@@ -89,9 +106,19 @@ def image_randomness(
     return draws[..., 0].argsort(dim=1, stable=True), draws[..., 1:]
 
 
-def guidance_scale(cfg: float, schedule: str, length: int, m: int) -> float:
-    """g_s of an iteration after which m of L positions stay masked."""
-    return 1 + (cfg - 1) * (length - m) / length if schedule == "linear" else cfg
+def guidance_scale(options: SamplingOptions, length: int, m: int, done: float = 0.0) -> float:
+    """g_s of an iteration after which m of L positions stay masked. done: the share of the
+    iterations that come before it.
+    """
+    low, high = options.cfg_interval or (0, 1)
+    if not low <= done <= high:
+        return 1.0
+    if options.cfg_schedule == "linear":
+        return 1 + (options.cfg - 1) * (length - m) / length
+    if options.cfg_schedule == "cosine":
+        angle = math.pi * done ** (options.cfg_power or 1)
+        return 1 + (options.cfg - 1) * (1 - math.cos(angle)) / 2
+    return options.cfg
 
 
 def sample_latents(
@@ -102,6 +129,8 @@ def sample_latents(
     image_ids: Sequence[int] | None = None,
     orders: Tensor | None = None,
     uniforms: Tensor | None = None,
+    known: Tensor | None = None,
+    known_mask: Tensor | None = None,
     **options,
 ) -> Tensor:
     """[B, C, H, W] scaled latents, every value a level of the quantizer if there is one.
@@ -109,11 +138,26 @@ def sample_latents(
     labels: [B] int64 classes; None, with `batch_size`, for images of no class.
     image_ids: B numbers that name the images, default 0..B-1. orders: [B, L] permutations, the
     positions in the reverse order of their prediction. uniforms: [B, L, U], what the head draws
-    from. options: those of `SamplingOptions`. Raises ValueError on values out of range.
+    from. known: [B, C, H, W] scaled latents, which stay, as the quantizer has them, where
+    known_mask [B, G, G] is true: at as many positions in every image; all iterations are for the
+    others. options: those of `SamplingOptions`. Raises ValueError on values out of range.
     """
-    how = SamplingOptions(**options), batch_size, image_ids, (orders, uniforms)
+    given = Given(orders, uniforms, known, known_mask)
+    how = SamplingOptions(**options), batch_size, image_ids, given
     *_, last = sampling_steps(model, labels, *how)
     return unpatchify(last.values, model.config.patch_size, model.config.grid_size)
+
+
+class Given(NamedTuple):
+    """What is not drawn, or not predicted: see `sample_latents`."""
+
+    orders: Tensor | None = None
+    uniforms: Tensor | None = None
+    known: Tensor | None = None
+    known_mask: Tensor | None = None
+
+
+NOTHING = Given()
 
 
 @torch.no_grad()
@@ -123,9 +167,9 @@ def sampling_steps(
     options: SamplingOptions,
     batch_size: int | None = None,
     image_ids: Sequence[int] | None = None,
-    given: tuple[Tensor | None, Tensor | None] = (None, None),
+    given: Given = NOTHING,
 ) -> Iterator[SamplingStep]:
-    """The same, one iteration after the other: at least one. given: orders and uniforms."""
+    """The same, one iteration after the other: at least one, of no position if all are known."""
     config, device = model.config, model.backbone.fake_latent.device
     if labels is None and batch_size is None:
         raise ValueError("labels=None needs batch_size, the number of images")
@@ -142,7 +186,7 @@ def sampling_steps(
         drawn = torch.arange(config.seq_len).flip(0).expand(batch, -1), drawn[1]
     orders, uniforms = (
         (own if other is None else other).to(device)
-        for own, other in zip(drawn, given, strict=True)
+        for own, other in zip(drawn, given[:2], strict=True)
     )
     conditions = _Conditions(model, None if labels is None else labels.to(device), options)
     how = {"temperature": options.temperature}
@@ -150,14 +194,20 @@ def sampling_steps(
         how["head_input"] = options.head_input or config.head_input
 
     values = torch.zeros(batch, config.seq_len, config.token_dim, device=device)
-    filled = orders[:, :0]
+    filled, unknown = orders[:, :0], config.seq_len
+    if given.known is not None or given.known_mask is not None:
+        values, orders, unknown = _begun(model, given, orders)
+    if not unknown:
+        nothing = values[:, :0], torch.zeros(values.shape[:2], dtype=torch.bool, device=device)
+        yield SamplingStep(values, filled, *nothing)
+    schedule = mask_schedule(unknown, options.num_iter, options.mask_schedule) if unknown else ()
     with evaluation_mode(model):
-        for before, after, m in mask_schedule(config.seq_len, options.num_iter):
+        for number, (before, after, m) in enumerate(schedule):
             if before == after:
                 continue
             # Those to fill now come last; by confidence, any of those left may be.
             positions = orders[:, (0 if options.order == "confidence" else after) : before]
-            scale = guidance_scale(options.cfg, options.cfg_schedule, config.seq_len, m)
+            scale = guidance_scale(options, unknown, m, number / options.num_iter)
             mask = Mask.from_orders(orders, before)
             z = conditions(values, mask, positions, filled, scale).flatten(0, 1)
             if z.dim() == 3:  # [M, 2, D]: the head guides
@@ -177,6 +227,24 @@ def sampling_steps(
             yield SamplingStep(values, filled, log_probs, masked)
 
 
+def _begun(model: TokenBridge, given: Given, orders: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Values [B, L, C] and orders [B, L] in which known positions are filled; how many are not."""
+    config, device = model.config, orders.device
+    shapes = (len(orders), *config.latent_shape), (len(orders), config.grid_size, config.grid_size)
+    found = tuple(None if x is None else tuple(x.shape) for x in (given.known, given.known_mask))
+    if found != shapes:
+        raise ValueError(f"known and known_mask are of {found}, expected {shapes}")
+    mask = given.known_mask.to(device).bool().flatten(1)
+    counts = mask.sum(dim=1).tolist()
+    if len(set(counts)) != 1:
+        raise ValueError(f"images of one batch have {counts} known positions: draw them apart")
+    values = patchify(given.known.to(device).float(), config.patch_size)
+    if model.quantizer is not None:
+        values = model.quantizer.decode(model.quantizer.encode(values))
+    last = mask.gather(1, orders).int().argsort(dim=1, stable=True)
+    return values * mask[..., None], orders.gather(1, last), config.seq_len - counts[0]
+
+
 class _Conditions:
     """z of the positions to predict; guided, z_uncond + g (z_cond - z_uncond), both in one pass.
 
@@ -186,15 +254,15 @@ class _Conditions:
     def __init__(self, model: TokenBridge, labels: Tensor | None, options: SamplingOptions):
         self.backbone, self.labels, self.head = model.backbone, labels, model.head
         self.guided = labels is not None and options.cfg != 1
-        refresh = options.token_cache
-        self.cached = CachedBackbone(model.backbone, refresh) if refresh else None
+        self.refresh, self.was_guided = options.token_cache, None
 
     def __call__(
         self, values: Tensor, mask: Mask, positions: Tensor, filled: Tensor, scale: float
     ) -> Tensor:
         """values: [B, L, C], positions: [B, n], filled: [B, F], the last ones -> [B, n, D]."""
-        # Whether a batch is doubled must not change between two iterations that share features.
-        guided = self.guided and (scale != 1 or self.cached is not None)
+        guided = self.guided and scale != 1
+        if self.refresh and guided != self.was_guided:  # other sequences, whose features are new
+            self.cached, self.was_guided = CachedBackbone(self.backbone, self.refresh), guided
         choices = [self.labels, None] if guided else [self.labels]
         classes = [self.backbone.class_embedding(choice, len(values)) for choice in choices]
         values, masked, visible, positions, filled = (
@@ -202,7 +270,7 @@ class _Conditions:
             for x in (values, mask.masked, mask.visible, positions, filled)
         )
         inputs = values, torch.cat(classes), Mask(masked, visible), positions
-        z = self.backbone(*inputs) if self.cached is None else self.cached(*inputs, filled)
+        z = self.cached(*inputs, filled) if self.refresh else self.backbone(*inputs)
         if not guided:
             return z
         cond, uncond = z.chunk(2)

@@ -122,7 +122,7 @@ class TokenBridge(nn.Module, Pretrained):
             drawn = Mask.from_bool(mask)
             positions = drawn.masked
         else:
-            how = config.mask_ratio_min, config.head_share
+            how = config.mask_ratios, config.head_share
             drawn, positions = training_mask(batch, config.seq_len, *how, latents.device)
         targets = values = patchify(latents, config.patch_size)  # [B, L, C]
         if self.quantizer is not None:

@@ -176,7 +176,7 @@ def test_a_wrong_setting_is_one_line_in_the_page(place, classes, cfg, fragment):
     shelf = library(place / "run")
     settings = (6, cfg, "linear", 1.0, "random", 0, 0)
     with pytest.raises(app.gr.Error, match=fragment):
-        next(app.generate(shelf, shelf.choices()[0], "ema", classes, 1, 0, *settings))
+        next(app.generate(shelf, shelf.choices()[0], "ema", None, classes, 1, 0, *settings))
 
 
 def test_wrong_calls_are_told_before_the_page_opens(capsys, monkeypatch):

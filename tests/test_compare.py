@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -99,7 +100,7 @@ def is_running(number: int) -> bool:
 
 def test_a_run_at_equal_time_has_the_epochs_that_fit(tmp_path, monkeypatch):
     runs = {run.name: run for run in compare.all_runs(seed=0)}
-    assert len(runs) == 37 and {run.group for run in runs.values()} == set(compare.GROUPS)
+    assert len(runs) == 50 and {run.group for run in runs.values()} == set(compare.GROUPS)
     for run in runs.values():
         make_parser().parse(["--head", run.head, *run.flags])
     comparison = compare.Comparison(tmp_path, compare.Scale(), [])
@@ -108,6 +109,7 @@ def test_a_run_at_equal_time_has_the_epochs_that_fit(tmp_path, monkeypatch):
     def call(command, more, **values):
         asked.update(values)
         lines = [{"step": 22, "speed/images_per_second": 64.0, "speed/memory_gib": 1.0}]
+        lines[0]["speed/tflops_per_device"] = 0.5
         lines += [{"step": 22, "validation/loss_ema": 2.0}, lines[0] | {"step": 44}]
         values["run"].mkdir()
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -119,8 +121,8 @@ def test_a_run_at_equal_time_has_the_epochs_that_fit(tmp_path, monkeypatch):
         path = tmp_path / "results" / f"{name}-train.json"
         path.write_text(json.dumps({"seconds": seconds}))
     found = comparison.train(runs["time-mixture-0"])
-    assert (asked["epochs"], asked["warmup"], asked["often"]) == (80, 6.67, 13)
-    speed = {"epochs": 80, "seconds": 22.0, "step_seconds": 0.5, "memory_gib": 1.0}
+    assert (asked["epochs"], asked["warmup"], asked["often"]) == (160, 13.33, 26)
+    speed = {"epochs": 160, "seconds": 22.0, "step_seconds": 0.5, "memory_gib": 1.0, "tflop": 11.0}
     assert found == speed | {"validation": [[22, 2.0]]}
     with pytest.raises(compare.UserError, match="comes after heads-channel-0 and heads-masked-0"):
         comparison.train(runs["time-masked-0"])
@@ -141,10 +143,11 @@ def test_operations_of_a_head_are_those_of_its_products(head):
 
 
 def test_the_page_shows_the_committed_results(tmp_path):
-    page = tmp_path / "heads.md"
-    page.write_text(compare_page.PAGE.read_text())
-    compare_page.render(read_json(RESULTS), page)
-    assert page.read_text() == compare_page.PAGE.read_text()
+    for name in compare_page.PAGES:
+        shutil.copy(ROOT / "docs" / name, tmp_path)
+    compare_page.render(read_json(RESULTS), tmp_path)
+    for name in compare_page.PAGES:
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text()
     for name in ("heads-training.svg", "heads-sampling.svg"):
         assert "<svg" in (tmp_path / "images" / name).read_text()
-        assert (compare_page.PAGE.parent / "images" / name).exists()
+        assert (ROOT / "docs" / "images" / name).exists()

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cost import training_memory
 from benchmarks.works import vae_operations
 from models.config import TokenBridgeConfig, preset
-from models.masking import Mask, draw_mask_ratio, masked_counts, random_orders
+from models.masking import Mask, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import KL16, AutoencoderKL
@@ -85,8 +85,9 @@ def test_vae_without_memory_is_counted_as_a_real_one():
 
 def test_mean_step_is_the_mean_over_the_draws_of_the_mask():
     config, draws = tiny_model().config, 20_000
-    length, counts = config.seq_len, masked_counts(config.seq_len, 0.7)
-    drawn = Counter(math.ceil(length * draw_mask_ratio(0.7)) for _ in range(draws))
+    length, ratios = config.seq_len, config.mask_ratios
+    counts = ratios.counts(length)
+    drawn = Counter(math.ceil(length * ratios.draw()) for _ in range(draws))
     assert set(drawn) == {m for m, _ in counts} and sum(p for _, p in counts) == pytest.approx(1)
     for m, p in counts:
         assert drawn[m] / draws == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / draws))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.generate import generate
+from models.generate import edit, generate
 from models.hub import Origin
 from models.sampler import sample_latents
 from models.tokenizers.kl16 import AutoencoderKL
@@ -49,6 +49,23 @@ def test_an_image_depends_on_its_number_and_all_options_and_not_on_its_batch(mod
     changes = dict(seed=6, cfg=1.0, temperature=0.0, num_iter=5, head_input="published")
     for change in (*changes.items(), ("order", "raster"), ("order", "confidence")):
         assert not np.array_equal(generate(model, vae, LABELS, **SAMPLING | dict([change])), images)
+
+
+def test_an_edited_image_is_drawn_anew_where_the_mask_touches_a_position(model, vae):
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    mask = np.zeros((16, 16), bool)
+    mask[7, 9] = True  # one pixel of the position in row 1, column 2
+    found = edit(model, vae, Image.fromarray(image), mask, [0, 2], batch_size=1, **SAMPLING)
+    assert found.shape == (2, 16, 16, 3) and not np.array_equal(*found)
+    latents = Tokenizer(vae, 0.5).posterior(torch.from_numpy(image).permute(2, 0, 1)[None]).mean
+    known = torch.ones(2, 4, 4, dtype=torch.bool)
+    known[:, 1, 2] = False
+    given = dict(known=latents.expand(2, -1, -1, -1) * 0.5, known_mask=known)
+    expected = sample_latents(model, torch.tensor([0, 2]), **given, **SAMPLING)
+    decoded = vae.decode(expected / 0.5).clamp(-1, 1).permute(0, 2, 3, 1).detach().numpy()
+    assert np.abs(found.astype(float) - (decoded + 1) * 127.5).max() <= 0.5 + 1e-4
+    with pytest.raises(ValueError, match=r"\(8, 8, 3\) uint8"):
+        edit(model, vae, image[:8, :8], mask, [0])
 
 
 def test_classes_have_names_and_those_never_trained_are_refused(vae):

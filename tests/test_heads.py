@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from models.config import HEADS
 from models.heads import inverse_cdf
 from models.heads.masked import step_sizes
-from models.masking import training_mask
+from models.masking import MaskRatios, training_mask
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from tests.conftest import relative_error, tiny_model
@@ -224,9 +224,9 @@ def test_codebook_tokens_are_the_nearest_codes():
 
 def test_a_share_of_the_positions_is_a_random_subset_and_its_loss_unbiased():
     torch.manual_seed(3)
-    whole, everywhere = training_mask(4, 16, 0.7, 1.0, "cpu")
+    whole, everywhere = training_mask(4, 16, MaskRatios("normal", 0.7), 1.0, "cpu")
     torch.manual_seed(3)
-    mask, positions = training_mask(4, 16, 0.7, 0.25, "cpu")
+    mask, positions = training_mask(4, 16, MaskRatios("normal", 0.7), 0.25, "cpu")
     assert torch.equal(mask.masked, whole.masked) and torch.equal(everywhere, whole.masked)
     assert positions.shape[1] == math.ceil(mask.masked.shape[1] / 4)
     for row, masked in zip(positions.tolist(), mask.masked.tolist(), strict=True):

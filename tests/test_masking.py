@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
-from scipy.stats import kstest, truncnorm
+from scipy.stats import ks_2samp, kstest, truncnorm
 
-from models.masking import Mask, draw_mask_ratio, mask_schedule, random_orders, training_mask
+from models.masking import Mask, MaskRatios, mask_schedule, random_orders, training_mask
+
+PUBLISHED = MaskRatios("normal", 0.7)
+SHARES = {"cosine": lambda t: math.cos(math.pi / 2 * t), "exp": lambda t: 1 - math.exp(5 * t - 5)}
 
 
 def test_the_first_of_an_order_or_a_boolean_mask_are_masked_and_all_others_visible():
@@ -24,13 +27,26 @@ def test_the_first_of_an_order_or_a_boolean_mask_are_masked_and_all_others_visib
 
 def test_mask_ratio_follows_the_truncated_normal():
     """Kolmogorov-Smirnov against scipy's normal(1.0, 0.25) truncated to [0.7, 1.0]."""
-    ratios = [draw_mask_ratio(0.7) for _ in range(3000)]
+    ratios = [PUBLISHED.draw() for _ in range(3000)]
     expected = truncnorm((0.7 - 1.0) / 0.25, 0, loc=1.0, scale=0.25)
     assert min(ratios) >= 0.7 and max(ratios) <= 1.0
     assert kstest(ratios, expected.cdf).pvalue > 0.01
-    assert draw_mask_ratio(1.0) == 1.0
-    masked = {training_mask(2, 16, 0.7, 1.0, "cpu")[0].masked.shape[1] for _ in range(50)}
+    assert MaskRatios("normal", 1.0).draw() == 1.0
+    masked = {training_mask(2, 16, PUBLISHED, 1.0, "cpu")[0].masked.shape[1] for _ in range(50)}
     assert masked == set(range(math.ceil(16 * 0.7), 17))
+
+
+def test_exponential_mask_ratio_is_that_of_uniform_draws():
+    """A fifth is the least, and as often as all draws below it."""
+    ratios = MaskRatios("exp", 0.2)
+    drawn = torch.tensor([ratios.draw() for _ in range(3000)])
+    expected = (1 - torch.exp(-5 * torch.rand(3000))).clamp(min=0.2)
+    assert ks_2samp(drawn, expected).pvalue > 0.01
+    for ratio in (0.1, 0.2, 0.5, 0.9, 0.999):
+        assert ratios.share_below(ratio) == pytest.approx(
+            (drawn <= ratio).double().mean(), abs=0.03
+        )
+    assert sum(chance for _, chance in ratios.counts(16)) == pytest.approx(1)
 
 
 def test_orders_are_uniform_over_positions():
@@ -39,14 +55,15 @@ def test_orders_are_uniform_over_positions():
     assert (first - 1 / 6).abs().max() < 0.025
 
 
+@pytest.mark.parametrize("name", SHARES)
 @pytest.mark.parametrize("length,num_iter", [(16, 1), (16, 5), (16, 16), (16, 50), (256, 64)])
-def test_schedule_follows_the_cosine_and_uncovers_every_position_once(length, num_iter):
-    schedule = mask_schedule(length, num_iter)
+def test_schedule_follows_its_curve_and_uncovers_every_position_once(length, num_iter, name):
+    schedule = mask_schedule(length, num_iter, name)
     assert len(schedule) == num_iter
     assert schedule[0][0] == length and schedule[-1][1] == 0
     for (before, after, _), (next_before, _, _) in zip(schedule, schedule[1:], strict=False):
         assert next_before == after <= before
     assert sum(before - after for before, after, _ in schedule) == length
     for step, (before, after, m) in enumerate(schedule[:-1]):
-        cosine = math.floor(length * math.cos(math.pi / 2 * (step + 1) / num_iter))
-        assert after == m == max(1, min(before - 1, cosine))
+        left = math.floor(length * SHARES[name]((step + 1) / num_iter))
+        assert after == m == max(1, min(before - 1, left))

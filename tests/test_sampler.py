@@ -1,5 +1,6 @@
 """Sampling: the golden runs, and what must hold for any model."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from models.backbone import patchify, unpatchify
 from models.layers import take
 from models.masking import Mask
 from models.sampler import (
+    CFG_SCHEDULES,
     ORDERS,
     SamplingOptions,
     SamplingStep,
@@ -69,21 +71,86 @@ def test_guidance_equals_two_separate_passes():
 
 
 def test_impossible_requests_are_refused():
-    wrong = dict(num_iter=0, cfg_schedule="cosine", temperature=float("nan"), cfg=float("inf"))
+    wrong = dict(num_iter=0, cfg_schedule="sine", temperature=float("nan"), cfg=float("inf"))
     wrong |= dict(seed=-1, labels=torch.tensor([3]), head_input="other", image_ids=[1, 2])
+    wrong |= dict(cfg_interval=(0.5, 0.2), cfg_power=2.0, mask_schedule="linear")
+    wrong |= dict(known=torch.zeros(1, 6, 4, 4), known_mask=torch.ones(1, 4, 4))
     for name, value in (*wrong.items(), ("labels", None)):
         arguments = {"labels": torch.tensor([0]), "num_iter": 1} | {name: value}
         with pytest.raises(ValueError, match=name):
             sample_latents(tiny_model(), arguments.pop("labels"), **arguments)
 
 
-def test_guidance_scale_grows_linearly_or_stays_and_no_class_ignores_it():
-    assert guidance_scale(3.0, "linear", 256, 256) == 1.0
-    assert guidance_scale(3.0, "linear", 256, 128) == 2.0
-    assert guidance_scale(3.0, "constant", 256, 128) == 3.0
+def test_guidance_follows_its_schedule_inside_its_interval_and_no_class_ignores_it():
+    linear, constant, cosine = (SamplingOptions(cfg=3.0, cfg_schedule=s) for s in CFG_SCHEDULES)
+    assert guidance_scale(linear, 256, 256) == 1.0 and guidance_scale(linear, 256, 128) == 2.0
+    assert guidance_scale(constant, 256, 128) == 3.0
+    assert [guidance_scale(cosine, 256, 0, done) for done in (0, 0.5, 1)] == [1.0, 2.0, 3.0]
+    steep = replace(cosine, cfg_power=2.0)
+    assert guidance_scale(steep, 256, 0, 0.5) == pytest.approx(2 - math.cos(math.pi / 4))
+    early = replace(constant, cfg_interval=(0.25, 0.5))
+    scales = [guidance_scale(early, 256, 0, done) for done in (0, 0.25, 0.5, 0.75)]
+    assert scales == [1.0, 3.0, 3.0, 1.0]
     model = tiny_model()
     plain = sample_latents(model, None, batch_size=2, num_iter=4)
     assert torch.equal(plain, sample_latents(model, None, batch_size=2, num_iter=4, cfg=4.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"token_cache": 3}, {"order": "confidence"}])
+def test_an_interval_of_all_iterations_is_none_and_outside_nothing_is_doubled(options):
+    model, labels = tiny_model(), torch.tensor([0, 1])
+    options = dict(num_iter=6, cfg=3.0, cfg_schedule="constant", seed=4) | options
+    whole = sample_latents(model, labels, **options)
+    assert torch.equal(sample_latents(model, labels, cfg_interval=(0, 1), **options), whole)
+    batches = []
+    model.backbone.encoder_norm.register_forward_hook(
+        lambda _, args, __: batches.append(len(args[0]))
+    )
+    parts = sample_latents(model, labels, cfg_interval=(0.3, 0.7), **options)
+    assert batches == [2, 2, 4, 4, 4, 2] and not torch.equal(parts, whole)
+    plain = sample_latents(model, labels, **options | {"cfg": 1.0})
+    never = sample_latents(model, labels, cfg_interval=(0.9, 0.9), **options)
+    assert torch.equal(never, plain)
+
+
+def some_known(labels: torch.Tensor, count: int) -> dict[str, torch.Tensor]:
+    """Latents of each image, and `count` positions of each where they are known."""
+    order = torch.stack([torch.randperm(16) for _ in labels])
+    mask = torch.zeros(len(labels), 16, dtype=torch.bool).scatter(1, order[:, :count], True)
+    return {"known": torch.randn(len(labels), 6, 4, 4), "known_mask": mask.view(-1, 4, 4)}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("count", [0, 5, 15, 16])
+def test_known_positions_stay_and_all_others_are_drawn(order, count):
+    model, labels = tiny_model(), torch.tensor([0, 1, 2])
+    options = dict(num_iter=4, cfg=2.0, order=order, seed=7)
+    given = some_known(labels, count)
+    found = sample_latents(model, labels, **given, **options)
+    quantized = model.quantizer.decode(model.quantizer.encode(given["known"]))
+    mask = given["known_mask"][:, None].expand_as(found)
+    assert torch.equal(found[mask], quantized[mask])
+    if count == 0:
+        assert torch.equal(found, sample_latents(model, labels, **options))
+    if count == 16:
+        assert torch.equal(found, quantized)
+    one = {name: tensor[1:2] for name, tensor in given.items()}
+    alone = sample_latents(model, labels[1:2], image_ids=[1], **one, **options)
+    assert torch.equal(alone, found[1:2])
+
+
+def test_known_positions_are_what_the_others_are_drawn_from():
+    """The last iteration of a run, of what the others have left, draws the same again."""
+    model, labels = tiny_model(), torch.tensor([0, 1])
+    *_, before, last = run(model, labels, num_iter=8, seed=3)
+    left = before.masked.view(2, 4, 4)
+    known = unpatchify(before.values, 1, 4)
+    again = sample_latents(model, labels, num_iter=1, seed=3, known=known, known_mask=~left)
+    assert torch.equal(patchify(again, 1), last.values)
+    ragged = left.clone()
+    ragged[0] = False
+    with pytest.raises(ValueError, match="known positions: draw them apart"):
+        sample_latents(model, labels, known=known, known_mask=~ragged)
 
 
 def test_sampling_log_probabilities_equal_teacher_forced_ones():

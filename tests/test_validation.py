@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_cache
 import main_tokenbridge
 from models.generate import decode_images
-from models.masking import draw_mask_ratio
+from models.masking import MaskRatios
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
@@ -143,13 +143,16 @@ def test_masks_grow_with_the_ratio_and_depend_on_the_image_alone():
     assert not torch.equal(masks[1, 0], masks[1, 1])
 
 
-@pytest.mark.parametrize("minimum", [0.7, 0.3, 0.95])
-def test_weights_are_how_often_training_draws_the_ratios(minimum):
-    drawn = torch.tensor([draw_mask_ratio(minimum) for _ in range(4000)])
+@pytest.mark.parametrize(
+    "ratios", [("normal", 0.7), ("normal", 0.3), ("normal", 0.95), ("exp", 0.2)]
+)
+def test_weights_are_how_often_training_draws_the_ratios(ratios):
+    ratios = MaskRatios(*ratios)
+    drawn = torch.tensor([ratios.draw() for _ in range(4000)])
     nearest = (drawn[:, None] - torch.tensor(RATIOS)).abs().argmin(dim=1)
     counts = torch.bincount(nearest, minlength=len(RATIOS)) / len(drawn)
-    torch.testing.assert_close(torch.tensor(ratio_weights(minimum)), counts, rtol=0, atol=0.03)
-    assert ratio_weights(1.0) == [0, 0, 0, 0, 1]
+    torch.testing.assert_close(torch.tensor(ratio_weights(ratios)), counts, rtol=0, atol=0.03)
+    assert ratio_weights(MaskRatios("normal", 1.0)) == [0, 0, 0, 0, 1]
 
 
 def new_validation(dataset, count: int = 99) -> Validation:

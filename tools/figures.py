@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch.distributions import Normal
 
 from models.config import TokenBridgeConfig
-from models.masking import mask_schedule, masked_counts
+from models.masking import mask_schedule
 from models.quantizer import SPAN, GaussianQuantizer
 from util import dist
 from util.args import Parser
@@ -100,7 +100,7 @@ def mask_figure() -> Figure:
         panel.bar(range(1, num_iter + 1), filled_positions(num_iter), width=1.0, color=BLUE)
         panel.set(xlabel="iteration", ylabel="positions filled", title=f"{num_iter} iterations")
         panel.yaxis.get_major_locator().set_params(integer=True, nbins=5)
-    counts, chances = zip(*masked_counts(PUBLISHED.seq_len, PUBLISHED.mask_ratio_min), strict=True)
+    counts, chances = zip(*PUBLISHED.mask_ratios.counts(PUBLISHED.seq_len), strict=True)
     axes[-1].bar(counts, [100 * c for c in chances], width=1.0, color=ORANGE)
     axes[-1].set(xlabel="positions masked", ylabel="% of the steps", title="training")
     return figure

@@ -19,6 +19,7 @@ import yaml
 
 from models.config import HEAD_INPUTS, HEADS, PRESETS, QUANTIZERS, TokenBridgeConfig
 from models.generate import PRECISIONS
+from models.masking import MASK_RATIO_MIN, MASK_SCHEDULES
 from models.sampler import CFG_SCHEDULES, ORDERS
 from util import dist
 from util.data.images import MAX_PIXELS
@@ -28,6 +29,9 @@ from util.optim import BLR_BATCH
 
 MAX_BITS = 9  # see GaussianQuantizer
 INCEPTION = "inception-v3-compat"  # as torch-fidelity calls it
+# Flags that are fields of `SamplingOptions`, besides those of which a sweep has several values.
+SAMPLING = ("cfg_schedule", "cfg_power", "cfg_interval", "mask_schedule", "order", "seed")
+SAMPLING += ("token_cache",)
 CONFIG, EVALUATION_CONFIG = "config.yaml", "config-evaluation.yaml"
 # Of one call, or of one process, and not of what it does.
 NOT_SAVED = ("config", "dry_run", "world_size", "local_rank")
@@ -137,6 +141,12 @@ def value(args: argparse.Namespace, name: str):
     return PUBLISHED.get(name) if given is None else given
 
 
+def sampling_flags(args: argparse.Namespace) -> dict:
+    """Those of `SAMPLING`, for `SamplingOptions`."""
+    given = {name: value(args, name) for name in SAMPLING}
+    return given | {"cfg_interval": given["cfg_interval"] and tuple(given["cfg_interval"])}
+
+
 DATA_PATH = auto("data_path", str, "./data/imagenet", "images in train/CLASS/")
 CACHED_PATH = Flag("cached_path", str, "", "the cache that main_cache.py made")
 QUANTIZER = model_flag("quantizer", "or fitted to --cached_path's latents", QUANTIZERS)
@@ -163,7 +173,8 @@ MODEL = [
     model_flag("attn_dropout", "on attention weights"),
     model_flag("proj_dropout", "after projections"),
     model_flag("label_drop_prob", "share of labels dropped in training"),
-    model_flag("mask_ratio_min", "least share of masked positions in training"),
+    model_flag("mask_distribution", "of the masked share in training", tuple(MASK_RATIO_MIN)),
+    model_flag("mask_ratio_min", "the least such share; of exp: 0.2"),
     Flag("use_quantized_value", bool, False, "the encoder's input; it always is, as published"),
     LATENT_SCALE,
     auto("channel_order", channel_order, "auto", "the head's, as 8,1,10...; auto: likewise"),
@@ -270,6 +281,9 @@ GROUPS = {
         Flag("num_iter", positive_int, [256], "iterations an image", nargs="+"),
         Flag("cfg", non_negative_float, [1.0], "guidance; 1 is none", nargs="+"),
         Flag("cfg_schedule", str, "linear", "of the guidance", CFG_SCHEDULES),
+        Flag("cfg_power", positive_float, None, "of the cosine schedule; default: 1"),
+        Flag("cfg_interval", fraction, None, "in shares of the iterations", nargs=2),
+        Flag("mask_schedule", str, "cosine", "how many stay masked", tuple(MASK_SCHEDULES)),
         Flag("temperature", non_negative_float, [1.0], "of the levels; 0: argmax", nargs="+"),
         Flag("order", str, "random", "in which positions are filled", ORDERS),
         Flag("token_cache", non_negative_int, 0, "approximate: iterations between exact ones"),

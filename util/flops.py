@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import TokenBridgeConfig
-from models.masking import mask_schedule, masked_counts
+from models.masking import mask_schedule
 from models.tokenbridge import HEADS
 from util.device import Precision
 
@@ -65,7 +65,7 @@ def head(config: TokenBridgeConfig, sampled: bool = False, guided: bool = False)
 def training_step(config: TokenBridgeConfig, masked: int | None = None) -> float:
     """Forward and backward of one image, without recomputation; masked None: a mean over masks."""
     if masked is None:
-        counts = masked_counts(config.seq_len, config.mask_ratio_min)
+        counts = config.mask_ratios.counts(config.seq_len)
         return sum(share * training_step(config, count) for count, share in counts)
     predicted = math.ceil(masked * config.head_share)
     both = 3 * backbone(config, config.seq_len - masked, predicted) + predicted * head(config)

@@ -22,7 +22,7 @@ from models.sampler import SamplingOptions
 from models.tokenbridge import CLASS_ROWS, TokenBridge
 from models.tokenizers.kl16 import VAE
 from util import dist
-from util.args import value
+from util.args import sampling_flags, value
 from util.checkpoint import (
     AUTO,
     FINETUNE,
@@ -43,7 +43,8 @@ from util.vae import load_vae
 from util.validation import ValidationSet
 
 # Settings that may change from one use of the same weights to the next.
-BEHAVIOUR = ("attn_dropout", "proj_dropout", "label_drop_prob", "mask_ratio_min", "head_input")
+BEHAVIOUR = ("attn_dropout", "proj_dropout", "label_drop_prob", "head_input")
+BEHAVIOUR += ("mask_distribution", "mask_ratio_min")
 BEHAVIOUR += ("head_share", "head_steps", "num_sampling_steps", "diffusion_batch_mul")
 # Settings that belong to the tokenizer's latents and can be measured.
 LATENT = ("latent_scale", "channel_order")
@@ -404,5 +405,5 @@ def check_agreement(facts: dict) -> None:
 def sampling_options(args: argparse.Namespace, **changes) -> SamplingOptions:
     """Of the flags, the first where there are several values."""
     swept = {name: getattr(args, name)[0] for name in ("num_iter", "cfg", "temperature")}
-    fixed = {name: value(args, name) for name in ("cfg_schedule", "order", "seed", "token_cache")}
-    return SamplingOptions(**swept | fixed | changes)
+    with as_user_error():
+        return SamplingOptions(**swept | sampling_flags(args) | changes)

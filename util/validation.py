@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.config import TokenBridgeConfig
 from models.generate import decode_images, spread_labels
-from models.masking import share_below
+from models.masking import MaskRatios
 from models.quantizer import entropy, level_counts
 from models.sampler import SamplingOptions, evaluation_mode, image_randomness, sample_latents
 from models.tokenbridge import TokenBridge
@@ -90,10 +90,10 @@ def validation_masks(numbers: list[int], length: int) -> Tensor:
     return masks
 
 
-def ratio_weights(minimum: float) -> list[float]:
+def ratio_weights(ratios: MaskRatios) -> list[float]:
     """How often training draws a ratio nearest to each of RATIOS, which add up to 1."""
     middles = [(a + b) / 2 for a, b in zip(RATIOS, RATIOS[1:], strict=False)]
-    cdf = [0.0, *(share_below(middle, minimum) for middle in middles), 1.0]
+    cdf = [0.0, *(ratios.share_below(middle) for middle in middles), 1.0]
     return [above - below for below, above in zip(cdf, cdf[1:], strict=False)]
 
 
@@ -103,7 +103,7 @@ def as_scalars(losses: Tensor, weights: str, config: TokenBridgeConfig) -> dict[
     The loss and that of the channels, of a head that has a loss for each scalar of a token, are
     means over the ratios as often as training draws them.
     """
-    shares = torch.tensor(ratio_weights(config.mask_ratio_min), dtype=torch.float64)
+    shares = torch.tensor(ratio_weights(config.mask_ratios), dtype=torch.float64)
     means = shares @ losses  # [T]
     scalars = {f"validation/loss_{weights}": means.mean().item()}
     for ratio, row in zip(RATIOS, losses, strict=True):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.generate import spread_labels
 from models.sampler import SamplingOptions
-from util.args import value
+from util.args import sampling_flags
 from util.errors import UserError, as_user_error, did_you_mean
 
 SWEPT = ("num_iter", "cfg", "temperature")
@@ -42,14 +42,15 @@ class EvalSettings:
         if args.classes and args.num_images < len(classes or ()):
             each = f"one of each of the {len(classes)} --classes"
             raise UserError(f"--num_images {args.num_images} is less than {each}")
-        fixed = ("cfg_schedule", "order", "seed", "token_cache")
-        common = {name: value(args, name) for name in fixed}
+        common = sampling_flags(args)
         values = product(*(dict.fromkeys(getattr(args, name)) for name in SWEPT))
         swept = [dict(zip(SWEPT, value, strict=True)) for value in values]
         fate = (args.eval_weights, args.keep_images, args.save_npz)
+        with as_user_error():
+            options = [SamplingOptions(**common, **changes) for changes in swept]
         points = [
             cls(args.num_images, args.eval_bsz, sampling, *fate, classes, tuple(names))
-            for sampling in (SamplingOptions(**common, **changes) for changes in swept)
+            for sampling in options
         ]
         if len({point.folder_name() for point in points}) < len(points):
             close = f"two of --cfg {args.cfg} or of --temperature {args.temperature}"
@@ -65,8 +66,11 @@ class EvalSettings:
 
     def folder_name(self) -> str:
         s = self.sampling
-        order = "" if s.order == "random" else f"-{s.order}"
-        cache = f"-cache{s.token_cache}" if s.token_cache else ""
+        how = f"-power{s.cfg_power:g}" if s.cfg_power else ""
+        how += "-interval{:g}-{:g}".format(*s.cfg_interval) if s.cfg_interval else ""
+        how += "" if s.mask_schedule == "cosine" else f"-{s.mask_schedule}masks"
+        how += "" if s.order == "random" else f"-{s.order}"
+        how += f"-cache{s.token_cache}" if s.token_cache else ""
         listed = "+".join(map(str, self.classes or ()))
         if len(listed) > 24:  # a folder's name has no room for many
             listed = f"es{len(self.classes)}-{hashlib.sha256(listed.encode()).hexdigest()[:8]}"
@@ -74,12 +78,14 @@ class EvalSettings:
         classes = "" if every else f"-class{listed}"
         return (
             f"ariter{s.num_iter}-temp{s.temperature:g}-{s.cfg_schedule}cfg{s.cfg:g}"
-            f"-image{self.num_images}-seed{s.seed}{order}{cache}{classes}-{self.weights}"
+            f"-image{self.num_images}-seed{s.seed}{how}{classes}-{self.weights}"
         )
 
     def to_dict(self) -> dict:
         """Those that decide the images, as settings.json and metrics.json have them."""
         sampling = {k: v for k, v in asdict(self.sampling).items() if v is not None}
+        if sampling["mask_schedule"] == "cosine":  # of folders from before there were others
+            del sampling["mask_schedule"]
         chosen = {"classes": self.classes} if self.classes else {}
         own = {"num_images": self.num_images, "eval_bsz": self.batch_size}
         return own | sampling | {"weights": self.weights} | chosen
