@@ -3,8 +3,8 @@
 A file has tensors in the names of latent diffusion: of torch.save under `model` (with a `config` if
 one was saved), under `state_dict`, or bare; or of safetensors. A folder is one of diffusers, or a
 pipeline with vae/ in it: config.json and diffusion_pytorch_model.safetensors or its one variant,
-which may be named itself. A file with a codebook is in the names of LlamaGen. Nothing in them is
-executed.
+which may be named itself. A file with a codebook is in the names of LlamaGen, one of l-DeTok in its
+own, of which the averages (`model_ema`) are read. Nothing in them is executed.
 """
 
 import hashlib
@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from models.tokenizers import detok
+from models.tokenizers.detok import DeTok
 from models.tokenizers.diffusers import DiffusersVAE
 from models.tokenizers.kl16 import VAE, AutoencoderKL, settings_of
 from models.tokenizers.vq import EMBEDDING, VQModel
@@ -26,7 +28,8 @@ from util.files import atomic_write, listed, load_tensors, sha256, unwrapped
 CONFIG = "config.json"
 WEIGHTS = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?\.safetensors")
 PARTS = ("encoder", "decoder", "quantize", "quant_conv", "post_quant_conv")
-ANCHOR = "encoder.conv_in.weight"  # every VAE in the names of latent diffusion has it
+# Every VAE in the names of latent diffusion has the first, every l-DeTok the second.
+ANCHORS = ("encoder.conv_in.weight", detok.ANCHOR)
 DAMAGED = (ValueError, TypeError, AttributeError, RuntimeError, LookupError)
 
 
@@ -65,19 +68,22 @@ def vae_digest(path: str | Path) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def save_vae(path: str | Path, vae: AutoencoderKL | VQModel) -> None:
+def save_vae(path: str | Path, vae: AutoencoderKL | VQModel | DeTok) -> None:
     """Write a VAE with its configuration, as `load_vae` reads it."""
     with atomic_write(path) as file:
         torch.save({"model": vae.state_dict(), "config": vae.config}, file)
 
 
-def _load_file(path: Path) -> AutoencoderKL | VQModel:
+def _load_file(path: Path) -> AutoencoderKL | VQModel | DeTok:
     saved = load_tensors(path, "--vae_path", wide=True)
     with as_user_error(f"--vae_path {path}", DAMAGED):
         state = _vae_tensors(saved, path)
         own = "config" in saved and "model" in saved  # that of a trainer is of another kind
-        vq = (VQModel, vq_settings_of)
-        family, sizes = vq if EMBEDDING in state else (AutoencoderKL, settings_of)
+        family, sizes = AutoencoderKL, settings_of
+        if EMBEDDING in state:
+            family, sizes = VQModel, vq_settings_of
+        elif detok.ANCHOR in state:
+            family, sizes = DeTok, detok.settings_of
         vae = family(**(saved["config"] if own else sizes(state)))
         vae.load_published(state)
     return vae
@@ -89,14 +95,15 @@ def _vae_tensors(saved: dict, path: Path) -> dict[str, Tensor]:
     Raises ValueError, naming what is there, where there is none, or several.
     """
     held = next((saved[key] for key in ("model", "state_dict") if key in saved), saved)
+    held = saved["model_ema"] if detok.ANCHOR in saved.get("model_ema", ()) else held
     state = unwrapped({str(k): t for k, t in held.items() if isinstance(t, Tensor)})
-    anchors = [name for name in state if f".{name}".endswith(f".{ANCHOR}")]
-    if len(anchors) != 1 or any(".resnets." in name for name in state):
+    ends = [(name, end) for name in state for end in ANCHORS if f".{name}".endswith(f".{end}")]
+    if len(ends) != 1 or any(".resnets." in name for name in state):
         raise ValueError(
-            f"it holds {listed(held)}, not one VAE in the names of latent diffusion, {ANCHOR} ...; "
-            f"one in diffusers' names needs its folder, with {CONFIG}"
+            f"it holds {listed(held)}, not one VAE in the names of latent diffusion, "
+            f"{ANCHORS[0]} ...; one in diffusers' names needs its folder, with {CONFIG}"
         )
-    prefix = anchors[0].removesuffix(ANCHOR)
+    prefix = ends[0][0].removesuffix(ends[0][1])
     inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     vae = {name: tensor for name, tensor in inside.items() if name.split(".")[0] in PARTS}
     stripped = [p for p in ("_orig_mod.", "module.", prefix) if p and any(p in n for n in held)]
