@@ -112,7 +112,7 @@ def write_cache(args, device: torch.device) -> dict:
         with flags.settings_saved(args, writer.folder / flags.CONFIG) if pending else nullcontext():
             encode_shards(vae, loader, writer, batches, device)
             dist.barrier()
-        manifest = writer.write_manifest(vae.is_kl16) if dist.is_main() else None
+        manifest = writer.write_manifest(vae.is_kl16, vae.normalised) if dist.is_main() else None
         dist.barrier()
     return report(manifest, args.cached_path) if manifest else {}
 

@@ -93,7 +93,7 @@ def build_run(
         ema=EMA(model.published_parameters(), args.ema_rate),
         optimizer=build_optimizer(model.published_parameters(), rate.lr, args.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
-        tokenizer=Tokenizer(inputs.vae, config.latent_scale).to(device),
+        tokenizer=Tokenizer(inputs.vae, *config.latent_norm).to(device),
         device=device,
         precision=precision,
         batches=batches,
@@ -152,7 +152,7 @@ def new_model(args: argparse.Namespace, inputs: setup.Inputs, device: torch.devi
     if config.quantizer == "calibrated" and inputs.checkpoint is None:
         digest = inputs.data.vae_sha256
         histogram = setup.cache_histogram(args.cached_path, config.vae_embed_dim, digest)
-        levels = setup.calibrated_levels(histogram, config.quant_levels, config.latent_scale)
+        levels = setup.calibrated_levels(histogram, config.quant_levels, config.latent_norm)
     elif config.quantizer == "codebook" and inputs.checkpoint is None:
         if inputs.vae is None:
             raise UserError("--head codebook needs --vae_path, a VQ tokenizer, and data")

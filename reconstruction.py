@@ -55,7 +55,7 @@ from util.evaluation.reconstruction import (
 from util.evaluation.reference import prepare_measure, read_batches
 from util.files import check_writable
 from util.logging import MetricsFile, figures_on_stdout
-from util.setup import build_vae, cache_histogram, calibrated_levels
+from util.setup import build_vae, cache_histogram, calibrated_levels, channel_statistics
 from util.vae import vae_digest
 
 GRID_IMAGES = 8
@@ -77,6 +77,7 @@ def make_parser() -> Parser:
         Flag("batch_size", flags.positive_int, 32, "images a batch"),
         Flag("posterior", str, "sample", "the latent taken", ("sample", "mode")),
         flags.LATENT_SCALE,
+        *flags.LATENT_NORM,
         flags.CACHED_PATH,
         Flag("dry_run", bool, False, "check all, reconstruct a batch, say what all takes"),
         flags.METRICS_FILE,
@@ -108,11 +109,12 @@ def measure_variants(args, device: torch.device) -> dict:
         raise UserError(f"--img_size {size}: SSIM needs {SSIM_LEAST} px at least")
     images = choose_images(args.image_dir, args.images_per_class)
     vae, vae_sha256 = build_vae(args), vae_digest(vae_path)
-    scale = find_scale(args, vae, vae_sha256)
-    variants, level_settings = make_variants(args, vae.channels, scale, vae_sha256, device)
+    norm = find_norm(args, vae, vae_sha256)
+    variants, level_settings = make_variants(args, vae.channels, norm, vae_sha256, device)
     names = [str(Path(path).relative_to(images.root)) for path, _ in images.samples]
     settings = {name: value(args, name) for name in SETTINGS} | level_settings
-    settings |= {"count": len(names), "vae_sha256": vae_sha256, "latent_scale": scale}
+    settings |= {"count": len(names), "vae_sha256": vae_sha256, "latent_scale": norm[0]}
+    settings |= {"latent_mean": norm[1], "latent_std": norm[2]} if norm[1] else {}
     settings["images_sha256"] = list_digest(names, [label for _, label in images.samples])
     if args.posterior == "sample":
         settings["seed"] = value(args, "seed")
@@ -121,7 +123,7 @@ def measure_variants(args, device: torch.device) -> dict:
     folder = ReconstructionFolder(Path(args.output_dir), len(names), args.batch_size, label)
     on_bad = "drop" if args.skip_bad_images else "raise"
     dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
-    evaluator = Evaluator(None, Tokenizer(vae, scale).to(device), device, None, measure)
+    evaluator = Evaluator(None, Tokenizer(vae, *norm).to(device), device, None, measure)
     job = Reconstruction(folder, dataset, evaluator, variants, settings.get("seed"))
     if args.dry_run:
         folder.refuse_other(settings)
@@ -154,20 +156,25 @@ def choose_images(image_dir: str, per_class: int) -> ImageList:
     return ImageList(images.root, images.classes, chosen)
 
 
-def find_scale(args, vae: kl16.VAE, vae_sha256: str) -> float:
-    """Of the latents: as given, as the cache says, or KL-16's."""
+def find_norm(args, vae: kl16.VAE, vae_sha256: str) -> tuple:
+    """`TokenBridgeConfig.latent_norm`: as given, as the cache says, or KL-16's."""
+    manifest = args.cached_path and open_cache(args.cached_path, None, vae_sha256).manifest
+    norm = args.latent_norm or ("channel" if vae.normalised else "scale")
+    if norm == "channel":
+        known = channel_statistics(args.latent_stats, manifest)
+        return 1.0, tuple(known["latent_mean"]), tuple(known["latent_std"])
     if args.latent_scale not in (None, "auto"):
-        return args.latent_scale
-    if args.cached_path and (manifest := open_cache(args.cached_path, None, vae_sha256).manifest):
-        return manifest["latent_scale"]
+        return args.latent_scale, None, None
+    if manifest:
+        return manifest["latent_scale"], None, None
     if not vae.is_kl16:
         remedy = "--latent_scale, 1 / std of its latents, or a --cached_path of main_cache.py"
         raise UserError(f"--vae_path is not KL-16: give its {remedy}, which knows it")
-    return PUBLISHED_LATENT_SCALE
+    return PUBLISHED_LATENT_SCALE, None, None
 
 
 def make_variants(
-    args, channels: int, scale: float, vae_sha256: str, device: torch.device
+    args, channels: int, norm: tuple, vae_sha256: str, device: torch.device
 ) -> tuple[list[QuantizerVariant], dict]:
     """One for each of --bits, and what decides their levels beside the bits."""
     kind = value(args, "quantizer")
@@ -182,7 +189,7 @@ def make_variants(
         with as_user_error(f"--bits {bits} --range {args.range}"):
             quantizer = build_quantizer(kind, 2**bits, -args.range, args.range, channels)
         if kind == "calibrated":
-            quantizer.set_levels(*calibrated_levels(histogram, 2**bits, scale))
+            quantizer.set_levels(*calibrated_levels(histogram, 2**bits, norm))
         variants.append(QuantizerVariant(f"{QUANTIZED}{bits}", quantizer.to(device)))
     return variants, settings
 

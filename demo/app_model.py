@@ -113,7 +113,7 @@ def _read(library: Library, name: str, weights: str, _changed: int) -> Loaded:
         f"{config.token_dim} × {config.quant_levels} levels, step {model.origin.step}, VAE `{path}`"
     )
     facts += "" if same else ", **which is not the one it was trained with**"
-    tokenizer = Tokenizer(vae, config.latent_scale).to(library.device)
+    tokenizer = Tokenizer(vae, *config.latent_norm).to(library.device)
     classes = class_names(config.class_num, model.origin.classes)
     return Loaded(model, tokenizer, classes, settings_of(checkpoint), facts)
 

@@ -56,6 +56,8 @@ class TokenBridgeConfig:
     channel_order: in which the head predicts the channels, None is `default_channel_order`.
     quant_min, quant_max: of the published quantizer. quantizer: None is the head's: "published",
     "codebook", or none at all for a continuous head.
+    latent_mean, latent_std: of each channel of the VAE's latents, which are then normalised by
+    them, (z - mean) / std; None: they are multiplied by latent_scale.
     mask_distribution, mask_ratio_min: see `MaskRatios`; None is the distribution's published one.
     head_share: of the masked positions whose loss is computed in training; published: all.
     The last ones are the settings of a head (`HEADS`), None in a model that has another one.
@@ -88,6 +90,8 @@ class TokenBridgeConfig:
     mask_ratio_min: float | None = None
     channel_order: tuple[int, ...] | None = None
     latent_scale: float = PUBLISHED_LATENT_SCALE
+    latent_mean: tuple[float, ...] | None = None
+    latent_std: tuple[float, ...] | None = None
     head_input: str = "trained"
     quantizer: str | None = None
     head: str = "channel"
@@ -104,6 +108,9 @@ class TokenBridgeConfig:
         order = self.channel_order
         order = default_channel_order(self.vae_embed_dim) if order is None else tuple(order)
         resolved = {"channel_order": order}
+        for name in ("latent_mean", "latent_std"):
+            given = getattr(self, name)
+            resolved[name] = None if given is None else tuple(map(float, given))
         if self.mask_ratio_min is None:
             resolved["mask_ratio_min"] = MASK_RATIO_MIN.get(self.mask_distribution, 0.0)
         if self.quantizer is None:
@@ -159,6 +166,12 @@ class TokenBridgeConfig:
         for name in ("class_num", "vae_embed_dim", "buffer_size", "latent_scale"):
             if not getattr(self, name) > 0:
                 yield f"{name} {getattr(self, name)} is not positive"
+        mean, std = self.latent_mean, self.latent_std
+        if (mean, std) != (None, None):
+            if not len(mean or ()) == len(std or ()) == self.vae_embed_dim:
+                yield f"latent_mean {mean} and latent_std {std} are not of all latent channels"
+            elif min(std) <= 0:
+                yield f"latent_std {std} is not positive"
         if sorted(self.channel_order) != list(range(self.vae_embed_dim)):
             permuted = f"a permutation of the {self.vae_embed_dim} latent channels (vae_embed_dim)"
             yield f"channel_order {self.channel_order} is not {permuted}"
@@ -192,6 +205,11 @@ class TokenBridgeConfig:
         """(C, H, W) of an image's latents."""
         side = self.img_size // self.vae_stride
         return self.vae_embed_dim, side, side
+
+    @property
+    def latent_norm(self) -> tuple[float, tuple[float, ...] | None, tuple[float, ...] | None]:
+        """What `Tokenizer` takes beside the VAE."""
+        return self.latent_scale, self.latent_mean, self.latent_std
 
     def to_dict(self) -> dict:
         """Plain values, as a checkpoint or a JSON file holds them."""

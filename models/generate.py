@@ -146,7 +146,7 @@ def _labels(labels: Sequence[int | str] | Tensor, names: tuple[str, ...]) -> Ten
 
 def _tokenizer(vae: VAE | Tokenizer, model: TokenBridge) -> Tokenizer:
     """Raises ValueError unless the VAE's latents are of the model's shape."""
-    tokenizer = vae if isinstance(vae, Tokenizer) else Tokenizer(vae, model.config.latent_scale)
+    tokenizer = vae if isinstance(vae, Tokenizer) else Tokenizer(vae, *model.config.latent_norm)
     if tokenizer.vae is None:
         raise ValueError("this tokenizer has no VAE, which would decode the latents")
     found = f"{tokenizer.vae.channels} channels and stride {tokenizer.vae.stride}"

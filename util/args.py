@@ -160,6 +160,13 @@ EXTRACTOR = [
     Flag("inception_weights", str, None, "of the extractor, torch-fidelity's Inception or other"),
 ]
 LATENT_SCALE = auto("latent_scale", latent_scale, "auto", "1 / std; auto: the cache's, KL-16's")
+NORMS = ("scale", "channel")
+LATENT_NORM = [
+    auto("latent_norm", str, "scale", "channel: (z - mean) / std of each; l-DeTok's way", NORMS),
+    Flag(
+        "latent_stats", str, None, "manifest.json of a cache with these; default: --cached_path's"
+    ),
+]
 MODEL = [
     auto("model", str, "tokenbridge_large", "size", PRESETS),
     auto("quant_bits", bit_width, 6, "bits a latent scalar"),
@@ -177,6 +184,7 @@ MODEL = [
     model_flag("mask_ratio_min", "the least such share; of exp: 0.2"),
     Flag("use_quantized_value", bool, False, "the encoder's input; it always is, as published"),
     LATENT_SCALE,
+    *LATENT_NORM,
     auto("channel_order", channel_order, "auto", "the head's, as 8,1,10...; auto: likewise"),
     model_flag("head_input", "the sampler's first input to the head", HEAD_INPUTS),
     model_flag("head", "what predicts a token; mar_*: diffusion", tuple(HEADS)),

@@ -225,12 +225,13 @@ def latents(opened: Opened) -> Finding:
         return Finding(OK, "not read: --evaluate draws them")
     inputs, config = opened.inputs, opened.inputs.config
     numbers = evenly_spread(len(inputs.data.dataset), MEASURED)
-    tokenizer = Tokenizer(inputs.vae, config.latent_scale).to(opened.device)
+    tokenizer = Tokenizer(inputs.vae, *config.latent_norm).to(opened.device)
     latents, _ = read_latents(inputs.data.dataset, numbers, tokenizer, opened.device)
     scalars = latents.movedim(1, -1)  # [N, h, w, C]
     total, (std, mean) = scalars.std().item(), torch.std_mean(scalars, dim=(0, 1, 2))
+    scale = f"{config.latent_scale:.4g}" if config.latent_std is None else "each channel's std"
     text = (
-        f"{len(latents)} scaled by {config.latent_scale:.4g}, std {total:.3f}; by channel std "
+        f"{len(latents)} scaled by {scale}, std {total:.3f}; by channel std "
         f"{std.min():.2f} to {std.max():.2f}, mean {mean.min():.2f} to {mean.max():.2f}"
     )
     problems = {
@@ -273,7 +274,7 @@ def fitted_quantizer(opened: Opened) -> Quantizer:
     elif config.quantizer == "calibrated":
         path, digest = opened.args.cached_path, inputs.data.vae_sha256
         known = setup.cache_histogram(path, config.vae_embed_dim, digest)
-        levels = setup.calibrated_levels(known, config.quant_levels, config.latent_scale)
+        levels = setup.calibrated_levels(known, config.quant_levels, config.latent_norm)
         quantizer.set_levels(*levels)
     return quantizer
 

@@ -8,12 +8,14 @@ given, they decide, and the published value where none of them does.
 """
 
 import argparse
+import json
 import math
 import sys
 from dataclasses import dataclass, fields, replace
 from operator import index
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from models.calibration import fit_levels
@@ -135,16 +137,24 @@ def build_config(
         rows = len(checkpoint.weights(key).get(CLASS_ROWS, ()))
     known = {"class_num": rows} if rows else {}
     if checkpoint is not None and checkpoint.config is not None:
+        has = "scale" if checkpoint.config.latent_std is None else "channel"
+        if args.latent_norm not in (None, has):
+            raise UserError(f"{checkpoint.named} has --latent_norm {has}, not {args.latent_norm}")
         return _agreed_config(known | given if begins else given, checkpoint)
     if checkpoint is not None:
         known["head_input"] = "published"  # as the released checkpoints were measured
     if head == "codebook" and vae is not None:  # entries of length one: each mean square is 1/C
         known |= {"codebook_size": len(vae.codebook), "latent_scale": vae.channels**0.5}
         known["channel_order"] = tuple(range(vae.channels))
+    normalised = vae.normalised if vae is not None else (manifest or {}).get("normalised", False)
+    if (args.latent_norm or ("channel" if normalised else "scale")) == "channel":
+        if "latent_scale" in given:
+            raise UserError("--latent_scale is not read with --latent_norm channel; leave it out")
+        known |= channel_statistics(args.latent_stats, manifest)
     if manifest is not None:
         (channels, side, _), size = manifest["latent_shape"], manifest["image_size"]
         known |= {"img_size": size, "vae_embed_dim": channels, "vae_stride": size // side}
-        known |= {name: manifest[name] for name in LATENT}
+        known = {name: manifest[name] for name in LATENT} | known
     elif vae is not None:
         known |= {"vae_embed_dim": vae.channels, "vae_stride": vae.stride}
         missing = [f"--{name}" for name in LATENT if name not in known | given]
@@ -155,6 +165,23 @@ def build_config(
             )
     with as_user_error():
         return TokenBridgeConfig(**known | given)
+
+
+def channel_statistics(path: str | None, manifest: dict | None) -> dict:
+    """Settings of normalised latents, of --latent_stats or of a cache."""
+    source = manifest or {}
+    if path:
+        with as_user_error(f"--latent_stats {path}", (ValueError, TypeError, OSError)):
+            source = dict(json.loads(Path(path).read_bytes()))
+    if not {"channel_mean", "channel_std"} <= set(source):
+        where = f"--latent_stats {path} has not" if path else "nothing here has"
+        raise UserError(
+            f"{where} channel_mean and channel_std of the latents: main_cache.py measures them; "
+            "give its --cached_path, or its manifest.json as --latent_stats"
+        )
+    known = {f"latent_{name}": source[f"channel_{name}"] for name in ("mean", "std")}
+    order = {"channel_order": source["channel_order"]} if "channel_order" in source else {}
+    return known | {"latent_scale": 1.0} | order
 
 
 def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
@@ -246,12 +273,16 @@ def cache_histogram(cached_path: str, channels: int, vae_sha256: str | None) -> 
 
 
 def calibrated_levels(
-    histogram: LatentHistogram, levels: int, scale: float
+    histogram: LatentHistogram, levels: int, norm: tuple
 ) -> tuple[Tensor, Tensor]:
-    """Those, float32, that fit latents multiplied by scale."""
+    """Those, float32, that fit latents normalised by `TokenBridgeConfig.latent_norm`."""
+    scale, mean, std = norm
+    scale = scale if std is None else 1 / torch.tensor(std, dtype=torch.float64)
     with as_user_error("--quantizer calibrated"):
-        boundaries, values = fit_levels(histogram.counts, histogram.bin_widths(scale), levels)
-    return boundaries.float(), values.float()
+        tables = fit_levels(histogram.counts, histogram.bin_widths(scale), levels)
+    shift = 0 if mean is None else (torch.tensor(mean, dtype=torch.float64) * scale)[:, None]
+    boundaries, values = ((table - shift).float() for table in tables)
+    return boundaries, values
 
 
 # --- all of it

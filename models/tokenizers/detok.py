@@ -124,6 +124,8 @@ class Decoder(Transformer):
 class DeTok(VAE):
     """img_size, patch_size: in pixels. encoder, decoder: width, depth and heads of each."""
 
+    normalised = True
+
     def __init__(
         self,
         img_size: int = 256,

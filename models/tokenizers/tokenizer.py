@@ -4,6 +4,8 @@ The only place that multiplies or divides by the latent scale.
 Letters: B batch, C latent channels, h, w latent positions.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -18,12 +20,39 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 class Tokenizer(nn.Module):
-    """vae: None if no image is read or decoded. latent_scale: 1 / std of its latents."""
+    """vae: None if no image is read or decoded. latent_scale: 1 / std of its latents.
 
-    def __init__(self, vae: VAE | None, latent_scale: float):
+    mean, std: of each channel, by which latents are normalised in the place of latent_scale.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(
+        self,
+        vae: VAE | None,
+        latent_scale: float,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
         super().__init__()
         self.vae = vae.eval().requires_grad_(False) if vae is not None else None
         self.latent_scale = latent_scale
+        for name, values in (("mean", mean), ("std", std)):  # [C, 1, 1]
+            column = None if values is None else torch.tensor(values)[:, None, None]
+            self.register_buffer(name, column, persistent=False)
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """[..., C, h, w] of the VAE -> as the model reads them."""
+        if self.mean is None:
+            return latents * self.latent_scale
+        return (latents - self.mean) / self.std
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """The inverse of `scaled`."""
+        if self.mean is None:
+            return latents / self.latent_scale
+        return latents * self.std + self.mean
 
     def train(self, mode: bool = True) -> "Tokenizer":
         """Frozen: always in evaluation mode."""
@@ -39,11 +68,11 @@ class Tokenizer(nn.Module):
 
     def sample(self, posterior: Posterior, generator: torch.Generator | None = None) -> Tensor:
         """A scaled posterior sample, [B, C, h, w]: what the model is trained on."""
-        return posterior.sample(generator) * self.latent_scale
+        return self.scaled(posterior.sample(generator))
 
     def mode(self, posterior: Posterior) -> Tensor:
         """The scaled posterior mean, [B, C, h, w]."""
-        return posterior.mean * self.latent_scale
+        return self.scaled(posterior.mean)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """images: [B, 3, H, W], floats in [-1, 1] or bytes -> scaled latents [B, C, h, w]."""
@@ -58,4 +87,4 @@ class Tokenizer(nn.Module):
         """latents: [B, C, h, w], scaled -> images [B, 3, H, W], clamped to [-1, 1]."""
         assert self.vae is not None, "this tokenizer was built without a VAE"
         with torch.autocast(latents.device.type, enabled=False):
-            return self.vae.decode(latents.float() / self.latent_scale).clamp(-1.0, 1.0)
+            return self.vae.decode(self.unscaled(latents.float())).clamp(-1.0, 1.0)

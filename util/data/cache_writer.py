@@ -98,11 +98,11 @@ class CacheWriter:
                 write_json(self.folder / SETTINGS, self.settings)
             yield
 
-    def write_manifest(self, published_constants: bool) -> dict:
+    def write_manifest(self, published_constants: bool, normalised: bool = False) -> dict:
         """Declare the cache whole, when all shards are. For one process to call, after all others.
 
         published_constants: take the scale and channel order that the released models were trained
-        with, since the VAE is KL-16; what is measured stands beside them.
+        with, since the VAE is KL-16; what is measured stands beside them. normalised: see `VAE`.
         """
         folder, cache_id = self.folder, self.cache_id
         sidecars = [read_sidecar(folder, shard, cache_id) for shard in range(self.num_shards)]
@@ -121,7 +121,8 @@ class CacheWriter:
             "measured_latent_scale": scale,
             "measured_channel_order": order,
             "channel_mean": stats.channel_mean().tolist(),
-            "channel_std": stats.channel_std().tolist(),
+            "channel_std": stats.channel_std(of_means=normalised).tolist(),
+            "normalised": normalised,
             "channel_low_frequency_share": stats.low_frequency_share().tolist(),
             "histogram": stats.histogram.to_dict(),
             "skipped": [name for sidecar in sidecars for name in sidecar["skipped"]],

@@ -78,9 +78,10 @@ class LatentStats:
         """[C]."""
         return self._means[0]
 
-    def channel_std(self) -> Tensor:
-        """Std of posterior samples, [C]."""
+    def channel_std(self, of_means: bool = False) -> Tensor:
+        """Std of posterior samples, or of posterior means, [C]."""
         mean, square, variance, _ = self._means
+        variance = 0 if of_means else variance
         return (square + variance - mean.square()).clamp(min=0).sqrt()
 
     def latent_scale(self) -> float:

@@ -198,11 +198,12 @@ class Evaluator:
 
     def _identity(self, settings: EvalSettings) -> dict:
         """All that decides the images. Raises UserError unless all processes have the same."""
-        one_head = {"head": "channel", "head_share": 1.0}  # not said by versions that had one alone
+        # Not said by versions that had nothing else.
+        unsaid = {"head": "channel", "head_share": 1.0, "mask_distribution": "normal"}
         model = {
             name: setting
             for name, setting in self.model.config.to_dict().items()
-            if setting is not None and one_head.get(name) != setting
+            if setting is not None and unsaid.get(name) != setting
         }
         identity = {
             "settings": settings.to_dict(),
@@ -210,7 +211,7 @@ class Evaluator:
             "device": self.device.type,
             "weights_sha256": digest(self.model),
             "vae_weights_sha256": digest(self.tokenizer),
-            "latent_scale": self.tokenizer.latent_scale,
+            "latent_scale": self.tokenizer.latent_scale,  # mean and std are in the model's settings
             "model": model,
         }
         for rank, other in enumerate(dist.gather_objects(identity)):

@@ -55,7 +55,7 @@ def evaluate_checkpoint(
     model = build_model(config, checkpoint, checkpoint.key(args.eval_weights)).to(device)
     if args.compile:
         compile_model(model, device)
-    tokenizer = Tokenizer(vae, config.latent_scale).to(device)
+    tokenizer = Tokenizer(vae, *config.latent_norm).to(device)
     output = Path(args.output_dir)
     measure = prepare_measure(args, config.img_size, device, output / "reference_features")
     dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
