@@ -20,7 +20,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from datetime import timedelta
+from fractions import Fraction
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -106,7 +108,7 @@ QUICK = Scale(2, 128, 80, 3, (2, 4), (0.7, 1.0), (2.0,), FEW)
 class Run(NamedTuple):
     """A training and the images that are drawn of it. label: its row in the group's table.
 
-    like: a run of equal steps; this one has as many epochs as fit into the channel head's time.
+    like: a run of equal steps; this one has as many epochs as fit into the time of `first`.
     """
 
     group: str
@@ -134,6 +136,12 @@ class Run(NamedTuple):
         return "-".join([self.group, *words, str(self.seed)])
 
     @property
+    def first(self) -> str:
+        """The training that the others of its group are measured by."""
+        of_shares = self.group.startswith("share")
+        return f"{'share-1-rate-x1' if of_shares else 'heads-channel'}-{self.seed}"
+
+    @property
     def vae(self) -> str:
         return VQ if self.head == "codebook" else VAE
 
@@ -159,9 +167,9 @@ def all_runs(seed: int) -> Iterator[Run]:
     yield channel("masks", "mask_distribution exp", flags=("--mask_distribution=exp",))
     for flags in SAMPLED:
         yield channel("sampling", " ".join(flags).replace("=", " ") or "as published", flags=flags)
-    for share, times in ((1, 2), (2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2)):
+    for share, times in product((1, 2, 4, 8), (1, 2)):
         flags = f"--head_share={1 / share}", f"--lr={RATE * times}"
-        run = channel("share", f"1/{share}, rate x{times}", flags=flags)
+        run = channel("share", f"{Fraction(1, share)}, rate x{times}", flags=flags)
         yield from (run, run.at_equal_time("share-time")) if share > 1 else (run,)
 
 
@@ -223,12 +231,13 @@ class Comparison:
             sys.exit(1)
 
     def train(self, run: Run) -> dict:
-        """Train, and what --metrics_file says of it."""
-        folder, epochs = self.root / run.name, self.scale.epochs
+        """Train, and what --metrics_file says of it; shares before all of them have converged."""
+        folder = self.root / run.name
+        epochs = self.scale.epochs // (2 if run.group.startswith("share") else 1)
         if run.like:
-            known = [self.result(f"{n}-train") for n in (f"heads-channel-{run.seed}", run.like)]
+            known = [self.result(f"{name}-train") for name in (run.first, run.like)]
             if None in known:
-                raise UserError(f"{run.name} comes after heads-channel-{run.seed} and {run.like}")
+                raise UserError(f"{run.name} comes after {run.first} and {run.like}")
             epochs = max(1, round(epochs * known[0]["seconds"] / known[1]["seconds"]))
         values = dict(vae=run.vae, head=run.head, seed=run.seed, run=folder)
         bits = () if run.head in HEAD_QUANTIZERS else ("--quant_bits=4",)

@@ -20,16 +20,14 @@ GROUPS = {
     "order": "Order of the channels (channel: by frequency)",
     "size": "Width x depth of the head (channel: 64 x 2)",
     "masks": "Distribution of the training mask ratio (channel: normal)",
-    "share": "Share of the masked positions in the loss (channel: 1), the same steps",
+    "share": "Share of the masked positions in the loss, the same steps",
     "share-time": "Share of the masked positions in the loss, the same training time",
     "sampling": "Ways to draw from the channel head",
 }
 TIMED = ("time", "share", "share-time")  # tables in which it matters what training took
-ABOVE = {
-    "heads": (),
-    "sampling": (),
-    "bits": ("channel", "mixture", "diffusion"),
-}  # rows that other tables repeat
+# Rows that tables take from other groups; those that are not here take the channel head's.
+ABOVE = {"heads": {}, "sampling": {}, "share": {}, "share-time": {"share": ("1, rate x1",)}}
+ABOVE["bits"] = {"heads": ("channel", "mixture", "diffusion")}
 PAGES = {"heads.md": [name for name in GROUPS if name not in ("sampling", "masks")]}
 PAGES["sampling.md"] = ["sampling", "masks"]
 MARKS = "<!-- results of demo.compare -->\n", "<!-- end of results -->\n"
@@ -90,8 +88,8 @@ def tables(results: dict, groups: Sequence[str] = tuple(GROUPS)) -> str:
         if not any(run["group"] == group for run in results["runs"]):
             continue
         for run in results["runs"]:
-            repeated = run["group"] == "heads" and run["label"] in ABOVE.get(group, ("channel",))
-            if run["group"] == group or repeated:
+            repeated = ABOVE.get(group, {"heads": ("channel",)}).get(run["group"], ())
+            if run["group"] == group or run["label"] in repeated:
                 labels.setdefault(run["label"], []).append(run)
         used += sum(labels.values(), [])
         parts += [f"**{GROUPS[group]}**", ""]

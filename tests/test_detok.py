@@ -1,11 +1,21 @@
-"""l-DeTok against the golden data, and as --vae_path."""
+"""l-DeTok against the golden data, and as --vae_path; latents normalised by channel."""
+
+import shutil
 
 import pytest
 import torch
 
+import main_cache
+import main_tokenbridge
+import reconstruction
+from models.config import TokenBridgeConfig
 from models.tokenizers import detok
 from models.tokenizers.detok import DeTok
+from models.tokenizers.kl16 import Posterior
+from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import GOLDEN, formula_weight, golden, golden_json, relative_error
+from tests.runs import CACHE_FLAGS, TRAIN_FLAGS, call, evaluate, flags, refused, train
+from util.data.latent_cache import open_cache
 from util.errors import UserError
 from util.vae import load_vae, save_vae
 
@@ -61,3 +71,70 @@ def test_its_files_give_their_averages_and_images_are_of_one_size(tmp_path):
     torch.save(saved, tmp_path / "detok.pth")
     with pytest.raises(UserError, match="detok.pth: tensors do not match: 1 missing"):
         load_vae(tmp_path / "detok.pth")
+
+
+@pytest.fixture(scope="module")
+def place(inputs, tmp_path_factory):
+    """inputs with l-DeTok's file as vae.ckpt, and their cache."""
+    folder = shutil.copytree(inputs, tmp_path_factory.mktemp("detok") / "inputs")
+    shutil.rmtree(folder / "cache")
+    torch.manual_seed(0)
+    state = DeTok(**TINY).state_dict()
+    torch.save({"model": state, "model_ema": state}, folder / "vae.ckpt")
+    call(main_cache.main, *flags(folder, CACHE_FLAGS, cached_path="cache"))
+    return folder
+
+
+def test_its_latents_are_normalised_by_their_means_and_stds(place, tmp_path):
+    saved = train(place, tmp_path / "run", holdout=4, val_freq=1)
+    config = TokenBridgeConfig.from_dict(saved["config"])
+    tokenizer = Tokenizer(load_vae(place / "vae.ckpt"), *config.latent_norm)
+    cache = open_cache(place / "cache")
+    moments = torch.stack([cache[i, flip][0] for i in range(len(cache)) for flip in (0, 1)])
+    std, mean = torch.std_mean(tokenizer.mode(Posterior(moments)), dim=(0, 2, 3), correction=0)
+    assert mean.abs().max() < 1e-3 and (std - 1).abs().max() < 1e-3  # moments are of fp16
+    latents = torch.randn(2, 4, 4, 4)
+    torch.testing.assert_close(tokenizer.scaled(tokenizer.unscaled(latents)), latents)
+    drawn = [
+        evaluate(place, tmp_path / str(n), tmp_path / "run", no_metrics=True, eval_bsz=n)
+        for n in (3, 5)
+    ]
+    assert len(drawn[0]) == 12 and drawn[0] == drawn[1]
+
+
+def test_without_a_cache_its_statistics_are_asked_for(place, tmp_path, capsys):
+    images = dict(use_cached=False, cached_path=None, vae_path="vae.ckpt", data_path="data")
+    argv = flags(place, TRAIN_FLAGS, images, output_dir=tmp_path / "no")
+    line = refused(capsys, main_tokenbridge.main, *argv)
+    assert "main_cache.py measures them" in line and "--latent_stats" in line
+    stats = place / "cache" / "manifest.json"
+    saved = train(place, tmp_path / "run", **images, epochs=1, latent_stats=stats)
+    cached = train(place, tmp_path / "cached", epochs=1)
+    assert saved["config"]["latent_std"] == cached["config"]["latent_std"]
+    shown = dict(vae_path="vae.ckpt", image_dir="data", img_size=16, device="cpu", num_workers=0)
+    shown |= dict(no_metrics=True, latent_stats=stats, output_dir=tmp_path / "pictures")
+    call(reconstruction.main, *flags(place, shown))
+    argv = flags(place, shown | dict(latent_stats=None, output_dir=tmp_path / "no"))
+    assert "main_cache.py measures" in refused(capsys, reconstruction.main, *argv)
+
+
+def test_other_latents_are_normalised_on_request_and_levels_fit_them(inputs, tmp_path, capsys):
+    channel = dict(latent_norm="channel", quantizer="calibrated", quant_bits=3)
+    saved = train(inputs, tmp_path / "run", **channel)
+    config, manifest = saved["config"], open_cache(inputs / "cache").manifest
+    assert list(config["latent_mean"]) == manifest["channel_mean"]
+    assert list(config["latent_std"]) == manifest["channel_std"]
+    scaled = train(inputs, tmp_path / "scaled", **channel | {"latent_norm": "scale"})
+    levels = [run["model"]["reconstruction_values"] for run in (saved, scaled)]
+    mean, std = (torch.tensor(config[f"latent_{name}"])[:, None] for name in ("mean", "std"))
+    expected = levels[1] / scaled["config"]["latent_scale"]
+    torch.testing.assert_close(levels[0] * std + mean, expected, rtol=1e-3, atol=1e-3)
+    for wrong, told in (
+        (dict(latent_scale=2), "--latent_scale is not read with --latent_norm channel"),
+        (
+            dict(latent_norm="scale", resume=tmp_path / "run"),
+            "has --latent_norm channel, not scale",
+        ),
+    ):
+        argv = flags(inputs, TRAIN_FLAGS, channel | wrong, output_dir=tmp_path / "no")
+        assert told in refused(capsys, main_tokenbridge.main, *argv)
