@@ -4,8 +4,8 @@ python -m demo.compare [--quick] [--long] [--only GROUP ...] [--heads HEAD ...]
 python -m demo.compare --render benchmarks/results/heads.json
 
 What is finished is not done again, also after a kill. Everything goes to output/compare, --quick's
-to output/compare-quick; --render puts a results.json into docs/heads.md and docs/sampling.md, as
-tables and charts.
+to output/compare-quick; --render puts a results.json into the pages of docs/, as tables and
+charts.
 """
 
 import ctypes
@@ -165,6 +165,9 @@ def all_runs(seed: int) -> Iterator[Run]:
         size = f"--channel_embed_dim={width}", f"--channel_depth={depth}"
         yield channel("size", f"{width} x {depth}", flags=size)
     yield channel("masks", "mask_distribution exp", flags=("--mask_distribution=exp",))
+    norm, calibrated = ("--latent_norm=channel",), ("--quantizer=calibrated",)
+    for flags in (norm, calibrated, norm + calibrated):
+        yield channel("latents", " ".join(flags).replace("=", " "), flags=flags)
     for flags in SAMPLED:
         yield channel("sampling", " ".join(flags).replace("=", " ") or "as published", flags=flags)
     for share, times in product((1, 2, 4, 8), (1, 2)):

@@ -22,14 +22,15 @@ GROUPS = {
     "masks": "Distribution of the training mask ratio (channel: normal)",
     "share": "Share of the masked positions in the loss, the same steps",
     "share-time": "Share of the masked positions in the loss, the same training time",
+    "latents": "Normalisation of the latents (channel: one scale, published levels)",
     "sampling": "Ways to draw from the channel head",
 }
 TIMED = ("time", "share", "share-time")  # tables in which it matters what training took
 # Rows that tables take from other groups; those that are not here take the channel head's.
 ABOVE = {"heads": {}, "sampling": {}, "share": {}, "share-time": {"share": ("1, rate x1",)}}
 ABOVE["bits"] = {"heads": ("channel", "mixture", "diffusion")}
-PAGES = {"heads.md": [name for name in GROUPS if name not in ("sampling", "masks")]}
-PAGES["sampling.md"] = ["sampling", "masks"]
+PAGES = {"sampling.md": ["sampling", "masks"], "tokenizers.md": ["latents"]}
+PAGES["heads.md"] = [name for name in GROUPS if name not in sum(PAGES.values(), [])]
 MARKS = "<!-- results of demo.compare -->\n", "<!-- end of results -->\n"
 
 
@@ -98,6 +99,8 @@ def tables(results: dict, groups: Sequence[str] = tuple(GROUPS)) -> str:
         for rows in both:
             lines = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
             parts += [*(f"| {' | '.join(line)} |" for line in lines), ""]
+    if not used:
+        return ""
     real = spread([floor["frechet"]], floor["frechet_error"])
     made = [run[part]["commit"] for run in used for part in ("train", "draw") if part in run]
     where = f"{about['processor']}, {about['system']}"

@@ -100,7 +100,7 @@ def is_running(number: int) -> bool:
 
 def test_a_run_at_equal_time_has_the_epochs_that_fit(tmp_path, monkeypatch):
     runs = {run.name: run for run in compare.all_runs(seed=0)}
-    assert len(runs) == 51 and {run.group for run in runs.values()} == set(compare.GROUPS)
+    assert len(runs) == 54 and {run.group for run in runs.values()} == set(compare.GROUPS)
     for run in runs.values():
         make_parser().parse(["--head", run.head, *run.flags])
     comparison = compare.Comparison(tmp_path, compare.Scale(), [])

@@ -13,6 +13,7 @@ from tests.hub import Hub, running
 from tests.runs import call, free_port, refused
 from util import download
 from util.download import PLACES, REPOSITORY
+from util.download import REPOSITORIES as OTHERS
 
 LARGE = PLACES["large"]
 CONTENT = {name: np.random.default_rng(i).bytes(300_000) for i, name in enumerate(PLACES.values())}
@@ -22,7 +23,10 @@ CONTENT = {name: np.random.default_rng(i).bytes(300_000) for i, name in enumerat
 def hub(monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # 10 MB, what a break may lose
     monkeypatch.setattr("time.sleep", lambda _, sleep=time.sleep: sleep(0.01))
-    with running(Hub({REPOSITORY: {"README.md": b"weights", **CONTENT}})) as hub:
+    repositories = {repo: {"README.md": b"weights"} for repo in (REPOSITORY, *OTHERS.values())}
+    for name, place in PLACES.items():
+        repositories[OTHERS.get(name, REPOSITORY)][place] = CONTENT[place]
+    with running(Hub(repositories)) as hub:
         yield hub
 
 
@@ -58,8 +62,8 @@ def part(folder: Path, content: bytes = b"") -> Path:
     return path
 
 
-def test_all_three_come_to_their_places_and_are_verified_when_there(hub, tmp_path, capsys):
-    fetch(hub, tmp_path, "vae", "large", "huge")
+def test_all_come_to_their_places_and_are_verified_when_there(hub, tmp_path, capsys):
+    fetch(hub, tmp_path, *PLACES)
     assert files(tmp_path) == CONTENT
     said = capsys.readouterr()
     assert all(hashlib.sha256(content).hexdigest() in said.out for content in CONTENT.values())
@@ -102,7 +106,8 @@ def test_files_may_lie_elsewhere_in_a_repository(hub, tmp_path):
     hub.repos["a/b"]["weights/tokenbridge_large/checkpoint-last.pth"] = b"large"
     fetch(hub, tmp_path, "vae", "large", repo="a/b")
     fetch(hub, tmp_path, "huge", repo="a/b", file="step9.pth")
-    assert [files(tmp_path)[PLACES[what]] for what in PLACES] == [b"vae", b"large", b"huge"]
+    found = [files(tmp_path)[PLACES[what]] for what in ("vae", "large", "huge")]
+    assert found == [b"vae", b"large", b"huge"]
 
 
 @pytest.mark.parametrize(

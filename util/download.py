@@ -1,11 +1,12 @@
 """Fetch the published weights from the Hugging Face hub to where the commands expect them.
 
-python -m util.download {vae,large,huge} ...
+python -m util.download {vae,large,huge,vq,detok,...} ...
 
 Until its checksum is the hub's, a file is NAME.CHECKSUM.part, with which the same command goes on
 after an interruption; `hf_hub_download` would begin gigabytes anew.
 """
 
+import argparse
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, hf_hub_url
@@ -19,21 +20,31 @@ from util.errors import UserError, as_user_error
 from util.files import check_writable, flush, listed, only_job_in, sha256
 
 REPOSITORY = "Epiphqny/TokenBridge"
+# Of others; licences are those that the pages of the repositories state.
+REPOSITORIES = {"vq": "FoundationVision/LlamaGen"}
+REPOSITORIES |= dict.fromkeys(
+    ("detok", "detok_tuned", "detok_mar_base", "detok_mar_large"), "jjiaweiyang/l-DeTok"
+)
 # Where the published commands look for each. Of a repository's file the end of its path is known:
 # kl16.ckpt, but checkpoint-last.pth only in the folder of its model.
 PLACES = {
     "vae": "vae/kl16.ckpt",
     "large": "tokenbridge/tokenbridge_large/checkpoint-last.pth",
     "huge": "tokenbridge/tokenbridge_huge/checkpoint-last.pth",
+    "vq": "vq/vq_ds16_c2i.pt",
+    "detok": "detok/detok-BB-gamm3.0-m0.7.pth",
+    "detok_tuned": "detok/detok-BB-gamm3.0-m0.7-decoder_tuned.pth",
+    "detok_mar_base": "detok/mar_base.pth",
+    "detok_mar_large": "detok/mar_large.pth",
 }
 HUB_ERRORS = (errors.HTTPError, OSError, ValueError)
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("what", nargs="+", choices=PLACES, help="the VAE, and the two models")
+    parser.add_argument("what", nargs="+", choices=PLACES, help="tokenizers and models")
     add = parser.add_argument_group("hub").add_argument
-    add("--repo", default=REPOSITORY, help="repository of the hub")
+    add("--repo", help="repository of the hub; default: that of each")
     add("--revision", default="main", help="branch, tag or commit")
     add("--endpoint", default=constants.ENDPOINT, help="address; also HF_ENDPOINT")
     add("--file", help="name in the repository, where it is not the usual one")
@@ -45,18 +56,27 @@ def main() -> None:
     args = make_parser().parse()
     if args.file and len(set(args.what)) > 1:
         raise UserError(f"--file {args.file} is one file, and {', '.join(args.what)} are several")
-    paths = [Path(args.output_dir, PLACES[name]) for name in args.what]
     check_writable(args.output_dir, "--output_dir")
-    where = f"--repo {args.repo} --revision {args.revision} of {args.endpoint}"
+    groups = {}
+    for name in args.what:
+        groups.setdefault(args.repo or REPOSITORIES.get(name, REPOSITORY), []).append(name)
+    for repo, what in groups.items():
+        fetch_all(args, repo, what)
+
+
+def fetch_all(args: argparse.Namespace, repo: str, what: list[str]) -> None:
+    """Those of one repository. Raises UserError."""
+    paths = [Path(args.output_dir, PLACES[name]) for name in what]
+    where = f"--repo {repo} --revision {args.revision} of {args.endpoint}"
     by_hand = f"without a network, fetch it elsewhere and put here {', '.join(map(str, paths))}"
     with as_user_error(f"{where} ({by_hand})", (*HUB_ERRORS, TypeError, LookupError)):
         api = HfApi(args.endpoint)
-        info = api.model_info(args.repo, revision=args.revision, files_metadata=True, timeout=20)
-    with as_user_error(f"--repo {args.repo}"):
-        names = [args.file or PLACES[name].partition("/")[2] for name in args.what]
+        info = api.model_info(repo, revision=args.revision, files_metadata=True, timeout=20)
+    with as_user_error(f"--repo {repo}"):
+        names = [args.file or PLACES[name].partition("/")[2] for name in what]
         chosen = [choose(info.siblings or [], name) for name in names]
     for file, path in zip(chosen, paths, strict=True):
-        url = hf_hub_url(args.repo, file.rfilename, revision=info.sha, endpoint=args.endpoint)
+        url = hf_hub_url(repo, file.rfilename, revision=info.sha, endpoint=args.endpoint)
         if not path.exists():
             with only_job_in(path.parent, "--output_dir"):
                 fetch(url, file, path)
