@@ -76,7 +76,9 @@ def hub(world, monkeypatch):
     """The hub's stand-in, with the world's weights and a VAE of diffusers."""
     with in_place_of_the_hub(monkeypatch) as hub:
         weights = world / "pretrained_models"
-        hub.repos[REPOSITORY] = {name: (weights / name).read_bytes() for name in PLACES.values()}
+        hub.repos[REPOSITORY] = {
+            PLACES[name]: (weights / PLACES[name]).read_bytes() for name in ("vae", "large", "huge")
+        }
         hub.repos["stabilityai/sd-vae-ft-mse"] = diffusers_vae(world / "sd-vae-ft-mse")
         yield hub
 

@@ -202,7 +202,7 @@ def test_names_say_ratio_and_channel():
     config = tiny_model().config
     losses = torch.arange(30, dtype=torch.float64).reshape(5, 6)
     named = as_scalars(losses, "ema", config)
-    weights = torch.tensor(ratio_weights(0.7), dtype=torch.float64)
+    weights = torch.tensor(ratio_weights(config.mask_ratios), dtype=torch.float64)
     assert named["validation/loss_ema"] == pytest.approx((weights @ losses).mean().item())
     assert named["validation_ratio_ema/0.50"] == losses[1].mean()
     assert named["validation_channel_ema/05"] == pytest.approx((weights @ losses[:, 5]).item())
