@@ -14,6 +14,13 @@ from util.report.page import Section, chart, figure, picture
 
 GRID = "grid.png"  # images of an evaluation or a reconstruction
 FRAMES = 16  # pictures of a training, spread over it
+LOSSES = {  # of the heads; those that are not here have the channel head's
+    "channel": "Cross-entropy in nats for each masked token and channel; a blind guess costs ln K.",
+    "masked": "Cross-entropy in nats of masked channels, and a tenth of that of visible ones.",
+    "mixture": "Negative log-likelihood of a density, in nats for each masked token.",
+    "diffusion": "Squared error of the noise and variational bound, for each masked token and channel.",
+    "codebook": "Cross-entropy in nats for each masked token; a blind guess costs ln K.",
+}
 WEIGHTS = {"raw": "raw weights", "ema": "averaged weights"}
 GROUPS = {"ratio": "mask ratio", "channel": "channel"}
 ERRORS = ("_standard_error", "_std", "_error")  # ends of the names of figures' errors
@@ -53,7 +60,7 @@ def losses(training: Training) -> Section:
         for tag, points in sorted(scalars.items(), reverse=True)
         if not tag.startswith(("train/loss", "validation", "levels/")) and any(y for _, y in points)
     ]
-    text = "Cross-entropy in nats for each masked token and channel; a blind guess costs ln K."
+    text = LOSSES.get(training.model.get("head"), LOSSES["channel"])
     return Section("Training", text, charts=[chart("loss", loss, wide=True), *small])
 
 
