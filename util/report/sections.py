@@ -18,7 +18,7 @@ LOSSES = {  # of the heads; those that are not here have the channel head's
     "channel": "Cross-entropy in nats for each masked token and channel; a blind guess costs ln K.",
     "masked": "Cross-entropy in nats of masked channels, and a tenth of that of visible ones.",
     "mixture": "Negative log-likelihood of a density, in nats for each masked token.",
-    "diffusion": "Squared error of the noise and variational bound, for each masked token and channel.",
+    "diffusion": "Squared error of the noise, and a bound, for each masked token and channel.",
     "codebook": "Cross-entropy in nats for each masked token; a blind guess costs ln K.",
 }
 WEIGHTS = {"raw": "raw weights", "ema": "averaged weights"}
