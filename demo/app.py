@@ -82,7 +82,7 @@ def opened(library: Library, name: str | None, weights: str):
 def generate(library: Library, name, weights, painted, classes, count, seconds, *settings):
     """After every iteration: status, images, order, confidence and the call from Python.
 
-    painted: None, or paths of a picture and of what was painted on it, to be drawn anew.
+    painted: None, or files of a picture and of what is painted on it, to be drawn anew.
     """
     with errors_in_the_page():
         loaded = library.load(name, weights)
@@ -191,11 +191,11 @@ def results(advice: str, prefix: str) -> list:
 def edit_tab(library: Library, model: list, classes: "gr.Dropdown", settings: list) -> None:
     """A picture is painted on; there it is drawn anew, as the settings of Generate say."""
     with gr.Column(scale=2, min_width=320):
-        brush = gr.Brush(colors=["#000000"], color_mode="fixed", default_size=24)
+        brush = gr.Brush(colors=["#000000"], color_mode="fixed")
         tools = dict(brush=brush, layers=False, transforms=(), format="png")
         sources = ["upload", "clipboard"]
         editor = gr.ImageEditor(label="Picture", sources=sources, elem_id="editor", **tools)
-        editor.preprocess = partial(painted_files, editor)
+        editor.preprocess = painted_files
         chosen = gr.Dropdown(label="Classes", multiselect=True, allow_custom_value=True)
         start = gr.Button("Draw what is painted over", variant="primary", elem_id="edit")
     outputs = results("Drop a picture, paint over what shall change, choose classes.", "edited-")
@@ -204,20 +204,13 @@ def edit_tab(library: Library, model: list, classes: "gr.Dropdown", settings: li
     start.click(partial(generate, library), inputs, outputs, **EVENT)
 
 
-def painted_files(editor: "gr.ImageEditor", payload) -> tuple[str, list[str]] | None:
-    """In the place of gradio's own reading, which opens any format: files for the project's."""
-    blobs = editor.blob_storage.pop(payload.id, payload) if payload else None
-    if blobs is None or not blobs.background:
-        return None
-    paths = []
-    for part in (blobs.background, *blobs.layers):
-        path = getattr(part, "path", None)
-        if part and path is None:
-            with tempfile.NamedTemporaryFile(dir=os.environ["GRADIO_TEMP_DIR"], delete=False) as f:
-                f.write(part)
-            path = f.name
-        paths += [path] if path else []
-    return paths[0], paths[1:]
+def painted_files(payload) -> list[str]:
+    """In the place of gradio's own reading, which opens any format: the picture's file and those of
+    what is painted on it, for the project's.
+    """
+    if payload is None or payload.background is None:
+        return [""]
+    return [part.path for part in (payload.background, *payload.layers)]
 
 
 def reconstruct_tab(library: Library, model: list) -> list:

@@ -178,13 +178,15 @@ def draw(
         time.sleep(max(0.0, began + seconds * number / steps - time.monotonic()))
 
 
-def editing(loaded: Loaded, painted: tuple[str, Sequence[str]], count: int) -> Given:
-    """What is known of `count` images of a picture; painted: its file, and of what is painted on
-    it, dark on a light or transparent ground. Raises UserError.
+def editing(loaded: Loaded, painted: Sequence[str], count: int) -> Given:
+    """What is known of `count` images of a picture; painted: its file, and those of what is painted
+    on it, dark on a light or transparent ground. Raises UserError.
     """
-    config, (picture, layers) = loaded.model.config, painted
+    config = loaded.model.config
+    if not painted[0]:
+        raise UserError("there is no picture: drop one")
     with as_user_error("this picture"):
-        images = [center_crop(read_image(path), config.img_size) for path in (picture, *layers)]
+        images = [center_crop(read_image(path), config.img_size) for path in painted]
     drawn = [np.array(layer.convert("L")) < 255 for layer in images[1:]]
     mask = np.any(drawn, axis=0) if drawn else np.zeros((config.img_size,) * 2, bool)
     if not mask.any():

@@ -12,14 +12,15 @@ from PIL import Image
 
 import reconstruction
 from demo import app
-from demo.app_model import Library, class_names, draw, reconstruct
-from models.generate import generate
+from demo.app_model import Library, class_names, draw, editing, reconstruct
+from models.generate import edit, generate
 from models.hub import Origin
 from models.sampler import SamplingOptions
 from models.tokenbridge import tokenbridge_tiny
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import tiny_model
 from tests.runs import call, refused
+from util.data.images import center_crop
 from util.errors import UserError
 from util.vae import save_vae, vae_digest
 
@@ -166,6 +167,30 @@ def test_a_picture_is_reconstructed_as_reconstruction_py_does(loaded, place, tmp
             reconstruct(loaded, str(place / "photo.png"), size, [2])
     assert captions == ["Original", *(f"{n}: {p}" for n, p in zip(names, psnr, strict=True))]
     assert pixels.shape == (4, 32, 32, 3)
+
+
+def test_a_picture_is_drawn_anew_where_it_is_painted(loaded, place, tmp_path):
+    """As `edit` does with the same centre square and mask; with nothing painted it says so."""
+    layer = np.zeros((96, 120, 4), np.uint8)
+    Image.fromarray(layer).save(tmp_path / "nothing.png")
+    layer[40:50, 60:70, 3] = 255  # black on a transparent ground
+    Image.fromarray(layer).save(tmp_path / "layer.png")
+    painted = [str(place / "photo.png"), str(tmp_path / "layer.png")]
+    settings = dict(num_iter=3, cfg=2.0, seed=4)
+    given = editing(loaded, painted, 2)
+    *_, (_, steps, pixels, _) = draw(loaded, [0, 2], SamplingOptions(**settings), given=given)
+    image = center_crop(Image.open(place / "photo.png"), 16)
+    square = Image.fromarray(layer[..., 3]).convert("RGB")
+    mask = np.array(center_crop(square, 16))[..., 0] > 0
+    expected = edit(loaded.model, loaded.tokenizer, image, mask, [0, 2], **settings)
+    assert np.array_equal(pixels, expected) and steps <= 3
+    assert 0 < (~given.known_mask[0]).sum() < 16
+    for files, told in (
+        ([""], "no picture"),
+        ([painted[0], str(tmp_path / "nothing.png")], "nothing is"),
+    ):
+        with pytest.raises(UserError, match=told):
+            editing(loaded, files, 1)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,27 @@ def test_drawing_can_be_stopped(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+def test_a_picture_is_painted_over_and_drawn_anew_there(page, place):
+    page.get_by_role("tab", name="Edit").click()
+    page.locator("#edit").click()
+    assert "no picture" in message(page)
+    page.locator("#editor input[type=file]").first.set_input_files(place / "photo.png")
+    page.locator("#editor").get_by_label("Brush", exact=True).wait_for()
+    page.wait_for_timeout(1000)  # until the picture is on the canvas
+    box = page.locator("#editor canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y + 10, steps=8)
+    page.mouse.up()
+    page.wait_for_timeout(1000)  # until the page has sent it
+    page.locator("#edit").click()
+    page.locator("#edited-status").get_by_text("Done:").wait_for()
+    assert (
+        "edit(model, vae, image, mask, [0, 1, 2, 0], " in page.locator("#edited-call").inner_text()
+    )
+
+
 def test_a_picture_is_taken_apart_and_what_is_none_is_told(page, place):
     page.get_by_role("tab", name="Reconstruct").click()
     page.locator("#picture input[type=file]").set_input_files(place / "photo.png")
