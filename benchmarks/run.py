@@ -1,4 +1,4 @@
-"""How fast everything is: each work fast, plain, and with each plain part alone, as one table.
+"""How fast everything is, as one table.
 
 python -m benchmarks.run [--model tokenbridge_base --batch_size 2 --precision fp32 bf16]
 python -m benchmarks.run --only train head --repeats 5 [--json FILE]
@@ -16,7 +16,6 @@ from statistics import median
 
 import torch
 
-from benchmarks.plain import plain
 from benchmarks.works import WORKS, Settings, Work
 from models.config import PRESETS, TokenBridgeConfig, preset
 from util import dist
@@ -32,9 +31,7 @@ SIZES = {"cuda": ("tokenbridge_large", 64), "cpu": ("tokenbridge_base", 2)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATRIX = {"cpu": 2048, "mps": 2048, "cuda": 8192}  # side; a GPU is not filled by less
 SHORTEST = 0.2  # seconds: what is over sooner is called several times
-FAST, PLAIN = "fast", "plain"  # as the project computes it; as benchmarks/plain.py does
-HEAD = ("work", "variant", "precision", "seconds, median (range)", "a second", "of products")
-HEAD += ("memory", "fast is faster")
+HEAD = ("work", "precision", "seconds, median (range)", "a second", "of products", "memory")
 
 
 def make_parser() -> Parser:
@@ -47,8 +44,8 @@ def make_parser() -> Parser:
     add("--num_iter", type=positive_int, default=8, help="of the sampling")
     add("--precision", nargs="+", choices=tuple(DTYPES), default=["bf16"], help="arithmetic")
     add("--only", nargs="+", choices=tuple(WORKS), help="these works [all]")
-    add("--repeats", type=positive_int, default=3, help="timed runs of each variant")
-    add("--compile", action="store_true", help="compile the blocks of what is not plain")
+    add("--repeats", type=positive_int, default=3, help="timed runs of each")
+    add("--compile", action="store_true", help="compile the blocks")
     add("--json", type=Path, help="file to write [benchmarks/results/DEVICE.json; --only: none]")
     return parser
 
@@ -85,16 +82,10 @@ class Machine:
 
 
 def measure(work: Work, machine: Machine, precisions: Sequence[str], repeats: int) -> list[dict]:
-    """Rows of all variants, run in turn, so that what else a shared machine does meets them all.
-
-    Fast and plain in each precision; each part plain alone in the last one.
-    """
-    precisions, rows = work.precisions or precisions, []
-    variants = [(FAST, precision, ()) for precision in precisions]
-    variants += [(PLAIN, precision, work.whole) for precision in precisions]
-    variants += [(f"{PLAIN}: {name}", precisions[-1], (name,)) for name in work.single]
-    for variant, precision, names in variants:
-        row = dict(title=work.title, variant=variant, precision=precision, plain_parts=names)
+    """A row for each precision, run in turn, so that what else a shared machine does meets all."""
+    rows = []
+    for precision in work.precisions or precisions:
+        row = dict(title=work.title, precision=precision)
         row |= dict(items=work.items, unit=work.unit, operations=work.operations)
         rows.append(row | dict(seconds=[], product_rates=[], memory=None, times=1))
         time_once(work, rows[-1], machine)  # what comes first takes longer
@@ -109,28 +100,25 @@ def measure(work: Work, machine: Machine, precisions: Sequence[str], repeats: in
 def time_once(work: Work, row: dict, machine: Machine) -> None:
     """Product rates are the mean of one before and one after; memory is known on CUDA alone."""
     on_cuda = machine.device.type == "cuda"
-    with plain(work.parts, *row["plain_parts"]):
-        before = machine.product_rate(row["precision"])
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        row["seconds"].append(machine.seconds(partial(work.run, row["precision"]), row["times"]))
-        row["memory"] = peak_memory(machine.device) if on_cuda else None
-        row["product_rates"].append((before + machine.product_rate(row["precision"])) / 2)
+    before = machine.product_rate(row["precision"])
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    row["seconds"].append(machine.seconds(partial(work.run, row["precision"]), row["times"]))
+    row["memory"] = peak_memory(machine.device) if on_cuda else None
+    row["product_rates"].append((before + machine.product_rate(row["precision"])) / 2)
 
 
-def cells(row: dict, rows: list[dict]) -> list[str]:
+def cells(row: dict) -> list[str]:
     """A line of the table: see HEAD."""
     seconds, share = median(row["seconds"]), ""
     if row["operations"] is not None:
         pairs = zip(row["seconds"], row["product_rates"], strict=True)
         share = f"{median(row['operations'] / s / rate for s, rate in pairs):.0%}"
-    fast = next(r for r in rows if (r["variant"], r["precision"]) == (FAST, row["precision"]))
     return [
-        *(row["title"], row["variant"], row["precision"]),
+        *(row["title"], row["precision"]),
         f"{seconds:.3g} ({min(row['seconds']):.3g} to {max(row['seconds']):.3g})",
         f"{readable(row['items'] / seconds, '').strip()} {row['unit']}",
         *(share, "" if row["memory"] is None else readable(row["memory"], "B")),
-        "" if fast is row else f"{seconds / median(fast['seconds']):.2f} x",
     ]
 
 
@@ -156,7 +144,7 @@ def main() -> None:
     machine, rows = Machine(device), []
     for name in args.only or WORKS:
         measured = measure(WORKS[name](settings), machine, precisions, args.repeats)
-        print(*(line(cells(row, measured)) for row in measured), sep="\n", flush=True)
+        print(*(line(cells(row)) for row in measured), sep="\n", flush=True)
         rows += [{"work": name} | row for row in measured]
     if path is not None:
         path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")

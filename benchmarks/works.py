@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.plain import Parts
 from models.config import TokenBridgeConfig
 from models.masking import random_orders
 from models.sampler import sample_latents
@@ -63,18 +62,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Work:
-    """run: once, given a precision's name. items, operations: of one run, as far as counted.
-
-    whole: the switches that together make it plain. single: those to be timed alone.
-    """
+    """run: once, given a precision's name. items, operations: of one run, as far as counted."""
 
     title: str
     items: int
     unit: str
     run: Callable[[str], object]
-    parts: Parts
-    whole: tuple[str, ...]
-    single: tuple[str, ...] = ()
     operations: float | None = None
     precisions: tuple[str, ...] | None = None
 
@@ -100,11 +93,8 @@ def training(settings: Settings) -> Work:
         ema.update(skipped)
 
     title = f"training step, batch {batch}, {settings.masked} masked positions"
-    whole = ("quantizer", "head", "backbone", "ema", "optimizer")
-    single = ("quantizer", "chunks", "backbone", "ema", "optimizer")
     operations = batch * flops.training_step(model.config, settings.masked)
-    parts = Parts(model=model, optimizer=optimizer, ema=ema)
-    return Work(title, batch, "images", step, parts, whole, single, operations)
+    return Work(title, batch, "images", step, operations)
 
 
 def head_sampling(settings: Settings) -> Work:
@@ -116,24 +106,22 @@ def head_sampling(settings: Settings) -> Work:
         with settings.autocast(precision):
             model.head.sample(z, uniforms)
 
-    title, parts = f"head sampling, {count} tokens", Parts(model=model)
+    title = f"head sampling, {count} tokens"
     operations = count * flops.head(model.config, sampled=True)
-    return Work(title, count, "tokens", sample, parts, ("sampling",), (), operations)
+    return Work(title, count, "tokens", sample, operations)
 
 
 def sampling(settings: Settings) -> Work:
-    model, sampler = settings.build_model().eval(), Parts(sample=sample_latents)
+    model = settings.build_model().eval()
     count, num_iter, labels = settings.batch_size, settings.num_iter, settings.labels
 
     def sample(precision: str) -> None:
         with settings.autocast(precision):
-            sampler.sample(model, labels, num_iter=num_iter, cfg=CFG)
+            sample_latents(model, labels, num_iter=num_iter, cfg=CFG)
 
     title = f"sampling {count} images, {num_iter} iterations, cfg {CFG:g}"
-    whole = ("sampling", "guidance", "backbone")
     operations = count * flops.sampling(model.config, num_iter, guided=True)
-    parts = Parts(model=model, sampler=sampler)
-    return Work(title, count, "images", sample, parts, whole, (*whole, "token_cache"), operations)
+    return Work(title, count, "images", sample, operations)
 
 
 def vae(settings: Settings, direction: str) -> Work:
@@ -147,8 +135,8 @@ def vae(settings: Settings, direction: str) -> Work:
         return tokenizer.decode(latents) if direction == "decode" else tokenizer.posterior(images)
 
     operations = batch * vae_operations(size)[direction]
-    work = Work(f"VAE {direction}", batch, "images", lambda _: run(), Parts(), ("channels_last",))
-    return replace(work, operations=operations, precisions=("fp32",))  # it has no other
+    title, precisions = f"VAE {direction}", ("fp32",)  # it has no other
+    return Work(title, batch, "images", lambda _: run(), operations, precisions)
 
 
 @torch.no_grad()
