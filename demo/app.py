@@ -79,11 +79,12 @@ def opened(library: Library, name: str | None, weights: str):
     return loaded.facts, some, *loaded.settings.values(), bits, config.img_size
 
 
-def generate(library: Library, name, weights, painted, classes, count, seconds, *settings):
+def generate(library: Library, name, weights, painted, classes, *settings):
     """After every iteration: status, images, order, confidence and the call from Python.
 
     painted: None, or files of a picture and of what is painted on it, to be drawn anew.
     """
+    count, seconds, *options = settings
     with errors_in_the_page():
         loaded = library.load(name, weights)
         if not classes:
@@ -92,7 +93,7 @@ def generate(library: Library, name, weights, painted, classes, count, seconds, 
         labels = [chosen[i % len(chosen)] for i in range(count)]
         names = [loaded.classes[label] for label in labels]
         with as_user_error("settings"):
-            options = SamplingOptions(*settings[:-1], token_cache=settings[-1])
+            options = SamplingOptions(*options[:-1], token_cache=options[-1])
         known = [f"{k}={v!r}" for k, v in asdict(options).items() if v is not None]
         given = editing(loaded, painted, len(labels)) if painted else NOTHING
         function = "edit(model, vae, image, mask" if painted else "generate(model, vae"
