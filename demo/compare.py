@@ -71,8 +71,7 @@ TRAINED = {"diffusion": ("--diffloss_d=3", "--diffloss_w=96", "--diffusion_batch
 # Nothing is clipped: after so little training, the published 100 steps of sampling diverge.
 DRAWN = {"diffusion": ("--num_sampling_steps=500",)}
 RATE, WARMUP = 3e-3, 2 / 24  # of configs/digits.yaml; the second as a share of the epochs
-# Ways to draw from the channel head, at a temperature that needs guidance, and the guidances of
-# which each takes its best.
+# Ways to draw from the channel head, and the guidances of which each takes its best.
 SAMPLED = [(), ("--cfg_schedule=constant",), ("--cfg_schedule=cosine",)]
 SAMPLED += [("--cfg_schedule=cosine", "--cfg_power=2"), ("--mask_schedule=exp",)]
 for ends in ("0 0.5", "0.18 0.6", "0.5 1"):
@@ -83,7 +82,7 @@ SAMPLED += [
     ("--token_cache=2",),
     ("--token_cache=4",),
 ]
-GUIDED = {"temperature": (0.8,), "cfg": (1.5, 2.0, 3.0, 4.0)}
+GUIDANCES = (1.5, 2.0, 3.0, 4.0)
 REPORTED = 1000  # added to the seed of the images by which the temperature is chosen
 TRAINING, DRAWING = {"channel": 230}, {"diffusion": 900}  # seconds planned, of others 120 and 150
 PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux
@@ -276,9 +275,9 @@ class Comparison:
         middle, seed, curve = scale.iterations[1:2], run.seed + REPORTED, []
         grid = {"temperature": scale.temperatures, "cfg": scale.guidances}
         if run.group == "sampling":
-            if self.result(f"{run.trained}-train") is None:
+            if (known := self.result(f"{run.trained}-draw")) is None:
                 raise UserError(f"{run.name} comes after {run.trained}: --only heads")
-            grid, flags = GUIDED, run.flags
+            grid, flags = {"temperature": [known["temperature"]], "cfg": GUIDANCES}, run.flags
         tried = points("tried", model, run.seed, num_iter=middle, **grid)
         config = read_json(next((folder / "tried").glob("*/metrics.json")))["model"]
         best = min(tried, key=lambda point: point["frechet"])
