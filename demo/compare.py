@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from demo import classifier
-from demo.compare_page import GROUPS, render, tables
+from demo.compare_page import GROUPS, draw_sheet, render, tables
 from models.config import HEAD_QUANTIZERS, HEADS, TokenBridgeConfig
 from models.masking import mask_schedule
 from models.sampler import SamplingOptions, guidance_scale
@@ -291,6 +291,12 @@ class Comparison:
         found["points"] = points("reported", model, seed, num_iter=scale.iterations, **fixed)
         return found | head_figures(config)
 
+    def reported(self, run: Run) -> torch.Tensor:
+        """The images of a run that is finished, class by class."""
+        iterations = self.scale.iterations[1]
+        (folder,) = (self.root / f"{run.name}-images" / "reported").glob(f"ariter{iterations}-*")
+        return classifier.generated_images(folder)[0]
+
     def point(self, path: Path) -> dict:
         """Of a metrics.json beside its images."""
         record = read_json(path)
@@ -355,6 +361,8 @@ def main() -> None:
     args = parser.parse()
     if args.render:
         render(read_json(args.render))
+        if (sheet := args.render.with_name("heads.png")).exists():
+            shutil.copy(sheet, ROOT / "docs" / "images")
         return
     groups, heads = args.only or (tuple(GROUPS) if args.long else ["heads"]), set(args.heads)
     root = (args.output_dir or Path("output") / ("compare" + "-quick" * args.quick)).absolute()
@@ -374,6 +382,9 @@ def main() -> None:
             parts = {part: comparison.result(f"{run.name}-{part}") for part in run.parts}
             results["runs"] += [run._asdict() | parts] if None not in parts.values() else []
         write_json(root / "results.json", results)
+        drawn = {run.label: comparison.reported(run) for run in chosen if run.group == "heads"}
+        if drawn:
+            draw_sheet(drawn, root / "heads.png")
     print(f"\n{tables(results)}\nwritten: {root / 'results.json'}")
 
 

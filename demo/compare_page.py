@@ -5,8 +5,11 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from torch import Tensor
+from torchvision.utils import make_grid
 
 from util import ROOT
 from util.files import atomic_write
@@ -110,6 +113,19 @@ def tables(results: dict, groups: Sequence[str] = tuple(GROUPS)) -> str:
         f"{about['torch']}; commit {', '.join(sorted(set(made)))}.",
     ]
     return "\n".join([*parts, ""])
+
+
+def draw_sheet(images: dict[str, Tensor], path: Path, columns: int = 20) -> None:
+    """Two rows of each head's images, evenly chosen of uint8 [N, 3, S, S], class by class."""
+    figure = Figure(figsize=(7.5, 0.95 * len(images)), layout="constrained")
+    rows = figure.subplots(len(images), squeeze=False)[:, 0]
+    for axes, (label, every) in zip(rows, images.items(), strict=True):
+        chosen = every[torch.linspace(0, len(every) - 1, 2 * columns).long()]
+        sheet = make_grid(chosen, columns, padding=1)
+        axes.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(label, rotation=0, ha="right", va="center")
+    figure.savefig(path, dpi=110)
 
 
 def render(results: dict, folder: Path = ROOT / "docs") -> None:

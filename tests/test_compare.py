@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from demo import compare, compare_page
 from main_tokenbridge import make_parser
@@ -61,6 +62,7 @@ def test_a_killed_comparison_goes_on_with_the_stage_it_was_in(tmp_path, monkeypa
     assert [point["num_iter"] for point in run["draw"]["points"]] == [2, 4]
     assert all(point["frechet_error"] > 0 for point in run["draw"]["points"])
     assert "| mixture | 35 K |" in printed
+    assert Image.open(tmp_path / "heads.png").width > 500
 
 
 def test_a_stage_that_fails_ends_it_with_the_command_and_the_log(tmp_path, monkeypatch, capsys):
