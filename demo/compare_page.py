@@ -125,7 +125,7 @@ def draw_sheet(images: dict[str, Tensor], path: Path, columns: int = 20) -> None
         axes.imshow(sheet.permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.set_ylabel(label, rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
 
 
 def render(results: dict, folder: Path = ROOT / "docs") -> None:
