@@ -159,10 +159,8 @@ def choose_images(image_dir: str, per_class: int) -> ImageList:
 def find_norm(args, vae: kl16.VAE, vae_sha256: str) -> tuple:
     """`TokenBridgeConfig.latent_norm`: as given, as the cache says, or KL-16's."""
     manifest = args.cached_path and open_cache(args.cached_path, None, vae_sha256).manifest
-    norm = args.latent_norm or ("channel" if vae.normalised else "scale")
-    if norm == "channel":
-        known = channel_statistics(args.latent_stats, manifest)
-        return 1.0, tuple(known["latent_mean"]), tuple(known["latent_std"])
+    if known := channel_statistics(args, manifest or None, vae):
+        return 1.0, known["latent_mean"], known["latent_std"]
     if args.latent_scale not in (None, "auto"):
         return args.latent_scale, None, None
     if manifest:

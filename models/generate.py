@@ -69,7 +69,10 @@ def generate(
         raise ValueError(f"{len(ids)} image_ids, {len(labels)} labels, batch_size {batch_size}")
     device = model.backbone.fake_latent.device
     _, dtype = arithmetic(precision, device)
-    given = {name: options.pop(name) for name in ("known", "known_mask") if name in options}
+    given = {name: options.pop(name, None) for name in ("known", "known_mask")}
+    given = {name: tensor for name, tensor in given.items() if tensor is not None}
+    if any(len(tensor) != 1 for tensor in given.values()):
+        raise ValueError("known and known_mask are not of one image")
     tokenizer, sampling = _tokenizer(vae, model), asdict(SamplingOptions(**options))
     images = []
     for start in range(0, len(labels), batch_size):
@@ -153,4 +156,6 @@ def _tokenizer(vae: VAE | Tokenizer, model: TokenBridge) -> Tokenizer:
     expected = f"{model.config.vae_embed_dim} channels and stride {model.config.vae_stride}"
     if found != expected:
         raise ValueError(f"the VAE has {found}, the model was trained on {expected}")
+    if tokenizer.vae.img_size not in (None, model.config.img_size):
+        raise ValueError(f"the VAE takes images of {tokenizer.vae.img_size} px alone")
     return tokenizer

@@ -68,9 +68,12 @@ class SamplingOptions:
         if self.cfg_power is not None and not 0 < self.cfg_power < math.inf:
             raise ValueError(f"cfg_power {self.cfg_power} is not positive")
         if self.cfg_interval is not None:
-            low, high = self.cfg_interval
-            if not 0 <= low <= high <= 1:
-                raise ValueError(f"cfg_interval {low} {high} is not 0 <= LOW <= HIGH <= 1")
+            ends = np.ravel(self.cfg_interval)
+            if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
+                raise ValueError(f"cfg_interval {self.cfg_interval} is not 0 <= LOW <= HIGH <= 1")
+            if not any(ends[0] <= i / self.num_iter <= ends[1] for i in range(self.num_iter)):
+                of_all = f"of the {self.num_iter} iterations (num_iter)"
+                raise ValueError(f"cfg_interval {self.cfg_interval}: none {of_all} lies in it")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} is not between 0 and 2^63")
         known = dict(cfg_schedule=CFG_SCHEDULES, order=ORDERS, head_input=(*HEAD_INPUTS, None))

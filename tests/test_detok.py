@@ -1,5 +1,6 @@
 """l-DeTok against the golden data, and as --vae_path; latents normalised by channel."""
 
+import json
 import shutil
 
 import pytest
@@ -15,7 +16,7 @@ from models.tokenizers.kl16 import Posterior
 from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import GOLDEN, formula_weight, golden, golden_json, relative_error
 from tests.runs import CACHE_FLAGS, TRAIN_FLAGS, call, evaluate, flags, refused, train
-from util.data.latent_cache import open_cache
+from util.data.latent_cache import open_cache, read_json
 from util.errors import UserError
 from util.vae import load_vae, save_vae
 
@@ -116,6 +117,28 @@ def test_without_a_cache_its_statistics_are_asked_for(place, tmp_path, capsys):
     call(reconstruction.main, *flags(place, shown))
     argv = flags(place, shown | dict(latent_stats=None, output_dir=tmp_path / "no"))
     assert "main_cache.py measures" in refused(capsys, reconstruction.main, *argv)
+    argv = flags(place, shown | dict(img_size=32, output_dir=tmp_path / "no"))
+    assert "images of 16 px alone" in refused(capsys, reconstruction.main, *argv)
+
+
+def test_statistics_that_are_wrong_or_not_read_are_refused(place, inputs, tmp_path, capsys):
+    known, path = read_json(place / "cache" / "manifest.json"), tmp_path / "stats.json"
+    for change, told in (
+        ({"channel_std": [1, 2, 3]}, "not those of 4 channels"),
+        ({"channel_std": [1, 2, 3, float("nan")]}, "not those of 4 channels"),
+        ({"channel_mean": None}, "--latent_stats"),
+        ({"channel_mean": ["a", 0, 0, 0]}, "--latent_stats"),
+        ({"vae_sha256": "0" * 64}, "of another VAE"),
+    ):
+        path.write_text(json.dumps(known | change))
+        argv = flags(place, TRAIN_FLAGS, latent_stats=path, output_dir=tmp_path / "no")
+        assert told in refused(capsys, main_tokenbridge.main, *argv)
+    argv = flags(inputs, TRAIN_FLAGS, latent_stats=path, output_dir=tmp_path / "no")
+    assert "--latent_stats is read with" in refused(capsys, main_tokenbridge.main, *argv)
+    train(place, tmp_path / "run", epochs=1)
+    path.write_text(json.dumps(known | {"channel_std": [1, 2, 3, 4]}))
+    argv = flags(place, TRAIN_FLAGS, latent_stats=path, output_dir=tmp_path / "run", resume="auto")
+    assert "other statistics than --latent_stats" in refused(capsys, main_tokenbridge.main, *argv)
 
 
 def test_other_latents_are_normalised_on_request_and_levels_fit_them(inputs, tmp_path, capsys):

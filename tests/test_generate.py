@@ -66,6 +66,8 @@ def test_an_edited_image_is_drawn_anew_where_the_mask_touches_a_position(model, 
     assert np.abs(found.astype(float) - (decoded + 1) * 127.5).max() <= 0.5 + 1e-4
     with pytest.raises(ValueError, match=r"\(8, 8, 3\) uint8"):
         edit(model, vae, image[:8, :8], mask, [0])
+    with pytest.raises(ValueError, match="not of one image"):
+        generate(model, vae, [0, 2, 1], **given, **SAMPLING)
 
 
 def test_classes_have_names_and_those_never_trained_are_refused(vae):

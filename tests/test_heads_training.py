@@ -88,6 +88,8 @@ def test_a_vq_tokenizer_is_cached_trained_on_and_drawn_with(inputs, tmp_path, ca
         assert "--head codebook and a VQ tokenizer belong together" in refused(
             capsys, main_tokenbridge.main, *argv
         )
+    argv = flags(inputs, TRAIN_FLAGS, asked, latent_norm="channel", output_dir=tmp_path / "no")
+    assert "entries of a codebook" in refused(capsys, main_tokenbridge.main, *argv)
 
 
 # --- MAR's commands

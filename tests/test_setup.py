@@ -4,12 +4,16 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
+import main_tokenbridge
+from models.tokenbridge import CLASS_ROWS
+from tests.conftest import tiny_model
 from util import dist
 from util.checkpoint import Checkpoint
 from util.data.batches import Batches
 from util.errors import UserError
-from util.setup import plan_batches
+from util.setup import build_config, plan_batches
 
 IMAGES = 100
 
@@ -83,3 +87,13 @@ def test_what_does_not_fit_is_refused(world, given, resumed, processes, fragment
     with pytest.raises(UserError) as error:
         plan_batches(arguments(**given), resumed, IMAGES)
     assert fragment in str(error.value) and "\n" not in str(error.value)
+
+
+def test_another_distribution_of_masks_brings_its_own_minimum():
+    state, config = {CLASS_ROWS: torch.zeros(3, 8)}, tiny_model().config
+    kept = Checkpoint(Path("x.pth"), {"model": state, "config": config.to_dict()})
+    parse = main_tokenbridge.make_parser().parse
+    assert build_config(parse([]), kept).mask_ratio_min == 0.7
+    assert build_config(parse(["--mask_distribution", "exp"]), kept).mask_ratio_min == 0.2
+    given = ["--mask_distribution", "exp", "--mask_ratio_min", "0.5"]
+    assert build_config(parse(given), kept).mask_ratio_min == 0.5

@@ -249,7 +249,7 @@ def latents(opened: Opened) -> Finding:
         unused = bits < full - MOST_UNUSED_BITS
         problems["channels {} use less than half of the levels"] = unused
         problems["channels {} saturate"] = outside > MOST_SATURATED
-    remedy = "check --vae_path and --latent_scale"
+    remedy = f"check --vae_path and {'--latent_stats' if config.latent_std else '--latent_scale'}"
     if config.quantizer in QUANTIZERS:
         remedy += ", --quant_min and --quant_max; --quantizer calibrated adapts"
     return judged(

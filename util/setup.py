@@ -41,7 +41,7 @@ from util.data.listing import print_class_notes
 from util.data.training_set import TrainingData, check_data, needs_vae, open_data, open_validation
 from util.errors import UserError, as_user_error
 from util.optim import BLR_BATCH, LRSchedule
-from util.vae import load_vae
+from util.vae import load_vae, vae_digest
 from util.validation import ValidationSet
 
 # Settings that may change from one use of the same weights to the next.
@@ -137,20 +137,26 @@ def build_config(
         rows = len(checkpoint.weights(key).get(CLASS_ROWS, ()))
     known = {"class_num": rows} if rows else {}
     if checkpoint is not None and checkpoint.config is not None:
-        has = "scale" if checkpoint.config.latent_std is None else "channel"
+        std = checkpoint.config.latent_std
+        has = "scale" if std is None else "channel"
         if args.latent_norm not in (None, has):
             raise UserError(f"{checkpoint.named} has --latent_norm {has}, not {args.latent_norm}")
+        if args.latent_stats and channel_statistics(args, manifest, vae, has)["latent_std"] != std:
+            raise UserError(
+                f"{checkpoint.named} has other statistics than --latent_stats; leave it"
+            )
         return _agreed_config(known | given if begins else given, checkpoint)
     if checkpoint is not None:
         known["head_input"] = "published"  # as the released checkpoints were measured
     if head == "codebook" and vae is not None:  # entries of length one: each mean square is 1/C
         known |= {"codebook_size": len(vae.codebook), "latent_scale": vae.channels**0.5}
         known["channel_order"] = tuple(range(vae.channels))
-    normalised = vae.normalised if vae is not None else (manifest or {}).get("normalised", False)
-    if (args.latent_norm or ("channel" if normalised else "scale")) == "channel":
-        if "latent_scale" in given:
-            raise UserError("--latent_scale is not read with --latent_norm channel; leave it out")
-        known |= channel_statistics(args.latent_stats, manifest)
+    statistics = channel_statistics(args, manifest, vae)
+    if statistics and head == "codebook":
+        raise UserError(
+            "--latent_norm channel: entries of a codebook have length one; leave it out"
+        )
+    known |= statistics
     if manifest is not None:
         (channels, side, _), size = manifest["latent_shape"], manifest["image_size"]
         known |= {"img_size": size, "vae_embed_dim": channels, "vae_stride": size // side}
@@ -167,21 +173,42 @@ def build_config(
         return TokenBridgeConfig(**known | given)
 
 
-def channel_statistics(path: str | None, manifest: dict | None) -> dict:
-    """Settings of normalised latents, of --latent_stats or of a cache."""
-    source = manifest or {}
+def channel_statistics(
+    args: argparse.Namespace, manifest: dict | None, vae: VAE | None, norm: str | None = None
+) -> dict:
+    """Settings of normalised latents, of --latent_stats, else of the cache; none if one scale is.
+
+    norm: "scale" or "channel", where it is known. Raises UserError.
+    """
+    source, path = manifest or {}, args.latent_stats
+    normalised = vae.normalised if vae is not None else source.get("normalised", False)
+    if (norm or args.latent_norm or ("channel" if normalised else "scale")) == "scale":
+        if path:
+            raise UserError("--latent_stats is read with --latent_norm channel alone; leave it out")
+        return {}
+    if args.latent_scale not in (None, "auto"):
+        raise UserError("--latent_scale is not read with --latent_norm channel; leave it out")
+    where = f"--latent_stats {path}" if path else f"--cached_path {args.cached_path}"
     if path:
-        with as_user_error(f"--latent_stats {path}", (ValueError, TypeError, OSError)):
+        with as_user_error(where, (ValueError, TypeError, OSError)):
             source = dict(json.loads(Path(path).read_bytes()))
+        own = manifest["vae_sha256"] if manifest else vae_digest(value(args, "vae_path"))
+        if source.get("vae_sha256", own) != own:
+            raise UserError(f"{where} is of the latents of another VAE than --vae_path")
     if not {"channel_mean", "channel_std"} <= set(source):
-        where = f"--latent_stats {path} has not" if path else "nothing here has"
         raise UserError(
-            f"{where} channel_mean and channel_std of the latents: main_cache.py measures them; "
-            "give its --cached_path, or its manifest.json as --latent_stats"
+            f"{where if path or manifest else 'nothing here'} has no channel_mean and channel_std "
+            "of the latents: main_cache.py measures them; give its --cached_path, or its "
+            "manifest.json as --latent_stats"
         )
-    known = {f"latent_{name}": source[f"channel_{name}"] for name in ("mean", "std")}
-    order = {"channel_order": source["channel_order"]} if "channel_order" in source else {}
-    return known | {"latent_scale": 1.0} | order
+    channels = vae.channels if vae is not None else (manifest or source)["latent_shape"][0]
+    with as_user_error(where, (ValueError, TypeError)):
+        mean, std = (tuple(map(float, source[f"channel_{name}"])) for name in ("mean", "std"))
+        finite = all(map(math.isfinite, mean + std)) and len(mean) == len(std) == channels
+        if not finite or min(std) <= 0:
+            raise ValueError(f"channel_mean and channel_std are not those of {channels} channels")
+    known = {"latent_mean": mean, "latent_std": std, "latent_scale": 1.0}
+    return known | {name: source[name] for name in ("channel_order",) if name in source}
 
 
 def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
@@ -195,6 +222,8 @@ def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
                 f"{checkpoint.named} has {name} {before}, but the flags say {now}; leave the flag "
                 f"out, or, for another class_num or img_size, {FINETUNE} in the place of --resume"
             )
+    if given.get("mask_distribution", saved.mask_distribution) != saved.mask_distribution:
+        given = {"mask_ratio_min": None} | given  # that of the distribution
     with as_user_error():
         return replace(saved, **given)
 
@@ -207,6 +236,10 @@ def build_vae(args: argparse.Namespace) -> VAE:
     vae = load_vae(value(args, "vae_path"), args.vae_embed_dim)
     if args.img_size is not None and args.img_size % vae.stride:
         raise UserError(f"--img_size {args.img_size} is not a multiple of the stride {vae.stride}")
+    if vae.img_size not in (None, args.img_size or vae.img_size):
+        raise UserError(
+            f"--img_size {args.img_size}: this VAE takes images of {vae.img_size} px alone"
+        )
     return vae
 
 
@@ -217,6 +250,11 @@ def check_vae(vae: VAE, config: TokenBridgeConfig, path: str) -> None:
         raise UserError(
             f"--vae_path {path} has {own[0]} channels and stride {own[1]}, the model "
             f"{expected[0]} and {expected[1]}; see --vae_embed_dim and --vae_stride"
+        )
+    if vae.img_size not in (None, config.img_size):
+        raise UserError(
+            f"--vae_path {path} takes images of {vae.img_size} px alone, the model's are of "
+            f"{config.img_size}"
         )
 
 

@@ -138,11 +138,12 @@ class DeTok(VAE):
         sizes = {name: tuple(size) for name, size in sizes.items()}
         config = {"img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim}
         super().__init__(config | sizes, embed_dim, patch_size)
+        self.img_size = img_size
         self.encoder = Encoder(embed_dim, patch_size, *sizes["encoder"], side)
         self.decoder = Decoder(embed_dim, patch_size, *sizes["decoder"], side)
 
     def moments(self, images: Tensor) -> Tensor:
-        size = self.config["img_size"]
+        size = self.img_size
         if images.shape[-2:] != (size, size):
             found = " x ".join(map(str, images.shape[-2:]))
             raise ValueError(f"images of {found}, but this tokenizer is of {size} x {size} alone")

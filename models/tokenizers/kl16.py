@@ -51,10 +51,11 @@ class VAE(nn.Module):
     config: its settings. channels: C. stride: S, pixels per latent position along one side.
     is_kl16: whether the published constants of `models.config` hold for it. codebook: [K, C], of
     a VQ tokenizer, whose latents are its entries. normalised: whether models read its latents
-    normalised by mean and std of each channel's posterior means.
+    normalised by mean and std of each channel's posterior means. img_size: the only one, if so.
     """
 
     is_kl16, normalised = False, False
+    img_size: int | None = None
     codebook: Tensor | None = None
 
     def __init__(self, config: dict, channels: int, stride: int):
