@@ -1,8 +1,8 @@
 """The house in figures: lines, doors, imports and parameters stay within the budget.
 
 Counted from the syntax trees of tracked files. The bars of lines stand where the code is. They fall
-with it, and rise only for a new ability: 1,400 and 630 for the heads and their comparison, 650 and
-350 for guidance in an interval, editing, l-DeTok and latents normalised by channel.
+with it, and rise only for a new ability: 1,400 and 630 for the heads and their comparison, 750 and
+380 for guidance in an interval, editing, l-DeTok and latents normalised by channel.
 """
 
 import ast
@@ -13,8 +13,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-PRODUCT_LINES, TEST_LINES = 14_520, 12_560
-CORE_LINES, CORE_FILES, UTIL_ENTRIES = 7_385, 38, 22
+PRODUCT_LINES, TEST_LINES = 14_590, 12_610
+CORE_LINES, CORE_FILES, UTIL_ENTRIES = 7_430, 38, 22
 WIDE_FUNCTIONS = 1  # sample_latents: the interface for researchers, who shall see each argument
 SCRIPTS = ("main_tokenbridge.py", "main_cache.py", "reconstruction.py", "engine_tokenbridge.py")
 ROOTS = ("engine_tokenbridge.py", "main_tokenbridge.py")
