@@ -28,6 +28,7 @@ GROUPS = {
     "latents": "Normalisation of the latents (channel: one scale, published levels)",
     "sampling": "Ways to draw from the channel head",
 }
+SHOWN = {"epochs": "epochs", "seconds": "training, s", "tflop": "TFLOP"}
 TIMED = ("time", "share", "share-time")  # tables in which it matters what training took
 # Rows that tables take from other groups; those that are not here take the channel head's.
 ABOVE = {"heads": {}, "sampling": {}, "share": {}, "share-time": {"share": ("1, rate x1",)}}
@@ -62,8 +63,8 @@ def quality(runs: list[dict], group: str) -> dict[str, str]:
     head, row = runs[0]["head"], {"": runs[0]["label"]}
     trains, draws = ([run[part] for run in runs if part in run] for part in ("train", "draw"))
     if group in TIMED:
-        for column, key in (("epochs", "epochs"), ("training, s", "seconds"), ("TFLOP", "tflop")):
-            row[column] = f"{mean(train[key] for train in trains):.0f}"
+        for column, digits in (("epochs", 0), ("seconds", 0), ("tflop", 2)):
+            row[SHOWN[column]] = f"{mean(train[column] for train in trains):.{digits}f}"
     if group != "sampling":
         losses = [train["validation"][-1][1] for train in trains]
         if head == "mixture":  # of a token: a channel's is said
