@@ -113,7 +113,7 @@ def has(line: str, *fragments) -> bool:
         ("evaluate", {"resume": None}, "--evaluate --resume"),
         ("evaluate", {"vae_path": "other.ckpt"}, "--vae_path other.ckpt 6 channels"),
         ("evaluate", {"quant_bits": 4}, "--resume quant_levels 64 16"),
-        ("evaluate", {"cfg_schedule": "cosine"}, "--cfg_schedule 'cosine'"),
+        ("evaluate", {"cfg_schedule": "sine"}, "--cfg_schedule 'sine'"),
         ("evaluate", {"fid_stats": "/nowhere.npz"}, "--fid_stats /nowhere.npz"),
         ("evaluate", {"inception_weights": "/nowhere.pth"}, "--inception_weights /nowhere.pth"),
         ("reconstruct", {"image_dir": "/nowhere"}, "--image_dir /nowhere"),
