@@ -352,7 +352,7 @@ def die_with_parent() -> None:
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="a few steps of each, under 3 minutes; poor digits")
+    add("--quick", action="store_true", help="a few steps of each, about 4 minutes; poor digits")
     add("--long", action="store_true", help="seeds 0 1 2, equal time, ablations: many hours")
     add("--only", nargs="+", choices=tuple(GROUPS), help="these tables [heads; --long: all]")
     add("--heads", nargs="+", choices=tuple(HEADS), default=[*HEADS], help="these [all]")
