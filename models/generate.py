@@ -118,8 +118,7 @@ def known_positions(
     drawn = mask.reshape(grid, size // grid, grid, size // grid).any(axis=(1, 3))
     batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     posterior = tokenizer.posterior(batch.to(next(tokenizer.parameters()).device))
-    latents = tokenizer.mode(posterior)
-    return {"known": latents, "known_mask": torch.from_numpy(~drawn)[None]}
+    return {"known": tokenizer.mode(posterior), "known_mask": torch.from_numpy(~drawn)[None]}
 
 
 def decode_images(tokenizer: Tokenizer, latents: Tensor) -> Tensor:

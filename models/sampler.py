@@ -63,17 +63,15 @@ class SamplingOptions:
         for name, least in (("num_iter", 1), ("temperature", 0), ("cfg", 0), ("token_cache", 0)):
             if not least <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)} is not a number from {least} on")
-        if self.cfg_power is not None and self.cfg_schedule != "cosine":
-            raise ValueError(f"cfg_power {self.cfg_power:g} is of cfg_schedule cosine")
-        if self.cfg_power is not None and not 0 < self.cfg_power < math.inf:
-            raise ValueError(f"cfg_power {self.cfg_power} is not positive")
+        cosine = self.cfg_schedule == "cosine"
+        if self.cfg_power is not None and not (cosine and 0 < self.cfg_power < math.inf):
+            raise ValueError(f"cfg_power {self.cfg_power} is no power of cfg_schedule cosine")
         if self.cfg_interval is not None:
             ends = np.ravel(self.cfg_interval)
             if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
                 raise ValueError(f"cfg_interval {self.cfg_interval} is not 0 <= LOW <= HIGH <= 1")
             if not any(ends[0] <= i / self.num_iter <= ends[1] for i in range(self.num_iter)):
-                of_all = f"of the {self.num_iter} iterations (num_iter)"
-                raise ValueError(f"cfg_interval {self.cfg_interval}: none {of_all} lies in it")
+                raise ValueError(f"cfg_interval {self.cfg_interval}: no iteration lies in it")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed {self.seed} is not between 0 and 2^63")
         known = dict(cfg_schedule=CFG_SCHEDULES, order=ORDERS, head_input=(*HEAD_INPUTS, None))

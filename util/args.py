@@ -163,9 +163,7 @@ LATENT_SCALE = auto("latent_scale", latent_scale, "auto", "1 / std; auto: the ca
 NORMS = ("scale", "channel")
 LATENT_NORM = [
     auto("latent_norm", str, "scale", "channel: (z - mean) / std of each; l-DeTok's way", NORMS),
-    Flag(
-        "latent_stats", str, None, "manifest.json of a cache with these; default: --cached_path's"
-    ),
+    Flag("latent_stats", str, None, "manifest.json that has them; default: --cached_path's"),
 ]
 MODEL = [
     auto("model", str, "tokenbridge_large", "size", PRESETS),

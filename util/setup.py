@@ -116,47 +116,29 @@ def build_config(
     given |= {name: setting for name, setting in flags.items() if setting is not None}
     given |= {"quant_levels": 2 ** given.pop("quant_bits")} if "quant_bits" in given else {}
     given = {name: setting for name, setting in given.items() if setting not in (None, "auto")}
-    known_head = checkpoint is not None and checkpoint.config is not None
-    head = given.get("head", checkpoint.config.head if known_head else "channel")
-    if getattr(args, "order", None) == "confidence" and None in HEAD_QUANTIZERS.get(head, ()):
-        raise UserError(f"--order confidence needs probabilities, which the {head} head has not")
-    if unread := [name for name in unread_settings(head) if flags.get(name) is not None]:
-        raise UserError(f"--{unread[0]}: the {head} head does not read it; leave it out")
-    has_codes = "codebook_size" in ((manifest or {}).get("vae_config") or {})
-    has_codes = has_codes if vae is None else vae.codebook is not None
-    if (vae or manifest) and has_codes != (head == "codebook"):
-        kind = "are entries of a codebook" if has_codes else "are of a VAE without a codebook"
-        raise UserError(
-            f"the latents of --vae_path or --cached_path {kind}, but the model's head is {head}; "
-            "--head codebook and a VQ tokenizer belong together"
-        )
+    saved = checkpoint.config if checkpoint is not None else None
+    head = given.get("head", saved.head if saved is not None else "channel")
+    _check_head(head, args, manifest, vae)
     begins = checkpoint is None or checkpoint.begins
     rows = classes if begins else 0
     if checkpoint is not None and not rows:
         key = "model" if "model" in checkpoint.saved else "model_ema"
         rows = len(checkpoint.weights(key).get(CLASS_ROWS, ()))
     known = {"class_num": rows} if rows else {}
-    if checkpoint is not None and checkpoint.config is not None:
-        std = checkpoint.config.latent_std
-        has = "scale" if std is None else "channel"
+    if saved is not None:
+        has = "scale" if saved.latent_std is None else "channel"
         if args.latent_norm not in (None, has):
             raise UserError(f"{checkpoint.named} has --latent_norm {has}, not {args.latent_norm}")
-        if args.latent_stats and channel_statistics(args, manifest, vae, has)["latent_std"] != std:
-            raise UserError(
-                f"{checkpoint.named} has other statistics than --latent_stats; leave it"
-            )
+        named = channel_statistics(args, manifest, vae, has) if args.latent_stats else {}
+        if named.get("latent_std", saved.latent_std) != saved.latent_std:
+            raise UserError(f"{checkpoint.named} has other statistics than --latent_stats says")
         return _agreed_config(known | given if begins else given, checkpoint)
     if checkpoint is not None:
         known["head_input"] = "published"  # as the released checkpoints were measured
     if head == "codebook" and vae is not None:  # entries of length one: each mean square is 1/C
         known |= {"codebook_size": len(vae.codebook), "latent_scale": vae.channels**0.5}
         known["channel_order"] = tuple(range(vae.channels))
-    statistics = channel_statistics(args, manifest, vae)
-    if statistics and head == "codebook":
-        raise UserError(
-            "--latent_norm channel: entries of a codebook have length one; leave it out"
-        )
-    known |= statistics
+    known |= channel_statistics(args, manifest, vae)
     if manifest is not None:
         (channels, side, _), size = manifest["latent_shape"], manifest["image_size"]
         known |= {"img_size": size, "vae_embed_dim": channels, "vae_stride": size // side}
@@ -171,6 +153,27 @@ def build_config(
             )
     with as_user_error():
         return TokenBridgeConfig(**known | given)
+
+
+def _check_head(
+    head: str, args: argparse.Namespace, manifest: dict | None, vae: VAE | None
+) -> None:
+    """Raise UserError unless the head reads all flags that were given, and these latents."""
+    if getattr(args, "order", None) == "confidence" and None in HEAD_QUANTIZERS.get(head, ()):
+        raise UserError(f"--order confidence needs probabilities, which the {head} head has not")
+    for name in unread_settings(head):
+        if getattr(args, name, None) is not None:
+            raise UserError(f"--{name}: the {head} head does not read it; leave it out")
+    if head == "codebook" and args.latent_norm == "channel":
+        raise UserError("--latent_norm channel: entries of a codebook are of one length already")
+    has_codes = "codebook_size" in ((manifest or {}).get("vae_config") or {})
+    has_codes = has_codes if vae is None else vae.codebook is not None
+    if (vae or manifest) and has_codes != (head == "codebook"):
+        kind = "are entries of a codebook" if has_codes else "are of a VAE without a codebook"
+        raise UserError(
+            f"the latents of --vae_path or --cached_path {kind}, but the model's head is {head}; "
+            "--head codebook and a VQ tokenizer belong together"
+        )
 
 
 def channel_statistics(
