@@ -32,12 +32,16 @@ import torch
 
 from demo import classifier
 from demo.compare_page import GROUPS, draw_sheet, render, tables
-from models.config import HEAD_QUANTIZERS, HEADS, TokenBridgeConfig
+from models.config import HEAD_QUANTIZERS, HEADS, QUANTIZERS, TokenBridgeConfig
 from models.masking import mask_schedule
+from models.quantizer import entropy, level_counts
 from models.sampler import SamplingOptions, guidance_scale
 from models.tokenbridge import TokenBridge
+from models.tokenizers.tokenizer import Tokenizer
 from util import ROOT, dist, flops
 from util.args import Parser
+from util.checkpoint import find_checkpoint
+from util.data.latent_cache import open_cache
 from util.errors import UserError
 from util.evaluation.extractor import Extractor
 from util.evaluation.folder import read_json, write_json
@@ -45,6 +49,8 @@ from util.evaluation.metrics import Accumulator, Measure, score
 from util.evaluation.reference import load_fid_statistics
 from util.files import only_job_in
 from util.logging import environment, git_revision
+from util.setup import build_model
+from util.validation import evenly_spread, read_latents
 
 # The user's own commands; {root} is the folder of the comparison, {run} that of a training.
 JUDGE = "--feature_extractor demo.classifier:digits --inception_weights {root}/classifier.pth"
@@ -71,7 +77,8 @@ TRAINED = {"diffusion": ("--diffloss_d=3", "--diffloss_w=96", "--diffusion_batch
 # Nothing is clipped: after so little training, the published 100 steps of sampling diverge.
 DRAWN = {"diffusion": ("--num_sampling_steps=500",)}
 RATE, WARMUP = 3e-3, 2 / 24  # of configs/digits.yaml; the second as a share of the epochs
-# Ways to draw from the channel head, and the guidances of which each takes its best.
+# Ways to draw from the channel head, and the guidances of which each takes its best, at the
+# published temperature: near the best one for these digits, 0.4, little guidance is needed.
 SAMPLED = [(), ("--cfg_schedule=constant",), ("--cfg_schedule=cosine",)]
 SAMPLED += [("--cfg_schedule=cosine", "--cfg_power=2"), ("--mask_schedule=exp",)]
 for ends in ("0 0.5", "0.18 0.6", "0.5 1"):
@@ -82,9 +89,10 @@ SAMPLED += [
     ("--token_cache=2",),
     ("--token_cache=4",),
 ]
-GUIDANCES = (1.5, 2.0, 3.0, 4.0)
+GUIDANCES, TEMPERATURE = (1.5, 2.0, 3.0, 4.0), 0.96
 REPORTED = 1000  # added to the seed of the images by which the temperature is chosen
 TRAINING, DRAWING = {"channel": 230}, {"diffusion": 900}  # seconds planned, of others 120 and 150
+CPU = torch.device("cpu")
 PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux
 
 
@@ -257,7 +265,20 @@ class Comparison:
             "step_seconds": median(each),
             "memory_gib": max(line["speed/memory_gib"] for line in timed),
             "validation": [[x["step"], x[k]] for x in lines if (k := "validation/loss_ema") in x],
-        }
+        } | self.levels(run)
+
+    def levels(self, run: Run) -> dict:
+        """How training latents use the levels: bits of a channel, and the share out of range."""
+        checkpoint = find_checkpoint(str(self.root / run.name), "", must_exist=True)
+        if (config := checkpoint.config).quantizer not in QUANTIZERS:
+            return {}
+        model, cache = build_model(config, checkpoint, "model_ema"), f"cache-{Path(run.vae).stem}"
+        data, tokenizer = open_cache(str(self.root / cache)), Tokenizer(None, *config.latent_norm)
+        latents, _ = read_latents(data, evenly_spread(len(data), 1000), tokenizer, CPU)
+        scalars = latents.movedim(1, -1)
+        counts = level_counts(model.quantizer.encode(scalars), config.quant_levels)
+        outside = model.quantizer.outside(scalars).double().mean().item()
+        return {"entropy_bits": entropy(counts).mean().item(), "out_of_range": outside}
 
     def draw(self, run: Run) -> dict:
         """Choose temperature and guidance by one seed, then measure the images of another one."""
@@ -275,9 +296,9 @@ class Comparison:
         middle, seed, curve = scale.iterations[1:2], run.seed + REPORTED, []
         grid = {"temperature": scale.temperatures, "cfg": scale.guidances}
         if run.group == "sampling":
-            if (known := self.result(f"{run.trained}-draw")) is None:
+            if self.result(f"{run.trained}-train") is None:
                 raise UserError(f"{run.name} comes after {run.trained}: --only heads")
-            grid, flags = {"temperature": [known["temperature"]], "cfg": GUIDANCES}, run.flags
+            grid, flags = {"temperature": [TEMPERATURE], "cfg": GUIDANCES}, run.flags
         tried = points("tried", model, run.seed, num_iter=middle, **grid)
         config = read_json(next((folder / "tried").glob("*/metrics.json")))["model"]
         best = min(tried, key=lambda point: point["frechet"])
@@ -322,7 +343,7 @@ class Comparison:
 
     @cached_property
     def judge(self) -> Extractor:
-        return Extractor("digits", self.root / "classifier.pth", torch.device("cpu"))
+        return Extractor("digits", self.root / "classifier.pth", CPU)
 
 
 def evaluations(settings: dict, model: dict) -> int:
@@ -375,7 +396,7 @@ def main() -> None:
     with only_job_in(root, "--output_dir"):
         comparison = Comparison(root, QUICK if args.quick else Scale(), chosen)
         comparison.run()
-        about = environment(torch.device("cpu"), "fp32", 1)
+        about = environment(CPU, "fp32", 1)
         results = {"about": about, "quick": args.quick, "floor": comparison.result("floor")}
         results["runs"] = []
         for run in runs:  # of all calls so far

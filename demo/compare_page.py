@@ -70,6 +70,9 @@ def quality(runs: list[dict], group: str) -> dict[str, str]:
         if head == "mixture":  # of a token: a channel's is said
             losses = [loss / draws[0]["config"]["vae_embed_dim"] for loss in losses]
         row["validation loss"] = "–" if head in ("masked", "diffusion") else spread(losses)
+    if group == "latents":
+        row["entropy, bits"] = spread([train["entropy_bits"] for train in trains])
+        row["out of range"] = f"{mean(train['out_of_range'] for train in trains):.2%}"
     if group.startswith("share"):
         return row
     for name in ("temperature", "cfg"):
