@@ -39,7 +39,7 @@ class Run:
     """
 
     model: TokenBridge
-    ema: EMA
+    averages: dict[str, EMA]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     tokenizer: Tokenizer
@@ -69,6 +69,11 @@ class Run:
         self.model.train()
         self.wrapped = dist.wrap(self.model, self.device)
         self.micro_batches = iter(self.loader)
+
+    @property
+    def ema(self) -> EMA:
+        """The average that is validated, evaluated and saved as `model_ema`."""
+        return next(iter(self.averages.values()))
 
     @property
     def own_micro_batches(self) -> range:
@@ -137,7 +142,8 @@ def train_step(run: Run, step: int) -> StepResult:
     guarded_step(run.optimizer, skipped.float())
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    run.ema.update(skipped.float())
+    for average in run.averages.values():
+        average.update(skipped.float(), step + 1)
     return StepResult(loss, grad_norm, skipped, waited)
 
 
@@ -159,9 +165,11 @@ def save_and_evaluate(run: Run, done: int, stopping: bool) -> None:
 
 def training_state(run: Run, done: int) -> dict:
     """What a checkpoint holds after so many steps: see `util.checkpoint`."""
+    (_, averaged), *others = ((n, ema.state_dict()) for n, ema in run.averages.items())
     return {
         "model": run.model.published_state_dict(),
-        "model_ema": run.ema.state_dict(),
+        "model_ema": averaged,
+        **({"averages": dict(others)} if others else {}),
         "optimizer": run.optimizer.state_dict(),
         # The published code scales in any precision and refuses an empty state.
         "scaler": run.scaler.state_dict() or torch.amp.GradScaler("cpu").state_dict(),
@@ -189,8 +197,8 @@ def evaluation_folder(run: Run, done: int) -> Path:
 
 
 def evaluate(run: Run, done: int) -> None:
-    averaged = run.evaluation.weights == "ema"
-    with stop.immediate(), run.ema.swapped_in() if averaged else nullcontext():
+    average = ({"ema": run.ema, "model": None} | run.averages)[run.evaluation.weights]
+    with stop.immediate(), average.swapped_in() if average else nullcontext():
         figures, samples = run.evaluator.evaluate(
             run.evaluation, evaluation_folder(run, done), training=True
         )

@@ -22,6 +22,7 @@ from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
 from util import args as flags
 from util import dist, doctor, setup, stop
+from util.checkpoint import WEIGHT_KEYS
 from util.data.batches import MicroBatchSampler
 from util.data.images import collate_skipping
 from util.data.latent_cache import as_one_batch
@@ -34,7 +35,7 @@ from util.evaluation.sweep import evaluate_checkpoint
 from util.files import check_writable, only_job_in
 from util.flops import Meter, peak_flops, peak_memory, training_step
 from util.logging import LogSettings, TrainingLog, environment, figures_on_stdout
-from util.optim import EMA, build_optimizer
+from util.optim import build_averages, build_optimizer
 from util.saver import CheckpointSaver, SaveSettings
 from util.validation import Validation, ValidationSettings
 
@@ -90,7 +91,9 @@ def build_run(
         skipped = checkpoint.whole_number("skipped_steps")
     run = Run(
         model=model,
-        ema=EMA(model.published_parameters(), args.ema_rate),
+        averages=build_averages(
+            model.published_parameters(), dict.fromkeys(args.ema_rate), bool(args.posthoc_ema)
+        ),
         optimizer=build_optimizer(model.published_parameters(), rate.lr, args.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
         tokenizer=Tokenizer(inputs.vae, *config.latent_norm).to(device),
@@ -119,7 +122,7 @@ def build_run(
     )
     add_reports(args, run, inputs)
     if checkpoint is not None:
-        checkpoint.load_training_state(run.ema, run.optimizer, run.scaler)
+        notes += checkpoint.load_training_state(run.averages, run.optimizer, run.scaler)
         checkpoint.release()
         dist.print_main(f"loaded {checkpoint.path}")
     facts = {
@@ -189,6 +192,7 @@ def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> Non
         folder=run.output_dir,
         last_freq=args.save_last_freq,
         milestones=args.save_every,
+        snapshots=args.posthoc_ema,
         steps=args.save_steps,
         minutes=args.save_minutes,
         keep=args.keep_checkpoints,
@@ -214,6 +218,8 @@ def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> Non
     )
     if args.online_eval:
         run.evaluation = eval_settings(args, config.class_num, data.classes)
+        if args.eval_weights not in (known := [*WEIGHT_KEYS, *run.averages]):
+            raise UserError(f"--eval_weights {args.eval_weights} is none of {', '.join(known)}")
     if args.online_eval and not args.dry_run:  # which loads no extractor
         folder = run.output_dir / "reference_features"
         measure = prepare_measure(args, config.img_size, run.device, folder)

@@ -116,7 +116,7 @@ def new_run(model: TokenBridge, ema_rate: float, precision: str = "fp32") -> Run
     chosen = resolve_precision(precision, device)
     run = Run(**dict.fromkeys(field.name for field in fields(Run)))
     run.model, run.device, run.precision = model, device, chosen
-    run.ema = EMA(model.published_parameters(), ema_rate)
+    run.averages = {str(ema_rate): EMA(model.published_parameters(), ema_rate)}
     run.optimizer = build_optimizer(model.published_parameters(), 1e-2, 0.02)
     run.scaler = torch.amp.GradScaler("cpu", enabled=chosen.needs_scaler)
     run.tokenizer, run.cached = Tokenizer(None, latent_scale=2.0), True

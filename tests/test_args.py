@@ -25,7 +25,7 @@ PUBLISHED = {
         **dict(evaluate=False, eval_bsz=64, quant_bits=6, quant_min=-5.0, quant_max=5.0),
         **dict(use_quantized_value=False, weight_decay=0.02, grad_checkpointing=False),
         **dict(lr=None, blr=1e-4, min_lr=0.0, lr_schedule="cosine", warmup_epochs=100),
-        **dict(ema_rate=0.9999, mask_ratio_min=0.7, grad_clip=3.0, attn_dropout=0.1),
+        **dict(ema_rate=[0.9999], mask_ratio_min=0.7, grad_clip=3.0, attn_dropout=0.1),
         **dict(proj_dropout=0.1, buffer_size=64, temperature=[1.0], data_path="./data/imagenet"),
         **dict(class_num=1000, output_dir="./output_dir", device="cuda", seed=1, resume=""),
         **dict(start_epoch=0, num_workers=10, pin_mem=True, world_size=1, local_rank=-1),

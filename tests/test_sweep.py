@@ -115,7 +115,7 @@ def sweep_args(**changes):
 
 
 def test_evaluation_while_training_takes_one_point():
-    with pytest.raises(UserError, match="--online_eval takes one value, not several: --cfg"):
+    with pytest.raises(UserError, match="--online_eval takes no sweep: --cfg"):
         eval_settings(sweep_args(cfg=[1.0, 2.0]), class_num=3)
     found = eval_settings(sweep_args(cfg=[2.0], temperature=[0.5]), class_num=3)
     assert (found.sampling.cfg, found.sampling.temperature) == (2.0, 0.5)

@@ -63,6 +63,7 @@ finite_float = number(float, lambda x: True, "a finite number")
 non_negative_float = number(float, lambda x: x >= 0, "0 or a positive number")
 positive_float = number(float, lambda x: x > 0, "a positive number")
 fraction = number(float, lambda x: 0 <= x <= 1, "in [0, 1]")
+width = number(float, lambda x: 0.01 <= x <= 0.28, "in [0.01, 0.28]")
 bit_width = number(int, lambda n: 1 <= n <= MAX_BITS, f"in [1, {MAX_BITS}]")
 
 
@@ -154,7 +155,7 @@ METRICS_FILE = Flag("metrics_file", str, None, "figures for programs, a line of 
 JSON = Flag("json", bool, False, "the final figures as JSON on stdout, all else on stderr")
 SEED = auto("seed", random_seed, 1, "of everything random")
 DEVICE = Flag("device", str, "cuda", "cuda, mps or cpu; what the machine has instead is used")
-EVAL_WEIGHTS = Flag("eval_weights", str, "ema", "averaged or raw weights", ("ema", "model"))
+EVAL_WEIGHTS = Flag("eval_weights", str, "ema", "ema, model (raw), or another --ema_rate")
 EXTRACTOR = [
     Flag("feature_extractor", str, INCEPTION, "of torch-fidelity, or MODULE:NAME"),
     Flag("inception_weights", str, None, "of the extractor, torch-fidelity's Inception or other"),
@@ -254,7 +255,8 @@ GROUPS = {
         ),
         Flag("weight_decay", non_negative_float, 0.02, "AdamW's"),
         Flag("grad_clip", positive_float, 3.0, "largest norm of the gradient"),
-        Flag("ema_rate", fraction, 0.9999, "of the averaged weights, a step"),
+        Flag("ema_rate", fraction, [0.9999], "of the averages; the first is model_ema", nargs="+"),
+        Flag("posthoc_ema", non_negative_int, 0, "epochs between its snapshots; 0: none"),
         Flag("grad_checkpointing", bool, False, "less memory: recompute all blocks"),
         Flag("head_chunk", non_negative_int, None, "positions the head works on at once; 0 is all"),
         Flag("log_freq", positive_int, 20, "steps between two log lines"),
@@ -294,6 +296,7 @@ GROUPS = {
         Flag("order", str, "random", "in which positions are filled", ORDERS),
         Flag("token_cache", non_negative_int, 0, "approximate: iterations between exact ones"),
         EVAL_WEIGHTS,
+        Flag("ema_sigma", width, None, "or these widths, of --posthoc_ema's snapshots", nargs="+"),
         Flag("keep_images", bool, False, "keep the PNG files once they are measured"),
         Flag("save_npz", bool, False, "all images as samples.npz, for ADM's evaluator"),
         Flag("fid_reference", str, None, "real images (folder, npz): FID, KID, precision, recall"),

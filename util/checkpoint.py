@@ -2,7 +2,8 @@
 
 A checkpoint is a dict with the published keys `model`, `model_ema` (parameters only),
 `optimizer`, `epoch`, `scaler`, and ours: `step`, `schedule` (what a step is made of), `config`
-(the model's settings), `classes`, `vae_sha256`, `args`. `util.saver` writes them.
+(the model's settings), `classes`, `vae_sha256`, `args`, and `averages` where there are others than
+`model_ema`, by their names. `util.saver` writes them.
 """
 
 import errno
@@ -24,7 +25,7 @@ from models.tokenbridge import CLASS_ROWS, POSITIONS, TokenBridge, resized_posit
 from util import dist
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, flush, listed, load_tensors, unwrapped
-from util.optim import EMA, load_moments
+from util.optim import EMA, PowerEMA, load_moments
 
 LAST = "checkpoint-last.pth"
 AUTO = "auto"
@@ -34,6 +35,7 @@ WEIGHT_KEYS = {"ema": "model_ema", "model": "model"}
 # Names that training gives; a copy beside them, such as -good.pth, is its owner's.
 STEP_FILES = f"checkpoint-step{'[0-9]' * 8}.pth"
 EPOCH_FILES = f"checkpoint-epoch{'[0-9]' * 4}.pth"
+SNAPSHOTS = "posthoc_ema"  # the folder of `util.posthoc_ema`
 # Of a network's file system, of permissions and limits: the file may be whole, and read tomorrow.
 OUT_OF_REACH = {errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.EMFILE}
 
@@ -66,9 +68,22 @@ class Checkpoint:
         """Names of the classes it was trained on, by label, if it says."""
         return tuple(map(str, self.saved.get("classes") or ()))
 
+    @property
+    def averages(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts by the names of `util.optim.build_averages`."""
+        others = self.saved.get("averages", {})
+        if not isinstance(others, dict):
+            raise UserError(f"{self.named}: 'averages' is no dict of state dicts")
+        if not (rates := self.argument("ema_rate")):
+            return others
+        first = (
+            rates[0] if isinstance(rates, list) else rates
+        )  # of one rate, before there were more
+        return {str(first): self.saved.get("model_ema")} | others
+
     def weights(self, key: str) -> dict[str, Tensor]:
-        """The state dict under `model` or `model_ema`."""
-        state = self.saved.get(key)
+        """The state dict under `model`, `model_ema` or an average's name."""
+        state = self.saved[key] if key in self.saved else self.averages.get(key)
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise UserError(f"{self.named}: no state dict {key!r} (it has {listed(self.saved)})")
         return state
@@ -78,7 +93,10 @@ class Checkpoint:
         if (only := self.saved.get("weights", kind)) != kind:
             remedy = f"pass --eval_weights {only}"
             raise UserError(f"{self.named} holds the {only} weights alone; {remedy}")
-        return WEIGHT_KEYS[kind]
+        if kind not in WEIGHT_KEYS and kind not in self.averages:
+            known = ", ".join([*WEIGHT_KEYS, *self.averages])
+            raise UserError(f"--eval_weights {kind}: {self.named} has {known}")
+        return WEIGHT_KEYS.get(kind, kind)
 
     def load_into(self, model: TokenBridge, key: str) -> None:
         """Load one of its state dicts; every tensor must match."""
@@ -134,23 +152,41 @@ class Checkpoint:
 
     def release(self) -> None:
         """Let go of the tensors."""
-        for key in ("model", "model_ema", "optimizer"):
+        for key in ("model", "model_ema", "averages", "optimizer"):
             self.saved.pop(key, None)
 
     def load_training_state(
-        self, ema: EMA, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> None:
-        """Load all but the model itself. Weights of one kind alone are also the average's first."""
-        if "optimizer" in self.saved or "model_ema" in self.saved:
-            with as_user_error(f"{self.named}, 'model_ema'"):
-                ema.load_state_dict(self.weights("model_ema"))
+        self,
+        averages: dict[str, EMA],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+    ) -> list[str]:
+        """Load all but the model itself; returns what a user should know of it.
+
+        Weights of one kind alone are also the average's first. Another rate than before goes on
+        from `model_ema` if it is the first, else from the weights.
+        """
+        notes, known = [], self.averages
+        for number, (name, ema) in enumerate(averages.items()):
+            key = name if name in known else "model" if number else "model_ema"
+            if key == "model_ema" and not {key, "optimizer"} & set(self.saved):
+                continue
+            if key == "model" and isinstance(ema, PowerEMA) and "optimizer" in self.saved:
+                begin = "its tracks begin with the training"
+                raise UserError(f"--posthoc_ema: {self.named} has no {name}; {begin}")
+            if key == "model":
+                notes.append(f"the average {name} begins with the weights of {self.named}")
+                continue
+            with as_user_error(f"{self.named}, {key!r}"):
+                ema.load_state_dict(self.weights(key))
         if "optimizer" not in self.saved:
-            return
+            return notes
         damaged = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
         with as_user_error(f"{self.named}, 'optimizer' or 'scaler'", damaged):
             load_moments(optimizer, self.saved["optimizer"])
             if self.saved.get("scaler"):
                 scaler.load_state_dict(self.saved["scaler"])
+        return notes
 
     def argument(self, name: str):
         """A flag of the run that wrote it, if it says."""

@@ -1,4 +1,4 @@
-"""AdamW's groups, the learning-rate schedule, the weights' average, and a micro-batch's seed."""
+"""AdamW's groups, the learning-rate schedule, the weights' averages, and a micro-batch's seed."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -13,6 +13,8 @@ from models.tokenizers.kl16 import check_layout
 
 BETAS = (0.9, 0.95)
 BLR_BATCH = 256  # the global batch that a base learning rate stands for
+WIDTHS = (0.05, 0.10)  # of the two tracks from which `util.posthoc_ema` makes any other
+SIGMA = "sigma"  # before the width, in the name of such an average
 
 
 def build_optimizer(
@@ -112,10 +114,16 @@ class EMA:
         self.rate = rate
         self.averages = [parameter.detach().clone() for parameter in self.parameters]
 
+    def rate_of(self, step: int) -> float:
+        return self.rate
+
     @torch.no_grad()
-    def update(self, skipped: Tensor | float = 0.0) -> None:
-        """skipped: 1 where the step was skipped and nothing changes; 0-d, so that nobody waits."""
-        weight = (1 - self.rate) * (1 - skipped)
+    def update(self, skipped: Tensor | float = 0.0, step: int = 1) -> None:
+        """skipped: 1 where the step was skipped and nothing changes; 0-d, so that nobody waits.
+
+        step: its number, from 1.
+        """
+        weight = (1 - self.rate_of(step)) * (1 - skipped)
         for average, parameter in zip(self.averages, self.parameters, strict=True):
             average.lerp_(parameter, weight)  # one pass over both, as no foreach kernel makes it
 
@@ -141,3 +149,34 @@ class EMA:
     def _swap(self) -> None:
         for i, parameter in enumerate(self.parameters):
             self.averages[i], parameter.data = parameter.data, self.averages[i]
+
+
+class PowerEMA(EMA):
+    """The average in which step t has a weight proportional to t^gamma: EDM2's.
+
+    sigma: its width, the deviation of t relative to the steps made so far.
+    Source: Karras et al., arXiv 2312.02696, section 3.1; gamma of sigma: appendix C.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], sigma: float):
+        super().__init__(named_parameters, rate=0.0)
+        self.gamma = power_of(sigma)
+
+    def rate_of(self, step: int) -> float:
+        return (1 - 1 / step) ** (self.gamma + 1)
+
+
+def power_of(sigma: float) -> float:
+    """gamma of a profile of that width: sigma^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))."""
+    inverse = sigma**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def build_averages(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], rates: Iterable[float], tracks: bool
+) -> dict[str, EMA]:
+    """By their names in checkpoints, the first being `model_ema`. tracks: of WIDTHS as well."""
+    named = list(named_parameters)
+    averages = {str(rate): EMA(named, rate) for rate in rates}
+    widths = WIDTHS if tracks else ()
+    return averages | {f"{SIGMA}{sigma:g}": PowerEMA(named, sigma) for sigma in widths}

@@ -3,6 +3,7 @@
 OUTPUT/checkpoint-step00001200.pth   the last --keep_checkpoints of these stay
 OUTPUT/checkpoint-epoch0040.pth      milestones (--save_every), never removed
 OUTPUT/checkpoint-last.pth           the newest; another name of the same file
+OUTPUT/posthoc_ema/step00001200.pth  the tracks of util.posthoc_ema (--posthoc_ema), never removed
 """
 
 import math
@@ -19,9 +20,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_with_path
 
 from util import dist
-from util.checkpoint import LAST, STEP_FILES, give_name
+from util.checkpoint import LAST, SNAPSHOTS, STEP_FILES, give_name
 from util.errors import UserError
 from util.files import atomic_write
+from util.optim import SIGMA
 
 EXIT_GRACE = 20.0  # seconds that a process which must end gives a checkpoint being written
 
@@ -33,6 +35,7 @@ class SaveSettings:
     folder: Path
     last_freq: int = 5  # epochs
     milestones: int = 0  # epochs
+    snapshots: int = 0  # epochs
     steps: int = 0
     minutes: float = 0.0
     keep: int = 2
@@ -67,7 +70,7 @@ class CheckpointSaver:
 
     def ends_epoch(self, step: int) -> bool:
         """Whether an epoch ends there after which to save, on all processes alike."""
-        often = self.settings.last_freq, self.settings.milestones
+        often = self.settings.last_freq, self.settings.milestones, self.settings.snapshots
         return any(epochs and step % (epochs * self.steps_per_epoch) == 0 for epochs in often)
 
     def due(self, step: int) -> bool:
@@ -110,9 +113,14 @@ class CheckpointSaver:
         try:
             if broken := [name for name, t in state["model"].items() if not t.isfinite().all()]:
                 raise ValueError(f"the weights are not finite any more ({broken[0]})")
+            epoch, inside = divmod(step, self.steps_per_epoch)
+            if (often := self.settings.snapshots) and not inside and epoch % often == 0:
+                # First, so that a checkpoint has all snapshots before it.
+                tracks = {k: v for k, v in state["averages"].items() if k.startswith(SIGMA)}
+                snapshot = path.parent / SNAPSHOTS / f"step{step:08d}.pth"
+                write_checkpoint(snapshot, {"step": step, "averages": tracks})
             write_checkpoint(path, state)
             give_name(path, self.settings.folder / LAST)
-            epoch, inside = divmod(step, self.steps_per_epoch)
             if self.settings.milestones and not inside and epoch % self.settings.milestones == 0:
                 give_name(path, self.settings.folder / f"checkpoint-epoch{epoch:04d}.pth")
             self._remove_old(path)

@@ -12,6 +12,7 @@ from models.generate import spread_labels
 from models.sampler import SamplingOptions
 from util.args import sampling_flags
 from util.errors import UserError, as_user_error, did_you_mean
+from util.optim import SIGMA
 
 SWEPT = ("num_iter", "cfg", "temperature")
 
@@ -20,8 +21,9 @@ SWEPT = ("num_iter", "cfg", "temperature")
 class EvalSettings:
     """What decides the generated images, which are drawn class by class.
 
-    weights: "ema", or "model", the raw ones. classes: the labels that are drawn, in this order;
-    None is all of the model's. names: of all classes that were trained, as far as they are known.
+    weights: "ema", "model", the raw ones, or the name of another average. classes: the labels that
+    are drawn, in this order; None is all of the model's. names: of all classes that were trained,
+    as far as they are known.
     """
 
     num_images: int
@@ -37,7 +39,7 @@ class EvalSettings:
     def of(
         cls, args: argparse.Namespace, class_num: int, names: Sequence[str] = ()
     ) -> list["EvalSettings"]:
-        """All combinations of --num_iter, --cfg and --temperature, each once, in that order."""
+        """All combinations of --ema_sigma, --num_iter, --cfg and --temperature, each once."""
         classes = drawn_classes(args.classes, class_num, names)
         if args.classes and args.num_images < len(classes or ()):
             each = f"one of each of the {len(classes)} --classes"
@@ -45,11 +47,13 @@ class EvalSettings:
         common = sampling_flags(args)
         values = product(*(dict.fromkeys(getattr(args, name)) for name in SWEPT))
         swept = [dict(zip(SWEPT, value, strict=True)) for value in values]
-        fate = (args.eval_weights, args.keep_images, args.save_npz)
+        weights = [f"{SIGMA}{width:g}" for width in args.ema_sigma or ()] or [args.eval_weights]
+        fate = (args.keep_images, args.save_npz)
         with as_user_error():
             options = [SamplingOptions(**common, **changes) for changes in swept]
         points = [
-            cls(args.num_images, args.eval_bsz, sampling, *fate, classes, tuple(names))
+            cls(args.num_images, args.eval_bsz, sampling, name, *fate, classes, tuple(names))
+            for name in dict.fromkeys(weights)
             for sampling in options
         ]
         if len({point.folder_name() for point in points}) < len(points):
@@ -60,6 +64,16 @@ class EvalSettings:
     def labels(self, class_num: int) -> Tensor:
         """[num_images] the class of every image, as evenly as it goes."""
         return spread_labels(self.num_images, self.classes or range(class_num))
+
+    @property
+    def sigma(self) -> float | None:
+        """The relative width of --ema_sigma, if these are the weights of one."""
+        return float(width) if (width := self.weights.removeprefix(SIGMA)) != self.weights else None
+
+    def swept(self) -> dict[str, float]:
+        """What differs between the points of a sweep, by its flag."""
+        width = {} if self.sigma is None else {"ema_sigma": self.sigma}
+        return {name: getattr(self.sampling, name) for name in SWEPT} | width
 
     def name(self, label: int) -> str:
         return self.names[label] if self.names else str(label)
@@ -96,9 +110,10 @@ def eval_settings(
 ) -> EvalSettings:
     """Those of an evaluation during training: one point."""
     points = EvalSettings.of(args, class_num, names)
-    if len(points) > 1:
-        swept = ", ".join(f"--{name}" for name in SWEPT if len(getattr(args, name)) > 1)
-        raise UserError(f"--online_eval takes one value, not several: {swept}; see --evaluate")
+    if len(points) > 1 or args.ema_sigma:
+        names = (*SWEPT, "ema_sigma")
+        swept = ", ".join(f"--{n}" for n in names if len(getattr(args, n) or ()) > (n in SWEPT))
+        raise UserError(f"--online_eval takes no sweep: {swept}; see --evaluate")
     return points[0]
 
 

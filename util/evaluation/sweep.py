@@ -24,6 +24,7 @@ from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import SWEPT, EvalSettings
 from util.files import atomic_write, sha256
 from util.logging import MetricsFile
+from util.posthoc_ema import PosthocEMA
 from util.setup import build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.vae import vae_digest
 
@@ -52,27 +53,35 @@ def evaluate_checkpoint(
     check_vae(vae, config, vae_path)
     warn_other_vae(checkpoint, vae_sha256)
     points = EvalSettings.of(args, config.class_num, checkpoint.classes)
-    model = build_model(config, checkpoint, checkpoint.key(args.eval_weights)).to(device)
+    averages = PosthocEMA(checkpoint) if args.ema_sigma else None
+    key = "model" if averages else checkpoint.key(args.eval_weights)
+    model = build_model(config, checkpoint, key).to(device)
     if args.compile:
         compile_model(model, device)
     tokenizer = Tokenizer(vae, *config.latent_norm).to(device)
     output = Path(args.output_dir)
     measure = prepare_measure(args, config.img_size, device, output / "reference_features")
-    dist.print_main(f"{args.eval_weights} weights of {checkpoint.path}")
+    dist.print_main(f"{points[0].weights} weights of {checkpoint.path}")
     files = {"vae": {"path": vae_path, "sha256": vae_sha256}}
     if dist.is_main():
         files["checkpoint"] = {"path": str(checkpoint.path), "sha256": sha256(checkpoint.path)}
     if measure is not None and args.inception_weights is not None:
         sha = measure.extractor.weights_sha256
         files["extractor"] = {"path": args.inception_weights, "sha256": sha}
-    checkpoint.release()
+    if averages is None:
+        checkpoint.release()
     evaluator = Evaluator(model, tokenizer, device, precision, measure)
-    evaluator.refuse_other_images(points, output)
     result = {"checkpoint": str(checkpoint.path), "step": checkpoint.saved.get("step")}
-    result["evaluations"], metrics_file = [], MetricsFile(args.metrics_file)
+    result["evaluations"], metrics_file, weights = [], MetricsFile(args.metrics_file), None
     with settings_saved(args, output / EVALUATION_CONFIG):
         for done, point in enumerate(points, start=1):
             name = point.folder_name()
+            if point.weights != weights:
+                weights = point.weights
+                if averages is not None:
+                    averages.checkpoint_of(point.sigma).load_into(model, "model_ema")
+                same = [other for other in points if other.weights == weights]
+                evaluator.refuse_other_images(same, output)
             if len(points) > 1:
                 dist.print_main(f"{done} of {len(points)}: {name}")
             figures, _ = evaluator.evaluate(point, output / name, {"files": files})
@@ -108,9 +117,11 @@ def write_sweep(output: Path, points: list[EvalSettings], side: int) -> None:
 
 def sweep_row(point: EvalSettings, output: Path) -> dict:
     """One line of the table; `replicates` are not for the file."""
-    folder, settings = point.folder_name(), {n: getattr(point.sampling, n) for n in SWEPT}
+    folder = point.folder_name()
     record = read_json(output / folder / METRICS)
-    return settings | record["metrics"] | {"folder": folder, "replicates": record["replicates"]}
+    return (
+        point.swept() | record["metrics"] | {"folder": folder, "replicates": record["replicates"]}
+    )
 
 
 def compared(rows: list[dict]) -> list[dict]:
@@ -141,8 +152,9 @@ def plot_sweep(rows: list[dict], path: Path) -> None:
     from matplotlib.figure import Figure
 
     shown = [name for name in rows[0] if name in PLOTTED]
-    axis = max(SWEPT, key=lambda name: len({row[name] for row in rows}))
-    others = [name for name in SWEPT if len({r[name] for r in rows}) > 1 and name != axis]
+    swept = [name for name in (*SWEPT, "ema_sigma") if name in rows[0]]
+    axis = max(swept, key=lambda name: len({row[name] for row in rows}))
+    others = [name for name in swept if len({r[name] for r in rows}) > 1 and name != axis]
     lines: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row[axis]):
         lines.setdefault(", ".join(f"{name} {row[name]:g}" for name in others), []).append(row)

@@ -21,7 +21,7 @@ from util.stop import Stopped
 
 EVENTS = "events.out.tfevents.*"
 ABOUT = "run/about/text_summary"  # environment, flags and model at every start of a training
-HEAVY = ("model", "model_ema", "optimizer", "scaler")  # parts of a checkpoint
+HEAVY = ("model", "model_ema", "averages", "optimizer", "scaler")  # parts of a checkpoint
 
 
 @dataclass
