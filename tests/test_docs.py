@@ -15,7 +15,7 @@ from demo import app
 from tests.blocks import Block, find_blocks, make_world, run_bash, settle
 from tests.conftest import ROOT
 from tests.hub import in_place_of_the_hub
-from util import doctor, download, export, fid_stats
+from util import doctor, download, export, fid_stats, posthoc_ema
 from util.download import PLACES, REPOSITORY
 from util.report import __main__ as report
 
@@ -29,6 +29,7 @@ PARSERS = {
     "util.report": report.make_parser,
     "util.download": download.make_parser,
     "util.export": export.make_parser,
+    "util.posthoc_ema": posthoc_ema.make_parser,
     "benchmarks.run": benchmark.make_parser,
     "scripts/train_torchrun.sh": main_tokenbridge.make_parser,
     "scripts/train_slurm.sh": main_tokenbridge.make_parser,

@@ -93,12 +93,16 @@ class PosthocEMA:
         return replace(self.checkpoint, saved=self.checkpoint.saved | {"model_ema": state})
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("output_dir", help="of a training with --posthoc_ema, or a checkpoint in it")
     add("--sigma", type=width, nargs="+", required=True, help="relative widths")
-    args = parser.parse()
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse()
     found = find_checkpoint(args.output_dir, "", must_exist=True, flag="OUTPUT_DIR")
     averages = PosthocEMA(found)
     for sigma in args.sigma:
