@@ -150,7 +150,7 @@ def test_moments_of_a_published_file_reach_their_parameters(tmp_path):
     own = build_optimizer(model.published_parameters(), 1e-3, 0.05)
     checkpoint.load_into(model, "model")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    checkpoint.load_training_state(ema, own, scaler)
+    checkpoint.load_training_state({"0.9": ema}, own, scaler)
     assert checkpoint.whole_number("epoch") == 1
     found, expected = moments(own, model), moments(optimizer, published)
     assert len(found) == 3 * len(list(model.parameters())) and set(found) == set(expected)

@@ -68,20 +68,18 @@ def evaluate_checkpoint(
     if measure is not None and args.inception_weights is not None:
         sha = measure.extractor.weights_sha256
         files["extractor"] = {"path": args.inception_weights, "sha256": sha}
+    evaluator = Evaluator(model, tokenizer, device, precision, measure)
     if averages is None:
         checkpoint.release()
-    evaluator = Evaluator(model, tokenizer, device, precision, measure)
+        evaluator.refuse_other_images(points, output)
     result = {"checkpoint": str(checkpoint.path), "step": checkpoint.saved.get("step")}
     result["evaluations"], metrics_file, weights = [], MetricsFile(args.metrics_file), None
     with settings_saved(args, output / EVALUATION_CONFIG):
         for done, point in enumerate(points, start=1):
             name = point.folder_name()
-            if point.weights != weights:
+            if averages is not None and point.weights != weights:
                 weights = point.weights
-                if averages is not None:
-                    averages.checkpoint_of(point.sigma).load_into(model, "model_ema")
-                same = [other for other in points if other.weights == weights]
-                evaluator.refuse_other_images(same, output)
+                averages.checkpoint_of(point.sigma).load_into(model, "model_ema")
             if len(points) > 1:
                 dist.print_main(f"{done} of {len(points)}: {name}")
             figures, _ = evaluator.evaluate(point, output / name, {"files": files})
