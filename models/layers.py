@@ -9,7 +9,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -109,6 +108,18 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
+class Mlp(nn.Module):
+    """timm's, by its names, whose import takes two seconds."""
+
+    def __init__(self, width: int, hidden: int, drop: float = 0.0):
+        super().__init__()
+        self.fc1, self.act = nn.Linear(width, hidden), nn.GELU()
+        self.fc2, self.drop = nn.Linear(hidden, width), Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
 class Block(nn.Module):
     """The backbone's pre-norm block; arguments of forward as those of `Attention`."""
 
@@ -119,8 +130,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(width)
         self.attn = Attention(width, heads, attn_drop, proj_drop)
         self.norm2 = LayerNorm(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.mlp.drop1 = self.mlp.drop2 = Dropout(proj_drop)
+        self.mlp = Mlp(width, int(width * mlp_ratio), proj_drop)
 
     def forward(
         self, x: Tensor, positions: Tensor | None = None, cache: KVCache | None = None
