@@ -45,16 +45,18 @@ def spread(values: list[float], error: float | None = None) -> str:
 
 
 def costs(runs: list[dict]) -> dict[str, str]:
-    """A row, by the table's head, of runs that differ in their seeds: what the head needs."""
+    """A row, by the table's head, of runs that differ in their seeds: what the head needs.
+
+    Times are the first one's: others may have shared the machine.
+    """
     draws, trains = [run["draw"] for run in runs], [run["train"] for run in runs]
     row = {"": runs[0]["label"], "parameters": f"{draws[0]['parameters'] / 1000:.0f} K"}
     for kind in ("training", "drawing"):
         row[f"MFLOP, {kind}"] = f"{draws[0][f'flops_{kind}'] / 1e6:.2f}"
     row["GiB"] = f"{max(train['memory_gib'] for train in trains):.2f}"
-    row["ms a step"] = f"{1000 * mean(train['step_seconds'] for train in trains):.0f}"
-    for points in zip(*(draw["points"] for draw in draws), strict=True):
-        seconds = mean(point["seconds_100"] for point in points)
-        row[f"s / 100, {points[0]['num_iter']}"] = f"{seconds:.1f}"
+    row["ms a step"] = f"{1000 * trains[0]['step_seconds']:.0f}"
+    for point in draws[0]["points"]:
+        row[f"s / 100, {point['num_iter']}"] = f"{point['seconds_100']:.1f}"
     return row
 
 

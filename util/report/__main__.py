@@ -14,8 +14,6 @@ from util.args import Parser
 from util.errors import as_user_error
 from util.files import atomic_write
 from util.report.load import load
-from util.report.page import render
-from util.report.sections import sections
 
 
 def make_parser() -> Parser:
@@ -29,6 +27,9 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse()
+    from util.report.page import render  # after --help: these import matplotlib and jinja2
+    from util.report.sections import sections
+
     root = Path(args.output_dir)
     page = render(args.title or root.resolve().name, sections(load(root)))
     write(Path(args.output or root / "report.html"), page)
