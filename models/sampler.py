@@ -174,8 +174,8 @@ def sampling_steps(
     config, device = model.config, model.backbone.fake_latent.device
     if labels is None and batch_size is None:
         raise ValueError("labels=None needs batch_size, the number of images")
-    if labels is not None and ((labels < 0) | (labels >= config.class_num)).any():
-        raise ValueError(f"labels {labels.tolist()} are not all in [0, {config.class_num})")
+    if labels is not None:
+        check_labels(labels, config.class_num)
     if options.order == "confidence" and model.quantizer is None:
         raise ValueError(f"order confidence needs probabilities, which {config.head} has not")
     batch = batch_size if labels is None else len(labels)
@@ -226,6 +226,12 @@ def sampling_steps(
             masked = torch.ones(values.shape[:2], dtype=torch.bool, device=device)
             masked.scatter_(1, orders[:, after:], False)
             yield SamplingStep(values, filled, log_probs, masked)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Reads them on the host, before any iteration."""
+    if ((labels < 0) | (labels >= classes)).any():
+        raise ValueError(f"labels {labels.tolist()} are not all in [0, {classes})")
 
 
 def _begun(model: TokenBridge, given: Given, orders: Tensor) -> tuple[Tensor, Tensor, int]:
