@@ -24,7 +24,7 @@ from tests.runs import (
     start_fork,
     train,
 )
-from util import optim, posthoc_ema
+from util import export, optim, posthoc_ema
 from util.optim import PowerEMA, power_of
 from util.posthoc_ema import coefficients
 
@@ -115,6 +115,9 @@ def test_several_rates_are_those_of_trainings_with_one(inputs, tmp_path):
     assert list(both["averages"]) == ["0.5", "sigma0.05", "sigma0.1"]
     drawn = evaluate(inputs, tmp_path / "a", tmp_path / "both", eval_weights="0.5", no_metrics=True)
     assert drawn == evaluate(inputs, tmp_path / "b", tmp_path / "0.5", no_metrics=True)
+    words = ["--resume", tmp_path / "both", "--eval_weights", "0.5", "--output_dir", tmp_path / "c"]
+    call(export.main, *map(str, words))
+    assert drawn == evaluate(inputs, tmp_path / "d", tmp_path / "c", no_metrics=True)
     swapped = AVERAGED | dict(ema_rate=[0.5, 0.9], epochs=2, resume=tmp_path / "both")
     found = train(inputs, tmp_path / "both", **swapped | dict(epochs=3))
     assert list(found["averages"]) == ["0.9", "sigma0.05", "sigma0.1"]

@@ -35,13 +35,14 @@ def make_parser() -> Parser:
 def load(
     args: argparse.Namespace, checkpoint: Checkpoint, weights: str, vae: kl16.VAE | None
 ) -> TokenBridge:
-    """The model with the "ema" or "model" weights, and in `origin` what is known of them."""
+    """The model with those weights of --eval_weights, and in `origin` what is known of them."""
     config = build_config(args, checkpoint, vae=vae)
     model = build_model(config, checkpoint, checkpoint.key(weights))
     saved = checkpoint.saved
     known = {name: checkpoint.whole_number(name) for name in ("step", "epoch") if name in saved}
     classes, digest = checkpoint.classes or None, saved.get("vae_sha256")
-    model.origin = Origin(weights, classes=classes, vae_sha256=digest, **known)
+    kind = "model" if weights == "model" else "ema"  # of any average
+    model.origin = Origin(kind, classes=classes, vae_sha256=digest, **known)
     return model.eval()
 
 
