@@ -62,7 +62,7 @@ def costs(runs: list[dict]) -> dict[str, str]:
 
 def quality(runs: list[dict], group: str) -> dict[str, str]:
     """As `costs`, in the table of that group: what came of it."""
-    head, row = runs[0]["head"], {"": runs[0]["label"]}
+    head, row = runs[0]["head"], {"": runs[0]["label"], "seeds": f"{len(runs)}"}
     trains, draws = ([run[part] for run in runs if part in run] for part in ("train", "draw"))
     if group in TIMED:
         for column, digits in (("epochs", 0), ("seconds", 0), ("tflop", 2)):
@@ -114,9 +114,9 @@ def tables(results: dict, groups: Sequence[str] = tuple(GROUPS)) -> str:
     made = [run[part]["commit"] for run in used for part in ("train", "draw") if part in run]
     where = f"{about['processor']}, {about['system']}"
     parts += [
-        f"Held-out real digits: Fréchet distance {real}, accuracy {floor['accuracy']:.1%}. Seeds: "
-        f"{len({run['seed'] for run in used})}; {where}, Python {about['Python']}, torch "
-        f"{about['torch']}; commit {', '.join(sorted(set(made)))}.",
+        f"Held-out real digits: Fréchet distance {real}, accuracy {floor['accuracy']:.1%}. "
+        f"{where}, Python {about['Python']}, torch {about['torch']}; commit "
+        f"{', '.join(commit[:12] for commit in sorted(set(made)))}.",
     ]
     return "\n".join([*parts, ""])
 
