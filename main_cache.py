@@ -29,7 +29,7 @@ from util.args import Flag, Parser, positive_int, value
 from util.data.cache_writer import CacheWriter, ShardWriter, list_digest
 from util.data.images import ImageDataset, collate_skipping
 from util.data.latent_cache import FORMAT_VERSION, verify
-from util.data.listing import ImageList, list_images, print_class_notes
+from util.data.listing import ImageList, list_images
 from util.errors import UserError
 from util.files import only_job_in
 from util.flops import peak_memory
@@ -84,7 +84,6 @@ def write_cache(args, device: torch.device) -> dict:
     """Everything is read and checked before anything is written. The figures, for --json."""
     torch.manual_seed(args.seed)
     images = list_images(value(args, "data_path"), args.split)
-    print_class_notes(images.classes)
     vae = build_vae(args).to(device).eval()
     writer = open_writer(args, images, vae)
     if args.dry_run:

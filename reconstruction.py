@@ -35,7 +35,7 @@ from util.args import Flag, Parser, settings_saved, value
 from util.data.cache_writer import list_digest
 from util.data.images import ImageDataset, grid, psnr, save_png
 from util.data.latent_cache import open_cache
-from util.data.listing import ImageList, list_files, list_images, visible
+from util.data.listing import ImageList, is_data, list_files, list_images
 from util.doctor import dry_run
 from util.errors import UserError, as_user_error
 from util.evaluation.evaluator import Evaluator
@@ -145,7 +145,7 @@ def measure_variants(args, device: torch.device) -> dict:
 def choose_images(image_dir: str, per_class: int) -> ImageList:
     """The first images of each class, in train/CLASS/ or CLASS/, or of a folder without classes."""
     root, flag = Path(image_dir), "--image_dir"
-    if root.is_dir() and not any(entry.is_dir() for entry in visible(root)):
+    if root.is_dir() and not any(e.is_dir() for e in root.iterdir() if is_data(e.name)):
         files = list_files(root, flag)
         note = f"--images_per_class {per_class} is how many of its {len(files)} images are taken"
         dist.print_main(f"{flag} {root} has no class folders: {note}")

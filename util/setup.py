@@ -37,7 +37,6 @@ from util.checkpoint import (
 from util.data.batches import Batches
 from util.data.histogram import LatentHistogram
 from util.data.latent_cache import open_cache
-from util.data.listing import print_class_notes
 from util.data.training_set import TrainingData, check_data, needs_vae, open_data, open_validation
 from util.errors import UserError, as_user_error
 from util.optim import BLR_BATCH, LRSchedule
@@ -345,7 +344,6 @@ def open_inputs(args: argparse.Namespace, read_only: bool = False) -> Inputs:
     checkpoint = open_checkpoint(args, read_only)
     vae = build_vae(args) if needs_vae(args) else None
     data = open_data(args, vae, checkpoint)
-    print_class_notes(data.classes)
     config = build_config(args, checkpoint, data.manifest, vae, len(data.classes))
     if checkpoint is not None and checkpoint.begins:
         with as_user_error(checkpoint.named, (ValueError, RuntimeError)):
