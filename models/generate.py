@@ -151,10 +151,5 @@ def _tokenizer(vae: VAE | Tokenizer, model: TokenBridge) -> Tokenizer:
     tokenizer = vae if isinstance(vae, Tokenizer) else Tokenizer(vae, *model.config.latent_norm)
     if tokenizer.vae is None:
         raise ValueError("this tokenizer has no VAE, which would decode the latents")
-    found = f"{tokenizer.vae.channels} channels and stride {tokenizer.vae.stride}"
-    expected = f"{model.config.vae_embed_dim} channels and stride {model.config.vae_stride}"
-    if found != expected:
-        raise ValueError(f"the VAE has {found}, the model was trained on {expected}")
-    if tokenizer.vae.img_size not in (None, model.config.img_size):
-        raise ValueError(f"the VAE takes images of {tokenizer.vae.img_size} px alone")
+    tokenizer.vae.check_fits(model.config)
     return tokenizer

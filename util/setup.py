@@ -247,17 +247,8 @@ def build_vae(args: argparse.Namespace) -> VAE:
 
 def check_vae(vae: VAE, config: TokenBridgeConfig, path: str) -> None:
     """Raise UserError unless the VAE makes latents of the model's shape."""
-    own, expected = (vae.channels, vae.stride), (config.vae_embed_dim, config.vae_stride)
-    if own != expected:
-        raise UserError(
-            f"--vae_path {path} has {own[0]} channels and stride {own[1]}, the model "
-            f"{expected[0]} and {expected[1]}; see --vae_embed_dim and --vae_stride"
-        )
-    if vae.img_size not in (None, config.img_size):
-        raise UserError(
-            f"--vae_path {path} takes images of {vae.img_size} px alone, the model's are of "
-            f"{config.img_size}"
-        )
+    with as_user_error(f"--vae_path {path}"):
+        vae.check_fits(config)
 
 
 def warn_other_vae(checkpoint: Checkpoint | None, vae_sha256: str | None) -> None:
