@@ -23,21 +23,12 @@ def test_hours_are_the_operations_over_a_share_of_the_peak(capsys):
     step, sample = flops.training_step(large), flops.sampling(large, 256, guided=True)
     assert found["training_device_hours"] == pytest.approx(400 * 1_281_167 * step / rate)
     assert found["sampling_device_hours"] == pytest.approx(50_000 * sample / rate)
-    assert found["parameters"] == 486_889_472 and found["epochs"] == 400
+    assert found["epochs"] == 400
     assert found["training_hours"] == found["training_device_hours"] / 8
     assert figures(capsys, "--model", "tokenbridge_huge")["epochs"] == 800
-    more = figures(capsys, "--share", "0.5", "--grad_checkpointing", "--cfg", "1", "--epochs", "4")
-    assert more["training_device_hours"] == pytest.approx(
-        4 / 3 * found["training_device_hours"] / 100
-    )
+    more = figures(capsys, "--share", "0.5", "--cfg", "1", "--epochs", "4")
+    assert more["training_device_hours"] == pytest.approx(found["training_device_hours"] / 100)
     assert more["sampling_device_hours"] < 0.6 * found["sampling_device_hours"]
-    assert more["bytes_per_device"] < found["bytes_per_device"]
-
-
-def test_larger_problems_take_smaller_batches(capsys):
-    found = figures(capsys, "--model", "tokenbridge_huge", "--img_size", "512")
-    assert figures(capsys)["batch_size"] == 64 > found["batch_size"]
-    assert found["bytes_per_device"] < 0.9 * 80e9
 
 
 @pytest.mark.parametrize(
@@ -45,7 +36,6 @@ def test_larger_problems_take_smaller_batches(capsys):
     [
         (["--share", "1.5"], "--share"),
         (["--img_size", "250"], "img_size 250 is not a multiple"),
-        (["--model", "tokenbridge_huge", "--img_size", "4096"], "one image takes about"),
         (["--cfg", "nan"], "--cfg"),
     ],
 )

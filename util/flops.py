@@ -81,25 +81,24 @@ def sampling(config: TokenBridgeConfig, num_iter: int, guided: bool) -> int:
 
 
 class Hardware(NamedTuple):
-    """pattern: of torch.cuda.get_device_name, without the vendor. GB of memory; TFLOP/s of dense
-    products at boost clocks in fp16 (accumulated in fp32) or bf16, and in fp32 (not TF32).
+    """pattern: of torch.cuda.get_device_name, without the vendor. TFLOP/s of dense products at
+    boost clocks in fp16 (accumulated in fp32) or bf16, and in fp32 (not TF32).
     Source: NVIDIA's data sheets and architecture whitepapers of each.
     """
 
     pattern: str
-    memory: float
     half: float
     fp32: float
 
 
 HARDWARE = {
-    "A100": Hardware("A100.*", 80, 312, 19.5),
-    "H100": Hardware("H100 80GB HBM3", 80, 989.4, 66.9),
-    "H100-PCIe": Hardware("H100 PCIe", 80, 756, 51.2),
-    "H200": Hardware("H200", 141, 989.4, 66.9),
-    "B200": Hardware("B200", 180, 2250, 75),
-    "L40S": Hardware("L40S", 48, 362, 91.6),
-    "RTX-4090": Hardware("GeForce RTX 4090", 24, 165.2, 82.6),
+    "A100": Hardware("A100.*", 312, 19.5),
+    "H100": Hardware("H100 80GB HBM3", 989.4, 66.9),
+    "H100-PCIe": Hardware("H100 PCIe", 756, 51.2),
+    "H200": Hardware("H200", 989.4, 66.9),
+    "B200": Hardware("B200", 2250, 75),
+    "L40S": Hardware("L40S", 362, 91.6),
+    "RTX-4090": Hardware("GeForce RTX 4090", 165.2, 82.6),
 }
 
 
