@@ -109,12 +109,10 @@ def build_config(
     the latents, or the VAE; those of published checkpoints and caches are KL-16's, as is the
     default. classes: of the data, if there are any.
     """
-    names = [*(field.name for field in fields(TokenBridgeConfig)), "quant_bits"]
-    flags = {name: getattr(args, name, None) for name in names}
+    flags = {field.name: getattr(args, field.name, None) for field in fields(TokenBridgeConfig)}
+    flags["quant_levels"] = args.quant_bits and 2**args.quant_bits
     given = preset(args.model) if args.model is not None else {}
-    given |= {name: setting for name, setting in flags.items() if setting is not None}
-    given |= {"quant_levels": 2 ** given.pop("quant_bits")} if "quant_bits" in given else {}
-    given = {name: setting for name, setting in given.items() if setting not in (None, "auto")}
+    given |= {name: setting for name, setting in flags.items() if setting not in (None, "auto")}
     saved = checkpoint.config if checkpoint is not None else None
     head = given.get("head", saved.head if saved is not None else "channel")
     _check_head(head, args, manifest, vae)
@@ -190,25 +188,18 @@ def channel_statistics(
         return {}
     if args.latent_scale not in (None, "auto"):
         raise UserError("--latent_scale is not read with --latent_norm channel; leave it out")
-    where = f"--latent_stats {path}" if path else f"--cached_path {args.cached_path}"
     if path:
-        with as_user_error(where, (ValueError, TypeError, OSError)):
-            source = dict(json.loads(Path(path).read_bytes()))
+        with as_user_error(f"--latent_stats {path}", (ValueError, OSError)):
+            source = json.loads(Path(path).read_bytes())
         own = manifest["vae_sha256"] if manifest else vae_digest(value(args, "vae_path"))
         if source.get("vae_sha256", own) != own:
-            raise UserError(f"{where} is of the latents of another VAE than --vae_path")
-    if not {"channel_mean", "channel_std"} <= set(source):
+            raise UserError(f"--latent_stats {path} is of the latents of another VAE than these")
+    if not (source.get("channel_mean") and source.get("channel_std")):
         raise UserError(
-            f"{where if path or manifest else 'nothing here'} has no channel_mean and channel_std "
-            "of the latents: main_cache.py measures them; give its --cached_path, or its "
-            "manifest.json as --latent_stats"
+            "there are no channel_mean and channel_std of the latents: main_cache.py measures "
+            "them; give its --cached_path, or its manifest.json as --latent_stats"
         )
-    channels = vae.channels if vae is not None else (manifest or source)["latent_shape"][0]
-    with as_user_error(where, (ValueError, TypeError)):
-        mean, std = (tuple(map(float, source[f"channel_{name}"])) for name in ("mean", "std"))
-        finite = all(map(math.isfinite, mean + std)) and len(mean) == len(std) == channels
-        if not finite or min(std) <= 0:
-            raise ValueError(f"channel_mean and channel_std are not those of {channels} channels")
+    mean, std = (tuple(source[f"channel_{name}"]) for name in ("mean", "std"))
     known = {"latent_mean": mean, "latent_std": std, "latent_scale": 1.0}
     return known | {name: source[name] for name in ("channel_order",) if name in source}
 

@@ -106,11 +106,8 @@ def _vae_tensors(saved: dict, path: Path) -> dict[str, Tensor]:
     prefix = ends[0][0].removesuffix(ends[0][1])
     inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     vae = {name: tensor for name, tensor in inside.items() if name.split(".")[0] in PARTS}
-    stripped = [p for p in ("_orig_mod.", "module.", prefix) if p and any(p in n for n in held)]
-    others = sorted({n.split(".")[0] for n in state if n.removeprefix(prefix) not in vae})
-    if stripped or others:
-        said = f"stripped from its names: {listed(stripped)}; passed over: {listed(others)}"
-        dist.print_main(f"--vae_path {path}: {said}")
+    if others := sorted({n for n in state if n.removeprefix(prefix) not in vae}):
+        dist.print_main(f"--vae_path {path}: passed over {listed(others)}")
     return vae
 
 
