@@ -6,13 +6,12 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
 
-from models.generate import arithmetic
+from models.generate import Precision
 from models.tokenbridge import TokenBridge
 from util.errors import UserError, as_user_error
 
@@ -38,26 +37,9 @@ def resolve_device(name: str, local_rank: int = 0, quiet: bool = False) -> torch
     return torch.device(kind, number)
 
 
-@dataclass(frozen=True)
-class Precision:
-    """The arithmetic of a run; weights, optimizer and EMA are fp32 in all of them."""
-
-    name: str
-    dtype: torch.dtype | None  # of the autocast, None for full precision
-
-    @property
-    def needs_scaler(self) -> bool:
-        """fp16 gradients underflow unless the loss is scaled."""
-        return self.dtype is torch.float16
-
-    def autocast(self, device: torch.device):
-        return torch.autocast(device.type, dtype=self.dtype) if self.dtype else nullcontext()
-
-
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """That of --precision; auto: see `arithmetic`. fp16 takes a scaler."""
     with as_user_error("--precision"):
-        return Precision(*arithmetic(name, device))
+        return Precision.of(name, device)
 
 
 def compile_model(model: TokenBridge, device: torch.device) -> None:
