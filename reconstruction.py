@@ -70,7 +70,7 @@ def make_parser() -> Parser:
         Flag("output_dir", str, "quantization_results", "of all results"),
         Flag("bits", flags.bit_width_or_continuous, [6], "of a scalar; negative: none", nargs="+"),
         Flag("range", flags.positive_float, 5.0, "latents in [-range, range]"),
-        flags.QUANTIZER,
+        flags.SETTINGS["quantizer"],
         Flag("images_per_class", flags.positive_int, 50, "of each class, the first"),
         Flag("batch_size", flags.positive_int, 32, "images a batch"),
         Flag("posterior", str, "sample", "the latent taken", ("sample", "mode")),

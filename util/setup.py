@@ -44,9 +44,7 @@ from util.vae import load_vae, vae_digest
 from util.validation import ValidationSet
 
 # Settings that may change from one use of the same weights to the next.
-BEHAVIOUR = ("attn_dropout", "proj_dropout", "label_drop_prob", "head_input")
-BEHAVIOUR += ("mask_distribution", "mask_ratio_min")
-BEHAVIOUR += ("head_share", "head_steps", "num_sampling_steps", "diffusion_batch_mul")
+BEHAVIOUR = tuple(own.name for own in fields(TokenBridgeConfig) if own.metadata.get("free"))
 # Settings that belong to the tokenizer's latents and can be measured.
 LATENT = ("latent_scale", "channel_order")
 # The buffers of a quantizer whose levels come from the data or from the tokenizer.
