@@ -14,12 +14,10 @@ import torch
 from PIL import Image
 
 from models.quantizer import GaussianQuantizer
-from tests.measures import PIXELS, save_random_inception
 from tests.runs import (
     CHANNELS,
     CLASSES,
     COMMON,
-    SIZE,
     call,
     flags,
     make_inputs,
@@ -141,8 +139,7 @@ def test_latents_have_unit_variance_and_use_their_levels(inputs, own):
     assert "std far from 1, or mean from 0 in channels [0, 1, 2, 3]" in narrow.text
     wide = check("latents", inputs, quant_min=-1, quant_max=1)
     assert_found(wide, WARNING, "saturated in channels [0, 1, 2, 3]", "--quant_min")
-    calibrated = check("latents", inputs, quantizer="calibrated")
-    assert "% out of range 0.0" in calibrated.text
+    assert "out of range" not in check("latents", inputs, quantizer="calibrated").text
     images = check("latents", inputs, **IMAGES | LATENTS)
     assert std_in(images) == pytest.approx(std_in(check("latents", inputs, latent_scale=1.0)), 0.05)
     assert_found(check("inputs", inputs, **IMAGES), FAILURE, "--latent_scale and --channel_order")
@@ -216,30 +213,6 @@ def test_checkpoint_is_whole_and_fits(inputs, own):
 
 
 # --- evaluation and space
-
-
-def test_extractor_and_statistics(inputs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-    def found(**changes) -> Finding:
-        return check("evaluation", inputs, **{"no_metrics": None} | changes)
-
-    def statistics(width: int, img_size: int = SIZE, **changes) -> Finding:
-        facts = dict(img_size=img_size, count=9)
-        np.savez(tmp_path / "stats.npz", mu=np.zeros(width), sigma=np.eye(width), **facts)
-        return found(fid_stats=tmp_path / "stats.npz", **changes)
-
-    weights = dict(inception_weights=save_random_inception(tmp_path / "weights.pth"))
-    assert_found(found(no_metrics=True), OK, "not needed")
-    assert_found(found(), WARNING, "no weights here", str(tmp_path), "--inception_weights")
-    assert_found(found(feature_extractor=PIXELS), WARNING, "nothing checked", "of pixels's weights")
-    assert_found(found(**weights), WARNING, "sha256", "FID cannot be computed", "--fid_stats")
-    assert_found(statistics(2048, **weights), WARNING, "2048 features", "too large")
-    assert_found(statistics(9, **weights), FAILURE, "2048 features")
-    assert_found(statistics(2048, 2 * SIZE, **weights), FAILURE, f"images of {2 * SIZE} px")
-    torch.save({"a": torch.zeros(1)}, weights["inception_weights"])
-    assert_found(found(**weights), FAILURE, "not the weights of")
 
 
 @pytest.mark.parametrize("files,state", [(100, OK), (5, WARNING), (2, FAILURE)])

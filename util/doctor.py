@@ -23,9 +23,8 @@ from pathlib import Path
 
 import torch
 
-from models.config import QUANTIZERS
 from models.generate import to_uint8
-from models.quantizer import Quantizer, build_quantizer, entropy, level_counts
+from models.quantizer import GaussianQuantizer, entropy, level_counts
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import VAE
 from models.tokenizers.tokenizer import Tokenizer
@@ -36,8 +35,6 @@ from util.data.images import ImageDataset, psnr
 from util.data.training_set import TrainingData, needs_vae
 from util.device import resolve_precision
 from util.errors import UserError
-from util.evaluation.extractor import INCEPTION, published_weights, registered_name
-from util.evaluation.reference import prepare_measure
 from util.setup import Inputs
 from util.vae import vae_digest
 from util.validation import evenly_spread, read_latents
@@ -81,7 +78,6 @@ class Opened:
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.args, self.device = args, device
-        self.size = value(args, "img_size")
 
     @cached_property
     def vae(self) -> VAE:
@@ -98,7 +94,6 @@ class Opened:
         checkpoint = find_checkpoint(args.resume, args.output_dir, True, True)
         config = setup.build_config(args, checkpoint, vae=self.vae)
         setup.check_vae(self.vae, config, value(args, "vae_path"))
-        self.size = config.img_size
         return Inputs(checkpoint, self.vae, TrainingData([], [], "--evaluate", None), config, None)
 
     @cached_property
@@ -142,8 +137,8 @@ def vae(opened: Opened) -> Finding:
         return Finding(WARNING, f"{text}; not tried", remedy)
     tokenizer, values = Tokenizer(opened.vae, 1.0).to(opened.device), {}
     for photo in photos:
-        dataset = ImageDataset([(photo, 0)], opened.size, "raise", args.max_image_pixels)
-        pixels = dataset[0][0][None]  # uint8 [1, 3, S, S]
+        crop, _ = ImageDataset([(photo, 0)], value(args, "img_size"))[0]
+        pixels = crop[None]  # uint8 [1, 3, S, S]
         posterior = tokenizer.posterior(pixels.to(opened.device))
         decoded = to_uint8(tokenizer.decode(tokenizer.mode(posterior))).cpu()
         values[Path(photo).name] = psnr(decoded, pixels).item()
@@ -207,9 +202,10 @@ def latents(opened: Opened) -> Finding:
     far = (std < STD_OF_CHANNEL[0]) | (std > STD_OF_CHANNEL[1]) | (mean.abs() > MEAN_OF_CHANNEL)
     found, wrong = {"std": std, "mean": mean}, {"std far from 1, or mean from 0": far}
     remedy = f"check --vae_path and {'--latent_stats' if config.latent_std else '--latent_scale'}"
-    if config.quantizer in QUANTIZERS:
-        quantizer, full = fitted_quantizer(opened), math.log2(config.quant_levels)
-        bits = entropy(level_counts(quantizer.encode(scalars), config.quant_levels))
+    if config.quantizer == "published":  # calibrated levels are fitted to these latents
+        levels, full = config.quant_levels, math.log2(config.quant_levels)
+        quantizer = GaussianQuantizer(levels, config.quant_min, config.quant_max)
+        bits = entropy(level_counts(quantizer.encode(scalars), levels))
         outside = quantizer.outside(scalars).double().mean(dim=0)
         found |= {f"entropy in bits, of {full:g}": bits, "% out of range": 100 * outside}
         wrong["less than half of the levels used"] = bits < full - MOST_UNUSED_BITS
@@ -226,39 +222,6 @@ def latents(opened: Opened) -> Finding:
             if channels.any()
         ),
     )
-
-
-def fitted_quantizer(opened: Opened) -> Quantizer:
-    inputs, config = opened.inputs, opened.inputs.config
-    sizes = config.quant_levels, config.quant_min, config.quant_max, config.vae_embed_dim
-    quantizer = build_quantizer(config.quantizer, *sizes)
-    if config.quantizer == "calibrated" and inputs.checkpoint is not None:
-        weights = inputs.checkpoint.weights("model")
-        quantizer.set_levels(weights["boundaries"], weights["reconstruction_values"])
-    elif config.quantizer == "calibrated":
-        path, digest = opened.args.cached_path, inputs.data.vae_sha256
-        known = setup.cache_histogram(path, config.vae_embed_dim, digest)
-        levels = setup.calibrated_levels(known, config.quant_levels, config.latent_norm)
-        quantizer.set_levels(*levels)
-    return quantizer
-
-
-def evaluation(opened: Opened) -> Finding:
-    """The extractor and the statistics of real images; nothing is downloaded here."""
-    args, name = opened.args, registered_name(opened.args.feature_extractor)
-    if args.no_metrics:
-        return Finding(OK, "not needed: --no_metrics")
-    remedy = f"name a file of {name}'s weights by --inception_weights"
-    if args.inception_weights is None and not (name == INCEPTION and published_weights().is_file()):
-        remedy += f", or put it at {published_weights()}" if name == INCEPTION else ""
-        return Finding(WARNING, "no weights here, nothing checked; they may be downloaded", remedy)
-    measure = prepare_measure(args, opened.size, torch.device("cpu"))
-    digests = f"sha256 {measure.extractor.weights_sha256}"
-    if measure.stats is not None:
-        found = f"{measure.record['fid_stats']}, {len(measure.stats['mu'])} features"
-        return Finding(OK, f"{name} {digests}; {found} {measure.record['fid_stats_sha256']}")
-    missing = not args.fid_reference and "no statistics, so FID cannot be computed"
-    return judged(f"{name} {digests}", "name them with --fid_stats", missing)
 
 
 def disk_space(opened: Opened) -> Finding:
@@ -288,7 +251,6 @@ CHECKS: dict[str, Callable[[Opened], Finding]] = {
     "inputs": inputs,
     "checkpoint": checkpoint,
     "latents": latents,
-    "evaluation": evaluation,
     "disk space": disk_space,
 }
 NEED_INPUTS = ("checkpoint", "latents", "disk space")
