@@ -158,10 +158,6 @@ class VQModel(VAE):
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(fastest_layout(latents))).contiguous()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The reconstruction of [B, 3, H, W]; no gradient reaches the codebook."""
-        return self.decode(self.quantize(self.before_quantizer(images))[0])
-
     def load_published(self, state: dict[str, Tensor]) -> None:
         super().load_published({USED: self.quantize.codebook_used} | state)
 
