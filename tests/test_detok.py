@@ -107,7 +107,7 @@ def test_without_a_cache_its_statistics_are_asked_for(place, tmp_path, capsys):
     images = dict(use_cached=False, cached_path=None, vae_path="vae.ckpt", data_path="data")
     argv = flags(place, TRAIN_FLAGS, images, output_dir=tmp_path / "no")
     line = refused(capsys, main_tokenbridge.main, *argv)
-    assert "main_cache.py measures them" in line and "--latent_stats" in line
+    assert "main_cache.py measures" in line and "--latent_stats" in line
     stats = place / "cache" / "manifest.json"
     saved = train(place, tmp_path / "run", **images, epochs=1, latent_stats=stats)
     cached = train(place, tmp_path / "cached", epochs=1)

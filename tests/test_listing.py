@@ -93,9 +93,6 @@ def test_published_caches_are_listed_likewise(inputs, tmp_path, capsys):
         np.savez(tmp_path / "kept" / f"{name}.npz", moments=moments, moments_flip=moments)
     call(main_cache.main, "--verify", "--cached_path", str(tmp_path / "kept"))
     assert "2 images in 2 classes" in capsys.readouterr().out
-    shutil.copytree(inputs / "cache", tmp_path / "ours")
-    line = refused(capsys, main_cache.main, "--verify", "--cached_path", str(tmp_path))
-    assert f"name --cached_path {tmp_path / 'ours'}" in line
 
 
 def move(data: Path, name: str) -> None:
@@ -204,7 +201,7 @@ def test_training_and_doctor_say_what_may_surprise(inputs, data, capsys):
 def test_images_of_any_name_and_too_large_ones_are_refused_in_one_line(inputs, data, capsys):
     argv = flags(inputs, CACHE_FLAGS, data_path=data, cached_path=data / "x", num_workers=1)
     line = refused(capsys, main_cache.main, *argv, "--max_image_pixels", "300")
-    assert "is 304 pixels, more than --max_image_pixels 300" in line
+    assert "304 pixels, more than --max_image_pixels 300" in line
     (data / "train" / "ant" / "a\nb.png").write_bytes(b"broken")
     assert "a\\nb.png" in refused(capsys, main_cache.main, *argv)
 

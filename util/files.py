@@ -120,9 +120,7 @@ def _lock(file: BinaryIO, where: str) -> None:
     except BlockingIOError:
         file.seek(0)
         holder = shown(file.read(100).decode(errors="replace")) or "starting"
-        raise UserError(
-            f"{where} is in use by another job ({holder}); wait for it or stop it"
-        ) from None
+        raise UserError(f"{where} is in use by another job ({holder}); wait for it") from None
     except OSError as error:
         why = f"this file system has no locks ({error.strerror})"
         print(f"warning: {where}: {why}; start no second job there", file=sys.stderr)

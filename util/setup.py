@@ -142,10 +142,8 @@ def build_config(
         known |= {"vae_embed_dim": vae.channels, "vae_stride": vae.stride}
         missing = [f"--{name}" for name in LATENT if name not in known | given]
         if missing and not vae.is_kl16 and checkpoint is None:
-            raise UserError(
-                f"--vae_path is not KL-16, so {' and '.join(missing)} must be given, or "
-                "--cached_path, for which main_cache.py has measured them"
-            )
+            asked = f"give {' and '.join(missing)}, or a --cached_path, which knows them"
+            raise UserError(f"--vae_path is not KL-16: {asked}")
     with as_user_error():
         return TokenBridgeConfig(**known | given)
 
@@ -165,10 +163,8 @@ def _check_head(
     has_codes = has_codes if vae is None else vae.codebook is not None
     if (vae or manifest) and has_codes != (head == "codebook"):
         kind = "are entries of a codebook" if has_codes else "are of a VAE without a codebook"
-        raise UserError(
-            f"the latents of --vae_path or --cached_path {kind}, but the model's head is {head}; "
-            "--head codebook and a VQ tokenizer belong together"
-        )
+        remedy = "--head codebook and a VQ tokenizer belong together"
+        raise UserError(f"the latents {kind}, but the model's head is {head}; {remedy}")
 
 
 def channel_statistics(
@@ -193,10 +189,8 @@ def channel_statistics(
         if source.get("vae_sha256", own) != own:
             raise UserError(f"--latent_stats {path} is of the latents of another VAE than these")
     if not (source.get("channel_mean") and source.get("channel_std")):
-        raise UserError(
-            "there are no channel_mean and channel_std of the latents: main_cache.py measures "
-            "them; give its --cached_path, or its manifest.json as --latent_stats"
-        )
+        given = "the channels' mean and std, which main_cache.py measures: give its --cached_path"
+        raise UserError(f"--latent_norm channel needs {given}, or its manifest as --latent_stats")
     mean, std = (tuple(source[f"channel_{name}"]) for name in ("mean", "std"))
     known = {"latent_mean": mean, "latent_std": std, "latent_scale": 1.0}
     return known | {name: source[name] for name in ("channel_order",) if name in source}
@@ -209,10 +203,8 @@ def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
     for name, now in given.items():
         before = getattr(saved, name)
         if name not in free and before != now:
-            raise UserError(
-                f"{checkpoint.named} has {name} {before}, but the flags say {now}; leave the flag "
-                f"out, or, for another class_num or img_size, {FINETUNE} in the place of --resume"
-            )
+            differ = f"has {name} {before}, but the flags say {now}"
+            raise UserError(f"{checkpoint.named} {differ}; leave the flag out, or see {FINETUNE}")
     if given.get("mask_distribution", saved.mask_distribution) != saved.mask_distribution:
         given = {"mask_ratio_min": None} | given  # that of the distribution
     with as_user_error():
@@ -228,9 +220,8 @@ def build_vae(args: argparse.Namespace) -> VAE:
     if args.img_size is not None and args.img_size % vae.stride:
         raise UserError(f"--img_size {args.img_size} is not a multiple of the stride {vae.stride}")
     if vae.img_size not in (None, args.img_size or vae.img_size):
-        raise UserError(
-            f"--img_size {args.img_size}: this VAE takes images of {vae.img_size} px alone"
-        )
+        own = f"this VAE takes images of {vae.img_size} px alone"
+        raise UserError(f"--img_size {args.img_size}: {own}")
     return vae
 
 
@@ -284,10 +275,8 @@ def cache_histogram(cached_path: str, channels: int, vae_sha256: str | None) -> 
     """
     manifest = open_cache(cached_path, vae_sha256=vae_sha256).manifest if cached_path else None
     if not manifest or not manifest.get("histogram"):
-        raise UserError(
-            "--quantizer calibrated needs --cached_path, a cache of this version's main_cache.py, "
-            f"which says how its latents are distributed (it is {cached_path or 'not given'})"
-        )
+        given = f"main_cache.py's, with a histogram (it is {cached_path or 'not given'})"
+        raise UserError(f"--quantizer calibrated needs --cached_path, {given}")
     with as_user_error(f"--cached_path {cached_path}: manifest.json is damaged"):
         return LatentHistogram.from_dict(manifest["histogram"])
 

@@ -64,10 +64,7 @@ class CacheWriter:
             differ = [name for name in before | settings if before.get(name) != settings.get(name)]
             others = [f"a cache of {name} {before.get(name)!s:.40}" for name in differ]
         if others:
-            raise UserError(
-                f"--cached_path {path} holds {listed(others)}; name a folder that is new or was "
-                "begun by main_cache.py with these settings"
-            )
+            raise UserError(f"--cached_path {path} holds {listed(others)}; name a new folder")
 
     def pending(self) -> list[int]:
         """The shards that are not whole."""
