@@ -59,10 +59,12 @@ def test_a_damaged_image_is_refused_or_has_pixels(path, number, seed):
     read(path)
 
 
-def test_undamaged_images_are_read(path):
+def test_undamaged_images_are_read_but_none_from_a_device(path, tmp_path):
     for content in IMAGES:
         path.write_bytes(content)
         assert not isinstance(read(path), UserError)
+    (tmp_path / "null.png").symlink_to("/dev/zero")
+    assert "regular file" in str(read(tmp_path / "null.png"))
 
 
 # --- bombs: small files of large images

@@ -7,6 +7,7 @@ bytes until they are on the device, where `models.tokenizers.tokenizer.from_uint
 """
 
 import argparse
+import os
 import sys
 import warnings
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     # Pillow's readers meet a damaged file with nearly any exception, so all of them count.
     with as_user_error(context, (Exception,)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at metadata that nobody needs
+        if not os.path.isfile(path):  # opening a pipe would wait for its other end
+            raise FileNotFoundError("there is no regular file of that name")
         with Image.open(path, formats=FORMATS) as image:
             pixels = image.width * image.height
             if pixels > max_pixels:
