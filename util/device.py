@@ -6,7 +6,7 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -49,13 +49,6 @@ def compile_model(model: TokenBridge, device: torch.device) -> None:
         raise UserError(f"--compile needs a C++ compiler; install {compiler}, or name one in CXX")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs triton on CUDA: pip install triton, or leave it out")
-    # On Python 3.10 and 3.11, once anything has looked for pip, setuptools finds the standard
-    # library's distutils where it asserts its own: undo pip's wish before inductor imports it.
-    hack = sys.modules.get("_distutils_hack")  # setuptools' own, from the start of the interpreter
-    if hack is not None:
-        vars(hack.DISTUTILS_FINDER).pop("spec_for_distutils", None)
-    with suppress(ImportError):
-        import setuptools  # noqa: F401
     model.compile_blocks()
 
 
