@@ -11,7 +11,6 @@ Letters: N images, C latent channels, K levels.
 """
 
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +34,7 @@ from util.args import Flag, Parser, settings_saved, value
 from util.data.cache_writer import list_digest
 from util.data.images import ImageDataset, grid, psnr, save_png
 from util.data.latent_cache import open_cache
-from util.data.listing import ImageList, list_files, list_images, visible
-from util.doctor import dry_run
+from util.data.listing import ImageList, is_data, list_files, list_images
 from util.errors import UserError, as_user_error
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import Extractor
@@ -54,7 +52,7 @@ from util.evaluation.reconstruction import (
 )
 from util.evaluation.reference import prepare_measure, read_batches
 from util.files import check_writable
-from util.logging import MetricsFile, figures_on_stdout
+from util.logging import figures_on_stdout
 from util.setup import build_vae, cache_histogram, calibrated_levels, channel_statistics
 from util.vae import vae_digest
 
@@ -72,15 +70,13 @@ def make_parser() -> Parser:
         Flag("output_dir", str, "quantization_results", "of all results"),
         Flag("bits", flags.bit_width_or_continuous, [6], "of a scalar; negative: none", nargs="+"),
         Flag("range", flags.positive_float, 5.0, "latents in [-range, range]"),
-        flags.QUANTIZER,
+        flags.SETTINGS["quantizer"],
         Flag("images_per_class", flags.positive_int, 50, "of each class, the first"),
         Flag("batch_size", flags.positive_int, 32, "images a batch"),
         Flag("posterior", str, "sample", "the latent taken", ("sample", "mode")),
         flags.LATENT_SCALE,
         *flags.LATENT_NORM,
         flags.CACHED_PATH,
-        Flag("dry_run", bool, False, "check all, reconstruct a batch, say what all takes"),
-        flags.METRICS_FILE,
         flags.JSON,
     )
     parser.add_flags("tokenizer", *flags.VAE)
@@ -103,7 +99,6 @@ def main() -> None:
 def measure_variants(args, device: torch.device) -> dict:
     """The figures of all variants, on the main process."""
     check_writable(args.output_dir, "--output_dir")
-    metrics_file = MetricsFile(args.metrics_file)
     size, vae_path = value(args, "img_size"), value(args, "vae_path")
     if size < SSIM_LEAST:
         raise UserError(f"--img_size {size}: SSIM needs {SSIM_LEAST} px at least")
@@ -125,9 +120,6 @@ def measure_variants(args, device: torch.device) -> dict:
     dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
     evaluator = Evaluator(None, Tokenizer(vae, *norm).to(device), device, None, measure)
     job = Reconstruction(folder, dataset, evaluator, variants, settings.get("seed"))
-    if args.dry_run:
-        folder.refuse_other(settings)
-        return dry_run(args, device, ("device", "processes"), job.first_batch)
     figures = {}
     folder.begin(settings)
     with settings_saved(args, folder.path / flags.CONFIG):
@@ -135,9 +127,6 @@ def measure_variants(args, device: torch.device) -> dict:
         dist.barrier()
         if dist.is_main():
             figures = job.finish(settings | {name: value(args, name) for name in RECORDED})
-            every = [(r["name"], *item) for r in figures["results"] for item in r.items()]
-            numbers = {f"reconstruction/{n}/{k}": v for n, k, v in every if isinstance(v, float)}
-            metrics_file.write(numbers, None, replace=True)
     dist.barrier()
     return figures
 
@@ -145,7 +134,7 @@ def measure_variants(args, device: torch.device) -> dict:
 def choose_images(image_dir: str, per_class: int) -> ImageList:
     """The first images of each class, in train/CLASS/ or CLASS/, or of a folder without classes."""
     root, flag = Path(image_dir), "--image_dir"
-    if root.is_dir() and not any(entry.is_dir() for entry in visible(root)):
+    if root.is_dir() and not any(e.is_dir() for e in root.iterdir() if is_data(e.name)):
         files = list_files(root, flag)
         note = f"--images_per_class {per_class} is how many of its {len(files)} images are taken"
         dist.print_main(f"{flag} {root} has no class folders: {note}")
@@ -241,28 +230,6 @@ class Reconstruction:
             pixels = to_uint8(tokenizer.decode(values))
             record |= {"psnr": psnr(pixels.cpu(), images), "ssim": ssim(pixels, original).cpu()}
             yield name, pixels.cpu(), record
-
-    def first_batch(self) -> dict:
-        """One batch through everything, for --dry_run: what the run would take."""
-        folder, world = self.folder, dist.world_size()
-        todo = len(set().union(*(folder.missing(name) for name in self.names)))
-        ids, images = next(read_batches(self.dataset, folder.batches[:1], num_workers=0))
-        if not ids:
-            raise UserError("none of the first batch of images can be read; see --image_dir")
-        dist.print_main(f"{folder.count} images as {', '.join(self.names)}")
-        began = time.perf_counter()
-        for _, pixels, _ in self.decode(images, ids, self.names):
-            if folder.extractor is not None:
-                self.evaluator.update(pixels)
-        seconds = time.perf_counter() - began
-        return {
-            "images": folder.count,
-            "batches": len(folder.batches),
-            "batches_to_do": todo,
-            "variants": self.names,
-            "images_per_second": len(ids) * world / seconds,
-            "hours": todo * seconds / 3600 / world,
-        }
 
     def finish(self, settings: dict) -> dict:
         """Write the figures of all variants in the folder and grid.png; returns results.json."""

@@ -88,10 +88,8 @@ class Library:
             same = not digest or vae_digest(path) == digest
             if same or self.vae_path:
                 return path, same
-        raise UserError(
-            f"the VAE of {checkpoint.path} (SHA-256 {str(digest)[:12]}) is none of "
-            f"{', '.join(paths)}; start the page with --vae_path"
-        )
+        where = f"none of {', '.join(paths)}; start the page with --vae_path"
+        raise UserError(f"the VAE of {checkpoint.path} (SHA-256 {str(digest)[:12]}) is {where}")
 
 
 @lru_cache(maxsize=2)

@@ -3,8 +3,8 @@
 Source: arXiv 2503.16430 and the released checkpoints.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 
 from models.masking import MASK_RATIO_MIN, MaskRatios
 
@@ -17,20 +17,7 @@ PUBLISHED_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 HEAD_INPUTS = ("trained", "published")
 # The published codebook, or one for each channel, fitted to the latents: see models/quantizer.py.
 QUANTIZERS = ("published", "calibrated")
-# What models/heads/ has, and the settings that one of them alone has, with their defaults.
-HEADS = {
-    "channel": {},
-    "parallel": {},
-    "masked": {"head_steps": 4},
-    "mixture": {"mixture_components": 16},
-    "diffusion": {
-        "diffloss_d": 3,
-        "diffloss_w": 1024,
-        "num_sampling_steps": 100,
-        "diffusion_batch_mul": 1,
-    },
-    "codebook": {"codebook_size": 16384},
-}
+HEADS = ("channel", "parallel", "masked", "mixture", "diffusion", "codebook")  # of models/heads/
 # The quantizers of heads that do not take all of those; none: the head reads continuous latents.
 HEAD_QUANTIZERS = {"mixture": (None,), "diffusion": (None,), "codebook": ("codebook",)}
 
@@ -48,61 +35,72 @@ _SIZES = {
 PRESETS = tuple(_SIZES)
 
 
+def setting(
+    default, help: str, choices: Iterable = (), head: str | None = None, free: bool = False
+):
+    """A field of the configuration that a flag of its name sets.
+
+    head: whose setting it is; in a model with another head it is None. free: whether it may change
+    from one use of the same weights to the next.
+    """
+    metadata = dict(default=default, help=help, choices=tuple(choices), head=head, free=free)
+    return field(default=None if head else default, metadata=metadata)
+
+
 @dataclass(frozen=True)
 class TokenBridgeConfig:
     """All that decides a model's shape and its use; saved in every checkpoint.
 
-    img_size in pixels, vae_stride in pixels per latent position, patch_size in latent positions.
     channel_order: in which the head predicts the channels, None is `default_channel_order`.
     quant_min, quant_max: of the published quantizer. quantizer: None is the head's: "published",
     "codebook", or none at all for a continuous head.
     latent_mean, latent_std: of each channel of the VAE's latents, which are then normalised by
     them, (z - mean) / std; None: they are multiplied by latent_scale.
     mask_distribution, mask_ratio_min: see `MaskRatios`; None is the distribution's published one.
-    head_share: of the masked positions whose loss is computed in training; published: all.
-    The last ones are the settings of a head (`HEADS`), None in a model that has another one.
     Raises ValueError, naming the value, if the numbers do not fit together.
     """
 
-    img_size: int = 256
-    vae_stride: int = 16
-    patch_size: int = 1
+    img_size: int = setting(256, "pixels, of a side")
+    vae_stride: int = setting(16, "pixels a latent position")
+    patch_size: int = setting(1, "latent positions a token, along one side")
     encoder_embed_dim: int = 1024
     encoder_depth: int = 16
     encoder_num_heads: int = 16
     decoder_embed_dim: int = 1024
     decoder_depth: int = 16
     decoder_num_heads: int = 16
-    channel_embed_dim: int = 1024
-    channel_depth: int = 4
+    channel_embed_dim: int = setting(1024, "width of the channel, parallel and masked heads")
+    channel_depth: int = setting(4, "blocks of the channel head")
     channel_heads: int = 8
     mlp_ratio: float = 4.0
     quant_levels: int = 64
-    vae_embed_dim: int = 16
-    class_num: int = 1000
-    attn_dropout: float = 0.1
-    proj_dropout: float = 0.1
-    buffer_size: int = 64
-    quant_min: float = -5.0
-    quant_max: float = 5.0
-    label_drop_prob: float = 0.1
-    mask_distribution: str = "normal"
-    mask_ratio_min: float | None = None
+    vae_embed_dim: int = setting(16, "latent channels")
+    class_num: int = setting(1000, "classes; else as many as data or checkpoint have")
+    attn_dropout: float = setting(0.1, "on attention weights", free=True)
+    proj_dropout: float = setting(0.1, "after projections", free=True)
+    buffer_size: int = setting(64, "slots filled with the class")
+    quant_min: float = setting(-5.0, "lowest scaled latent")
+    quant_max: float = setting(5.0, "highest scaled latent")
+    label_drop_prob: float = setting(0.1, "share of labels dropped in training", free=True)
+    mask_distribution: str = setting("normal", "of training's masks", MASK_RATIO_MIN, free=True)
+    mask_ratio_min: float | None = setting(None, "the least such share; of exp: 0.2", free=True)
     channel_order: tuple[int, ...] | None = None
     latent_scale: float = PUBLISHED_LATENT_SCALE
     latent_mean: tuple[float, ...] | None = None
     latent_std: tuple[float, ...] | None = None
-    head_input: str = "trained"
-    quantizer: str | None = None
-    head: str = "channel"
-    head_share: float = 1.0
-    head_steps: int | tuple[int, ...] | None = None
-    mixture_components: int | None = None
-    diffloss_d: int | None = None
-    diffloss_w: int | None = None
-    num_sampling_steps: int | None = None
-    diffusion_batch_mul: int | None = None
-    codebook_size: int | None = None
+    head_input: str = setting("trained", "the sampling head's first input", HEAD_INPUTS, free=True)
+    quantizer: str | None = setting(None, "or fitted to --cached_path's latents", QUANTIZERS)
+    head: str = setting("channel", "what predicts a token; mar_*: diffusion", HEADS)
+    head_share: float = setting(1.0, "of the masked positions, whose loss is computed", free=True)
+    head_steps: int | tuple[int, ...] | None = setting(
+        4, "or the channels of each, as 2,2,5,7", head="masked", free=True
+    )
+    mixture_components: int | None = setting(16, "normals a token", head="mixture")
+    diffloss_d: int | None = setting(3, "blocks; mar_*: as published", head="diffusion")
+    diffloss_w: int | None = setting(1024, "width; mar_*: as published", head="diffusion")
+    num_sampling_steps: int | None = setting(100, "when sampling", head="diffusion", free=True)
+    diffusion_batch_mul: int | None = setting(1, "noises a token", head="diffusion", free=True)
+    codebook_size: int | None = setting(16384, "", head="codebook")  # the tokenizer's, no flag's
 
     def __post_init__(self):
         order = self.channel_order
@@ -115,26 +113,23 @@ class TokenBridgeConfig:
             resolved["mask_ratio_min"] = MASK_RATIO_MIN.get(self.mask_distribution, 0.0)
         if self.quantizer is None:
             resolved["quantizer"] = HEAD_QUANTIZERS.get(self.head, QUANTIZERS)[0]
-        for name, default in HEADS.get(self.head, {}).items():
-            given = getattr(self, name)  # "100" of MAR's flag, a list of a JSON file
-            given = default if given is None else int(given) if type(given) is str else given
-            resolved[name] = tuple(given) if isinstance(given, list) else given
-        for name, setting in resolved.items():
-            object.__setattr__(self, name, setting)
+        for own in (own for own in fields(self) if own.metadata.get("head") == self.head):
+            given = getattr(self, own.name)  # "100" of MAR's flag, a list of a JSON file
+            given = own.metadata["default"] if given is None else given
+            given = int(given) if type(given) is str else given
+            resolved[own.name] = tuple(given) if isinstance(given, list) else given
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
         for problem in (*self._problems(), *self._head_problems()):
             raise ValueError(problem)
 
     def _head_problems(self) -> Iterator[str]:
-        if self.head not in HEADS:
-            yield f"head {self.head!r} is not one of {', '.join(HEADS)}"
-        for head, settings in HEADS.items():
-            for name in settings if head != self.head else ():
-                if getattr(self, name) is not None:
-                    yield f"{name} {getattr(self, name)} is of the {head} head, not of {self.head}"
-        for name in HEADS.get(self.head, {}):
-            setting = getattr(self, name)
-            if not setting or min(setting if isinstance(setting, tuple) else (setting,)) < 1:
-                yield f"{name} {setting} is not positive"
+        for own in (own for own in fields(self) if own.metadata.get("head")):
+            head, value = own.metadata["head"], getattr(self, own.name)
+            if head != self.head and value is not None:
+                yield f"{own.name} {value} is of the {head} head, not of {self.head}"
+            if head == self.head and min(value if isinstance(value, tuple) else (value,)) < 1:
+                yield f"{own.name} {value} is not positive"
         if (self.num_sampling_steps or 0) > 1000:
             yield f"num_sampling_steps {self.num_sampling_steps} is more than 1000"
         if isinstance(self.head_steps, tuple) and sum(self.head_steps) != self.token_dim:
@@ -175,10 +170,11 @@ class TokenBridgeConfig:
         if sorted(self.channel_order) != list(range(self.vae_embed_dim)):
             permuted = f"a permutation of the {self.vae_embed_dim} latent channels (vae_embed_dim)"
             yield f"channel_order {self.channel_order} is not {permuted}"
-        known = {"head_input": HEAD_INPUTS, "mask_distribution": tuple(MASK_RATIO_MIN)}
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                yield f"{name} {getattr(self, name)!r} is not one of {values}"
+        for own in fields(self):
+            choices = own.metadata.get("choices")
+            if choices and own.name != "quantizer" and getattr(self, own.name) not in choices:
+                listed = ", ".join(choices)
+                yield f"{own.name} {getattr(self, own.name)!r} is not one of {listed}"
 
     @property
     def grid_size(self) -> int:

@@ -5,7 +5,7 @@ Letters: B images, H, W pixels.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -20,19 +20,32 @@ DECODE_BATCH = 32
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
-def arithmetic(name: str, device: torch.device) -> tuple[str, torch.dtype | None]:
-    """The name without "auto", and the dtype for torch.autocast, None for full precision.
+@dataclass(frozen=True)
+class Precision:
+    """The arithmetic of a model; its weights, an optimizer and an EMA are fp32 in all of them."""
 
-    auto: bf16 where CUDA has it, else fp16; fp32 on a CPU or MPS. Raises ValueError on others.
-    """
-    if name == "auto":
-        name = "fp32"
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-    if name not in dtypes:
-        raise ValueError(f"precision {name!r} is not one of {', '.join(PRECISIONS)}")
-    return name, dtypes[name]
+    name: str
+    dtype: torch.dtype | None  # of the autocast, None for full precision
+
+    @classmethod
+    def of(cls, name: str, device: torch.device) -> "Precision":
+        """auto: bf16 where CUDA has it, else fp16; fp32 on a CPU or MPS. Raises ValueError."""
+        if name == "auto":
+            name = "fp32"
+            if device.type == "cuda":
+                name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+        if name not in dtypes:
+            raise ValueError(f"precision {name!r} is not one of {', '.join(PRECISIONS)}")
+        return cls(name, dtypes[name])
+
+    @property
+    def needs_scaler(self) -> bool:
+        """fp16 gradients underflow unless the loss is scaled."""
+        return self.dtype is torch.float16
+
+    def autocast(self, device: torch.device):
+        return torch.autocast(device.type, dtype=self.dtype) if self.dtype else nullcontext()
 
 
 def spread_labels(count: int, classes: Sequence[int]) -> Tensor:
@@ -68,7 +81,7 @@ def generate(
     if len(ids) != len(labels) or batch_size < 1:
         raise ValueError(f"{len(ids)} image_ids, {len(labels)} labels, batch_size {batch_size}")
     device = model.backbone.fake_latent.device
-    _, dtype = arithmetic(precision, device)
+    chosen = Precision.of(precision, device)
     given = {name: options.pop(name, None) for name in ("known", "known_mask")}
     given = {name: tensor for name, tensor in given.items() if tensor is not None}
     if any(len(tensor) != 1 for tensor in given.values()):
@@ -77,7 +90,7 @@ def generate(
     images = []
     for start in range(0, len(labels), batch_size):
         batch = slice(start, start + batch_size)
-        with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
+        with chosen.autocast(device):
             same = {k: x.expand(len(labels[batch]), *x.shape[1:]) for k, x in given.items()}
             latents = sample_latents(model, labels[batch], image_ids=ids[batch], **same, **sampling)
         images.append(decode_images(tokenizer, latents))
@@ -151,10 +164,5 @@ def _tokenizer(vae: VAE | Tokenizer, model: TokenBridge) -> Tokenizer:
     tokenizer = vae if isinstance(vae, Tokenizer) else Tokenizer(vae, *model.config.latent_norm)
     if tokenizer.vae is None:
         raise ValueError("this tokenizer has no VAE, which would decode the latents")
-    found = f"{tokenizer.vae.channels} channels and stride {tokenizer.vae.stride}"
-    expected = f"{model.config.vae_embed_dim} channels and stride {model.config.vae_stride}"
-    if found != expected:
-        raise ValueError(f"the VAE has {found}, the model was trained on {expected}")
-    if tokenizer.vae.img_size not in (None, model.config.img_size):
-        raise ValueError(f"the VAE takes images of {tokenizer.vae.img_size} px alone")
+    tokenizer.vae.check_fits(model.config)
     return tokenizer

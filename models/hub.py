@@ -10,14 +10,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from models.config import TokenBridgeConfig
-from models.tokenizers.kl16 import check_layout
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HEADER = "tokenbridge"  # one entry: safetensors writes several in random order
@@ -74,17 +72,12 @@ class Pretrained(
 
     @classmethod
     def _load(cls, path: Path, config: TokenBridgeConfig, grad_checkpointing: bool):
-        """Raises ValueError, before anything is given memory, unless file and settings agree."""
+        """Raises ValueError unless file and settings agree."""
         with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            if len(shapes) < max(config.encoder_depth, config.decoder_depth, config.channel_depth):
-                raise ValueError(f"{len(shapes)} tensors are fewer than the blocks of {CONFIG}")
-            with torch.device("meta"):
-                layout = {name: torch.empty(shape) for name, shape in shapes.items()}
-                check_layout(layout, cls(**config.to_dict()).published_state_dict())
             model = cls(**config.to_dict(), grad_checkpointing=grad_checkpointing)
             model.origin = Origin.from_header(file.metadata())
-            model.load_published({k: file.get_tensor(k) for k in shapes}, config.head_input)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            model.load_published(state, config.head_input)
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:

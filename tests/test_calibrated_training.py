@@ -92,7 +92,7 @@ def test_what_has_no_distribution_is_refused(inputs, tmp_path, capsys):
     own = shutil.copytree(inputs, tmp_path / "own")
     forget_histogram(own / "cache")
     line = refusal(own)
-    assert "says how its latents are distributed" in line and f"(it is {own}/cache)" in line
+    assert "with a histogram" in line and f"(it is {own}/cache)" in line
     damaged = read_json(inputs / "cache" / "manifest.json")
     damaged["histogram"]["counts"] = "AAAA"
     write_json(own / "cache" / "manifest.json", damaged)

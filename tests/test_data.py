@@ -84,7 +84,7 @@ def test_bad_files_are_named_with_the_remedy(tmp_path):
 
 def test_image_bomb_is_refused_with_its_size(tmp_path):
     path = save(tmp_path / "bomb.png", np.zeros((40, 30), np.uint8))
-    with pytest.raises(UserError, match="30 x 40 is 1200 pixels.* --max_image_pixels 1199"):
+    with pytest.raises(UserError, match="1200 pixels, more than --max_image_pixels 1199"):
         read_image(path, 1199)
     assert read_image(path, 1200).size == (30, 40)
 
@@ -207,5 +207,3 @@ def test_too_few_samples_for_a_step_are_refused():
     assert Batches(B, G, 36, SEED).steps_per_epoch == 1
     with pytest.raises(UserError, match="35 samples .* 36 .*--batch_size"):
         MicroBatchSampler(Batches(B, G, 35, SEED), range(1), 0, 1)
-    with pytest.raises(ValueError, match=f"{G + 1} processes"):
-        MicroBatchSampler(Batches(B, G, N, SEED), range(1), 0, G + 1)

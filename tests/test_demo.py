@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from demo import classifier, digits, report, seeds
+from demo import classifier, digits, report
 from demo import train_vae as vae_training
 from models.tokenizers.vq import VQModel
 from tests.conftest import ROOT
@@ -178,21 +178,3 @@ def test_report_is_the_judge_s_above_that_of_any_run(finished):
     assert titles[:3] == ["Real and generated", "Figures", "Training"] and titles[-1] == "Time"
     for text in ("90.0%", "1.50", "<td>60</td>", "Make &lt;digits&gt;", "<svg", "<td>1.25</td>"):
         assert text in page, text
-
-
-def test_seeds_are_reported_by_their_mean_and_the_lowest(finished, monkeypatch, capsys):
-    """The demo itself is replaced: for seed 2 it leaves a better score."""
-
-    def demo(command, **_):
-        folder = finished / "output" / f"demo-seed{command[-1]}"
-        folder.mkdir(parents=True)
-        scores = json.loads((finished / "scores.json").read_text())
-        scores["generated"]["accuracy"] = 0.98 if command[-1] == "2" else 0.9
-        (folder / "scores.json").write_text(json.dumps(scores))
-        return seeds.subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(seeds, "ROOT", finished)
-    monkeypatch.setattr(seeds.subprocess, "run", demo)
-    call(seeds.main, "--seeds", "1", "2")
-    expected = "| 1 | 90.0% | 1.50 |\n| 2 | 98.0% | 1.50 |\n\nmean 94.0%, lowest 90.0%\n"
-    assert capsys.readouterr().out.endswith(expected)

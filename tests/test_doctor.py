@@ -14,13 +14,10 @@ import torch
 from PIL import Image
 
 from models.quantizer import GaussianQuantizer
-from tests.conftest import ROOT
-from tests.measures import PIXELS, save_random_inception
 from tests.runs import (
     CHANNELS,
     CLASSES,
     COMMON,
-    SIZE,
     call,
     flags,
     make_inputs,
@@ -75,21 +72,6 @@ def assert_found(finding: Finding, state: str, *fragments: str) -> None:
 # --- machine
 
 
-def test_another_checkout_is_named(inputs, tmp_path, monkeypatch):
-    """Where Python finds its models, and where pip has its editable installation."""
-    assert str(tmp_path) not in check("code", inputs).text
-    registered = tmp_path / "site-packages" / "tokenbridge-0.1.0.dist-info"
-    for folder in (tmp_path / "first" / "models", tmp_path / "an editable" / "util", registered):
-        folder.mkdir(parents=True)
-        (folder / "__init__.py").touch()
-    (registered / "METADATA").write_text("Name: tokenbridge\n")
-    record = {"url": (tmp_path / "an editable").as_uri(), "dir_info": {"editable": True}}
-    (registered / "direct_url.json").write_text(json.dumps(record))
-    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "first"), str(registered.parent)])
-    places = str(tmp_path / "first"), str(tmp_path / "an editable")
-    assert_found(check("code", inputs), WARNING, f"of {ROOT}", *places, "pip uninstall")
-
-
 def test_device_and_precision(inputs):
     assert_found(check("device", inputs), OK, torch.__version__, "cpu, --precision fp32")
     assert_found(check("device", inputs, device="cuda"), WARNING, "--device cuda is not here")
@@ -107,14 +89,12 @@ def test_vae_is_compared_with_cache_and_checkpoint(inputs, own):
     assert_found(other, WARNING, "was trained with another VAE file")
 
 
-def test_vae_that_cannot_be_read_fails_once_unless_nothing_needs_it(own):
+def test_vae_that_cannot_be_read_fails_unless_nothing_needs_it(own):
     (own / "vae.ckpt").write_bytes(b"damaged")
     assert_found(check("VAE", own), FAILURE, "--vae_path", "damaged")
     (own / "vae.ckpt").unlink()
     assert_found(check("VAE", own), OK, "no image has to be encoded")
-    both = doctor.examine(opened(own, online_eval=True), ("VAE", "inputs"))
-    assert_found(both[0], FAILURE, "no such file")
-    assert_found(both[1], WARNING, "not checked: see VAE")
+    assert_found(check("VAE", own, online_eval=True), FAILURE, "no such file")
 
 
 def photo(folder: Path) -> Path:
@@ -151,16 +131,15 @@ def std_in(finding: Finding) -> float:
 
 def test_latents_have_unit_variance_and_use_their_levels(inputs, own):
     finding, twice = check("latents", inputs), check("latents", scaled_inputs(own, 2.0))
-    assert_found(finding, OK, "24 scaled by", "of 3 bits (published), out of range 0.00%")
+    assert_found(finding, OK, "of 24 images", "in bits, of 3", "% out of range 0.00 to")
     assert_found(twice, WARNING, "std is not near 1")
     assert [std_in(finding), std_in(twice)] == pytest.approx([1, 2], rel=0.03)
     narrow = check("latents", scaled_inputs(own, 0.0625))
-    assert_found(narrow, WARNING, "use less than half of the levels", "--quantizer calibrated")
-    assert "std of channels [0, 1, 2, 3] is far from 1" in narrow.text
+    assert_found(narrow, WARNING, "less than half of the levels used", "--quantizer calibrated")
+    assert "std far from 1, or mean from 0 in channels [0, 1, 2, 3]" in narrow.text
     wide = check("latents", inputs, quant_min=-1, quant_max=1)
-    assert_found(wide, WARNING, "channels [0, 1, 2, 3] saturate", "--quant_min")
-    calibrated = check("latents", inputs, quantizer="calibrated")
-    assert "(calibrated), out of range 0.0" in calibrated.text
+    assert_found(wide, WARNING, "saturated in channels [0, 1, 2, 3]", "--quant_min")
+    assert "out of range" not in check("latents", inputs, quantizer="calibrated").text
     images = check("latents", inputs, **IMAGES | LATENTS)
     assert std_in(images) == pytest.approx(std_in(check("latents", inputs, latent_scale=1.0)), 0.05)
     assert_found(check("inputs", inputs, **IMAGES), FAILURE, "--latent_scale and --channel_order")
@@ -179,7 +158,7 @@ def test_figures_are_those_of_the_latents(inputs):
         p = counts[counts > 0] / counts.sum()
         bits.append(-(p * p.log2()).sum().item())
     said = doctor.latents(found).text.partition("by channel")[2]
-    numbers = [float(x) for x in re.findall(r"-?\d+\.\d+(?!\d|%)", said)]
+    numbers = [float(x) for x in re.findall(r"-?\d+\.\d+", said.partition("%")[0])]
     channels = samples.movedim(1, 0).flatten(1)
     expected = [x.item() for v in (channels.std(1), channels.mean(1)) for x in (v.min(), v.max())]
     assert numbers == pytest.approx([*expected, min(bits), max(bits)], abs=0.1)
@@ -234,30 +213,6 @@ def test_checkpoint_is_whole_and_fits(inputs, own):
 
 
 # --- evaluation and space
-
-
-def test_extractor_and_statistics(inputs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-    def found(**changes) -> Finding:
-        return check("evaluation", inputs, **{"no_metrics": None} | changes)
-
-    def statistics(width: int, img_size: int = SIZE, **changes) -> Finding:
-        facts = dict(img_size=img_size, count=9)
-        np.savez(tmp_path / "stats.npz", mu=np.zeros(width), sigma=np.eye(width), **facts)
-        return found(fid_stats=tmp_path / "stats.npz", **changes)
-
-    weights = dict(inception_weights=save_random_inception(tmp_path / "weights.pth"))
-    assert_found(found(no_metrics=True), OK, "not needed")
-    assert_found(found(), WARNING, "no weights here", str(tmp_path), "--inception_weights")
-    assert_found(found(feature_extractor=PIXELS), WARNING, "nothing checked", "of pixels's weights")
-    assert_found(found(**weights), WARNING, "sha256", "FID cannot be computed", "--fid_stats")
-    assert_found(statistics(2048, **weights), WARNING, "2048 features", "too large")
-    assert_found(statistics(9, **weights), FAILURE, "2048 features")
-    assert_found(statistics(2048, 2 * SIZE, **weights), FAILURE, f"images of {2 * SIZE} px")
-    torch.save({"a": torch.zeros(1)}, weights["inception_weights"])
-    assert_found(found(**weights), FAILURE, "not the weights of")
 
 
 @pytest.mark.parametrize("files,state", [(100, OK), (5, WARNING), (2, FAILURE)])

@@ -1,25 +1,20 @@
-"""Operations are those of torch's counter on the modules; memory is that of real steps."""
+"""Operations are those of torch's counter on the modules."""
 
 import math
 from collections import Counter
 
 import pytest
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.cost import training_memory
 from benchmarks.works import vae_operations
 from models.config import TokenBridgeConfig, preset
 from models.masking import Mask, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import KL16, AutoencoderKL
-from tests.conftest import tiny_model
+from tests.conftest import ROOT, tiny_model
 from util import flops
 
 VARIANTS = {
@@ -100,68 +95,11 @@ def test_mean_step_is_the_mean_over_the_draws_of_the_mask():
     assert torch.equal(torch.get_rng_state(), state)  # which counting leaves as it is
 
 
-# Wide enough that activations, not small change, fill the memory. Without dropout: the CPU's masks
-# have four bytes, and there attention with dropout is not fused.
-WIDE = {
-    **dict(img_size=128, vae_stride=16, class_num=10, buffer_size=16, quant_levels=64),
-    **dict(encoder_embed_dim=128, encoder_depth=3, encoder_num_heads=4),
-    **dict(decoder_embed_dim=128, decoder_depth=4, decoder_num_heads=4),
-    **dict(channel_embed_dim=128, channel_depth=2, channel_heads=2),
-    **dict(attn_dropout=0.0, proj_dropout=0.0),
-}
-
-
-class Alive(TorchDispatchMode):
-    """The most bytes alive at once, of all storages that operations make but the known ones."""
-
-    def __init__(self, known: list[Tensor]):
-        super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.bound = self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm"):
-            a, b = args[-2:]  # zeros will do: bf16 takes a CPU long, and what is counted are bytes
-            result = a.new_zeros(*a.shape[:-1], b.shape[-1])
-        else:
-            result = func(*args, **kwargs or {})
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and storage.data_ptr() not in self.known:
-                held = self.storages.get(storage.data_ptr())
-                if held is None or held[0].expired():
-                    self.bound += storage.nbytes()
-                self.storages[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-        if self.bound > self.most:  # perhaps: leave out what has died meanwhile
-            held = self.storages.items()
-            self.storages = {place: x for place, x in held if not x[0].expired()}
-            self.bound = sum(size for _, size in self.storages.values())
-            self.most = max(self.most, self.bound)
-        return result
-
-
-def most_alive(model: TokenBridge, batch: int, precision: str, ratio: float) -> int:
-    """Of a step beside parameters and gradients, which a step before has already made."""
-    config, parameters = model.config, list(model.parameters())
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    mask = torch.arange(config.seq_len) < math.ceil(ratio * config.seq_len)
-    latents, labels = torch.randn(batch, *config.latent_shape), torch.zeros(batch).long()
-    with Alive([*parameters, *(p.grad for p in parameters)]) as alive:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            loss = model(latents, labels, mask.expand(batch, -1))
-        loss.backward()
-    return alive.most
-
-
-@pytest.mark.parametrize("grad_checkpointing", [False, True])
-@pytest.mark.parametrize(("precision", "head_chunk"), [("fp32", 64), ("bf16", 64), ("bf16", 1000)])
-def test_estimate_is_close_to_what_is_alive(precision, head_chunk, grad_checkpointing):
-    """The states exactly: weights, gradients, both moments, averages."""
-    settings = dict(grad_checkpointing=grad_checkpointing, head_chunk=head_chunk)
-    model = TokenBridge(**WIDE, **settings).train()
-    found = max(most_alive(model, 4, precision, ratio) for ratio in (0.7, 1.0))
-    memory = training_memory(model, 4, precision)
-    assert 0.9 < (sum(memory.values()) - memory["states"]) / found < 1.2
-    assert memory["states"] == 5 * sum(p.nbytes for p in model.parameters())
+def test_the_page_says_hours_at_a_share_of_the_peak():
+    page, per_hour = (ROOT / "docs" / "performance.md").read_text(), 0.3 * 989.4e12 * 3600
+    for model, epochs in (("tokenbridge_large", 400), ("tokenbridge_huge", 800)):
+        config = TokenBridgeConfig(**preset(model))
+        training = epochs * 1_281_167 * flops.training_step(config) / per_hour
+        sampling = 50_000 * flops.sampling(config, 256, guided=True) / per_hour
+        row = f"| `{model}`, {epochs} epochs | {training:,.0f} | {training / 8 / 24:.1f} "
+        assert f"{row}| {sampling:.1f} |" in page

@@ -49,10 +49,10 @@ def command(inputs: Path, tool: str, path: Path) -> tuple:
         return main_tokenbridge.main, *own, "--dry_run"
     if tool == "cache":
         own = flags(inputs, CACHE_FLAGS, data_path=path, cached_path=path / "cache")
-        return main_cache.main, *own, "--dry_run"
+        return main_cache.main, *own
     if tool == "reconstruct":
         own = flags(inputs, COMMON, vae_path="vae.ckpt", image_dir=path, no_metrics=True)
-        return reconstruction.main, *own, "--latent_scale", "1", "--dry_run"
+        return reconstruction.main, *own, "--latent_scale=1", f"--output_dir={path / 'out'}"
     own = flags(inputs, COMMON, image_dir=path / "train", output=path / "s.npz")
     return fid_stats.main, *own, "--feature_extractor", PIXELS
 
@@ -68,30 +68,22 @@ def examined(inputs: Path, path: Path, capsys) -> str:
 
 COUNTS = {
     "train": "24 images in 3 classes",
-    "cache": "images to encode         24",
-    "reconstruct": "24 images as original",
+    "cache": "24 images in 3 classes",
+    "reconstruct": "24 images, rows of",
     "statistics": "24 images of 16 px",
 }
 
 
 @pytest.mark.parametrize("tool", COUNTS)
-def test_hidden_entries_and_loops_are_no_data(inputs, data, capsys, tool):
+def test_hidden_entries_are_no_data_and_links_are_followed(inputs, data, capsys, tool):
     image = data / "train" / "ant" / "0.png"
     for name in (".ipynb_checkpoints/0.png", "__MACOSX/0.png", "ant/._0.png", "bee/@eaDir/0.png"):
         (data / "train" / name).parent.mkdir(exist_ok=True)
         shutil.copy(image, data / "train" / name)
-    (data / "train" / "loop").symlink_to(".")
-    (data / "train" / "ant" / "loop").symlink_to("../..")
-    (data / "train" / "ant" / "a.png").symlink_to("0.png")
-    (data / "train" / "bee" / "self.png").symlink_to("self.png")
-    if tool == "train":  # which takes a folder val/ for validation
-        shutil.copytree(data / "train" / "bee", data / "val" / "bee", symlinks=True)
-        shutil.copytree(data / "val" / "bee", data / "val" / ".ipynb_checkpoints", symlinks=True)
+    (data / "train" / "cat").rename(data / "elsewhere")
+    (data / "train" / "cat").symlink_to("../elsewhere")
     call(*command(inputs, tool, data))
-    out = capsys.readouterr().out
-    assert COUNTS[tool] in out and "no validation loss" not in out
-    line = next(line for line in out.splitlines() if "links to what is listed" in line)
-    assert all(str(data / "train" / name) in line for name in ("loop", "ant/loop", "bee/self"))
+    assert COUNTS[tool] in capsys.readouterr().out
 
 
 def test_published_caches_are_listed_likewise(inputs, tmp_path, capsys):
@@ -99,14 +91,8 @@ def test_published_caches_are_listed_likewise(inputs, tmp_path, capsys):
     for name in ("ant/0", "ant/._0", "bee/0", ".hidden/0"):
         (tmp_path / "kept" / name).parent.mkdir(parents=True, exist_ok=True)
         np.savez(tmp_path / "kept" / f"{name}.npz", moments=moments, moments_flip=moments)
-    (tmp_path / "kept" / "bee" / "loop").symlink_to("..")
     call(main_cache.main, "--verify", "--cached_path", str(tmp_path / "kept"))
     assert "2 images in 2 classes" in capsys.readouterr().out
-    line = refused(capsys, main_cache.main, "--verify", "--cached_path", str(tmp_path))
-    assert f"name --cached_path {tmp_path / 'kept'}" in line
-    shutil.copytree(inputs / "cache", tmp_path / "ours")
-    line = refused(capsys, main_cache.main, "--verify", "--cached_path", str(tmp_path))
-    assert f"name --cached_path {tmp_path / 'ours'}" in line
 
 
 def move(data: Path, name: str) -> None:
@@ -117,33 +103,26 @@ def move(data: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tool", "place", "named", "remedy"),
+    ("tool", "place", "remedy"),
     [
-        ("train", "inner/train", ".", "name --data_path {0}/train, or"),
-        ("cache", "inner/images", ".", "not in {0}/train; move them there"),
-        ("train", "images/train", ".", "name --data_path {0}/images"),
-        ("cache", "train", "train", "name --data_path {0}"),
-        ("train", "ant", ".", "no folder {0}/train; put the class folders there"),
-        ("reconstruct", "train", "..", "name --image_dir {0}/train"),
+        ("train", "inner/train", "the class folders are not in {0}/train but deeper"),
+        ("cache", "inner/images", "as {0}/train/images/ant; move them there"),
+        ("train", "ant", "no folder {0}/train; name the folder with train/CLASS/ in it"),
     ],
 )
-def test_a_level_too_many_or_few_is_named(inputs, data, capsys, tool, place, named, remedy):
+def test_a_level_too_many_or_few_is_named(inputs, data, capsys, tool, place, remedy):
     move(data, place)
     if place.startswith("inner"):
         (data / "inner").rename(data / "train")
-    line = refused(capsys, *command(inputs, tool, (data / named).resolve()))
+    line = refused(capsys, *command(inputs, tool, data))
     assert remedy.format(data) in line
 
 
-def test_a_flat_folder_is_reconstructed_and_the_doctor_names_the_folder_inside(
-    inputs, data, capsys
-):
+def test_a_flat_folder_is_reconstructed(inputs, data, capsys):
     main, *argv = command(inputs, "reconstruct", data / "train" / "ant")
     call(main, *argv, "--images_per_class", "5")
     told = capsys.readouterr().out
-    assert "--images_per_class 5 is how many of its 8 images" in told and "5 images as" in told
-    move(data, "train/train")
-    assert f"name --data_path {data / 'train'}" in examined(inputs, data, capsys)
+    assert "--images_per_class 5 is how many of its 8 images" in told and "5 images" in told
 
 
 @pytest.mark.parametrize("name", ["all", "ant"])
@@ -170,7 +149,7 @@ def test_listing_names_what_is_missing(tmp_path):
         ("", "no folder"),
         ("data", "no folder"),
         ("data/train", "no class folder"),
-        ("data/train/hollow", "no images in hollow"),
+        ("data/train/hollow", "no images in .*hollow"),
     ):
         (tmp_path / name).mkdir(exist_ok=True)
         with pytest.raises(UserError, match=f"--data_path {tmp_path / 'data'}.*{said}"):
@@ -205,44 +184,24 @@ def other_kinds(data: Path) -> None:
     for name in ("a.jfif", "b.gif", "c.jp2"):
         form = {"format": "JPEG"} if name == "a.jfif" else {}
         grey(0, 255, np.uint8).save(data / "train" / "ant" / name, **form)
-    for name in ("a.heic", "b.HEIC", "notes.txt"):
+    for name in ("a.heic", "notes.txt"):
         (data / "train" / "ant" / name).write_bytes(b"nothing that is read")
 
 
-def twelve_bits(data: Path) -> None:
-    for path in data.rglob("*.png"):
-        grey(0, 4096, np.uint16).save(path)
-
-
-def numbers(data: Path) -> None:
-    for name in ("0", "1", "2", "10"):
-        shutil.copytree(data / "train" / "ant", data / "train" / name)
-
-
-@pytest.mark.parametrize(
-    ("change", "fragments"),
-    [
-        (other_kinds, ["27 images in 3", "2 .heic files"]),
-        (twelve_bits, ["nearly black; if it holds 12 bits in 16"]),
-        (numbers, ["as text, not as numbers: 0, 1, 10, 2"]),
-    ],
-)
-def test_training_and_doctor_say_what_may_surprise(inputs, data, capsys, change, fragments):
+def test_training_and_doctor_say_what_may_surprise(inputs, data, capsys):
+    call(*command(inputs, "train", data))
+    assert "warning: " not in capsys.readouterr().out
+    other_kinds(data)
     call(*command(inputs, "train", data))
     told = capsys.readouterr().out
-    assert "warning: " not in told and "note: " not in told
-    change(data)
-    call(*command(inputs, "train", data))
-    told = capsys.readouterr().out
-    assert all(fragment in told for fragment in fragments), told
-    found = examined(inputs, data, capsys)
-    assert all(fragment in found for fragment in fragments), found
+    assert "27 images in 3" in told and "1 .heic files" in told, told
+    assert "27 images in 3" in (found := examined(inputs, data, capsys)) and ".heic" in found
 
 
 def test_images_of_any_name_and_too_large_ones_are_refused_in_one_line(inputs, data, capsys):
     argv = flags(inputs, CACHE_FLAGS, data_path=data, cached_path=data / "x", num_workers=1)
     line = refused(capsys, main_cache.main, *argv, "--max_image_pixels", "300")
-    assert "is 304 pixels, more than --max_image_pixels 300" in line
+    assert "304 pixels, more than --max_image_pixels 300" in line
     (data / "train" / "ant" / "a\nb.png").write_bytes(b"broken")
     assert "a\\nb.png" in refused(capsys, main_cache.main, *argv)
 

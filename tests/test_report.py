@@ -122,7 +122,7 @@ def test_environment_has_a_column_for_every_start(inputs, tmp_path):
 
 def test_wrong_folders_are_one_line(tmp_path, capsys):
     assert "no such folder" in refused(capsys, report.main, str(tmp_path / "nothing"))
-    assert "holds no events" in refused(capsys, report.main, str(tmp_path))
+    assert "holds nothing of a run" in refused(capsys, report.main, str(tmp_path))
     (tmp_path / "metrics.json").write_text("{")
     assert "metrics.json cannot be read" in refused(capsys, report.main, str(tmp_path))
     log(tmp_path, {1: 4.0})

@@ -86,7 +86,7 @@ def test_twelve_training_steps_match_golden():
         ({"z_proj.gain": torch.zeros(1)}, "unexpected .first: z_proj.gain"),
         ({"z_proj.weight": torch.zeros(1, 2)}, "z_proj.weight is .1, 2."),
         ({"reconstruction_values": torch.zeros(8)}, "differs .* 'reconstruction_values'"),
-        ({"reconstruction_values": torch.zeros(6, 8)}, "quantizer is calibrated.*--quantizer"),
+        ({"reconstruction_values": torch.zeros(6, 8)}, "reconstruction_values is .6, 8."),
     ],
 )
 def test_load_published_names_what_does_not_match(change, said):

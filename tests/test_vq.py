@@ -76,7 +76,6 @@ def test_its_posterior_is_the_code_and_any_latents_are_decoded():
     assert codes.shape == (2, 4, 4, 6) and torch.equal(posterior.mean, codes)
     assert (posterior.sample() - codes).abs().max() < 2e-6
     assert torch.allclose(model.codebook.norm(dim=1), torch.ones(40))
-    assert torch.equal(model(images), model.decode(codes))
     assert model.decode(torch.randn(2, 4, 4, 6)).shape == images.shape
     for name, value in (("ch", 48), ("wings", 2)):
         with pytest.raises(ValueError, match=name):

@@ -2,7 +2,7 @@
 
 Names and defaults are those of the published scripts. A flag that something else may know better
 (a checkpoint, the data, a cache) is None unless it is given; `value` then says the published one.
-A setting of the model is one `model_flag`, named as its field of `TokenBridgeConfig`.
+The settings of a model are the fields of `TokenBridgeConfig`, which say what their flags do.
 """
 
 import argparse
@@ -12,14 +12,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
 import yaml
 
-from models.config import HEAD_INPUTS, HEADS, PRESETS, QUANTIZERS, TokenBridgeConfig
+from models.config import PRESETS, TokenBridgeConfig
 from models.generate import PRECISIONS
-from models.masking import MASK_RATIO_MIN, MASK_SCHEDULES
+from models.masking import MASK_SCHEDULES
 from models.sampler import CFG_SCHEDULES, ORDERS
 from util import dist
 from util.data.images import MAX_PIXELS
@@ -129,11 +129,13 @@ def auto(name: str, kind: Callable, published, help: str, choices=None) -> Flag:
     return Flag(name, kind, None, help, choices)
 
 
-def model_flag(name: str, help: str, choices=None) -> Flag:
-    """A field of `TokenBridgeConfig`, which checks it further; a checkpoint knows it."""
-    published = getattr(TokenBridgeConfig(), name)
-    published = next((known[name] for known in HEADS.values() if name in known), published)
-    return auto(name, KINDS[type(published)], published, help, choices)
+def model_flag(setting: Field) -> Flag:
+    """Of a field of `TokenBridgeConfig`, which checks it further; a checkpoint knows it."""
+    known, published = setting.metadata, getattr(TokenBridgeConfig(), setting.name)
+    published = known["default"] if published is None else published
+    kind = head_steps if setting.name == "head_steps" else KINDS[type(published)]
+    text = f"of the {known['head']} head; {known['help']}" if known["head"] else known["help"]
+    return auto(setting.name, kind, published, text, known["choices"] or None)
 
 
 def value(args: argparse.Namespace, name: str):
@@ -150,7 +152,7 @@ def sampling_flags(args: argparse.Namespace) -> dict:
 
 DATA_PATH = auto("data_path", str, "./data/imagenet", "images in train/CLASS/")
 CACHED_PATH = Flag("cached_path", str, "", "the cache that main_cache.py made")
-QUANTIZER = model_flag("quantizer", "or fitted to --cached_path's latents", QUANTIZERS)
+SETTINGS = {f.name: model_flag(f) for f in fields(TokenBridgeConfig) if f.metadata.get("help")}
 METRICS_FILE = Flag("metrics_file", str, None, "figures for programs, a line of JSON each")
 JSON = Flag("json", bool, False, "the final figures as JSON on stdout, all else on stderr")
 SEED = auto("seed", random_seed, 1, "of everything random")
@@ -169,38 +171,16 @@ LATENT_NORM = [
 MODEL = [
     auto("model", str, "tokenbridge_large", "size", PRESETS),
     auto("quant_bits", bit_width, 6, "bits a latent scalar"),
-    QUANTIZER,
-    model_flag("vae_stride", "pixels a latent position"),
-    model_flag("patch_size", "latent positions a token, along one side"),
-    model_flag("class_num", "classes; else as many as data or checkpoint have"),
-    model_flag("quant_min", "lowest scaled latent"),
-    model_flag("quant_max", "highest scaled latent"),
-    model_flag("buffer_size", "slots filled with the class"),
-    model_flag("attn_dropout", "on attention weights"),
-    model_flag("proj_dropout", "after projections"),
-    model_flag("label_drop_prob", "share of labels dropped in training"),
-    model_flag("mask_distribution", "of the masked share in training", tuple(MASK_RATIO_MIN)),
-    model_flag("mask_ratio_min", "the least such share; of exp: 0.2"),
+    *(SETTINGS[name] for name in SETTINGS if name not in ("img_size", "vae_embed_dim")),
     Flag("use_quantized_value", bool, False, "the encoder's input; it always is, as published"),
     LATENT_SCALE,
     *LATENT_NORM,
     auto("channel_order", channel_order, "auto", "the head's, as 8,1,10...; auto: likewise"),
-    model_flag("head_input", "the sampler's first input to the head", HEAD_INPUTS),
-    model_flag("head", "what predicts a token; mar_*: diffusion", tuple(HEADS)),
-    model_flag("channel_embed_dim", "width of the channel, parallel and masked heads"),
-    model_flag("channel_depth", "blocks of the channel head"),
-    model_flag("head_share", "of the masked positions, whose loss is computed"),
-    auto("head_steps", head_steps, 4, "of the masked head, or the channels of each, as 2,2,5,7"),
-    model_flag("mixture_components", "of the mixture head"),
-    model_flag("diffloss_d", "blocks of the diffusion head; mar_*: the published number"),
-    model_flag("diffloss_w", "width of the diffusion head; mar_*: likewise"),
-    model_flag("diffusion_batch_mul", "noises a token in training, of the diffusion head"),
-    model_flag("num_sampling_steps", "of the diffusion head"),
 ]
 VAE = [
-    model_flag("img_size", "pixels, of a side"),
+    SETTINGS["img_size"],
     auto("vae_path", str, "pretrained_models/vae/kl16.ckpt", "its weights, or a folder"),
-    model_flag("vae_embed_dim", "latent channels"),
+    SETTINGS["vae_embed_dim"],
 ]
 METRICS = [
     Flag("fid_stats", str, None, "npz with mu and sigma; default: ADM's in fid_stats/, if there"),
@@ -250,9 +230,7 @@ GROUPS = {
         Flag("lr", non_negative_float, None, "peak learning rate; default: by --blr"),
         Flag("blr", non_negative_float, 1e-4, f"lr = blr * samples a step / {BLR_BATCH}"),
         Flag("min_lr", non_negative_float, 0.0, "learning rate at the end"),
-        auto(
-            "lr_schedule", str, "cosine", "after warm-up; mar_*: constant", ("cosine", "constant")
-        ),
+        auto("lr_schedule", str, "cosine", "mar_*: constant", ("cosine", "constant")),
         Flag("weight_decay", non_negative_float, 0.02, "AdamW's"),
         Flag("grad_clip", positive_float, 3.0, "largest norm of the gradient"),
         Flag("ema_rate", fraction, [0.9999], "of the averages; the first is model_ema", nargs="+"),

@@ -6,13 +6,12 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from models.generate import arithmetic
+from models.generate import Precision
 from models.tokenbridge import TokenBridge
 from util.errors import UserError, as_user_error
 
@@ -38,26 +37,9 @@ def resolve_device(name: str, local_rank: int = 0, quiet: bool = False) -> torch
     return torch.device(kind, number)
 
 
-@dataclass(frozen=True)
-class Precision:
-    """The arithmetic of a run; weights, optimizer and EMA are fp32 in all of them."""
-
-    name: str
-    dtype: torch.dtype | None  # of the autocast, None for full precision
-
-    @property
-    def needs_scaler(self) -> bool:
-        """fp16 gradients underflow unless the loss is scaled."""
-        return self.dtype is torch.float16
-
-    def autocast(self, device: torch.device):
-        return torch.autocast(device.type, dtype=self.dtype) if self.dtype else nullcontext()
-
-
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """That of --precision; auto: see `arithmetic`. fp16 takes a scaler."""
     with as_user_error("--precision"):
-        return Precision(*arithmetic(name, device))
+        return Precision.of(name, device)
 
 
 def compile_model(model: TokenBridge, device: torch.device) -> None:
@@ -67,13 +49,6 @@ def compile_model(model: TokenBridge, device: torch.device) -> None:
         raise UserError(f"--compile needs a C++ compiler; install {compiler}, or name one in CXX")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs triton on CUDA: pip install triton, or leave it out")
-    # On Python 3.10 and 3.11, once anything has looked for pip, setuptools finds the standard
-    # library's distutils where it asserts its own: undo pip's wish before inductor imports it.
-    hack = sys.modules.get("_distutils_hack")  # setuptools' own, from the start of the interpreter
-    if hack is not None:
-        vars(hack.DISTUTILS_FINDER).pop("spec_for_distutils", None)
-    with suppress(ImportError):
-        import setuptools  # noqa: F401
     model.compile_blocks()
 
 

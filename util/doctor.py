@@ -16,30 +16,25 @@ import math
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from importlib import metadata
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import torch
 
-from models.config import QUANTIZERS
 from models.generate import to_uint8
-from models.quantizer import Quantizer, build_quantizer, entropy, level_counts
+from models.quantizer import GaussianQuantizer, entropy, level_counts
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import VAE
 from models.tokenizers.tokenizer import Tokenizer
-from util import ROOT, dist, setup, stop
+from util import dist, setup, stop
 from util.args import Parser, train_parser, value
 from util.checkpoint import find_checkpoint
 from util.data.images import ImageDataset, psnr
 from util.data.training_set import TrainingData, needs_vae
 from util.device import resolve_precision
 from util.errors import UserError
-from util.evaluation.extractor import INCEPTION, published_weights, registered_name
-from util.evaluation.reference import prepare_measure
 from util.setup import Inputs
 from util.vae import vae_digest
 from util.validation import evenly_spread, read_latents
@@ -76,45 +71,29 @@ def judged(text: str, remedy: str, *problems: str | bool, state: str = WARNING) 
 
 
 class Opened:
-    """What the flags of a script lead to; each part is opened when a check first asks for it.
+    """What the flags lead to; each part is opened when a check first asks for it.
 
-    Flags that only a training has are at their defaults; nothing in its folders is changed.
+    Nothing in the folders of a run is changed.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        known = vars(make_parser().parse([])) | vars(args)
-        self.args, self.device = argparse.Namespace(**known), device
-        self.size = value(args, "img_size")
-        self.first: dict[str, str] = {}  # the check that first met an error, by its message
+        self.args, self.device = args, device
 
     @cached_property
     def vae(self) -> VAE:
         return setup.build_vae(self.args).eval()
 
-    @property
-    def inputs(self) -> Inputs:
-        """As a training or an evaluation opens them; an error is the same at each use."""
-        if isinstance(self._inputs, UserError):
-            raise self._inputs
-        return self._inputs
-
     @cached_property
-    def _inputs(self) -> Inputs | UserError:
-        try:
-            if self.args.evaluate:
-                return self._evaluated()
-            return setup.open_inputs(self.args, read_only=True)
-        except UserError as error:
-            return error
-
-    def _evaluated(self) -> Inputs:
+    def inputs(self) -> Inputs:
+        """As a training or an evaluation opens them."""
         args = self.args
+        if not args.evaluate:
+            return setup.open_inputs(args, read_only=True)
         if not args.resume:
             raise UserError("--resume is missing: --evaluate needs the folder of a checkpoint")
         checkpoint = find_checkpoint(args.resume, args.output_dir, True, True)
         config = setup.build_config(args, checkpoint, vae=self.vae)
         setup.check_vae(self.vae, config, value(args, "vae_path"))
-        self.size = config.img_size
         return Inputs(checkpoint, self.vae, TrainingData([], [], "--evaluate", None), config, None)
 
     @cached_property
@@ -123,19 +102,6 @@ class Opened:
         settings = self.inputs.config.to_dict()  # which may read the VAE, and that with its numbers
         with torch.device("meta"):
             return TokenBridge(**settings)
-
-
-def code(_opened: Opened) -> Finding:
-    """No other checkout or package has our names, where Python or pip would find it first."""
-    folders = {Path(entry).resolve() for entry in sys.path}
-    for distribution in metadata.distributions(name="tokenbridge"):
-        record = json.loads(distribution.read_text("direct_url.json") or "{}")
-        if record.get("dir_info", {}).get("editable"):
-            folders.add(Path(unquote(urlsplit(record["url"]).path)).resolve())
-    names = [f"{name}{end}" for name in ("models", "util") for end in ("/__init__.py", ".py")]
-    others = [f for f in sorted(folders - {ROOT}) if any((f / name).is_file() for name in names)]
-    remedy = "pip install -e . here, pip uninstall the other, or take it off PYTHONPATH"
-    return judged(f"of {ROOT}", remedy, *(f"another models or util is in {f}" for f in others))
 
 
 def device(opened: Opened) -> Finding:
@@ -165,18 +131,14 @@ def vae(opened: Opened) -> Finding:
     kind = "KL-16" if opened.vae.is_kl16 else "a VAE that is not KL-16"
     text = f"{kind}, {opened.vae.channels} channels, stride {opened.vae.stride}, all tensors match"
     text += f", sha256 {vae_digest(path)}"
-    photos = [args.photo]
-    if args.photo is None:
-        try:
-            from sklearn.datasets import load_sample_images
-        except ImportError:
-            remedy = "pip install scikit-learn, which has two photographs, or name one by --photo"
-            return Finding(WARNING, f"{text}; not tried", remedy)
-        photos = load_sample_images().filenames
+    named = getattr(args, "photo", None)  # of the doctor alone
+    if not (photos := [named] if named else sample_photos()):
+        remedy = "pip install scikit-learn, which has two photographs, or name one by --photo"
+        return Finding(WARNING, f"{text}; not tried", remedy)
     tokenizer, values = Tokenizer(opened.vae, 1.0).to(opened.device), {}
     for photo in photos:
-        dataset = ImageDataset([(photo, 0)], opened.size, "raise", args.max_image_pixels)
-        pixels = dataset[0][0][None]  # uint8 [1, 3, S, S]
+        crop, _ = ImageDataset([(photo, 0)], value(args, "img_size"))[0]
+        pixels = crop[None]  # uint8 [1, 3, S, S]
         posterior = tokenizer.posterior(pixels.to(opened.device))
         decoded = to_uint8(tokenizer.decode(tokenizer.mode(posterior))).cpu()
         values[Path(photo).name] = psnr(decoded, pixels).item()
@@ -185,6 +147,14 @@ def vae(opened: Opened) -> Finding:
     if opened.vae.is_kl16:
         return judged(text, "this is not kl16.ckpt as published: fetch it", poor, state=FAILURE)
     return judged(text, "right only if it was trained for other images than photographs", poor)
+
+
+def sample_photos() -> list[str]:
+    with suppress(ImportError):
+        from sklearn.datasets import load_sample_images
+
+        return load_sample_images().filenames
+    return []
 
 
 def inputs(opened: Opened) -> Finding:
@@ -227,74 +197,31 @@ def latents(opened: Opened) -> Finding:
     numbers = evenly_spread(len(inputs.data.dataset), MEASURED)
     tokenizer = Tokenizer(inputs.vae, *config.latent_norm).to(opened.device)
     latents, _ = read_latents(inputs.data.dataset, numbers, tokenizer, opened.device)
-    scalars = latents.movedim(1, -1)  # [N, h, w, C]
-    total, (std, mean) = scalars.std().item(), torch.std_mean(scalars, dim=(0, 1, 2))
-    scale = f"{config.latent_scale:.4g}" if config.latent_std is None else "each channel's std"
-    text = (
-        f"{len(latents)} scaled by {scale}, std {total:.3f}; by channel std "
-        f"{std.min():.2f} to {std.max():.2f}, mean {mean.min():.2f} to {mean.max():.2f}"
-    )
-    problems = {
-        "std of channels {} is far from 1": (std < STD_OF_CHANNEL[0]) | (std > STD_OF_CHANNEL[1]),
-        "mean of channels {} is far from 0": mean.abs() > MEAN_OF_CHANNEL,
-    }
-    if config.quantizer in QUANTIZERS:
-        made, full = fitted_quantizer(opened), math.log2(config.quant_levels)
-        bits = entropy(level_counts(made.encode(scalars), config.quant_levels))
-        outside = made.outside(scalars).double().mean(dim=(0, 1, 2))
-        text += (
-            f", entropy {bits.min():.2f} to {bits.max():.2f} of {full:g} bits ({config.quantizer}),"
-            f" out of range {outside.min():.2%} to {outside.max():.2%}"
-        )
-        unused = bits < full - MOST_UNUSED_BITS
-        problems["channels {} use less than half of the levels"] = unused
-        problems["channels {} saturate"] = outside > MOST_SATURATED
+    scalars = latents.movedim(1, -1).flatten(0, 2)  # [N h w, C]
+    total, (std, mean) = scalars.std().item(), torch.std_mean(scalars, dim=0)
+    far = (std < STD_OF_CHANNEL[0]) | (std > STD_OF_CHANNEL[1]) | (mean.abs() > MEAN_OF_CHANNEL)
+    found, wrong = {"std": std, "mean": mean}, {"std far from 1, or mean from 0": far}
     remedy = f"check --vae_path and {'--latent_stats' if config.latent_std else '--latent_scale'}"
-    if config.quantizer in QUANTIZERS:
+    if config.quantizer == "published":  # calibrated levels are fitted to these latents
+        levels, full = config.quant_levels, math.log2(config.quant_levels)
+        quantizer = GaussianQuantizer(levels, config.quant_min, config.quant_max)
+        bits = entropy(level_counts(quantizer.encode(scalars), levels))
+        outside = quantizer.outside(scalars).double().mean(dim=0)
+        found |= {f"entropy in bits, of {full:g}": bits, "% out of range": 100 * outside}
+        wrong["less than half of the levels used"] = bits < full - MOST_UNUSED_BITS
+        wrong["saturated"] = outside > MOST_SATURATED
         remedy += ", --quant_min and --quant_max; --quantizer calibrated adapts"
+    ranges = (f"{name} {x.min():.2f} to {x.max():.2f}" for name, x in found.items())
     return judged(
-        text,
+        f"of {len(latents)} images, std {total:.3f}; by channel {', '.join(ranges)}",
         remedy,
         not STD_OF_ALL[0] <= total <= STD_OF_ALL[1] and "std is not near 1",
         *(
-            what.format(of.nonzero().flatten().tolist())
-            for what, of in problems.items()
-            if of.any()
+            f"{what} in channels {channels.nonzero().flatten().tolist()}"
+            for what, channels in wrong.items()
+            if channels.any()
         ),
     )
-
-
-def fitted_quantizer(opened: Opened) -> Quantizer:
-    inputs, config = opened.inputs, opened.inputs.config
-    sizes = config.quant_levels, config.quant_min, config.quant_max, config.vae_embed_dim
-    quantizer = build_quantizer(config.quantizer, *sizes)
-    if config.quantizer == "calibrated" and inputs.checkpoint is not None:
-        weights = inputs.checkpoint.weights("model")
-        quantizer.set_levels(weights["boundaries"], weights["reconstruction_values"])
-    elif config.quantizer == "calibrated":
-        path, digest = opened.args.cached_path, inputs.data.vae_sha256
-        known = setup.cache_histogram(path, config.vae_embed_dim, digest)
-        levels = setup.calibrated_levels(known, config.quant_levels, config.latent_norm)
-        quantizer.set_levels(*levels)
-    return quantizer
-
-
-def evaluation(opened: Opened) -> Finding:
-    """The extractor and the statistics of real images; nothing is downloaded here."""
-    args, name = opened.args, registered_name(opened.args.feature_extractor)
-    if args.no_metrics:
-        return Finding(OK, "not needed: --no_metrics")
-    remedy = f"name a file of {name}'s weights by --inception_weights"
-    if args.inception_weights is None and not (name == INCEPTION and published_weights().is_file()):
-        remedy += f", or put it at {published_weights()}" if name == INCEPTION else ""
-        return Finding(WARNING, "no weights here, nothing checked; they may be downloaded", remedy)
-    measure = prepare_measure(args, opened.size, torch.device("cpu"))
-    digests = f"sha256 {measure.extractor.weights_sha256}"
-    if measure.stats is not None:
-        found = f"{measure.record['fid_stats']}, {len(measure.stats['mu'])} features"
-        return Finding(OK, f"{name} {digests}; {found} {measure.record['fid_stats_sha256']}")
-    missing = not args.fid_reference and "no statistics, so FID cannot be computed"
-    return judged(f"{name} {digests}", "name them with --fid_stats", missing)
 
 
 def disk_space(opened: Opened) -> Finding:
@@ -318,18 +245,17 @@ def disk_space(opened: Opened) -> Finding:
 
 
 CHECKS: dict[str, Callable[[Opened], Finding]] = {
-    "code": code,
     "device": device,
     "processes": processes,
     "VAE": vae,
     "inputs": inputs,
     "checkpoint": checkpoint,
     "latents": latents,
-    "evaluation": evaluation,
     "disk space": disk_space,
 }
+NEED_INPUTS = ("checkpoint", "latents", "disk space")
 # Of a training's --dry_run, before its step.
-TRAINING_CHECKS = ("code", "device", "processes", "VAE", "inputs", "checkpoint", "disk space")
+TRAINING_CHECKS = ("device", "processes", "VAE", "inputs", "checkpoint", "disk space")
 
 
 def attempt(name: str, opened: Opened) -> Finding:
@@ -340,8 +266,6 @@ def attempt(name: str, opened: Opened) -> Finding:
         except stop.Stopped:
             raise
         except UserError as error:
-            if (first := opened.first.setdefault(str(error), name)) != name:
-                return Finding(WARNING, f"not checked: see {first}", name=name)
             finding = Finding(FAILURE, str(error))
         except Exception as error:  # an unforeseen failure must not hide the other checks
             message = " ".join(str(error).split())[:200]
@@ -357,7 +281,10 @@ def examine(opened: Opened, names: tuple[str, ...] = tuple(CHECKS)) -> list[Find
     own, merged = [], []
     for name in names:
         dist.beat(f"examining: {name}")
-        own.append(attempt(name, opened))
+        if name in NEED_INPUTS and ("inputs", FAILURE) in [(f.name, f.state) for f in own]:
+            own.append(Finding(WARNING, "not checked: see inputs", name=name))
+        else:
+            own.append(attempt(name, opened))
     for findings in zip(*dist.gather_objects(own), strict=True):
         rank = min(range(len(findings)), key=lambda r: (STATES.index(findings[r].state), r))
         text = f"process {rank}: {findings[rank].text}" if rank else findings[rank].text
@@ -377,9 +304,9 @@ def report(findings: list[Finding]) -> str:
 def dry_run(
     args: argparse.Namespace, device: torch.device, checks: tuple[str, ...], step: Callable
 ) -> dict:
-    """--dry_run of a script: those checks, then one step and what it measured.
+    """Those checks, then one step and what it measured.
 
-    step: makes one step of the script at hand, returns figures by name (dict), writes nothing.
+    step: makes one step, returns figures by name (dict), writes nothing.
     Raises UserError if a check fails.
     """
     findings = examine(Opened(args, device), checks)
@@ -387,18 +314,11 @@ def dry_run(
     if failures := [str(finding) for finding in findings if finding.state == FAILURE]:
         raise UserError(failures[0])
     figures = step()
-    lines = [f"{name.replace('_', ' '):<24} {_shown(name, x)}" for name, x in figures.items()]
-    dist.print_main("\n".join([*lines, "nothing was written"]))
+    for name, number in figures.items():
+        shown = f"{number:.4g}" if isinstance(number, float) else f"{number:,}"
+        dist.print_main(f"{name.replace('_', ' '):<24} {shown}")
+    dist.print_main("nothing was written")
     return figures
-
-
-def _shown(name: str, value) -> str:
-    """A figure with its unit."""
-    if name.startswith("bytes"):
-        return f"{value / 2**30:.3g} GiB"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def make_parser() -> Parser:

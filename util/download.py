@@ -57,32 +57,28 @@ def main() -> None:
     if args.file and len(set(args.what)) > 1:
         raise UserError(f"--file {args.file} is one file, and {', '.join(args.what)} are several")
     check_writable(args.output_dir, "--output_dir")
-    groups = {}
     for name in args.what:
-        groups.setdefault(args.repo or REPOSITORIES.get(name, REPOSITORY), []).append(name)
-    for repo, what in groups.items():
-        fetch_all(args, repo, what)
+        fetch_one(args, name)
 
 
-def fetch_all(args: argparse.Namespace, repo: str, what: list[str]) -> None:
-    """Those of one repository. Raises UserError."""
-    paths = [Path(args.output_dir, PLACES[name]) for name in what]
-    where = f"--repo {repo} --revision {args.revision} of {args.endpoint}"
-    by_hand = f"without a network, fetch it elsewhere and put here {', '.join(map(str, paths))}"
+def fetch_one(args: argparse.Namespace, name: str) -> None:
+    """Raises UserError."""
+    repo = args.repo or REPOSITORIES.get(name, REPOSITORY)
+    path, revision = Path(args.output_dir, PLACES[name]), args.revision
+    where = f"--repo {repo} --revision {revision} of {args.endpoint}"
+    by_hand = f"without a network, fetch it elsewhere and put it at {path}"
     with as_user_error(f"{where} ({by_hand})", (*HUB_ERRORS, TypeError, LookupError)):
         api = HfApi(args.endpoint)
-        info = api.model_info(repo, revision=args.revision, files_metadata=True, timeout=20)
+        info = api.model_info(repo, revision=revision, files_metadata=True, timeout=20)
     with as_user_error(f"--repo {repo}"):
-        names = [args.file or PLACES[name].partition("/")[2] for name in what]
-        chosen = [choose(info.siblings or [], name) for name in names]
-    for file, path in zip(chosen, paths, strict=True):
+        file = choose(info.siblings or [], args.file or PLACES[name].partition("/")[2])
+    if not path.exists():
         url = hf_hub_url(repo, file.rfilename, revision=info.sha, endpoint=args.endpoint)
-        if not path.exists():
-            with only_job_in(path.parent, "--output_dir"):
-                fetch(url, file, path)
-        elif sha256(path) != file.lfs.sha256:
-            raise UserError(f"{path} is there, but is not the hub's {file.rfilename}; move it away")
-        print(f"{path}: complete, SHA-256 {file.lfs.sha256}")
+        with only_job_in(path.parent, "--output_dir"):
+            fetch(url, file, path)
+    elif sha256(path) != file.lfs.sha256:
+        raise UserError(f"{path} is there, but is not the hub's {file.rfilename}; move it away")
+    print(f"{path}: complete, SHA-256 {file.lfs.sha256}")
 
 
 def choose(files: list[RepoSibling], name: str) -> RepoSibling:

@@ -6,7 +6,6 @@ killed run keeps. A POSIX record lock is its holder's alone, and ends with it.
 """
 
 import argparse
-import errno
 import fcntl
 import hashlib
 import os
@@ -32,7 +31,6 @@ from util.errors import UserError, as_user_error
 from util.stop import Stopped
 
 LOCK = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # on this file system
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours and bold of a terminal
 MOST_NAMES = 5  # that a message lists
 DIRECTORY = 0x10  # among a zip record's attributes
@@ -102,7 +100,8 @@ def only_job_in(folder: str | Path, flag: str) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with as_user_error(f"{flag} {folder}: cannot write", (OSError,)):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _locked(folder, flag)
+        lock = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115
+        _lock(lock, f"{flag} {folder}")
     try:
         yield
     finally:
@@ -114,30 +113,19 @@ def only_job_in(folder: str | Path, flag: str) -> Iterator[None]:
                 place.rmdir()
 
 
-def _locked(folder: Path, flag: str) -> BinaryIO:
-    """The open file .lock, which holds the lock until it is closed."""
-    file = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115
+def _lock(file: BinaryIO, where: str) -> None:
+    """Lock an open file until it is closed, and say in it who holds it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = shown(file.read(100).decode(errors="replace")) or "starting"
+        raise UserError(f"{where} is in use by another job ({holder}); wait for it") from None
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.seek(0)
-            holder = shown(file.read(100).decode(errors="replace")) or "starting"
-            file.close()
-            raise UserError(
-                f"{flag} {folder} is in use by another job ({holder}); wait for it or stop it"
-            ) from None
-        if error.errno not in NO_LOCKS:
-            raise
         why = f"this file system has no locks ({error.strerror})"
-        print(f"warning: {flag} {folder}: {why}; start no second job there", file=sys.stderr)
-    with suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            return file
-    file.close()  # its last holder has removed it meanwhile
-    return _locked(folder, flag)
+        print(f"warning: {where}: {why}; start no second job there", file=sys.stderr)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 class PassedOver:

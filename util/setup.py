@@ -37,7 +37,6 @@ from util.checkpoint import (
 from util.data.batches import Batches
 from util.data.histogram import LatentHistogram
 from util.data.latent_cache import open_cache
-from util.data.listing import print_class_notes
 from util.data.training_set import TrainingData, check_data, needs_vae, open_data, open_validation
 from util.errors import UserError, as_user_error
 from util.optim import BLR_BATCH, LRSchedule
@@ -45,9 +44,7 @@ from util.vae import load_vae, vae_digest
 from util.validation import ValidationSet
 
 # Settings that may change from one use of the same weights to the next.
-BEHAVIOUR = ("attn_dropout", "proj_dropout", "label_drop_prob", "head_input")
-BEHAVIOUR += ("mask_distribution", "mask_ratio_min")
-BEHAVIOUR += ("head_share", "head_steps", "num_sampling_steps", "diffusion_batch_mul")
+BEHAVIOUR = tuple(own.name for own in fields(TokenBridgeConfig) if own.metadata.get("free"))
 # Settings that belong to the tokenizer's latents and can be measured.
 LATENT = ("latent_scale", "channel_order")
 # The buffers of a quantizer whose levels come from the data or from the tokenizer.
@@ -110,12 +107,10 @@ def build_config(
     the latents, or the VAE; those of published checkpoints and caches are KL-16's, as is the
     default. classes: of the data, if there are any.
     """
-    names = [*(field.name for field in fields(TokenBridgeConfig)), "quant_bits"]
-    flags = {name: getattr(args, name, None) for name in names}
+    flags = {field.name: getattr(args, field.name, None) for field in fields(TokenBridgeConfig)}
+    flags["quant_levels"] = args.quant_bits and 2**args.quant_bits
     given = preset(args.model) if args.model is not None else {}
-    given |= {name: setting for name, setting in flags.items() if setting is not None}
-    given |= {"quant_levels": 2 ** given.pop("quant_bits")} if "quant_bits" in given else {}
-    given = {name: setting for name, setting in given.items() if setting not in (None, "auto")}
+    given |= {name: setting for name, setting in flags.items() if setting not in (None, "auto")}
     saved = checkpoint.config if checkpoint is not None else None
     head = given.get("head", saved.head if saved is not None else "channel")
     _check_head(head, args, manifest, vae)
@@ -147,10 +142,8 @@ def build_config(
         known |= {"vae_embed_dim": vae.channels, "vae_stride": vae.stride}
         missing = [f"--{name}" for name in LATENT if name not in known | given]
         if missing and not vae.is_kl16 and checkpoint is None:
-            raise UserError(
-                f"--vae_path is not KL-16, so {' and '.join(missing)} must be given, or "
-                "--cached_path, for which main_cache.py has measured them"
-            )
+            asked = f"give {' and '.join(missing)}, or a --cached_path, which knows them"
+            raise UserError(f"--vae_path is not KL-16: {asked}")
     with as_user_error():
         return TokenBridgeConfig(**known | given)
 
@@ -170,10 +163,8 @@ def _check_head(
     has_codes = has_codes if vae is None else vae.codebook is not None
     if (vae or manifest) and has_codes != (head == "codebook"):
         kind = "are entries of a codebook" if has_codes else "are of a VAE without a codebook"
-        raise UserError(
-            f"the latents of --vae_path or --cached_path {kind}, but the model's head is {head}; "
-            "--head codebook and a VQ tokenizer belong together"
-        )
+        remedy = "--head codebook and a VQ tokenizer belong together"
+        raise UserError(f"the latents {kind}, but the model's head is {head}; {remedy}")
 
 
 def channel_statistics(
@@ -191,25 +182,16 @@ def channel_statistics(
         return {}
     if args.latent_scale not in (None, "auto"):
         raise UserError("--latent_scale is not read with --latent_norm channel; leave it out")
-    where = f"--latent_stats {path}" if path else f"--cached_path {args.cached_path}"
     if path:
-        with as_user_error(where, (ValueError, TypeError, OSError)):
-            source = dict(json.loads(Path(path).read_bytes()))
+        with as_user_error(f"--latent_stats {path}", (ValueError, OSError)):
+            source = json.loads(Path(path).read_bytes())
         own = manifest["vae_sha256"] if manifest else vae_digest(value(args, "vae_path"))
         if source.get("vae_sha256", own) != own:
-            raise UserError(f"{where} is of the latents of another VAE than --vae_path")
-    if not {"channel_mean", "channel_std"} <= set(source):
-        raise UserError(
-            f"{where if path or manifest else 'nothing here'} has no channel_mean and channel_std "
-            "of the latents: main_cache.py measures them; give its --cached_path, or its "
-            "manifest.json as --latent_stats"
-        )
-    channels = vae.channels if vae is not None else (manifest or source)["latent_shape"][0]
-    with as_user_error(where, (ValueError, TypeError)):
-        mean, std = (tuple(map(float, source[f"channel_{name}"])) for name in ("mean", "std"))
-        finite = all(map(math.isfinite, mean + std)) and len(mean) == len(std) == channels
-        if not finite or min(std) <= 0:
-            raise ValueError(f"channel_mean and channel_std are not those of {channels} channels")
+            raise UserError(f"--latent_stats {path} is of the latents of another VAE than these")
+    if not (source.get("channel_mean") and source.get("channel_std")):
+        given = "the channels' mean and std, which main_cache.py measures: give its --cached_path"
+        raise UserError(f"--latent_norm channel needs {given}, or its manifest as --latent_stats")
+    mean, std = (tuple(source[f"channel_{name}"]) for name in ("mean", "std"))
     known = {"latent_mean": mean, "latent_std": std, "latent_scale": 1.0}
     return known | {name: source[name] for name in ("channel_order",) if name in source}
 
@@ -221,10 +203,8 @@ def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
     for name, now in given.items():
         before = getattr(saved, name)
         if name not in free and before != now:
-            raise UserError(
-                f"{checkpoint.named} has {name} {before}, but the flags say {now}; leave the flag "
-                f"out, or, for another class_num or img_size, {FINETUNE} in the place of --resume"
-            )
+            differ = f"has {name} {before}, but the flags say {now}"
+            raise UserError(f"{checkpoint.named} {differ}; leave the flag out, or see {FINETUNE}")
     if given.get("mask_distribution", saved.mask_distribution) != saved.mask_distribution:
         given = {"mask_ratio_min": None} | given  # that of the distribution
     with as_user_error():
@@ -240,25 +220,15 @@ def build_vae(args: argparse.Namespace) -> VAE:
     if args.img_size is not None and args.img_size % vae.stride:
         raise UserError(f"--img_size {args.img_size} is not a multiple of the stride {vae.stride}")
     if vae.img_size not in (None, args.img_size or vae.img_size):
-        raise UserError(
-            f"--img_size {args.img_size}: this VAE takes images of {vae.img_size} px alone"
-        )
+        own = f"this VAE takes images of {vae.img_size} px alone"
+        raise UserError(f"--img_size {args.img_size}: {own}")
     return vae
 
 
 def check_vae(vae: VAE, config: TokenBridgeConfig, path: str) -> None:
     """Raise UserError unless the VAE makes latents of the model's shape."""
-    own, expected = (vae.channels, vae.stride), (config.vae_embed_dim, config.vae_stride)
-    if own != expected:
-        raise UserError(
-            f"--vae_path {path} has {own[0]} channels and stride {own[1]}, the model "
-            f"{expected[0]} and {expected[1]}; see --vae_embed_dim and --vae_stride"
-        )
-    if vae.img_size not in (None, config.img_size):
-        raise UserError(
-            f"--vae_path {path} takes images of {vae.img_size} px alone, the model's are of "
-            f"{config.img_size}"
-        )
+    with as_user_error(f"--vae_path {path}"):
+        vae.check_fits(config)
 
 
 def warn_other_vae(checkpoint: Checkpoint | None, vae_sha256: str | None) -> None:
@@ -305,10 +275,8 @@ def cache_histogram(cached_path: str, channels: int, vae_sha256: str | None) -> 
     """
     manifest = open_cache(cached_path, vae_sha256=vae_sha256).manifest if cached_path else None
     if not manifest or not manifest.get("histogram"):
-        raise UserError(
-            "--quantizer calibrated needs --cached_path, a cache of this version's main_cache.py, "
-            f"which says how its latents are distributed (it is {cached_path or 'not given'})"
-        )
+        given = f"main_cache.py's, with a histogram (it is {cached_path or 'not given'})"
+        raise UserError(f"--quantizer calibrated needs --cached_path, {given}")
     with as_user_error(f"--cached_path {cached_path}: manifest.json is damaged"):
         return LatentHistogram.from_dict(manifest["histogram"])
 
@@ -345,7 +313,6 @@ def open_inputs(args: argparse.Namespace, read_only: bool = False) -> Inputs:
     checkpoint = open_checkpoint(args, read_only)
     vae = build_vae(args) if needs_vae(args) else None
     data = open_data(args, vae, checkpoint)
-    print_class_notes(data.classes)
     config = build_config(args, checkpoint, data.manifest, vae, len(data.classes))
     if checkpoint is not None and checkpoint.begins:
         with as_user_error(checkpoint.named, (ValueError, RuntimeError)):

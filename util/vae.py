@@ -48,9 +48,7 @@ def load_vae(path: str | Path, embed_dim: int | None = None) -> VAE:
         with as_user_error(f"--vae_path {path}", (Exception,)):
             vae = DiffusersVAE(weights.parent, config, variant)
     if embed_dim not in (None, vae.channels):
-        raise UserError(
-            f"--vae_embed_dim {embed_dim}, but --vae_path {path} has {vae.channels} channels"
-        )
+        raise UserError(f"--vae_embed_dim {embed_dim}, but {path} has {vae.channels} channels")
     return vae
 
 
@@ -99,18 +97,13 @@ def _vae_tensors(saved: dict, path: Path) -> dict[str, Tensor]:
     state = unwrapped({str(k): t for k, t in held.items() if isinstance(t, Tensor)})
     ends = [(name, end) for name in state for end in ANCHORS if f".{name}".endswith(f".{end}")]
     if len(ends) != 1 or any(".resnets." in name for name in state):
-        raise ValueError(
-            f"it holds {listed(held)}, not one VAE in the names of latent diffusion, "
-            f"{ANCHORS[0]} ...; one in diffusers' names needs its folder, with {CONFIG}"
-        )
+        remedy = f"one in diffusers' names needs its folder, with {CONFIG}"
+        raise ValueError(f"it holds {listed(held)}, not one VAE with {ANCHORS[0]}; {remedy}")
     prefix = ends[0][0].removesuffix(ends[0][1])
     inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     vae = {name: tensor for name, tensor in inside.items() if name.split(".")[0] in PARTS}
-    stripped = [p for p in ("_orig_mod.", "module.", prefix) if p and any(p in n for n in held)]
-    others = sorted({n.split(".")[0] for n in state if n.removeprefix(prefix) not in vae})
-    if stripped or others:
-        said = f"stripped from its names: {listed(stripped)}; passed over: {listed(others)}"
-        dist.print_main(f"--vae_path {path}: {said}")
+    if others := sorted({n for n in state if n.removeprefix(prefix) not in vae}):
+        dist.print_main(f"--vae_path {path}: passed over {listed(others)}")
     return vae
 
 
@@ -129,11 +122,9 @@ def diffusers_weights(path: Path) -> Path | None:
         return None
     chosen = [file for file in files if "." not in file.stem] or files
     if len(chosen) != 1 or not (folder / CONFIG).is_file():
-        raise UserError(
-            f"--vae_path {path}: a folder of diffusers has {CONFIG} and one file "
-            "diffusion_pytorch_model.safetensors (no .bin file is read), here are "
-            f"{listed(sorted(p.name for p in path.glob('*')))}; fetch them, or name a file"
-        )
+        asked = f"{CONFIG} and one diffusion_pytorch_model.safetensors (no .bin file is read)"
+        here = listed(sorted(p.name for p in path.glob("*")))
+        raise UserError(f"--vae_path {path}: a folder of diffusers has {asked}, here are {here}")
     return chosen[0]
 
 

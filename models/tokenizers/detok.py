@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.layers import learned
-from models.tokenizers.kl16 import VAE, check_layout
+from models.tokenizers.kl16 import VAE
 
 HEAD = 64  # width of a head in the published sizes
 LOWEST, HIGHEST = 7e-4, 7.0  # rotary frequencies, in turns over the image
@@ -152,11 +152,6 @@ class DeTok(VAE):
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)
-
-    def load_published(self, state: dict[str, Tensor]) -> None:
-        """Load tensors by their published names; all must match. Raises ValueError."""
-        check_layout(state, self.state_dict())
-        self.load_state_dict(state)
 
 
 def settings_of(state: dict[str, Tensor]) -> dict:

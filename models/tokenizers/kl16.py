@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.config import TokenBridgeConfig
+
 # The published VAE: 66,456,019 parameters, stride 16.
 KL16 = {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), "ch": 128, "num_res_blocks": 2}
 # Of other VAEs: the levels that attend, in KL-16's encoder the coarsest alone (None); whether
@@ -79,6 +81,20 @@ class VAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, h, w], unscaled -> images [B, 3, H, W], about [-1, 1], not clamped."""
         raise NotImplementedError
+
+    def check_fits(self, config: TokenBridgeConfig) -> None:
+        """Raise ValueError unless its latents are of the model's shape."""
+        own = f"{self.channels} channels and stride {self.stride}"
+        models = f"{config.vae_embed_dim} channels and stride {config.vae_stride}"
+        if own != models:
+            raise ValueError(f"the VAE has {own}, the model was trained on {models}")
+        if self.img_size not in (None, config.img_size):
+            raise ValueError(f"the VAE takes images of {self.img_size} px alone")
+
+    def load_published(self, state: dict[str, Tensor]) -> None:
+        """Load tensors by their published names; all must match. Raises ValueError."""
+        check_layout(state, self.state_dict())
+        self.load_state_dict(state)
 
 
 group_norm = partial(nn.GroupNorm, GROUPS, eps=1e-6)
@@ -155,17 +171,22 @@ def middle(channels: int) -> nn.Module:
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, attention after each, then a change of resolution."""
+    """The residual blocks of one resolution, attention after each, then a change of resolution.
 
-    def __init__(self, channels_in: int, channels: int, blocks: int, attends: bool):
+    name: under which the published file has the blocks.
+    """
+
+    def __init__(
+        self, channels_in: int, channels: int, blocks: int, attends: bool, name: str = "block"
+    ):
         super().__init__()
-        widths = [channels_in] + [channels] * (blocks - 1)
-        self.block = nn.ModuleList(ResBlock(width, channels) for width in widths)
+        widths, self.name = [channels_in] + [channels] * (blocks - 1), name
+        setattr(self, name, nn.ModuleList(ResBlock(width, channels) for width in widths))
         self.attn = nn.ModuleList(AttnBlock(channels) for _ in widths if attends)
         self.downsample = self.upsample = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
+        for i, block in enumerate(getattr(self, self.name)):
             x = block(x)
             x = self.attn[i](x) if self.attn else x
         return self.upsample(self.downsample(x))
@@ -263,11 +284,6 @@ class AutoencoderKL(VAE):
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(fastest_layout(latents))).contiguous()
-
-    def load_published(self, state: dict[str, Tensor]) -> None:
-        """Load tensors by their published names; all must match. Raises ValueError."""
-        check_layout(state, self.state_dict())
-        self.load_state_dict(state)
 
 
 def settings_of(state: dict[str, Tensor]) -> dict:

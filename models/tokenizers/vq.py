@@ -19,8 +19,8 @@ from models.tokenizers.kl16 import (
     LOGVAR_RANGE,
     VAE,
     AttnBlock,
+    Level,
     ResBlock,
-    check_layout,
     conv1x1,
     conv3x3,
     downsample,
@@ -72,28 +72,11 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(found).view(z.shape[:-1])
 
 
-class Level(nn.Module):
-    """The residual blocks of one resolution, attention after each, then a change of resolution."""
-
-    def __init__(self, channels_in: int, channels: int, blocks: int, attends: bool):
-        super().__init__()
-        widths = [channels_in] + [channels] * (blocks - 1)
-        self.res = nn.ModuleList(ResBlock(width, channels) for width in widths)
-        self.attn = nn.ModuleList(AttnBlock(channels) for _ in widths if attends)
-        self.downsample = self.upsample = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.res):
-            x = block(x)
-            x = self.attn[i](x) if self.attn else x
-        return self.upsample(self.downsample(x))
-
-
 def levels(widths: list[int], blocks: int, coarsest: int) -> list[Level]:
     """One level a width, of which the coarsest attends; the first takes its own width."""
     before = [widths[0], *widths[:-1]]
     pairs = enumerate(zip(before, widths, strict=True))
-    return [Level(a, b, blocks, attends=i == coarsest) for i, (a, b) in pairs]
+    return [Level(a, b, blocks, i == coarsest, "res") for i, (a, b) in pairs]
 
 
 def middle(channels: int) -> nn.Module:
@@ -175,15 +158,8 @@ class VQModel(VAE):
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(fastest_layout(latents))).contiguous()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The reconstruction of [B, 3, H, W]; no gradient reaches the codebook."""
-        return self.decode(self.quantize(self.before_quantizer(images))[0])
-
     def load_published(self, state: dict[str, Tensor]) -> None:
-        """Load tensors by their published names; all must match. Raises ValueError."""
-        state = {USED: self.quantize.codebook_used} | state
-        check_layout(state, self.state_dict())
-        self.load_state_dict(state)
+        super().load_published({USED: self.quantize.codebook_used} | state)
 
 
 def settings_of(state: dict[str, Tensor]) -> dict:

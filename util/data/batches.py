@@ -55,14 +55,12 @@ class MicroBatchSampler(Sampler[list[Key]]):
     With S steps an epoch, B samples a micro-batch and G micro-batches a step, micro-batch j of step
     s is the B positions from ((s % S) * G + j) * B on in the order of epoch s // S. Process r of W
     has j = r, r + W, ... < G. flip: whether half of the samples are mirrored.
-    Raises UserError if one global batch exceeds the samples; ValueError if W exceeds G.
+    Raises UserError if one global batch exceeds the samples.
     """
 
     def __init__(
         self, batches: Batches, steps: range, rank: int, world_size: int, flip: bool = True
     ):
-        if world_size > batches.micro_batches:
-            raise ValueError(f"{world_size} processes share {batches.micro_batches} micro-batches")
         self.batches, self.steps, self.flip = batches, steps, flip
         self.steps_per_epoch = batches.steps_per_epoch
         self.own = range(rank, batches.micro_batches, world_size)

@@ -64,10 +64,7 @@ class CacheWriter:
             differ = [name for name in before | settings if before.get(name) != settings.get(name)]
             others = [f"a cache of {name} {before.get(name)!s:.40}" for name in differ]
         if others:
-            raise UserError(
-                f"--cached_path {path} holds {listed(others)}; name a folder that is new or was "
-                "begun by main_cache.py with these settings"
-            )
+            raise UserError(f"--cached_path {path} holds {listed(others)}; name a new folder")
 
     def pending(self) -> list[int]:
         """The shards that are not whole."""
@@ -145,7 +142,6 @@ class CacheWriter:
 class ShardWriter:
     """A shard that is being filled in memory: `take` its batches, then `finish` it.
 
-    Statistics are summed in steps of STATS_IMAGES however large the batches are.
     Raises UserError if the disk refuses, or if values do not fit the dtype.
     """
 
@@ -153,7 +149,6 @@ class ShardWriter:
         self.writer, self.shard, self.images = writer, shard, writer.images(shard)
         self.kept: list[int] = []  # numbers of the images in the shard
         self.moments = np.empty(0, writer.settings["dtype"])
-        self.statistics: list[LatentStats] = []
 
     def take(self, images: list[int], moments: np.ndarray) -> None:
         """moments: [b, 2, 2C, h, w] float32, of the images of those numbers."""
@@ -166,19 +161,13 @@ class ShardWriter:
             self.moments = np.empty((len(self.images), *stored.shape[1:]), stored.dtype)
         self.moments[len(self.kept) : len(self.kept) + len(images)] = stored
         self.kept += images
-        self._sum_up(STATS_IMAGES)
-
-    def _sum_up(self, fewest: int) -> None:
-        """Steps of fewer images than that wait."""
-        taken = self.moments[: len(self.kept)]
-        while len(rest := taken[len(self.statistics) * STATS_IMAGES :]) >= fewest:
-            both_views = torch.tensor(rest[:STATS_IMAGES]).flatten(0, 1)  # as training meets them
-            self.statistics.append(LatentStats.of(both_views))
 
     def finish(self) -> None:
         """From here on the shard is whole."""
-        self._sum_up(1)
-        writer, moments, parts = self.writer, self.moments[: len(self.kept)], self.statistics
+        writer, moments = self.writer, self.moments[: len(self.kept)]
+        starts = range(0, len(moments), STATS_IMAGES)
+        steps = (torch.tensor(moments[i : i + STATS_IMAGES]) for i in starts)
+        parts = [LatentStats.of(both.flatten(0, 1)) for both in steps]  # as training meets them
         names = [writer.names[i] for i in self.kept]
         files, digest = writer.files(self.shard, names), hashlib.sha256()
         with writer.writing():

@@ -27,11 +27,6 @@ class LatentHistogram:
     counts: Tensor
 
     @classmethod
-    def empty(cls, channels: int) -> "LatentHistogram":
-        exponents = torch.full((channels,), MIN_EXPONENT)
-        return cls(exponents, torch.zeros(channels, BINS, dtype=torch.int64))
-
-    @classmethod
     def of(cls, latents: Tensor) -> "LatentHistogram":
         """latents: [N, C, h, w]. Raises ValueError if some are not finite."""
         values = latents.double().movedim(1, 0).flatten(1)  # [C, N*h*w]

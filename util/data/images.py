@@ -48,10 +48,7 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         with Image.open(path, formats=FORMATS) as image:
             pixels = image.width * image.height
             if pixels > max_pixels:
-                raise ValueError(
-                    f"{image.width} x {image.height} is {pixels} pixels, more than "
-                    f"--max_image_pixels {max_pixels}; raise that if you trust the file"
-                )
+                raise ValueError(f"{pixels} pixels, more than --max_image_pixels {max_pixels}")
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
 

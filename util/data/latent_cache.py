@@ -7,7 +7,7 @@
 
 Every file is whole or absent. The published form, CLASS/IMAGE.npz with float32 `moments` and
 `moments_flip` [2C, h, w], takes the place of the .npy files on request, or is all there is; see
-docs/formats.md. Nothing is pickled, no name leads out of the folder, each posterior has its CRC-32.
+docs/formats.md. Nothing is pickled, each posterior has its CRC-32.
 Letters: N images, n those of a shard, B batch, C latent channels, h, w positions.
 """
 
@@ -70,11 +70,7 @@ def read_json(path: Path, **expected) -> dict:
 
 def read_sidecar(folder: Path, shard: int, cache_id: str) -> dict:
     """What shard-00000.json says. Raises UserError if it is damaged or not that of this cache."""
-    path = shard_path(folder, shard, ".json")
-    sidecar = read_json(path, cache_id=cache_id, shard=shard)
-    if outside := [n for n in sidecar["names"] if n.startswith("/") or ".." in n.split("/")]:
-        raise UserError(f"--cached_path: {path}: {outside[0][:200]!r} leads out of the folder")
-    return sidecar
+    return read_json(shard_path(folder, shard, ".json"), cache_id=cache_id, shard=shard)
 
 
 def read_moments(path: str | Path, names: tuple[str, ...] = NPZ_NAMES) -> np.ndarray:
@@ -181,13 +177,13 @@ def open_cache(
     if not (folder / MANIFEST).exists():
         return _open_published(folder)
     manifest = read_json(folder / MANIFEST, format_version=FORMAT_VERSION)
-    for name, own, other in (
-        ("image_size", img_size, "image size than --img_size"),
-        ("vae_sha256", vae_sha256, "VAE than --vae_path"),
+    for name, own, flag in (
+        ("image_size", img_size, "another image size than --img_size"),
+        ("vae_sha256", vae_sha256, "another VAE than --vae_path"),
     ):
         if own not in (None, manifest[name]):
-            differ = f"{name} is {manifest[name]}, not {own}; name that one or another cache"
-            raise UserError(f"--cached_path {path} was made with another {other}: {differ}")
+            differ = f"{name} is {manifest[name]}, not {own}"
+            raise UserError(f"--cached_path {path} was made with {flag}: {differ}")
     sidecars = []
     for shard, entry in enumerate(manifest["shards"]):
         sidecars.append(read_sidecar(folder, shard, manifest["cache_id"]))
@@ -201,8 +197,6 @@ def _open_published(folder: Path) -> CachedLatents:
     if (folder / SETTINGS).exists() or any(folder.glob("shard-*")):
         remedy = "run main_cache.py with the same flags again"
         raise UserError(f"--cached_path {folder} is not finished, it has no {MANIFEST}; {remedy}")
-    if inside := sorted(path.parent for path in folder.glob(f"*/{SETTINGS}")):
-        raise UserError(f"--cached_path {folder} holds caches; name --cached_path {inside[0]}")
     with as_user_error("no cache of main_cache.py"):
         images = list_images(folder, "", "--cached_path", (".npz",))
     files, labels = zip(*images.samples, strict=True)

@@ -85,10 +85,8 @@ def check_data(
     own, known = len(data.classes), config.class_num
     trained = checkpoint.classes if checkpoint is not None else ()
     if own and trained and list(trained) != data.classes:
-        raise UserError(
-            f"{data.source} has other classes than {checkpoint.named} was trained on; their labels "
-            f"would not mean the same; {FINETUNE} in the place of --resume trains it on them"
-        )
+        remedy = f"{FINETUNE} in the place of --resume trains it on them"
+        raise UserError(f"{data.source} has other classes than {checkpoint.named}; {remedy}")
     if own > known:
         remedy = "leave --class_num out, or name the data that the checkpoint was trained on"
         raise UserError(f"{data.source} has {own} classes, --class_num is {known}; {remedy}")
@@ -101,10 +99,8 @@ def check_data(
 
 def check_latent_shape(cache: CachedLatents, config: TokenBridgeConfig, source: str) -> None:
     if cache.latent_shape != config.latent_shape:
-        raise UserError(
-            f"{source} holds latents {cache.latent_shape}, the model expects "
-            f"{config.latent_shape}; see --img_size, --vae_stride and --vae_embed_dim"
-        )
+        own = f"the model expects {config.latent_shape}; see --img_size and --vae_stride"
+        raise UserError(f"{source} holds latents {cache.latent_shape}, {own}")
 
 
 def open_validation(
@@ -157,8 +153,5 @@ def _open_validation_data(
         on_bad = "drop" if args.skip_bad_images else "raise"
         dataset = ImageDataset(found.samples, config.img_size, on_bad, args.max_image_pixels)
     if unknown := [name for name in found.classes if name not in data.classes]:
-        raise UserError(
-            f"{source} has class {unknown[0]!r}, which {data.source} has not; name a folder whose "
-            "classes are among those trained on"
-        )
+        raise UserError(f"{source} has class {unknown[0]!r}, which {data.source} has not")
     return ValidationSet(dataset, [data.classes.index(name) for name in found.classes], source)

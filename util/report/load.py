@@ -83,10 +83,8 @@ def load(root: Path) -> Runs:
                     else:
                         runs.reconstructions[name] = record
     if not (runs.trainings or runs.evaluations or runs.reconstructions):
-        raise UserError(
-            f"OUTPUT_DIR {root} holds no events, checkpoints, evaluation or reconstruction; name "
-            "the --output_dir of a run" + "".join(f"; {reason}" for reason in runs.unreadable)
-        )
+        why = "".join(f"; {reason}" for reason in runs.unreadable)
+        raise UserError(f"OUTPUT_DIR {root} holds nothing of a run; name its --output_dir{why}")
     return runs
 
 
