@@ -140,7 +140,7 @@ def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
         (dict(class_num=3), "has 4 classes, --class_num is 3; leave --class_num out"),
         (dict(evaluate=True), "--evaluate needs"),
         (dict(finetune=None, resume="RUN"), "--finetune in the place of --resume"),
-        (dict(finetune=None, resume="RUN", class_num=4), "--finetune in the place of --resume"),
+        (dict(finetune=None, resume="RUN", class_num=4), "leave the flag out, or see --finetune"),
     ],
 )
 def test_what_contradicts_it_is_refused(others, trained, tmp_path, capsys, changes, said):

@@ -142,7 +142,7 @@ def build_config(
         known |= {"vae_embed_dim": vae.channels, "vae_stride": vae.stride}
         missing = [f"--{name}" for name in LATENT if name not in known | given]
         if missing and not vae.is_kl16 and checkpoint is None:
-            asked = f"give {' and '.join(missing)}, or a --cached_path, which knows them"
+            asked = f"give {' and '.join(missing)}, or a --cached_path of main_cache.py"
             raise UserError(f"--vae_path is not KL-16: {asked}")
     with as_user_error():
         return TokenBridgeConfig(**known | given)
