@@ -58,8 +58,11 @@ def test_torchrun_script_trains_on_two_processes(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("env", "expected"),
     [
-        ({}, {"--standalone", "--nproc_per_node=4"}),
-        ({"NODES": "--nnodes=3 --node_rank=2"}, {"--nnodes=3", "--node_rank=2"}),
+        ({"NNODES": 1}, {"--standalone", "--nproc_per_node=4"}),
+        (
+            {"NNODES": 3, "NODE_RANK": 2, "MASTER_ADDR": "first"},
+            {"--nnodes=3", "--node_rank=2", "--master_addr=first", "--master_port=29500"},
+        ),
     ],
 )
 def test_torchrun_script_hands_everything_on(tmp_path, env, expected):
@@ -70,7 +73,7 @@ def test_torchrun_script_hands_everything_on(tmp_path, env, expected):
     words = result.stdout.splitlines()
     assert words[:2] == ["-m", "torch.distributed.run"], result.stderr
     assert words[-5:] == [str(ROOT / "main_tokenbridge.py"), *argv]
-    assert expected < set(words) and ("--standalone" in words) == (not env)
+    assert expected < set(words) and ("--standalone" in words) == (env["NNODES"] == 1)
     assert any(w.startswith("--signals-to-handle=") and w.endswith("SIGUSR1") for w in words)
 
 
