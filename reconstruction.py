@@ -52,7 +52,7 @@ from util.evaluation.reconstruction import (
 )
 from util.evaluation.reference import prepare_measure, read_batches
 from util.files import check_writable
-from util.logging import figures_on_stdout
+from util.logging import MetricsFile, figures_on_stdout
 from util.setup import build_vae, cache_histogram, calibrated_levels, channel_statistics
 from util.vae import vae_digest
 
@@ -77,6 +77,7 @@ def make_parser() -> Parser:
         flags.LATENT_SCALE,
         *flags.LATENT_NORM,
         flags.CACHED_PATH,
+        flags.METRICS_FILE,
         flags.JSON,
     )
     parser.add_flags("tokenizer", *flags.VAE)
@@ -99,6 +100,7 @@ def main() -> None:
 def measure_variants(args, device: torch.device) -> dict:
     """The figures of all variants, on the main process."""
     check_writable(args.output_dir, "--output_dir")
+    metrics_file = MetricsFile(args.metrics_file)
     size, vae_path = value(args, "img_size"), value(args, "vae_path")
     if size < SSIM_LEAST:
         raise UserError(f"--img_size {size}: SSIM needs {SSIM_LEAST} px at least")
@@ -127,6 +129,9 @@ def measure_variants(args, device: torch.device) -> dict:
         dist.barrier()
         if dist.is_main():
             figures = job.finish(settings | {name: value(args, name) for name in RECORDED})
+            every = [(r["name"], *item) for r in figures["results"] for item in r.items()]
+            numbers = {f"reconstruction/{n}/{k}": v for n, k, v in every if isinstance(v, float)}
+            metrics_file.write(numbers, None, replace=True)
     dist.barrier()
     return figures
 
