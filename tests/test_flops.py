@@ -14,7 +14,7 @@ from models.masking import Mask, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import KL16, AutoencoderKL
-from tests.conftest import ROOT, tiny_model
+from tests.conftest import tiny_model
 from util import flops
 
 VARIANTS = {
@@ -93,13 +93,3 @@ def test_mean_step_is_the_mean_over_the_draws_of_the_mask():
     assert flops.training_step(large) == pytest.approx(2183265669243.0432, rel=1e-12)
     assert flops.sampling(large, 256, guided=True) == 107508182024192
     assert torch.equal(torch.get_rng_state(), state)  # which counting leaves as it is
-
-
-def test_the_page_says_hours_at_a_share_of_the_peak():
-    page, per_hour = (ROOT / "docs" / "performance.md").read_text(), 0.3 * 989.4e12 * 3600
-    for model, epochs in (("tokenbridge_large", 400), ("tokenbridge_huge", 800)):
-        config = TokenBridgeConfig(**preset(model))
-        training = epochs * 1_281_167 * flops.training_step(config) / per_hour
-        sampling = 50_000 * flops.sampling(config, 256, guided=True) / per_hour
-        row = f"| `{model}`, {epochs} epochs | {training:,.0f} | {training / 8 / 24:.1f} "
-        assert f"{row}| {sampling:.1f} |" in page

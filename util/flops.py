@@ -80,17 +80,25 @@ def sampling(config: TokenBridgeConfig, num_iter: int, guided: bool) -> int:
     return (1 + guided) * sum(passes) + config.seq_len * head(config, True, guided)
 
 
-# TFLOP/s of dense products at boost clocks in fp16 (accumulated in fp32) or bf16, and in fp32 (not
-# TF32), by what torch.cuda.get_device_name says after the vendor.
-# Source: NVIDIA's data sheets and architecture whitepapers of each.
-PEAKS = {
-    "A100.*": (312, 19.5),
-    "H100 80GB HBM3": (989.4, 66.9),
-    "H100 PCIe": (756, 51.2),
-    "H200": (989.4, 66.9),
-    "B200": (2250, 75),
-    "L40S": (362, 91.6),
-    "GeForce RTX 4090": (165.2, 82.6),
+class Hardware(NamedTuple):
+    """pattern: of torch.cuda.get_device_name, without the vendor. TFLOP/s of dense products at
+    boost clocks in fp16 (accumulated in fp32) or bf16, and in fp32 (not TF32).
+    Source: NVIDIA's data sheets and architecture whitepapers of each.
+    """
+
+    pattern: str
+    half: float
+    fp32: float
+
+
+HARDWARE = {
+    "A100": Hardware("A100.*", 312, 19.5),
+    "H100": Hardware("H100 80GB HBM3", 989.4, 66.9),
+    "H100-PCIe": Hardware("H100 PCIe", 756, 51.2),
+    "H200": Hardware("H200", 989.4, 66.9),
+    "B200": Hardware("B200", 2250, 75),
+    "L40S": Hardware("L40S", 362, 91.6),
+    "RTX-4090": Hardware("GeForce RTX 4090", 165.2, 82.6),
 }
 
 
@@ -99,8 +107,8 @@ def peak_flops(device: torch.device, precision: Precision) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
-    known = [peaks for pattern, peaks in PEAKS.items() if re.fullmatch(pattern, name)]
-    return 1e12 * known[0][precision.dtype is None] if known else None
+    known = next((h for h in HARDWARE.values() if re.fullmatch(h.pattern, name)), None)
+    return known and 1e12 * (known.half if precision.dtype else known.fp32)
 
 
 def peak_memory(device: torch.device) -> int:
