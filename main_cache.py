@@ -7,7 +7,9 @@ Stopped or killed, the same command goes on where it was, on any number of proce
 """
 
 import os
+import shutil
 import sys
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -30,11 +32,13 @@ from util.data.latent_cache import FORMAT_VERSION, verify
 from util.data.listing import ImageList, list_images
 from util.errors import UserError
 from util.files import only_job_in
+from util.flops import peak_memory
 from util.logging import figures_on_stdout
 from util.setup import build_vae
 from util.vae import vae_digest
 
 QUEUED = 4  # batches that may wait for the disk; each 8 MB, of 128 images of 256 px
+CHECKS = ("device", "processes", "VAE")  # before the batch of --dry_run
 SHOWN = ("count", "classes", "skipped", "latent_scale", "channel_order", "latent_shape")
 
 
@@ -50,6 +54,7 @@ def make_parser() -> Parser:
         Flag("dtype", str, None, "default: float16, float32 in npz files", ("float16", "float32")),
         Flag("shard_size", positive_int, 4096, "images a shard, held in memory"),
         Flag("verify", bool, False, "only check an existing cache"),
+        Flag("dry_run", bool, False, "check all, encode one batch, say what all takes"),
         flags.JSON,
     )
     parser.add_flags("tokenizer", *flags.VAE)
@@ -81,6 +86,11 @@ def write_cache(args, device: torch.device) -> dict:
     images = list_images(value(args, "data_path"), args.split)
     vae = build_vae(args).to(device).eval()
     writer = open_writer(args, images, vae)
+    if args.dry_run:
+        from util import doctor  # which is slow to import
+
+        step = partial(try_batch, writer, vae, args.batch_size, device)
+        return doctor.dry_run(args, device, CHECKS, step)
     on_bad, size = "drop" if args.skip_bad_images else "raise", writer.settings["image_size"]
     dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
     with only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext():
@@ -168,6 +178,34 @@ def encode(vae: kl16.VAE, images: Tensor) -> np.ndarray:
     images = from_uint8(images)
     views = [vae.encode(view).parameters for view in (images, images.flip(-1))]
     return torch.stack(views, dim=1).float().cpu().numpy()
+
+
+def try_batch(writer: CacheWriter, vae: kl16.VAE, batch_size: int, device: torch.device) -> dict:
+    """The step of --dry_run: encode one batch of black images; what the whole cache would take."""
+    missing = sum(len(writer.images(shard)) for shard in writer.pending())
+    size, folder = writer.settings["image_size"], writer.folder.absolute()
+    images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device)
+    for _ in range(1 if device.type == "cpu" else 2):  # a GPU chooses its kernels at first
+        started = time.perf_counter()
+        moments = encode(vae, images)
+        seconds = time.perf_counter() - started
+    slowest = torch.tensor([seconds, float(peak_memory(device))], device=device)
+    seconds, peak = dist.all_reduce_max(slowest).tolist()
+    hours = missing / batch_size / dist.world_size() * seconds / 3600
+    to_write = missing * moments[0].astype(writer.settings["dtype"]).nbytes
+    free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    if free < to_write:
+        dist.print_main(f"warning: {folder}: the disk is too small for the cache")
+    return {
+        "images": len(writer.names),
+        "images_to_encode": missing,
+        "images_per_second": batch_size * dist.world_size() / seconds,
+        "hours": hours,
+        "device_hours": hours * dist.world_size(),
+        "bytes_to_write": to_write,
+        "bytes_free": free,
+        "bytes_peak": int(peak),
+    }
 
 
 def report(manifest: dict, path: str) -> dict:

@@ -11,6 +11,7 @@ Letters: N images, C latent channels, K levels.
 """
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ from util.data.cache_writer import list_digest
 from util.data.images import ImageDataset, grid, psnr, save_png
 from util.data.latent_cache import open_cache
 from util.data.listing import ImageList, is_data, list_files, list_images
+from util.doctor import dry_run
 from util.errors import UserError, as_user_error
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import Extractor
@@ -77,6 +79,7 @@ def make_parser() -> Parser:
         flags.LATENT_SCALE,
         *flags.LATENT_NORM,
         flags.CACHED_PATH,
+        Flag("dry_run", bool, False, "check all, reconstruct a batch, say what all takes"),
         flags.METRICS_FILE,
         flags.JSON,
     )
@@ -122,6 +125,9 @@ def measure_variants(args, device: torch.device) -> dict:
     dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
     evaluator = Evaluator(None, Tokenizer(vae, *norm).to(device), device, None, measure)
     job = Reconstruction(folder, dataset, evaluator, variants, settings.get("seed"))
+    if args.dry_run:
+        folder.refuse_other(settings)
+        return dry_run(args, device, ("device", "processes"), job.first_batch)
     figures = {}
     folder.begin(settings)
     with settings_saved(args, folder.path / flags.CONFIG):
@@ -235,6 +241,28 @@ class Reconstruction:
             pixels = to_uint8(tokenizer.decode(values))
             record |= {"psnr": psnr(pixels.cpu(), images), "ssim": ssim(pixels, original).cpu()}
             yield name, pixels.cpu(), record
+
+    def first_batch(self) -> dict:
+        """One batch through everything, for --dry_run: what the run would take."""
+        folder, world = self.folder, dist.world_size()
+        todo = len(set().union(*(folder.missing(name) for name in self.names)))
+        ids, images = next(read_batches(self.dataset, folder.batches[:1], num_workers=0))
+        if not ids:
+            raise UserError("none of the first batch of images can be read; see --image_dir")
+        dist.print_main(f"{folder.count} images as {', '.join(self.names)}")
+        began = time.perf_counter()
+        for _, pixels, _ in self.decode(images, ids, self.names):
+            if folder.extractor is not None:
+                self.evaluator.update(pixels)
+        seconds = time.perf_counter() - began
+        return {
+            "images": folder.count,
+            "batches": len(folder.batches),
+            "batches_to_do": todo,
+            "variants": self.names,
+            "images_per_second": len(ids) * world / seconds,
+            "hours": todo * seconds / 3600 / world,
+        }
 
     def finish(self, settings: dict) -> dict:
         """Write the figures of all variants in the folder and grid.png; returns results.json."""

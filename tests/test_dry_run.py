@@ -1,12 +1,15 @@
-"""--dry_run: checks what a training would do, makes one step, prints its cost, writes nothing."""
+"""--dry_run: checks what a script would do, makes one step, prints its cost, writes nothing."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+import main_cache
 import main_tokenbridge
+import reconstruction
 from tests.runs import (
+    CACHE_FLAGS,
     TRAIN_FLAGS,
     call,
     flags,
@@ -32,6 +35,21 @@ def test_a_training_says_its_cost_and_writes_nothing(inputs, tmp_path, capsys, c
     assert (figures["steps"], figures["images_per_step"]) == (15, 8)
     assert figures["hours"] == pytest.approx(15 * figures["seconds_per_step"] / 3600)
     assert figures["device_hours"] == figures["hours"] and 0 < figures["loss"] < 10
+
+
+@pytest.mark.parametrize("script", [main_cache, reconstruction])
+def test_a_cache_and_a_reconstruction_say_theirs(inputs, tmp_path, capsys, script):
+    """The doctor's checks have the training's defaults for flags that these lack."""
+    before = files(inputs)
+    own = {"cached_path": tmp_path / "new"}
+    if script is reconstruction:
+        own = dict(image_dir="data", output_dir=tmp_path / "new", latent_scale=1.0)
+        own |= dict(data_path=None, shard_size=None)
+    call(script.main, *flags(inputs, CACHE_FLAGS | own), "--dry_run")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "images 24" in lines and lines[-1] == "nothing was written"
+    assert any(line.startswith("ok device") for line in lines)
+    assert files(inputs) == before and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

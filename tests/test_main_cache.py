@@ -1,5 +1,6 @@
 """main_cache.py as a user calls it: what it encodes, on how many processes, and what it refuses."""
 
+import json
 import resource
 import shutil
 import signal
@@ -102,6 +103,18 @@ def test_a_whole_cache_is_not_encoded_again(inputs, tmp_path, monkeypatch, capsy
     assert "0 of 3 shards" in capsys.readouterr().out
     assert contents(tmp_path) == before
     assert (tmp_path / CONFIG).read_text() == settings  # those that it was made with
+
+
+def test_a_dry_run_writes_nothing_and_says_what_the_cache_takes(inputs, tmp_path, capsys):
+    make(inputs, tmp_path / "cache", dry_run=True, json=True)
+    figures = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "cache").exists()
+    assert figures["images"] == figures["images_to_encode"] == 24
+    assert figures["bytes_to_write"] == 24 * 2 * 8 * 4 * 4 * 2 < figures["bytes_free"]
+    make(inputs, tmp_path / "cache")
+    capsys.readouterr()
+    make(inputs, tmp_path / "cache", dry_run=True, json=True)
+    assert json.loads(capsys.readouterr().out)["images_to_encode"] == 0
 
 
 def test_skipped_images_are_named_counted_and_left_out(own, tmp_path, capsys):

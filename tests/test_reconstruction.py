@@ -18,7 +18,7 @@ from models.generate import to_uint8
 from models.quantizer import gaussian_levels
 from models.tokenizers.tokenizer import from_uint8
 from tests.measures import PIXELS
-from tests.runs import CHANNELS, COMMON, SIZE, STRIDE, call, flags, on_processes
+from tests.runs import CHANNELS, COMMON, SIZE, STRIDE, call, flags, on_processes, refused
 from util.data.histogram import LatentHistogram
 from util.data.images import ImageDataset
 from util.data.listing import list_images
@@ -100,6 +100,25 @@ def test_images_and_figures_equal_brute_force(inputs, tmp_path):
     continuous = load_vae(inputs / "vae.ckpt").decode(latents / SCALE).clamp(-1, 1)
     expected = to_uint8(continuous).permute(0, 2, 3, 1).numpy().astype(int)
     assert np.abs(pixels(tmp_path / "continuous") - expected).max() <= 1
+
+
+def test_dry_run_says_what_the_run_would_take_and_writes_nothing(inputs, tmp_path, capsys):
+    output = tmp_path / "out"
+
+    def printed() -> dict:
+        capsys.readouterr()
+        reconstruct(inputs, output, bits=[-1, 3], dry_run=True, json=True)
+        return json.loads(capsys.readouterr().out)
+
+    found = printed()
+    assert not output.exists()
+    assert found["batches_to_do"] == found["batches"] > 1 and found["hours"] > 0
+    assert found["variants"] == ["original", "continuous", "bits3"]
+    reconstruct(inputs, output, bits=[-1, 3])
+    assert len(list(output.glob("*/*.png"))) == 3 * found["images"]
+    assert printed()["batches_to_do"] == 0
+    argv = flags(inputs, FLAGS, output_dir=output, dry_run=True, batch_size=1)
+    assert "was begun with" in refused(capsys, reconstruction.main, *argv)
 
 
 def test_grid_shows_every_variant_of_the_same_images_and_the_continuous_ones(
