@@ -259,6 +259,16 @@ def test_a_wrong_bit_is_named_when_it_is_read_and_by_verify(tmp_path, form):
     assert name in complaint(verify, tmp_path)
 
 
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
+    fill(tmp_path, format="npz")
+    sidecar = tmp_path / "shard-00000.json"
+    names = json.loads(sidecar.read_text())["names"]
+    for name in ("../../etc/passwd", "/etc/passwd", "ant/../../x"):
+        rewrite(sidecar, names=[name, *names[1:]])
+        for action in (open_cache, lambda path: writer_for(path, format="npz").pending()):
+            assert "leads out of the folder" in complaint(action, tmp_path)
+
+
 def test_json_files_of_other_versions_or_content_are_refused(tmp_path):
     fill(tmp_path)
     manifest, sidecar = tmp_path / "manifest.json", tmp_path / "shard-00001.json"

@@ -100,8 +100,7 @@ def only_job_in(folder: str | Path, flag: str) -> Iterator[None]:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     with as_user_error(f"{flag} {folder}: cannot write", (OSError,)):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115
-        _lock(lock, f"{flag} {folder}")
+        lock = _locked(folder, f"{flag} {folder}")
     try:
         yield
     finally:
@@ -113,19 +112,26 @@ def only_job_in(folder: str | Path, flag: str) -> Iterator[None]:
                 place.rmdir()
 
 
-def _lock(file: BinaryIO, where: str) -> None:
-    """Lock an open file until it is closed, and say in it who holds it."""
+def _locked(folder: Path, where: str) -> BinaryIO:
+    """The open file .lock, which says who holds it and is locked until it is closed."""
+    file = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = shown(file.read(100).decode(errors="replace")) or "starting"
+        file.close()
         raise UserError(f"{where} is in use by another job ({holder}); wait for it") from None
     except OSError as error:
         why = f"this file system has no locks ({error.strerror})"
         print(f"warning: {where}: {why}; start no second job there", file=sys.stderr)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return file
+    file.close()  # its last holder has removed it meanwhile
+    return _locked(folder, where)
 
 
 class PassedOver:

@@ -7,7 +7,7 @@
 
 Every file is whole or absent. The published form, CLASS/IMAGE.npz with float32 `moments` and
 `moments_flip` [2C, h, w], takes the place of the .npy files on request, or is all there is; see
-docs/formats.md. Nothing is pickled, each posterior has its CRC-32.
+docs/formats.md. Nothing is pickled, no name leads out of the folder, each posterior has its CRC-32.
 Letters: N images, n those of a shard, B batch, C latent channels, h, w positions.
 """
 
@@ -70,7 +70,11 @@ def read_json(path: Path, **expected) -> dict:
 
 def read_sidecar(folder: Path, shard: int, cache_id: str) -> dict:
     """What shard-00000.json says. Raises UserError if it is damaged or not that of this cache."""
-    return read_json(shard_path(folder, shard, ".json"), cache_id=cache_id, shard=shard)
+    path = shard_path(folder, shard, ".json")
+    sidecar = read_json(path, cache_id=cache_id, shard=shard)
+    if outside := [n for n in sidecar["names"] if n.startswith("/") or ".." in n.split("/")]:
+        raise UserError(f"--cached_path: {path}: {outside[0][:200]!r} leads out of the folder")
+    return sidecar
 
 
 def read_moments(path: str | Path, names: tuple[str, ...] = NPZ_NAMES) -> np.ndarray:
