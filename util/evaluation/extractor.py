@@ -21,6 +21,7 @@ from util.logging import digest
 INCEPTION = "inception-v3-compat"
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 METRICS = ("isc", "fid", "kid", "prc")  # as torch-fidelity calls them
+SPATIAL, SPATIAL_CHANNELS, SPATIAL_WIDTH = "mixed_6", 7, 7 * 17 * 17  # Inception's layer of sFID
 BATCH = 64  # as torch-fidelity's: the rounding of a feature may depend on it
 DOWNLOAD_TIMEOUT = 20  # seconds; a firewall that swallows packets must not stop an evaluation
 
@@ -28,7 +29,8 @@ DOWNLOAD_TIMEOUT = 20  # seconds; a firewall that swallows packets must not stop
 class Extractor:
     """A network by its registered name.
 
-    layers: {"isc": ..., "fid": ...}, of the metrics that the network declares one for.
+    layers: {"isc": ..., "fid": ...}, of the metrics that the network declares one for, and of
+    sFID ("sfid") if it is Inception.
     weights_sha256: of the file, or of the tensors if there is none. label: for names of folders.
     """
 
@@ -36,6 +38,9 @@ class Extractor:
         self.name, self.device, self.is_inception = name, device, name == INCEPTION
         self.layers = metric_layers(name)
         self.network = _create(name, sorted(set(self.layers.values())), weights).to(device)
+        if self.is_inception:
+            self.layers["sfid"] = SPATIAL
+            self.network.Mixed_6d.register_forward_hook(self._keep_spatial)
         self.weights_sha256 = sha256(weights) if weights is not None else digest(self.network)
         self.label = f"{name}-{self.weights_sha256[:12]}"
 
@@ -46,8 +51,18 @@ class Extractor:
         for part in images.split(BATCH):
             features = self.network(part.to(self.device))
             named = self.network.convert_features_tuple_to_dict(features)
+            if self.is_inception:
+                named[SPATIAL] = self._spatial
             parts.append({layer: tensor.float().cpu() for layer, tensor in named.items()})
         return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+
+    def _keep_spatial(self, block: nn.Module, inputs: tuple, output: Tensor) -> None:
+        """sFID's features of a batch, [n, 17 x 17 x 7], in the order of ADM's evaluator.
+
+        mixed_6/conv:0, of which that takes seven channels, is the 1 x 1 convolution after batch
+        norm and ReLU: the first 192 channels of the output of Mixed_6d, [n, 768, 17, 17].
+        """
+        self._spatial = output[:, :SPATIAL_CHANNELS].movedim(1, 3).flatten(1)
 
     def width(self, metric: str, size: int | None = None) -> int:
         """The number of features of a metric's layer. size: of images that the network takes."""

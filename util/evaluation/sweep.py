@@ -31,6 +31,7 @@ from util.vae import vae_digest
 PLOTTED = {
     "fid": "fid_standard_error",
     "frechet_distance": "frechet_distance_standard_error",
+    "sfid": "sfid_standard_error",
     "inception_score_mean": None,
     "score_mean": None,
     "precision": None,
@@ -123,7 +124,9 @@ def compared(rows: list[dict]) -> list[dict]:
     if distance is None and score is None:
         return rows
     best = min(rows, key=lambda row: row[distance] if distance else -row[score])
-    pairs = ((distance, "fid", fid_error), (score, "inception_score", is_error))
+    spatial = "sfid" if all("sfid" in row for row in rows) else None  # older points have none
+    pairs = [(distance, "fid", fid_error), (spatial, "sfid", fid_error)]
+    pairs += [(score, "inception_score", is_error)]
     for row in rows:
         row["best"] = int(row is best)
         for name, replicates, error in pairs:
