@@ -118,6 +118,8 @@ def test_inception_figures_of_an_evaluation_are_those_of_its_png_files(weights, 
     expected["fid"] = expected.pop("frechet_inception_distance")
     images = images_of(folder / "images"), images_of(reference)
     expected["sfid"] = definition_of_few(*(spatial_features(weights, x) for x in images))
+    features = [Extractor(INCEPTION, weights, CPU)(x)["2048"].numpy() for x in images]
+    expected |= density_and_coverage(*features)
     assert expected["fid"] > 1 and expected["inception_score_mean"] > 1.001
     assert expected["sfid"] > 1
     assert found["metrics"] == pytest.approx(expected, rel=1e-4)
@@ -203,8 +205,32 @@ def test_figures_equal_torch_fidelity_s_whichever_batch_came_first(folders, tmp_
     error = found.pop("frechet_distance_standard_error")
     assert 0 < error < 10
     expected = {name.replace("inception_", ""): value for name, value in expected.items()}
+    x, y = (pixels_measure().extractor(images_of(f))["mixed"].numpy() for f in folders)
+    expected |= density_and_coverage(x, y)
     assert found == pytest.approx(expected, rel=1e-5)
     assert 0.1 < found["precision"] <= 1
+
+
+def density_and_coverage(own: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """By their definition, one real image after the other."""
+    radii = [np.sort(np.linalg.norm(real - center, axis=1))[5] for center in real]
+    distances = [np.linalg.norm(own - center, axis=1) for center in real]
+    inside = [(d < radius) for d, radius in zip(distances, radii, strict=True)]
+    return {"density": np.sum(inside) / 5 / len(own), "coverage": np.mean(np.any(inside, axis=1))}
+
+
+def test_density_and_coverage_do_not_depend_on_the_parts(folders, monkeypatch):
+    x, y = (pixels_measure().extractor(images_of(f))["mixed"] for f in folders)
+    monkeypatch.setattr(metrics, "PRC_IN_MEMORY", 7)
+    for own, real in ((x, y), (y, x)):
+        scores = Scores()
+        metrics._density_coverage(own, real, scores)
+        assert scores.figures == pytest.approx(density_and_coverage(own.numpy(), real.numpy()))
+    scores = Scores()
+    metrics._density_coverage(x, x, scores)  # in its own ball, and of five neighbours one is on it
+    assert scores.figures["coverage"] == 1
+    metrics._density_coverage(x, x[:5], scores)
+    assert "need 6 real images" in scores.warnings[0]
 
 
 def test_features_are_kept_of_so_many_images_at_most(folders, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""FID, sFID, IS, KID, precision and recall of features that come in batches.
+"""FID, sFID, IS, KID, precision, recall, density and coverage of features that come in batches.
 
     features {layer: [n, D]} in image order -> Accumulator -> score -> figures
 
@@ -11,7 +11,8 @@ IS its splits.
 Letters: N images, D features, G groups.
 Source: Heusel et al., arXiv 1706.08500 (FID); Nash et al., arXiv 2103.03841 (sFID); Salimans et
 al., arXiv 1606.03498 (IS); Binkowski et al., arXiv 1801.01401 (KID); Kynkaanniemi et al., arXiv
-1904.06991 (precision and recall); Kott, Journal of Official Statistics 17, 2001 (jackknife).
+1904.06991 (precision and recall); Naeem et al., arXiv 2002.09797 (density and coverage); Kott,
+Journal of Official Statistics 17, 2001 (jackknife).
 """
 
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ ISC_SPLITS, ISC_SEED = 10, 2020
 KID_SUBSET = 1000
 GROUPS = 10
 PRC_IN_MEMORY = 10000  # above, distances are computed in parts: 50,000 x 50,000 fill 10 GB
+NEIGHBOURS = 5  # of density and coverage, as their authors take
 # Written beside mu and sigma; files of others have none of them.
 RECORDED = ("count", "img_size", "extractor", "layer", "weights_sha256")
 # mu [D] and sigma [D, D], float64, and perhaps sFID's, mu_s and sigma_s, and RECORDED.
@@ -172,7 +174,8 @@ def score(sums: Accumulator, measure: Measure) -> Scores:
         _spatial_distance(sums, stats, scores)
     if measure.features is not None:
         own, other = sums.features, measure.features
-        for metric, compute in (("kid", _kid), ("prc", _precision_recall)):
+        figures = (("kid", _kid), ("prc", _precision_recall), ("prc", _density_coverage))
+        for metric, compute in figures:
             if metric in layers:
                 compute(own[layers[metric]], other[layers[metric]], scores)
     if not inception:  # in the features of another network they are not FID, IS and KID
@@ -261,6 +264,24 @@ def _precision_recall(own: Tensor, other: Tensor, scores: Scores) -> None:
         return
     in_parts = max(len(own), len(other)) > PRC_IN_MEMORY
     scores.figures |= prc_features_to_metric(own, other, save_cpu_ram=in_parts, verbose=False)
+
+
+def _density_coverage(own: Tensor, other: Tensor, scores: Scores) -> None:
+    """A ball around each real image reaches to its fifth neighbour.
+
+    Density: in how many a generated image lies, over five. Coverage: the share that holds one.
+    """
+    if len(other) <= NEIGHBOURS:  # the fifth beside itself
+        scores.warnings.append(f"density and coverage need {NEIGHBOURS + 1} real images")
+        return
+    inside = covered = 0
+    for part in other.split(PRC_IN_MEMORY):
+        radii = torch.cdist(part, other).kthvalue(NEIGHBOURS + 1).values
+        within = torch.cdist(part, own) < radii[:, None]
+        inside += within.sum().item()
+        covered += within.any(dim=1).sum().item()
+    scores.figures["density"] = inside / (NEIGHBOURS * len(own))
+    scores.figures["coverage"] = covered / len(other)
 
 
 def statistics(features: Tensor) -> Statistics:

@@ -2,8 +2,8 @@
 
 Statistics are mu [D] and sigma [D, D] of the features of real images, all that FID needs, and
 mu_s and sigma_s of sFID's: an npz file as ADM's, one of `python -m util.fid_stats`, or a .pt file
-from torch-fidelity's cache, which has no sFID. KID, precision and recall need the features
-themselves, so images: a folder, or ADM's npz of them.
+from torch-fidelity's cache, which has no sFID. KID, precision, recall, density and coverage need
+the features themselves, so images: a folder, or ADM's npz of them.
 Letters: N images, D features, S side in pixels.
 """
 

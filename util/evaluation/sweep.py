@@ -36,6 +36,8 @@ PLOTTED = {
     "score_mean": None,
     "precision": None,
     "recall": None,
+    "density": None,
+    "coverage": None,
 }
 SHOWN = 8  # images of each point in sweep_images.png
 
