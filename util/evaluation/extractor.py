@@ -1,6 +1,7 @@
 """The network whose features are compared: any that is registered with torch-fidelity.
 
 Images, uint8 [N, 3, H, W] -> features of the layer that the network declares for each metric.
+networks.py registers those of ours.
 """
 
 import importlib
@@ -22,6 +23,7 @@ INCEPTION = "inception-v3-compat"
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 METRICS = ("isc", "fid", "kid", "prc")  # as torch-fidelity calls them
 SPATIAL, SPATIAL_CHANNELS, SPATIAL_WIDTH = "mixed_6", 7, 7 * 17 * 17  # Inception's layer of sFID
+DISTANCES = {INCEPTION: "fid", "dinov2": "fd_dinov2"}  # others: frechet_distance
 BATCH = 64  # as torch-fidelity's: the rounding of a feature may depend on it
 DOWNLOAD_TIMEOUT = 20  # seconds; a firewall that swallows packets must not stop an evaluation
 
@@ -36,6 +38,7 @@ class Extractor:
 
     def __init__(self, name: str, weights: Path | None, device: torch.device):
         self.name, self.device, self.is_inception = name, device, name == INCEPTION
+        self.distance = DISTANCES.get(name, "frechet_distance")
         self.layers = metric_layers(name)
         self.network = _create(name, sorted(set(self.layers.values())), weights).to(device)
         if self.is_inception:
@@ -146,8 +149,6 @@ def _one_a_node_first(build: Callable[[], object]) -> tuple[object, str | None]:
 
 def registered_name(given: str) -> str:
     """The name in NAME or MODULE:NAME, known to torch-fidelity once MODULE is imported."""
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
     module, _, name = given.rpartition(":")
     if module:
         if "" not in sys.path:  # a console command, or a script of another folder
@@ -157,23 +158,30 @@ def registered_name(given: str) -> str:
         except (ImportError, TypeError) as error:  # TypeError: a relative name
             problem = f"cannot import {module!r} ({error})"
             raise UserError(f"--feature_extractor {given}: {problem}") from error
-    if name not in FEATURE_EXTRACTORS_REGISTRY:
+    if name not in _networks():
         raise UserError(
             f"--feature_extractor {given}: torch-fidelity knows no {name!r}, only "
-            f"{', '.join(FEATURE_EXTRACTORS_REGISTRY)}; name your own as MODULE:NAME"
+            f"{', '.join(_networks())}; name your own as MODULE:NAME"
         )
     return name
 
 
 def metric_layers(name: str) -> dict[str, str]:
     """The layer of each metric, as torch-fidelity chooses it."""
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
-    network, layers = FEATURE_EXTRACTORS_REGISTRY[name], {}
+    network, layers = _networks()[name], {}
     for metric in METRICS:
         with suppress(KeyError):  # a network without, say, logits
             layers[metric] = network.get_default_feature_layer_for_metric(metric)
     return {metric: layer for metric, layer in layers.items() if layer is not None}
+
+
+def _networks() -> dict[str, type]:
+    """By name; imported when they are asked for, which takes seconds."""
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    import util.evaluation.networks  # noqa: F401  registers ours
+
+    return FEATURE_EXTRACTORS_REGISTRY
 
 
 def _create(name: str, layers: list[str], weights: Path | None) -> nn.Module:

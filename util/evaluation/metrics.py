@@ -26,7 +26,8 @@ from util import dist
 from util.evaluation.extractor import Extractor
 from util.files import atomic_write
 
-FULL_COUNT = 50000  # images of the FID that papers report
+FULL_COUNT = 50000  # images of the distances that papers report
+PUBLISHED = {"fid": "FID", "fd_dinov2": "FD-DINOv2"}  # as papers call them
 MOST_KEPT = 50000  # images whose features are kept
 ISC_SPLITS, ISC_SEED = 10, 2020
 KID_SUBSET = 1000
@@ -167,9 +168,8 @@ def score(sums: Accumulator, measure: Measure) -> Scores:
     stats, scores = measure.stats, Scores()
     if "isc" in layers:
         _inception_score(torch.cat(sums.logits), scores)
-    name = "fid" if inception else "frechet_distance"
     if "fid" in layers and stats is not None:
-        _frechet_distance(sums.moments, stats, name, scores)
+        _frechet_distance(sums.moments, stats, measure.extractor.distance, scores)
     if "sfid" in layers and stats is not None and "mu_s" in stats:
         _spatial_distance(sums, stats, scores)
     if measure.features is not None:
@@ -218,10 +218,10 @@ def _frechet_distance(moments: Moments, stats: Statistics, name: str, scores: Sc
     if count <= width:
         few = few_for_covariance(count, width)
         scores.warnings.append(f"{few}; compare it with nothing but the same number")
-    elif name == "fid" and count != FULL_COUNT:
+    elif (title := PUBLISHED.get(name)) and count != FULL_COUNT:
         scores.warnings.append(
-            f"this is FID-{count}: FID falls with the number of images, so it is not comparable "
-            "with the FID-50K of papers"
+            f"this is {title}-{count}: {title} falls with the number of images, so it is not "
+            f"comparable with the {title}-50K of papers"
         )
 
 

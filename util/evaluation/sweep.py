@@ -31,6 +31,7 @@ from util.vae import vae_digest
 PLOTTED = {
     "fid": "fid_standard_error",
     "frechet_distance": "frechet_distance_standard_error",
+    "fd_dinov2": "fd_dinov2_standard_error",
     "sfid": "sfid_standard_error",
     "inception_score_mean": None,
     "score_mean": None,
@@ -121,7 +122,8 @@ def compared(rows: list[dict]) -> list[dict]:
 
     The best has the lowest Frechet distance, or, where none was computed, the highest score.
     """
-    distance = next((name for name in ("fid", "frechet_distance") if name in rows[0]), None)
+    distances = ("fid", "frechet_distance", "fd_dinov2")
+    distance = next((name for name in distances if name in rows[0]), None)
     score = next((name for name in ("inception_score_mean", "score_mean") if name in rows[0]), None)
     if distance is None and score is None:
         return rows

@@ -1,0 +1,108 @@
+"""DINOv2 is the original's arithmetic."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from util.errors import UserError
+from util.evaluation import networks
+from util.evaluation.evaluator import Evaluator
+from util.evaluation.extractor import load_extractor
+from util.evaluation.metrics import Measure, statistics
+
+CPU = torch.device("cpu")
+SMALL, DEPTH, HEADS, WIDTH = "vit_small_patch14_dinov2", 12, 6, 384  # in the place of ViT-L
+
+
+def photographs() -> list[Tensor]:
+    """Two, uint8 [3, 427, 427]."""
+    from sklearn.datasets import load_sample_image
+
+    photos = (load_sample_image(name)[:, 106:533] for name in ("china.jpg", "flower.jpg"))
+    return [torch.from_numpy(photo.copy()).movedim(2, 0) for photo in photos]
+
+
+@pytest.fixture
+def released(monkeypatch) -> dict[str, Tensor]:
+    """Random weights in the form of the release, which is of 518 px and has a mask token."""
+    monkeypatch.setattr(networks, "DINOV2", SMALL)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {k: t.shape for k, t in timm.create_model(SMALL, num_classes=0).state_dict().items()}
+    assert shapes["pos_embed"] == (1, 1370, WIDTH)
+    weights = {"mask_token": torch.zeros(1, WIDTH)}
+    for name, shape in shapes.items():
+        scale = math.prod(shape[1:]) ** -0.5 if name.endswith("weight") else 1
+        weights[name] = torch.randn(shape, generator=generator) * scale
+    return weights
+
+
+def interpolation(new: int, old: int, scale: float) -> Tensor:
+    """[new, old] of Keys' cubic kernel: place i is at (i + 1/2) / scale - 1/2 of the old ones."""
+    matrix, a = torch.zeros(new, old), -0.75
+    for i in range(new):
+        place = (i + 0.5) / scale - 0.5
+        for tap in range(math.floor(place) - 1, math.floor(place) + 3):
+            x = abs(place - tap)
+            near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+            matrix[i, min(max(tap, 0), old - 1)] += near if x <= 1 else far
+    return matrix
+
+
+def original(weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
+    """DinoVisionTransformer's class token, as its source reads. pixels: [N, 3, 224, 224]."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (WIDTH,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    patch = (weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"])
+    x = F.conv2d(pixels, *patch, stride=14).flatten(2).mT
+    matrix = interpolation(16, 37, 16.1 / 37)
+    grid = weights["pos_embed"][0, 1:].reshape(37, 37, WIDTH)
+    grid = torch.einsum("ia,jb,abd->ijd", matrix, matrix, grid).reshape(256, WIDTH)
+    x = torch.cat((weights["cls_token"].expand(len(x), -1, -1), x), dim=1)
+    x = x + torch.cat((weights["pos_embed"][0, :1], grid))
+    for block in (f"blocks.{k}." for k in range(DEPTH)):
+        qkv = linear(norm(x, f"{block}norm1"), f"{block}attn.qkv")
+        q, k, v = qkv.reshape(len(x), 257, 3, HEADS, 64).permute(2, 0, 3, 1, 4)
+        mixed = ((q * 64**-0.5) @ k.mT).softmax(dim=-1) @ v
+        mixed = linear(mixed.transpose(1, 2).reshape(x.shape), f"{block}attn.proj")
+        x = x + weights[f"{block}ls1.gamma"] * mixed
+        wide = F.gelu(linear(norm(x, f"{block}norm2"), f"{block}mlp.fc1"))
+        x = x + weights[f"{block}ls2.gamma"] * linear(wide, f"{block}mlp.fc2")
+    return norm(x, "norm")[:, 0]
+
+
+def test_dinov2_is_the_original_after_pillow_s_resizing(released, tmp_path):
+    torch.save(released, tmp_path / "dinov2.pth")
+    extractor = load_extractor("dinov2", str(tmp_path / "dinov2.pth"), CPU)
+    images = torch.stack(photographs())
+    resized = [Image.fromarray(i.movedim(0, 2).numpy()).resize((224, 224), 3) for i in images]
+    pixels = torch.from_numpy(np.stack([np.asarray(i) for i in resized])).movedim(3, 1) / 255
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[:, :, None, None]
+    expected = original(released, (pixels - mean) / std)
+    torch.testing.assert_close(extractor(images)["class_token"], expected, rtol=1e-4, atol=1e-4)
+    assert expected.std(dim=0).mean() > 0.01  # they are not the same
+    measure = Measure(extractor, statistics(torch.randn(20, WIDTH)))
+    evaluator = Evaluator(None, None, CPU, measure=measure)
+    evaluator.update(images)
+    assert list(evaluator.result().figures) == ["fd_dinov2"]
+
+
+def test_weights_that_are_missing_or_of_others_are_refused(released, tmp_path):
+    path = str(tmp_path / "other.pth")
+    for lost in ("pos_embed", "blocks.3.ls1.gamma"):
+        torch.save({k: v for k, v in released.items() if k != lost}, path)
+        with pytest.raises(UserError, match=rf"^[^\n]*{path}: not the weights of dinov2[^\n]*$"):
+            load_extractor("dinov2", path, CPU)
+    line = r"^--feature_extractor dinov2 finds no weights \(dinov2_vitl14[^\n]*$"
+    with pytest.raises(UserError, match=line):
+        load_extractor("dinov2", None, CPU)
