@@ -1,9 +1,11 @@
-"""The figures are torch-fidelity's own, and what cannot be measured is said in one line."""
+"""The figures are torch-fidelity's or by definition; what is not measured is said in one line."""
 
 import json
 import shutil
 from argparse import Namespace
+from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 import torch_fidelity
 from PIL import Image
 from scipy.linalg import sqrtm
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from tests.measures import FEATURES, PIXELS, Pixels, save_model, save_random_inception
 from tests.runs import evaluate, make_inputs
@@ -24,6 +27,7 @@ from util.evaluation.metrics import Measure, Moments, Scores
 from util.evaluation.reference import compare_with_images, image_batches, prepare_measure
 
 CPU = torch.device("cpu")
+ZERO = {"fid": 0, "sfid": 0}
 
 
 @pytest.fixture(scope="module")
@@ -61,23 +65,102 @@ def fidelity(first: Path, second: Path, **settings) -> dict[str, float]:
     )
 
 
-def test_inception_figures_of_an_evaluation_are_those_of_its_png_files(weights, tmp_path, capsys):
-    inputs = make_inputs(tmp_path / "inputs")
-    reference = save_noise(tmp_path / "reference", 11, seed=1)
+def spatial_features(weights: Path, images: torch.Tensor) -> np.ndarray:
+    """[N, 2023]: 17 x 17 x 7 of the branch that is mixed_6/conv in the TensorFlow graph."""
+    network = FeatureExtractorInceptionV3(INCEPTION, ["2048"], str(weights))
+    seen = []
+    network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.append(call[2].clone()))
+    network(images)
+    (branch,) = seen  # after batch norm and ReLU
+    places = product(range(17), range(17), range(7))
+    return torch.stack([branch[:, c, y, x] for y, x, c in places], dim=1).double().numpy()
+
+
+def definition_of_few(x: np.ndarray, y: np.ndarray) -> float:
+    """As `definition`, of fewer images than features: tr (S_x S_y)^1/2 from [N_x, N_y] products."""
+    a, b = ((z - z.mean(axis=0)) / np.sqrt(len(z) - 1) for z in (x, y))
+    root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    return ((x.mean(axis=0) - y.mean(axis=0)) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * root
+
+
+def cheap_distance(own: dict, other: dict) -> float:
+    """In the place of Frechet's, which takes seconds of 2,048 features."""
+    return sum(np.abs(own[name] - other[name]).sum().item() for name in ("mu", "sigma"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(weights, tmp_path_factory) -> tuple[Path, Path, dict]:
+    """The folder, the real images and the flags of an evaluation in Inception's features."""
+    root = tmp_path_factory.mktemp("evaluated")
+    reference = save_noise(root / "reference", 11, seed=1)
     settings = dict(inception_weights=weights, fid_reference=reference, keep_images=True)
-    evaluate(inputs, tmp_path / "eval", save_model(tmp_path / "model"), **settings)
-    (folder,) = (tmp_path / "eval").glob("ariter*")
-    found = json.loads((folder / "metrics.json").read_text())
+    save_model(root / "model")
+    make_inputs(root / "inputs")
+    with mock.patch.object(metrics, "frechet", cheap_distance):
+        evaluate(root / "inputs", root / "eval", root / "model", **settings)
+    (folder,) = (root / "eval").glob("ariter*")
+    return folder, reference, settings
+
+
+def evaluate_again(folder: Path, settings: dict) -> dict:
+    """metrics.json of the command, measured anew."""
+    root = folder.parents[1]
+    (folder / "metrics.json").unlink()
+    evaluate(root / "inputs", root / "eval", root / "model", **settings)
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_inception_figures_of_an_evaluation_are_those_of_its_png_files(weights, evaluated, capsys):
+    folder, reference, settings = evaluated
+    found = evaluate_again(folder, settings)
     own = dict(feature_extractor=INCEPTION, feature_extractor_weights_path=str(weights))
     expected = fidelity(folder / "images", reference, kid_subset_size=11, **own)
     expected["fid"] = expected.pop("frechet_inception_distance")
+    images = images_of(folder / "images"), images_of(reference)
+    expected["sfid"] = definition_of_few(*(spatial_features(weights, x) for x in images))
+    features = [Extractor(INCEPTION, weights, CPU)(x)["2048"].numpy() for x in images]
+    expected |= density_and_coverage(*features)
     assert expected["fid"] > 1 and expected["inception_score_mean"] > 1.001
+    assert expected["sfid"] > 1
     assert found["metrics"] == pytest.approx(expected, rel=1e-4)
     assert found["metric_settings"] == {"kid_subset_size": 11}
     printed = capsys.readouterr()
     assert f"FID-12: {found['metrics']['fid']:.4f}" in printed.out
     assert "12 images are not more than the 2048 features" in printed.err
     assert found["files"]["extractor"]["sha256"] == found["measured"]["weights_sha256"]
+
+
+def test_sfid_of_restarts_and_of_files_of_earlier_versions(
+    weights, evaluated, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(metrics, "frechet", cheap_distance)
+    folder, _, settings = evaluated
+    before = evaluate_again(folder, settings)["metrics"]
+    batches = sorted(folder.glob("features/*/batch-*.npz"))
+    batches[1].unlink()
+    assert evaluate_again(folder, settings)["metrics"] == before
+    with np.load(shutil.copy(folder / "statistics.npz", tmp_path)) as file:
+        own = dict(file)
+    assert own["mu_s"].shape == (2023,) and own["sigma_s"].shape == (2023, 2023)
+    path = tmp_path / "statistics.npz"
+    settings = settings | dict(fid_reference=None, fid_stats=path)
+    found = evaluate_again(folder, settings)["metrics"]
+    assert found == {n: before[n] for n in before if n.startswith("inception")} | ZERO
+    np.savez(path, mu=own["mu"], sigma=own["sigma"])  # as all were
+    capsys.readouterr()
+    again = evaluate_again(folder, settings)["metrics"]
+    assert again == {name: found[name] for name in found if name != "sfid"}
+    assert capsys.readouterr().out.count("sFID is not computed") == 1
+    np.savez(path, **own)
+    with np.load(batches[0]) as file:
+        arrays = {name: file[name] for name in file.files if name != "mixed_6"}
+    np.savez(batches[0], **arrays)  # as all were
+    older = evaluate_again(folder, settings)
+    assert older["metrics"] == again and "sFID is not computed" in older["warnings"][-1]
+    batches[0].unlink()
+    np.savez(path, **own | {"mu_s": own["mu_s"][:9]})
+    with pytest.raises(UserError, match=r"'mu_s': \(9,\).* not those of the extractor's 2023"):
+        prepare(inception_weights=str(weights), fid_stats=str(path))
 
 
 # --- the arithmetic, with an extractor of nine features
@@ -122,8 +205,32 @@ def test_figures_equal_torch_fidelity_s_whichever_batch_came_first(folders, tmp_
     error = found.pop("frechet_distance_standard_error")
     assert 0 < error < 10
     expected = {name.replace("inception_", ""): value for name, value in expected.items()}
+    x, y = (pixels_measure().extractor(images_of(f))["mixed"].numpy() for f in folders)
+    expected |= density_and_coverage(x, y)
     assert found == pytest.approx(expected, rel=1e-5)
     assert 0.1 < found["precision"] <= 1
+
+
+def density_and_coverage(own: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """By their definition, one real image after the other."""
+    radii = [np.sort(np.linalg.norm(real - center, axis=1))[5] for center in real]
+    distances = [np.linalg.norm(own - center, axis=1) for center in real]
+    inside = [(d < radius) for d, radius in zip(distances, radii, strict=True)]
+    return {"density": np.sum(inside) / 5 / len(own), "coverage": np.mean(np.any(inside, axis=1))}
+
+
+def test_density_and_coverage_do_not_depend_on_the_parts(folders, monkeypatch):
+    x, y = (pixels_measure().extractor(images_of(f))["mixed"] for f in folders)
+    monkeypatch.setattr(metrics, "PRC_IN_MEMORY", 7)
+    for own, real in ((x, y), (y, x)):
+        scores = Scores()
+        metrics._density_coverage(own, real, scores)
+        assert scores.figures == pytest.approx(density_and_coverage(own.numpy(), real.numpy()))
+    scores = Scores()
+    metrics._density_coverage(x, x, scores)  # in its own ball, and of five neighbours one is on it
+    assert scores.figures["coverage"] == 1
+    metrics._density_coverage(x, x[:5], scores)
+    assert "need 6 real images" in scores.warnings[0]
 
 
 def test_features_are_kept_of_so_many_images_at_most(folders, tmp_path, monkeypatch):
@@ -140,6 +247,22 @@ def definition(x: np.ndarray, y: np.ndarray) -> float:
     a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
     difference = x.mean(axis=0) - y.mean(axis=0)
     return difference @ difference + np.trace(a + b - 2 * sqrtm(a @ b)).real
+
+
+def test_distance_of_sfid_and_its_replicates_are_by_definition(folders):
+    """The five logits stand for the features of Inception's that sFID takes."""
+    x, y = (pixels_measure().extractor(images_of(f))["logits"].double().numpy() for f in folders)
+    stats = {"mu": np.zeros(FEATURES), "sigma": np.eye(FEATURES)}
+    measure = pixels_measure(stats | {"mu_s": y.mean(axis=0), "sigma_s": np.cov(y.T)})
+    assert "sfid" not in scores_of(images_of(folders[0]), measure).figures
+    measure.extractor.layers["sfid"] = "logits"
+    scores = scores_of(images_of(folders[0]), measure)
+    assert scores.figures["sfid"] == pytest.approx(definition(x, y), rel=1e-6)
+    kept = [np.arange(43) % 10 != group for group in range(10)]
+    expected = [definition(x[k], y) for k in kept]
+    assert scores.replicates["sfid"] == pytest.approx(expected, rel=1e-6)
+    error = np.sqrt(9 / 10 * ((np.array(expected) - np.mean(expected)) ** 2).sum())
+    assert scores.figures["sfid_standard_error"] == pytest.approx(error, rel=1e-4)
 
 
 def test_distance_and_its_replicates_are_frechets(folders):
@@ -172,7 +295,7 @@ def test_too_few_images_are_warned_about():
     assert "a covariance takes two images" in warnings_of(1)
     moments, scores = Moments(), Scores()
     moments.update(torch.randn(20, 2))
-    metrics._frechet_distance(moments, moments.statistics(), True, scores)
+    metrics._frechet_distance(moments, moments.statistics(), "fid", scores)
     assert "this is FID-20" in scores.warnings[0] and scores.figures["fid"] < 1e-6
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.measures import FEATURES, PIXELS
+from tests.measures import FEATURES, PIXELS, save_random_inception
 from tests.runs import SIZE, call, on_processes
 from util import fid_stats
 from util.data.images import center_crop, read_image
 from util.errors import UserError
 from util.evaluation import reference
-from util.evaluation.extractor import Extractor
+from util.evaluation.extractor import INCEPTION, Extractor
 from util.evaluation.metrics import Measure
 from util.evaluation.reference import load_fid_statistics
 
@@ -107,6 +107,19 @@ def test_three_processes_write_the_statistics_of_one(images, made, tmp_path):
     one, three = (load_fid_statistics(path, FEATURES) for path in (made, output))
     for name in ("mu", "sigma"):
         np.testing.assert_allclose(three[name], one[name], rtol=1e-12, atol=1e-15)
+
+
+def test_two_processes_write_sfid_s_statistics_of_one(array, tmp_path):
+    np.savez(tmp_path / "few.npz", np.load(array)["arr_0"][:5])
+    argv = flags(tmp_path / "few.npz", tmp_path / "two.npz")
+    argv[argv.index(PIXELS)] = INCEPTION
+    argv += ["--inception_weights", str(save_random_inception(tmp_path / "inception.pth"))]
+    result = on_processes(2, "-m", "util.fid_stats", *argv)
+    assert result.returncode == 0, result.stderr
+    call(fid_stats.main, *argv, "--output", str(tmp_path / "one.npz"))
+    one, two = (load_fid_statistics(tmp_path / name) for name in ("one.npz", "two.npz"))
+    for name in ("mu", "sigma", "mu_s", "sigma_s"):
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-5)
 
 
 # --- an npz file of images

@@ -108,6 +108,16 @@ def test_best_is_of_what_was_measured():
     assert sweep.compared([{"cfg": 1.0}, {"cfg": 2.0}]) == [{"cfg": 1.0}, {"cfg": 2.0}]
 
 
+def test_sfid_is_compared_in_pairs_where_all_points_have_it():
+    first = {"fid": 1.0, "sfid": 7.0, "replicates": {"sfid": list(range(0, 20, 2))}}
+    second = {"fid": 2.0, "sfid": 5.0, "replicates": {"sfid": list(range(10))}}
+    rows = sweep.compared([dict(first), dict(second)])
+    assert rows[1]["sfid_difference"] == -2.0
+    assert rows[1]["sfid_difference_error"] == pytest.approx(np.sqrt(0.9 * 82.5))
+    del second["sfid"]  # of an earlier version
+    assert "sfid_difference" not in sweep.compared([dict(first), second])[0]
+
+
 def sweep_args(**changes):
     args = make_parser().parse(["--num_images", "6"])
     vars(args).update(changes)

@@ -159,7 +159,7 @@ SEED = auto("seed", random_seed, 1, "of everything random")
 DEVICE = Flag("device", str, "cuda", "cuda, mps or cpu; what the machine has instead is used")
 EVAL_WEIGHTS = Flag("eval_weights", str, "ema", "ema, model (raw), or another --ema_rate")
 EXTRACTOR = [
-    Flag("feature_extractor", str, INCEPTION, "of torch-fidelity, or MODULE:NAME"),
+    Flag("feature_extractor", str, INCEPTION, "also dinov2, efficientnet, or MODULE:NAME"),
     Flag("inception_weights", str, None, "of the extractor, torch-fidelity's Inception or other"),
 ]
 LATENT_SCALE = auto("latent_scale", latent_scale, "auto", "1 / std; auto: the cache's, KL-16's")

@@ -4,7 +4,7 @@ python -m util.fid_stats --image_dir IMAGENET/train --output fid_stats/in256.npz
 python -m util.fid_stats --image_dir samples.npz --output fid_stats/samples.npz
 torchrun --nproc_per_node=8 -m util.fid_stats --image_dir IMAGENET/train
 
-images -> centre crop, as for training -> features -> mu [D], sigma [D, D]
+images -> centre crop, as for training -> features -> mu [D], sigma [D, D], and sFID's
 
 The features are summed up and not kept, so there may be millions of images.
 """
@@ -55,13 +55,15 @@ def main() -> None:
             "(--inception_weights), and a layer for a Frechet distance"
         )
     evaluator = Evaluator(None, None, device, None, Measure(extractor))
-    evaluator.begin(sums=Accumulator({"fid": extractor.layers["fid"]}, groups=1))
+    layers = {name: layer for name, layer in extractor.layers.items() if name in ("fid", "sfid")}
+    evaluator.begin(sums=Accumulator(layers, groups=1))
     batches = batch_ranges(len(images), args.batch_size)
     every = range(len(batches))
     for _, _, pixels in image_batches(images, size, batches, every, Loading.of(args)):
         evaluator.update(pixels)
     moments = evaluator.sums.moments
     moments.gather()
+    evaluator.sums.spatial.gather()
     if dist.is_main():
         if moments.count < 2:
             raise UserError(f"--image_dir {args.image_dir}: a covariance takes two images")

@@ -5,8 +5,8 @@
         update(images)                                 images/*.png, features/.../batch-k.npz
     result()                                           figures, on the main process
 
-Beside what folder.py has, an evaluation leaves statistics.npz (mu and sigma, as --fid_stats
-reads them), samples.npz (--save_npz), grid.png and, when all is done, metrics.json.
+Beside what folder.py has, an evaluation leaves statistics.npz (mu and sigma, and sFID's, as
+--fid_stats reads them), samples.npz (--save_npz), grid.png and, when all is done, metrics.json.
 """
 
 import shutil

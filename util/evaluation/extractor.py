@@ -1,6 +1,7 @@
 """The network whose features are compared: any that is registered with torch-fidelity.
 
 Images, uint8 [N, 3, H, W] -> features of the layer that the network declares for each metric.
+networks.py registers those of ours.
 """
 
 import importlib
@@ -21,6 +22,8 @@ from util.logging import digest
 INCEPTION = "inception-v3-compat"
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 METRICS = ("isc", "fid", "kid", "prc")  # as torch-fidelity calls them
+SPATIAL, SPATIAL_CHANNELS, SPATIAL_WIDTH = "mixed_6", 7, 7 * 17 * 17  # Inception's layer of sFID
+DISTANCES = {INCEPTION: "fid", "dinov2": "fd_dinov2"}  # others: frechet_distance
 BATCH = 64  # as torch-fidelity's: the rounding of a feature may depend on it
 DOWNLOAD_TIMEOUT = 20  # seconds; a firewall that swallows packets must not stop an evaluation
 
@@ -28,14 +31,19 @@ DOWNLOAD_TIMEOUT = 20  # seconds; a firewall that swallows packets must not stop
 class Extractor:
     """A network by its registered name.
 
-    layers: {"isc": ..., "fid": ...}, of the metrics that the network declares one for.
+    layers: {"isc": ..., "fid": ...}, of the metrics that the network declares one for, and of
+    sFID ("sfid") if it is Inception.
     weights_sha256: of the file, or of the tensors if there is none. label: for names of folders.
     """
 
     def __init__(self, name: str, weights: Path | None, device: torch.device):
         self.name, self.device, self.is_inception = name, device, name == INCEPTION
+        self.distance = DISTANCES.get(name, "frechet_distance")
         self.layers = metric_layers(name)
         self.network = _create(name, sorted(set(self.layers.values())), weights).to(device)
+        if self.is_inception:
+            self.layers["sfid"] = SPATIAL
+            self.network.Mixed_6d.register_forward_hook(self._keep_spatial)
         self.weights_sha256 = sha256(weights) if weights is not None else digest(self.network)
         self.label = f"{name}-{self.weights_sha256[:12]}"
 
@@ -46,8 +54,18 @@ class Extractor:
         for part in images.split(BATCH):
             features = self.network(part.to(self.device))
             named = self.network.convert_features_tuple_to_dict(features)
+            if self.is_inception:
+                named[SPATIAL] = self._spatial
             parts.append({layer: tensor.float().cpu() for layer, tensor in named.items()})
         return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+
+    def _keep_spatial(self, block: nn.Module, inputs: tuple, output: Tensor) -> None:
+        """sFID's features of a batch, [n, 17 x 17 x 7], in the order of ADM's evaluator.
+
+        mixed_6/conv:0, of which that takes seven channels, is the 1 x 1 convolution after batch
+        norm and ReLU: the first 192 channels of the output of Mixed_6d, [n, 768, 17, 17].
+        """
+        self._spatial = output[:, :SPATIAL_CHANNELS].movedim(1, 3).flatten(1)
 
     def width(self, metric: str, size: int | None = None) -> int:
         """The number of features of a metric's layer. size: of images that the network takes."""
@@ -131,8 +149,6 @@ def _one_a_node_first(build: Callable[[], object]) -> tuple[object, str | None]:
 
 def registered_name(given: str) -> str:
     """The name in NAME or MODULE:NAME, known to torch-fidelity once MODULE is imported."""
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
     module, _, name = given.rpartition(":")
     if module:
         if "" not in sys.path:  # a console command, or a script of another folder
@@ -142,23 +158,30 @@ def registered_name(given: str) -> str:
         except (ImportError, TypeError) as error:  # TypeError: a relative name
             problem = f"cannot import {module!r} ({error})"
             raise UserError(f"--feature_extractor {given}: {problem}") from error
-    if name not in FEATURE_EXTRACTORS_REGISTRY:
+    if name not in _networks():
         raise UserError(
             f"--feature_extractor {given}: torch-fidelity knows no {name!r}, only "
-            f"{', '.join(FEATURE_EXTRACTORS_REGISTRY)}; name your own as MODULE:NAME"
+            f"{', '.join(_networks())}; name your own as MODULE:NAME"
         )
     return name
 
 
 def metric_layers(name: str) -> dict[str, str]:
     """The layer of each metric, as torch-fidelity chooses it."""
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
-    network, layers = FEATURE_EXTRACTORS_REGISTRY[name], {}
+    network, layers = _networks()[name], {}
     for metric in METRICS:
         with suppress(KeyError):  # a network without, say, logits
             layers[metric] = network.get_default_feature_layer_for_metric(metric)
     return {metric: layer for metric, layer in layers.items() if layer is not None}
+
+
+def _networks() -> dict[str, type]:
+    """By name; imported when they are asked for, which takes seconds."""
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+    import util.evaluation.networks  # noqa: F401  registers ours
+
+    return FEATURE_EXTRACTORS_REGISTRY
 
 
 def _create(name: str, layers: list[str], weights: Path | None) -> nn.Module:

@@ -71,14 +71,15 @@ class FeatureFiles:
             return arrays.pop("ids").tolist(), arrays
 
     def chunks(self) -> Iterator[dict[str, Tensor]]:
-        """{name: [n, D]} of all images in the order of their numbers, some thousand at once."""
+        """{name: [n, D]} of all images in order, some thousand at once, of names in all files."""
         numbers, parts, rows = range(len(self.batches)), [], 0
         wait_for([self.path(number) for number in numbers])
         for number in numbers:
             ids, arrays = self.read(number)
             parts, rows = parts + [arrays] * bool(arrays), rows + len(ids)
             if parts and (rows >= CHUNK or number == numbers[-1]):
-                yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                names = [name for name in parts[0] if all(name in part for part in parts)]
+                yield {name: torch.cat([part[name] for part in parts]) for name in names}
                 parts, rows = [], 0
 
 

@@ -1,16 +1,17 @@
-"""FID, IS, KID, precision and recall: torch-fidelity's arithmetic on features that come in batches.
+"""FID, sFID, IS, KID, precision, recall, density and coverage of features that come in batches.
 
     features {layer: [n, D]} in image order -> Accumulator -> score -> figures
 
-The figures are those of `torch_fidelity.calculate_metrics` on the PNG files of the same images.
-FID adds up moments; features are kept for KID, precision and recall, of at most 50,000 images.
+FID, IS, KID, precision and recall are those of `torch_fidelity.calculate_metrics` on the PNG files
+of the same images. FID and sFID add up moments; the others' features are kept, of 50,000 at most.
 Replicates say how sure a figure is, or a difference of two evaluations with the same noise: of FID
-by the delete-a-group jackknife (replicate j is without the images i with i % G == j), of IS its
-splits.
+and sFID by the delete-a-group jackknife (replicate j is without the images i with i % G == j), of
+IS its splits.
 Letters: N images, D features, G groups.
-Source: Heusel et al., arXiv 1706.08500 (FID); Salimans et al., arXiv 1606.03498 (IS); Binkowski
-et al., arXiv 1801.01401 (KID); Kynkaanniemi et al., arXiv 1904.06991 (precision and recall);
-Kott, Journal of Official Statistics 17, 2001 (jackknife).
+Source: Heusel et al., arXiv 1706.08500 (FID); Nash et al., arXiv 2103.03841 (sFID); Salimans et
+al., arXiv 1606.03498 (IS); Binkowski et al., arXiv 1801.01401 (KID); Kynkaanniemi et al., arXiv
+1904.06991 (precision and recall); Naeem et al., arXiv 2002.09797 (density and coverage); Kott,
+Journal of Official Statistics 17, 2001 (jackknife).
 """
 
 from dataclasses import dataclass, field
@@ -24,20 +25,23 @@ from util import dist
 from util.evaluation.extractor import Extractor
 from util.files import atomic_write
 
-FULL_COUNT = 50000  # images of the FID that papers report
+FULL_COUNT = 50000  # images of the distances that papers report
+PUBLISHED = {"fid": "FID", "fd_dinov2": "FD-DINOv2"}  # as papers call them
 MOST_KEPT = 50000  # images whose features are kept
 ISC_SPLITS, ISC_SEED = 10, 2020
 KID_SUBSET = 1000
 GROUPS = 10
 PRC_IN_MEMORY = 10000  # above, distances are computed in parts: 50,000 x 50,000 fill 10 GB
+NEIGHBOURS = 5  # of density and coverage, as their authors take
 # Written beside mu and sigma; files of others have none of them.
 RECORDED = ("count", "img_size", "extractor", "layer", "weights_sha256")
-Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64, and perhaps RECORDED
+# mu [D] and sigma [D, D], float64, and perhaps sFID's, mu_s and sigma_s, and RECORDED.
+Statistics = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Measure:
-    """stats: what FID is the distance to. record: where the reference comes from.
+    """stats: what FID and sFID are the distances to. record: where the reference comes from.
 
     features: {layer: [N, D]} of real images, on the main process.
     """
@@ -57,7 +61,7 @@ class Measure:
 class Scores:
     """warnings: of figures that mean less than a reader expects.
 
-    replicates: {"fid": [G], "inception_score": [G]}, where they can be had.
+    replicates: {"fid": [G], "sfid": [G], "inception_score": [G]}, where they can be had.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
@@ -119,7 +123,7 @@ class Accumulator:
     ):
         self.layers, self.count = layers, 0
         self.step = max(1, -(-count // MOST_KEPT))
-        self.moments = Moments(groups)
+        self.moments, self.spatial = Moments(groups), Moments(groups)  # of FID's layer, of sFID's
         self.logits: list[Tensor] = []
         kept = [layers[metric] for metric in ("kid", "prc") if keep and metric in layers]
         self._features: dict[str, list[Tensor]] = {layer: [] for layer in kept}
@@ -130,6 +134,8 @@ class Accumulator:
             self.logits.append(features[self.layers["isc"]])
         if "fid" in self.layers:
             self.moments.update(features[self.layers["fid"]])
+        if self.layers.get("sfid") in features:  # files of earlier versions are without
+            self.spatial.update(features[self.layers["sfid"]])
         for layer, kept in self._features.items():
             kept.append(features[layer][-self.count % self.step :: self.step].clone())
         self.count += len(next(iter(features.values())))
@@ -139,26 +145,36 @@ class Accumulator:
         """{layer: [n, D]} of the images whose features are kept."""
         return {layer: torch.cat(kept) for layer, kept in self._features.items()}
 
+    def statistics(self) -> Statistics:
+        """mu and sigma, and mu_s and sigma_s if sFID's features are there of all images."""
+        found = self.moments.statistics()
+        if self.spatial.count == self.moments.count:
+            found |= {f"{name}_s": array for name, array in self.spatial.statistics().items()}
+        return found
+
     def save_statistics(self, path: Path, extractor: Extractor, size: int) -> None:
-        """mu and sigma as --fid_stats reads them, if there is a layer for FID; size in pixels."""
+        """As --fid_stats reads them, if there is a layer for FID; size in pixels."""
         if "fid" in self.layers:
             origin = (extractor.name, self.layers["fid"], extractor.weights_sha256)
             facts = dict(zip(RECORDED, (self.moments.count, size, *origin), strict=True))
             with atomic_write(path) as file:
-                np.savez(file, **self.moments.statistics(), **facts)
+                np.savez(file, **self.statistics(), **facts)
 
 
 def score(sums: Accumulator, measure: Measure) -> Scores:
     """All figures that can be had."""
     layers, inception = measure.extractor.layers, measure.extractor.is_inception
-    scores = Scores()
+    stats, scores = measure.stats, Scores()
     if "isc" in layers:
         _inception_score(torch.cat(sums.logits), scores)
-    if "fid" in layers and measure.stats is not None:
-        _frechet_distance(sums.moments, measure.stats, inception, scores)
+    if "fid" in layers and stats is not None:
+        _frechet_distance(sums.moments, stats, measure.extractor.distance, scores)
+    if "sfid" in layers and stats is not None and "mu_s" in stats:
+        _spatial_distance(sums, stats, scores)
     if measure.features is not None:
         own, other = sums.features, measure.features
-        for metric, compute in (("kid", _kid), ("prc", _precision_recall)):
+        figures = (("kid", _kid), ("prc", _precision_recall), ("prc", _density_coverage))
+        for metric, compute in figures:
             if metric in layers:
                 compute(own[layers[metric]], other[layers[metric]], scores)
     if not inception:  # in the features of another network they are not FID, IS and KID
@@ -184,28 +200,37 @@ def _inception_score(logits: Tensor, scores: Scores) -> None:
     scores.replicates["inception_score"] = values
 
 
-def _frechet_distance(moments: Moments, stats: Statistics, inception: bool, scores: Scores) -> None:
+def _frechet_distance(moments: Moments, stats: Statistics, name: str, scores: Scores) -> None:
+    """name: of the figure. What FID says of few images sFID does not repeat."""
     count, width = moments.count, len(stats["mu"])
     if count < 2:
         scores.warnings.append("no Frechet distance is computed: a covariance takes two images")
         return
-    name = "fid" if inception else "frechet_distance"
     scores.figures[name] = frechet(moments.statistics(), stats)
-    if count <= width:
-        few = few_for_covariance(count, width)
-        scores.warnings.append(f"{few}; compare it with nothing but the same number")
-    elif inception and count != FULL_COUNT:
-        scores.warnings.append(
-            f"this is FID-{count}: FID falls with the number of images, so it is not comparable "
-            "with the FID-50K of papers"
-        )
     if count - moments.counts.max() > width:  # else the replicates are of singular covariances
         groups = range(len(moments.counts))
         values = [frechet(moments.statistics(without=group), stats) for group in groups]
-        scores.replicates["fid"], scores.figures[f"{name}_standard_error"] = (
-            values,
-            fid_error(values),
+        scores.replicates["sfid" if name == "sfid" else "fid"] = values
+        scores.figures[f"{name}_standard_error"] = fid_error(values)
+    if name == "sfid":
+        return
+    if count <= width:
+        few = few_for_covariance(count, width)
+        scores.warnings.append(f"{few}; compare it with nothing but the same number")
+    elif (title := PUBLISHED.get(name)) and count != FULL_COUNT:
+        scores.warnings.append(
+            f"this is {title}-{count}: {title} falls with the number of images, so it is not "
+            f"comparable with the {title}-50K of papers"
         )
+
+
+def _spatial_distance(sums: Accumulator, stats: Statistics, scores: Scores) -> None:
+    if sums.spatial.count < sums.moments.count:
+        files = "features/ was begun by a version without it; remove it to measure anew"
+        scores.warnings.append(f"sFID is not computed: {files}")
+    elif sums.spatial.count > 1:
+        reference = {"mu": stats["mu_s"], "sigma": stats["sigma_s"]}
+        _frechet_distance(sums.spatial, reference, "sfid", scores)
 
 
 def few_for_covariance(count: int, width: int) -> str:
@@ -238,6 +263,24 @@ def _precision_recall(own: Tensor, other: Tensor, scores: Scores) -> None:
         return
     in_parts = max(len(own), len(other)) > PRC_IN_MEMORY
     scores.figures |= prc_features_to_metric(own, other, save_cpu_ram=in_parts, verbose=False)
+
+
+def _density_coverage(own: Tensor, other: Tensor, scores: Scores) -> None:
+    """A ball around each real image reaches to its fifth neighbour.
+
+    Density: in how many a generated image lies, over five. Coverage: the share that holds one.
+    """
+    if len(other) <= NEIGHBOURS:  # the fifth beside itself
+        scores.warnings.append(f"density and coverage need {NEIGHBOURS + 1} real images")
+        return
+    inside = covered = 0
+    for part in other.split(PRC_IN_MEMORY):
+        radii = torch.cdist(part, other).kthvalue(NEIGHBOURS + 1).values
+        within = torch.cdist(part, own) < radii[:, None]
+        inside += within.sum().item()
+        covered += within.any(dim=1).sum().item()
+    scores.figures["density"] = inside / (NEIGHBOURS * len(own))
+    scores.figures["coverage"] = covered / len(other)
 
 
 def statistics(features: Tensor) -> Statistics:

@@ -1,8 +1,9 @@
 """What generated images are compared with: a file of statistics, or real images themselves.
 
-Statistics are mu [D] and sigma [D, D] of the features of real images, all that FID needs: an npz
-file as ADM's, one of `python -m util.fid_stats`, or a .pt file from torch-fidelity's cache. KID,
-precision and recall need the features themselves, so images: a folder, or ADM's npz of them.
+Statistics are mu [D] and sigma [D, D] of the features of real images, all that FID needs, and
+mu_s and sigma_s of sFID's: an npz file as ADM's, one of `python -m util.fid_stats`, or a .pt file
+from torch-fidelity's cache, which has no sFID. KID, precision, recall, density and coverage need
+the features themselves, so images: a folder, or ADM's npz of them.
 Letters: N images, D features, S side in pixels.
 """
 
@@ -27,7 +28,7 @@ from util.data.listing import list_files
 from util.errors import UserError, as_user_error
 from util.evaluation.arrays import ImageArray, read_npz
 from util.evaluation.evaluator import Evaluator
-from util.evaluation.extractor import INCEPTION, load_extractor
+from util.evaluation.extractor import INCEPTION, SPATIAL_WIDTH, load_extractor
 from util.evaluation.folder import FeatureFiles, batch_ranges, check_shared
 from util.evaluation.metrics import RECORDED, Accumulator, Measure, Statistics, few_for_covariance
 from util.files import load_tensors, sha256
@@ -35,7 +36,7 @@ from util.files import load_tensors, sha256
 ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256
 BATCH = 64
-MOMENTS = {"mu", "sigma"}
+MOMENTS, SPATIAL_MOMENTS = {"mu", "sigma"}, {"mu_s", "sigma_s"}
 ImageSource = list[str] | ImageArray
 
 
@@ -64,11 +65,16 @@ def prepare_measure(
     if path is not None:
         measure = compare_with_statistics(measure, path, size)
     if folder is not None:
-        return compare_with_images(measure, folder, size, reference_cache, Loading.of(args))
-    if path is None:
+        measure = compare_with_images(measure, folder, size, reference_cache, Loading.of(args))
+    elif path is None:
         dist.print_main(
             "FID is not computed: no statistics; put ADM's adm_in256_stats.npz into fid_stats/ "
             "or name an npz file with mu and sigma with --fid_stats"
+        )
+    if "sfid" in extractor.layers and "mu_s" not in (measure.stats or SPATIAL_MOMENTS):
+        dist.print_main(
+            "sFID is not computed: the reference has no mu_s and sigma_s, as ADM's "
+            "VIRTUAL_imagenet256_labeled.npz and files of python -m util.fid_stats have"
         )
     return measure
 
@@ -91,7 +97,7 @@ def compare_with_statistics(measure: Measure, path: str, size: int) -> Measure:
 
 
 def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
-    """mu [D] and sigma [D, D], float64, of D features, and what the file says of itself.
+    """mu [D] and sigma [D, D], float64, of D features, sFID's, and what the file says of itself.
 
     An npz file, or torch-fidelity's .pt. Raises UserError on a damaged file, on other shapes and
     on a sigma that is no covariance.
@@ -102,20 +108,23 @@ def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
     # A damaged file can make its reader fail in any way.
     with as_user_error(f"--fid_stats {path}: not an npz file with mu and sigma", (Exception,)):
         # ADM's files hold 10,000 images besides
-        there = saved or read_npz(path, (*MOMENTS, *RECORDED))
+        there = saved or read_npz(path, (*MOMENTS, *SPATIAL_MOMENTS, *RECORDED))
         stats = {name: np.asarray(array) for name, array in there.items()}
-        for name in stats.keys() & MOMENTS:
+        for name in stats.keys() & (MOMENTS | SPATIAL_MOMENTS):
             stats[name] = stats[name].astype(np.float64, casting="same_kind")
     if not stats.keys() >= MOMENTS:
         raise UserError(f"--fid_stats {path}: not an npz file with mu and sigma{_images_in(path)}")
-    shapes = {name: stats[name].shape for name in sorted(MOMENTS)}
-    if shapes != {"mu": (features,), "sigma": (features, features)}:
-        raise UserError(
-            f"--fid_stats {path}: shapes {shapes} are not those of the extractor's {features} "
-            "features; take statistics that were made with it"
-        )
-    if problem := _defect(stats["mu"], stats["sigma"]):
-        raise UserError(f"--fid_stats {path}: {problem}; the file is damaged or no statistics")
+    for mu, sigma, width in (("mu", "sigma", features), ("mu_s", "sigma_s", SPATIAL_WIDTH)):
+        shapes = {name: stats[name].shape for name in (mu, sigma) if name in stats}
+        if not shapes:
+            continue  # without sFID
+        if shapes != {mu: (width,), sigma: (width, width)}:
+            raise UserError(
+                f"--fid_stats {path}: shapes {shapes} are not those of the extractor's {width} "
+                "features; take statistics that were made with it"
+            )
+        if problem := _defect(stats[mu], stats[sigma]):
+            raise UserError(f"--fid_stats {path}: {problem}; the file is damaged or no statistics")
     return stats
 
 
@@ -204,7 +213,7 @@ def compare_with_images(
         raise UserError(f"--fid_reference {source}: {sums.count} readable images, two are needed")
     record["images"] = sums.count
     if stats is None and "fid" in layers:
-        stats = sums.moments.statistics()
+        stats = sums.statistics()
         if sums.count <= len(stats["mu"]):
             few = few_for_covariance(sums.count, len(stats["mu"]))
             print(f"warning: --fid_reference {source}: {few}", flush=True)

@@ -32,10 +32,14 @@ from util.vae import vae_digest
 PLOTTED = {
     "fid": "fid_standard_error",
     "frechet_distance": "frechet_distance_standard_error",
+    "fd_dinov2": "fd_dinov2_standard_error",
+    "sfid": "sfid_standard_error",
     "inception_score_mean": None,
     "score_mean": None,
     "precision": None,
     "recall": None,
+    "density": None,
+    "coverage": None,
 }
 SHOWN = 8  # images of each point in sweep_images.png
 
@@ -127,12 +131,15 @@ def compared(rows: list[dict]) -> list[dict]:
 
     The best has the lowest Frechet distance, or, where none was computed, the highest score.
     """
-    distance = next((name for name in ("fid", "frechet_distance") if name in rows[0]), None)
+    distances = ("fid", "frechet_distance", "fd_dinov2")
+    distance = next((name for name in distances if name in rows[0]), None)
     score = next((name for name in ("inception_score_mean", "score_mean") if name in rows[0]), None)
     if distance is None and score is None:
         return rows
     best = min(rows, key=lambda row: row[distance] if distance else -row[score])
-    pairs = ((distance, "fid", fid_error), (score, "inception_score", is_error))
+    spatial = "sfid" if all("sfid" in row for row in rows) else None  # older points have none
+    pairs = [(distance, "fid", fid_error), (spatial, "sfid", fid_error)]
+    pairs += [(score, "inception_score", is_error)]
     for row in rows:
         row["best"] = int(row is best)
         for name, replicates, error in pairs:
