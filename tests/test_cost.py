@@ -16,7 +16,7 @@ def figures(capsys, *flags: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_hours_are_the_operations_over_a_share_of_the_peak(capsys):
+def test_hours_are_the_operations_over_a_share_of_the_peak_and_batches_fit(capsys):
     large = TokenBridgeConfig(**preset("tokenbridge_large"))
     found = figures(capsys, "--share", "0.5")
     rate = 0.5 * 989.4e12 * 3600
@@ -32,25 +32,19 @@ def test_hours_are_the_operations_over_a_share_of_the_peak(capsys):
     )
     assert more["sampling_device_hours"] < 0.6 * found["sampling_device_hours"]
     assert more["bytes_per_device"] < found["bytes_per_device"]
-
-
-def test_larger_problems_take_smaller_batches(capsys):
     found = figures(capsys, "--model", "tokenbridge_huge", "--img_size", "512")
     assert figures(capsys)["batch_size"] == 64 > found["batch_size"]
     assert found["bytes_per_device"] < 0.9 * 80e9
 
 
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
+def test_wrong_calls_are_refused_in_one_line(capsys):
+    for flags, line in (
         (["--share", "1.5"], "--share"),
         (["--img_size", "250"], "img_size 250 is not a multiple"),
         (["--model", "tokenbridge_huge", "--img_size", "4096"], "one image takes about"),
         (["--cfg", "nan"], "--cfg"),
-    ],
-)
-def test_wrong_calls_are_refused_in_one_line(capsys, flags, line):
-    assert line in refused(capsys, cost.main, *flags)
+    ):
+        assert line in refused(capsys, cost.main, *flags)
 
 
 def test_the_page_says_what_the_command_does(capsys):
