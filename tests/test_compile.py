@@ -1,12 +1,14 @@
 """Compiled blocks: the same numbers, and a number of graphs that does not grow."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
 from models.sampler import sample_latents
-from tests.conftest import tiny_model
-from tests.runs import run_together
+from tests.conftest import ROOT, environment, tiny_model
 from util.device import compile_model
 from util.errors import UserError
 
@@ -80,5 +82,6 @@ from torch.utils import cpp_extension  # as inductor does
 
 def test_what_has_looked_for_pip_before_does_not_matter():
     """In a process of its own: setuptools is imported once."""
-    ((code, _, stderr),) = run_together(["-c", LOOKED_FOR_PIP])
-    assert code == 0, stderr
+    command = [sys.executable, "-c", LOOKED_FOR_PIP]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -16,7 +16,7 @@ from tests.runs import (
     flags,
     load,
     make_inputs,
-    refused,
+    save_published,
     train,
 )
 from util import doctor
@@ -38,13 +38,6 @@ def others(tmp_path_factory) -> Path:
     paths = dict(data_path="others", cached_path="others_cache")
     call(main_cache.main, *flags(inputs, CACHE_FLAGS, paths))
     return inputs
-
-
-def nameless(trained: Path, path: Path, **changes) -> dict:
-    """A file as the published code leaves it, and the flags that say its settings."""
-    saved = load(trained)
-    torch.save({key: saved[key] for key in ("model", "model_ema", "optimizer", "epoch")}, path)
-    return dict(finetune=path, vae_stride=4, vae_embed_dim=4) | changes
 
 
 def test_averaged_weights_begin_anew_and_rows_are_kept_by_name(others, trained, tmp_path, capsys):
@@ -83,7 +76,8 @@ def test_the_same_command_goes_on_with_what_it_has_begun(others, trained, tmp_pa
 def test_rows_without_names_are_kept_where_the_data_have_as_many(
     others, trained, tmp_path, capsys, classes, said
 ):
-    out, settings = tmp_path / "out", nameless(trained, tmp_path / "published.pth")
+    out, path = tmp_path / "out", tmp_path / "published.pth"
+    settings = AGAIN | save_published(trained, path) | dict(finetune=path, class_num=None)
     if classes < 3:
         for name in ("dog", "eel"):
             shutil.copytree(others / "others" / "train" / name, tmp_path / "few" / "train" / name)
@@ -91,7 +85,7 @@ def test_rows_without_names_are_kept_where_the_data_have_as_many(
         call(main_cache.main, *flags(others, CACHE_FLAGS, paths))
         settings["cached_path"] = tmp_path / "cache"
     scale = dict(latent_scale=load(trained)["config"]["latent_scale"])
-    found = train(others, out, **AGAIN | settings | scale, epochs=1)
+    found = train(others, out, **settings | scale, epochs=1)
     assert said in capsys.readouterr().out
     kept = torch.equal(found["model"][ROWS][:2], load(trained)["model_ema"][ROWS][:2])
     assert kept == (classes == 4) and len(found["model"][ROWS]) == classes
@@ -143,15 +137,13 @@ def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
         (dict(finetune=None, resume="RUN", class_num=4), "--finetune in the place of --resume"),
     ],
 )
-def test_what_contradicts_it_is_refused(others, trained, tmp_path, capsys, changes, said):
+def test_what_contradicts_it_is_refused(others, trained, refusal, changes, said):
     changes = AGAIN | dict(finetune=trained) | changes
     changes = {k: trained if v == "RUN" else v for k, v in changes.items()}
-    argv = flags(others, TRAIN_FLAGS, changes, output_dir=tmp_path / "out")
-    assert said in refused(capsys, main_tokenbridge.main, *argv)
-    assert not (tmp_path / "out").exists()
+    assert said in refusal("train", others, **changes)
 
 
-def test_a_run_stays_known_by_what_it_began_with(others, trained, tmp_path, capsys):
+def test_a_run_stays_known_by_what_it_began_with(others, trained, tmp_path, capsys, refusal):
     """However the path is spelled, and after the run went on without the flag."""
     goes = dict(output_dir=tmp_path / "out", blr=0)
     argv = [flags(others, TRAIN_FLAGS, AGAIN, goes, epochs=epochs) for epochs in (1, 2, 3)]
@@ -162,8 +154,8 @@ def test_a_run_stays_known_by_what_it_began_with(others, trained, tmp_path, caps
     assert "going on after step 8" in capsys.readouterr().out
     shutil.copytree(trained, tmp_path / "other")
     for resume in ("auto", None):  # a folder of another run is not gone on with
-        argv = flags(others, TRAIN_FLAGS, AGAIN, finetune=trained, resume=resume)
-        line = refused(capsys, main_tokenbridge.main, *argv, "--output_dir", f"{tmp_path}/other")
+        other = dict(output_dir=tmp_path / "other", finetune=trained, resume=resume)
+        line = refusal("train", others, **AGAIN, **other)
         assert f"--output_dir {tmp_path / 'other'} holds" in line
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch_fidelity
 from PIL import Image
 from scipy.linalg import sqrtm
 
-from tests.measures import FEATURES, PIXELS, Pixels, save_model, save_random_inception
+from tests.measures import FEATURES, PIXELS, Pixels, prepare, save_model, save_random_inception
 from tests.runs import evaluate, make_inputs
 from util.data.images import Loading
 from util.errors import UserError
@@ -21,7 +20,7 @@ from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import INCEPTION, WEIGHTS_FILE, Extractor, published_weights
 from util.evaluation.folder import FeatureFiles, batch_ranges
 from util.evaluation.metrics import Measure, Moments, Scores
-from util.evaluation.reference import compare_with_images, image_batches, prepare_measure
+from util.evaluation.reference import compare_with_images, image_batches
 
 CPU = torch.device("cpu")
 
@@ -29,17 +28,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     return save_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-
-
-def prepare(**changes) -> Measure | None:
-    flags = dict(no_metrics=False, fid_stats=None, feature_extractor=INCEPTION)
-    return prepare_measure(Namespace(**flags | dict(inception_weights=None) | changes), 16, CPU)
 
 
 def save_noise(folder: Path, count: int, seed: int) -> Path:
@@ -227,7 +215,8 @@ def test_missing_weights_and_statistics_are_said_in_one_line_each(weights, capsy
     assert capsys.readouterr().out == ""
 
 
-def test_weights_are_found_and_checked(weights, tmp_path):
+def test_weights_are_found_and_checked(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     place = published_weights()
     place.parent.mkdir(parents=True)
     shutil.copy(weights, place)
@@ -240,14 +229,11 @@ def test_weights_are_found_and_checked(weights, tmp_path):
         prepare(inception_weights=str(tmp_path / "other.pth"))
 
 
-@pytest.mark.parametrize(
-    ("name", "fragment"),
-    [
+def test_unknown_extractors_are_refused_in_one_line():
+    for name, fragment in (
         ("nothing", "'nothing'"),
         ("no.such.module:pixels", "cannot import 'no.such.module'"),
         ("..measures:pixels", "cannot import '..measures'"),
-    ],
-)
-def test_unknown_extractors_are_refused_in_one_line(name, fragment):
-    with pytest.raises(UserError, match=rf"^--feature_extractor {name}[^\n]*{fragment}[^\n]*$"):
-        prepare(feature_extractor=name)
+    ):
+        with pytest.raises(UserError, match=rf"^--feature_extractor {name}[^\n]*{fragment}[^\n]*$"):
+            prepare(feature_extractor=name)
