@@ -114,14 +114,11 @@ def sweep_args(**changes):
     return args
 
 
-def test_evaluation_while_training_takes_one_point():
+def test_training_takes_one_point_and_values_that_would_share_a_folder_are_refused():
     with pytest.raises(UserError, match="--online_eval takes one value, not several: --cfg"):
         eval_settings(sweep_args(cfg=[1.0, 2.0]), class_num=3)
     found = eval_settings(sweep_args(cfg=[2.0], temperature=[0.5]), class_num=3)
     assert (found.sampling.cfg, found.sampling.temperature) == (2.0, 0.5)
-
-
-def test_values_that_would_share_a_folder_are_refused():
     with pytest.raises(UserError, match="too close"):
         EvalSettings.of(sweep_args(cfg=[1.0000001, 1.0000002]), class_num=3)
     assert len(EvalSettings.of(sweep_args(cfg=[1.0, 1.0, 2.0]), class_num=3)) == 2
