@@ -109,9 +109,8 @@ def test_help_explains_every_flag_and_its_default(tool, capsys):
     assert not any(word in text for word in ("None", "True", "False", "()", "[[", "Letters:"))
 
 
-@pytest.mark.parametrize(
-    ("argv", "fragment"),
-    [
+def test_wrong_values_get_one_line(capsys):
+    for argv, fragment in (
         (["--epoch", "3"], "did you mean --epochs?"),  # no abbreviations
         (["--output-dir", "x"], "did you mean --output_dir?"),
         (["stray"], "stray"),
@@ -125,10 +124,8 @@ def test_help_explains_every_flag_and_its_default(tool, capsys):
         (["--head_input", "other"], "--head_input"),
         (["--resume", ""], "the value of --resume is empty"),
         (["--resume="], "the value of --resume is empty"),
-    ],
-)
-def test_wrong_values_get_one_line(argv, fragment, capsys):
-    assert fragment in error_line(capsys, *argv)
+    ):
+        assert fragment in error_line(capsys, *argv)
 
 
 # --- files of settings

@@ -22,7 +22,9 @@ def trained(inputs, tmp_path_factory) -> Path:
     return output
 
 
-def test_levels_are_those_of_the_caches_latents(inputs, trained):
+def test_levels_are_those_of_the_caches_latents_in_a_training_on_images_too(
+    inputs, trained, tmp_path
+):
     """Sampled and counted here once more, over all images and mirror images at once."""
     cache = open_cache(inputs / "cache")
     keys = [(i, flip) for i in range(len(cache)) for flip in (False, True)]
@@ -38,6 +40,11 @@ def test_levels_are_those_of_the_caches_latents(inputs, trained):
     torch.testing.assert_close(state["model"]["reconstruction_values"], values.float())
     torch.testing.assert_close(state["model"]["boundaries"], boundaries.float())
     assert values.shape == (CHANNELS, 2**BITS)
+    images = IMAGE_FLAGS | dict(cached_path="cache", latent_scale=scale, epochs=1)
+    found = train(inputs, tmp_path, **CALIBRATED, **images)
+    assert torch.equal(
+        found["model"]["reconstruction_values"], state["model"]["reconstruction_values"]
+    )
 
 
 def forget_histogram(cache: Path) -> None:
@@ -58,14 +65,6 @@ def test_resumed_training_keeps_its_levels_and_draws_with_them(inputs, own, trai
     assert found["epoch"] == expected["epoch"]
     for name in ("reconstruction_values", "boundaries"):
         assert torch.equal(found["model"][name], expected["model"][name])
-
-
-def test_training_on_images_takes_the_levels_of_a_cache_of_the_same_vae(inputs, trained, tmp_path):
-    scale = open_cache(inputs / "cache").manifest["latent_scale"]
-    images = IMAGE_FLAGS | dict(cached_path="cache", latent_scale=scale, epochs=1)
-    found = train(inputs, tmp_path, **CALIBRATED, **images)
-    expected = load(trained)["model"]["reconstruction_values"]
-    assert torch.equal(found["model"]["reconstruction_values"], expected)
 
 
 def test_what_has_no_distribution_is_refused(inputs, own, refusal):

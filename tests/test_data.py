@@ -64,7 +64,7 @@ def test_images_of_all_kinds_become_upright_rgb_of_8_bits_and_transparent_parts_
         assert np.asarray(read_image(tmp_path / f"{name}.png")).tolist() == [[colour, [255] * 3]]
 
 
-def test_bad_files_are_named_with_the_remedy(tmp_path):
+def test_bad_files_are_named_with_the_remedy_and_an_image_bomb_with_its_size(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     whole = save(tmp_path / "whole.png", noise).read_bytes()
     contents = {"empty.png": b"", "cut.png": whole[: len(whole) // 2], "text.jpg": b"no image"}
@@ -78,9 +78,6 @@ def test_bad_files_are_named_with_the_remedy(tmp_path):
     for name in (*contents, *others):
         with pytest.raises(UserError, match=f"{name}.*--skip_bad_images"):
             read_image(tmp_path / name)
-
-
-def test_image_bomb_is_refused_with_its_size(tmp_path):
     path = save(tmp_path / "bomb.png", np.zeros((40, 30), np.uint8))
     with pytest.raises(UserError, match="30 x 40 is 1200 pixels.* --max_image_pixels 1199"):
         read_image(path, 1199)

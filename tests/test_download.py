@@ -102,7 +102,9 @@ def test_files_may_lie_elsewhere_in_a_repository(hub, tmp_path):
     assert found == [b"vae", b"large", b"huge"]
 
 
-def test_what_cannot_be_is_told_in_one_line(hub, tmp_path, capsys):
+def test_what_cannot_be_is_told_in_one_line_and_without_a_network_what_to_fetch(
+    hub, tmp_path, capsys
+):
     for flags, fragments in (
         ({"repo": "no/where"}, ["--repo no/where", "Repository Not Found"]),
         ({"revision": "v9"}, ["--revision v9", "Revision Not Found"]),
@@ -113,9 +115,6 @@ def test_what_cannot_be_is_told_in_one_line(hub, tmp_path, capsys):
         hub.repos["a/b"] = {"one/vae.ckpt": b"", "other.txt": b""}
         line = refused(capsys, download.main, *command(hub, tmp_path, "vae", **flags))
         assert all(fragment in line for fragment in fragments), line
-
-
-def test_without_a_network_it_says_what_to_fetch_and_where_to_put_it(tmp_path, capsys):
     nobody = Hub(url=f"http://127.0.0.1:{free_port()}")
     line = refused(capsys, download.main, *command(nobody, tmp_path, "vae", "huge"))
     assert nobody.url in line and REPOSITORY in line

@@ -28,9 +28,8 @@ def test_a_training_says_its_cost_and_writes_nothing(inputs, tmp_path, capsys, c
     assert figures["device_hours"] == figures["hours"] and 0 < figures["loss"] < 10
 
 
-@pytest.mark.parametrize(
-    ("resume", "changes", "expected"),
-    [
+def test_a_rate_that_stays_low_or_jumps_is_said(inputs, trained, tmp_path, capsys):
+    for resume, changes, expected in (
         (
             *(False, dict(warmup_epochs=None)),  # the last step is 5 of 300 to the peak
             "--warmup_epochs 100 does not end before --epochs 2: the learning rate reaches "
@@ -43,19 +42,15 @@ def test_a_training_says_its_cost_and_writes_nothing(inputs, tmp_path, capsys, c
         ),
         (True, dict(epochs=3, warmup_epochs=0, lr_schedule="constant", lr=7.8125e-5), None),
         (False, dict(warmup_epochs=1.9), None),
-    ],
-)
-def test_a_rate_that_stays_low_or_jumps_is_said(
-    inputs, trained, tmp_path, capsys, resume, changes, expected
-):
-    resume = trained if resume else None
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", resume=resume, **changes)
-    call(main_tokenbridge.main, *argv, "--dry_run")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "warning:" in line]
-    if expected is None:
-        assert lines == []
-    else:
-        assert expected.format(checkpoint=trained / "checkpoint-last.pth") in lines[0], lines
+    ):
+        resume = trained if resume else None
+        argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", resume=resume, **changes)
+        call(main_tokenbridge.main, *argv, "--dry_run")
+        lines = [line for line in capsys.readouterr().out.splitlines() if "warning:" in line]
+        if expected is None:
+            assert lines == []
+        else:
+            assert expected.format(checkpoint=trained / "checkpoint-last.pth") in lines[0], lines
 
 
 def test_damaged_checkpoint_is_named_and_stays(inputs, tmp_path, refusal):

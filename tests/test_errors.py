@@ -179,16 +179,18 @@ def test_a_file_of_another_kind_is_called_what_it_is(inputs, refusal, tmp_path, 
     assert has(line, f"--vae_path {path}: ", kind) and len(line) < 500 and "\x1b" not in line
 
 
-@pytest.mark.parametrize(
-    ("flag", "ending"),
-    [("resume", "pt"), ("inception_weights", "pt"), ("fid_stats", "npz"), ("fid_reference", "npz")],
-)
-def test_every_flag_that_names_a_file_says_so(inputs, refusal, tmp_path, flag, ending):
-    path = tmp_path / f"file.{ending}"
-    path.write_bytes(LFS_POINTER)
-    changes = {"feature_extractor": PIXELS} if flag.startswith("fid_") else {}
-    line = refusal("evaluate", inputs, **RUN | changes | {flag: path})
-    assert has(line, f"--{flag} {path}", "lfs")
+def test_every_flag_that_names_a_file_says_so(inputs, refusal, tmp_path):
+    for flag, ending in (
+        ("resume", "pt"),
+        ("inception_weights", "pt"),
+        ("fid_stats", "npz"),
+        ("fid_reference", "npz"),
+    ):
+        path = tmp_path / f"file.{ending}"
+        path.write_bytes(LFS_POINTER)
+        changes = {"feature_extractor": PIXELS} if flag.startswith("fid_") else {}
+        line = refusal("evaluate", inputs, **RUN | changes | {flag: path})
+        assert has(line, f"--{flag} {path}", "lfs")
 
 
 # --- folders that do not fit, and runs that go wrong

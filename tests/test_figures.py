@@ -21,14 +21,12 @@ def test_levels_and_edges_are_where_encode_changes(bits):
     assert after.tolist() == list(range(1, 2**bits))
 
 
-def test_drawn_dots_are_the_published_levels():
+def test_drawn_dots_are_the_published_levels_and_the_head_s_channels_in_its_order():
     dots = [line.get_xdata() for line in figures.quantizer_figure().axes[1].lines]
     assert [len(x) for x in dots] == [2**bits for bits in figures.BITS]
     published = (golden("quantizer")["b6_-5_5_reconstruction_values"] + 3) / 6 * 10 - 5
     assert np.allclose(dots[-1], published, atol=1e-5)
 
-
-def test_head_figure_names_the_channels_in_the_models_order():
     order = tiny_model(vae_embed_dim=16, channel_order=None).head.order.tolist()
     words = [text.get_text() for text in figures.head_figure().axes[0].texts]
     predicted = [int(word.split("\n")[1]) for word in words if word.startswith("channel\n")]

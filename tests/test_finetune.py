@@ -123,9 +123,8 @@ def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
     assert "FAILURE  inputs" in said and "--finetune in the place of --resume" in said
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
+def test_what_contradicts_it_is_refused(others, trained, refusal):
+    for changes, said in (
         (dict(resume="RUN"), "--resume auto goes on with what has begun"),
         (dict(finetune="auto"), "--finetune auto names the folder or file"),
         (dict(finetune="/nowhere"), "--finetune /nowhere does not exist"),
@@ -135,12 +134,10 @@ def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
         (dict(evaluate=True), "--evaluate needs"),
         (dict(finetune=None, resume="RUN"), "--finetune in the place of --resume"),
         (dict(finetune=None, resume="RUN", class_num=4), "--finetune in the place of --resume"),
-    ],
-)
-def test_what_contradicts_it_is_refused(others, trained, refusal, changes, said):
-    changes = AGAIN | dict(finetune=trained) | changes
-    changes = {k: trained if v == "RUN" else v for k, v in changes.items()}
-    assert said in refusal("train", others, **changes)
+    ):
+        changes = AGAIN | dict(finetune=trained) | changes
+        changes = {k: trained if v == "RUN" else v for k, v in changes.items()}
+        assert said in refusal("train", others, **changes)
 
 
 def test_a_run_stays_known_by_what_it_began_with(others, trained, tmp_path, capsys, refusal):

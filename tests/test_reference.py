@@ -150,7 +150,7 @@ def test_an_npz_file_of_images_is_a_reference_and_as_statistics_told_so(array, i
     np.testing.assert_array_equal(first.stats["sigma"], second.stats["sigma"])
 
 
-def test_npz_files_that_hold_no_images_are_refused(tmp_path):
+def test_npz_files_that_hold_no_images_and_an_output_that_is_none_are_refused(tmp_path, images):
     for content, fragment in (
         ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, "float32 (2, 4, 4, 3), not uint8"),
         ({"arr_0": np.array([{}])}, "never unpickled"),
@@ -160,6 +160,8 @@ def test_npz_files_that_hold_no_images_are_refused(tmp_path):
         np.savez(path, **content)
         line = complaint(call, fid_stats.main, *flags(path, tmp_path / "stats.npz"))
         assert line.startswith(f"--image_dir {path}") and fragment in line
+    with pytest.raises(UserError, match="--output stats.txt"):
+        call(fid_stats.main, *flags(images, "stats.txt"))
 
 
 def test_statistics_fit_the_extractor_and_the_size_they_were_made_with(made, tmp_path, capsys):
@@ -186,8 +188,3 @@ def test_adm_s_statistics_are_of_256_pixels(made, tmp_path):
     _, other = reference.check_statistics(path, stats, {}, 64)
     _, same = reference.check_statistics(path, stats, {}, 256)
     assert "256 px images and these are of 64 px" in other[0] and same == []
-
-
-def test_output_is_an_npz_file(images, tmp_path):
-    with pytest.raises(UserError, match="--output stats.txt"):
-        call(fid_stats.main, *flags(images, "stats.txt"))

@@ -175,15 +175,12 @@ def test_curves_of_a_killed_run_end_where_it_went_on(tmp_path):
     assert load(tmp_path).trainings[""].scalars["train/loss"] == [(1, 4.0), (2, 3.0), (3, 2.0)]
 
 
-def test_charts_thin_long_curves_and_leave_out_what_is_not_finite():
+def test_charts_thin_long_curves_without_what_is_not_finite_and_figures_are_readable():
     points = [(i, float(i * 7919 % 1000)) for i in range(100_000)]
     svg = page.chart("loss", {"a": [(0, float("nan")), *points, (100_000, float("inf"))]})
     assert len(svg) < 30_000 and "a: inf" in svg and "nan" not in svg.lower()
     assert f"a: {page.figure(points[-1][1])}" in page.chart("loss", {"a": points})
     assert "loss: no values" in page.chart("loss", {"a": [(0, float("inf"))]})
-
-
-def test_figures_as_people_read_them():
     values = [1234567, 0.000012, 2.0, 3.14159, "a", None, [1, 0.5], {"cfg": 2.0}]
     texts = ["1,234,567", "1.2e-05", "2", "3.142", "a", "–", "1, 0.5", "cfg: 2"]
     assert list(map(page.figure, values)) == texts
