@@ -2,10 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
 from util.data.batches import Batches
 from util.device import resolve_precision
+from util.errors import UserError
 from util.optim import EMA, build_optimizer
 
 # Small tensors gain nothing from threads, and two test processes share two cores.
@@ -26,6 +28,15 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_network(tmp_path_factory) -> Iterator[None]:
+    """No Inception weights, neither this machine's own nor those of the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
+        patch.setenv("https_proxy", "http://127.0.0.1:9")  # the discard port, where nobody listens
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +48,32 @@ def inputs(tmp_path_factory) -> Iterator[Path]:
     before = stamps(folder)
     yield folder
     assert stamps(folder) == before, "a test has changed what others read"
+
+
+@pytest.fixture
+def own(inputs, tmp_path) -> Path:
+    """A copy of a module's inputs to spoil."""
+    return shutil.copytree(inputs, tmp_path / "own")
+
+
+@pytest.fixture
+def refusal(capsys, tmp_path) -> Callable[..., str]:
+    """Calls a script with small inputs; the line with which it refuses before it writes anything.
+
+    Takes one of USES of tests/runs.py, the folder of inputs, and changes of the flags.
+    """
+    from tests.runs import USES, contents, flags, refused
+
+    def line(use: str, inputs: Path, **changes) -> str:
+        main, own_flags, target = USES[use]
+        settings = own_flags | {target: tmp_path / "new" / "output"} | changes
+        output = Path(settings[target] or tmp_path / "new")
+        before = contents(output)
+        said = refused(capsys, main, *flags(inputs, settings))
+        assert contents(output) == before and output.exists() == bool(before)
+        return said
+
+    return line
 
 
 @pytest.fixture(scope="session")
@@ -136,6 +173,14 @@ def environment(alone: bool = False, **env) -> dict[str, str]:
     return found | ({} if alone else shared) | {name: str(value) for name, value in env.items()}
 
 
+def complaint(action: Callable, *args, **kwargs) -> str:
+    """The one line of the UserError that a call raises."""
+    with pytest.raises(UserError) as error:
+        action(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def run_script(
     *command, cwd: Path = ROOT, timeout: int = 300, **env
 ) -> subprocess.CompletedProcess:
@@ -151,16 +196,6 @@ def run_script(
         timeout=timeout,
         env=environment(**env),
     )
-
-
-def assert_user_error(result: subprocess.CompletedProcess, *fragments: str) -> None:
-    """One line, exit code 2, no traceback, and every fragment in it."""
-    assert result.returncode == 2, result.stderr + result.stdout
-    assert "Traceback" not in result.stderr, result.stderr
-    lines = [line for line in result.stderr.splitlines() if "error:" in line]
-    assert len(lines) == 1, result.stderr
-    for fragment in fragments:
-        assert fragment in lines[0], (fragment, lines[0])
 
 
 @pytest.fixture(autouse=True)

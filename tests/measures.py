@@ -4,6 +4,7 @@ The extractor is registered with torch-fidelity as "pixels" when this module is 
 extractor of a user's is: `--feature_extractor tests.measures:pixels`.
 """
 
+from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,9 @@ from torch_fidelity.registry import register_feature_extractor
 from models.config import preset
 from models.tokenbridge import TokenBridge
 from tests.runs import CHANNELS, SIZE, STRIDE
+from util.evaluation.extractor import INCEPTION
+from util.evaluation.metrics import Measure
+from util.evaluation.reference import prepare_measure
 
 PIXELS = "tests.measures:pixels"
 FEATURES, LOGITS = 9, 5
@@ -50,6 +54,13 @@ class Pixels(FeatureExtractorBase):
 register_feature_extractor("pixels", Pixels)
 
 
+def prepare(**changes) -> Measure | None:
+    """What the flags of an evaluation measure with."""
+    flags = dict(no_metrics=False, fid_stats=None, feature_extractor=INCEPTION)
+    flags |= dict(inception_weights=None)
+    return prepare_measure(Namespace(**flags | changes), SIZE, torch.device("cpu"))
+
+
 def save_random_inception(path: Path) -> Path:
     """Random weights of torch-fidelity's network, in the form of its own file."""
     torch.manual_seed(0)
@@ -66,15 +77,20 @@ def save_random_inception(path: Path) -> Path:
     return path
 
 
-def save_model(folder: Path, seed: int = 0, **known) -> Path:
-    """A checkpoint of random weights for the inputs of tests/runs.py, and of what else is known."""
-    torch.manual_seed(seed)
+def random_model(**changes) -> TokenBridge:
+    """Of random weights, for the inputs of tests/runs.py."""
     settings = preset("tokenbridge_tiny") | dict(img_size=SIZE, vae_stride=STRIDE, class_num=3)
-    settings |= dict(vae_embed_dim=CHANNELS, buffer_size=4, channel_order=(2, 0, 3, 1))
-    model = TokenBridge(**settings, latent_scale=1.0)
+    model = TokenBridge(**settings | dict(vae_embed_dim=CHANNELS, buffer_size=4) | changes)
     with torch.no_grad():
         for parameter in model.parameters():  # adaLN starts at zero, where classes are alike
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def save_model(folder: Path, seed: int = 0, **known) -> Path:
+    """A checkpoint of a random model, and of what else is known."""
+    torch.manual_seed(seed)
+    model = random_model(channel_order=(2, 0, 3, 1), latent_scale=1.0)
     folder.mkdir(parents=True)
     saved = {"model": model.published_state_dict(), "config": model.config.to_dict()}
     saved["model_ema"] = dict(model.published_parameters())

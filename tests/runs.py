@@ -3,6 +3,7 @@
 import functools
 import multiprocessing
 import os
+import resource
 import runpy
 import shutil
 import socket
@@ -21,14 +22,16 @@ from PIL import Image
 
 import main_cache
 import main_tokenbridge
+import reconstruction
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import ROOT, environment
 from util.dist import run
 from util.errors import EXIT_USER_ERROR
+from util.saver import CheckpointSaver
 from util.vae import save_vae
 
 SIZE, CHANNELS, STRIDE = 16, 4, 4
-OFTEN_IMPORTED = ("reconstruction", "torch.utils.tensorboard", "torchmetrics.functional.image")
+OFTEN_IMPORTED = ("torch.utils.tensorboard", "torchmetrics.functional.image")
 CLASSES = ("ant", "bee", "cat")
 IMAGES = 8  # of each class
 
@@ -73,7 +76,21 @@ EVALUATE_FLAGS = {
     **{k: v for k, v in COMMON.items() if k != "img_size"},
     **dict(evaluate=True, vae_path="vae.ckpt", num_images=12, eval_bsz=5, num_iter=4, cfg=2),
 }
-INPUTS = ("vae_path", "data_path", "cached_path", "image_dir")
+IMAGE_FLAGS = dict(use_cached=False, cached_path=None, data_path="data", vae_path="vae.ckpt")
+IMAGE_FLAGS |= dict(latent_scale=1.0, channel_order="0,1,2,3")
+RECONSTRUCTION_FLAGS = {
+    **COMMON,
+    **dict(image_dir="data", vae_path="vae.ckpt", latent_scale=1.0, no_metrics=True),
+}
+# Of each use: its script, its flags and the flag of what it writes.
+USES = {
+    "train": (main_tokenbridge.main, TRAIN_FLAGS, "output_dir"),
+    "images": (main_tokenbridge.main, TRAIN_FLAGS | IMAGE_FLAGS, "output_dir"),
+    "evaluate": (main_tokenbridge.main, EVALUATE_FLAGS, "output_dir"),
+    "reconstruct": (reconstruction.main, RECONSTRUCTION_FLAGS, "output_dir"),
+    "cache": (main_cache.main, CACHE_FLAGS, "cached_path"),
+}
+INPUTS = ("vae_path", "data_path", "cached_path", "image_dir", "resume")
 
 
 def flags(inputs: Path, *groups: dict, **changes) -> list[str]:
@@ -86,7 +103,7 @@ def flags(inputs: Path, *groups: dict, **changes) -> list[str]:
         if value is None or value is False:
             continue
         values = value if isinstance(value, list) else [] if value is True else [value]
-        values = [inputs / v if name in INPUTS else v for v in values]
+        values = [inputs / v if name in INPUTS and v != "auto" else v for v in values]
         argv += [f"--{name}", *map(str, values)]
     return argv
 
@@ -115,6 +132,17 @@ def train(inputs: Path, output: Path, **changes) -> dict:
     return load(output)
 
 
+def interrupted(inputs: Path, output: Path, **changes) -> None:
+    """Train, killed when the checkpoint of the first epoch is there."""
+
+    def save_and_die(saver, step, state):
+        saver._write(step, state(), 0.0)
+        raise KeyboardInterrupt
+
+    with mock.patch.object(CheckpointSaver, "save", save_and_die), pytest.raises(KeyboardInterrupt):
+        train(inputs, output, save_last_freq=1, **changes)
+
+
 def evaluate(inputs: Path, output: Path, resume: Path, **changes) -> dict[str, bytes]:
     """Evaluate in this process; the images it writes, by name."""
     argv = flags(inputs, EVALUATE_FLAGS, output_dir=output, resume=resume, **changes)
@@ -126,8 +154,35 @@ def images(output: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(output.glob("*/images/*.png"))}
 
 
+def contents(folder: Path, but: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """Of all files in a folder but those of such names."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in but)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def events_of(folder: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # slow
+
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every TensorBoard scalar."""
+    events = events_of(folder)
+    names = events.Tags()["scalars"]
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
+
+
 def load(folder: Path) -> dict:
     return torch.load(folder / "checkpoint-last.pth", weights_only=True)
+
+
+def save_published(folder: Path, path: Path) -> dict:
+    """A training's checkpoint as the published code leaves it; the flags that say its settings."""
+    saved = load(folder)
+    torch.save({key: saved[key] for key in ("model", "model_ema", "optimizer", "epoch")}, path)
+    sizes = dict(img_size=SIZE, vae_stride=STRIDE, vae_embed_dim=CHANNELS, buffer_size=4)
+    return {"model": "tokenbridge_tiny", "class_num": saved["config"]["class_num"]} | sizes
 
 
 def tensors(value, name: str = "") -> dict[str, torch.Tensor]:
@@ -158,15 +213,23 @@ def ranks(size: int) -> list[dict]:
     return [meeting | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
 
 
-def on_processes(size: int, *command, timeout: int = 120) -> subprocess.CompletedProcess:
-    """What torchrun starts, without torchrun: its highest return code, all that it prints."""
-    results = fork_together(*[command] * size, env=ranks(size), timeout=timeout)
+def on_processes(size: int, *command, code: int = 0) -> subprocess.CompletedProcess:
+    """What torchrun starts, without torchrun; all that it prints. code: the highest of theirs."""
+    results = fork_together(*[command] * size, env=ranks(size))
     codes, *printed = zip(*results, strict=True)
-    return subprocess.CompletedProcess(command, max(codes, key=abs), *map("".join, printed))
+    result = subprocess.CompletedProcess(command, max(codes, key=abs), *map("".join, printed))
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def train_on(size: int, inputs: Path, output: Path, code: int = 0, **changes):
+    """`train` on so many processes, of one micro-batch a step each."""
+    argv = flags(inputs, TRAIN_FLAGS, {"accum_iter": 1} | changes, output_dir=output)
+    return on_processes(size, "main_tokenbridge.py", *argv, code=code)
 
 
 def fork_together(*commands, env: list[dict] | None = None, timeout: int = 120):
-    """`run_together` for scripts and modules of ours, by `start_fork`."""
+    """Start scripts or modules of ours at once, wait for all; their (code, stdout, stderr)."""
     with TemporaryDirectory() as folder:
         logs = [Path(folder) / str(number) for number in range(len(commands))]
         env = env or [{}] * len(commands)
@@ -180,23 +243,29 @@ def fork_together(*commands, env: list[dict] | None = None, timeout: int = 120):
     return [(process.exitcode, *text) for process, text in zip(started, texts, strict=True)]
 
 
-def start_fork(command, log: Path, **env) -> multiprocessing.Process:
-    """A process that runs a script or a module of ours, without the seconds of importing torch.
+def start_fork(
+    command, log: Path, joined: bool = False, limit: int | None = None, **env
+) -> multiprocessing.Process:
+    """A process that runs a script or a module, without the seconds of importing torch.
 
     It is forked from a server that has imported the scripts and has done nothing else. What it
-    prints goes to the files LOG.1 and LOG.2, by the numbers of the streams.
+    prints is added to LOG.1 and LOG.2, by the numbers of the streams, or joined to LOG.
+    limit: largest file in bytes that it can write, which is a full disk to it.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.runs", *OFTEN_IMPORTED])
-    arguments = ([*map(str, command)], environment(**env), log)
+    files = [log if joined else log.with_suffix(f".{number}") for number in (1, 2)]
+    arguments = ([*map(str, command)], environment(**env), files, limit)
     process = server.Process(target=_in_fork, args=arguments)
     process.start()
     return process
 
 
-def _in_fork(command: list[str], env: dict[str, str], log: Path) -> None:
-    for number in (1, 2):
-        os.dup2(os.open(log.with_suffix(f".{number}"), os.O_WRONLY | os.O_CREAT), number)
+def _in_fork(command: list[str], env: dict[str, str], files: list[Path], limit: int | None) -> None:
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)
@@ -211,24 +280,3 @@ def _in_fork(command: list[str], env: dict[str, str], log: Path) -> None:
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()  # as at the end of an interpreter: they do not end when asked to
-
-
-def run_together(*commands: list[str], env: list[dict] | None = None, timeout: int = 120):
-    """Start processes at once, wait for all; their (return code, stdout, stderr)."""
-    started = [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env=environment(**own),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for command, own in zip(commands, env or [{}] * len(commands), strict=True)
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(p.returncode, *output) for p, output in zip(started, outputs, strict=True)]

@@ -77,13 +77,13 @@ def test_checkpoints_of_the_usual_folders_are_found(place, tmp_path, monkeypatch
         library(place / "run").load(found[0], "ema")
 
 
-def test_a_checkpoint_brings_its_vae_classes_and_settings(loaded, place):
+def test_a_checkpoint_brings_its_vae_classes_settings_and_weights_and_is_read_again(
+    loaded, place, tmp_path
+):
     assert loaded.classes == CLASSES == load(library(place / "exported")).classes
     assert loaded.settings == {"num_iter": 6, "cfg": 2.0, "temperature": 0.5}
     assert str(place / "vae.ckpt") in loaded.facts and "4 × 4 positions of 6 × 8" in loaded.facts
 
-
-def test_weights_are_those_asked_for_and_a_replaced_file_is_read_again(place, tmp_path):
     shelf = library(shutil.copytree(place, tmp_path / "copy") / "run")
     ema, raw = (load(shelf, kind) for kind in ("ema", "model"))
     assert torch.equal(raw.model.backbone.mask_token, ema.model.backbone.mask_token + 1)
@@ -91,19 +91,6 @@ def test_weights_are_those_asked_for_and_a_replaced_file_is_read_again(place, tm
     path = Path(shelf.choices()[0])
     torch.save(torch.load(path, weights_only=True) | {"step": 8}, path)
     assert "step 7" in ema.facts and "step 8" in load(shelf).facts
-
-
-@pytest.mark.parametrize(
-    ("name", "weights", "fragment"),
-    [
-        ("exported", "model", "ema weights alone"),
-        ("damaged.png", "ema", "damaged"),
-    ],
-)
-def test_what_is_no_checkpoint_is_told_in_one_line(place, name, weights, fragment):
-    with pytest.raises(UserError, match=f"{name}.*{fragment}") as caught:
-        load(library(place / name), weights)
-    assert "\n" not in str(caught.value)
 
 
 def test_the_vae_is_known_by_its_checksum(place, tmp_path):

@@ -45,25 +45,30 @@ def server(place):
     assert "Traceback" not in log.read_text(), log.read_text()
 
 
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
 @pytest.fixture
-def page(server):
+def page(server, browser):
     """The page, opened; fails in the end if it fetched anything elsewhere or met an error."""
-    wrong = []
+    wrong, found = [], browser.new_page(viewport={"width": 1280, "height": 900})
 
     def watch(request):
         if not request.url.startswith((server, "data:", "blob:")):
             wrong.append(request.url)
 
-    with chromium() as browser:
-        found = browser.new_page(viewport={"width": 1280, "height": 900})
-        found.on("pageerror", lambda error: wrong.append(str(error)))
-        found.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
-        found.on("request", watch)
-        found.set_default_timeout(60_000)
-        found.goto(server)
-        found.locator("#facts", has_text="parameters").wait_for()
-        found.get_by_text("ant (0)").wait_for()
-        yield found
+    found.on("pageerror", lambda error: wrong.append(str(error)))
+    found.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
+    found.on("request", watch)
+    found.set_default_timeout(60_000)
+    found.goto(server)
+    found.locator("#facts", has_text="parameters").wait_for()
+    found.get_by_text("ant (0)").wait_for()
+    yield found
+    found.close()
     assert wrong == []
 
 

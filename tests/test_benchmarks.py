@@ -41,11 +41,8 @@ def test_the_whole_command_measures_every_work(tmp_path, monkeypatch, capsys):
     assert len(table) == 2 + len(result["rows"]) and result["torch"] == torch.__version__[:6]
 
 
-def test_wrong_sizes_are_refused(capsys):
-    assert "img_size 250" in refused(capsys, run.main, "--device", "cpu", "--img_size", "250")
-
-
-def test_masks_of_a_benchmark_are_the_mean_of_training():
+def test_masks_are_the_mean_of_training_and_wrong_sizes_refused(capsys):
     config = TokenBridgeConfig(**preset("tokenbridge_tiny"))
     settings = works.Settings(config, 2, 8, CPU)
     assert settings.masked == 222 and settings.random_mask().sum(dim=1).tolist() == [222, 222]
+    assert "img_size 250" in refused(capsys, run.main, "--device", "cpu", "--img_size", "250")

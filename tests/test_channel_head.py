@@ -53,8 +53,9 @@ def test_the_loss_and_its_gradients_equal_the_plain_ones(head, chunk):
     assert torch.allclose(head.losses(z, indices), each, atol=1e-6)
 
 
-def test_what_a_chunked_loss_keeps_does_not_grow_with_the_positions(head):
-    """Bytes saved for backward, by saved-tensor hooks; the plain loss keeps more for each."""
+def test_chunks_are_of_about_equal_size_and_what_they_keep_does_not_grow(head):
+    """Bytes saved for backward, by hooks; the plain loss keeps more for each position. A hook of a
+    parameter sees the whole gradient, once."""
 
     def kept(positions: int, chunk: int) -> int:
         head.chunk, sizes = chunk, []
@@ -66,8 +67,6 @@ def test_what_a_chunked_loss_keeps_does_not_grow_with_the_positions(head):
     assert kept(64, chunk=4) == kept(8, chunk=4)
     assert kept(64, chunk=0) > 4 * kept(8, chunk=0)
 
-
-def test_chunks_are_of_about_equal_size_and_a_hook_sees_the_whole_gradient_once(head):
     head.chunk, sizes, gradients = 4, [], []
     head.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     weight = head.condition_proj.weight
@@ -120,15 +119,3 @@ def test_levels_are_drawn_by_their_probability_and_no_temperature_is_too_low():
     assert share == pytest.approx((logits[0] / 0.5).softmax(0)[1].item(), abs=0.04)
     drawn, log_probs = inverse_cdf(logits, uniforms, temperature=1e-40)
     assert (drawn == 1).all() and torch.equal(log_probs, torch.zeros(2000))
-
-
-def test_the_published_input_adds_the_first_timestep_embedding(head):
-    """Added by hand to the trained path it gives the published first channel."""
-    z, uniforms, first = torch.randn(40, 16), torch.rand(40, 6), ORDER[0]
-    drawn, log_probs = head.sample(z, uniforms, head_input="published")
-    assert not torch.equal(head.sample(z, uniforms)[0], drawn)
-    with torch.no_grad():
-        head.channel_embed[:, 0] += head.timesteps_embeddings[:, 0]
-    by_hand = head.sample(z, uniforms)
-    assert torch.equal(by_hand[0][:, first], drawn[:, first])
-    assert torch.allclose(by_hand[1][:, first], log_probs[:, first], atol=1e-6)

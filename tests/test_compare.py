@@ -118,6 +118,7 @@ def test_a_run_at_equal_time_has_the_epochs_that_fit(tmp_path, monkeypatch):
         (values["run"] / "metrics.jsonl").write_text(text)
 
     monkeypatch.setattr(comparison, "call", call)
+    monkeypatch.setattr(comparison, "levels", lambda run: {})  # of a checkpoint, which is not there
     (tmp_path / "results").mkdir()
     for name, seconds in (("heads-channel-0", 100.0), ("heads-mixture-0", 30.0)):
         path = tmp_path / "results" / f"{name}-train.json"

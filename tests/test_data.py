@@ -39,7 +39,7 @@ def test_center_crop_equals_golden():
         center_crop(Image.new("RGB", (1, 60000)), 256)
 
 
-def test_images_of_all_kinds_become_upright_rgb_of_8_bits(tmp_path):
+def test_images_of_all_kinds_become_upright_rgb_of_8_bits_and_transparent_parts_white(tmp_path):
     eight = gradient()
     sixteen = eight.astype(np.uint16) * 257  # scaled, not clipped
     kinds = {"8.png": eight} | dict.fromkeys(("16.png", "16.tif", "16.ppm"), sixteen)
@@ -54,8 +54,6 @@ def test_images_of_all_kinds_become_upright_rgb_of_8_bits(tmp_path):
     red, green, blue = read_image(tmp_path / "red.jpg").getpixel((4, 4))
     assert red > 240 and green < 15 and blue < 15
 
-
-def test_transparent_parts_become_white(tmp_path):
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putdata([0, 1])
@@ -66,7 +64,7 @@ def test_transparent_parts_become_white(tmp_path):
         assert np.asarray(read_image(tmp_path / f"{name}.png")).tolist() == [[colour, [255] * 3]]
 
 
-def test_bad_files_are_named_with_the_remedy(tmp_path):
+def test_bad_files_are_named_with_the_remedy_and_an_image_bomb_with_its_size(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     whole = save(tmp_path / "whole.png", noise).read_bytes()
     contents = {"empty.png": b"", "cut.png": whole[: len(whole) // 2], "text.jpg": b"no image"}
@@ -80,9 +78,6 @@ def test_bad_files_are_named_with_the_remedy(tmp_path):
     for name in (*contents, *others):
         with pytest.raises(UserError, match=f"{name}.*--skip_bad_images"):
             read_image(tmp_path / name)
-
-
-def test_image_bomb_is_refused_with_its_size(tmp_path):
     path = save(tmp_path / "bomb.png", np.zeros((40, 30), np.uint8))
     with pytest.raises(UserError, match="1200 pixels, more than --max_image_pixels 1199"):
         read_image(path, 1199)
@@ -114,12 +109,6 @@ def test_items_are_cropped_and_flipped(samples):
     assert label == 1 and image.dtype == torch.uint8
     assert torch.equal(mirrored, image.flip(-1)) and not torch.equal(mirrored, image)
     assert torch.equal(dataset[1][0], image)
-
-
-def test_bad_image_is_named_by_a_worker(samples):
-    loader = DataLoader(ImageDataset(samples, 16), batch_size=6, num_workers=1)
-    with pytest.raises(UserError, match="2.png"):
-        next(iter(loader))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

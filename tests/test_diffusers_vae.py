@@ -16,7 +16,7 @@ from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer, from_uint8
 from tests.conftest import relative_error
-from tests.runs import CACHE_FLAGS, call, flags, make_inputs, refused, train
+from tests.runs import CACHE_FLAGS, call, flags, make_inputs, train
 from util import export
 from util.data.images import ImageDataset
 from util.data.latent_cache import open_cache
@@ -180,16 +180,9 @@ def test_training_takes_all_from_the_cache_without_diffusers_and_its_export_draw
 
 
 @pytest.fixture
-def refusal(inputs, capsys):
-    """The one line by which a cache is refused, with exit code 2, of (vae, changes of flags)."""
-
-    def line(vae: Path, **changes) -> str:
-        new = {"vae_path": vae, "cached_path": vae.parent / "new"}
-        line = refused(capsys, main_cache.main, *flags(inputs, CACHE_FLAGS, **new | changes))
-        assert not (vae.parent / "new").exists()
-        return line
-
-    return line
+def caching(inputs, refusal):
+    """The line by which a cache is refused, of (vae, changes of flags)."""
+    return lambda vae, **changes: refusal("cache", inputs, vae_path=vae, **changes)
 
 
 @pytest.mark.parametrize(
@@ -205,23 +198,13 @@ def refusal(inputs, capsys):
     ],
     ids=str,
 )
-def test_configuration_of_something_else_is_refused(own, refusal, changes, said):
+def test_configuration_of_something_else_is_refused(own, caching, changes, said):
     edit_config(own, **changes)
-    line = refusal(own)
+    line = caching(own)
     assert said in line and "--vae_path" in line
 
 
-def test_damaged_weights_and_settings_are_refused(own, refusal):
-    path = own / f"{WEIGHTS}.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    for damaged in (path, own):
-        assert f"--vae_path {damaged}" in refusal(damaged)
-    for content in ("{", "[]"):
-        (own / "config.json").write_text(content)
-        assert "config.json" in refusal(own)
-
-
-def test_what_is_no_such_folder_says_what_to_name(own, refusal):
+def test_what_is_no_such_folder_says_what_to_name(own, caching):
     """Of several variants, full precision is preferred."""
     file, digest = own / f"{WEIGHTS}.safetensors", vae_digest(own)
     assert vae_digest(file) == digest
@@ -232,16 +215,24 @@ def test_what_is_no_such_folder_says_what_to_name(own, refusal):
     torch.save(network().state_dict(), own / "pickled.pt")
     file.rename(own / "mine.safetensors")
     for name in ("pickled.pt", "mine.safetensors"):
-        assert "one in diffusers' names needs its folder" in refusal(own / name)
-    assert f"{WEIGHTS}.ema.safetensors, {WEIGHTS}.fp16" in refusal(own)
+        assert "one in diffusers' names needs its folder" in caching(own / name)
+    assert f"{WEIGHTS}.ema.safetensors, {WEIGHTS}.fp16" in caching(own)
     for path in own.glob(f"{WEIGHTS}.*"):
         path.unlink()
     (own / f"{WEIGHTS}.bin").write_bytes(b"a pickle")
-    assert "no .bin file is read" in refusal(own)
+    assert "no .bin file is read" in caching(own)
 
 
-def test_other_channels_and_sizes_than_the_flags_are_refused(own, refusal, monkeypatch):
-    assert "--vae_embed_dim 16" in refusal(own, vae_embed_dim=16)
-    assert "--img_size 15 is not a multiple" in refusal(own, img_size=15)
+def test_other_sizes_than_the_flags_and_damaged_files_are_refused(own, caching, monkeypatch):
+    assert "--vae_embed_dim 16" in caching(own, vae_embed_dim=16)
+    assert "--img_size 15 is not a multiple" in caching(own, img_size=15)
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert "pip install -e '.[diffusers]'" in refusal(own)
+    assert "pip install -e '.[diffusers]'" in caching(own)
+    monkeypatch.undo()
+    path = own / f"{WEIGHTS}.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    for damaged in (path, own):
+        assert f"--vae_path {damaged}" in caching(damaged)
+    for content in ("{", "[]"):
+        (own / "config.json").write_text(content)
+        assert "config.json" in caching(own)

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from tests.hub import Hub, running
-from tests.runs import call, free_port, refused
+from tests.runs import call, contents, free_port, refused
 from util import download
 from util.download import PLACES, REPOSITORY
 from util.download import REPOSITORIES as OTHERS
@@ -48,11 +48,6 @@ def refused_at_last(capsys, hub: Hub, folder: Path, *what: str) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
-
-
 def part(folder: Path, content: bytes = b"") -> Path:
     """What is there of the large model's file before it is complete; written if it has content."""
     path = folder / f"{LARGE}.{hashlib.sha256(CONTENT[LARGE]).hexdigest()[:12]}.part"
@@ -64,7 +59,7 @@ def part(folder: Path, content: bytes = b"") -> Path:
 
 def test_all_come_to_their_places_and_are_verified_when_there(hub, tmp_path, capsys):
     fetch(hub, tmp_path, *PLACES)
-    assert files(tmp_path) == CONTENT
+    assert contents(tmp_path) == CONTENT
     said = capsys.readouterr()
     assert all(hashlib.sha256(content).hexdigest() in said.out for content in CONTENT.values())
     before = (tmp_path / PLACES["vae"]).stat()
@@ -74,21 +69,18 @@ def test_all_come_to_their_places_and_are_verified_when_there(hub, tmp_path, cap
     (tmp_path / PLACES["vae"]).write_bytes(b"mine")
     line = refused(capsys, download.main, *command(hub, tmp_path, "vae"))
     assert str(tmp_path / PLACES["vae"]) in line and "move it away" in line
-    assert files(tmp_path) == CONTENT | {PLACES["vae"]: b"mine"}
+    assert contents(tmp_path) == CONTENT | {PLACES["vae"]: b"mine"}
 
 
-def test_an_interrupted_download_goes_on_with_its_part(hub, tmp_path):
-    part(tmp_path, CONTENT[LARGE][:123_456])
-    fetch(hub, tmp_path, "large")
-    assert hub.ranges(LARGE) == ["bytes=123456-"]
-    assert files(tmp_path) == {LARGE: CONTENT[LARGE]}
-
-
-def test_a_broken_connection_is_tried_again_and_leaves_the_part(hub, tmp_path, capsys):
+def test_a_broken_connection_is_tried_again_and_the_same_command_goes_on(hub, tmp_path, capsys):
     hub.cut = [100_000] + [0] * 50
     assert "start the same command again" in refused_at_last(capsys, hub, tmp_path, "large")
     assert hub.ranges(LARGE)[:2] == [None, "bytes=100000-"]
-    assert part(tmp_path).read_bytes() == CONTENT[LARGE][:100_000] and len(files(tmp_path)) == 1
+    assert part(tmp_path).read_bytes() == CONTENT[LARGE][:100_000] and len(contents(tmp_path)) == 1
+    hub.cut = []
+    fetch(hub, tmp_path, "large")
+    assert hub.ranges(LARGE)[-1] == "bytes=100000-"
+    assert contents(tmp_path) == {LARGE: CONTENT[LARGE]}
 
 
 @pytest.mark.parametrize("began", [b"", bytes(1000)])
@@ -98,7 +90,7 @@ def test_a_damaged_transfer_is_refused_and_thrown_away(hub, tmp_path, capsys, be
     hub.damaged = set() if began else {LARGE}
     line = refused_at_last(capsys, hub, tmp_path, "large")
     assert "checksum" in line and "start the same command again" in line
-    assert files(tmp_path) == {}
+    assert contents(tmp_path) == {}
 
 
 def test_files_may_lie_elsewhere_in_a_repository(hub, tmp_path):
@@ -106,27 +98,23 @@ def test_files_may_lie_elsewhere_in_a_repository(hub, tmp_path):
     hub.repos["a/b"]["weights/tokenbridge_large/checkpoint-last.pth"] = b"large"
     fetch(hub, tmp_path, "vae", "large", repo="a/b")
     fetch(hub, tmp_path, "huge", repo="a/b", file="step9.pth")
-    found = [files(tmp_path)[PLACES[what]] for what in ("vae", "large", "huge")]
+    found = [contents(tmp_path)[PLACES[what]] for what in ("vae", "large", "huge")]
     assert found == [b"vae", b"large", b"huge"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "fragments"),
-    [
+def test_what_cannot_be_is_told_in_one_line_and_without_a_network_what_to_fetch(
+    hub, tmp_path, capsys
+):
+    for flags, fragments in (
         ({"repo": "no/where"}, ["--repo no/where", "Repository Not Found"]),
         ({"revision": "v9"}, ["--revision v9", "Revision Not Found"]),
         ({"repo": "a/b"}, ["kl16.ckpt", "--file", "one/vae.ckpt, other.txt"]),
         ({"repo": "a/b", "file": "gone"}, ["gone", "--file"]),
         ({"output_dir": "/proc/x"}, ["--output_dir /proc/x"]),
-    ],
-)
-def test_what_cannot_be_is_told_in_one_line(hub, tmp_path, capsys, flags, fragments):
-    hub.repos["a/b"] = {"one/vae.ckpt": b"", "other.txt": b""}
-    line = refused(capsys, download.main, *command(hub, tmp_path, "vae", **flags))
-    assert all(fragment in line for fragment in fragments), line
-
-
-def test_without_a_network_it_says_what_to_fetch_and_where_to_put_it(tmp_path, capsys):
+    ):
+        hub.repos["a/b"] = {"one/vae.ckpt": b"", "other.txt": b""}
+        line = refused(capsys, download.main, *command(hub, tmp_path, "vae", **flags))
+        assert all(fragment in line for fragment in fragments), line
     nobody = Hub(url=f"http://127.0.0.1:{free_port()}")
     line = refused(capsys, download.main, *command(nobody, tmp_path, "vae"))
     assert nobody.url in line and REPOSITORY in line and str(tmp_path / PLACES["vae"]) in line

@@ -5,17 +5,8 @@ from pathlib import Path
 
 import pytest
 
-import main_cache
 import main_tokenbridge
-import reconstruction
-from tests.runs import (
-    CACHE_FLAGS,
-    TRAIN_FLAGS,
-    call,
-    flags,
-    on_processes,
-    refused,
-)
+from tests.runs import TRAIN_FLAGS, call, flags, on_processes
 
 IMAGES = dict(use_cached=None, vae_path="vae.ckpt", data_path="data", latent_scale=0.5)
 IMAGES |= {"channel_order": "2,0,3,1"}
@@ -37,24 +28,8 @@ def test_a_training_says_its_cost_and_writes_nothing(inputs, tmp_path, capsys, c
     assert figures["device_hours"] == figures["hours"] and 0 < figures["loss"] < 10
 
 
-@pytest.mark.parametrize("script", [main_cache, reconstruction])
-def test_a_cache_and_a_reconstruction_say_theirs(inputs, tmp_path, capsys, script):
-    """The doctor's checks have the training's defaults for flags that these lack."""
-    before = files(inputs)
-    own = {"cached_path": tmp_path / "new"}
-    if script is reconstruction:
-        own = dict(image_dir="data", output_dir=tmp_path / "new", latent_scale=1.0)
-        own |= dict(data_path=None, shard_size=None)
-    call(script.main, *flags(inputs, CACHE_FLAGS | own), "--dry_run")
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert "images 24" in lines and lines[-1] == "nothing was written"
-    assert any(line.startswith("ok device") for line in lines)
-    assert files(inputs) == before and not (tmp_path / "new").exists()
-
-
-@pytest.mark.parametrize(
-    ("resume", "changes", "expected"),
-    [
+def test_a_rate_that_stays_low_or_jumps_is_said(inputs, trained, tmp_path, capsys):
+    for resume, changes, expected in (
         (
             *(False, dict(warmup_epochs=None)),  # the last step is 5 of 300 to the peak
             "--warmup_epochs 100 does not end before --epochs 2: the learning rate reaches "
@@ -67,30 +42,22 @@ def test_a_cache_and_a_reconstruction_say_theirs(inputs, tmp_path, capsys, scrip
         ),
         (True, dict(epochs=3, warmup_epochs=0, lr_schedule="constant", lr=7.8125e-5), None),
         (False, dict(warmup_epochs=1.9), None),
-    ],
-)
-def test_a_rate_that_stays_low_or_jumps_is_said(
-    inputs, trained, tmp_path, capsys, resume, changes, expected
-):
-    resume = trained if resume else None
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", resume=resume, **changes)
-    call(main_tokenbridge.main, *argv, "--dry_run")
-    lines = [line for line in capsys.readouterr().out.splitlines() if "warning:" in line]
-    if expected is None:
-        assert lines == []
-    else:
-        assert expected.format(checkpoint=trained / "checkpoint-last.pth") in lines[0], lines
+    ):
+        resume = trained if resume else None
+        argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", resume=resume, **changes)
+        call(main_tokenbridge.main, *argv, "--dry_run")
+        lines = [line for line in capsys.readouterr().out.splitlines() if "warning:" in line]
+        if expected is None:
+            assert lines == []
+        else:
+            assert expected.format(checkpoint=trained / "checkpoint-last.pth") in lines[0], lines
 
 
-def test_damaged_checkpoint_is_named_and_stays(inputs, tmp_path, capsys):
+def test_damaged_checkpoint_is_named_and_stays(inputs, tmp_path, refusal):
     """A run would set it aside."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "checkpoint-step00000003.pth").write_bytes(b"PK\3\4 nothing")
-    before = files(tmp_path)
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", resume="auto")
-    line = refused(capsys, main_tokenbridge.main, *argv, "--dry_run")
+    (tmp_path / "checkpoint-step00000003.pth").write_bytes(b"PK\3\4 nothing")
+    line = refusal("train", inputs, output_dir=tmp_path, resume="auto", dry_run=True)
     assert "checkpoint-step00000003.pth" in line and "damaged" in line
-    assert files(tmp_path) == before
 
 
 def test_without_data_it_says_what_imagenet_would_take(tmp_path, capsys, monkeypatch):
@@ -103,24 +70,9 @@ def test_without_data_it_says_what_imagenet_would_take(tmp_path, capsys, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "fragment"),
-    [
-        (IMAGES | dict(vae_path="missing"), "--vae_path"),
-        (dict(class_num=2), "3 classes, --class_num is 2"),
-        (dict(global_batch=7, accum_iter=None), "--global_batch 7"),
-    ],
-)
-def test_what_would_stop_the_run_stops_the_dry_run(inputs, tmp_path, capsys, changes, fragment):
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", **changes)
-    assert fragment in refused(capsys, main_tokenbridge.main, *argv, "--dry_run")
-    assert not (tmp_path / "out").exists()
-
-
 def test_two_processes_share_the_step(inputs, tmp_path):
     argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out")
     result = on_processes(2, "main_tokenbridge.py", *argv, "--dry_run", "--json")
-    assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout)
     assert figures["images_per_step"] == 16
     assert figures["device_hours"] == pytest.approx(2 * figures["hours"])

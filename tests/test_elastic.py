@@ -8,20 +8,54 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.runs import (
-    TRAIN_FLAGS,
-    flags,
-    load,
-    make_inputs,
-    on_processes,
-    tensors,
-)
-from tests.test_dist import one_step
+from engine_tokenbridge import train_step
+from tests.conftest import new_run, tiny_model
+from tests.runs import load, on_processes, tensors, train, train_on
 from util import dist
+from util.data.batches import Batches, MicroBatchSampler
 
 MICRO_BATCHES = 4
 WORLDS = (2, 3, 4)  # three processes share four micro-batches as 2, 1 and 1
+BATCH, IMAGES = 2, 8
+
+
+class Recorder(torch.optim.SGD):
+    """Leaves the parameters alone and keeps the gradients it was given."""
+
+    def step(self, closure=None):
+        self.gradients = [p.grad.clone() for g in self.param_groups for p in g["params"]]
+
+
+def one_step(micro_batches: int) -> dict:
+    """The first training step of this process with dropout: losses and gradients."""
+    model = tiny_model(attn_dropout=0.1, proj_dropout=0.1, label_drop_prob=0.5).train()
+    losses = []
+    model.register_forward_hook(lambda _module, _inputs, loss: losses.append(loss.detach()))
+    parts: dict[str, list[Tensor]] = {}  # the gradient of each micro-batch, before they are summed
+    for name, parameter in model.named_parameters():
+        parts[name] = []
+        parameter.register_hook(parts[name].append)
+    run = new_run(model, 0.9)
+    run.batches = Batches(BATCH, micro_batches, IMAGES, seed=1)
+    run.steps, run.grad_clip = range(1), 1e9
+    sampler = MicroBatchSampler(run.batches, run.steps, dist.rank(), dist.world_size())
+    moments = torch.randn(IMAGES, 12, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(IMAGES) % 3
+    numbers = (torch.tensor([index for index, _ in keys]) for keys in sampler)
+    run.tokenizer.latent_scale = 1.0
+    run.optimizer = optimizer = Recorder(model.parameters(), lr=1.0)
+    run.wrapped = dist.wrap(model, run.device)
+    run.micro_batches = ((moments[i], labels[i]) for i in numbers)
+    found = train_step(run, 0)
+    return {
+        "losses": losses,
+        "loss": found.loss,
+        "norm": found.grad_norm,
+        "gradients": optimizer.gradients,
+        "parts": parts,
+    }
 
 
 def main(folder: Path) -> None:
@@ -32,53 +66,47 @@ def main(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("size", WORLDS)
-def test_gradient_of_each_micro_batch_is_the_same_to_the_bit(tmp_path, size):
-    command = ["-m", "tests.test_elastic", tmp_path]
-    result = on_processes(size, *command)
-    assert result.returncode == 0, result.stderr
+def test_loss_and_gradient_of_each_micro_batch_are_the_same_to_the_bit(tmp_path, size):
+    on_processes(size, "-m", "tests.test_elastic", tmp_path)
+    steps = [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("*.pt"))]
     alone = one_step(MICRO_BATCHES)
-    for rank in range(size):
-        found = torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=True)
+    assert len(steps) == size
+    assert len(set(map(float, alone["losses"]))) == MICRO_BATCHES
+    assert sum(map(bool, alone["parts"].values())) > 50
+    for rank, found in enumerate(steps):
         mine = range(rank, MICRO_BATCHES, size)
-        assert sum(map(bool, alone["parts"].values())) > 50
+        assert [float(loss) for loss in found["losses"]] == [
+            float(alone["losses"][j]) for j in mine
+        ]
         for name, gradients in alone["parts"].items():
             parts = found["parts"][name]
             assert len(parts) == len(gradients) // MICRO_BATCHES * len(mine)
             for part, j in zip(parts, mine, strict=False):  # some parameters have no part in a step
                 assert torch.equal(part, gradients[j]), (name, j)
-        for part, whole in zip(found["gradients"], alone["gradients"], strict=True):
-            torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-7)  # the order of a sum
+        whole = [*alone["gradients"], alone["norm"]]  # in which the order of a sum counts
+        tolerance = dict(rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close([*found["gradients"], found["norm"]], whole, **tolerance)
+    mean = sum(found["loss"] for found in steps)
+    torch.testing.assert_close(mean, alone["loss"], rtol=1e-6, atol=0)
 
 
-def test_run_begun_on_two_processes_goes_on_with_three(tmp_path):
+def test_run_begun_on_two_processes_goes_on_with_three(inputs, tmp_path):
     """Dropout on; what remains of the difference is the order of sums, which AdamW enlarges."""
-    inputs = make_inputs(tmp_path / "inputs")
-    settings = dict(batch_size=2, accum_iter=None, global_batch=8, save_last_freq=1, resume="auto")
-
-    def go_on(name: str, size: int, epochs: int) -> dict:
-        output = tmp_path / name
-        argv = flags(inputs, TRAIN_FLAGS, settings, output_dir=output, epochs=epochs)
-        argv += ["--lr_schedule", "constant"]  # so that two epochs are the beginning of four
-        result = on_processes(size, "main_tokenbridge.py", *argv)
-        assert result.returncode == 0, result.stderr
-        return load(output)
-
-    go_on("elastic", 2, epochs=1)
-    found = go_on("elastic", 3, epochs=2)
-    expected = go_on("alone", 1, epochs=2)
+    settings = dict(batch_size=2, accum_iter=None, global_batch=8, save_last_freq=1)
+    settings |= dict(lr_schedule="constant")  # so that one epoch is the beginning of two
+    train_on(2, inputs, tmp_path / "elastic", **settings, epochs=1)
+    train_on(3, inputs, tmp_path / "elastic", **settings, resume="auto")
+    found, expected = load(tmp_path / "elastic"), train(inputs, tmp_path / "alone", **settings)
     assert (found["step"], found["schedule"]) == (expected["step"], expected["schedule"])
     found, expected = tensors(found["model"]), tensors(expected["model"])
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-4)
 
 
-def test_processes_agree_where_a_save_by_steps_meets_the_end_of_an_epoch(tmp_path):
+def test_processes_agree_where_a_save_by_steps_meets_the_end_of_an_epoch(inputs, tmp_path):
     """The main process alone knows of that save; what all do there must not depend on it."""
-    inputs = make_inputs(tmp_path / "inputs")
-    settings = dict(accum_iter=1, save_steps=3, save_last_freq=5, dist_timeout=20)  # 3 an epoch
-    argv = flags(inputs, TRAIN_FLAGS, settings, output_dir=tmp_path / "out")
-    result = on_processes(2, "main_tokenbridge.py", *argv)
-    assert result.returncode == 0, result.stderr
+    settings = dict(save_steps=3, save_last_freq=5, dist_timeout=20)  # 3 an epoch
+    result = train_on(2, inputs, tmp_path / "out", **settings)
     assert "saved checkpoint-step00000003.pth" in result.stdout
 
 

@@ -11,7 +11,7 @@ import main_tokenbridge
 from engine_tokenbridge import Run, SkipVote, train_step
 from models.heads.channel import ChannelHead
 from tests.conftest import new_run, tiny_model
-from tests.runs import CLASSES, IMAGES, TRAIN_FLAGS, flags, on_processes, refused
+from tests.runs import CLASSES, IMAGES, TRAIN_FLAGS, flags, refused, train_on
 from util.logging import StepResult
 from util.optim import seed_micro_batch
 
@@ -85,16 +85,6 @@ def test_overflow_in_fp16_skips_the_step_and_lowers_the_scale():
     assert run.scaler.get_scale() == 2.0**119
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16"])
-def test_loss_in_lower_precision_is_close(name):
-    micro_batches = random_micro_batches(1)
-    exact, result = step(training(), micro_batches), step(training(name), micro_batches)
-    assert result.loss == pytest.approx(exact.loss.item(), rel=0.02)
-    # of gradients without the scale
-    assert result.grad_norm == pytest.approx(exact.grad_norm.item(), rel=0.05)
-    assert result.loss.dtype == torch.float32
-
-
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
 @pytest.mark.parametrize("spoiled", ["sample", "weight"])
 def test_step_with_numbers_that_are_not_finite_changes_nothing(name, spoiled):
@@ -125,13 +115,17 @@ def test_skipped_steps_are_counted_in_all_and_in_a_row():
 # --- where it began
 
 
-def broken(inputs: Path, output: Path, **changes) -> list[str]:
-    settings = dict(output_dir=output, blr=1e30, grad_clip=1e30, max_skipped=2)
-    return flags(inputs, TRAIN_FLAGS, **settings | changes)
+BROKEN = dict(blr=1e30, grad_clip=1e30, max_skipped=2)
+
+
+def last_word(capsys, inputs: Path, output: Path, **changes) -> str:
+    """The line with which a training gives up."""
+    argv = flags(inputs, TRAIN_FLAGS, BROKEN, output_dir=output, **changes)
+    return refused(capsys, main_tokenbridge.main, *argv)
 
 
 def test_too_many_skipped_steps_name_the_first_module_and_its_batch(inputs, tmp_path, capsys):
-    line = refused(capsys, main_tokenbridge.main, *broken(inputs, tmp_path / "out"))
+    line = last_word(capsys, inputs, tmp_path / "out")
     assert "2 steps in a row was not finite, up to step 4" in line and "--blr" in line
     assert not list((tmp_path / "out").glob("checkpoint-*"))
     assert "in micro-batch 0 (samples " in line and "first in backbone." in line
@@ -141,8 +135,7 @@ def test_logits_that_are_not_finite_are_found(inputs, tmp_path, capsys, monkeypa
     """No module gives them: the last weights of the head are applied in one product."""
     logits = ChannelHead.logits
     monkeypatch.setattr(ChannelHead, "logits", lambda *args: logits(*args) * torch.nan)
-    line = refused(capsys, main_tokenbridge.main, *broken(inputs, tmp_path / "out"))
-    assert "first in the logits" in line
+    assert "first in the logits" in last_word(capsys, inputs, tmp_path / "out")
 
 
 def test_samples_that_are_not_finite_are_named(inputs, tmp_path, capsys):
@@ -152,14 +145,12 @@ def test_samples_that_are_not_finite_are_named(inputs, tmp_path, capsys):
         (cache / name).mkdir(parents=True)
         for i in range(IMAGES):
             np.savez(cache / name / f"{i}.png.npz", moments=values, moments_flip=values)
-    argv = broken(inputs, tmp_path / "out", blr=1e-4, cached_path=cache, max_skipped=3)
-    argv += ["--latent_scale", "1", "--channel_order", "0,1,2,3"]
-    argv += ["--vae_embed_dim", "4", "--vae_stride", "4"]
-    line = refused(capsys, main_tokenbridge.main, *argv)
+    settings = dict(latent_scale=1, channel_order="0,1,2,3", vae_embed_dim=4, vae_stride=4)
+    settings |= dict(blr=1e-4, cached_path=cache, max_skipped=3)
+    line = last_word(capsys, inputs, tmp_path / "out", **settings)
     assert "up to step 3" in line and line.count("first in its latents") == 2
 
 
 def test_two_processes_give_up_together(inputs, tmp_path):
-    argv = broken(inputs, tmp_path / "out", accum_iter=1)
-    result = on_processes(2, "main_tokenbridge.py", *argv)
-    assert result.returncode == 2 and "in micro-batch 1 " in result.stderr, result.stderr
+    result = train_on(2, inputs, tmp_path / "out", **BROKEN, code=2)
+    assert "in micro-batch 1 " in result.stderr

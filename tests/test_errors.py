@@ -14,20 +14,18 @@ import pytest
 import torch
 
 import main_tokenbridge
-import reconstruction
 from models.tokenizers.kl16 import AutoencoderKL
-from tests.conftest import assert_user_error, run_script
 from tests.measures import PIXELS
 from tests.runs import (
-    EVALUATE_FLAGS,
+    IMAGE_FLAGS,
     TRAIN_FLAGS,
     call,
     flags,
     fork_together,
-    load,
     make_inputs,
     ranks,
     refused,
+    save_published,
     train,
 )
 from tests.test_lock import holder
@@ -36,54 +34,21 @@ from util.dist import run
 from util.errors import UserError, as_user_error
 from util.vae import save_vae
 
-IMAGE_FLAGS = dict(use_cached=False, cached_path=None, data_path="data", vae_path="vae.ckpt")
-IMAGE_FLAGS |= dict(latent_scale=1.0, channel_order="0,1,2,3")
-RECONSTRUCTION_FLAGS = dict(image_dir="data", vae_path="vae.ckpt", img_size=16, device="cpu")
-RECONSTRUCTION_FLAGS |= dict(num_workers=0, latent_scale=1.0, bits=[-1, 4])
-USES = {
-    "train": (main_tokenbridge.main, TRAIN_FLAGS),
-    "images": (main_tokenbridge.main, TRAIN_FLAGS | IMAGE_FLAGS),
-    "evaluate": (main_tokenbridge.main, EVALUATE_FLAGS | {"resume": "out"}),
-    "reconstruct": (reconstruction.main, RECONSTRUCTION_FLAGS),
-}
-
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """Also out/, a checkpoint, and other.ckpt, a VAE with other channels."""
+    """Also out/, a checkpoint, published.pth and other.ckpt, a VAE with other channels."""
     folder = make_inputs(tmp_path_factory.mktemp("inputs"))
     train(folder, folder / "out", epochs=1)
+    save_published(folder / "out", folder / "published.pth")
     save_vae(folder / "other.ckpt", AutoencoderKL(6, (1, 1, 1), ch=32, num_res_blocks=1))
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path_factory.mktemp("torch")))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-
-
-@pytest.fixture
-def own(inputs, tmp_path) -> Path:
-    """A copy of the inputs to spoil."""
-    return shutil.copytree(inputs, tmp_path / "own")
-
-
-@pytest.fixture
-def refusal(capsys, tmp_path):
-    """Calls a script with small inputs and returns the line with which it refuses."""
-    output = tmp_path / "new" / "output"
-
-    def call_it(use: str, inputs: Path, **changes) -> str:
-        main, own_flags = USES[use]
-        settings = {"output_dir": output} | own_flags | changes
-        if settings.get("resume") == "out":
-            settings["resume"] = inputs / "out"
-        line = refused(capsys, main, *flags(inputs, settings))
-        assert not output.exists()
-        return line
-
-    return call_it
+RUN = {"resume": "out"}
+# It holds no settings that flags could be compared with.
+PUBLISHED = dict(resume="published.pth", class_num=3, img_size=16, buffer_size=4)
+PUBLISHED |= {"model": "tokenbridge_tiny"}
 
 
 def has(line: str, *fragments) -> bool:
@@ -96,11 +61,14 @@ def has(line: str, *fragments) -> bool:
 @pytest.mark.parametrize(
     ("use", "changes", "fragments"),
     [
+        ("train", {"resume": "/nowhere"}, "--resume /nowhere"),
         ("train", {"precision": "fp8"}, "--precision 'fp8' bf16"),
         ("train", {"cached_path": None}, "--use_cached --cached_path"),
         ("train", {"cached_path": "/nowhere"}, "--cached_path /nowhere"),
         ("train", {"resume": "out", "class_num": 5}, "--resume class_num 3 5"),
         ("train", {"img_size": 32}, "--img_size 32 16"),
+        ("train", {"dry_run": True, "class_num": 2}, "classes, --class_num is 2"),
+        ("train", {"dry_run": True, "global_batch": 7, "accum_iter": None}, "--global_batch 7"),
         ("train", {"vae_stride": 8}, "--cached_path 4) --vae_stride"),
         ("train", {"vae_path": "other.ckpt"}, "--cached_path another VAE --vae_path"),
         ("train", {"online_eval": True, "num_images": 6}, "--vae_path kl16.ckpt"),
@@ -113,32 +81,34 @@ def has(line: str, *fragments) -> bool:
         ("evaluate", {"resume": None}, "--evaluate --resume"),
         ("evaluate", {"vae_path": "other.ckpt"}, "--vae_path other.ckpt 6 channels"),
         ("evaluate", {"quant_bits": 4}, "--resume quant_levels 64 16"),
+        ("evaluate", {"quantizer": "calibrated"}, "--resume published flags calibrated"),
+        ("evaluate", PUBLISHED | {"buffer_size": 5}, "encoder_pos_embed_learned 20, 21,"),
+        ("evaluate", PUBLISHED | {"model": "tokenbridge_base"}, "--resume missing"),
+        ("evaluate", PUBLISHED | {"quant_bits": 5}, "--resume token_embeddings"),
         ("evaluate", {"cfg_schedule": "sine"}, "--cfg_schedule 'sine'"),
         ("evaluate", {"fid_stats": "/nowhere.npz"}, "--fid_stats /nowhere.npz"),
         ("evaluate", {"inception_weights": "/nowhere.pth"}, "--inception_weights /nowhere.pth"),
         ("reconstruct", {"image_dir": "/nowhere"}, "--image_dir /nowhere"),
         ("reconstruct", {"bits": [10]}, "--bits 10"),
         ("reconstruct", {"latent_scale": None}, "--vae_path --latent_scale"),
+        ("cache", {"cached_path": None}, "--cached_path"),
+        ("cache", {"vae_path": "/nowhere/vae.pt"}, "--vae_path /nowhere/vae.pt"),
+        ("cache", {"vae_embed_dim": 16}, "--vae_embed_dim 16"),
+        ("cache", {"img_size": 15}, "--img_size 15"),
+        ("cache", {"format": "npz", "dtype": "float16"}, "--dtype float16"),
+        ("cache", {"shard_size": 0}, "--shard_size"),
     ],
 )
 def test_wrong_flags_are_refused(inputs, refusal, use, changes, fragments):
+    changes = RUN | changes if use == "evaluate" else changes
     assert has(refusal(use, inputs, **changes), *fragments.split())
 
 
-@pytest.mark.parametrize("use", ["train", "evaluate", "reconstruct"])
+@pytest.mark.parametrize("use", ["train", "reconstruct"])
 def test_output_that_is_a_file_is_refused(inputs, refusal, tmp_path, use):
     (tmp_path / "file").write_text("mine")
     line = refusal(use, inputs, output_dir=tmp_path / "file" / "below")
     assert has(line, "--output_dir", tmp_path / "file")
-
-
-@pytest.mark.parametrize("flag", ["resume", "cached_path"])
-def test_an_empty_value_is_told_from_a_flag_that_is_left_out(inputs, capsys, flag):
-    """As --resume "${OUTPUT_DIR}" gives it where the variable is not set."""
-    for words in ([f"--{flag}", ""], [f"--{flag}="]):
-        argv = flags(inputs, TRAIN_FLAGS | {flag: None})
-        line = refused(capsys, main_tokenbridge.main, *argv, *words)
-        assert f"the value of --{flag} is empty: set the shell variable" in line
 
 
 # --- damaged files, and files of another kind
@@ -162,28 +132,10 @@ def test_code_in_a_file_is_never_run(inputs, refusal, tmp_path, flag, legacy):
     torch.save(content, path)
     if legacy:
         path.write_bytes(pickle.dumps(content, protocol=2))
-    assert has(refusal("evaluate", inputs, **{flag: path}), f"--{flag}", path)
+    assert has(refusal("evaluate", inputs, **RUN | {flag: path}), f"--{flag}", path)
     assert not marker.exists()
     pickle.loads(pickle.dumps(content))  # the trap works
     assert marker.exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "fragment"),
-    [
-        ({"buffer_size": 5}, "encoder_pos_embed_learned is (1, 20, 128), not (1, 21, 128)"),
-        ({"model": "tokenbridge_base"}, "missing"),
-        ({"quant_bits": 5}, "token_embeddings"),
-    ],
-)
-def test_checkpoint_of_another_architecture_is_refused(
-    inputs, refusal, tmp_path, changes, fragment
-):
-    """One of the published code, which holds no settings that flags could be compared with."""
-    torch.save({"model_ema": load(inputs / "out")["model_ema"]}, tmp_path / "published.pth")
-    own_flags = dict(class_num=3, img_size=16, buffer_size=4, model="tokenbridge_tiny")
-    settings = own_flags | {"resume": tmp_path / "published.pth"} | changes
-    assert has(refusal("evaluate", inputs, **settings), "--resume", fragment)
 
 
 def packed(name: str) -> bytes:
@@ -223,19 +175,22 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsiz
 def test_a_file_of_another_kind_is_called_what_it_is(inputs, refusal, tmp_path, content, kind):
     path = tmp_path / "file.pth"
     path.write_bytes(content)
-    line = refusal("evaluate", inputs, vae_path=path)
+    line = refusal("evaluate", inputs, **RUN, vae_path=path)
     assert has(line, f"--vae_path {path}: ", kind) and len(line) < 500 and "\x1b" not in line
 
 
-@pytest.mark.parametrize(
-    ("flag", "ending"),
-    [("resume", "pt"), ("inception_weights", "pt"), ("fid_stats", "npz"), ("fid_reference", "npz")],
-)
-def test_every_flag_that_names_a_file_says_so(inputs, refusal, tmp_path, flag, ending):
-    path = tmp_path / f"file.{ending}"
-    path.write_bytes(LFS_POINTER)
-    changes = {"feature_extractor": PIXELS} if flag.startswith("fid_") else {}
-    assert has(refusal("evaluate", inputs, **{flag: path}, **changes), f"--{flag} {path}", "lfs")
+def test_every_flag_that_names_a_file_says_so(inputs, refusal, tmp_path):
+    for flag, ending in (
+        ("resume", "pt"),
+        ("inception_weights", "pt"),
+        ("fid_stats", "npz"),
+        ("fid_reference", "npz"),
+    ):
+        path = tmp_path / f"file.{ending}"
+        path.write_bytes(LFS_POINTER)
+        changes = {"feature_extractor": PIXELS} if flag.startswith("fid_") else {}
+        line = refusal("evaluate", inputs, **RUN | changes | {flag: path})
+        assert has(line, f"--{flag} {path}", "lfs")
 
 
 # --- folders that do not fit, and runs that go wrong
@@ -285,11 +240,6 @@ def test_a_folder_in_use_is_refused_before_its_checkpoints_are_read(inputs, tmp_
 
 
 # --- as a user sees it
-
-
-def test_process_says_it_in_one_line(inputs, tmp_path):
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "new", resume="/nowhere")
-    assert_user_error(run_script("main_tokenbridge.py", *argv), "--resume /nowhere")
 
 
 def test_process_whose_peer_was_refused_says_so(own, tmp_path):

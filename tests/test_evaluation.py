@@ -41,7 +41,9 @@ EVALUATION = EvalSettings(6, 4, SamplingOptions(num_iter=3, cfg=1.5, seed=5))
 ENOUGH = replace(EVALUATION, num_images=12)  # for the ten splits of the score
 
 
-def test_images_are_those_of_the_sampler_class_by_class(tokenizer):
+def test_images_are_those_of_the_sampler_class_by_class_and_the_first_look_shows_each(
+    tokenizer, tmp_path
+):
     model = tiny_model()
     labels = EVALUATION.labels(3)[1:5]
     assert labels.tolist() == [0, 1, 1, 2]  # two images of each of three classes
@@ -52,8 +54,6 @@ def test_images_are_those_of_the_sampler_class_by_class(tokenizer):
     assert torch.equal(images, to_uint8(tokenizer.decode(latents)))
     assert images.dtype == torch.uint8 and images.shape == (4, 3, 16, 16)
 
-
-def test_first_look_has_a_column_for_each_of_the_first_classes(tokenizer, tmp_path):
     found, samples = Evaluator(tiny_model(), tokenizer, CPU, FP32).evaluate(EVALUATION, tmp_path)
     assert found == {} and samples.shape == (3, 2 * 18 + 2, 3 * 18 + 2)
     assert shown_ids(torch.tensor([0, 0, 1, 1, 2, 2])) == [0, 2, 4, 1, 3, 5]
@@ -106,18 +106,15 @@ def test_chosen_classes_are_drawn_by_name_or_number(inputs, model, tmp_path):
     assert found["labels"] == [1, 0] and "class1+0" in again.name
 
 
-@pytest.mark.parametrize(
-    ("changes", "fragment"),
-    [
+def test_classes_that_cannot_be_drawn_are_refused(inputs, model, tmp_path):
+    for changes, fragment in (
         ({"classes": ["bea"]}, "unknown: the model has 2.*did you mean bee?"),
         ({"classes": ["2"]}, "number from 0 to 1"),
         ({"classes": ["bee", "0"], "num_images": 1}, "--num_images 1 is less than one of each"),
-    ],
-)
-def test_classes_that_cannot_be_drawn_are_refused(inputs, model, tmp_path, changes, fragment):
-    with pytest.raises(UserError, match=fragment):
-        run(inputs, tmp_path, model, **changes)
-    assert not list(tmp_path.iterdir())
+    ):
+        with pytest.raises(UserError, match=fragment):
+            run(inputs, tmp_path, model, **changes)
+        assert not list(tmp_path.iterdir())
 
 
 def test_number_of_classes_of_a_published_checkpoint_is_that_of_its_weights(inputs, tmp_path):

@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import main_tokenbridge
 from models.hub import CONFIG, HEADER, WEIGHTS
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.hub import in_place_of_the_hub
-from tests.runs import CLASSES, EVALUATE_FLAGS, call, evaluate, flags, load, refused, train
+from tests.runs import CLASSES, call, evaluate, flags, load, refused, save_published, train
 from util import export
 from util.checkpoint import LAST, find_checkpoint
 from util.vae import save_vae
@@ -29,33 +28,23 @@ def run(resume: Path, output: Path, *others: str) -> dict:
 
 
 @pytest.mark.parametrize(("weights", "key"), [("ema", "model_ema"), ("model", "model")])
-def test_the_weights_asked_for_and_their_origin_are_written(
+def test_the_weights_asked_for_and_their_origin_are_written_and_evaluated_the_same(
     inputs, trained, tmp_path, weights, key
 ):
-    header = run(trained, tmp_path, "--eval_weights", weights)
+    header = run(trained, tmp_path / "exported", "--eval_weights", weights)
     saved = load(trained)
-    state = TokenBridge.from_pretrained(tmp_path).published_state_dict()
+    state = TokenBridge.from_pretrained(tmp_path / "exported").published_state_dict()
     expected = saved["model"] | saved[key]
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert not torch.equal(saved["model"]["mask_token"], saved["model_ema"]["mask_token"])
-    assert json.loads((tmp_path / CONFIG).read_text()) == saved["config"]
+    assert json.loads((tmp_path / "exported" / CONFIG).read_text()) == saved["config"]
     digest = hashlib.sha256((inputs / "vae.ckpt").read_bytes()).hexdigest()
     known = dict(weights=weights, step=saved["step"], epoch=saved["epoch"], classes=list(CLASSES))
     scale = saved["config"]["latent_scale"]
     assert header == known | {"latent_scale": scale, "vae_sha256": digest}
-
-
-def test_an_exported_folder_is_evaluated_as_its_checkpoint_is(inputs, trained, tmp_path, capsys):
-    for weights in ("ema", "model"):
-        run(trained, tmp_path / weights, "--eval_weights", weights)
-        chosen = dict(eval_weights=weights, no_metrics=True)
-        images = evaluate(inputs, tmp_path / f"{weights}-a", trained, **chosen)
-        assert evaluate(inputs, tmp_path / f"{weights}-b", tmp_path / weights, **chosen) == images
-    argv = flags(inputs, EVALUATE_FLAGS, output_dir=tmp_path / "c", resume=tmp_path / "model")
-    line = refused(capsys, main_tokenbridge.main, *argv)
-    assert "holds the model weights alone; pass --eval_weights model" in line
-    (tmp_path / "model" / CONFIG).write_text("[]")
-    assert "config.json" in refused(capsys, main_tokenbridge.main, *argv)
+    chosen = dict(eval_weights=weights, no_metrics=True)
+    images = evaluate(inputs, tmp_path / "a", trained, **chosen)
+    assert evaluate(inputs, tmp_path / "b", tmp_path / "exported", **chosen) == images
 
 
 @pytest.mark.parametrize("must_exist", [False, True])
@@ -82,17 +71,9 @@ def test_a_training_begins_with_the_weights_of_an_exported_folder(inputs, traine
         assert all(torch.equal(found[key][name], expected[name]) for name in expected)
 
 
-def published_form(trained: Path, path: Path) -> list[str]:
-    """A checkpoint as the published code writes it, and the flags that say its settings."""
-    saved = load(trained)
-    torch.save({key: saved[key] for key in ("model", "model_ema", "epoch")}, path)
-    words = "--model tokenbridge_tiny --img_size 16 --vae_stride 4 --vae_embed_dim 4"
-    return f"{words} --class_num 3 --buffer_size 4".split()
-
-
 def test_a_published_checkpoint_takes_its_settings_from_the_flags(trained, tmp_path):
-    flags = published_form(trained, tmp_path / "weights.pth")
-    header = run(tmp_path / "weights.pth", tmp_path / "out", *flags)
+    settings = save_published(trained, tmp_path / "weights.pth")
+    header = run(tmp_path / "weights.pth", tmp_path / "out", *flags(tmp_path, settings))
     assert "step" not in header and "classes" not in header
     config = TokenBridge.from_pretrained(tmp_path / "out").config
     assert config.head_input == "published" and config.latent_scale == 0.2325
@@ -121,8 +102,19 @@ def test_wrong_calls_are_answered_in_one_line(trained, tmp_path, capsys):
     assert "does not exist" in line("--resume", str(tmp_path / "nothing"))
     assert "name the folder" in line("--resume", "auto")
     assert "class_num" in line("--resume", str(trained), "--class_num", "7")
-    flags = published_form(trained, tmp_path / "weights.pth")
-    assert "do not match" in line("--resume", str(tmp_path / "weights.pth"), *flags[:-1], "5")
+    settings = save_published(trained, tmp_path / "weights.pth") | dict(buffer_size=5)
+    weights = ("--resume", str(tmp_path / "weights.pth"))
+    assert "do not match" in line(*weights, *flags(tmp_path, settings))
+
+
+def test_an_exported_folder_of_other_weights_or_damaged_is_refused(
+    inputs, trained, tmp_path, refusal
+):
+    run(trained, tmp_path, "--eval_weights", "model")
+    line = refusal("evaluate", inputs, resume=tmp_path)
+    assert "holds the model weights alone; pass --eval_weights model" in line
+    (tmp_path / CONFIG).write_text("[]")
+    assert "config.json" in refusal("evaluate", inputs, resume=tmp_path)
 
 
 def test_push_to_hub_puts_it_there(trained, tmp_path, capsys, monkeypatch):

@@ -80,7 +80,7 @@ def test_classes_have_names_and_those_never_trained_are_refused(vae):
             generate(model, vae, wrong)
 
 
-def test_a_tokenizer_brings_its_own_scale_and_shapes_must_agree(model, vae, images):
+def test_a_tokenizer_brings_its_own_scale_and_what_does_not_fit_is_named(model, vae, images):
     assert np.array_equal(generate(model, Tokenizer(vae, 0.5), LABELS, **SAMPLING), images)
     assert not np.array_equal(generate(model, Tokenizer(vae, 2.0), LABELS, **SAMPLING), images)
     other = AutoencoderKL(4, (1, 1, 1), ch=32, num_res_blocks=1)
@@ -88,6 +88,12 @@ def test_a_tokenizer_brings_its_own_scale_and_shapes_must_agree(model, vae, imag
         generate(model, other, [0])
     with pytest.raises(ValueError, match="no VAE"):
         generate(model, Tokenizer(None, 1.0), [0])
+    for labels in ([0, 3], [], [0.5], [[0, 1]]):
+        with pytest.raises(ValueError, match="labels .* (not all in|class numbers)"):
+            generate(model, vae, labels)
+    for name, value in dict(image_ids=[1, 2], batch_size=0, num_iter=0, precision="fp8").items():
+        with pytest.raises(ValueError, match=name):
+            generate(model, vae, [0], **{name: value})
 
 
 def test_the_model_stays_in_its_mode_and_the_random_state_as_it_is(vae):
@@ -109,12 +115,3 @@ def test_precision_is_of_the_model_and_the_vae_stays_in_fp32(model, vae, images)
     assert set(dtypes[:-1]) == {torch.bfloat16} and dtypes[-1] == torch.float32
     for hook in hooks:
         hook.remove()
-
-
-def test_values_out_of_range_are_named(model, vae):
-    for labels in ([0, 3], [], [0.5], [[0, 1]]):
-        with pytest.raises(ValueError, match="labels .* (not all in|class numbers)"):
-            generate(model, vae, labels)
-    for name, value in dict(image_ids=[1, 2], batch_size=0, num_iter=0, precision="fp8").items():
-        with pytest.raises(ValueError, match=name):
-            generate(model, vae, [0], **{name: value})

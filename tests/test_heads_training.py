@@ -8,21 +8,17 @@ import pytest
 import torch
 
 import main_cache
-import main_tokenbridge
 from models.tokenbridge import resized_positions
 from models.tokenizers.vq import VQModel
 from tests.runs import (
     CACHE_FLAGS,
-    EVALUATE_FLAGS,
-    TRAIN_FLAGS,
     assert_same_training,
     call,
     evaluate,
     flags,
     load,
-    on_processes,
-    refused,
     train,
+    train_on,
 )
 from util import export
 from util.vae import save_vae
@@ -33,39 +29,31 @@ VALIDATED = dict(holdout=4, val_freq=1, preview_freq=1, preview_iter=2, preview_
 
 
 @HEADS
-def test_training_that_goes_on_is_the_uninterrupted_one(inputs, tmp_path, head):
-    settings = dict(head=head, save_last_freq=1, **SMALL.get(head, {}))
-    whole = train(inputs, tmp_path / "whole", **settings, **VALIDATED)
+def test_training_goes_on_and_is_shared_as_one_and_draws_the_same_in_any_batch(
+    inputs, tmp_path, head
+):
+    settings = dict(head=head, **SMALL.get(head, {}), **VALIDATED)
+    whole = train(inputs, tmp_path / "whole", **settings, save_last_freq=1)
     assert whole["config"]["head"] == head
     assert (whole["config"]["quantizer"] is None) == (head in ("mixture", "diffusion"))
     (tmp_path / "parts").mkdir()
     (earlier,) = (path for path in (tmp_path / "whole").glob("*step*2.pth"))
     shutil.copy(earlier, tmp_path / "parts" / "checkpoint-last.pth")
-    parts = train(inputs, tmp_path / "parts", **settings, holdout=4, val_freq=0, resume="auto")
+    parts = train(inputs, tmp_path / "parts", **settings | dict(val_freq=0), resume="auto")
     assert_same_training(parts, whole)
-
-
-@HEADS
-def test_two_processes_train_as_one_and_the_images_do_not_depend_on_the_batch(
-    inputs, tmp_path, head
-):
-    settings = dict(head=head, **SMALL.get(head, {}), **VALIDATED)
-    one = train(inputs, tmp_path / "one", **settings)
-    argv = flags(inputs, TRAIN_FLAGS, settings, output_dir=tmp_path / "two", accum_iter=1)
-    result = on_processes(2, "main_tokenbridge.py", *argv)
-    assert result.returncode == 0, result.stderr
+    train_on(2, inputs, tmp_path / "two", **settings)
     two = load(tmp_path / "two")
-    for name, tensor in one["model"].items():
+    for name, tensor in whole["model"].items():
         torch.testing.assert_close(two["model"][name], tensor, rtol=1e-3, atol=1e-4)
-    drawn = evaluate(inputs, tmp_path / "a", tmp_path / "one", no_metrics=True)
-    again = evaluate(inputs, tmp_path / "b", tmp_path / "one", no_metrics=True, eval_bsz=3)
+    drawn = evaluate(inputs, tmp_path / "a", tmp_path / "whole", no_metrics=True)
+    again = evaluate(inputs, tmp_path / "b", tmp_path / "whole", no_metrics=True, eval_bsz=3)
     assert len(drawn) == 12 and drawn == again
     exported = tmp_path / "exported"
-    call(export.main, "--resume", str(tmp_path / "one"), "--output_dir", str(exported))
+    call(export.main, "--resume", str(tmp_path / "whole"), "--output_dir", str(exported))
     assert drawn == evaluate(inputs, tmp_path / "c", exported, no_metrics=True)
 
 
-def test_a_vq_tokenizer_is_cached_trained_on_and_drawn_with(inputs, tmp_path, capsys):
+def test_a_vq_tokenizer_is_cached_trained_on_and_drawn_with(inputs, tmp_path, refusal):
     torch.manual_seed(0)
     sizes = dict(codebook_size=16, embed_dim=4, z_channels=32, ch=32, ch_mult=(1, 1, 1))
     vae = VQModel(num_res_blocks=1, **sizes)
@@ -84,12 +72,10 @@ def test_a_vq_tokenizer_is_cached_trained_on_and_drawn_with(inputs, tmp_path, ca
     assert len(drawn[0]) == 12 and drawn[0] == drawn[1] != drawn[2]
     train(inputs, tmp_path / "images", **asked | dict(use_cached=False, data_path="data", epochs=1))
     for wrong in (dict(head="channel"), dict(vae_path="vae.ckpt", cached_path="cache")):
-        argv = flags(inputs, TRAIN_FLAGS, asked | wrong, output_dir=tmp_path / "no")
-        assert "--head codebook and a VQ tokenizer belong together" in refused(
-            capsys, main_tokenbridge.main, *argv
-        )
-    argv = flags(inputs, TRAIN_FLAGS, asked, latent_norm="channel", output_dir=tmp_path / "no")
-    assert "entries of a codebook" in refused(capsys, main_tokenbridge.main, *argv)
+        line = refusal("train", inputs, **asked | wrong)
+        assert "--head codebook and a VQ tokenizer belong together" in line
+    line = refusal("train", inputs, **asked, latent_norm="channel")
+    assert "entries of a codebook" in line
 
 
 # --- MAR's commands
@@ -113,7 +99,9 @@ def mar_folder(inputs, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_folder_of_mar_evaluates_goes_on_and_goes_back(inputs, mar_folder, tmp_path):
+def test_a_folder_of_mar_evaluates_goes_on_and_goes_back_and_its_network_does_not_decay(
+    inputs, mar_folder, tmp_path
+):
     small = MAR | {"model": "tokenbridge_tiny", "head": "diffusion"}
     asked = {name: small[name] for name in ("model", "head", "diffloss_d", "diffloss_w")}
     asked |= dict(num_sampling_steps=3, buffer_size=4, img_size=16, no_metrics=True)
@@ -130,17 +118,14 @@ def test_a_folder_of_mar_evaluates_goes_on_and_goes_back(inputs, mar_folder, tmp
     state = resized_positions(tuned["model"], 6)
     assert state["diffusion_pos_embed_learned"].shape[1] == 36
 
-
-def test_the_diffusion_networks_weights_do_not_decay(inputs, mar_folder):
-    saved = torch.load(mar_folder / "checkpoint-last.pth", weights_only=False)
-    plain, decayed = (group["params"] for group in saved["optimizer"]["param_groups"])
-    names = [name for name in saved["model_ema"] if "diffloss" in name]
-    small = [n for n, t in saved["model_ema"].items() if t.ndim == 1 and "diffloss" not in n]
+    plain, decayed = (group["params"] for group in before["optimizer"]["param_groups"])
+    names = [name for name in before["model_ema"] if "diffloss" in name]
+    small = [n for n, t in before["model_ema"].items() if t.ndim == 1 and "diffloss" not in n]
     assert len(plain) == len(names) + len(small)
-    assert len(plain) + len(decayed) == len(saved["model_ema"])
+    assert len(plain) + len(decayed) == len(before["model_ema"])
 
 
-def test_flags_that_a_head_does_not_have_are_refused_in_one_line(inputs, trained, tmp_path, capsys):
+def test_flags_that_a_head_does_not_have_are_refused_in_one_line(inputs, trained, refusal):
     for head, wrong, said in (
         ("channel", dict(num_sampling_steps=5), "num_sampling_steps 5 is of the diffusion head"),
         ("diffusion", dict(quantizer="published"), "quantizer 'published' is not the diffusion"),
@@ -152,13 +137,8 @@ def test_flags_that_a_head_does_not_have_are_refused_in_one_line(inputs, trained
         ("codebook", dict(dry_run=True, use_cached=False, cached_path=None), "needs --vae_path"),
         ("mixture", dict(diffloss_d=3), "diffloss_d 3 is of the diffusion head"),
     ):
-        argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", head=head, **wrong)
-        assert said in refused(capsys, main_tokenbridge.main, *argv), head
-        assert not (tmp_path / "out").exists()
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", head="mixture", resume=trained)
-    assert "has head channel, but the flags say mixture" in refused(
-        capsys, main_tokenbridge.main, *argv
-    )
-    asked = dict(output_dir=tmp_path / "out", resume=trained, num_sampling_steps=10)
-    argv = flags(inputs, EVALUATE_FLAGS, asked)
-    assert "num_sampling_steps 10" in refused(capsys, main_tokenbridge.main, *argv)
+        assert said in refusal("train", inputs, head=head, **wrong), head
+    line = refusal("train", inputs, head="mixture", resume=trained)
+    assert "has head channel, but the flags say mixture" in line
+    line = refusal("evaluate", inputs, resume=trained, num_sampling_steps=10)
+    assert "num_sampling_steps 10" in line

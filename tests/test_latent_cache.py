@@ -11,12 +11,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
+from tests.conftest import complaint
+from tests.runs import contents
 from util.data import cache_writer
 from util.data.batches import Batches, MicroBatchSampler
 from util.data.cache_writer import CacheWriter, ShardWriter, list_digest
 from util.data.latent_cache import as_one_batch, json_digest, open_cache, verify
 from util.data.statistics import LatentStats
-from util.errors import UserError
 
 C, H, W = 3, 4, 5
 NAMES = [f"{name}/{i}.png" for name in ("ant", "bee") for i in range(5)]
@@ -59,23 +60,11 @@ def fill(path: Path, bad: tuple[int, ...] = (), **changes) -> list[int]:
     return encoded
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
 def rewrite(path: Path, **changes) -> None:
     """Change a JSON file as somebody would who knows its checksum."""
     value = json.loads(path.read_text()) | changes
     value["checksum"] = json_digest({k: v for k, v in value.items() if k != "checksum"})
     path.write_text(json.dumps(value))
-
-
-def complaint(action, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as error:
-        action(*args, **kwargs)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 # --- what goes in comes out
@@ -172,7 +161,7 @@ def test_only_what_is_missing_is_written_again_and_identically(tmp_path, form, m
     assert contents(tmp_path) == before
 
 
-def test_a_folder_of_other_settings_is_refused_unchanged(tmp_path):
+def test_a_folder_of_other_settings_is_refused_unchanged_and_a_shard_of_another_one(tmp_path):
     fill(tmp_path)
     before = contents(tmp_path)
     changes = dict(vae_sha256="cd" * 32, image_size=32, dtype="float16", shard_size=5, format="npz")
@@ -180,10 +169,6 @@ def test_a_folder_of_other_settings_is_refused_unchanged(tmp_path):
         message = complaint(writer_for, tmp_path, **{name: value})
         assert "--cached_path" in message and name in message
     assert contents(tmp_path) == before
-
-
-def test_a_shard_of_another_cache_or_place_is_refused(tmp_path):
-    fill(tmp_path)
     own, other = tmp_path / "shard-00001.json", tmp_path / "shard-00000.json"
     for changes in (dict(cache_id="of another"), json.loads(other.read_text())):
         rewrite(own, **changes)
@@ -231,32 +216,19 @@ def test_damaged_files_are_named_and_never_unpickled(tmp_path, form):
     path, trap = tmp_path / name, np.array([Trap()], dtype=object)
     whole = path.read_bytes()
     np.save(tmp_path / "trap.npy", trap, allow_pickle=True)
-    for content in (b"", whole[: len(whole) // 2], (tmp_path / "trap.npy").read_bytes()):
+    other = tmp_path / "bee" / "1.png.npz"  # whose own checksum is right
+    wrong = other.read_bytes() if form == "npz" else whole[:-1] + bytes([whole[-1] ^ 1])
+    for content in (b"", whole[: len(whole) // 2], (tmp_path / "trap.npy").read_bytes(), wrong):
         path.write_bytes(content)
-        assert name in complaint(lambda: open_cache(tmp_path)[7])
+        assert name in complaint(lambda: open_cache(tmp_path).__getitems__([(1, 0), (7, True)]))
+        assert name in complaint(verify, tmp_path)
+    assert torch.equal(open_cache(tmp_path)[(8, True)][0], torch.from_numpy(MOMENTS[8, 1]))
     for array in (trap, MOMENTS[7, 0, :3], MOMENTS[7, 0].astype(int)):
         np.savez(tmp_path / "other.npz", moments=array)
         shutil.copy(tmp_path / "other.npz", path)
         assert name in complaint(lambda: open_cache(tmp_path)[7])
     path.unlink()
     assert name in complaint(lambda: open_cache(tmp_path)[7])
-
-
-@FORMS
-def test_a_wrong_bit_is_named_when_it_is_read_and_by_verify(tmp_path, form):
-    fill(tmp_path, format=form)
-    verify(tmp_path)
-    name = "shard-00001.npy" if form == "npy" else "bee/2.png.npz"
-    if form == "npy":
-        content = bytearray((tmp_path / name).read_bytes())
-        content[-1] ^= 1  # of image 7's mirror image
-        (tmp_path / name).write_bytes(content)
-    else:  # another file, whose own checksum is right
-        shutil.copy(tmp_path / "bee" / "1.png.npz", tmp_path / name)
-    cache = open_cache(tmp_path)
-    assert name in complaint(lambda: cache.__getitems__([(1, False), (7, True)]))
-    assert torch.equal(cache[(8, True)][0], torch.from_numpy(MOMENTS[8, 1]))
-    assert name in complaint(verify, tmp_path)
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):

@@ -84,10 +84,3 @@ def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys)
     with only_job_in(tmp_path, "--flag"):
         (line,) = capsys.readouterr().err.splitlines()
         assert f"--flag {tmp_path}" in line and "no locks" in line
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    lock = only_job_in(tmp_path / "file" / "cache", "--flag")
-    with pytest.raises(UserError, match="--flag .*file/cache: cannot write"), lock:
-        pass

@@ -12,7 +12,7 @@ PUBLISHED = MaskRatios("normal", 0.7)
 SHARES = {"cosine": lambda t: math.cos(math.pi / 2 * t), "exp": lambda t: 1 - math.exp(5 * t - 5)}
 
 
-def test_the_first_of_an_order_or_a_boolean_mask_are_masked_and_all_others_visible():
+def test_the_first_of_a_uniform_order_or_a_boolean_mask_are_masked_and_others_visible():
     orders = random_orders(4, 20, "cpu")
     mask = Mask.from_orders(orders, 13)
     both = torch.cat([mask.masked, mask.visible], dim=1).sort(dim=1).values
@@ -23,6 +23,9 @@ def test_the_first_of_an_order_or_a_boolean_mask_are_masked_and_all_others_visib
     assert torch.equal(found.masked, mask.masked) and torch.equal(found.visible, mask.visible)
     with pytest.raises(ValueError, match=r"\[2, 1\]"):
         Mask.from_bool(torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    orders = random_orders(6000, 6, "cpu")
+    first = torch.bincount(orders[:, 0], minlength=6) / 6000
+    assert (first - 1 / 6).abs().max() < 0.025
 
 
 def test_mask_ratio_follows_the_truncated_normal():
@@ -46,12 +49,6 @@ def test_exponential_mask_ratio_is_that_of_uniform_draws():
         below = (drawn <= ratio).double().mean().item()
         assert ratios.share_below(ratio) == pytest.approx(below, abs=0.03)
     assert sum(chance for _, chance in ratios.counts(16)) == pytest.approx(1)
-
-
-def test_orders_are_uniform_over_positions():
-    orders = random_orders(6000, 6, "cpu")
-    first = torch.bincount(orders[:, 0], minlength=6) / 6000
-    assert (first - 1 / 6).abs().max() < 0.025
 
 
 @pytest.mark.parametrize("name", SHARES)

@@ -74,17 +74,6 @@ def test_each_channel_takes_the_nearest_of_its_own_levels(shape):
     assert torch.equal(quantizer.decode(indices), torch.stack(levels, dim=-1))
 
 
-def test_patches_hold_each_channels_scalars_next_to_each_other():
-    """p = 2: a scalar's codebook is its channel's, wherever it lies in the patch."""
-    quantizer, latents = calibrated(), torch.randn(2, 3, 4, 6)
-    whole = quantizer.encode(latents.movedim(1, -1)).movedim(-1, 1)
-    tokens = patchify(latents, 2)
-    assert torch.equal(quantizer.encode(tokens), patchify(whole, 2))
-    values = quantizer.decode(whole.movedim(1, -1)).movedim(-1, 1)
-    assert torch.equal(quantizer.decode(patchify(whole, 2)), patchify(values, 2))
-    assert torch.equal(quantizer.outside(tokens * 3), (tokens * 3).abs() > 4)
-
-
 def test_outside_is_beyond_the_range_or_each_channels_own_data():
     x = torch.tensor([-2.5, -2.0, 0.0, 3.0, 3.5])
     assert GaussianQuantizer(4, -2.0, 3.0).outside(x).tolist() == [True, *[False] * 3, True]
@@ -121,7 +110,8 @@ def test_without_levels_nothing_is_quantized_and_a_state_dict_carries_them():
     assert torch.equal(other.encode(x), quantizer.encode(x))
 
 
-def test_a_token_holds_its_patch_channel_by_channel():
+def test_a_token_holds_its_patch_channel_by_channel_and_so_do_levels():
+    """p = 2: a scalar's codebook is its channel's, wherever it lies in the patch."""
     latents = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4)
     tokens = patchify(latents, 2)
     assert tokens.shape == (2, 4, 12)
@@ -131,3 +121,11 @@ def test_a_token_holds_its_patch_channel_by_channel():
     for patch_size in (1, 2, 4):
         tokens = patchify(latents, patch_size)
         assert torch.equal(unpatchify(tokens, patch_size, 4 // patch_size), latents)
+
+    quantizer, latents = calibrated(), torch.randn(2, 3, 4, 6)
+    whole = quantizer.encode(latents.movedim(1, -1)).movedim(-1, 1)
+    tokens = patchify(latents, 2)
+    assert torch.equal(quantizer.encode(tokens), patchify(whole, 2))
+    values = quantizer.decode(whole.movedim(1, -1)).movedim(-1, 1)
+    assert torch.equal(quantizer.decode(patchify(whole, 2)), patchify(values, 2))
+    assert torch.equal(quantizer.outside(tokens * 3), (tokens * 3).abs() > 4)

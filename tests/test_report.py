@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 import reconstruction
 from tests.browser import chromium
 from tests.measures import PIXELS
-from tests.runs import COMMON, call, evaluate, flags, refused, train
+from tests.runs import RECONSTRUCTION_FLAGS, call, evaluate, flags, refused, train
 from util.report import __main__ as report
 from util.report import page, sections
 from util.report.load import load
@@ -29,9 +29,8 @@ def whole(inputs, tmp_path_factory) -> Path:
     points = dict(cfg=[1.0, 2.0], temperature=[0.5, 1.0], num_images=30, eval_bsz=10)
     points |= dict(feature_extractor=PIXELS, fid_reference=inputs / "data", num_workers=0)
     evaluate(inputs, root / "drawn", root / "model", **points)
-    settings = dict(image_dir="data", vae_path="vae.ckpt", latent_scale=1.0, no_metrics=True)
-    settings |= dict(bits=[-1, 4, 2], output_dir=root / "reconstructed")
-    call(reconstruction.main, *flags(inputs, COMMON, settings))
+    settings = dict(bits=[-1, 4, 2], output_dir=root / "reconstructed")
+    call(reconstruction.main, *flags(inputs, RECONSTRUCTION_FLAGS, settings))
     return root
 
 
@@ -88,22 +87,16 @@ def test_curves_are_what_was_logged(whole, curves):
         assert sum(share for _, share in points) == pytest.approx(100)
 
 
-def test_sweep_is_a_table_with_the_best_point_marked(whole, html):
+def test_tables_of_a_sweep_of_reconstruction_and_of_given_and_default_flags(whole, html):
     records = [json.loads(path.read_text()) for path in whole.glob("drawn/*/metrics.json")]
     distances = [record["metrics"]["frechet_distance"] for record in records]
     (best,) = re.findall(r'<tr class="best">(.*?)</tr>', html)
     assert len(distances) == 4 and f"<td>{page.figure(min(distances))} ± " in best
-
-
-def test_reconstruction_goes_from_few_bits_to_none(whole, html):
     results = json.loads((whole / "reconstructed" / "results.json").read_text())["results"]
     psnr = {result["name"]: page.figure(result["psnr"]) for result in results}
     rows = re.findall(r"<tr><td>(bits2|bits4|continuous)</td><td>([\d.]+)</td>", html)
     assert rows == [(name, psnr[name]) for name in ("bits2", "bits4", "continuous")]
     assert "original, continuous, bits4, bits2." in html
-
-
-def test_configuration_tells_what_was_given_from_what_is_default(html):
     changed, rest = html.split("<h2>Configuration</h2>")[1].split("the other flags")
     assert "<td>--holdout</td><td>4</td>" in changed and "--weight_decay" not in changed
     assert "<td>--weight_decay</td><td>0.02</td>" in rest
@@ -120,7 +113,9 @@ def test_environment_has_a_column_for_every_start(inputs, tmp_path):
     assert torch.__version__.split("+")[0] in shown
 
 
-def test_wrong_folders_are_one_line(tmp_path, capsys):
+def test_wrong_folders_are_one_line_and_what_one_lacks_is_left_out_with_a_word_why(
+    tmp_path, capsys
+):
     assert "no such folder" in refused(capsys, report.main, str(tmp_path / "nothing"))
     assert "holds nothing of a run" in refused(capsys, report.main, str(tmp_path))
     (tmp_path / "metrics.json").write_text("{")
@@ -128,10 +123,7 @@ def test_wrong_folders_are_one_line(tmp_path, capsys):
     log(tmp_path, {1: 4.0})
     output = ("--output", str(tmp_path))
     assert "Is a directory" in refused(capsys, report.main, str(tmp_path), *output)
-
-
-def test_what_a_folder_lacks_is_left_out_with_a_word_why(tmp_path):
-    log(tmp_path, {1: 4.0, 2: 3.0})
+    (tmp_path / "metrics.json").unlink()
     html = made(tmp_path)
     assert "see --holdout" in html and "see --preview_freq" in html and "say the flags" in html
     assert "<h2>Evaluation" not in html and "<h2>Environment" not in html
@@ -183,23 +175,15 @@ def test_curves_of_a_killed_run_end_where_it_went_on(tmp_path):
     assert load(tmp_path).trainings[""].scalars["train/loss"] == [(1, 4.0), (2, 3.0), (3, 2.0)]
 
 
-def test_charts_thin_long_curves_and_leave_out_what_is_not_finite():
+def test_charts_thin_long_curves_without_what_is_not_finite_and_figures_are_readable():
     points = [(i, float(i * 7919 % 1000)) for i in range(100_000)]
     svg = page.chart("loss", {"a": [(0, float("nan")), *points, (100_000, float("inf"))]})
     assert len(svg) < 30_000 and "a: inf" in svg and "nan" not in svg.lower()
     assert f"a: {page.figure(points[-1][1])}" in page.chart("loss", {"a": points})
     assert "loss: no values" in page.chart("loss", {"a": [(0, float("inf"))]})
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        *((1234567, "1,234,567"), (0.000012, "1.2e-05"), (2.0, "2"), (3.14159, "3.142")),
-        *(("a", "a"), (None, "–"), ([1, 0.5], "1, 0.5"), ({"cfg": 2.0}, "cfg: 2")),
-    ],
-)
-def test_figures_as_people_read_them(value, text):
-    assert page.figure(value) == text
+    values = [1234567, 0.000012, 2.0, 3.14159, "a", None, [1, 0.5], {"cfg": 2.0}]
+    texts = ["1,234,567", "1.2e-05", "2", "3.142", "a", "–", "1, 0.5", "cfg: 2"]
+    assert list(map(page.figure, values)) == texts
 
 
 def test_large_pictures_are_shrunk_and_packed_and_huge_ones_refused(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import torch
 
 from models.backbone import patchify, unpatchify
 from models.layers import take
-from models.masking import Mask
 from models.sampler import (
     CFG_SCHEDULES,
     ORDERS,
@@ -34,40 +33,6 @@ def test_golden_runs_in_the_published_mode(number):
     if f"{name}_indices" in data:
         indices = model.quantizer.encode(patchify(latents, 1))
         assert torch.equal(indices, data[f"{name}_indices"].long())
-
-
-@pytest.mark.parametrize("cfg", [1.0, 3.0])
-def test_an_image_is_the_same_in_any_batch(cfg):
-    model = tiny_model()
-    labels = torch.tensor([0, 1, 2, 0, 1])
-    together = sample_latents(model, labels, num_iter=6, cfg=cfg, seed=5)
-    alone = [
-        sample_latents(model, labels[i : i + 1], num_iter=6, cfg=cfg, seed=5, image_ids=[i])
-        for i in range(5)
-    ]
-    assert torch.equal(together, torch.cat(alone))
-    other = sample_latents(model, labels, num_iter=6, cfg=cfg, seed=6)
-    assert not torch.equal(together, other)
-
-
-def test_guidance_equals_two_separate_passes():
-    """Batched guidance against the formula on decoder outputs, one iteration at temperature 0."""
-    model, labels = tiny_model(), torch.tensor([1, 2])
-    orders = torch.stack([torch.randperm(16), torch.randperm(16)])
-    found = sample_latents(
-        model, labels, num_iter=1, cfg=3.0, cfg_schedule="linear", temperature=0, orders=orders
-    )
-    with torch.no_grad():
-        mask, values = Mask.from_orders(orders, 16), torch.zeros(2, 16, 6)
-        cond, uncond = (
-            model.backbone(values, model.backbone.class_embedding(choice, 2), mask, mask.masked)
-            for choice in (labels, None)
-        )
-        # One iteration: m = max(1, floor(16 cos(pi/2))) = 1, so g = 1 + 2 * 15/16.
-        z = uncond + (1 + 2 * 15 / 16) * (cond - uncond)
-        indices, _ = model.head.sample(z.flatten(0, 1), torch.zeros(32, 6), 0)
-    expected = model.quantizer.decode(indices).unflatten(0, (2, 16))
-    assert torch.equal(patchify(found, 1), expected)
 
 
 def test_impossible_requests_are_refused():

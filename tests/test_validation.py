@@ -3,6 +3,7 @@
 import io
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -10,10 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_cache
-import main_tokenbridge
 from models.generate import decode_images
 from models.masking import MaskRatios
 from models.sampler import SamplingOptions, sample_latents
@@ -21,20 +20,20 @@ from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.runs import (
     CACHE_FLAGS,
-    TRAIN_FLAGS,
     assert_same_training,
     call,
+    events_of,
     flags,
+    interrupted,
     load,
     make_inputs,
-    on_processes,
-    refused,
+    scalars,
     train,
+    train_on,
 )
 from util import stop, validation
 from util.checkpoint import load_checkpoint
 from util.device import resolve_precision
-from util.saver import CheckpointSaver
 from util.setup import build_model
 from util.vae import load_vae
 from util.validation import (
@@ -75,14 +74,10 @@ def validated(beside, tmp_path_factory) -> Path:
     return output
 
 
-def events_of(folder: Path) -> EventAccumulator:
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = events_of(folder)
-    names = [n for n in events.Tags()["scalars"] if n.startswith(("validation", "levels"))]
-    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in names}
+def curves_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Of what validation measures."""
+    own = ("validation", "levels")
+    return {name: points for name, points in scalars(folder).items() if name.startswith(own)}
 
 
 # --- what is held out
@@ -104,7 +99,7 @@ def test_folder_beside_the_training_s_is_found_and_so_is_its_cache(beside, tmp_p
     """Posteriors of one batch and of single images differ in rounding at most."""
     train(beside, tmp_path / "images", data_path="data", vae_path="vae.ckpt", epochs=1)
     train(beside, tmp_path / "cache", val_cached_path=beside / "val", epochs=1)
-    curves, expected = (scalars(tmp_path / name) for name in ("images", "cache"))
+    curves, expected = (curves_of(tmp_path / name) for name in ("images", "cache"))
     assert "validation/loss_raw" in curves and list(curves) == list(expected)
     for name, values in expected.items():
         np.testing.assert_allclose(curves[name], values, rtol=1e-5)
@@ -114,11 +109,8 @@ def test_folder_beside_the_training_s_is_found_and_so_is_its_cache(beside, tmp_p
     assert capsys.readouterr().out.count("no validation loss: ") == 1
 
 
-def test_what_cannot_be_held_out_is_refused_in_one_line(beside, tmp_path, capsys):
-    def line(**changes) -> str:
-        argv = flags(beside, TRAIN_FLAGS, output_dir=tmp_path / "out", **changes)
-        return refused(capsys, main_tokenbridge.main, *argv)
-
+def test_what_cannot_be_held_out_is_refused_in_one_line(beside, tmp_path, refusal):
+    line = partial(refusal, "train", beside)
     assert "--holdout 24 leaves nothing of the 24 of" in line(holdout=24)
     assert "comes from one of them" in line(holdout=1, val_path=beside / "data" / "val")
     assert "--vae_path" in line(val_path=beside / "data" / "val")
@@ -127,7 +119,6 @@ def test_what_cannot_be_held_out_is_refused_in_one_line(beside, tmp_path, capsys
     other = line(val_path=tmp_path / "val", vae_path="vae.ckpt")
     assert "class 'dog'" in other and "--cached_path" in other
     assert "--val_cached_path" in line(val_cached_path=tmp_path / "nothing")
-    assert not (tmp_path / "out").exists()
 
 
 # --- what is measured
@@ -198,7 +189,8 @@ def test_same_images_are_measured_whatever_was_drawn_before(moments, monkeypatch
         assert new_validation(moments).loss(tiny_model()) is None
 
 
-def test_names_say_ratio_and_channel():
+def test_names_say_ratio_and_channel_where_a_head_has_them(moments):
+    """A continuous head has no quantizer, and a loss of a whole token."""
     config = tiny_model().config
     losses = torch.arange(30, dtype=torch.float64).reshape(5, 6)
     named = as_scalars(losses, "ema", config)
@@ -206,6 +198,15 @@ def test_names_say_ratio_and_channel():
     assert named["validation/loss_ema"] == pytest.approx((weights @ losses).mean().item())
     assert named["validation_ratio_ema/0.50"] == losses[1].mean()
     assert named["validation_channel_ema/05"] == pytest.approx((weights @ losses[:, 5]).item())
+    model, log = tiny_model(), mock.Mock()
+    latents, images = torch.randn(3, 6, 4, 4), torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
+    model.quantizer = None
+    drawn = dict.fromkeys(validation.WEIGHTS, (latents, images))
+    new_validation(moments)._log_samples(model, log, drawn, 1)
+    assert [call[0] for call in log.method_calls] == ["writer.add_text", "writer.add_image"]
+    named = as_scalars(torch.ones(len(RATIOS), 1, dtype=torch.float64), "raw", model.config)
+    assert named["validation/loss_raw"] == 1.0 and len(named) == 2 + len(RATIOS)
+    assert named["validation/loss_per_scalar_raw"] == 1 / 6
 
 
 # --- what is drawn
@@ -219,19 +220,6 @@ def test_large_images_are_shrunk(side, shown):
     assert picture.shape == (3, width, 2 * width + validation.GAP)
     first = picture[:, 2 : 2 + shown, 2 : 2 + shown].float()
     assert first.mean().item() == pytest.approx(images[0].float().mean().item(), abs=1)
-
-
-def test_a_head_without_levels_and_channels_has_a_loss_and_images(moments):
-    """As a continuous head: no quantizer, and a loss of a whole token."""
-    model, log = tiny_model(), mock.Mock()
-    latents, images = torch.randn(3, 6, 4, 4), torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
-    model.quantizer = None
-    drawn = dict.fromkeys(validation.WEIGHTS, (latents, images))
-    new_validation(moments)._log_samples(model, log, drawn, 1)
-    assert [call[0] for call in log.method_calls] == ["writer.add_text", "writer.add_image"]
-    named = as_scalars(torch.ones(len(RATIOS), 1, dtype=torch.float64), "raw", model.config)
-    assert named["validation/loss_raw"] == 1.0 and len(named) == 2 + len(RATIOS)
-    assert named["validation/loss_per_scalar_raw"] == 1 / 6
 
 
 def test_grid_and_levels_are_those_of_the_weights(beside, validated):
@@ -261,35 +249,24 @@ def test_grid_and_levels_are_those_of_the_weights(beside, validated):
 # --- training goes on as without
 
 
-def test_validation_changes_nothing_and_goes_from_the_first_step_to_the_last(trained, validated):
+def test_validation_changes_nothing_of_training_and_is_the_same_on_two_processes(
+    trained, validated, beside, tmp_path
+):
     assert_same_training(load(validated), load(trained))
-    curves = scalars(validated)
+    curves = curves_of(validated)
     assert [step for step, _ in curves["validation/loss_ema"]] == [1, 2, 3, 4, 5, 6]
     assert curves["validation/loss_raw"][0][1] == pytest.approx(np.log(64), rel=0.3)
     assert curves["validation_ratio_raw/1.00"][-1][1] < curves["validation_ratio_raw/1.00"][0][1]
-
-
-def test_two_processes_validate_as_one(beside, validated, tmp_path):
-    settings = VALIDATED | dict(val_path=beside / "data" / "val", accum_iter=1)
-    argv = flags(beside, TRAIN_FLAGS, settings, output_dir=tmp_path / "out")
-    result = on_processes(2, "main_tokenbridge.py", *argv)
-    assert result.returncode == 0, result.stderr
+    train_on(2, beside, tmp_path / "out", **VALIDATED, val_path=beside / "data" / "val")
     assert_same_training(load(tmp_path / "out"), load(validated))
-    assert scalars(tmp_path / "out") == scalars(validated)
+    assert curves_of(tmp_path / "out") == curves_of(validated)
 
 
 def test_killed_between_a_checkpoint_and_its_validation_has_both_in_the_end(
-    beside, validated, tmp_path, monkeypatch
+    beside, validated, tmp_path
 ):
     settings = VALIDATED | dict(val_path=beside / "data" / "val")
-
-    def save_and_die(saver, step, state):
-        saver._write(step, state(), 0.0)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CheckpointSaver, "save", save_and_die)
-        train(beside, tmp_path / "out", save_last_freq=1, **settings)
+    interrupted(beside, tmp_path / "out", **settings)
     resumed = train(beside, tmp_path / "out", resume="auto", **settings)
     assert_same_training(resumed, load(validated))
-    assert scalars(tmp_path / "out") == scalars(validated)
+    assert curves_of(tmp_path / "out") == curves_of(validated)

@@ -5,12 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from models.tokenizers import vq
-from models.tokenizers.vq import VQ16, VQModel
-from tests.conftest import GOLDEN, formula_weight, golden, golden_json, relative_error
-from util.errors import UserError
+from models.tokenizers.vq import VQModel
+from tests.conftest import GOLDEN, complaint, formula_weight, golden, relative_error
 from util.vae import load_vae, save_vae
 
-LAYOUTS = golden_json("tokenizer_layouts")
 SMALL = {"codebook_size": 40, "embed_dim": 4, "ch_mult": (1, 2), "ch": 32, "num_res_blocks": 1}
 
 
@@ -31,22 +29,8 @@ def published(request) -> tuple[VQModel, dict]:
     return model.eval(), data
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name.startswith("vq")])
-def test_layout_and_count_are_the_published_ones_and_tell_the_settings(name):
-    layout = LAYOUTS[name]
-    tensors = {n: torch.empty(shape, device="meta") for n, shape in layout["tensors"].items()}
-    with torch.device("meta"):
-        model = VQModel(**vq.settings_of(tensors))
-    found = {n: list(t.shape) for n, t in model.state_dict().items()}
-    assert found == layout["tensors"] and list(found) == list(layout["tensors"])
-    assert sum(p.numel() for p in model.parameters()) == layout["parameters"]
-    assert [n for n, _ in model.named_buffers()] == layout["buffers"]
-    if name == "vq16":
-        assert model.config == VQ16 and (model.channels, model.stride) == (8, 16)
-
-
 @torch.no_grad()
-def test_encode_matches_golden(published):
+def test_encode_and_decode_match_golden(published):
     model, data = published
     z = model.before_quantizer(data["image"])
     assert relative_error(z, data["before_quantizer"]) < 1e-5
@@ -58,11 +42,6 @@ def test_encode_matches_golden(published):
     same = (indices == expected)[:, None].expand_as(data["quantized"])
     assert same.float().mean() > 0.9
     assert relative_error(model.codes(indices)[same], data["quantized"][same]) < 1e-5
-
-
-@torch.no_grad()
-def test_decode_matches_golden(published):
-    model, data = published
     codes = data["codes"].view(data["indices"].shape)
     assert relative_error(model.decode(model.codes(codes)), data["decoded"]) < 1e-4
 
@@ -117,20 +96,15 @@ def without(state: dict, *names: str) -> dict:
     return {name: tensor for name, tensor in state.items() if name not in names}
 
 
-@pytest.mark.parametrize(
-    "damage, message",
-    [
+def test_a_damaged_file_is_one_line(tmp_path):
+    for damage, message in (
         (lambda s: without(s, "quant_conv.weight"), "it has no tensor quant_conv.weight"),
         (lambda s: without(s, "decoder.mid.1.q.bias"), "missing (first: decoder.mid.1.q.bias)"),
         (lambda s: s | {vq.EMBEDDING: torch.zeros(5)}, "weight is (5,), not (5, 4)"),
         (lambda s: s | {"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}, "ch 48"),
         (lambda s: s | {"quantize.more": torch.zeros(1)}, "unexpected (first: quantize.more)"),
-    ],
-)
-def test_a_damaged_file_is_one_line(tmp_path, damage, message):
-    path = tmp_path / "vq.ckpt"
-    torch.save({"model": damage(small_vq().state_dict())}, path)
-    with pytest.raises(UserError) as error:
-        load_vae(path)
-    text = str(error.value)
-    assert text.startswith(f"--vae_path {path}: ") and message in text and "\n" not in text
+    ):
+        path = tmp_path / "vq.ckpt"
+        torch.save({"model": damage(small_vq().state_dict())}, path)
+        line = complaint(load_vae, path)
+        assert line.startswith(f"--vae_path {path}: ") and message in line
