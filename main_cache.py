@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 
+from models.flops import peak_memory
 from models.tokenizers import kl16
 from models.tokenizers.tokenizer import from_uint8
 from util import args as flags
@@ -32,7 +33,6 @@ from util.data.latent_cache import FORMAT_VERSION, verify
 from util.data.listing import ImageList, list_images
 from util.errors import UserError
 from util.files import only_job_in
-from util.flops import peak_memory
 from util.logging import figures_on_stdout
 from util.setup import build_vae
 from util.vae import vae_digest

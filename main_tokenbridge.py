@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine_tokenbridge import Run, SkipVote, train, train_step
+from models.flops import Meter, peak_flops, peak_memory, training_step
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
 from util import args as flags
@@ -33,7 +34,6 @@ from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import drawn_classes, eval_settings
 from util.evaluation.sweep import evaluate_checkpoint
 from util.files import check_writable, only_job_in
-from util.flops import Meter, peak_flops, peak_memory, training_step
 from util.logging import LogSettings, TrainingLog, environment, figures_on_stdout
 from util.optim import build_averages, build_optimizer
 from util.saver import CheckpointSaver, SaveSettings

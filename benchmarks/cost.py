@@ -1,7 +1,7 @@
 """What training and sampling cost on GPUs: operations and hours, printed as JSON.
 
-Operations are counted (util/flops.py) and divided by the share of the data sheet's peak that a run
-reaches. That share is assumed: training's log says its own as a percentage beside TFLOP/s.
+Operations are counted (models/flops.py) and divided by the share of the data sheet's peak that a
+run reaches. That share is assumed: training's log says its own as a percentage beside TFLOP/s.
 
 python -m benchmarks.cost --model tokenbridge_large
 python -m benchmarks.cost --model tokenbridge_huge --hardware H200 --devices 32 --img_size 512
@@ -10,11 +10,12 @@ python -m benchmarks.cost --model tokenbridge_huge --hardware H200 --devices 32 
 import argparse
 import json
 
+from models import flops
 from models.config import PRESETS, TokenBridgeConfig, preset
-from util import dist, flops
+from models.flops import HARDWARE
+from util import dist
 from util.args import Parser, fraction, non_negative_float, positive_int
 from util.errors import as_user_error
-from util.flops import HARDWARE
 
 SIZES = [name for name in PRESETS if name.startswith("tokenbridge_")]
 PUBLISHED_EPOCHS = {"tokenbridge_huge": 800}  # all others 400
@@ -32,7 +33,7 @@ def make_parser() -> Parser:
     add("--num_images", type=positive_int, default=50_000, help="to sample")
     add("--num_iter", type=positive_int, default=256, help="iterations of the sampling")
     add("--cfg", type=non_negative_float, default=3.1, help="guidance; 1 is none")
-    add("--hardware", choices=HARDWARE, default="H100", help="of util/flops.py")
+    add("--hardware", choices=HARDWARE, default="H100", help="of models/flops.py")
     add("--devices", type=positive_int, default=8, help="of that hardware, in all")
     add("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="arithmetic")
     add("--share", type=fraction, default=0.3, help="of the peak that is reached")

@@ -18,12 +18,12 @@ import torch
 
 from benchmarks.works import WORKS, Settings, Work
 from models.config import PRESETS, TokenBridgeConfig, preset
+from models.flops import peak_memory, readable
 from util import dist
 from util.args import Parser, positive_int
 from util.device import resolve_device
 from util.errors import as_user_error
 from util.files import check_writable
-from util.flops import peak_memory, readable
 from util.logging import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"

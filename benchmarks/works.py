@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from models import flops
 from models.config import TokenBridgeConfig
 from models.masking import random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
-from util import flops
 from util.device import compile_model, resolve_precision
 from util.optim import EMA, build_optimizer, guarded_step
 

@@ -32,13 +32,14 @@ import torch
 
 from demo import classifier
 from demo.compare_page import GROUPS, draw_sheet, render, tables
+from models import flops
 from models.config import HEAD_QUANTIZERS, HEADS, QUANTIZERS, TokenBridgeConfig
 from models.masking import mask_schedule
 from models.quantizer import entropy, level_counts
 from models.sampler import SamplingOptions, guidance_scale
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
-from util import ROOT, dist, flops
+from util import ROOT, dist
 from util.args import Parser
 from util.checkpoint import find_checkpoint
 from util.data.latent_cache import open_cache

@@ -20,11 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.backbone import patchify, unpatchify
+from models.backbone import CachedBackbone, patchify, unpatchify
 from models.config import HEAD_INPUTS
 from models.layers import take
 from models.masking import MASK_SCHEDULES, Mask, mask_schedule
-from models.token_cache import CachedBackbone
 from models.tokenbridge import TokenBridge
 
 CFG_SCHEDULES = ("linear", "constant", "cosine")

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from benchmarks import cost
+from models import flops
 from models.config import TokenBridgeConfig, preset
 from tests.conftest import ROOT
 from tests.runs import call, refused
-from util import flops
 
 
 def figures(capsys, *flags: str) -> dict:

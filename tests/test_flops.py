@@ -9,13 +9,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.works import vae_operations
+from models import flops
 from models.config import TokenBridgeConfig, preset
 from models.masking import Mask, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import KL16, AutoencoderKL
 from tests.conftest import tiny_model
-from util import flops
 
 VARIANTS = {
     "patches": dict(img_size=32, vae_embed_dim=2, patch_size=2, channel_order=(1, 0)),

@@ -12,10 +12,10 @@ import torch
 from tensorboard.summary.writer import event_file_writer
 
 import main_tokenbridge
+from models.flops import Meter
 from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, scalars
 from util.data.batches import Batches
 from util.errors import UserError
-from util.flops import Meter
 from util.logging import LogSettings, MetricsFile, StepResult, TrainingLog
 
 CPU = torch.device("cpu")

@@ -24,11 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from models.flops import Meter, peak_memory, readable
 from util import ROOT, dist
 from util.data.batches import Batches
 from util.errors import as_user_error
 from util.files import atomic_write, check_writable
-from util.flops import Meter, peak_memory, readable
 
 ABOUT = "run/about"  # TensorBoard's text of how a run was begun or gone on with
 FLAG = "--metrics_file"

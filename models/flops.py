@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import TokenBridgeConfig
+from models.generate import Precision
 from models.masking import mask_schedule
 from models.tokenbridge import HEADS
-from util.device import Precision
 
 GIB = 2**30
 
