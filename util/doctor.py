@@ -73,11 +73,13 @@ def judged(text: str, remedy: str, *problems: str | bool, state: str = WARNING) 
 class Opened:
     """What the flags lead to; each part is opened when a check first asks for it.
 
-    Nothing in the folders of a run is changed.
+    Flags that only a training has are at their defaults. Nothing in the folders of a run is
+    changed.
     """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device = args, device
+        known = vars(make_parser().parse([])) | vars(args)
+        self.args, self.device = argparse.Namespace(**known), device
 
     @cached_property
     def vae(self) -> VAE:
@@ -314,11 +316,18 @@ def dry_run(
     if failures := [str(finding) for finding in findings if finding.state == FAILURE]:
         raise UserError(failures[0])
     figures = step()
-    for name, number in figures.items():
-        shown = f"{number:.4g}" if isinstance(number, float) else f"{number:,}"
-        dist.print_main(f"{name.replace('_', ' '):<24} {shown}")
-    dist.print_main("nothing was written")
+    lines = [f"{name.replace('_', ' '):<24} {_shown(name, x)}" for name, x in figures.items()]
+    dist.print_main("\n".join([*lines, "nothing was written"]))
     return figures
+
+
+def _shown(name: str, value) -> str:
+    """A figure with its unit."""
+    if name.startswith("bytes"):
+        return f"{value / 2**30:.3g} GiB"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def make_parser() -> Parser:
