@@ -183,15 +183,16 @@ def channel_statistics(
     if args.latent_scale not in (None, "auto"):
         raise UserError("--latent_scale is not read with --latent_norm channel; leave it out")
     if path:
-        with as_user_error(f"--latent_stats {path}", (ValueError, OSError)):
-            source = json.loads(Path(path).read_bytes())
+        with as_user_error(f"--latent_stats {path}", (ValueError, TypeError, OSError)):
+            source = dict(json.loads(Path(path).read_bytes()))
         own = manifest["vae_sha256"] if manifest else vae_digest(value(args, "vae_path"))
         if source.get("vae_sha256", own) != own:
             raise UserError(f"--latent_stats {path} is of the latents of another VAE than these")
     if not (source.get("channel_mean") and source.get("channel_std")):
         given = "the channels' mean and std, which main_cache.py measures: give its --cached_path"
         raise UserError(f"--latent_norm channel needs {given}, or its manifest as --latent_stats")
-    mean, std = (tuple(source[f"channel_{name}"]) for name in ("mean", "std"))
+    with as_user_error("channel_mean and channel_std", (ValueError, TypeError)):
+        mean, std = (tuple(map(float, source[f"channel_{name}"])) for name in ("mean", "std"))
     known = {"latent_mean": mean, "latent_std": std, "latent_scale": 1.0}
     return known | {name: source[name] for name in ("channel_order",) if name in source}
 
