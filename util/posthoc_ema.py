@@ -88,7 +88,7 @@ class PosthocEMA:
         """The checkpoint with the average of that width as its `model_ema`."""
         state, off = self.of(sigma)
         found = f"width {sigma:g} of {len(self.steps)} snapshots: its profile is {off:.1%} off"
-        remedy = "; more snapshots or a larger width are closer" if off > FAR else ""
+        remedy = "; more snapshots come closer" if off > FAR else ""
         dist.print_main(found + remedy)
         return replace(self.checkpoint, saved=self.checkpoint.saved | {"model_ema": state})
 
