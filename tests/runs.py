@@ -3,7 +3,6 @@
 import functools
 import multiprocessing
 import os
-import resource
 import runpy
 import shutil
 import socket
@@ -243,29 +242,24 @@ def fork_together(*commands, env: list[dict] | None = None, timeout: int = 120):
     return [(process.exitcode, *text) for process, text in zip(started, texts, strict=True)]
 
 
-def start_fork(
-    command, log: Path, joined: bool = False, limit: int | None = None, **env
-) -> multiprocessing.Process:
+def start_fork(command, log: Path, **env) -> multiprocessing.Process:
     """A process that runs a script or a module, without the seconds of importing torch.
 
     It is forked from a server that has imported the scripts and has done nothing else. What it
-    prints is added to LOG.1 and LOG.2, by the numbers of the streams, or joined to LOG.
-    limit: largest file in bytes that it can write, which is a full disk to it.
+    prints is added to LOG.1 and LOG.2, by the numbers of the streams.
     """
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["tests.runs", *OFTEN_IMPORTED])
-    files = [log if joined else log.with_suffix(f".{number}") for number in (1, 2)]
-    arguments = ([*map(str, command)], environment(**env), files, limit)
+    files = [log.with_suffix(f".{number}") for number in (1, 2)]
+    arguments = ([*map(str, command)], environment(**env), files)
     process = server.Process(target=_in_fork, args=arguments)
     process.start()
     return process
 
 
-def _in_fork(command: list[str], env: dict[str, str], files: list[Path], limit: int | None) -> None:
+def _in_fork(command: list[str], env: dict[str, str], files: list[Path]) -> None:
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import main_cache
 from tests.faults.harness import Job, Row, send
-from tests.runs import CACHE_FLAGS, CLASSES, IMAGES, contents, flags
+from tests.runs import CACHE_FLAGS, CLASSES, IMAGES, flags
 from util.dist import run
 
 SCRIPT = "tests.faults.caching"
@@ -44,7 +44,8 @@ class Caching:
         """Let it go on to its end; all that the cache holds."""
         job = self.start(processes)
         assert job.end() == 0, job.printed()[-2000:]
-        return contents(self.folder, but=("config.yaml",))
+        files = (p for p in self.folder.rglob("*") if p.is_file() and p.name != "config.yaml")
+        return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
 
     def entries(self) -> int:
         return sum(1 for _ in self.folder.rglob("*"))

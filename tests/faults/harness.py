@@ -1,18 +1,26 @@
-"""Start a script, do it harm at a chosen moment, and see what is left."""
+"""Start a script as a user does, do it harm at a chosen moment, and see what is left."""
 
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.runs import free_port, start_fork
+from tests.conftest import ROOT, environment
+from tests.runs import free_port
 
 TIMEOUT = 300.0
+LIMITED = """
+import os, resource, sys
+limit, *command = sys.argv[1:]
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit),) * 2)
+os.execv(command[0], command)
+"""
 
 
 @dataclass
@@ -33,9 +41,20 @@ class Job:
     """
 
     def __init__(self, *command, log: Path, limit: int | None = None, **env):
-        log.touch()
-        self.log, self.begins_at, self.ends_at = log, log.stat().st_size, None
-        self.process = start_fork(command, log, joined=True, limit=limit, **env)
+        self.log = log
+        start = [sys.executable]
+        if limit is not None:
+            start += ["-c", LIMITED, limit, sys.executable]
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*map(str, (*start, *command))],
+                cwd=ROOT,
+                env=environment(**env),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.begins_at, self.ends_at = log.stat().st_size, None
 
     @staticmethod
     def torchrun(processes: int, restarts: int = 0) -> list[str]:
@@ -53,7 +72,7 @@ class Job:
 
     @property
     def running(self) -> bool:
-        return self.process.is_alive()
+        return self.process.poll() is None
 
     def wait_for(self, condition: Callable[[], object], timeout: float = TIMEOUT) -> bool:
         """Until the condition holds; false if the command has ended before."""
@@ -69,23 +88,20 @@ class Job:
 
     def kill(self) -> None:
         """kill -9, the children first known and then killed with it."""
-        send(self.process.pid, signal.SIGSTOP)  # it starts no more of them
-        pids = [*descendants(self.process.pid), self.process.pid]
-        for pid in pids:
+        for pid in (*descendants(self.process.pid), self.process.pid):
             send(pid, signal.SIGKILL)
-        self.process.join()
-        while any(map(threads, pids)):  # until the last has ended they hold the folder's lock
-            time.sleep(0.01)
+        self.process.wait()
         self.ends_at = self.log.stat().st_size
 
     def end(self, timeout: float = TIMEOUT) -> int:
         """The exit code, when it has ended by itself."""
-        self.process.join(timeout)
-        if self.running:
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
             self.kill()
-            raise TimeoutError(f"no end after {timeout:.0f} s:\n{self.printed()[-2000:]}")
+            raise TimeoutError(f"no end after {timeout:.0f} s:\n{self.printed()[-2000:]}") from None
         self.ends_at = self.log.stat().st_size
-        return self.process.exitcode
+        return self.process.returncode
 
     def workers(self, script: str) -> list[int]:
         """The children of torchrun that run a script, in the order of their ranks."""
@@ -101,14 +117,6 @@ def command_line(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
     return ""
-
-
-def threads(pid: int) -> list[Path]:
-    """Those that run, of a process; none of one that has ended, be it a zombie."""
-    with suppress(OSError):
-        found = [*Path(f"/proc/{pid}/task").iterdir()]
-        return found if len(found) > 1 or command_line(pid) else []
-    return []
 
 
 def children(pid: int) -> list[int]:
