@@ -153,8 +153,7 @@ def build_run(
 def new_model(args: argparse.Namespace, inputs: setup.Inputs, device: torch.device) -> TokenBridge:
     config, levels = inputs.config, None
     if config.quantizer == "calibrated" and inputs.checkpoint is None:
-        digest = inputs.data.vae_sha256
-        histogram = setup.cache_histogram(args.cached_path, config.vae_embed_dim, digest)
+        histogram = setup.cache_histogram(args.cached_path, inputs.data.vae_sha256)
         levels = setup.calibrated_levels(histogram, config.quant_levels, config.latent_norm)
     elif config.quantizer == "codebook" and inputs.checkpoint is None:
         if inputs.vae is None:

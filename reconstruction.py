@@ -178,7 +178,7 @@ def make_variants(
     kind = value(args, "quantizer")
     settings, variants = {"quantizer": kind, "range": args.range}, []
     if kind == "calibrated":
-        histogram = cache_histogram(args.cached_path, channels, vae_sha256)
+        histogram = cache_histogram(args.cached_path, vae_sha256)
         settings = {"quantizer": kind, "histogram_sha256": histogram.digest()}
     for bits in dict.fromkeys(args.bits):
         if bits < 0:

@@ -131,6 +131,8 @@ def test_tracks_and_snapshots_go_on_where_they_were(inputs, tmp_path, size):
         whole, resumed = (x | dict(accum_iter=None, global_batch=8) for x in (whole, resumed))
     expected = train(inputs, tmp_path / "whole", **whole)
     train(inputs, tmp_path / "parts", **whole | dict(epochs=1))
+    stale = tmp_path / "parts" / "posthoc_ema" / "step00000099.pth"  # of a run that was here before
+    stale.write_bytes(b"")
     argv = flags(inputs, TRAIN_FLAGS, resumed, output_dir=tmp_path / "parts")
     result = on_processes(size, "main_tokenbridge.py", *argv)
     assert result.returncode == 0, result.stderr
@@ -184,6 +186,14 @@ def test_what_was_not_followed_is_refused(inputs, trained, tmp_path, capsys):
     assert line.endswith("has ema, model, 0.9")
     train(inputs, tmp_path, **later | dict(ema_rate=[0.9, 0.99]))
     assert "the average 0.99 begins with the weights of --resume" in capsys.readouterr().out
+    plain["epochs"] = 3
+    train(inputs, tmp_path, **plain | dict(resume="auto"))
+    assert "the averages 0.99 end here" in capsys.readouterr().out
+    bigger = plain | dict(epochs=9, resume="auto", posthoc_ema=1, accum_iter=4)
+    line = refused(
+        capsys, main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, bigger, output_dir=trained)
+    )
+    assert "--posthoc_ema counts steps, and step 24 would be 8" in line
     snapshot = trained / "posthoc_ema" / "step00000003.pth"
     whole = snapshot.read_bytes()
     snapshot.write_bytes(whole[:-1000])

@@ -18,8 +18,8 @@ IMAGES = 100
 
 
 def arguments(**given) -> Namespace:
-    defaults = dict(batch_size=4, accum_iter=None, global_batch=None, seed=None, start_epoch=0)
-    return Namespace(**defaults | given)
+    defaults = dict.fromkeys(("accum_iter", "global_batch", "seed", "posthoc_ema"))
+    return Namespace(**defaults | dict(batch_size=4, start_epoch=0) | given)
 
 
 def checkpoint(step: int = 30, **changes) -> Checkpoint:

@@ -181,6 +181,9 @@ class Checkpoint:
                 ema.load_state_dict(self.weights(key))
         if "optimizer" not in self.saved:
             return notes
+        if dropped := sorted(set(self.saved.get("averages", ())) - set(averages)):
+            flags = "--ema_rate and --posthoc_ema name others"
+            notes.append(f"warning: the averages {', '.join(dropped)} end here; {flags}")
         damaged = (ValueError, LookupError, TypeError, AttributeError, RuntimeError)
         with as_user_error(f"{self.named}, 'optimizer' or 'scaler'", damaged):
             load_moments(optimizer, self.saved["optimizer"])

@@ -35,6 +35,7 @@ from util.data.images import ImageDataset, psnr
 from util.data.training_set import TrainingData, needs_vae
 from util.device import resolve_precision
 from util.errors import UserError
+from util.optim import WIDTHS
 from util.setup import Inputs
 from util.vae import vae_digest
 from util.validation import evenly_spread, read_latents
@@ -227,19 +228,22 @@ def latents(opened: Opened) -> Finding:
 
 
 def disk_space(opened: Opened) -> Finding:
-    """fp32 weights, their average and AdamW's two moments, for every file that is kept."""
+    """fp32 weights, their averages and AdamW's two moments, for every file that is kept."""
     args = opened.args
     if args.evaluate:
         return Finding(OK, "not needed: an evaluation saves no checkpoint")
-    size = 4 * 4 * sum(p.numel() for p in opened.model.parameters())
+    tracks = len(WIDTHS) if args.posthoc_ema else 0
+    copy = 4 * sum(p.numel() for p in opened.model.parameters())
+    size = copy * (3 + len(args.ema_rate) + tracks)
+    snapshots = copy * tracks * (args.epochs // max(1, args.posthoc_ema))
     milestones = args.epochs // args.save_every if args.save_every else 0
     files = args.keep_checkpoints + milestones + 1  # the one being written
     path = Path(args.output_dir).absolute()
     folder = next(parent for parent in (path, *path.parents) if parent.exists())
-    free, needed = shutil.disk_usage(folder).free, size * files
+    free, needed = shutil.disk_usage(folder).free, size * files + snapshots
     return judged(
         f"{free / 2**30:.1f} GiB free in {folder}, {files} checkpoints of {size / 2**30:.2f} GiB "
-        f"take {needed / 2**30:.1f}",
+        f"{'and snapshots ' if snapshots else ''}take {needed / 2**30:.1f}",
         "free some, name another --output_dir, or keep fewer (--keep_checkpoints)",
         free < ROOM * needed and ("too little" if free < needed else "little is left for images"),
         state=FAILURE if free < needed else WARNING,

@@ -119,10 +119,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, skipped: Tensor | float = 0.0, step: int = 1) -> None:
-        """skipped: 1 where the step was skipped and nothing changes; 0-d, so that nobody waits.
-
-        step: its number, from 1.
-        """
+        """step: from 1. skipped: 1 where it was and nothing changes; 0-d, so that nobody waits."""
         weight = (1 - self.rate_of(step)) * (1 - skipped)
         for average, parameter in zip(self.averages, self.parameters, strict=True):
             average.lerp_(parameter, weight)  # one pass over both, as no foreach kernel makes it

@@ -17,13 +17,10 @@ from torch import Tensor
 
 from util import dist
 from util.args import Parser, width
-from util.checkpoint import SNAPSHOTS, Checkpoint, find_checkpoint
+from util.checkpoint import SNAPSHOTS, Checkpoint, find_checkpoint, load_checkpoint
 from util.errors import UserError
-from util.files import load_tensors
 from util.optim import SIGMA, WIDTHS, power_of
 from util.saver import write_checkpoint
-
-FAR = 0.05  # of the weights' profile, above which a warning is due
 
 
 def profile(step: int, sigma: float, steps: int) -> np.ndarray:
@@ -79,7 +76,7 @@ class PosthocEMA:
         if number == len(self.files):
             return self.checkpoint
         step, path = self.files[number]
-        snapshot = Checkpoint(path, load_tensors(path, "--posthoc_ema"), "--posthoc_ema")
+        snapshot = load_checkpoint(path, "--posthoc_ema")
         if snapshot.whole_number("step") != step:
             raise UserError(f"{path} is of step {snapshot.saved['step']}: give it its name back")
         return snapshot
@@ -88,8 +85,7 @@ class PosthocEMA:
         """The checkpoint with the average of that width as its `model_ema`."""
         state, off = self.of(sigma)
         found = f"width {sigma:g} of {len(self.steps)} snapshots: its profile is {off:.1%} off"
-        remedy = "; more snapshots come closer" if off > FAR else ""
-        dist.print_main(found + remedy)
+        dist.print_main(f"{found} (more snapshots come closer)")
         return replace(self.checkpoint, saved=self.checkpoint.saved | {"model_ema": state})
 
 

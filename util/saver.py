@@ -137,7 +137,9 @@ class CheckpointSaver:
         own = files.index(newest) + 1
         # With a larger global batch a run goes on at a smaller step: files of later steps would be
         # taken for newer ones, at every restart.
-        for path in (*files[own:], *files[: max(0, own - self.settings.keep)]):
+        later = (newest.parent / SNAPSHOTS).glob("step*.pth") if self.settings.snapshots else ()
+        later = [path for path in later if path.stem > newest.stem.removeprefix("checkpoint-")]
+        for path in (*files[own:], *files[: max(0, own - self.settings.keep)], *later):
             path.unlink()
 
     def wait(self, timeout: float = math.inf) -> None:

@@ -269,7 +269,7 @@ def build_model(
     return model
 
 
-def cache_histogram(cached_path: str, channels: int, vae_sha256: str | None) -> LatentHistogram:
+def cache_histogram(cached_path: str, vae_sha256: str | None) -> LatentHistogram:
     """The distribution of a cache's latents, not scaled, which --quantizer calibrated fits.
 
     Raises UserError unless the cache is of this VAE and knows it.
@@ -360,7 +360,11 @@ def plan_batches(
     was, now = saved.to_dict(), batches.to_dict()
     changes = ", ".join(f"{n} {now[n]} (was {was[n]})" for n in now if now[n] != was[n])
     note = f"note: going on at the same epoch, {step / saved.steps_per_epoch:.2f}, with {changes}"
-    return batches, step * batches.steps_per_epoch // saved.steps_per_epoch, [note]
+    first = step * batches.steps_per_epoch // saved.steps_per_epoch
+    if args.posthoc_ema and first != step:
+        remedy = f"keep {saved.global_batch} samples a step, or leave it out"
+        raise UserError(f"--posthoc_ema counts steps, and step {step} would be {first}: {remedy}")
+    return batches, first, [note]
 
 
 def _micro_batches(args: argparse.Namespace, batch_size: int, earlier: int | None) -> int:

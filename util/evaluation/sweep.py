@@ -121,9 +121,8 @@ def sweep_row(point: EvalSettings, output: Path) -> dict:
     """One line of the table; `replicates` are not for the file."""
     folder = point.folder_name()
     record = read_json(output / folder / METRICS)
-    return (
-        point.swept() | record["metrics"] | {"folder": folder, "replicates": record["replicates"]}
-    )
+    own = {"folder": folder, "replicates": record["replicates"]}
+    return point.swept() | record["metrics"] | own
 
 
 def compared(rows: list[dict]) -> list[dict]:
