@@ -84,12 +84,8 @@ SAMPLED = [(), ("--cfg_schedule=constant",), ("--cfg_schedule=cosine",)]
 SAMPLED += [("--cfg_schedule=cosine", "--cfg_power=2"), ("--mask_schedule=exp",)]
 for ends in ("0 0.5", "0.18 0.6", "0.5 1"):
     SAMPLED += [("--cfg_schedule=constant", "--cfg_interval", *ends.split())]
-SAMPLED += [
-    ("--order=raster",),
-    ("--order=confidence",),
-    ("--token_cache=2",),
-    ("--token_cache=4",),
-]
+for flag in ("--order=raster", "--order=confidence", "--token_cache=2", "--token_cache=4"):
+    SAMPLED += [(flag,)]
 GUIDANCES, TEMPERATURE = (1.5, 2.0, 3.0, 4.0), 0.96
 REPORTED = 1000  # added to the seed of the images by which the temperature is chosen
 TRAINING, DRAWING = {"channel": 230}, {"diffusion": 900}  # seconds planned, of others 120 and 150

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from util import dist
 from util.evaluation.extractor import Extractor
@@ -61,7 +62,7 @@ class Measure:
 class Scores:
     """warnings: of figures that mean less than a reader expects.
 
-    replicates: {"fid": [G], "sfid": [G], "inception_score": [G]}, where they can be had.
+    replicates: {"fid": [G], "sfid": [G], "inception_score": [G], "density": [G], ...}, if any.
     """
 
     figures: dict[str, float] = field(default_factory=dict)
@@ -273,14 +274,21 @@ def _density_coverage(own: Tensor, other: Tensor, scores: Scores) -> None:
     if len(other) <= NEIGHBOURS:  # the fifth beside itself
         scores.warnings.append(f"density and coverage need {NEIGHBOURS + 1} real images")
         return
-    inside = covered = 0
+    groups = F.one_hot(torch.arange(len(own)) % GROUPS, GROUPS).float()
+    parts = []  # how many generated images of each group lie in each ball
     for part in other.split(PRC_IN_MEMORY):
         radii = torch.cdist(part, other).kthvalue(NEIGHBOURS + 1).values
-        within = torch.cdist(part, own) < radii[:, None]
-        inside += within.sum().item()
-        covered += within.any(dim=1).sum().item()
-    scores.figures["density"] = inside / (NEIGHBOURS * len(own))
-    scores.figures["coverage"] = covered / len(other)
+        parts.append((torch.cdist(part, own) < radii[:, None]).float() @ groups)
+    inside, sizes = torch.cat(parts).double(), groups.sum(dim=0)
+    total = inside.sum(dim=1, keepdim=True)
+    # Column 0 is of all, the others are each without a group.
+    kept, counts = torch.cat([total, total - inside], 1), len(own) - F.pad(sizes, (1, 0))
+    density = kept.sum(dim=0) / (NEIGHBOURS * counts)
+    for name, values in (("density", density), ("coverage", (kept > 0).double().mean(dim=0))):
+        scores.figures[name], *replicates = values.tolist()
+        if len(own) > GROUPS:
+            scores.replicates[name] = replicates
+            scores.figures[f"{name}_standard_error"] = fid_error(replicates)
 
 
 def statistics(features: Tensor) -> Statistics:

