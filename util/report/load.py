@@ -126,7 +126,8 @@ def read_events(folder: Path, training: Training) -> None:
         for tag in events.Tags()[kind]:
             last = {e.step: getattr(e, name) for e in getattr(events, kind.title())(tag)}
             values[tag] = sorted(last.items())
-    for event in events.Tensors(ABOUT) if ABOUT in events.Tags()["tensors"] else []:
+    starts = events.Tensors(ABOUT) if ABOUT in events.Tags()["tensors"] else []
+    for event in sorted(starts, key=lambda event: event.wall_time):  # files are read by name
         about = json.loads(event.tensor_proto.string_val[0])
         training.environments.append((event.step, about.get("environment", {})))
         training.flags = about.get("flags") or training.flags
