@@ -107,8 +107,8 @@ def test_environment_has_a_column_for_every_start(inputs, tmp_path):
     train(inputs, tmp_path, epochs=2, resume="auto", log_dir=tmp_path / "elsewhere" / "logs")
     shutil.move(tmp_path / "elsewhere" / "logs", tmp_path / ".logs")
     assert "<h2>Environment" not in made(tmp_path)
-    (tmp_path / ".logs").rename(tmp_path / "elsewhere" / "logs")  # named by --log_dir
-    (first, _) = sorted((tmp_path / "elsewhere" / "logs").iterdir(), key=lambda p: p.stat().st_mtime)
+    logs = (tmp_path / ".logs").rename(tmp_path / "elsewhere" / "logs")  # named by --log_dir
+    (first, _) = sorted(logs.iterdir(), key=lambda path: path.stat().st_mtime)
     first.rename(first.with_name(first.name.replace("tfevents.", "tfevents.9")))  # read last
     shown = made(tmp_path).split("<h2>Environment")[1]
     assert "<th>from step 0</th><th>from step 3</th>" in shown
