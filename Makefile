@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo app compare test soak bench lint lock clean
+.PHONY: help demo app compare test soak gpu bench lint lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,6 +19,7 @@ help:
 	@echo '              it was; ARGS=--quick: few steps; ARGS=--long: three seeds, many tables'
 	@echo '  make test   run the tests (about 9 minutes on 2 CPU cores); ARGS="-k vae" picks some'
 	@echo '  make soak   do harm to training, saving and caching, over 50 times; prints a table'
+	@echo '  make gpu    what one GPU computes, and how fast: 25 minutes; goes on where it was'
 	@echo '  make bench  time everything (minutes on 2 cores); ARGS="--only train" picks some'
 	@echo '  make lint   check style and formatting'
 	@echo '  make lock   resolve requirements.lock anew; ARGS=--upgrade'
@@ -41,6 +42,9 @@ test: $(INSTALLED)
 
 soak: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
+
+gpu: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.run $(ARGS)

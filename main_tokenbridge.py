@@ -27,7 +27,7 @@ from util.checkpoint import WEIGHT_KEYS
 from util.data.batches import MicroBatchSampler
 from util.data.images import collate_skipping
 from util.data.latent_cache import as_one_batch
-from util.device import Precision, compile_model, resolve_precision
+from util.device import Precision, accelerate, resolve_precision
 from util.errors import UserError
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.reference import prepare_measure
@@ -55,7 +55,7 @@ def main() -> None:
         raise UserError("--json is for --evaluate and --dry_run; a training has --metrics_file")
     with figures_on_stdout(args.json) as figures:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
-        precision = resolve_precision(args.precision, device)
+        precision = resolve_precision(args.precision, device, args.tf32)
         check_writable(args.output_dir, "--output_dir")
         dist.print_main(f"device {device.type}, precision {precision.name}")
         dist.print_main(flags.changed(args, parser))
@@ -163,8 +163,7 @@ def new_model(args: argparse.Namespace, inputs: setup.Inputs, device: torch.devi
     torch.manual_seed(flags.value(args, "seed"))
     options = dict(grad_checkpointing=args.grad_checkpointing, head_chunk=args.head_chunk)
     model = setup.build_model(config, inputs.checkpoint, levels=levels, **options).to(device)
-    if args.compile:
-        compile_model(model, device)
+    accelerate(model, device, args.compile, args.cuda_graphs)
     return model
 
 

@@ -53,8 +53,8 @@ def make_parser() -> Parser:
 class Machine:
     """What is timed on it, and the products that are timed beside."""
 
-    def __init__(self, device: torch.device):
-        self.device, side = device, MATRIX[device.type]
+    def __init__(self, device: torch.device, side: int | None = None):
+        self.device, side = device, side or MATRIX[device.type]
         self.operands = {
             name: [torch.randn(side, side, device=device, dtype=dtype) for _ in range(3)]
             for name, dtype in DTYPES.items()

@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import flops
 from models.config import TokenBridgeConfig
-from models.masking import random_orders
-from models.sampler import sample_latents
+from models.generate import DECODE_BATCH
+from models.masking import MaskRatios
+from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
-from util.device import compile_model, resolve_precision
+from util.device import accelerate, resolve_precision
 from util.optim import EMA, build_optimizer, guarded_step
 
 MASK_RATIO = 0.867  # the mean of training's
@@ -28,13 +30,23 @@ HEAD_POSITIONS = 32  # for each image of the batch
 
 @dataclass(frozen=True)
 class Settings:
-    """The sizes of everything: a batch of images, and a batch of HEAD_POSITIONS times as many."""
+    """The sizes of everything: a batch of images, and a batch of HEAD_POSITIONS times as many.
+
+    without: the part of a training step that is replaced by nothing, to see what it costs:
+    backbone, head or optimizer (with the average). sampling: options of `sample_latents`.
+    dynamic: compile for symbolic sizes, as --compile does, not for one.
+    """
 
     config: TokenBridgeConfig
     batch_size: int
     num_iter: int
     device: torch.device
     compile: bool = False
+    dynamic: bool = True
+    grad_checkpointing: bool = False
+    cuda_graphs: bool = False
+    without: str = ""
+    sampling: dict = field(default_factory=dict)
 
     @property
     def masked(self) -> int:
@@ -48,15 +60,18 @@ class Settings:
     def labels(self) -> Tensor:
         return torch.arange(self.batch_size, device=self.device) % self.config.class_num
 
-    def random_mask(self) -> Tensor:
-        """[B, L] bool, in each row as many as the mask ratio says."""
-        return random_orders(self.batch_size, self.config.seq_len, self.device) < self.masked
-
     def build_model(self) -> TokenBridge:
         torch.manual_seed(0)
-        model = TokenBridge(**self.config.to_dict()).to(self.device)
-        if self.compile:
-            compile_model(model, self.device)
+        options = dict(grad_checkpointing=self.grad_checkpointing)
+        model = TokenBridge(**options, **self.config.to_dict()).to(self.device)
+        accelerate(model, self.device, self.compile and self.dynamic, self.cuda_graphs)
+        if self.compile and not self.dynamic:
+            model.compile_blocks(dynamic=False)
+        if self.without == "backbone":
+            z = model.backbone.mask_token  # [1, 1, D]
+            model.backbone.forward = lambda *inputs: z.expand(*inputs[-1].shape, -1)
+        if self.without == "head":
+            model.head.loss = lambda z, targets, grad_scale: z.float().square().mean()
         return model
 
 
@@ -84,13 +99,16 @@ def training(settings: Settings) -> Work:
 
     def step(precision: str) -> None:
         latents = tokenizer.from_moments(moments)
-        with settings.autocast(precision):
-            loss = model(latents, labels, settings.random_mask())
+        # The mean of the masks, in every step; and head_share is of masks that are drawn.
+        mean = patch.object(MaskRatios, "draw", lambda ratios: MASK_RATIO)
+        with settings.autocast(precision), mean:
+            loss = model(latents, labels)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-        guarded_step(optimizer, skipped)
+        if settings.without != "optimizer":
+            nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+            guarded_step(optimizer, skipped)
+            ema.update(skipped)
         optimizer.zero_grad(set_to_none=True)
-        ema.update(skipped)
 
     title = f"training step, batch {batch}, {settings.masked} masked positions"
     operations = batch * flops.training_step(model.config, settings.masked)
@@ -114,29 +132,54 @@ def head_sampling(settings: Settings) -> Work:
 def sampling(settings: Settings) -> Work:
     model = settings.build_model().eval()
     count, num_iter, labels = settings.batch_size, settings.num_iter, settings.labels
+    options = {"num_iter": num_iter, "cfg": CFG} | settings.sampling
 
     def sample(precision: str) -> None:
         with settings.autocast(precision):
-            sample_latents(model, labels, num_iter=num_iter, cfg=CFG)
+            sample_latents(model, labels, **options)
 
-    title = f"sampling {count} images, {num_iter} iterations, cfg {CFG:g}"
-    operations = count * flops.sampling(model.config, num_iter, guided=True)
+    said = ", ".join(f"{name} {value}" for name, value in options.items())
+    title = f"sampling {count} images, {said}"
+    # The token cache's are counted as the plain sampler's: what it saves shows as a larger share.
+    operations = count * flops.sampling(model.config, SamplingOptions(**options))
     return Work(title, count, "images", sample, operations)
 
 
 def vae(settings: Settings, direction: str) -> Work:
+    """Encoding in fp32, the only way; decoding in any precision, as --vae_precision has it."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(AutoencoderKL(), 1.0).to(settings.device)
     batch, size = settings.batch_size, settings.config.img_size
     images = torch.randn(batch, 3, size, size, device=settings.device)
     latents = tokenizer.mode(tokenizer.posterior(images))
 
-    def run() -> Tensor:
-        return tokenizer.decode(latents) if direction == "decode" else tokenizer.posterior(images)
+    def run(precision: str) -> None:
+        if direction == "encode":
+            tokenizer.posterior(images)
+            return
+        tokenizer.decode_dtype = resolve_precision(precision, settings.device).dtype
+        for part in latents.split(DECODE_BATCH):
+            tokenizer.decode(part)
 
     operations = batch * vae_operations(size)[direction]
-    title, precisions = f"VAE {direction}", ("fp32",)  # it has no other
-    return Work(title, batch, "images", lambda _: run(), operations, precisions)
+    precisions = ("fp32",) if direction == "encode" else ("fp32", "bf16")
+    return Work(f"VAE {direction}, batch {batch}", batch, "images", run, operations, precisions)
+
+
+@torch.no_grad()
+def features(settings: Settings) -> Work:
+    """torchvision's Inception v3 at 299 px: as costly as the network that FID is measured with."""
+    from torchvision.models import inception_v3  # seconds, which the others shall not wait
+
+    network = inception_v3(weights=None, init_weights=False).to(settings.device).eval()
+    images = torch.randn(settings.batch_size, 3, 299, 299, device=settings.device)
+
+    def run(precision: str) -> None:
+        with torch.no_grad():
+            network(images)
+
+    title = f"Inception v3, batch {settings.batch_size}"
+    return Work(title, settings.batch_size, "images", run, precisions=("fp32",))
 
 
 @torch.no_grad()
@@ -157,4 +200,5 @@ WORKS: dict[str, Callable[[Settings], Work]] = {
     "sample": sampling,
     "vae_encode": partial(vae, direction="encode"),
     "vae_decode": partial(vae, direction="decode"),
+    "features": features,
 }

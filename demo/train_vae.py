@@ -8,7 +8,7 @@ without its learnt weights). It writes what the scripts' --vae_path reads, in fp
 those with which the demo's two tokenizers were made: demo/digits_vae.ckpt, and, with --vq,
 demo/digits_vq.ckpt. demo/emoji_vae.ckpt, which took hours:
     --data_path output/gallery/data --img_size 64 --embed_dim 16 --ch_mult 1 2 4 4
-    --perceptual 0.1 --kl_weight 3e-3 --batch_size 16 --lr 1e-3 --flip --steps 3500
+    --perceptual 0.03 --kl_weight 3e-3 --batch_size 8 --lr 1e-3 --flip --steps 5600
 Letters: N images, S side in pixels, B batch, K codes.
 """
 

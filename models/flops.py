@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.config import TokenBridgeConfig
 from models.generate import Precision
 from models.masking import mask_schedule
+from models.sampler import SamplingOptions, guidance_scale
 from models.tokenbridge import HEADS
 
 GIB = 2**30
@@ -73,11 +74,19 @@ def training_step(config: TokenBridgeConfig, masked: int | None = None) -> float
     return both - gradient_of_input  # which nobody needs
 
 
-def sampling(config: TokenBridgeConfig, num_iter: int, guided: bool) -> int:
-    """All iterations of one image; guidance is a doubled batch of the backbone."""
-    steps = mask_schedule(config.seq_len, num_iter)
-    passes = (backbone(config, config.seq_len - b, b - a) for b, a, _ in steps if b > a)
-    return (1 + guided) * sum(passes) + config.seq_len * head(config, True, guided)
+def sampling(config: TokenBridgeConfig, options: SamplingOptions) -> int:
+    """All iterations of one image; a guided one is a doubled batch of the backbone.
+
+    Of random order, without the token cache.
+    """
+    length, total = config.seq_len, 0
+    steps = mask_schedule(length, options.num_iter, options.mask_schedule)
+    for number, (before, after, m) in enumerate(steps):
+        guided = guidance_scale(options, length, m, number / options.num_iter) != 1
+        if before > after:
+            total += (1 + guided) * backbone(config, length - before, before - after)
+            total += (before - after) * head(config, True, guided)
+    return total
 
 
 class Hardware(NamedTuple):

@@ -70,11 +70,11 @@ class TokenBridge(nn.Module, Pretrained):
         self.backbone.grad_checkpointing = self.head.grad_checkpointing = grad_checkpointing
         self.head.chunk = head_chunk
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """Each block by itself; sizes are symbolic, and blocks of a kind share their graphs."""
+    def compile_blocks(self, backend: str = "inductor", dynamic: bool = True) -> None:
+        """Each block by itself; blocks of a kind share their graphs. dynamic: of symbolic sizes."""
         blocks = [m for m in self.modules() if isinstance(m, Block | AdaLNBlock | AdaLNMLP)]
         for block in blocks:
-            block.compile(dynamic=True, backend=backend)
+            block.compile(dynamic=dynamic, backend=backend)
 
     def forward(
         self,

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import cost
 from models import flops
 from models.config import TokenBridgeConfig, preset
+from models.sampler import SamplingOptions
 from tests.conftest import ROOT
 from tests.runs import call, refused
 
@@ -20,7 +21,7 @@ def test_hours_are_the_operations_over_a_share_of_the_peak(capsys):
     large = TokenBridgeConfig(**preset("tokenbridge_large"))
     found = figures(capsys, "--share", "0.5")
     rate = 0.5 * 989.4e12 * 3600
-    step, sample = flops.training_step(large), flops.sampling(large, 256, guided=True)
+    step, sample = flops.training_step(large), flops.sampling(large, SamplingOptions(256, 3.1))
     assert found["training_device_hours"] == pytest.approx(400 * 1_281_167 * step / rate)
     assert found["sampling_device_hours"] == pytest.approx(50_000 * sample / rate)
     assert found["epochs"] == 400

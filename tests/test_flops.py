@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from benchmarks.works import vae_operations
 from models import flops
 from models.config import TokenBridgeConfig, preset
 from models.masking import Mask, random_orders
-from models.sampler import sample_latents
+from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import KL16, AutoencoderKL
 from tests.conftest import tiny_model
@@ -66,7 +67,7 @@ def test_training_step(model, head_chunk):
 def test_sampling_passes_over_iterations_without_positions(model, num_iter, cfg):
     labels = torch.tensor([0, 1])
     found = counted(lambda: sample_latents(model, labels, num_iter=num_iter, cfg=cfg))
-    assert found == 2 * flops.sampling(model.config, num_iter, guided=cfg != 1)
+    assert found == 2 * flops.sampling(model.config, SamplingOptions(num_iter, cfg))
 
 
 def test_vae_without_memory_is_counted_as_a_real_one():
@@ -91,5 +92,10 @@ def test_mean_step_is_the_mean_over_the_draws_of_the_mask():
     large = TokenBridgeConfig(**preset("tokenbridge_large"))
     state = torch.get_rng_state()
     assert flops.training_step(large) == pytest.approx(2183265669243.0432, rel=1e-12)
-    assert flops.sampling(large, 256, guided=True) == 107508182024192
+    options = SamplingOptions(256, cfg=3.1)
+    whole, half = (
+        flops.sampling(large, replace(options, cfg_interval=ends)) for ends in ((0, 1), (0.5, 1))
+    )
+    assert whole == flops.sampling(large, options) == 107508182024192
+    assert 0.5 * whole < half < whole
     assert torch.equal(torch.get_rng_state(), state)  # which counting leaves as it is

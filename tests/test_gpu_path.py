@@ -6,10 +6,13 @@ iterations, the labels' check and the mask ratio, stands aside here. Autograd re
 tensors without a driver, so backward passes are checked on the meta device.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import masking, sampler
 from models.config import HEADS
@@ -18,7 +21,9 @@ from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
-from util.optim import build_averages
+from util.device import CapturedCalls, accelerate, resolve_precision
+from util.errors import UserError
+from util.optim import EMA, build_averages
 
 SETTINGS = {"diffusion": dict(diffloss_d=1, diffloss_w=32, num_sampling_steps=4)}
 WAYS = {
@@ -109,3 +114,73 @@ def test_what_a_gpu_would_wait_for_is_seen(monkeypatch):
         model.backbone.mask_token = nn.Parameter(model.backbone.mask_token.cpu(), False)
         with pytest.raises(RuntimeError, match="device"):
             sample_latents(model, None, batch_size=2, num_iter=2)
+
+
+class Recorded(TorchDispatchMode):
+    """Stands in for a CUDA graph: repeats the operations that it saw, into the same tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            if isinstance(out, Tensor):
+                out.copy_(again)
+            elif out is not None:
+                for old, new in zip(out, again, strict=True):
+                    old.copy_(new)
+
+
+def test_captured_calls_draw_as_the_plain_ones(monkeypatch):
+    """For every size and for averaged weights anew, and never from what another call was given."""
+    stand_ins = {
+        **dict(CUDAGraph=Recorded, graph=lambda graph, pool: graph, Stream=lambda: None),
+        **dict(stream=nullcontext, synchronize=lambda: None, graph_pool_handle=lambda: (0, 0)),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    head = build("channel").head.eval()
+    plain, captured = head.sample_rows, CapturedCalls(head.sample_rows)
+    torch.manual_seed(0)
+    given = [(torch.randn(m, 16), torch.rand(m, head.draws)) for m in (5, 5, 3, 5)]
+    found = []
+    with torch.no_grad():
+        for z, uniforms in given:
+            found.append(captured(z, uniforms, 0.7, head_input="trained"))
+            for drawn, expected in zip(found[-1], plain(z, uniforms, 0.7), strict=True):
+                assert torch.equal(drawn, expected)
+        assert len(captured.graphs) == 2 and not torch.equal(found[0][0], found[1][0])
+        EMA(head.named_parameters(), 0.5)._swap()
+        for parameter in head.parameters():
+            parameter.mul_(1.5)
+        drawn, _ = captured(*given[0], 0.7, head_input="trained")
+        assert len(captured.graphs) == 3 and torch.equal(drawn, plain(*given[0], 0.7)[0])
+
+
+def test_what_only_cuda_has_is_refused_elsewhere_and_tf32_is_named():
+    cpu = torch.device("cpu")
+    with pytest.raises(UserError, match="--cuda_graphs is of the channel head on cuda, not of"):
+        accelerate(build("channel"), cpu, compiled=False, graphs=True)
+    assert resolve_precision("fp32", cpu, tf32=True).name == "tf32"
+    assert torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.benchmark
+    assert resolve_precision("bf16", cpu, tf32=True).name == "bf16"
+    assert resolve_precision("fp32", cpu).name == "fp32"
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_averages_are_the_same_by_few_launches_as_one_by_one():
+    model = tiny_model()
+    one_by_one, few = (EMA(model.named_parameters(), 0.9) for _ in range(2))
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    one_by_one.update()
+    few.change(torch.tensor(1 - 0.9))
+    for first, second in zip(one_by_one.averages, few.averages, strict=True):
+        torch.testing.assert_close(first, second)

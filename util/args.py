@@ -201,7 +201,10 @@ PROCESSES = [
 ]
 PRECISION = [
     Flag("precision", str, "auto", "auto: bf16 on CUDA, else fp16; fp32 elsewhere", PRECISIONS),
+    Flag("tf32", bool, False, "fp32 products of CUDA with 10 bits of mantissa"),
     Flag("compile", bool, False, "compile the blocks: minutes at the start, faster steps"),
+    Flag("cuda_graphs", bool, False, "of the channel head's sampling: one launch for hundreds"),
+    Flag("vae_precision", str, "fp32", "of decoding, when evaluating", ("fp32", "bf16")),
 ]
 # Of main_tokenbridge.py and the doctor, by group.
 GROUPS = {

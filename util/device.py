@@ -5,11 +5,14 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from models.generate import Precision
 from models.tokenbridge import TokenBridge
@@ -37,19 +40,80 @@ def resolve_device(name: str, local_rank: int = 0, quiet: bool = False) -> torch
     return torch.device(kind, number)
 
 
-def resolve_precision(name: str, device: torch.device) -> Precision:
+def resolve_precision(name: str, device: torch.device, tf32: bool = False) -> Precision:
+    """tf32: whether CUDA's fp32 products are; its convolutions may be anyway, as torch has it."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = True  # the same few sizes come again and again
     with as_user_error("--precision"):
-        return Precision.of(name, device)
+        precision = Precision.of(name, device)
+    return replace(precision, name="tf32") if tf32 and precision.name == "fp32" else precision
+
+
+def accelerate(model: TokenBridge, device: torch.device, compiled: bool, graphs: bool) -> None:
+    """--compile and --cuda_graphs. Raises UserError where they cannot be."""
+    if graphs and (device.type != "cuda" or model.config.head != "channel"):
+        found = f"{model.config.head} on {device.type}"
+        raise UserError(f"--cuda_graphs is of the channel head on cuda, not of {found}")
+    if compiled:
+        compile_model(model, device)
+    if graphs:
+        model.head.sample_rows = CapturedCalls(model.head.sample_rows)
 
 
 def compile_model(model: TokenBridge, device: torch.device) -> None:
-    """--compile. Raises UserError where what inductor needs is missing: it would end in a trace."""
+    """Raises UserError where what inductor needs is missing: it would end in a trace."""
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise UserError(f"--compile needs a C++ compiler; install {compiler}, or name one in CXX")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs triton on CUDA: pip install triton, or leave it out")
     model.compile_blocks()
+
+
+class CapturedCalls:
+    """A method of a module, of tensors and plain settings, as CUDA graphs: one launch for all.
+
+    A graph is captured at the first call with certain sizes, settings and weights, works in
+    buffers of its own, and is replayed from then on.
+    """
+
+    def __init__(self, method: Callable[..., Sequence[Tensor]]):
+        self.method, self.graphs, self.pool = method, {}, None
+
+    def __call__(self, *given, **settings) -> tuple[Tensor, ...]:
+        tensors = [x for x in given if isinstance(x, Tensor)]
+        plain = given[len(tensors) :]
+        weights = next(self.method.__self__.parameters())  # an average's may take their place
+        sizes = [(tuple(x.shape), x.dtype) for x in tensors]
+        arithmetic = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        key = *sizes, *plain, *sorted(settings.items()), arithmetic, weights.data_ptr()
+        if key not in self.graphs:
+            buffers = [x.clone() for x in tensors]
+            call = partial(self.method, *buffers, *plain, **settings)
+            self.graphs[key] = buffers, *self.capture(call)
+        buffers, graph, results = self.graphs[key]
+        for buffer, tensor in zip(buffers, tensors, strict=True):
+            buffer.copy_(tensor)
+        graph.replay()
+        return tuple(x.clone() for x in results)  # the next replay overwrites them
+
+    def capture(self, call: Callable[[], Sequence[Tensor]]) -> tuple:
+        """The graph, and the tensors that it writes to."""
+        # Weights that autocast has cast and kept would be freed under the graph.
+        torch.clear_autocast_cache()
+        kept = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            with torch.cuda.stream(torch.cuda.Stream()):  # libraries allocate in a first call
+                call()
+            torch.cuda.synchronize()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                results = call()
+        finally:
+            torch.set_autocast_cache_enabled(kept)
+        return graph, results
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def init(
     if world.launcher == "Slurm" and torch.cuda.is_available():
         local_rank %= torch.cuda.device_count()  # --gpus-per-task shows each task its own alone
     chosen = resolve_device(device, local_rank, quiet=world.rank > 0)
-    is_cuda = chosen.type == "cuda"
+    is_cuda, is_shared = chosen.type == "cuda", ":" in device  # NCCL refuses two on one card
     if is_cuda:
         torch.cuda.set_device(chosen)
     if world.size == 1 or dist.is_initialized():
@@ -106,12 +106,12 @@ def init(
     # torchrun itself may serve the store.
     agent = dist_url == "env://" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     dist.init_process_group(
-        backend="nccl" if is_cuda else "gloo",
+        backend="gloo" if is_shared or not is_cuda else "nccl",
         store=_meet(host, port, world.rank == 0 and not agent, world),
         rank=world.rank,
         world_size=world.size,
         timeout=TIMEOUT,
-        device_id=chosen if is_cuda else None,
+        device_id=None if is_shared or not is_cuda else chosen,
     )
     print_main(f"{world.size} processes ({world.launcher}), backend {backend()}")
     _start_watchdog(host, timeout)

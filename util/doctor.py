@@ -113,7 +113,7 @@ def device(opened: Opened) -> Finding:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         text += f" ({properties.name}, {properties.total_memory / 2**30:.0f} GiB)"
-    text += f", --precision {resolve_precision(args.precision, device).name}"
+    text += f", --precision {resolve_precision(args.precision, device, args.tf32).name}"
     missing = args.device.partition(":")[0] != device.type and f"--device {args.device} is not here"
     return judged(text, "install a torch that sees it, or pass --device cpu", missing)
 

@@ -14,6 +14,7 @@ from models.tokenizers.kl16 import check_layout
 BETAS = (0.9, 0.95)
 BLR_BATCH = 256  # the global batch that a base learning rate stands for
 WIDTHS = (0.05, 0.10)  # of the two tracks from which `util.posthoc_ema` makes any other
+AT_ONCE = 64  # tensors averaged together on a GPU: a few launches, little more memory
 SIGMA = "sigma"  # before the width, in the name of such an average
 
 
@@ -121,8 +122,19 @@ class EMA:
     def update(self, skipped: Tensor | float = 0.0, step: int = 1) -> None:
         """step: from 1. skipped: 1 where it was and nothing changes; 0-d, so that nobody waits."""
         weight = (1 - self.rate_of(step)) * (1 - skipped)
-        for average, parameter in zip(self.averages, self.parameters, strict=True):
-            average.lerp_(parameter, weight)  # one pass over both, as no foreach kernel makes it
+        if self.averages[0].device.type == "cpu":
+            for average, parameter in zip(self.averages, self.parameters, strict=True):
+                average.lerp_(parameter, weight)  # one pass over both
+        else:
+            self.change(weight)
+
+    def change(self, weight: Tensor | float) -> None:
+        """As lerp_, by a twentieth of the launches; no foreach kernel reads a weight by itself."""
+        for start in range(0, len(self.averages), AT_ONCE):
+            averages = self.averages[start : start + AT_ONCE]
+            change = torch._foreach_sub(self.parameters[start : start + AT_ONCE], averages)
+            torch._foreach_mul_(change, weight)
+            torch._foreach_add_(averages, change)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.averages, strict=True))

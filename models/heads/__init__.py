@@ -73,9 +73,13 @@ class Head(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """In chunks; `how` is the head's own."""
         parts = split(self._pieces(z), z, uniforms)
-        drawn = [self._sample(*part, temperature, **how) for part in parts]
+        drawn = [self.sample_rows(*part, temperature, **how) for part in parts]
         values, log_probs = (torch.cat(x) for x in zip(*drawn, strict=True))
         return values, log_probs
+
+    def sample_rows(self, z: Tensor, uniforms: Tensor, temperature: float, **how):
+        """`sample` of the rows of one chunk."""
+        raise NotImplementedError
 
     def _pieces(self, z: Tensor) -> int:
         """The number of chunks to work in."""

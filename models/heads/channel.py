@@ -86,7 +86,7 @@ class ChannelHead(Head):
         c = F.silu(c)
         return [p.adaLN_modulation[1](c) for p in (*self.channel_blocks, self.channel_final)]
 
-    def _sample(
+    def sample_rows(
         self, z: Tensor, uniforms: Tensor, temperature: float, head_input: str = "trained"
     ) -> tuple[Tensor, Tensor]:
         """Draw the T channels of each position, one after the other.

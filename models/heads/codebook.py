@@ -25,6 +25,6 @@ class CodebookHead(Head):
         losses = F.cross_entropy(self.classifier(z).float(), indices[:, 0], reduction="none")
         return losses[:, None]
 
-    def _sample(self, z: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def sample_rows(self, z: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         indices, log_probs = inverse_cdf(self.classifier(z), uniforms[:, 0], temperature)
         return indices[:, None], log_probs[:, None]

@@ -193,7 +193,7 @@ class DiffusionHead(Head):
         bound = torch.where(t[..., None] == 0, nll, kl) / math.log(2)
         return (noise - epsilon).square(), bound
 
-    def _sample(
+    def sample_rows(
         self, z: Tensor, uniforms: Tensor, temperature: float, guidance: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """z: [M, D], or [M, 2, D] with guidance. uniforms: [M, (S + 1) C], x_T and of each step."""

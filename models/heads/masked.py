@@ -83,7 +83,7 @@ class MaskedHead(Head):
             x = call(block, x, y, recompute=self.grad_checkpointing)
         return self.final_layer(x, y).unflatten(1, (self.channels, self.levels))
 
-    def _sample(self, z: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def sample_rows(self, z: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """uniforms: [M, S T], of the channels in each step."""
         masked = torch.ones(len(z), self.channels, dtype=torch.bool, device=z.device)
         indices = torch.zeros_like(masked, dtype=torch.int64)

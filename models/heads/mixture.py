@@ -44,7 +44,7 @@ class MixtureHead(Head):
         of_each = normal.sum(dim=-1) - self.channels * math.log(2 * math.pi) / 2  # [M, G]
         return (logits.log_softmax(dim=1) + of_each).logsumexp(dim=1)
 
-    def _sample(self, z: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def sample_rows(self, z: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """uniforms: [M, 1 + C], of the component and of each channel."""
         logits, means, scales = self.mixture(z)
         component, _ = inverse_cdf(logits, uniforms[:, 0], 1.0)

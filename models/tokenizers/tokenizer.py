@@ -23,10 +23,12 @@ class Tokenizer(nn.Module):
     """vae: None if no image is read or decoded. latent_scale: 1 / std of its latents.
 
     mean, std: of each channel, by which latents are normalised in the place of latent_scale.
+    decode_dtype: of the autocast in which it decodes; None is full precision, as in encoding.
     """
 
     mean: Tensor | None
     std: Tensor | None
+    decode_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -86,5 +88,6 @@ class Tokenizer(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """latents: [B, C, h, w], scaled -> images [B, 3, H, W], clamped to [-1, 1]."""
         assert self.vae is not None, "this tokenizer was built without a VAE"
-        with torch.autocast(latents.device.type, enabled=False):
-            return self.vae.decode(self.unscaled(latents.float())).clamp(-1.0, 1.0)
+        lower = self.decode_dtype
+        with torch.autocast(latents.device.type, dtype=lower, enabled=lower is not None):
+            return self.vae.decode(self.unscaled(latents.float())).float().clamp(-1.0, 1.0)

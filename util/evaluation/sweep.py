@@ -15,7 +15,7 @@ from util import dist
 from util.args import EVALUATION_CONFIG, settings_saved, value
 from util.checkpoint import find_checkpoint
 from util.data.images import save_png
-from util.device import Precision, compile_model
+from util.device import Precision, accelerate, resolve_precision
 from util.errors import UserError
 from util.evaluation.evaluator import GRID, METRICS, Evaluator
 from util.evaluation.folder import read_json, read_png, write_csv
@@ -60,9 +60,9 @@ def evaluate_checkpoint(
     averages = PosthocEMA(checkpoint) if args.ema_sigma else None
     key = "model" if averages else checkpoint.key(args.eval_weights)
     model = build_model(config, checkpoint, key).to(device)
-    if args.compile:
-        compile_model(model, device)
+    accelerate(model, device, args.compile, args.cuda_graphs)
     tokenizer = Tokenizer(vae, *config.latent_norm).to(device)
+    tokenizer.decode_dtype = resolve_precision(args.vae_precision, device, args.tf32).dtype
     output = Path(args.output_dir)
     measure = prepare_measure(args, config.img_size, device, output / "reference_features")
     dist.print_main(f"{points[0].weights} weights of {checkpoint.path}")

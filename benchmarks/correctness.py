@@ -1,0 +1,241 @@
+"""What must hold on a device before its speed means anything: figures, each with its bound.
+
+The golden files are those of tests/golden, whose README says how they came about; of them the
+largest relative error |found - expected| / |expected| counts. Trainings run as processes of their
+own; `python -m benchmarks.correctness FLAGS` is such a one.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from models.masking import Mask
+from models.sampler import SamplingOptions, sample_latents, sampling_steps
+from models.tokenbridge import TokenBridge
+from models.tokenizers.kl16 import AutoencoderKL
+from util.device import accelerate, resolve_precision
+from util.files import load_tensors
+from util.optim import EMA, LRSchedule, build_optimizer, guarded_step, set_lr
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+STEPS, KILLED_AFTER = 8, 3  # of the small trainings
+
+
+def formula_weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A parameter's golden value, by its published name (tests/golden/README.md)."""
+    r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+    if name.endswith(".bias"):
+        r = 0.05 * r
+    elif name.endswith(".weight") and len(shape) == 1:
+        r = 1 + 0.1 * r
+    elif name.endswith(".weight"):
+        r = r / np.sqrt(np.prod(shape[1:]))
+    else:
+        r = 0.5 * r
+    return torch.from_numpy(r.astype(np.float32))
+
+
+def golden(name: str, device: torch.device) -> dict[str, Tensor]:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]).to(device) for key in file.files}
+
+
+def golden_model(device: torch.device) -> TokenBridge:
+    """The model of the golden files, in evaluation mode."""
+    model = TokenBridge(**json.loads((GOLDEN / "config.json").read_text())["config"])
+    named = model.published_parameters()
+    model.load_published({name: formula_weight(name, tuple(p.shape)) for name, p in named})
+    return model.eval().to(device)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def stages(device: torch.device) -> float:
+    """Quantizer, encoder and logits."""
+    model, data = golden_model(device), golden("tokenbridge", device)
+    values = model.quantizer.decode(data["indices"].long())
+    classes = model.backbone.class_embedding(data["labels"], 3)
+    encoded = model.backbone.encode(values, classes, Mask.from_bool(data["mask"]))
+    logits = model.logits(data["latents"], data["labels"], data["mask"])[:, model.head.order]
+    pairs = (values, "values"), (encoded, "encoder_out"), (logits, "logits")
+    return max(error(found, data[name]) for found, name in pairs)
+
+
+def training(device: torch.device) -> float:
+    """Losses and averages of twelve steps."""
+    settings = json.loads((GOLDEN / "config.json").read_text())["trajectory"]
+    model, data = golden_model(device).train(), golden("trajectory", device)
+    parameters = dict(model.published_parameters())
+    optimizer = build_optimizer(parameters.items(), settings["lr"], settings["weight_decay"])
+    ema = EMA(parameters.items(), settings["ema_rate"])
+    names = ("lr", "min_lr", "warmup_epochs", "epochs", "steps_per_epoch")
+    schedule, losses = LRSchedule(*(settings[name] for name in names)), []
+    for step in range(settings["steps"]):
+        set_lr(optimizer, schedule(step))
+        count = int(torch.ceil(64 * data["mask_rates"][step]))
+        mask = torch.zeros(3, 64, device=device).scatter(1, data["orders"][step][:, :count], 1.0)
+        losses.append(model(data["latents"][step], data["labels"][step], mask))
+        losses[-1].backward()
+        nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"])
+        guarded_step(optimizer, torch.zeros((), device=device))
+        optimizer.zero_grad()
+        ema.update()
+    averages = [(t, data[f"ema:{k}"]) for k, t in ema.state_dict().items() if f"ema:{k}" in data]
+    pairs = [(torch.stack(losses).detach(), data["losses"].float()), *averages]
+    return max(error(found, expected) for found, expected in pairs)
+
+
+@torch.no_grad()
+def vae(device: torch.device) -> float:
+    network, data = AutoencoderKL(), golden("vae", device)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    network.load_state_dict({name: formula_weight(name, shapes[name]) for name in shapes})
+    network = network.eval().to(device)
+    pairs = (network.moments(data["image"]), "moments"), (network.decode(data["latent"]), "decoded")
+    return max(error(found, data[name]) for found, name in pairs)
+
+
+@torch.no_grad()
+def loss_in_bf16(device: torch.device) -> float:
+    """Relative to fp32."""
+    model, data = golden_model(device), golden("tokenbridge", device)
+    with resolve_precision("bf16", device).autocast(device):
+        loss = model(data["latents"], data["labels"], data["mask"])
+    return abs(loss.item() / data["loss"].item() - 1)
+
+
+def waits(device: torch.device) -> float:
+    """How often the host waits for the device in the iterations of sampling and in a step.
+
+    torch raises an error at the first time. Nothing is said on a CPU, where nobody waits.
+    """
+    model, data = golden_model(device), golden("tokenbridge", device)
+    steps = sampling_steps(model, data["labels"], SamplingOptions(num_iter=8, cfg=2.0))
+    next(steps)  # reads the labels
+    model(data["latents"], data["labels"]).backward()  # allocates what libraries need
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in steps:
+            pass
+        model(data["latents"], data["labels"]).backward()
+    except RuntimeError as reason:
+        print(reason)
+        return 1.0
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return 0.0
+
+
+def differently(device: torch.device, compiled: bool = False, graphs: bool = False) -> float:
+    """The share of latent values that are drawn otherwise than in the plain way."""
+    plain, model = golden_model(device), golden_model(device)
+    labels = golden("tokenbridge", device)["labels"]
+    accelerate(model, device, compiled, graphs)
+    options = dict(num_iter=8, cfg=2.0)
+    expected, *found = (sample_latents(each, labels, **options) for each in (plain, model, model))
+    return max((~torch.isclose(each, expected)).float().mean().item() for each in found)
+
+
+# --- trainings in processes of their own
+
+
+def train(folder: Path, device: str, *more: str, processes: int = 1) -> subprocess.Popen:
+    """Of a tiny model on noise; the same on any number of processes."""
+    data = folder.parent / "data"
+    for number in range(0 if data.exists() else 16):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)
+        (data / "train" / "noise").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(data / "train" / "noise" / f"{number}.png")
+    flags = f"""--device {device} --precision fp32 --model tokenbridge_tiny --img_size 32
+        --class_num 1 --data_path {data} --vae_path demo/digits_vae.ckpt --latent_scale 1.0
+        --channel_order 0,1,2,3,4,5,6,7 --num_workers 0 --global_batch 4 --batch_size 2
+        --epochs {STEPS // 4} --warmup_epochs 0 --lr 1e-3 --ema_rate 0.9 --save_steps 1
+        --keep_checkpoints {STEPS} --preview_freq 0 --val_freq 0 --output_dir {folder}"""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = launcher if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "benchmarks.correctness", *flags.split(), *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+
+
+def finish(training: subprocess.Popen) -> None:
+    if training.wait():
+        raise RuntimeError(f"a training ended with {training.returncode}: see above")
+
+
+def apart(first: Path, second: Path) -> float:
+    """The largest relative error between the weights of two trainings."""
+    weights = []
+    for folder in (first, second):
+        weights.append(load_tensors(folder / "checkpoint-last.pth", "--output_dir")["model"])
+    floats = [name for name, tensor in weights[0].items() if tensor.is_floating_point()]
+    return max(error(weights[1][name], weights[0][name]) for name in floats)
+
+
+def killed_and_resumed(device: torch.device) -> float:
+    """Against a training that nothing happened to."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = Path(folder) / "whole", Path(folder) / "killed"
+        finish(train(whole, device.type))
+        training = train(killed, device.type)
+        while not list(killed.glob(f"checkpoint-step*{KILLED_AFTER}.pth")):
+            if training.poll() is not None:
+                raise RuntimeError("the training was over before it could be killed")
+            time.sleep(0.01)
+        training.send_signal(signal.SIGKILL)
+        training.wait()
+        finish(train(killed, device.type, "--resume", "auto"))
+        return apart(whole, killed)
+
+
+def two_processes(device: torch.device) -> float:
+    """Two processes on one card against one: by gloo, for NCCL refuses that."""
+    name = "cuda:0" if device.type == "cuda" else device.type
+    with tempfile.TemporaryDirectory() as folder:
+        one, two = Path(folder) / "one", Path(folder) / "two"
+        finish(train(one, name))
+        finish(train(two, name, processes=2))
+        return apart(one, two)
+
+
+# The figure of each and the most that it may be.
+CHECKS: dict[str, tuple[Callable[[torch.device], float], float]] = {
+    "quantizer, encoder and logits, error against golden": (stages, 1e-4),
+    "twelve training steps, error against golden": (training, 1e-3),
+    "KL-16, error against golden": (vae, 1e-3),
+    "loss in bf16, error against fp32": (loss_in_bf16, 0.02),
+    "times that the host waits for the device": (waits, 0),
+    "kill -9 and resume, error of the weights": (killed_and_resumed, 1e-4),
+    "two processes on one device, error of the weights": (two_processes, 1e-3),
+    "share of values drawn otherwise, compiled": (partial(differently, compiled=True), 0.01),
+}
+ON_CUDA = {"share of values drawn otherwise, CUDA graphs": (partial(differently, graphs=True), 0.0)}
+
+
+if __name__ == "__main__":
+    if importlib.util.find_spec("tensorboard") is None:  # on a machine that only computes
+        sys.modules["torch.utils.tensorboard"] = MagicMock()
+    import main_tokenbridge
+
+    main_tokenbridge.cli()
