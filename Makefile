@@ -19,8 +19,8 @@ help:
 	@echo '              it was; ARGS=--quick: few steps; ARGS=--long: three seeds, many tables'
 	@echo '  make test   run the tests (about 9 minutes on 2 CPU cores); ARGS="-k vae" picks some'
 	@echo '  make soak   do harm to training, saving and caching, over 50 times; prints a table'
-	@echo '  make gpu    what one GPU computes, and how fast: 25 minutes; goes on where it was'
-	@echo '  make bench  time everything (minutes on 2 cores); ARGS="--only train" picks some'
+	@echo '  make gpu    all about one GPU: is it right, how fast, what bounds it; 25 minutes, goes on'
+	@echo '              where it was; make bench is the same, at the size of a CPU without one'
 	@echo '  make lint   check style and formatting'
 	@echo '  make lock   resolve requirements.lock anew; ARGS=--upgrade'
 	@echo '  make clean  remove the demo output and caches, keep .venv'
@@ -43,10 +43,7 @@ test: $(INSTALLED)
 soak: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
-gpu: $(INSTALLED)
-	@$(BIN)/python -m benchmarks.gpu $(ARGS)
-
-bench: $(INSTALLED)
+gpu bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.run $(ARGS)
 
 lint: $(INSTALLED)

@@ -1,60 +1,90 @@
-"""How fast everything is, as one table.
+"""Everything about a device: whether it computes right, how fast it is, and what bounds it.
 
-python -m benchmarks.run [--model tokenbridge_base --batch_size 2 --precision fp32 bf16]
-python -m benchmarks.run --only train head --repeats 5 [--json FILE]
+python -m benchmarks.run [--minutes 25] [--only correctness "training step"] [--json FILE]
+python -m benchmarks.run --models tokenbridge_base --batch_sizes 2 --precision fp32 bf16 --repeats 5
 
-Beside every run the rate of a matrix product is measured.
+Every row is written as it is measured, the most important first. Started again, it goes on where it
+was killed, or where its minutes were over; rows of other flags, another commit, device or torch are
+measured anew. It needs no network, no data, and of the dependencies no more than training does
+without TensorBoard. On a CPU, what is compiled is left out unless --only names it.
 """
 
+import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.correctness import CHECKS
 from benchmarks.works import WORKS, Settings, Work
 from models.config import PRESETS, TokenBridgeConfig, preset
 from models.flops import peak_memory, readable
-from util import dist
-from util.args import Parser, positive_int
+from util import dist, stop
+from util.args import Parser, positive_float, positive_int
 from util.device import resolve_device
 from util.errors import as_user_error
-from util.files import check_writable
+from util.files import atomic_write, check_writable
 from util.logging import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SIZES = {"cuda": ("tokenbridge_large", 64), "cpu": ("tokenbridge_base", 2)}
+# The first of each is what most rows are measured with.
+SIZES = {
+    "cuda": dict(
+        models=["tokenbridge_large", "tokenbridge_huge"],
+        batch_sizes=[64, 16, 32, 128],
+        sampling_batches=[64, 1, 256],
+        num_iter=[64, 16, 256],
+        precision=["bf16"],
+    ),
+    "cpu": dict(
+        models=["tokenbridge_base"],
+        batch_sizes=[2],
+        sampling_batches=[2],
+        num_iter=[8],
+        precision=["fp32"],
+    ),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATRIX = {"cpu": 2048, "mps": 2048, "cuda": 8192}  # side; a GPU is not filled by less
 SHORTEST = 0.2  # seconds: what is over sooner is called several times
-HEAD = ("work", "precision", "seconds, median (range)", "a second", "of products", "memory")
+KERNELS, PROFILED = 10, 3  # shown, and runs that they are taken from
+SPEED = ("", "work", "precision", "seconds, median (range)", "a second", "of products", "memory")
+HEADS = {
+    "correctness": ("check", "figure", "at most", "holds"),
+    "profile": ("work", "nothing runs", "costliest kernels: share of the time, calls"),
+}
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--device", default="cuda", help="cuda, mps or cpu; what is there if absent")
-    add("--model", choices=PRESETS, help="[tokenbridge_base; on CUDA tokenbridge_large]")
-    add("--batch_size", type=positive_int, help="[2; on CUDA 64]")
+    add("--minutes", type=positive_float, default=25.0, help="after which no further row begins")
+    add("--only", nargs="+", help="these groups, or rows whose name holds this [all]")
+    add("--models", nargs="+", choices=PRESETS, help="[tokenbridge_base; on CUDA large, huge]")
+    for name, of in (("batch_sizes", "steps"), ("sampling_batches", "sampling")):
+        add(f"--{name}", nargs="+", type=positive_int, help=f"of {of} [2; on CUDA several]")
+    add("--num_iter", nargs="+", type=positive_int, help="of sampling [8; on CUDA 64, 16, 256]")
     add("--img_size", type=positive_int, default=256, help="pixels")
-    add("--num_iter", type=positive_int, default=8, help="of the sampling")
-    add("--precision", nargs="+", choices=tuple(DTYPES), default=["bf16"], help="arithmetic")
-    add("--only", nargs="+", choices=tuple(WORKS), help="these works [all]")
+    add("--precision", nargs="+", choices=tuple(DTYPES), help="[fp32; on CUDA bf16]")
     add("--repeats", type=positive_int, default=3, help="timed runs of each")
-    add("--compile", action="store_true", help="compile the blocks")
-    add("--json", type=Path, help="file to write [benchmarks/results/DEVICE.json; --only: none]")
+    add("--json", type=Path, help="file to write [benchmarks/results/NAME_OF_THE_DEVICE.json]")
     return parser
 
 
 class Machine:
     """What is timed on it, and the products that are timed beside."""
 
-    def __init__(self, device: torch.device, side: int | None = None):
-        self.device, side = device, side or MATRIX[device.type]
+    def __init__(self, device: torch.device):
+        self.device, side = device, MATRIX[device.type]
         self.operands = {
             name: [torch.randn(side, side, device=device, dtype=dtype) for _ in range(3)]
             for name, dtype in DTYPES.items()
@@ -81,20 +111,78 @@ class Machine:
         return 2 * len(a) ** 3 / median(taken)
 
 
+# --- the rows
+
+
+def rows(args: argparse.Namespace, machine: Machine) -> Iterator[tuple[str, str, Callable]]:
+    """Group, name and what measures it, returning what is to be known, of every row."""
+    device, on_cuda = machine.device, machine.device.type == "cuda"
+    for name, (figure, bound, cuda_alone) in CHECKS.items():
+        if on_cuda or not cuda_alone:
+            yield "correctness", name, partial(checked, figure, bound, device)
+    configs = {n: TokenBridgeConfig(**preset(n), img_size=args.img_size) for n in args.models}
+    first, *_ = args.models
+    usual = Settings(configs[first], args.batch_sizes[0], args.num_iter[0], device)
+
+    def work(kind: str, **changes) -> Callable[[], list[dict]]:
+        settings = replace(usual, **changes)
+        return lambda: measure(WORKS[kind](settings), machine, args.precision, args.repeats)
+
+    ways = {
+        "plain": {},
+        "compile": dict(compile=True),
+        "compile, sizes fixed": dict(compile=True, dynamic=False),
+        "grad_checkpointing": dict(grad_checkpointing=True),
+        "head_share 0.25": {},
+    }
+    for model, batch, way in product(configs, args.batch_sizes, ways):
+        config = replace(configs[model], head_share=0.25 if "head_share" in way else 1.0)
+        changes = dict(config=config, batch_size=batch) | ways[way]
+        yield "training step", f"{model}, batch {batch}, {way}", work("train", **changes)
+    for part in ("head", "backbone", "optimizer"):
+        name = f"{first}, batch {usual.batch_size}, {part} replaced by nothing"
+        yield "training step", name, work("train", without=part)
+    for kind in ("train", "sample"):
+        shorter = replace(usual, num_iter=min(args.num_iter))
+        yield "profile", kind, partial(profiled, kind, shorter, machine, args.precision[0])
+    ways = {
+        "plain": {},
+        "cfg 1": dict(sampling=dict(cfg=1.0)),
+        "cfg_interval 0.2 0.6": dict(sampling=dict(cfg_interval=(0.2, 0.6))),
+        "token_cache 4": dict(sampling=dict(token_cache=4)),
+        "compile": dict(compile=True),
+    } | ({"cuda_graphs": dict(cuda_graphs=True)} if on_cuda else {})
+    batch, num_iter = args.sampling_batches[0], usual.num_iter
+    for way, how in ways.items():
+        changes = dict(batch_size=batch) | how
+        yield "sampling", f"batch {batch}, {num_iter} iterations, {way}", work("sample", **changes)
+    for kind in ("vae_encode", "vae_decode", "features", "head"):
+        yield "parts", kind, work(kind)
+    for num_iter, batch in product(sorted(args.num_iter), args.sampling_batches):
+        if (num_iter, batch) != (usual.num_iter, args.sampling_batches[0]):
+            changes = dict(num_iter=num_iter, batch_size=batch)
+            yield "sampling", f"batch {batch}, {num_iter} iterations", work("sample", **changes)
+
+
+def checked(figure: Callable, bound: float, device: torch.device) -> list[dict]:
+    found = figure(device)
+    return [{"figure": found, "bound": bound, "holds": found <= bound}]
+
+
 def measure(work: Work, machine: Machine, precisions: Sequence[str], repeats: int) -> list[dict]:
     """A row for each precision, run in turn, so that what else a shared machine does meets all."""
-    rows = []
+    found = []
     for precision in work.precisions or precisions:
         row = dict(title=work.title, precision=precision)
         row |= dict(items=work.items, unit=work.unit, operations=work.operations)
-        rows.append(row | dict(seconds=[], product_rates=[], memory=None, times=1))
-        time_once(work, rows[-1], machine)  # what comes first takes longer
-        rows[-1]["times"] = math.ceil(SHORTEST / rows[-1]["seconds"].pop()) or 1
-        rows[-1]["product_rates"].pop()
+        found.append(row | dict(seconds=[], product_rates=[], memory=None, times=1))
+        time_once(work, found[-1], machine)  # what comes first takes longer
+        found[-1]["times"] = math.ceil(SHORTEST / found[-1]["seconds"].pop()) or 1
+        found[-1]["product_rates"].pop()
     for _ in range(repeats):
-        for row in rows:
+        for row in found:
             time_once(work, row, machine)
-    return rows
+    return found
 
 
 def time_once(work: Work, row: dict, machine: Machine) -> None:
@@ -108,14 +196,52 @@ def time_once(work: Work, row: dict, machine: Machine) -> None:
     row["product_rates"].append((before + machine.product_rate(row["precision"])) / 2)
 
 
+def profiled(kind: str, settings: Settings, machine: Machine, precision: str) -> list[dict]:
+    """The costliest kernels of a work, and the share of the time in which none runs."""
+    work, on_cuda = WORKS[kind](settings), machine.device.type == "cuda"
+    run = partial(work.run, precision)
+    run()
+    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as found:
+        seconds = machine.seconds(run, PROFILED) * PROFILED
+    own, whole = "self_device_time_total" if on_cuda else "self_cpu_time_total", 1e6 * seconds
+    shares = [[e.key[:80], getattr(e, own) / whole, e.count] for e in found.key_averages()]
+    shares.sort(key=lambda kernel: -kernel[1])
+    idle = max(0.0, 1 - sum(share for _, share, _ in shares))
+    return [{"title": work.title, "idle": idle, "kernels": shares[:KERNELS]}]
+
+
+def attempt(run: Callable[[], list[dict]]) -> list[dict]:
+    """What one row finds; out of memory, or whatever else it dies of, is a finding, too."""
+    try:
+        return run()
+    except Exception as error:
+        stop.check()  # a compiler wraps what stops it
+        return [{"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}]
+    finally:
+        torch._dynamo.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+# --- the table
+
+
 def cells(row: dict) -> list[str]:
-    """A line of the table: see HEAD."""
+    """A line of the table: see SPEED and HEADS."""
+    if "failed" in row:
+        return [row["name"], row["failed"]]
+    if row["group"] == "correctness":
+        holds = "yes" if row["holds"] else "**no**"
+        return [row["name"], f"{row['figure']:.3g}", f"{row['bound']:g}", holds]
+    if row["group"] == "profile":
+        kernels = (f"`{name}`: {share:.1%}, {calls}" for name, share, calls in row["kernels"])
+        return [row["title"], f"{row['idle']:.0%}", "<br>".join(kernels)]
     seconds, share = median(row["seconds"]), ""
     if row["operations"] is not None:
         pairs = zip(row["seconds"], row["product_rates"], strict=True)
         share = f"{median(row['operations'] / s / rate for s, rate in pairs):.0%}"
     return [
-        *(row["title"], row["precision"]),
+        *(row["name"], row["title"], row["precision"]),
         f"{seconds:.3g} ({min(row['seconds']):.3g} to {max(row['seconds']):.3g})",
         f"{readable(row['items'] / seconds, '').strip()} {row['unit']}",
         *(share, "" if row["memory"] is None else readable(row["memory"], "B")),
@@ -126,29 +252,56 @@ def line(row: Sequence[str]) -> str:
     return f"| {' | '.join(row)} |"
 
 
+def table(record: dict) -> str:
+    """All rows in Markdown."""
+    parts = [f"# {record['device']}", ""]
+    parts += [f"- {name}: {value}" for name, value in record.items() if name != "rows"]
+    for group in dict.fromkeys(row["group"] for row in record["rows"]):
+        head = HEADS.get(group, SPEED)
+        parts += ["", f"## {group}", "", line(head), line(["---"] * len(head))]
+        parts += [line(cells(row)) for row in record["rows"] if row["group"] == group]
+    return "\n".join(parts) + "\n"
+
+
 def main() -> None:
-    args = make_parser().parse()
-    device, precisions = resolve_device(args.device), tuple(dict.fromkeys(args.precision))
-    model, batch_size = SIZES.get(device.type, SIZES["cpu"])
-    model, batch_size = args.model or model, args.batch_size or batch_size
+    args, started = make_parser().parse(), time.monotonic()
+    device = resolve_device(args.device)
+    for name, usual in SIZES.get(device.type, SIZES["cpu"]).items():
+        setattr(args, name, getattr(args, name) or usual)
     with as_user_error():
-        config = TokenBridgeConfig(**preset(model), img_size=args.img_size)
-    settings = Settings(config, batch_size, args.num_iter, device, args.compile)
-    path = args.json or (None if args.only else RESULTS / f"{device.type}.json")
-    if path is not None:
-        check_writable(path.parent, "--json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-    about = environment(device, " ".join(precisions), 1) | {"model": model}
-    print(*(f"{key}: {value}" for key, value in about.items()), "", sep="\n")
-    print(line(HEAD), line(["---"] * len(HEAD)), sep="\n", flush=True)
-    machine, rows = Machine(device), []
-    for name in args.only or WORKS:
-        measured = measure(WORKS[name](settings), machine, precisions, args.repeats)
-        print(*(line(cells(row)) for row in measured), sep="\n", flush=True)
-        rows += [{"work": name} | row for row in measured]
-    if path is not None:
-        path.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
-        print(f"\nwritten: {path}")
+        machine = Machine(device)
+        planned = list(rows(args, machine))
+    torch.backends.cudnn.allow_tf32 = False  # the golden files know full precision alone
+    about = environment(device, " ".join(args.precision), 1)
+    path = args.json or RESULTS / f"{about['device'].replace(' ', '-')}.json"
+    check_writable(path.parent, "--json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about |= {name: getattr(args, name) for name in (*SIZES["cpu"], "img_size", "repeats")}
+    record, left = about | {"rows": []}, 0
+    if path.is_file():
+        before = json.loads(path.read_text())
+        same = before | about == before
+        record = before if same else record
+    done = {(row["group"], row["name"]) for row in record["rows"]}
+    for group, name, run in planned:
+        asked = device.type == "cuda" or "compile" not in name
+        if args.only:
+            asked = any(word == group or word in name for word in args.only)
+        if not asked or (group, name) in done:
+            continue
+        if time.monotonic() - started > 60 * args.minutes:
+            left += 1
+            continue
+        found = [{"group": group, "name": name} | row for row in attempt(run)]
+        record["rows"] += found
+        for suffix, text in ((".json", json.dumps(record, indent=1)), (".md", table(record))):
+            with atomic_write(path.with_suffix(suffix)) as file:
+                file.write(text.encode())
+        print(*(line([group, *cells(row)]) for row in found), sep="\n", flush=True)
+    print(f"{path}: {len(record['rows'])} rows, {left} left for another start")
+    for row in record["rows"]:
+        if "failed" in row or not row.get("holds", True):
+            print(f"does not hold: {row['name']}")
 
 
 if __name__ == "__main__":
