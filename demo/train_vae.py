@@ -132,14 +132,15 @@ def train(vae: VAE, loss_of: KLLoss | VQLoss, images: Tensor, args: Namespace) -
 
 
 @torch.no_grad()
-def psnr(vae: VAE, images: Tensor, counted: Tensor) -> float:
-    """Of the posterior mean's reconstruction, in dB, over those pixels of [N, 3, S, S] that count.
+def psnr(vae: VAE, images: Tensor, counted: Tensor | None = None) -> float:
+    """Of the posterior mean's reconstruction of [N, 3, S, S], in dB.
 
-    counted: bool [N, 1, S, S].
+    counted: bool [N, 1, S, S], the pixels that count; None is all.
     """
     decoded = torch.cat([vae.decode(vae.encode(part).mean) for part in images.split(64)])
     error = (decoded.clamp(-1, 1) - images).square().mean(dim=1, keepdim=True)
-    return (10 * torch.log10(4 / error[counted].mean())).item()
+    error = error if counted is None else error[counted]
+    return (10 * torch.log10(4 / error.mean())).item()
 
 
 def foreground(data_path: Path, size: int) -> Tensor:

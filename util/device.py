@@ -104,6 +104,7 @@ class CapturedCalls:
         kept = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
+            torch.cuda.synchronize()
             with torch.cuda.stream(torch.cuda.Stream()):  # libraries allocate in a first call
                 call()
             torch.cuda.synchronize()
