@@ -41,7 +41,7 @@ def _no_network(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Iterator[Path]:
-    """data/, vae.ckpt and cache/ of tests/runs.py, for all tests to read; not to be changed."""
+    """data/, vae.ckpt, cache/ and model/ of tests/runs.py, for all to read; not to be changed."""
     from tests.runs import make_inputs  # which needs this module
 
     folder = make_inputs(tmp_path_factory.mktemp("inputs") / "inputs")

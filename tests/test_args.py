@@ -1,7 +1,6 @@
 """Command lines: published names and defaults, --help, --config, and answers in one line."""
 
 import argparse
-from pathlib import Path
 
 import pytest
 import yaml
@@ -71,13 +70,8 @@ def error_line(capsys, *argv, script=main_tokenbridge) -> str:
 @pytest.fixture
 def config(tmp_path):
     """Writes a file and returns its path."""
-
-    def write(text: str) -> Path:
-        path = tmp_path / "settings.yaml"
-        path.write_text(text)
-        return path
-
-    return write
+    path = tmp_path / "settings.yaml"
+    return lambda text: path.write_text(text) and path
 
 
 @SCRIPTS
@@ -171,9 +165,8 @@ def test_home_is_expanded_on_the_command_line_and_in_a_file(tmp_path, monkeypatc
     assert parse("--config=~/own.yaml", script=app).resume == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "fragment"),
-    [
+def test_wrong_file_is_answered_in_one_line(config, capsys):
+    for text, fragment in (
         ("epoch: 3", "epoch is no setting of"),
         ("epoch: 3", "did you mean epochs?"),
         ("epochs: many", "epochs: "),
@@ -190,15 +183,13 @@ def test_home_is_expanded_on_the_command_line_and_in_a_file(tmp_path, monkeypatc
         ("epochs: 3: 4", "mapping values are not allowed"),
         ("epochs: !!python/object/apply:os.getcwd []", "python/object"),
         ("[" * 5000, "settings.yaml"),
-    ],
-)
-def test_wrong_file_is_answered_in_one_line(config, capsys, text, fragment):
-    line = error_line(capsys, "--config", config(text))
-    assert f"error: --config {config(text)}" in line and fragment in line
+    ):
+        line = error_line(capsys, "--config", path := config(text))
+        assert f"error: --config {path}" in line and fragment in line
     assert "--config /nowhere" in error_line(capsys, "--config", "/nowhere")
 
 
-@pytest.mark.parametrize("script", PUBLISHED, ids=lambda script: script.__name__)
+@SCRIPTS
 def test_saved_settings_are_the_same_call_again(script, tmp_path):
     own = {
         main_tokenbridge: "--channel_order 2,0,1 --cfg 1 2 --lr 0.5 --no_flip --no_pin_mem",
