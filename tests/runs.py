@@ -119,16 +119,19 @@ def call(main: Callable[[], None], *argv: str) -> None:
         main()
 
 
-def refused(capsys, main: Callable[[], None], *argv: str) -> str:
-    """Run a script as its file does and return the one line with which it refuses."""
+def refused(capsys, main: Callable[[], None], *argv: str, alone: bool = True) -> str:
+    """Run a script as its file does and return the one line with which it refuses.
+
+    alone: nothing else may stand there; else it is the last one.
+    """
     capsys.readouterr()
     script = f"{main.__module__}.py"
     with mock.patch.object(sys, "argv", [script, *argv]), pytest.raises(SystemExit) as stop:
         run(main)
     assert stop.value.code == EXIT_USER_ERROR
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), lines
-    return lines[0]
+    assert lines[-1].startswith(f"{script}: error: ") and (len(lines) == 1 or not alone), lines
+    return lines[-1]
 
 
 def train(inputs: Path, output: Path, **changes) -> dict:
