@@ -18,7 +18,6 @@ from tests.measures import (
     PIXELS,
     Pixels,
     prepare,
-    save_random_inception,
 )
 from tests.runs import evaluate
 from util.data.images import Loading
@@ -32,11 +31,6 @@ from util.evaluation.reference import compare_with_images, image_batches
 
 CPU = torch.device("cpu")
 ZERO = {"fid": 0, "sfid": 0}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return save_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
 def save_noise(folder: Path, count: int, seed: int) -> Path:
@@ -86,11 +80,11 @@ def cheap_distance(own: dict, other: dict) -> float:
 
 
 @pytest.fixture(scope="module")
-def evaluated(weights, inputs, tmp_path_factory) -> tuple[Path, Path, dict]:
+def evaluated(inception, inputs, tmp_path_factory) -> tuple[Path, Path, dict]:
     """The folder, the real images and the flags of an evaluation in Inception's features."""
     root = tmp_path_factory.mktemp("evaluated")
     reference = save_noise(root / "reference", 11, seed=1)
-    settings = dict(inception_weights=weights, fid_reference=reference, keep_images=True)
+    settings = dict(inception_weights=inception, fid_reference=reference, keep_images=True)
     settings |= dict(inputs=inputs, resume=inputs / "model")
     with mock.patch.object(metrics, "frechet", cheap_distance):
         evaluate(output=root / "eval", **settings)
@@ -105,14 +99,14 @@ def evaluate_again(folder: Path, settings: dict) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
-def test_inception_figures_of_an_evaluation_are_those_of_its_png_files(weights, evaluated, capsys):
+def test_inception_figures_are_those_of_the_png_files(inception, evaluated, capsys):
     folder, reference, settings = evaluated
     found = evaluate_again(folder, settings)
-    own = dict(feature_extractor=INCEPTION, feature_extractor_weights_path=str(weights))
+    own = dict(feature_extractor=INCEPTION, feature_extractor_weights_path=str(inception))
     expected = fidelity(folder / "images", reference, kid_subset_size=11, **own)
     expected["fid"] = expected.pop("frechet_inception_distance")
     images = images_of(folder / "images"), images_of(reference)
-    pooled, spatial = zip(*(inception_features(weights, x) for x in images), strict=True)
+    pooled, spatial = zip(*(inception_features(inception, x) for x in images), strict=True)
     expected |= {"sfid": definition(*spatial)} | density_and_coverage(*pooled)
     assert min(expected["fid"], expected["sfid"]) > 1 and expected["inception_score_mean"] > 1.001
     assert found["metrics"] == pytest.approx(expected, rel=1e-4)
@@ -123,9 +117,7 @@ def test_inception_figures_of_an_evaluation_are_those_of_its_png_files(weights, 
     assert found["files"]["extractor"]["sha256"] == found["measured"]["weights_sha256"]
 
 
-def test_sfid_of_restarts_and_of_files_of_earlier_versions(
-    weights, evaluated, tmp_path, monkeypatch, capsys
-):
+def test_sfid_of_restarts_and_older_files(inception, evaluated, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "frechet", cheap_distance)
     folder, _, settings = evaluated
     before = evaluate_again(folder, settings)["metrics"]
@@ -153,7 +145,7 @@ def test_sfid_of_restarts_and_of_files_of_earlier_versions(
     batches[0].unlink()
     np.savez(path, **own | {"mu_s": own["mu_s"][:9]})
     with pytest.raises(UserError, match=r"'mu_s': \(9,\).* not those of the extractor's 2023"):
-        prepare(inception_weights=str(weights), fid_stats=str(path))
+        prepare(inception_weights=str(inception), fid_stats=str(path))
 
 
 # --- the arithmetic, with an extractor of nine features
@@ -300,9 +292,7 @@ def test_extractor_without_a_layer_for_fid_still_has_its_score(folders, tmp_path
         prepare(fid_stats=str(tmp_path / "stats.npz"), feature_extractor=PIXELS)
 
 
-def test_reference_features_are_made_once_for_the_same_images(
-    folders, tmp_path, monkeypatch, capsys
-):
+def test_reference_features_are_made_once(folders, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(folders[1], tmp_path / "images")
     loading, cache = Loading(skip_bad=True), tmp_path / "cache"
     first = compare_with_images(pixels_measure(), folder, 16, cache)
@@ -325,25 +315,25 @@ def test_reference_features_are_made_once_for_the_same_images(
 # --- what is missing
 
 
-def test_missing_weights_and_statistics_are_said_in_one_line_each(weights, capsys, monkeypatch):
-    monkeypatch.chdir(weights.parent)  # where there is no fid_stats/
+def test_missing_weights_and_statistics_are_said_in_one_line_each(inception, capsys, monkeypatch):
+    monkeypatch.chdir(inception.parent)  # where there is no fid_stats/
     assert prepare() is None
     captured = capsys.readouterr()
     lines = [line for line in captured.out.splitlines() if "not computed" in line]
     assert len(lines) == 1 and WEIGHTS_FILE in lines[0] and "--inception_weights" in lines[0]
     assert len(captured.err.splitlines()) == 1
-    measure = prepare(inception_weights=str(weights))
+    measure = prepare(inception_weights=str(inception))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and "--fid_stats" in lines[0] and measure.stats is None
     assert prepare(no_metrics=True, fid_stats="/nowhere") is None
     assert capsys.readouterr().out == ""
 
 
-def test_weights_are_found_and_checked(weights, tmp_path, monkeypatch):
+def test_weights_are_found_and_checked(inception, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     place = published_weights()
     place.parent.mkdir(parents=True)
-    shutil.copy(weights, place)
+    shutil.copy(inception, place)
     assert extractor.find_inception_weights(None) == place  # as downloaded earlier
     place.write_bytes(place.read_bytes()[:1000])
     with pytest.raises(UserError, match="--inception_weights .*damaged"):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import complaint
-from tests.measures import FEATURES, PIXELS, prepare, save_random_inception
+from tests.measures import FEATURES, PIXELS, prepare
 from tests.runs import SIZE, call, on_processes
 from util import fid_stats
 from util.data.images import center_crop, read_image
@@ -105,11 +105,11 @@ def test_three_processes_write_the_statistics_of_one(images, made, tmp_path):
         np.testing.assert_allclose(three[name], one[name], rtol=1e-12, atol=1e-15)
 
 
-def test_two_processes_write_sfid_s_statistics_of_one(array, tmp_path):
+def test_two_processes_write_sfid_s_statistics_of_one(array, inception, tmp_path):
     np.savez(tmp_path / "few.npz", np.load(array)["arr_0"][:5])
     argv = flags(tmp_path / "few.npz", tmp_path / "two.npz")
     argv[argv.index(PIXELS)] = INCEPTION
-    argv += ["--inception_weights", str(save_random_inception(tmp_path / "inception.pth"))]
+    argv += ["--inception_weights", str(inception)]
     on_processes(2, "-m", "util.fid_stats", *argv)
     call(fid_stats.main, *argv, "--output", str(tmp_path / "one.npz"))
     one, two = (load_fid_statistics(tmp_path / name) for name in ("one.npz", "two.npz"))
@@ -151,17 +151,7 @@ def test_an_npz_file_of_images_is_measured_as_the_folder(images, array, made, tm
     np.testing.assert_array_equal(first.stats["sigma"], second.stats["sigma"])
 
 
-def test_images_in_the_place_of_statistics_are_told_the_two_ways(array):
-    with pytest.raises(UserError) as error:
-        compared_with(fid_stats=array)
-    assert str(error.value) == (
-        f"--fid_stats {array}: not an npz file with mu and sigma, but of 23 images; compare with "
-        "them by --fid_reference, or make statistics with python -m util.fid_stats "
-        f"--image_dir {array}"
-    )
-
-
-def test_npz_files_that_hold_no_images_are_refused(images, tmp_path):
+def test_npz_files_without_images_are_refused_and_with_them_as_statistics(images, array, tmp_path):
     path = tmp_path / "batch.npz"
     for content, fragment in (
         ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, "float32 (2, 4, 4, 3), not uint8"),
@@ -173,6 +163,11 @@ def test_npz_files_that_hold_no_images_are_refused(images, tmp_path):
         assert line.startswith(f"--image_dir {path}") and fragment in line
     line = complaint(call, fid_stats.main, *flags(images, "stats.txt"))
     assert "--output stats.txt" in line
+    assert complaint(compared_with, fid_stats=array) == (
+        f"--fid_stats {array}: not an npz file with mu and sigma, but of 23 images; compare with "
+        "them by --fid_reference, or make statistics with python -m util.fid_stats "
+        f"--image_dir {array}"
+    )
 
 
 def test_statistics_fit_the_extractor_and_the_size_they_were_made_with(made, tmp_path, capsys):
@@ -188,11 +183,7 @@ def test_statistics_fit_the_extractor_and_the_size_they_were_made_with(made, tmp
     np.savez(tmp_path / "few.npz", **arrays | {"count": 9})
     compared_with(fid_stats=tmp_path / "few.npz")
     assert "9 images are not more than the 9 features" in capsys.readouterr().out
-
-
-def test_adm_s_statistics_are_of_256_pixels(made, tmp_path):
-    """They do not say so themselves."""
-    path = tmp_path / reference.ADM_STATISTICS.name
+    path = tmp_path / reference.ADM_STATISTICS.name  # of 256 pixels, which it does not say itself
     stats = {name: load_fid_statistics(made, FEATURES)[name] for name in ("mu", "sigma")}
     np.savez(path, **stats)
     _, other = reference.check_statistics(path, stats, {}, 64)

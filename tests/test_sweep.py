@@ -51,7 +51,7 @@ def records(output: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-def test_every_combination_is_a_row_and_everything_is_loaded_once(swept):
+def test_every_combination_is_a_row_of_table_and_images_and_all_is_loaded_once(swept):
     output, built = swept
     assert built == ["build_vae", "build_model", "prepare_measure"]
     rows = table(output)
@@ -63,6 +63,12 @@ def test_every_combination_is_a_row_and_everything_is_loaded_once(swept):
             assert float(row[name]) == value
     with Image.open(output / "sweep.png") as image:
         assert image.width > image.height > 100
+    shown = np.asarray(Image.open(output / "sweep_images.png"))
+    height = SIZE + 4  # of the first look at a point: the same images everywhere
+    assert shown.shape == (6 * height, 3 * (SIZE + 2) + 2, 3)
+    for k, row in enumerate(rows):
+        first = read_png(output / row["folder"] / "grid.png")[:, :height]
+        assert np.array_equal(shown[k * height : (k + 1) * height], first.permute(1, 2, 0))
 
 
 def test_differences_are_from_the_best_and_their_errors_from_pairs(swept):
@@ -82,16 +88,6 @@ def test_differences_are_from_the_best_and_their_errors_from_pairs(swept):
         assert float(row["frechet_distance_difference_error"]) == pytest.approx(expected)
         expected = pairs(record, "inception_score").std(ddof=1) / np.sqrt(10)
         assert float(row["score_mean_difference_error"]) == pytest.approx(expected)
-
-
-def test_rows_of_the_first_look_are_the_same_images_at_every_point(swept):
-    output, _ = swept
-    shown = np.asarray(Image.open(output / "sweep_images.png"))
-    height = SIZE + 4
-    assert shown.shape == (6 * height, 3 * (SIZE + 2) + 2, 3)
-    for k, row in enumerate(table(output)):
-        first = read_png(output / row["folder"] / "grid.png")[:, :height]
-        assert np.array_equal(shown[k * height : (k + 1) * height], first.permute(1, 2, 0))
 
 
 def test_best_is_of_what_was_measured_and_sfid_compared_where_all_points_have_it():
