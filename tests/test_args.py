@@ -230,7 +230,7 @@ def test_ready_configurations_are_understood_and_the_published_are_those_of_the_
         assert (args.cfg_schedule, args.num_images) == ("linear", 50000)
 
 
-def test_training_leaves_its_settings_and_goes_on_with_them(inputs, tmp_path, capsys):
+def test_training_and_evaluation_leave_their_settings(inputs, tmp_path, capsys, refusal):
     """The same call again: test_saved_settings_are_the_same_call_again."""
     first = tmp_path / "first"
     call(main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, output_dir=first, epochs=1))
@@ -240,15 +240,10 @@ def test_training_leaves_its_settings_and_goes_on_with_them(inputs, tmp_path, ca
     call(main_tokenbridge.main, *config, "--resume", "auto", "--epochs", "2")
     assert yaml.safe_load((first / "config.yaml").read_text())["epochs"] == 2
     assert load(first)["step"] == 6
-
-
-def test_evaluation_leaves_its_own_settings_and_a_refused_one_none(
-    inputs, trained, tmp_path, refusal
-):
-    """The second point of the refused one has the folder of other images."""
-    settings = dict(output_dir=tmp_path / "out", num_images=3, no_metrics=True, resume=trained)
+    settings = dict(output_dir=tmp_path / "out", num_images=3, no_metrics=True, resume=first)
     call(main_tokenbridge.main, *flags(inputs, EVALUATE_FLAGS, **settings))
     saved = yaml.safe_load((tmp_path / "out" / "config-evaluation.yaml").read_text())
     assert saved["evaluate"] and saved["num_images"] == 3
+    # The second point of a refused one, which leaves none, has the folder of other images.
     line = refusal("evaluate", inputs, **settings, cfg=[3, 2], head_input="published")
     assert "model.head_input trained (now published)" in line

@@ -64,7 +64,7 @@ def test_a_process_that_the_killed_one_forked_does_not_hold_it(tmp_path):
             os.kill(child, signal.SIGKILL)
 
 
-def test_nothing_is_left_of_a_job_but_what_it_wrote(tmp_path):
+def test_a_job_leaves_only_its_files_and_missing_locks_are_said(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "new" / "cache"
     with pytest.raises(ZeroDivisionError), only_job_in(folder, "--flag"):
         assert folder.is_dir()
@@ -76,9 +76,6 @@ def test_nothing_is_left_of_a_job_but_what_it_wrote(tmp_path):
     with only_job_in(folder, "--flag"):
         (folder / "mine").touch()
     assert os.listdir(folder) == ["mine"]
-
-
-def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):
     refuse = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
     monkeypatch.setattr(files.fcntl, "lockf", refuse)
     with only_job_in(tmp_path, "--flag"):
