@@ -114,9 +114,7 @@ def test_what_cannot_start_says_why(environment):
         assert fragment in complaint(dist.init, **{"device": "cpu"} | arguments)
 
 
-def test_one_process_of_an_allocation_and_a_missing_device_are_said(
-    environment, capsys, monkeypatch
-):
+def test_one_of_an_allocation_and_a_missing_device_are_said(environment, capsys, monkeypatch):
     environment(SBATCH)
     dist.init("cpu")
     assert "allocation of 8 tasks but not started by srun: one process" in capsys.readouterr().err
@@ -134,9 +132,7 @@ def test_one_process_of_an_allocation_and_a_missing_device_are_said(
         (0, "tcp://127.0.0.1:{port}", "2 of 3 processes (rank 1, 2) at 127.0.0.1:{port} for"),
     ],
 )
-def test_who_waits_says_for_whom_and_a_signal_ends_it(
-    environment, monkeypatch, capfd, rank, url, words
-):
+def test_who_waits_says_for_whom_until_a_signal(environment, monkeypatch, capfd, rank, url, words):
     port = str(free_port())
     environment({"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0"})
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
