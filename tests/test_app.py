@@ -176,7 +176,17 @@ def test_a_picture_is_drawn_anew_where_it_is_painted(loaded, place, tmp_path):
             editing(loaded, files, 1)
 
 
-def test_a_wrong_setting_is_one_line_in_the_page(place):
+def test_wrong_calls_are_told_before_the_page_opens_and_wrong_settings_in_it(
+    place, capsys, monkeypatch
+):
+    assert app.make_parser().parse([]).host == "127.0.0.1"
+    assert "--resume /nowhere does not exist" in refused(capsys, app.main, "--resume", "/nowhere")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = str(other.getsockname()[1])
+        line = refused(capsys, app.main, "--device", "cpu", "--port", taken)
+        assert f"--port {taken}: " in line
     shelf = library(place / "run")
     for classes, cfg, fragment in (
         (["bea"], 1, "class 'bea' is unknown"),
@@ -186,16 +196,5 @@ def test_a_wrong_setting_is_one_line_in_the_page(place):
         settings = (6, cfg, "linear", 1.0, "random", 0, 0)
         with pytest.raises(app.gr.Error, match=fragment):
             next(app.generate(shelf, shelf.choices()[0], "ema", None, classes, 1, 0, *settings))
-
-
-def test_wrong_calls_are_told_before_the_page_opens(capsys, monkeypatch):
-    assert app.make_parser().parse([]).host == "127.0.0.1"
-    assert "--resume /nowhere does not exist" in refused(capsys, app.main, "--resume", "/nowhere")
-    cpu = ("--device", "cpu")
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        taken = str(other.getsockname()[1])
-        assert f"--port {taken}: " in refused(capsys, app.main, *cpu, "--port", taken)
     monkeypatch.setattr(app, "gr", None)
     assert "pip install -c requirements.lock -e '.[app]'" in refused(capsys, app.main)
