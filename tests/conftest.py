@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -41,7 +39,7 @@ def _no_network(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Iterator[Path]:
-    """data/, vae.ckpt and cache/ of tests/runs.py, for all tests to read; not to be changed."""
+    """data/, vae.ckpt, cache/ and model/ of tests/runs.py, for all to read; not to be changed."""
     from tests.runs import make_inputs  # which needs this module
 
     folder = make_inputs(tmp_path_factory.mktemp("inputs") / "inputs")
@@ -86,6 +84,14 @@ def trained(inputs, tmp_path_factory) -> Iterator[Path]:
     before = stamps(output)
     yield output
     assert stamps(output) == before, "a test has changed what others read"
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory) -> Path:
+    """Random weights of Inception, in the form of torch-fidelity's own file."""
+    from tests.measures import save_random_inception
+
+    return save_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -179,23 +185,6 @@ def complaint(action: Callable, *args, **kwargs) -> str:
         action(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def run_script(
-    *command, cwd: Path = ROOT, timeout: int = 300, **env
-) -> subprocess.CompletedProcess:
-    """Run a script, a module or torchrun as a user does, by this interpreter."""
-    first, *rest = (str(part) for part in command)
-    module = "torch.distributed.run" if first == "torchrun" else first
-    start = [str(ROOT / first)] if first.endswith(".py") else ["-m", module]
-    return subprocess.run(
-        [sys.executable, *start, *rest],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(**env),
-    )
 
 
 @pytest.fixture(autouse=True)

@@ -54,11 +54,11 @@ class Pixels(FeatureExtractorBase):
 register_feature_extractor("pixels", Pixels)
 
 
-def prepare(**changes) -> Measure | None:
-    """What the flags of an evaluation measure with."""
+def prepare(size: int = SIZE, **changes) -> Measure | None:
+    """What the flags of an evaluation measure with, of images of that size."""
     flags = dict(no_metrics=False, fid_stats=None, feature_extractor=INCEPTION)
     flags |= dict(inception_weights=None)
-    return prepare_measure(Namespace(**flags | changes), SIZE, torch.device("cpu"))
+    return prepare_measure(Namespace(**flags | changes), size, torch.device("cpu"))
 
 
 def save_random_inception(path: Path) -> Path:

@@ -36,12 +36,17 @@ IMAGES = 8  # of each class
 
 
 def make_inputs(folder: Path) -> Path:
-    """data/train/CLASS/0.png ..., vae.ckpt and cache/, of which every caller has a copy."""
+    """data/train/CLASS/0.png ..., vae.ckpt, cache/ and model/, of which every caller has a copy.
+
+    model/ holds a checkpoint of random weights.
+    """
     return Path(shutil.copytree(_inputs_once().name, folder, dirs_exist_ok=True))
 
 
 @functools.cache
 def _inputs_once() -> TemporaryDirectory:
+    from tests.measures import save_model  # which needs this module
+
     made = TemporaryDirectory(prefix="inputs-")
     folder = Path(made.name)
     make_images(folder / "data", SIZE)
@@ -50,6 +55,7 @@ def _inputs_once() -> TemporaryDirectory:
         vae = AutoencoderKL(embed_dim=CHANNELS, ch_mult=(1, 1, 1), ch=32, num_res_blocks=1)
         save_vae(folder / "vae.ckpt", vae)
         call(main_cache.main, *flags(folder, CACHE_FLAGS, cached_path=folder / "cache"))
+        save_model(folder / "model")
     return made
 
 
@@ -113,16 +119,19 @@ def call(main: Callable[[], None], *argv: str) -> None:
         main()
 
 
-def refused(capsys, main: Callable[[], None], *argv: str) -> str:
-    """Run a script as its file does and return the one line with which it refuses."""
+def refused(capsys, main: Callable[[], None], *argv: str, alone: bool = True) -> str:
+    """Run a script as its file does and return the one line with which it refuses.
+
+    alone: nothing else may stand there; else it is the last one.
+    """
     capsys.readouterr()
     script = f"{main.__module__}.py"
     with mock.patch.object(sys, "argv", [script, *argv]), pytest.raises(SystemExit) as stop:
         run(main)
     assert stop.value.code == EXIT_USER_ERROR
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"{script}: error: "), lines
-    return lines[0]
+    assert lines[-1].startswith(f"{script}: error: ") and (len(lines) == 1 or not alone), lines
+    return lines[-1]
 
 
 def train(inputs: Path, output: Path, **changes) -> dict:
@@ -255,6 +264,17 @@ def start_fork(command, log: Path, **env) -> multiprocessing.Process:
     process = server.Process(target=_in_fork, args=arguments)
     process.start()
     return process
+
+
+def kill_when(condition: Callable[[], object], *processes: multiprocessing.Process) -> None:
+    """kill -9 of all of them as soon as the condition holds, before which none may end."""
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert all(p.is_alive() for p in processes) and time.monotonic() < deadline
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def _in_fork(command: list[str], env: dict[str, str], files: list[Path]) -> None:

@@ -77,9 +77,7 @@ def test_checkpoints_of_the_usual_folders_are_found(place, tmp_path, monkeypatch
         library(place / "run").load(found[0], "ema")
 
 
-def test_a_checkpoint_brings_its_vae_classes_settings_and_weights_and_is_read_again(
-    loaded, place, tmp_path
-):
+def test_a_checkpoint_brings_all_that_belongs_to_it_and_is_read_again(loaded, place, tmp_path):
     assert loaded.classes == CLASSES == load(library(place / "exported")).classes
     assert loaded.settings == {"num_iter": 6, "cfg": 2.0, "temperature": 0.5}
     assert str(place / "vae.ckpt") in loaded.facts and "4 × 4 positions of 6 × 8" in loaded.facts
@@ -172,33 +170,31 @@ def test_a_picture_is_drawn_anew_where_it_is_painted(loaded, place, tmp_path):
     expected = edit(loaded.model, loaded.tokenizer, image, mask, [0, 2], **settings)
     assert np.array_equal(pixels, expected) and steps <= 3
     assert 0 < (~given.known_mask[0]).sum() < 16
-    for files, told in (
-        ([""], "no picture"),
-        ([painted[0], str(tmp_path / "nothing.png")], "nothing is"),
-    ):
+    unpainted = [painted[0], str(tmp_path / "nothing.png")]
+    for files, told in (([""], "no picture"), (unpainted, "nothing is")):
         with pytest.raises(UserError, match=told):
             editing(loaded, files, 1)
 
 
-@pytest.mark.parametrize(
-    ("classes", "cfg", "fragment"),
-    [(["bea"], 1, "class 'bea' is unknown"), ([], 1, "no class"), (["bee"], -1, "cfg -1")],
-)
-def test_a_wrong_setting_is_one_line_in_the_page(place, classes, cfg, fragment):
-    shelf = library(place / "run")
-    settings = (6, cfg, "linear", 1.0, "random", 0, 0)
-    with pytest.raises(app.gr.Error, match=fragment):
-        next(app.generate(shelf, shelf.choices()[0], "ema", None, classes, 1, 0, *settings))
-
-
-def test_wrong_calls_are_told_before_the_page_opens(capsys, monkeypatch):
+def test_wrong_calls_are_told_before_the_page_opens_and_wrong_settings_in_it(
+    place, capsys, monkeypatch
+):
     assert app.make_parser().parse([]).host == "127.0.0.1"
     assert "--resume /nowhere does not exist" in refused(capsys, app.main, "--resume", "/nowhere")
-    cpu = ("--device", "cpu")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = str(other.getsockname()[1])
-        assert f"--port {taken}: " in refused(capsys, app.main, *cpu, "--port", taken)
+        line = refused(capsys, app.main, "--device", "cpu", "--port", taken)
+        assert f"--port {taken}: " in line
+    shelf = library(place / "run")
+    for classes, cfg, fragment in (
+        (["bea"], 1, "class 'bea' is unknown"),
+        ([], 1, "no class"),
+        (["bee"], -1, "cfg -1"),
+    ):
+        settings = (6, cfg, "linear", 1.0, "random", 0, 0)
+        with pytest.raises(app.gr.Error, match=fragment):
+            next(app.generate(shelf, shelf.choices()[0], "ema", None, classes, 1, 0, *settings))
     monkeypatch.setattr(app, "gr", None)
     assert "pip install -c requirements.lock -e '.[app]'" in refused(capsys, app.main)

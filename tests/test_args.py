@@ -1,7 +1,6 @@
 """Command lines: published names and defaults, --help, --config, and answers in one line."""
 
 import argparse
-from pathlib import Path
 
 import pytest
 import yaml
@@ -71,13 +70,8 @@ def error_line(capsys, *argv, script=main_tokenbridge) -> str:
 @pytest.fixture
 def config(tmp_path):
     """Writes a file and returns its path."""
-
-    def write(text: str) -> Path:
-        path = tmp_path / "settings.yaml"
-        path.write_text(text)
-        return path
-
-    return write
+    path = tmp_path / "settings.yaml"
+    return lambda text: path.write_text(text) and path
 
 
 @SCRIPTS
@@ -171,9 +165,8 @@ def test_home_is_expanded_on_the_command_line_and_in_a_file(tmp_path, monkeypatc
     assert parse("--config=~/own.yaml", script=app).resume == expected
 
 
-@pytest.mark.parametrize(
-    ("text", "fragment"),
-    [
+def test_wrong_file_is_answered_in_one_line(config, capsys):
+    for text, fragment in (
         ("epoch: 3", "epoch is no setting of"),
         ("epoch: 3", "did you mean epochs?"),
         ("epochs: many", "epochs: "),
@@ -190,15 +183,13 @@ def test_home_is_expanded_on_the_command_line_and_in_a_file(tmp_path, monkeypatc
         ("epochs: 3: 4", "mapping values are not allowed"),
         ("epochs: !!python/object/apply:os.getcwd []", "python/object"),
         ("[" * 5000, "settings.yaml"),
-    ],
-)
-def test_wrong_file_is_answered_in_one_line(config, capsys, text, fragment):
-    line = error_line(capsys, "--config", config(text))
-    assert f"error: --config {config(text)}" in line and fragment in line
+    ):
+        line = error_line(capsys, "--config", path := config(text))
+        assert f"error: --config {path}" in line and fragment in line
     assert "--config /nowhere" in error_line(capsys, "--config", "/nowhere")
 
 
-@pytest.mark.parametrize("script", PUBLISHED, ids=lambda script: script.__name__)
+@SCRIPTS
 def test_saved_settings_are_the_same_call_again(script, tmp_path):
     own = {
         main_tokenbridge: "--channel_order 2,0,1 --cfg 1 2 --lr 0.5 --no_flip --no_pin_mem",
@@ -239,7 +230,7 @@ def test_ready_configurations_are_understood_and_the_published_are_those_of_the_
         assert (args.cfg_schedule, args.num_images) == ("linear", 50000)
 
 
-def test_training_leaves_its_settings_and_goes_on_with_them(inputs, tmp_path, capsys):
+def test_training_and_evaluation_leave_their_settings(inputs, tmp_path, capsys, refusal):
     """The same call again: test_saved_settings_are_the_same_call_again."""
     first = tmp_path / "first"
     call(main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, output_dir=first, epochs=1))
@@ -249,15 +240,10 @@ def test_training_leaves_its_settings_and_goes_on_with_them(inputs, tmp_path, ca
     call(main_tokenbridge.main, *config, "--resume", "auto", "--epochs", "2")
     assert yaml.safe_load((first / "config.yaml").read_text())["epochs"] == 2
     assert load(first)["step"] == 6
-
-
-def test_evaluation_leaves_its_own_settings_and_a_refused_one_none(
-    inputs, trained, tmp_path, refusal
-):
-    """The second point of the refused one has the folder of other images."""
-    settings = dict(output_dir=tmp_path / "out", num_images=3, no_metrics=True, resume=trained)
+    settings = dict(output_dir=tmp_path / "out", num_images=3, no_metrics=True, resume=first)
     call(main_tokenbridge.main, *flags(inputs, EVALUATE_FLAGS, **settings))
     saved = yaml.safe_load((tmp_path / "out" / "config-evaluation.yaml").read_text())
     assert saved["evaluate"] and saved["num_images"] == 3
+    # The second point of a refused one, which leaves none, has the folder of other images.
     line = refusal("evaluate", inputs, **settings, cfg=[3, 2], head_input="published")
     assert "model.head_input trained (now published)" in line

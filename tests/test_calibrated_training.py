@@ -22,9 +22,7 @@ def trained(inputs, tmp_path_factory) -> Path:
     return output
 
 
-def test_levels_are_those_of_the_caches_latents_in_a_training_on_images_too(
-    inputs, trained, tmp_path
-):
+def test_levels_are_those_of_the_caches_latents_on_images_too(inputs, trained, tmp_path):
     """Sampled and counted here once more, over all images and mirror images at once."""
     cache = open_cache(inputs / "cache")
     keys = [(i, flip) for i in range(len(cache)) for flip in (False, True)]

@@ -18,21 +18,9 @@ import main_cache
 from engine_tokenbridge import training_state
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
+from tests import runs
 from tests.conftest import complaint, new_run
 from tests.measures import random_model
-from tests.runs import (
-    CACHE_FLAGS,
-    CHANNELS,
-    SIZE,
-    STRIDE,
-    assert_same_training,
-    call,
-    evaluate,
-    flags,
-    load,
-    tensors,
-    train,
-)
 from util.checkpoint import LAST, load_checkpoint
 from util.errors import UserError
 from util.optim import EMA, build_optimizer
@@ -40,8 +28,6 @@ from util.saver import write_checkpoint
 from util.vae import load_vae
 
 CPU = torch.device("cpu")
-
-KEYS = ("model", "model_ema", "optimizer", "epoch", "scaler")  # of the published files, and args
 
 
 def published_optimizer(model: TokenBridge) -> torch.optim.AdamW:
@@ -80,15 +66,15 @@ def published_checkpoint(path: Path) -> tuple[TokenBridge, torch.optim.AdamW]:
 def moments(optimizer: torch.optim.Optimizer, model: TokenBridge) -> dict[str, torch.Tensor]:
     """Every parameter's moments and step count, by its published name."""
     state = {name: optimizer.state[p] for name, p in model.published_parameters()}
-    return tensors(state)
+    return runs.tensors(state)
 
 
 # --- from the published code to here
 
 
 # A published file says nothing of its latents; the scale is KL-16's unless a flag says otherwise.
-PUBLISHED = dict(model="tokenbridge_tiny", class_num=3, buffer_size=4, img_size=SIZE)
-PUBLISHED |= dict(vae_stride=STRIDE, vae_embed_dim=CHANNELS)
+PUBLISHED = dict(model="tokenbridge_tiny", class_num=3, buffer_size=4, img_size=runs.SIZE)
+PUBLISHED |= dict(vae_stride=runs.STRIDE, vae_embed_dim=runs.CHANNELS)
 
 
 def test_files_are_drawn_from_the_way_they_were_trained_or_measured(inputs, tmp_path):
@@ -99,7 +85,9 @@ def test_files_are_drawn_from_the_way_they_were_trained_or_measured(inputs, tmp_
         def draw(name: str, origin: str = origin, **changes) -> dict[str, bytes]:
             settings = dict(temperature=0, no_metrics=True) | changes
             settings |= PUBLISHED if origin == "published" else {}
-            return evaluate(inputs, tmp_path / f"{origin}-{name}", tmp_path / origin, **settings)
+            return runs.evaluate(
+                inputs, tmp_path / f"{origin}-{name}", tmp_path / origin, **settings
+            )
 
         default = draw("default")
         assert default == draw("way", head_input=way) != draw("other", head_input=other)
@@ -116,7 +104,7 @@ def write(folder: Path, model: TokenBridge) -> dict:
         optimizer.step()
         ema.update()
     write_checkpoint(folder / LAST, training_state(run, 2))
-    return load(folder) | {"moments": moments(optimizer, model)}
+    return runs.load(folder) | {"moments": moments(optimizer, model)}
 
 
 def test_published_file_goes_on_training_at_its_next_epoch(inputs, tmp_path, capsys):
@@ -124,7 +112,7 @@ def test_published_file_goes_on_training_at_its_next_epoch(inputs, tmp_path, cap
     published_checkpoint(tmp_path / "published.pth")
     resume = tmp_path / "published.pth"
     settings = dict(resume=resume, epochs=3, log_freq=1, weight_decay=0.5, precision="fp16")
-    found = train(inputs, tmp_path / "out", **settings)
+    found = runs.train(inputs, tmp_path / "out", **settings)
     lines = [line for line in capsys.readouterr().out.splitlines() if "  step " in line]
     assert len(lines) == 3 and "step 7/9" in lines[0]
     assert found["epoch"] == 2 and found["config"]["head_input"] == "published"
@@ -132,7 +120,7 @@ def test_published_file_goes_on_training_at_its_next_epoch(inputs, tmp_path, cap
     assert {s["step"].item() for s in found["optimizer"]["state"].values()} == {5.0}
 
 
-def test_moments_of_a_published_file_reach_their_parameters(tmp_path):
+def test_moments_of_a_published_file_reach_their_parameters_and_ours_its_optimizer(tmp_path):
     published, optimizer = published_checkpoint(tmp_path / "published.pth")
     checkpoint = load_checkpoint(tmp_path / "published.pth")
     model = random_model()
@@ -149,16 +137,11 @@ def test_moments_of_a_published_file_reach_their_parameters(tmp_path):
     for name, parameter in model.published_parameters():
         assert torch.equal(ema.state_dict()[name], parameter * 0.99)
 
-
-# --- from here to the published code
-
-
-def test_our_file_has_what_the_published_code_reads(tmp_path):
-    model = random_model()
-    saved = write(tmp_path, model)
-    assert set(KEYS) < set(saved) and type(saved["epoch"]) is int
+    saved = write(tmp_path, model)  # from here to the published code
+    assert {"model", "model_ema", "optimizer", "epoch", "scaler"} < set(saved)  # and args
     other = TokenBridge(**saved["config"])
     other.load_published(saved["model"])
+    assert type(saved["epoch"]) is int
     assert list(saved["model"]) == list(other.published_state_dict())
     assert list(saved["model_ema"]) == [name for name, _ in other.published_parameters()]
     optimizer = published_optimizer(other)
@@ -171,9 +154,9 @@ def test_our_file_has_what_the_published_code_reads(tmp_path):
 # --- what is refused
 
 
-@pytest.mark.parametrize(
-    ("spoil", "fragment"),
-    [
+def test_what_does_not_match_is_named_and_nothing_is_trained(inputs, tmp_path):
+    path = tmp_path / "spoiled.pth"
+    for spoil, fragment in (
         (lambda s: s.pop("model"), "'model'"),
         (lambda s: s.pop("model_ema"), "'model_ema'"),
         (lambda s: s["model_ema"].pop("z_proj.bias"), "z_proj.bias"),
@@ -190,15 +173,12 @@ def test_our_file_has_what_the_published_code_reads(tmp_path):
         (lambda s: s["schedule"].update(images="all"), "'schedule'"),
         (lambda s: s.update(config=[1]), "spoiled.pth"),
         (lambda s: s["config"].update(wings=2), "wings"),
-    ],
-)
-def test_what_does_not_match_is_named_and_nothing_is_trained(inputs, tmp_path, spoil, fragment):
-    saved, path = write(tmp_path / "out", random_model()), tmp_path / "spoiled.pth"
-    spoil(saved)
-    torch.save(saved, path)
-    message = complaint(train, inputs, tmp_path / "new", resume=path)
-    assert message.startswith(f"--resume {path}") and fragment in message
-    assert not (tmp_path / "new").exists()
+    ):
+        spoil(saved := write(tmp_path / "out", random_model()))
+        torch.save(saved, path)
+        message = complaint(runs.train, inputs, tmp_path / "new", resume=path)
+        assert message.startswith(f"--resume {path}") and fragment in message
+        assert not (tmp_path / "new").exists()
 
 
 # --- what others put into files
@@ -240,9 +220,8 @@ def lightning_vae(vae: AutoencoderKL) -> dict:
 
 
 @pytest.mark.parametrize("form", ["lightning", "bare", "safetensors"])
-def test_vaes_of_other_trainers_are_read_and_what_was_left_out_is_said(
-    inputs, tmp_path, capsys, monkeypatch, form
-):
+def test_vaes_of_other_trainers_are_read(inputs, tmp_path, capsys, monkeypatch, form):
+    """What is left out is said."""
     vae, path = load_vae(inputs / "vae.ckpt"), tmp_path / "vae.safetensors"
     if form == "safetensors":
         save_file(vae.state_dict(), path)
@@ -250,25 +229,28 @@ def test_vaes_of_other_trainers_are_read_and_what_was_left_out_is_said(
         path = tmp_path / "vae.pt"
         with lightning_is_there(monkeypatch):
             torch.save(vae.state_dict() if form == "bare" else lightning_vae(vae), path)
-    call(main_cache.main, *flags(inputs, CACHE_FLAGS, vae_path=path, cached_path=tmp_path / "new"))
+    runs.call(
+        main_cache.main,
+        *runs.flags(inputs, runs.CACHE_FLAGS, vae_path=path, cached_path=tmp_path / "new"),
+    )
     assert (f"{path}: passed over loss." in capsys.readouterr().out) == (form == "lightning")
     for shard in (tmp_path / "new").glob("shard-*.npy"):
         assert shard.read_bytes() == (inputs / "cache" / shard.name).read_bytes()
 
 
 def test_names_of_wrapped_models_and_plain_values_change_nothing(inputs, trained, tmp_path, capsys):
-    content = load(trained)
+    content = runs.load(trained)
     for key, prefix in (("model", "module."), ("model_ema", "_orig_mod.module.")):
         content[key] = {f"{prefix}{name}": tensor for name, tensor in content[key].items()}
     torch.save(content | {"step": np.int64(6), "more": beside()}, tmp_path / "wrapped.pth")
-    found = train(inputs, tmp_path / "out", resume=tmp_path / "wrapped.pth", epochs=3)
+    found = runs.train(inputs, tmp_path / "out", resume=tmp_path / "wrapped.pth", epochs=3)
     assert "'model_ema': without module. and _orig_mod. in" in capsys.readouterr().out
-    expected = train(inputs, tmp_path / "other", resume=trained, epochs=3)
-    assert_same_training(found, expected)
+    expected = runs.train(inputs, tmp_path / "other", resume=trained, epochs=3)
+    runs.assert_same_training(found, expected)
 
 
 def test_a_bare_state_dict_is_the_raw_weights(inputs, trained, tmp_path):
-    content, path = load(trained), tmp_path / "bare.pth"
+    content, path = runs.load(trained), tmp_path / "bare.pth"
     torch.save({"state_dict": content["model"]}, path)
     wrapped = load_checkpoint(path).weights("model")
     torch.save(content["model"], path)
@@ -276,9 +258,11 @@ def test_a_bare_state_dict_is_the_raw_weights(inputs, trained, tmp_path):
     order = ",".join(map(str, content["config"]["channel_order"]))
     same = dict(channel_order=order, latent_scale=content["config"]["latent_scale"])
     same |= PUBLISHED | dict(eval_weights="model", no_metrics=True)
-    found = evaluate(inputs, tmp_path / "a", path, head_input="trained", **same)
+    found = runs.evaluate(inputs, tmp_path / "a", path, head_input="trained", **same)
     own = dict(eval_weights="model", no_metrics=True)
-    named = evaluate(inputs, tmp_path / "b", trained, **own)  # by classes, which a bare file lacks
+    named = runs.evaluate(
+        inputs, tmp_path / "b", trained, **own
+    )  # by classes, which a bare file lacks
     assert list(found.values()) == list(named.values())
     with pytest.raises(UserError, match="pass --eval_weights model"):
-        evaluate(inputs, tmp_path / "c", path, **same | {"eval_weights": "ema"})
+        runs.evaluate(inputs, tmp_path / "c", path, **same | {"eval_weights": "ema"})

@@ -32,16 +32,13 @@ def test_hours_are_the_operations_over_a_share_of_the_peak(capsys):
     assert more["sampling_device_hours"] < 0.6 * found["sampling_device_hours"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        (["--share", "1.5"], "--share"),
-        (["--img_size", "250"], "img_size 250 is not a multiple"),
-        (["--cfg", "nan"], "--cfg"),
-    ],
-)
-def test_wrong_calls_are_refused_in_one_line(capsys, flags, line):
-    assert line in refused(capsys, cost.main, *flags)
+def test_wrong_calls_are_refused_in_one_line(capsys):
+    for flags, said in (
+        ("--share 1.5", "--share"),
+        ("--img_size 250", "img_size 250 is not a multiple"),
+        ("--cfg nan", "--cfg"),
+    ):
+        assert said in refused(capsys, cost.main, *flags.split())
 
 
 def test_the_page_says_what_the_command_does(capsys):

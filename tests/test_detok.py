@@ -7,32 +7,19 @@ import pytest
 import torch
 
 import main_cache
-import main_tokenbridge
 import reconstruction
 from models.config import TokenBridgeConfig
-from models.tokenizers import detok
 from models.tokenizers.detok import DeTok
 from models.tokenizers.kl16 import Posterior
 from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import GOLDEN, formula_weight, golden, golden_json, relative_error
-from tests.runs import CACHE_FLAGS, TRAIN_FLAGS, call, evaluate, flags, refused, train
+from tests.runs import CACHE_FLAGS, RECONSTRUCTION_FLAGS, call, evaluate, flags, train
 from util.data.latent_cache import open_cache, read_json
 from util.errors import UserError
 from util.vae import load_vae, save_vae
 
-LAYOUTS = golden_json("tokenizer_layouts")
 SMALL = golden_json("tokenizers_config")["detok"]
 TINY = dict(img_size=16, patch_size=4, embed_dim=4, encoder=(64, 1, 1), decoder=(64, 2, 1))
-
-
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name.startswith("detok")])
-def test_layout_and_count_are_the_published_ones_and_tell_the_settings(name):
-    tensors = LAYOUTS[name]["tensors"]
-    with torch.device("meta"):
-        state = {n: torch.empty(shape) for n, shape in tensors.items()}
-        model = DeTok(**detok.settings_of(state))
-    assert {n: list(t.shape) for n, t in model.state_dict().items()} == tensors
-    assert sum(p.numel() for p in model.parameters()) == LAYOUTS[name]["parameters"]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("detok*.npz")))
@@ -96,32 +83,28 @@ def test_its_latents_are_normalised_by_their_means_and_stds(place, tmp_path):
     assert mean.abs().max() < 1e-3 and (std - 1).abs().max() < 1e-3  # moments are of fp16
     latents = torch.randn(2, 4, 4, 4)
     torch.testing.assert_close(tokenizer.scaled(tokenizer.unscaled(latents)), latents)
-    drawn = [
-        evaluate(place, tmp_path / str(n), tmp_path / "run", no_metrics=True, eval_bsz=n)
-        for n in (3, 5)
-    ]
-    assert len(drawn[0]) == 12 and drawn[0] == drawn[1]
+    how = dict(resume=tmp_path / "run", no_metrics=True)
+    first, second = (evaluate(place, tmp_path / str(n), **how, eval_bsz=n) for n in (3, 5))
+    assert len(first) == 12 and first == second
 
 
-def test_without_a_cache_its_statistics_are_asked_for(place, tmp_path, capsys):
+def test_without_a_cache_its_statistics_are_asked_for(place, tmp_path, refusal):
     images = dict(use_cached=False, cached_path=None, vae_path="vae.ckpt", data_path="data")
-    argv = flags(place, TRAIN_FLAGS, images, output_dir=tmp_path / "no")
-    line = refused(capsys, main_tokenbridge.main, *argv)
+    line = refusal("train", place, **images)
     assert "main_cache.py measures" in line and "--latent_stats" in line
     stats = place / "cache" / "manifest.json"
     saved = train(place, tmp_path / "run", **images, epochs=1, latent_stats=stats)
     cached = train(place, tmp_path / "cached", epochs=1)
     assert saved["config"]["latent_std"] == cached["config"]["latent_std"]
-    shown = dict(vae_path="vae.ckpt", image_dir="data", img_size=16, device="cpu", num_workers=0)
-    shown |= dict(no_metrics=True, latent_stats=stats, output_dir=tmp_path / "pictures")
-    call(reconstruction.main, *flags(place, shown))
-    argv = flags(place, shown | dict(latent_stats=None, output_dir=tmp_path / "no"))
-    assert "main_cache.py measures" in refused(capsys, reconstruction.main, *argv)
-    argv = flags(place, shown | dict(img_size=32, output_dir=tmp_path / "no"))
-    assert "images of 16 px alone" in refused(capsys, reconstruction.main, *argv)
+    shown = dict(latent_scale=None, latent_stats=stats, output_dir=tmp_path / "pictures")
+    call(reconstruction.main, *flags(place, RECONSTRUCTION_FLAGS, shown))
+    line = refusal("reconstruct", place, latent_scale=None)
+    assert "main_cache.py measures" in line
+    line = refusal("reconstruct", place, latent_scale=None, latent_stats=stats, img_size=32)
+    assert "images of 16 px alone" in line
 
 
-def test_statistics_that_are_wrong_or_not_read_are_refused(place, inputs, tmp_path, capsys):
+def test_statistics_that_are_wrong_or_not_read_are_refused(place, inputs, tmp_path, refusal):
     known, path = read_json(place / "cache" / "manifest.json"), tmp_path / "stats.json"
     for change, told in (
         ({"channel_std": [1, 2, 3]}, "are not of all latent channels"),
@@ -129,17 +112,15 @@ def test_statistics_that_are_wrong_or_not_read_are_refused(place, inputs, tmp_pa
         ({"vae_sha256": "0" * 64}, "of another VAE"),
     ):
         path.write_text(json.dumps(known | change))
-        argv = flags(place, TRAIN_FLAGS, latent_stats=path, output_dir=tmp_path / "no")
-        assert told in refused(capsys, main_tokenbridge.main, *argv)
-    argv = flags(inputs, TRAIN_FLAGS, latent_stats=path, output_dir=tmp_path / "no")
-    assert "--latent_stats is read with" in refused(capsys, main_tokenbridge.main, *argv)
+        assert told in refusal("train", place, latent_stats=path)
+    assert "--latent_stats is read with" in refusal("train", inputs, latent_stats=path)
     train(place, tmp_path / "run", epochs=1)
     path.write_text(json.dumps(known | {"channel_std": [1, 2, 3, 4]}))
-    argv = flags(place, TRAIN_FLAGS, latent_stats=path, output_dir=tmp_path / "run", resume="auto")
-    assert "other statistics than --latent_stats" in refused(capsys, main_tokenbridge.main, *argv)
+    again = dict(output_dir=tmp_path / "run", resume="auto", latent_stats=path)
+    assert "other statistics than --latent_stats" in refusal("train", place, **again)
 
 
-def test_other_latents_are_normalised_on_request_and_levels_fit_them(inputs, tmp_path, capsys):
+def test_other_latents_are_normalised_on_request_and_levels_fit_them(inputs, tmp_path, refusal):
     channel = dict(latent_norm="channel", quantizer="calibrated", quant_bits=3)
     saved = train(inputs, tmp_path / "run", **channel)
     config, manifest = saved["config"], open_cache(inputs / "cache").manifest
@@ -150,12 +131,9 @@ def test_other_latents_are_normalised_on_request_and_levels_fit_them(inputs, tmp
     mean, std = (torch.tensor(config[f"latent_{name}"])[:, None] for name in ("mean", "std"))
     expected = levels[1] / scaled["config"]["latent_scale"]
     torch.testing.assert_close(levels[0] * std + mean, expected, rtol=1e-3, atol=1e-3)
+    other = dict(latent_norm="scale", resume=tmp_path / "run")
     for wrong, told in (
         (dict(latent_scale=2), "--latent_scale is not read with --latent_norm channel"),
-        (
-            dict(latent_norm="scale", resume=tmp_path / "run"),
-            "has --latent_norm channel, not scale",
-        ),
+        (other, "has --latent_norm channel, not scale"),
     ):
-        argv = flags(inputs, TRAIN_FLAGS, channel | wrong, output_dir=tmp_path / "no")
-        assert told in refused(capsys, main_tokenbridge.main, *argv)
+        assert told in refusal("train", inputs, **channel | wrong)

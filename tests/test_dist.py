@@ -42,26 +42,17 @@ def main(folder: Path) -> None:
     torch.save(found, folder / f"{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> tuple[dict, dict, str]:
-    """What each of two gloo processes found, and what they printed."""
-    folder = tmp_path_factory.mktemp("pair")
+def test_two_processes_sum_gather_print_once_and_use_no_weights_that_one_lacks(tmp_path):
     env = [own | {"https_proxy": "http://127.0.0.1:9"} for own in ranks(2)]
-    results = fork_together(*[["-m", "tests.test_dist", folder]] * 2, env=env)
+    results = fork_together(*[["-m", "tests.test_dist", tmp_path]] * 2, env=env)
     assert [code for code, _, _ in results] == [0, 0], results
-    found = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    return *found, "".join(stdout for _, stdout, _ in results)
-
-
-def test_two_processes_sum_gather_print_once_and_use_no_weights_that_one_lacks(pair):
-    first, second, printed = pair
-    assert (first["main"], second["main"]) == (True, False)
-    for found in (first, second):
-        assert found["sum"].tolist() == [3.0, 20.0]
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found["main"] == (rank == 0) and found["sum"].tolist() == [3.0, 20.0]
         assert found["gathered"] == [{"rank": 0}, {"rank": 1}]
+        assert found["weights"] is None  # both are on one node: the first tried the download, once
+    printed = "".join(stdout for _, stdout, _ in results)
     assert printed.count("printed once") == 1 and printed.count("2 processes") == 1
-    # Here both are on one node, so the download was tried once, by the first.
-    assert pair[0]["weights"] is None and pair[1]["weights"] is None
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -100,13 +91,14 @@ def test_place_is_what_the_launcher_says(environment):
         assert (world.rank, world.size, world.local_rank, world.launcher) == expected
 
 
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [("gpu7", "gpu7"), ("rack[0-1]node[08-15,17],other", "rack0node08"), ("a-1,b-2", "a-1")],
-)
-def test_the_first_host_of_a_slurm_job_serves_the_meeting(environment, nodes, host):
-    environment(SLURM | {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "20007"})
-    assert dist._address("env://", dist.detect_world()) == (host, 20007)
+def test_the_first_host_of_a_slurm_job_serves_the_meeting(environment):
+    for nodes, host in (
+        ("gpu7", "gpu7"),
+        ("rack[0-1]node[08-15,17],other", "rack0node08"),
+        ("a-1,b-2", "a-1"),
+    ):
+        environment(SLURM | {"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "20007"})
+        assert dist._address("env://", dist.detect_world()) == (host, 20007)
 
 
 def test_what_cannot_start_says_why(environment):
@@ -122,9 +114,7 @@ def test_what_cannot_start_says_why(environment):
         assert fragment in complaint(dist.init, **{"device": "cpu"} | arguments)
 
 
-def test_one_process_of_an_allocation_and_a_missing_device_are_said(
-    environment, capsys, monkeypatch
-):
+def test_one_of_an_allocation_and_a_missing_device_are_said(environment, capsys, monkeypatch):
     environment(SBATCH)
     dist.init("cpu")
     assert "allocation of 8 tasks but not started by srun: one process" in capsys.readouterr().err
@@ -142,9 +132,7 @@ def test_one_process_of_an_allocation_and_a_missing_device_are_said(
         (0, "tcp://127.0.0.1:{port}", "2 of 3 processes (rank 1, 2) at 127.0.0.1:{port} for"),
     ],
 )
-def test_who_waits_says_for_whom_and_a_signal_ends_it(
-    environment, monkeypatch, capfd, rank, url, words
-):
+def test_who_waits_says_for_whom_until_a_signal(environment, monkeypatch, capfd, rank, url, words):
     port = str(free_port())
     environment({"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0"})
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -226,10 +214,10 @@ def now(monkeypatch):
 
 @pytest.fixture
 def dogs(now) -> list[Watchdog]:
-    return new_dogs(end=lambda rank, why: None)
+    return new_dogs()
 
 
-def new_dogs(end) -> list[Watchdog]:
+def new_dogs(end=lambda rank, why: None) -> list[Watchdog]:
     board = Board()
     ends = [lambda why, rank=rank: end(rank, why) for rank in range(3)]
     return [Watchdog(board, rank, NAMES, 80.0, ends[rank]) for rank in range(3)]
@@ -264,7 +252,7 @@ def test_process_that_said_why_it_ends_is_quoted_and_one_that_finished_not_misse
     dogs[1].announce_end("again")  # the first reason counts
     exchange(dogs[:1])
     assert dogs[0].find_lost() == "process 1 (b) stopped with an error: no such file"
-    dogs = new_dogs(None)
+    dogs = new_dogs()
     for dog in dogs[1:]:
         dog.announce_end(FINISHED)
     now[0] += 1000

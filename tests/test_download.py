@@ -1,7 +1,6 @@
 """python -m util.download against a stand-in for the hub on loopback."""
 
 import hashlib
-import sys
 import time
 from pathlib import Path
 
@@ -39,15 +38,6 @@ def fetch(*args, **flags) -> None:
     call(download.main, *command(*args, **flags))
 
 
-def refused_at_last(capsys, hub: Hub, folder: Path, *what: str) -> str:
-    """The last line, after what the progress bar and the library have said."""
-    with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["download.py", *command(hub, folder, *what)])
-        download.dist.run(download.main)
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
-
-
 def part(folder: Path, content: bytes = b"") -> Path:
     """What is there of the large model's file before it is complete; written if it has content."""
     path = folder / f"{LARGE}.{hashlib.sha256(CONTENT[LARGE]).hexdigest()[:12]}.part"
@@ -74,7 +64,8 @@ def test_all_come_to_their_places_and_are_verified_when_there(hub, tmp_path, cap
 
 def test_a_broken_connection_is_tried_again_and_the_same_command_goes_on(hub, tmp_path, capsys):
     hub.cut = [100_000] + [0] * 50
-    assert "start the same command again" in refused_at_last(capsys, hub, tmp_path, "large")
+    line = refused(capsys, download.main, *command(hub, tmp_path, "large"), alone=False)
+    assert "start the same command again" in line
     assert hub.ranges(LARGE)[:2] == [None, "bytes=100000-"]
     assert part(tmp_path).read_bytes() == CONTENT[LARGE][:100_000] and len(contents(tmp_path)) == 1
     hub.cut = []
@@ -88,7 +79,7 @@ def test_a_damaged_transfer_is_refused_and_thrown_away(hub, tmp_path, capsys, be
     """Also where the damage is in what an earlier attempt left."""
     part(tmp_path, began)
     hub.damaged = set() if began else {LARGE}
-    line = refused_at_last(capsys, hub, tmp_path, "large")
+    line = refused(capsys, download.main, *command(hub, tmp_path, "large"), alone=False)
     assert "checksum" in line and "start the same command again" in line
     assert contents(tmp_path) == {}
 
@@ -102,9 +93,7 @@ def test_files_may_lie_elsewhere_in_a_repository(hub, tmp_path):
     assert found == [b"vae", b"large", b"huge"]
 
 
-def test_what_cannot_be_is_told_in_one_line_and_without_a_network_what_to_fetch(
-    hub, tmp_path, capsys
-):
+def test_what_cannot_be_is_told_in_one_line_with_what_to_fetch(hub, tmp_path, capsys):
     for flags, fragments in (
         ({"repo": "no/where"}, ["--repo no/where", "Repository Not Found"]),
         ({"revision": "v9"}, ["--revision v9", "Revision Not Found"]),

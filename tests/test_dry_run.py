@@ -28,7 +28,7 @@ def test_a_training_says_its_cost_and_writes_nothing(inputs, tmp_path, capsys, c
     assert figures["device_hours"] == figures["hours"] and 0 < figures["loss"] < 10
 
 
-def test_a_rate_that_stays_low_or_jumps_is_said(inputs, trained, tmp_path, capsys):
+def test_odd_rates_and_a_damaged_checkpoint_are_said(inputs, trained, tmp_path, capsys, refusal):
     for resume, changes, expected in (
         (
             *(False, dict(warmup_epochs=None)),  # the last step is 5 of 300 to the peak
@@ -51,13 +51,9 @@ def test_a_rate_that_stays_low_or_jumps_is_said(inputs, trained, tmp_path, capsy
             assert lines == []
         else:
             assert expected.format(checkpoint=trained / "checkpoint-last.pth") in lines[0], lines
-
-
-def test_damaged_checkpoint_is_named_and_stays(inputs, tmp_path, refusal):
-    """A run would set it aside."""
     (tmp_path / "checkpoint-step00000003.pth").write_bytes(b"PK\3\4 nothing")
     line = refusal("train", inputs, output_dir=tmp_path, resume="auto", dry_run=True)
-    assert "checkpoint-step00000003.pth" in line and "damaged" in line
+    assert "checkpoint-step00000003.pth" in line and "damaged" in line  # a run would set it aside
 
 
 def test_without_data_it_says_what_imagenet_would_take(tmp_path, capsys, monkeypatch):

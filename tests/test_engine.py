@@ -32,7 +32,16 @@ def step(run: Run, micro_batches: list, grad_clip: float = 3.0) -> StepResult:
     return train_step(run, 4)
 
 
-def test_accumulated_gradient_is_the_mean_of_the_micro_batches(monkeypatch):
+def gradients_of(run: Run, monkeypatch) -> list[torch.Tensor]:
+    """What the optimizer will be given in the place of its step."""
+    given, parameters = [], list(run.model.parameters())
+    monkeypatch.setattr(
+        run.optimizer, "step", lambda: given.extend(p.grad.clone() for p in parameters)
+    )
+    return given
+
+
+def test_accumulated_gradient_is_the_mean_of_the_micro_batches_and_is_clipped(monkeypatch):
     micro_batches = random_micro_batches(3)
     run, reference = training(), training()
     losses = []
@@ -43,27 +52,16 @@ def test_accumulated_gradient_is_the_mean_of_the_micro_batches(monkeypatch):
         losses.append(loss.detach())
     expected = [p.grad for p in reference.model.parameters()]
     norm = torch.stack([g.norm() for g in expected]).norm()
-    gradients = []
-    monkeypatch.setattr(
-        run.optimizer, "step", lambda: gradients.extend(p.grad for p in run.model.parameters())
-    )
+    gradients = gradients_of(run, monkeypatch)
     result = step(run, micro_batches, grad_clip=1e9)
     torch.testing.assert_close(result.loss, torch.stack(losses).mean())
     torch.testing.assert_close(result.grad_norm, norm)
     for gradient, other in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, other)
     assert result.waited >= 0 and not result.skipped
-
-
-def test_gradients_are_clipped_after_their_norm_is_taken(monkeypatch):
-    run, gradients = training(), []
-    monkeypatch.setattr(
-        run.optimizer,
-        "step",
-        lambda: gradients.extend(p.grad.clone() for p in run.model.parameters()),
-    )
-    assert step(run, random_micro_batches(1), grad_clip=0.01).grad_norm > 0.02
-    assert torch.stack([g.norm() for g in gradients]).norm() == pytest.approx(0.01, rel=1e-3)
+    clipped = gradients_of(run := training(), monkeypatch)
+    assert step(run, random_micro_batches(1), grad_clip=0.01).grad_norm > 0.02  # before it is
+    assert torch.stack([g.norm() for g in clipped]).norm() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_step_moves_weights_and_average_and_forgets_gradients():
@@ -75,7 +73,7 @@ def test_step_moves_weights_and_average_and_forgets_gradients():
         torch.testing.assert_close(average, (old + parameter) / 2)
 
 
-def test_overflow_in_fp16_skips_the_step_and_lowers_the_scale():
+def test_overflow_in_fp16_skips_the_step_which_is_counted_and_lowers_the_scale():
     run = training("fp16")
     run.scaler.load_state_dict(run.scaler.state_dict() | {"scale": 2.0**120})
     before = [p.detach().clone() for p in run.model.parameters()]
@@ -83,6 +81,11 @@ def test_overflow_in_fp16_skips_the_step_and_lowers_the_scale():
     assert result.skipped and result.loss.isfinite() and not result.grad_norm.isfinite()
     assert all(map(torch.equal, before, run.model.parameters()))
     assert run.scaler.get_scale() == 2.0**119
+    vote, counts = SkipVote(CPU, skipped=5), []  # they are counted in all and in a row
+    for skipped in (True, True, False, True):
+        vote(torch.tensor(True))
+        counts.append((vote.conclude(torch.tensor(skipped)), vote.skipped()))
+    assert counts == [((False, 1), 6), ((False, 2), 7), ((False, 0), 7), ((False, 1), 8)]
 
 
 @pytest.mark.parametrize("name", ["fp32", "fp16"])
@@ -104,14 +107,6 @@ def test_step_with_numbers_that_are_not_finite_changes_nothing(name, spoiled):
     assert all(torch.equal(t.detach(), old) for t, old in zip(tensors, before, strict=True))
 
 
-def test_skipped_steps_are_counted_in_all_and_in_a_row():
-    vote, counts = SkipVote(CPU, skipped=5), []
-    for skipped in (True, True, False, True):
-        vote(torch.tensor(True))
-        counts.append((vote.conclude(torch.tensor(skipped)), vote.skipped()))
-    assert counts == [((False, 1), 6), ((False, 2), 7), ((False, 0), 7), ((False, 1), 8)]
-
-
 # --- where it began
 
 
@@ -124,18 +119,15 @@ def last_word(capsys, inputs: Path, output: Path, **changes) -> str:
     return refused(capsys, main_tokenbridge.main, *argv)
 
 
-def test_too_many_skipped_steps_name_the_first_module_and_its_batch(inputs, tmp_path, capsys):
+def test_many_skipped_steps_name_the_first_module(inputs, tmp_path, capsys, monkeypatch):
     line = last_word(capsys, inputs, tmp_path / "out")
     assert "2 steps in a row was not finite, up to step 4" in line and "--blr" in line
     assert not list((tmp_path / "out").glob("checkpoint-*"))
     assert "in micro-batch 0 (samples " in line and "first in backbone." in line
-
-
-def test_logits_that_are_not_finite_are_found(inputs, tmp_path, capsys, monkeypatch):
-    """No module gives them: the last weights of the head are applied in one product."""
+    # No module gives the logits: the last weights of the head are applied in one product.
     logits = ChannelHead.logits
     monkeypatch.setattr(ChannelHead, "logits", lambda *args: logits(*args) * torch.nan)
-    assert "first in the logits" in last_word(capsys, inputs, tmp_path / "out")
+    assert "first in the logits" in last_word(capsys, inputs, tmp_path / "logits")
 
 
 def test_samples_that_are_not_finite_are_named(inputs, tmp_path, capsys):

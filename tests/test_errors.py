@@ -24,7 +24,6 @@ from tests.runs import (
     fork_together,
     make_inputs,
     ranks,
-    refused,
     save_published,
     train,
 )
@@ -83,7 +82,7 @@ def has(line: str, *fragments) -> bool:
         ("evaluate", {"quant_bits": 4}, "--resume quant_levels 64 16"),
         ("evaluate", {"quantizer": "calibrated"}, "--resume published flags calibrated"),
         ("evaluate", PUBLISHED | {"buffer_size": 5}, "encoder_pos_embed_learned 20, 21,"),
-        ("evaluate", PUBLISHED | {"model": "tokenbridge_base"}, "--resume missing"),
+        ("evaluate", PUBLISHED | {"channel_depth": 4}, "--resume missing"),
         ("evaluate", PUBLISHED | {"quant_bits": 5}, "--resume token_embeddings"),
         ("evaluate", {"cfg_schedule": "sine"}, "--cfg_schedule 'sine'"),
         ("evaluate", {"fid_stats": "/nowhere.npz"}, "--fid_stats /nowhere.npz"),
@@ -104,11 +103,11 @@ def test_wrong_flags_are_refused(inputs, refusal, use, changes, fragments):
     assert has(refusal(use, inputs, **changes), *fragments.split())
 
 
-@pytest.mark.parametrize("use", ["train", "reconstruct"])
-def test_output_that_is_a_file_is_refused(inputs, refusal, tmp_path, use):
+def test_output_that_is_a_file_is_refused(inputs, refusal, tmp_path):
     (tmp_path / "file").write_text("mine")
-    line = refusal(use, inputs, output_dir=tmp_path / "file" / "below")
-    assert has(line, "--output_dir", tmp_path / "file")
+    for use in ("train", "reconstruct"):
+        line = refusal(use, inputs, output_dir=tmp_path / "file" / "below")
+        assert has(line, "--output_dir", tmp_path / "file")
 
 
 # --- damaged files, and files of another kind
@@ -156,9 +155,9 @@ DAMAGED = "damaged, or not written by torch.save ("
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 265\n"
 
 
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [
+def test_a_file_of_another_kind_is_called_what_it_is(inputs, refusal, tmp_path):
+    path = tmp_path / "file.pth"
+    for content, kind in (
         (b"", DAMAGED),
         (bytes(1000), DAMAGED),
         (saved({"model": {}})[:-90], DAMAGED),
@@ -170,23 +169,12 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsiz
         (packed("vae.ckpt"), DAMAGED),
         (pickle.dumps({"model": 1}), DAMAGED),
         (saved({"model": Decimal(1)}), "holds decimal.Decimal, which is not read"),
-    ],
-)
-def test_a_file_of_another_kind_is_called_what_it_is(inputs, refusal, tmp_path, content, kind):
-    path = tmp_path / "file.pth"
-    path.write_bytes(content)
-    line = refusal("evaluate", inputs, **RUN, vae_path=path)
-    assert has(line, f"--vae_path {path}: ", kind) and len(line) < 500 and "\x1b" not in line
-
-
-def test_every_flag_that_names_a_file_says_so(inputs, refusal, tmp_path):
-    for flag, ending in (
-        ("resume", "pt"),
-        ("inception_weights", "pt"),
-        ("fid_stats", "npz"),
-        ("fid_reference", "npz"),
     ):
-        path = tmp_path / f"file.{ending}"
+        path.write_bytes(content)
+        line = refusal("evaluate", inputs, **RUN, vae_path=path)
+        assert has(line, f"--vae_path {path}: ", kind) and len(line) < 500 and "\x1b" not in line
+    for flag in ("resume", "inception_weights", "fid_stats", "fid_reference"):
+        path = tmp_path / f"file.{'npz' if flag.startswith('fid_') else 'pt'}"
         path.write_bytes(LFS_POINTER)
         changes = {"feature_extractor": PIXELS} if flag.startswith("fid_") else {}
         line = refusal("evaluate", inputs, **RUN | changes | {flag: path})
@@ -217,9 +205,7 @@ def spoil_images(data: Path, count: int | None = None) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_corrupt_images_are_named_and_refused_when_there_are_no_others(
-    own, refusal, tmp_path, num_workers
-):
+def test_corrupt_images_are_named_and_never_all_of_them(own, refusal, tmp_path, num_workers):
     spoil_images(own / "data")
     line = refusal("images", own, num_workers=num_workers)
     assert has(line, "cannot read image", ".png", "--skip_bad_images")
@@ -229,14 +215,17 @@ def test_corrupt_images_are_named_and_refused_when_there_are_no_others(
     assert not (tmp_path / "a").exists()
 
 
-def test_a_folder_in_use_is_refused_before_its_checkpoints_are_read(inputs, tmp_path, capsys):
+def test_a_folder_in_use_is_refused_before_its_checkpoints_are_read(inputs, tmp_path, refusal):
     """What another job replaces and removes meanwhile is not called damaged, nor set aside."""
     (tmp_path / LAST).write_bytes(b"being written")
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path, resume="auto")
-    with holder(tmp_path):
-        line = refused(capsys, main_tokenbridge.main, *argv)
+    with holder(tmp_path) as (first, _):
+        line = refusal("train", inputs, output_dir=tmp_path, resume="auto")
         assert f"--output_dir {tmp_path} is in use by another job" in line
+        assert f"process {first.pid} on" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", LAST]
+    with holder(tmp_path / "cache"):
+        line = refusal("cache", inputs, cached_path=tmp_path / "cache")
+        assert f"--cached_path {tmp_path / 'cache'} is in use by another job" in line
 
 
 # --- as a user sees it

@@ -1,36 +1,18 @@
 """An evaluation that was killed goes on, on another number of processes too, to the same end."""
 
 import json
-import time
-from multiprocessing import Process
 from pathlib import Path
 
 import pytest
 
+from tests import runs
 from tests.conftest import complaint
 from tests.measures import PIXELS, save_model
-from tests.runs import (
-    EVALUATE_FLAGS,
-    contents,
-    evaluate,
-    flags,
-    make_inputs,
-    on_processes,
-    ranks,
-    start_fork,
-)
 from util.evaluation.evaluator import Evaluator
 
 IMAGES, BATCH = 84, 4  # of three classes
 SETTINGS = dict(num_images=IMAGES, eval_bsz=BATCH, feature_extractor=PIXELS, keep_images=True)
 SETTINGS |= dict(num_workers=0, save_npz=True, num_iter=16)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
-    save_model(folder / "model")
-    return folder
 
 
 def settings_of(inputs: Path, **changes) -> dict:
@@ -39,7 +21,7 @@ def settings_of(inputs: Path, **changes) -> dict:
 
 def run_here(inputs: Path, output: Path, **changes) -> Path:
     """Evaluate in this process; the folder of the evaluation."""
-    evaluate(inputs, output, inputs / "model", **settings_of(inputs, **changes))
+    runs.evaluate(inputs, output, inputs / "model", **settings_of(inputs, **changes))
     (folder,) = output.glob("ariter*")
     return folder
 
@@ -59,20 +41,9 @@ def small(inputs, tmp_path_factory) -> Path:
     return run_here(inputs, tmp_path_factory.mktemp("small"), **SMALL)
 
 
-def kill_after(processes: list[Process], output: Path, batches: int) -> None:
-    """kill -9 of all of them once that many batches are done."""
-    deadline = time.monotonic() + 120
-    while len(list(output.glob("ariter*/features/*/batch-*.npz"))) < batches:
-        assert all(p.is_alive() for p in processes) and time.monotonic() < deadline
-        time.sleep(0.01)
-    for process in processes:
-        process.kill()
-        process.join()
-
-
 def content(folder: Path) -> dict[str, bytes]:
     """All files but the one that tells of the run: its time and its versions."""
-    return contents(folder, but=("metrics.json",))
+    return runs.contents(folder, but=("metrics.json",))
 
 
 def figures(folder: Path) -> dict:
@@ -81,15 +52,17 @@ def figures(folder: Path) -> dict:
 
 def test_killed_run_ends_as_an_undisturbed_one(inputs, whole, tmp_path):
     """Begun on two processes, ended on three."""
-    argv = flags(inputs, EVALUATE_FLAGS, settings_of(inputs), output_dir=tmp_path)
+    argv = runs.flags(inputs, runs.EVALUATE_FLAGS, settings_of(inputs), output_dir=tmp_path)
     asked = ["main_tokenbridge.py", *argv, "--resume", inputs / "model"]
-    begun = [start_fork(asked, tmp_path / str(i), **env) for i, env in enumerate(ranks(2))]
-    kill_after(begun, tmp_path, batches=3)
+    begun = [
+        runs.start_fork(asked, tmp_path / str(i), **env) for i, env in enumerate(runs.ranks(2))
+    ]
+    runs.kill_when(lambda: len(list(tmp_path.glob("ariter*/features/*/batch-*.npz"))) >= 3, *begun)
     (folder,) = tmp_path.glob("ariter*")
     assert not (folder / "metrics.json").exists()
     done = {path: path.stat().st_mtime_ns for path in folder.rglob("batch-*.npz")}
     (folder / "images" / ".00000.png.abc.tmp").write_bytes(b"left behind")
-    result = on_processes(3, *asked)
+    result = runs.on_processes(3, *asked)
     assert f"{len(done)} of {IMAGES // BATCH} batches are there already" in result.stdout
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert content(folder) == content(whole)
@@ -99,26 +72,22 @@ def test_killed_run_ends_as_an_undisturbed_one(inputs, whole, tmp_path):
     assert (found["processes"], expected["processes"]) == (3, 1)
 
 
-def test_finished_run_is_not_done_again(inputs, whole, monkeypatch):
+def test_a_finished_run_stays_and_another_is_refused(inputs, whole, tmp_path, monkeypatch):
     before = content(whole), figures(whole)
     monkeypatch.setattr(Evaluator, "_draw", lambda *_: pytest.fail("drawn again"))
     run_here(inputs, whole.parent)
     assert (content(whole), figures(whole)) == before
-
-
-def test_folder_of_other_settings_or_weights_is_refused(inputs, whole, tmp_path):
     for changes, fragment in (
         (dict(eval_bsz=5), "settings.eval_bsz 4 (now 5)"),
         (dict(precision="bf16"), "precision fp32 (now bf16)"),
         (dict(head_input="published"), "model.head_input trained (now published)"),
         (None, "weights_sha256 "),
     ):
-        before = content(whole)
         model = inputs / "model" if changes else save_model(tmp_path / "model", seed=1)
         settings = settings_of(inputs, **changes or {})
-        line = complaint(evaluate, inputs, whole.parent, model, **settings)
+        line = complaint(runs.evaluate, inputs, whole.parent, model, **settings)
         assert fragment in line and str(whole) in line and "--output_dir" in line
-        assert content(whole) == before
+        assert (content(whole), figures(whole)) == before
 
 
 def test_measured_images_are_removed_and_measured_again_without_them(inputs, small, tmp_path):
@@ -138,7 +107,7 @@ def test_measured_images_are_removed_and_measured_again_without_them(inputs, sma
     assert content(folder) == content(small)
 
 
-def test_images_that_nothing_measured_are_kept(inputs, small, tmp_path):
+def test_images_that_nothing_measured_are_kept(inputs, small, tmp_path, monkeypatch):
     asked = SMALL | dict(keep_images=None)
     folder = run_here(inputs, tmp_path, no_metrics=True, **asked)
     kept = content(folder)
@@ -147,13 +116,11 @@ def test_images_that_nothing_measured_are_kept(inputs, small, tmp_path):
     assert figures(folder)["metrics"] == figures(small)["metrics"]
     assert kept.items() <= content(folder).items() == content(small).items()
 
-
-def test_nothing_is_removed_before_the_figures_are_written(inputs, tmp_path, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("util.evaluation.evaluator.write_json", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run_here(inputs, tmp_path, **SMALL | dict(keep_images=None))
-    (folder,) = tmp_path.glob("ariter*")
-    assert len(list((folder / "images").glob("*.png"))) == 24
+        run_here(inputs, tmp_path / "stopped", **asked)
+    (folder,) = (tmp_path / "stopped").glob("ariter*")
+    assert len(list((folder / "images").glob("*.png"))) == 24  # removed after the figures alone

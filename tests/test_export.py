@@ -28,9 +28,7 @@ def run(resume: Path, output: Path, *others: str) -> dict:
 
 
 @pytest.mark.parametrize(("weights", "key"), [("ema", "model_ema"), ("model", "model")])
-def test_the_weights_asked_for_and_their_origin_are_written_and_evaluated_the_same(
-    inputs, trained, tmp_path, weights, key
-):
+def test_weights_and_origin_are_written_and_draw_the_same(inputs, trained, tmp_path, weights, key):
     header = run(trained, tmp_path / "exported", "--eval_weights", weights)
     saved = load(trained)
     state = TokenBridge.from_pretrained(tmp_path / "exported").published_state_dict()
@@ -47,28 +45,24 @@ def test_the_weights_asked_for_and_their_origin_are_written_and_evaluated_the_sa
     assert evaluate(inputs, tmp_path / "b", tmp_path / "exported", **chosen) == images
 
 
-@pytest.mark.parametrize("must_exist", [False, True])
-def test_an_exported_folder_may_be_the_output_folder(trained, tmp_path, must_exist):
+def test_an_exported_folder_may_be_the_output_folder_or_begin_a_training(inputs, trained, tmp_path):
     """Nothing starts from scratch where there are weights; nor goes on with older ones."""
     run(trained, tmp_path)
-    found = find_checkpoint(str(tmp_path), str(tmp_path), must_exist)
-    assert found.path == tmp_path / WEIGHTS
-    facts, saved = ("step", "epoch", "classes", "vae_sha256", "config"), load(trained)
-    assert [found.saved[name] for name in facts] == [
-        tuple(saved[name]) if name == "classes" else saved[name] for name in facts
-    ]
-    shutil.copy(trained / LAST, tmp_path)
-    assert find_checkpoint(str(tmp_path), str(tmp_path), must_exist).path == tmp_path / LAST
-
-
-def test_a_training_begins_with_the_weights_of_an_exported_folder(inputs, trained, tmp_path):
-    """With a learning rate of 0 they stay, in the model and in its average."""
-    run(trained, tmp_path / "exported")
-    found = train(inputs, tmp_path / "out", resume=tmp_path / "exported", lr=0.0, epochs=1)
-    expected = load(trained)["model_ema"]
-    assert found["step"] == 3 and found["epoch"] == 0
+    place = str(tmp_path)
+    found, again = (find_checkpoint(place, place, must_exist) for must_exist in (False, True))
+    assert found.path == again.path == tmp_path / WEIGHTS
+    expected = load(trained) | {"classes": CLASSES}
+    for name in ("step", "epoch", "classes", "vae_sha256", "config"):
+        assert found.saved[name] == expected[name]
+    # A training begins with its weights; with a learning rate of 0 they stay, the average too.
+    begun = train(inputs, tmp_path / "out", resume=tmp_path, lr=0.0, epochs=1)
+    assert begun["step"] == 3 and begun["epoch"] == 0
+    weights = expected["model_ema"]
     for key in ("model", "model_ema"):
-        assert all(torch.equal(found[key][name], expected[name]) for name in expected)
+        assert all(torch.equal(begun[key][name], weights[name]) for name in weights)
+    shutil.copy(trained / LAST, tmp_path)
+    for must_exist in (False, True):
+        assert find_checkpoint(place, place, must_exist).path == tmp_path / LAST
 
 
 def test_a_published_checkpoint_takes_its_settings_from_the_flags(trained, tmp_path):
@@ -84,16 +78,15 @@ def test_a_vae_that_is_named_is_compared_and_noted(trained, tmp_path, capsys):
     save_vae(tmp_path / "other.ckpt", AutoencoderKL(4, (1, 1, 1), ch=32, num_res_blocks=1))
     header = run(trained, tmp_path / "out", "--vae_path", str(tmp_path / "other.ckpt"))
     assert "trained with another VAE file (sha256 " in capsys.readouterr().err
-    assert (
-        header["vae_sha256"] == hashlib.sha256((tmp_path / "other.ckpt").read_bytes()).hexdigest()
-    )
+    digest = hashlib.sha256((tmp_path / "other.ckpt").read_bytes()).hexdigest()
+    assert header["vae_sha256"] == digest
     save_vae(tmp_path / "small.ckpt", AutoencoderKL(4, (1, 1), ch=32, num_res_blocks=1))
     argv = ["--resume", str(trained), "--output_dir", str(tmp_path / "no")]
     line = refused(capsys, export.main, *argv, "--vae_path", str(tmp_path / "small.ckpt"))
     assert "stride 2" in line
 
 
-def test_wrong_calls_are_answered_in_one_line(trained, tmp_path, capsys):
+def test_wrong_calls_and_folders_are_refused(inputs, trained, tmp_path, capsys, refusal):
     def line(*argv: str) -> str:
         said = refused(capsys, export.main, *argv, "--output_dir", str(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
@@ -105,16 +98,11 @@ def test_wrong_calls_are_answered_in_one_line(trained, tmp_path, capsys):
     settings = save_published(trained, tmp_path / "weights.pth") | dict(buffer_size=5)
     weights = ("--resume", str(tmp_path / "weights.pth"))
     assert "do not match" in line(*weights, *flags(tmp_path, settings))
-
-
-def test_an_exported_folder_of_other_weights_or_damaged_is_refused(
-    inputs, trained, tmp_path, refusal
-):
-    run(trained, tmp_path, "--eval_weights", "model")
-    line = refusal("evaluate", inputs, resume=tmp_path)
-    assert "holds the model weights alone; pass --eval_weights model" in line
-    (tmp_path / CONFIG).write_text("[]")
-    assert "config.json" in refusal("evaluate", inputs, resume=tmp_path)
+    run(trained, tmp_path / "model", "--eval_weights", "model")
+    said = refusal("evaluate", inputs, resume=tmp_path / "model")
+    assert "holds the model weights alone; pass --eval_weights model" in said
+    (tmp_path / "model" / CONFIG).write_text("[]")
+    assert "config.json" in refusal("evaluate", inputs, resume=tmp_path / "model")
 
 
 def test_push_to_hub_puts_it_there(trained, tmp_path, capsys, monkeypatch):

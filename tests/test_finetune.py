@@ -8,17 +8,7 @@ import torch
 
 import main_cache
 import main_tokenbridge
-from tests.runs import (
-    CACHE_FLAGS,
-    TRAIN_FLAGS,
-    assert_same_training,
-    call,
-    flags,
-    load,
-    make_inputs,
-    refused,
-    train,
-)
+from tests import runs
 from util import doctor
 from util.errors import UserError
 
@@ -30,26 +20,19 @@ NAMES = ("bee", "cat", "dog", "eel")
 @pytest.fixture(scope="module")
 def others(tmp_path_factory) -> Path:
     """Inputs, and others/ and others_cache/ of the classes bee, cat, dog and eel."""
-    inputs = make_inputs(tmp_path_factory.mktemp("others") / "inputs")
+    inputs = runs.make_inputs(tmp_path_factory.mktemp("others") / "inputs")
     shutil.copytree(inputs / "data", inputs / "others")
     train_folder = inputs / "others" / "train"
     (train_folder / "ant").rename(train_folder / "dog")
     shutil.copytree(train_folder / "cat", train_folder / "eel")
     paths = dict(data_path="others", cached_path="others_cache")
-    call(main_cache.main, *flags(inputs, CACHE_FLAGS, paths))
+    runs.call(main_cache.main, *runs.flags(inputs, runs.CACHE_FLAGS, paths))
     return inputs
 
 
-def nameless(trained: Path, path: Path, **changes) -> dict:
-    """A file as the published code leaves it, and the flags that say its settings."""
-    saved = load(trained)
-    torch.save({key: saved[key] for key in ("model", "model_ema", "optimizer", "epoch")}, path)
-    return dict(finetune=path, vae_stride=4, vae_embed_dim=4) | changes
-
-
 def test_averaged_weights_begin_anew_and_rows_are_kept_by_name(others, trained, tmp_path, capsys):
-    before = load(trained)["model_ema"]
-    found = train(others, tmp_path / "out", finetune=trained, epochs=1, **AGAIN)
+    before = runs.load(trained)["model_ema"]
+    found = runs.train(others, tmp_path / "out", finetune=trained, epochs=1, **AGAIN)
     said = capsys.readouterr().out
     assert "2 of 3 rows kept by name; 2 new (dog, eel)" in said and "averaged weights" in said
     assert (found["classes"], found["config"]["class_num"]) == (list(NAMES), 4)
@@ -64,13 +47,13 @@ def test_averaged_weights_begin_anew_and_rows_are_kept_by_name(others, trained, 
 
 def test_the_same_command_goes_on_with_what_it_has_begun(others, trained, tmp_path):
     whole = dict(finetune=trained, **AGAIN | dict(blr=1e-2))
-    expected = train(others, tmp_path / "whole", **whole, save_last_freq=1)
+    expected = runs.train(others, tmp_path / "whole", **whole, save_last_freq=1)
     assert (tmp_path / "whole" / "checkpoint-step00000004.pth").is_file()
     for resume in ("auto", None):
         out = tmp_path / str(resume)
         out.mkdir()
         shutil.copy(tmp_path / "whole" / "checkpoint-step00000004.pth", out)
-        assert_same_training(train(others, out, **whole, resume=resume), expected)
+        runs.assert_same_training(runs.train(others, out, **whole, resume=resume), expected)
 
 
 @pytest.mark.parametrize(
@@ -80,31 +63,30 @@ def test_the_same_command_goes_on_with_what_it_has_begun(others, trained, tmp_pa
         (2, "0 of 3 rows kept by number; 2 new (dog, eel)"),
     ],
 )
-def test_rows_without_names_are_kept_where_the_data_have_as_many(
-    others, trained, tmp_path, capsys, classes, said
-):
-    out, settings = tmp_path / "out", nameless(trained, tmp_path / "published.pth")
+def test_rows_without_names_are_kept_of_as_many(others, trained, tmp_path, capsys, classes, said):
+    out, path = tmp_path / "out", tmp_path / "published.pth"
+    settings = AGAIN | runs.save_published(trained, path) | dict(finetune=path, class_num=None)
     if classes < 3:
         for name in ("dog", "eel"):
             shutil.copytree(others / "others" / "train" / name, tmp_path / "few" / "train" / name)
         paths = dict(data_path=tmp_path / "few", cached_path=tmp_path / "cache")
-        call(main_cache.main, *flags(others, CACHE_FLAGS, paths))
+        runs.call(main_cache.main, *runs.flags(others, runs.CACHE_FLAGS, paths))
         settings["cached_path"] = tmp_path / "cache"
-    scale = dict(latent_scale=load(trained)["config"]["latent_scale"])
-    found = train(others, out, **AGAIN | settings | scale, epochs=1)
+    scale = dict(latent_scale=runs.load(trained)["config"]["latent_scale"])
+    found = runs.train(others, out, **settings | scale, epochs=1)
     assert said in capsys.readouterr().out
-    kept = torch.equal(found["model"][ROWS][:2], load(trained)["model_ema"][ROWS][:2])
+    kept = torch.equal(found["model"][ROWS][:2], runs.load(trained)["model_ema"][ROWS][:2])
     assert kept == (classes == 4) and len(found["model"][ROWS]) == classes
 
 
 def test_positions_are_interpolated_to_another_size(others, trained, tmp_path, capsys):
     paths = dict(cached_path=tmp_path / "cache", img_size=32)
-    call(main_cache.main, *flags(others, CACHE_FLAGS, paths))
-    found = train(others, tmp_path / "out", finetune=trained, epochs=1, blr=0, **paths)
+    runs.call(main_cache.main, *runs.flags(others, runs.CACHE_FLAGS, paths))
+    found = runs.train(others, tmp_path / "out", finetune=trained, epochs=1, blr=0, **paths)
     assert "positions interpolated from 4 x 4 to 8 x 8" in capsys.readouterr().out
     assert found["config"]["img_size"] == 32
     for name in ("encoder_pos_embed_learned", "decoder_pos_embed_learned", "output_pos_embed"):
-        new, old = found["model"][name], load(trained)["model_ema"][name]
+        new, old = found["model"][name], runs.load(trained)["model_ema"][name]
         assert torch.equal(new[:, :-64], old[:, :-16]), "the slots of the class"
         grid, expected = (
             x[0, -n:].mT.unflatten(1, (s, s)) for x, n, s in ((new, 64, 8), (old, 16, 4))
@@ -115,23 +97,24 @@ def test_positions_are_interpolated_to_another_size(others, trained, tmp_path, c
 
 
 def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
-    argv = flags(others, TRAIN_FLAGS, AGAIN, finetune=trained, output_dir=tmp_path / "out")
-    call(main_tokenbridge.main, *argv, "--dry_run")
+    argv = runs.flags(
+        others, runs.TRAIN_FLAGS, AGAIN, finetune=trained, output_dir=tmp_path / "out"
+    )
+    runs.call(main_tokenbridge.main, *argv, "--dry_run")
     assert "2 of 3 rows kept by name" in capsys.readouterr().out
-    call(doctor.main, *argv, "--vae_path", str(others / "vae.ckpt"), "--no_metrics")
+    runs.call(doctor.main, *argv, "--vae_path", str(others / "vae.ckpt"), "--no_metrics")
     lines = {line[9:26].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert lines["checkpoint"].startswith("ok") and "2 new (dog, eel)" in lines["inputs"]
     assert "4 classes" in lines["inputs"] and not (tmp_path / "out").exists()
-    argv = flags(others, TRAIN_FLAGS, AGAIN, resume=trained, output_dir=tmp_path / "out")
+    argv = runs.flags(others, runs.TRAIN_FLAGS, AGAIN, resume=trained, output_dir=tmp_path / "out")
     with pytest.raises(SystemExit):
-        call(doctor.main, *argv, "--vae_path", str(others / "vae.ckpt"), "--no_metrics")
+        runs.call(doctor.main, *argv, "--vae_path", str(others / "vae.ckpt"), "--no_metrics")
     said = capsys.readouterr().out
     assert "FAILURE  inputs" in said and "--finetune in the place of --resume" in said
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
+def test_what_contradicts_it_is_refused(others, trained, refusal):
+    for changes, said in (
         (dict(resume="RUN"), "--resume auto goes on with what has begun"),
         (dict(finetune="auto"), "--finetune auto names the folder or file"),
         (dict(finetune="/nowhere"), "--finetune /nowhere does not exist"),
@@ -141,35 +124,33 @@ def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
         (dict(evaluate=True), "--evaluate needs"),
         (dict(finetune=None, resume="RUN"), "--finetune in the place of --resume"),
         (dict(finetune=None, resume="RUN", class_num=4), "leave the flag out, or see --finetune"),
-    ],
-)
-def test_what_contradicts_it_is_refused(others, trained, tmp_path, capsys, changes, said):
-    changes = AGAIN | dict(finetune=trained) | changes
-    changes = {k: trained if v == "RUN" else v for k, v in changes.items()}
-    argv = flags(others, TRAIN_FLAGS, changes, output_dir=tmp_path / "out")
-    assert said in refused(capsys, main_tokenbridge.main, *argv)
-    assert not (tmp_path / "out").exists()
+    ):
+        changes = AGAIN | dict(finetune=trained) | changes
+        changes = {k: trained if v == "RUN" else v for k, v in changes.items()}
+        assert said in refusal("train", others, **changes)
 
 
-def test_a_run_stays_known_by_what_it_began_with(others, trained, tmp_path, capsys):
+def test_a_run_stays_known_by_what_it_began_with(others, trained, tmp_path, capsys, refusal):
     """However the path is spelled, and after the run went on without the flag."""
     goes = dict(output_dir=tmp_path / "out", blr=0)
-    argv = [flags(others, TRAIN_FLAGS, AGAIN, goes, epochs=epochs) for epochs in (1, 2, 3)]
-    call(main_tokenbridge.main, *argv[0], "--finetune", str(trained))
-    call(main_tokenbridge.main, *argv[1], "--resume", "auto")
+    argv = [
+        runs.flags(others, runs.TRAIN_FLAGS, AGAIN, goes, epochs=epochs) for epochs in (1, 2, 3)
+    ]
+    runs.call(main_tokenbridge.main, *argv[0], "--finetune", str(trained))
+    runs.call(main_tokenbridge.main, *argv[1], "--resume", "auto")
     capsys.readouterr()
-    call(main_tokenbridge.main, *argv[2], "--finetune", f"{trained}/checkpoint-last.pth")
+    runs.call(main_tokenbridge.main, *argv[2], "--finetune", f"{trained}/checkpoint-last.pth")
     assert "going on after step 8" in capsys.readouterr().out
     shutil.copytree(trained, tmp_path / "other")
     for resume in ("auto", None):  # a folder of another run is not gone on with
-        argv = flags(others, TRAIN_FLAGS, AGAIN, finetune=trained, resume=resume)
-        line = refused(capsys, main_tokenbridge.main, *argv, "--output_dir", f"{tmp_path}/other")
+        other = dict(output_dir=tmp_path / "other", finetune=trained, resume=resume)
+        line = refusal("train", others, **AGAIN, **other)
         assert f"--output_dir {tmp_path / 'other'} holds" in line
 
 
 def test_a_finished_checkpoint_of_another_run_is_not_nothing_to_train(inputs, trained, tmp_path):
     """As the published ones on one's own images; a run itself may be started again at its end."""
     with pytest.raises(UserError, match=f"has done all of --epochs 2; .*--finetune {trained}"):
-        train(inputs, tmp_path / "out", resume=trained)
+        runs.train(inputs, tmp_path / "out", resume=trained)
     shutil.copytree(trained, tmp_path / "own")
-    train(inputs, tmp_path / "own", resume="auto")
+    runs.train(inputs, tmp_path / "own", resume="auto")

@@ -39,7 +39,7 @@ def model(request) -> TokenBridge:
     return tiny_model(**VARIANTS[request.param])
 
 
-def test_backbone_and_head(model):
+def test_backbone_head_and_sampling(model):
     config, batch, masked, predicted = model.config, 2, 11, 5
     values = torch.randn(batch, config.seq_len, config.token_dim)
     classes = model.backbone.class_embedding(torch.zeros(batch, dtype=torch.long), batch)
@@ -50,6 +50,10 @@ def test_backbone_and_head(model):
     uniforms = torch.rand(masked, config.token_dim)
     found = counted(lambda: model.head.sample(z, uniforms))
     assert found == masked * flops.head(config, sampled=True)
+    labels = torch.tensor([0, 1])
+    for num_iter, cfg in ((1, 1.0), (40, 2.0)):  # and over iterations without positions
+        found = counted(lambda n=num_iter, w=cfg: sample_latents(model, labels, num_iter=n, cfg=w))
+        assert found == 2 * flops.sampling(config, SamplingOptions(num_iter, cfg))
 
 
 @pytest.mark.parametrize("head_chunk", [0, 7])
@@ -61,13 +65,6 @@ def test_training_step(model, head_chunk):
     latents, labels = torch.randn(batch, *model.config.latent_shape), torch.zeros(batch).long()
     found = counted(lambda: model(latents, labels, mask).backward())
     assert found == batch * flops.training_step(model.config, 12)
-
-
-@pytest.mark.parametrize(("num_iter", "cfg"), [(1, 1.0), (40, 2.0)])
-def test_sampling_passes_over_iterations_without_positions(model, num_iter, cfg):
-    labels = torch.tensor([0, 1])
-    found = counted(lambda: sample_latents(model, labels, num_iter=num_iter, cfg=cfg))
-    assert found == 2 * flops.sampling(model.config, SamplingOptions(num_iter, cfg))
 
 
 def test_vae_without_memory_is_counted_as_a_real_one():

@@ -32,15 +32,13 @@ def images(model, vae):
     return generate(model, vae, LABELS, **SAMPLING)
 
 
-def test_images_are_the_sampled_latents_decoded_and_rounded(model, vae, images):
+def test_images_are_the_sampled_latents_decoded_and_rounded_whatever_the_batch(model, vae, images):
     latents = sample_latents(model, torch.tensor(LABELS), **SAMPLING)
     decoded = vae.decode(latents / 0.5).clamp(-1, 1).permute(0, 2, 3, 1).detach().numpy()
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
     assert np.abs(images.astype(float) - (decoded + 1) * 127.5).max() <= 0.5 + 1e-4
     assert Image.fromarray(images[0]).size == (16, 16)
-
-
-def test_an_image_depends_on_its_number_and_all_options_and_not_on_its_batch(model, vae, images):
+    # An image depends on its number and all options, and not on its batch.
     assert np.array_equal(generate(model, vae, LABELS, batch_size=2, **SAMPLING), images)
     assert np.array_equal(generate(model, vae, np.array(LABELS), **SAMPLING), images)
     alone = generate(model, vae, torch.tensor([LABELS[3]]), image_ids=[3], **SAMPLING)
@@ -96,15 +94,7 @@ def test_a_tokenizer_brings_its_own_scale_and_what_does_not_fit_is_named(model, 
             generate(model, vae, [0], **{name: value})
 
 
-def test_the_model_stays_in_its_mode_and_the_random_state_as_it_is(vae):
-    model = tiny_model(attn_dropout=0.5, proj_dropout=0.5).train()
-    state = torch.get_rng_state()
-    images = generate(model, vae, LABELS, **SAMPLING)
-    assert model.training and torch.equal(torch.get_rng_state(), state)
-    assert np.array_equal(images, generate(model.eval(), vae, LABELS, **SAMPLING))
-
-
-def test_precision_is_of_the_model_and_the_vae_stays_in_fp32(model, vae, images):
+def test_precision_is_of_the_model_whose_mode_and_random_state_stay_as_they_are(model, vae, images):
     dtypes = []
     layers = model.backbone.encoder_blocks[0].attn.proj, vae.decoder.conv_in
     hooks = [x.register_forward_hook(lambda _m, _i, y: dtypes.append(y.dtype)) for x in layers]
@@ -115,3 +105,8 @@ def test_precision_is_of_the_model_and_the_vae_stays_in_fp32(model, vae, images)
     assert set(dtypes[:-1]) == {torch.bfloat16} and dtypes[-1] == torch.float32
     for hook in hooks:
         hook.remove()
+    model = tiny_model(attn_dropout=0.5, proj_dropout=0.5).train()
+    state = torch.get_rng_state()
+    images = generate(model, vae, LABELS, **SAMPLING)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(images, generate(model.eval(), vae, LABELS, **SAMPLING))

@@ -139,12 +139,6 @@ def test_mixture_loss_and_samples_are_those_of_the_density_which_begins_as_one_g
 # --- masked and parallel
 
 
-def test_step_sizes_are_the_published_ones_or_given():
-    assert step_sizes(4, 16) == (2, 2, 5, 7) and step_sizes(1, 16) == (16,)
-    assert step_sizes(16, 16) == (1,) * 16 and step_sizes((3, 5), 8) == (3, 5)
-    assert sum(step_sizes(3, 8)) == 8 and step_sizes(9, 4) == (1, 1, 1, 1)
-
-
 def test_masked_head_fills_the_most_certain_first_and_never_changes_them():
     head, z = model_of("masked").head, torch.randn(20, 16)
     uniforms, calls, plain = torch.rand(20, 18), [], head.logits
@@ -179,7 +173,10 @@ def test_masked_head_sees_no_masked_channel_and_weighs_visible_ones_by_a_tenth()
     assert shares.min() > 0 and 0.5 < shares.mean() < 0.65  # of 1 - sigmoid(0.8 n), rounded up
 
 
-def test_parallel_head_is_the_masked_one_in_a_single_step():
+def test_step_sizes_are_the_published_ones_or_given_and_parallel_is_a_single_step():
+    assert step_sizes(4, 16) == (2, 2, 5, 7) and step_sizes(1, 16) == (16,)
+    assert step_sizes(16, 16) == (1,) * 16 and step_sizes((3, 5), 8) == (3, 5)
+    assert sum(step_sizes(3, 8)) == 8 and step_sizes(9, 4) == (1, 1, 1, 1)
     model, z = model_of("parallel"), torch.randn(5, 16)
     uniforms = torch.rand(5, 6)
     everything = torch.ones(5, 6, dtype=torch.bool)

@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,9 +28,7 @@ VALIDATED = dict(holdout=4, val_freq=1, preview_freq=1, preview_iter=2, preview_
 
 
 @HEADS
-def test_training_goes_on_and_is_shared_as_one_and_draws_the_same_in_any_batch(
-    inputs, tmp_path, head
-):
+def test_training_goes_on_is_shared_and_draws_the_same_in_any_batch(inputs, tmp_path, head):
     settings = dict(head=head, **SMALL.get(head, {}), **VALIDATED)
     whole = train(inputs, tmp_path / "whole", **settings, save_last_freq=1)
     assert whole["config"]["head"] == head
@@ -65,11 +62,10 @@ def test_a_vq_tokenizer_is_cached_trained_on_and_drawn_with(inputs, tmp_path, re
     scale = saved["config"]["latent_scale"]
     assert torch.allclose(saved["model"]["codebook"], vae.codebook * scale)
     assert saved["config"]["codebook_size"] == 16
-    drawn = [
-        evaluate(inputs, tmp_path / f"{n}", tmp_path / "run", vae_path=path, no_metrics=True, **how)
-        for n, how in enumerate(({}, {"eval_bsz": 3}, {"order": "confidence"}))
-    ]
-    assert len(drawn[0]) == 12 and drawn[0] == drawn[1] != drawn[2]
+    how = dict(resume=tmp_path / "run", vae_path=path, no_metrics=True)
+    drawn = evaluate(inputs, tmp_path / "a", **how)
+    assert len(drawn) == 12 and drawn == evaluate(inputs, tmp_path / "b", **how, eval_bsz=3)
+    assert drawn != evaluate(inputs, tmp_path / "c", **how, order="confidence")
     train(inputs, tmp_path / "images", **asked | dict(use_cached=False, data_path="data", epochs=1))
     for wrong in (dict(head="channel"), dict(vae_path="vae.ckpt", cached_path="cache")):
         line = refusal("train", inputs, **asked | wrong)
@@ -85,29 +81,19 @@ MAR = dict(model="mar_base", diffloss_d=1, diffloss_w=32, diffusion_batch_mul=2)
 MAR |= dict(num_sampling_steps="3", buffer_size=4, class_num=3, epochs=2)
 
 
-@pytest.fixture(scope="module")
-def mar_folder(inputs, tmp_path_factory) -> Path:
-    """A checkpoint as MAR's code leaves it: no settings but an argparse.Namespace."""
-    folder = tmp_path_factory.mktemp("mar")
-    small = {"model": "tokenbridge_tiny", "head": "diffusion", "lr_schedule": "constant"}
-    saved = train(inputs, folder, **MAR | small)
+def test_a_folder_of_mar_draws_and_trains_on_without_decay_of_its_net(inputs, tmp_path):
+    """As MAR's code leaves it: no settings but an argparse.Namespace."""
+    mar_folder, small = tmp_path / "mar", MAR | {"model": "tokenbridge_tiny", "head": "diffusion"}
+    saved = train(inputs, mar_folder, **small, lr_schedule="constant")
     keys = ("model", "model_ema", "optimizer", "epoch", "scaler")
-    theirs = {key: saved[key] for key in keys} | {"args": argparse.Namespace(model="mar_base")}
-    for path in folder.iterdir():
-        path.unlink() if path.is_file() else None
-    torch.save(theirs, folder / "checkpoint-last.pth")
-    return folder
-
-
-def test_a_folder_of_mar_evaluates_goes_on_and_goes_back_and_its_network_does_not_decay(
-    inputs, mar_folder, tmp_path
-):
-    small = MAR | {"model": "tokenbridge_tiny", "head": "diffusion"}
+    before = {key: saved[key] for key in keys} | {"args": argparse.Namespace(model="mar_base")}
+    shutil.rmtree(mar_folder)
+    mar_folder.mkdir()
+    torch.save(before, mar_folder / "checkpoint-last.pth")
     asked = {name: small[name] for name in ("model", "head", "diffloss_d", "diffloss_w")}
     asked |= dict(num_sampling_steps=3, buffer_size=4, img_size=16, no_metrics=True)
     scale = dict(latent_scale=1.0, channel_order="0,1,2,3", vae_embed_dim=4, vae_stride=4)
     assert len(evaluate(inputs, tmp_path / "a", mar_folder, **asked, **scale)) == 12
-    before = torch.load(mar_folder / "checkpoint-last.pth", weights_only=False)
     shutil.copytree(mar_folder, tmp_path / "run")
     after = train(inputs, tmp_path / "run", **small | {"epochs": 3}, resume=tmp_path / "run")
     assert list(after["model"]) == list(before["model"]) and after["epoch"] == 2
@@ -126,16 +112,15 @@ def test_a_folder_of_mar_evaluates_goes_on_and_goes_back_and_its_network_does_no
 
 
 def test_flags_that_a_head_does_not_have_are_refused_in_one_line(inputs, trained, refusal):
+    """What a model refuses of its settings: test_heads.py."""
     for head, wrong, said in (
         ("channel", dict(num_sampling_steps=5), "num_sampling_steps 5 is of the diffusion head"),
-        ("diffusion", dict(quantizer="published"), "quantizer 'published' is not the diffusion"),
         ("diffusion", dict(quant_bits=4), "--quant_bits"),
         ("mixture", dict(head_input="published"), "--head_input"),
         ("masked", dict(head_steps="2,3"), "head_steps (2, 3) do not sum to 4"),
         ("mixture", dict(channel_depth=3), "--channel_depth"),
         ("mixture", dict(order="confidence"), "--order confidence needs probabilities"),
         ("codebook", dict(dry_run=True, use_cached=False, cached_path=None), "needs --vae_path"),
-        ("mixture", dict(diffloss_d=3), "diffloss_d 3 is of the diffusion head"),
     ):
         assert said in refusal("train", inputs, head=head, **wrong), head
     line = refusal("train", inputs, head="mixture", resume=trained)

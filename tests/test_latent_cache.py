@@ -161,19 +161,27 @@ def test_only_what_is_missing_is_written_again_and_identically(tmp_path, form, m
     assert contents(tmp_path) == before
 
 
-def test_a_folder_of_other_settings_is_refused_unchanged_and_a_shard_of_another_one(tmp_path):
+def test_a_folder_of_other_settings_shards_or_files_is_refused_and_unchanged(tmp_path):
     fill(tmp_path)
     before = contents(tmp_path)
     changes = dict(vae_sha256="cd" * 32, image_size=32, dtype="float16", shard_size=5, format="npz")
     for name, value in changes.items():
         message = complaint(writer_for, tmp_path, **{name: value})
         assert "--cached_path" in message and name in message
+    assert "--img_size: image_size is 16, not 32" in complaint(open_cache, tmp_path, img_size=32)
+    assert "--vae_path" in complaint(open_cache, tmp_path, vae_sha256="cd" * 32)
     assert contents(tmp_path) == before
     own, other = tmp_path / "shard-00001.json", tmp_path / "shard-00000.json"
     for changes in (dict(cache_id="of another"), json.loads(other.read_text())):
         rewrite(own, **changes)
         assert str(own) in complaint(writer_for(tmp_path).pending)
         assert str(own) in complaint(open_cache, tmp_path)
+    for name in ("manifest.json", "settings.json"):
+        (tmp_path / name).unlink()
+        assert "not finished" in complaint(open_cache, tmp_path)
+    assert "no folder" in complaint(open_cache, tmp_path / "none")
+    (tmp_path / "images" / "ant").mkdir(parents=True)
+    assert "ant" in complaint(open_cache, tmp_path / "images")
 
 
 def test_nothing_is_written_beside_other_files_or_of_values_beyond_float16(tmp_path):
@@ -186,20 +194,6 @@ def test_nothing_is_written_beside_other_files_or_of_values_beyond_float16(tmp_p
 
 
 # --- what is refused
-
-
-def test_missing_unfinished_and_other_caches_are_refused(tmp_path):
-    assert "no folder" in complaint(open_cache, tmp_path / "none")
-    (tmp_path / "images" / "ant").mkdir(parents=True)
-    assert "ant" in complaint(open_cache, tmp_path / "images")
-    fill(tmp_path / "cache")
-    assert "--img_size: image_size is 16, not 32" in complaint(
-        open_cache, tmp_path / "cache", img_size=32
-    )
-    assert "--vae_path" in complaint(open_cache, tmp_path / "cache", vae_sha256="cd" * 32)
-    for name in ("manifest.json", "settings.json"):
-        (tmp_path / "cache" / name).unlink()
-        assert "not finished" in complaint(open_cache, tmp_path / "cache")
 
 
 class Trap:
@@ -231,28 +225,28 @@ def test_damaged_files_are_named_and_never_unpickled(tmp_path, form):
     assert name in complaint(lambda: open_cache(tmp_path)[7])
 
 
-def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
+def test_json_files_of_other_names_versions_or_content_are_refused(tmp_path):
     fill(tmp_path, format="npz")
-    sidecar = tmp_path / "shard-00000.json"
-    names = json.loads(sidecar.read_text())["names"]
+    manifest, sidecar = tmp_path / "manifest.json", tmp_path / "shard-00000.json"
+
+    def pending(path: Path) -> list[int]:
+        return writer_for(path, format="npz").pending()
+
+    whole, known = manifest.read_text(), sidecar.read_text()
+    names = json.loads(known)["names"]
     for name in ("../../etc/passwd", "/etc/passwd", "ant/../../x"):
         rewrite(sidecar, names=[name, *names[1:]])
-        for action in (open_cache, lambda path: writer_for(path, format="npz").pending()):
+        for action in (open_cache, pending):
             assert "leads out of the folder" in complaint(action, tmp_path)
-
-
-def test_json_files_of_other_versions_or_content_are_refused(tmp_path):
-    fill(tmp_path)
-    manifest, sidecar = tmp_path / "manifest.json", tmp_path / "shard-00001.json"
-    whole = manifest.read_text()
+    sidecar.write_text(known)
     for text in ("", "[]", whole + "x", whole.replace("0.", "1.", 1)):
         manifest.write_text(text)
         assert "manifest.json" in complaint(open_cache, tmp_path)
     manifest.write_text(json.dumps(json.loads(whole)))  # spaced in another way
     assert len(open_cache(tmp_path)) == 10
-    rewrite(sidecar, labels=[0, 0, 0, 0])
+    rewrite(sidecar, labels=[1, 1, 1, 1])
     assert "does not fit the manifest" in complaint(open_cache, tmp_path)
     for name in ("manifest.json", "settings.json"):
         rewrite(tmp_path / name, format_version=1)
-    for action in (open_cache, writer_for):
+    for action in (open_cache, pending):
         assert "format_version" in complaint(action, tmp_path)

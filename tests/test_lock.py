@@ -39,22 +39,14 @@ def holder(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen, int]
             process.kill()
 
 
-def test_a_second_job_is_refused_and_told_of_the_first(tmp_path):
-    with holder(tmp_path) as (first, _):
-        with pytest.raises(UserError) as error, only_job_in(tmp_path, "--flag"):
-            pass
-        line = str(error.value)
-        assert f"--flag {tmp_path} is in use" in line and f"process {first.pid} on" in line
-        assert (tmp_path / ".lock").exists()  # the first job's, not touched
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-        with only_job_in(tmp_path, "--flag"):
-            pass
-
-
-def test_a_process_that_the_killed_one_forked_does_not_hold_it(tmp_path):
+def test_a_second_job_is_refused_until_the_first_is_killed_and_no_child_holds_it(tmp_path):
     with holder(tmp_path, "fork") as (first, child):
         try:
+            with pytest.raises(UserError) as error, only_job_in(tmp_path, "--flag"):
+                pass
+            line = str(error.value)
+            assert f"--flag {tmp_path} is in use" in line and f"process {first.pid} on" in line
+            assert (tmp_path / ".lock").exists()  # the first job's, not touched
             first.kill()
             first.wait()
             os.kill(child, 0)  # is alive
@@ -64,7 +56,7 @@ def test_a_process_that_the_killed_one_forked_does_not_hold_it(tmp_path):
             os.kill(child, signal.SIGKILL)
 
 
-def test_nothing_is_left_of_a_job_but_what_it_wrote(tmp_path):
+def test_a_job_leaves_only_its_files_and_missing_locks_are_said(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "new" / "cache"
     with pytest.raises(ZeroDivisionError), only_job_in(folder, "--flag"):
         assert folder.is_dir()
@@ -76,9 +68,6 @@ def test_nothing_is_left_of_a_job_but_what_it_wrote(tmp_path):
     with only_job_in(folder, "--flag"):
         (folder / "mine").touch()
     assert os.listdir(folder) == ["mine"]
-
-
-def test_a_file_system_without_locks_is_said_once(tmp_path, monkeypatch, capsys):
     refuse = mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available"))
     monkeypatch.setattr(files.fcntl, "lockf", refuse)
     with only_job_in(tmp_path, "--flag"):

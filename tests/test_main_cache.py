@@ -11,18 +11,7 @@ import pytest
 import torch
 
 import main_cache
-from tests.runs import (
-    CACHE_FLAGS,
-    CHANNELS,
-    CLASSES,
-    SIZE,
-    call,
-    contents,
-    flags,
-    on_processes,
-    refused,
-)
-from tests.test_lock import holder
+from tests import runs
 from util import stop
 from util.args import CONFIG
 from util.data.images import center_crop, read_image
@@ -36,29 +25,29 @@ SMALL = dict(batch_size=2, shard_size=9)  # three shards of 24 images
 
 
 def argv_of(inputs: Path, cache: Path, **changes) -> list[str]:
-    return flags(inputs, CACHE_FLAGS, SMALL, dict(cached_path=cache), changes)
+    return runs.flags(inputs, runs.CACHE_FLAGS, SMALL, dict(cached_path=cache), changes)
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
     """The files of a cache; how it was called is no part of it."""
-    return contents(folder, but=(CONFIG,))
+    return runs.contents(folder, but=(CONFIG,))
 
 
 def make(inputs: Path, cache: Path, **changes) -> None:
-    call(main_cache.main, *argv_of(inputs, cache, **changes))
+    runs.call(main_cache.main, *argv_of(inputs, cache, **changes))
 
 
 @torch.no_grad()
 def test_moments_are_those_of_the_image_and_of_the_mirrored_image_in_both_forms(inputs, tmp_path):
     make(inputs, tmp_path / "npy", dtype="float32")
     make(inputs, tmp_path / "npz", format="npz")
-    cache, other = open_cache(tmp_path / "npy", img_size=SIZE), open_cache(tmp_path / "npz")
-    vae = load_vae(inputs / "vae.ckpt", CHANNELS)
-    assert cache.classes == list(CLASSES) and cache.latent_shape == (CHANNELS, 4, 4)
+    cache, other = open_cache(tmp_path / "npy", img_size=runs.SIZE), open_cache(tmp_path / "npz")
+    vae = load_vae(inputs / "vae.ckpt", runs.CHANNELS)
+    assert cache.classes == list(runs.CLASSES) and cache.latent_shape == (runs.CHANNELS, 4, 4)
     images = list_images(inputs / "data").samples
     for index in range(0, 24, 5):
         path, label = images[index]
-        pixels = np.asarray(center_crop(read_image(path), SIZE)) / 127.5 - 1
+        pixels = np.asarray(center_crop(read_image(path), runs.SIZE)) / 127.5 - 1
         for flip in (False, True):
             view = pixels[:, ::-1] if flip else pixels
             batch = torch.from_numpy(view.transpose(2, 0, 1)[None].astype(np.float32))
@@ -74,7 +63,7 @@ def test_moments_are_those_of_the_image_and_of_the_mirrored_image_in_both_forms(
 def test_two_processes_write_the_bytes_of_one_and_either_goes_on(inputs, tmp_path, capsys):
     one, two = tmp_path / "one", tmp_path / "two"
     make(inputs, one)
-    on_processes(2, "main_cache.py", *argv_of(inputs, two, num_workers=1))
+    runs.on_processes(2, "main_cache.py", *argv_of(inputs, two, num_workers=1))
     assert len(list(one.glob("*.npy"))) == 3
     assert contents_of(one) == contents_of(two)
 
@@ -87,36 +76,33 @@ def test_two_processes_write_the_bytes_of_one_and_either_goes_on(inputs, tmp_pat
     assert (two / "shard-00000.npy").stat().st_mtime_ns == before  # it was not touched
 
 
-def test_a_whole_cache_is_not_encoded_again_and_verify_tells_it_from_a_damaged_one(
-    inputs, tmp_path, monkeypatch, capsys
-):
-    make(inputs, tmp_path)
-    before, settings = contents_of(tmp_path), (tmp_path / CONFIG).read_text()
-    monkeypatch.setattr(main_cache, "encode", None)
-    make(inputs, tmp_path, batch_size=1)
-    assert "0 of 3 shards" in capsys.readouterr().out
-    assert contents_of(tmp_path) == before
-    assert (tmp_path / CONFIG).read_text() == settings  # those that it was made with
-    argv = ["--verify", "--cached_path", str(tmp_path)]
-    call(main_cache.main, *argv)
-    assert "24 images in 3 classes, checksums agree" in capsys.readouterr().out
-    path = tmp_path / "shard-00002.npy"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert "shard-00002" in refused(capsys, main_cache.main, *argv)
-    line = refused(capsys, main_cache.main, *argv[:2], str(tmp_path / "none"))
-    assert "--cached_path" in line and "none" in line
+def test_a_dry_run_writes_nothing_nor_does_a_whole_cache(inputs, tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "cache"
 
+    def dry_run() -> dict:
+        capsys.readouterr()
+        make(inputs, cache, dry_run=True, json=True)
+        return json.loads(capsys.readouterr().out)
 
-def test_a_dry_run_writes_nothing_and_says_what_the_cache_takes(inputs, tmp_path, capsys):
-    make(inputs, tmp_path / "cache", dry_run=True, json=True)
-    figures = json.loads(capsys.readouterr().out)
-    assert not (tmp_path / "cache").exists()
-    assert figures["images"] == figures["images_to_encode"] == 24
+    figures = dry_run()
+    assert not cache.exists() and figures["images"] == figures["images_to_encode"] == 24
     assert figures["bytes_to_write"] == 24 * 2 * 8 * 4 * 4 * 2 < figures["bytes_free"]
-    make(inputs, tmp_path / "cache")
-    capsys.readouterr()
-    make(inputs, tmp_path / "cache", dry_run=True, json=True)
-    assert json.loads(capsys.readouterr().out)["images_to_encode"] == 0
+    make(inputs, cache)
+    assert dry_run()["images_to_encode"] == 0
+    before, settings = contents_of(cache), (cache / CONFIG).read_text()
+    monkeypatch.setattr(main_cache, "encode", None)
+    make(inputs, cache, batch_size=1)
+    assert "0 of 3 shards" in capsys.readouterr().out
+    assert contents_of(cache) == before
+    assert (cache / CONFIG).read_text() == settings  # those that it was made with
+    argv = ["--verify", "--cached_path", str(cache)]
+    runs.call(main_cache.main, *argv)
+    assert "24 images in 3 classes, checksums agree" in capsys.readouterr().out
+    path = cache / "shard-00002.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert "shard-00002" in runs.refused(capsys, main_cache.main, *argv)
+    line = runs.refused(capsys, main_cache.main, *argv[:2], str(tmp_path / "none"))
+    assert "--cached_path" in line and "none" in line
 
 
 def test_skipped_images_are_named_counted_and_left_out(own, tmp_path, capsys):
@@ -131,25 +117,19 @@ def test_skipped_images_are_named_counted_and_left_out(own, tmp_path, capsys):
 # --- stopped, and going on
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(inputs, tmp_path, capsys):
+def test_a_full_disk_or_a_signal_ends_it_and_the_same_command_goes_on(
+    inputs, tmp_path, monkeypatch, capsys
+):
     """A limit on file sizes stands for the disk; the settings still fit, no shard does."""
-    cache = tmp_path / "cache"
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    cache, before = tmp_path / "cache", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
-        line = refused(capsys, main_cache.main, *argv_of(inputs, cache))
+        line = runs.refused(capsys, main_cache.main, *argv_of(inputs, cache))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert f"--cached_path {cache}: cannot write" in line and "too large" in line
     assert set(contents_of(cache)) == {"settings.json"}
-    make(inputs, cache)
-    make(inputs, tmp_path / "at_once")
-    assert contents_of(cache) == contents_of(tmp_path / "at_once")
 
-
-def test_a_signal_ends_it_at_once_and_leaves_the_shards_that_were_encoded(
-    inputs, tmp_path, monkeypatch, capsys
-):
     encoded, encode = [], main_cache.encode
 
     def signalled(vae, images):
@@ -158,7 +138,6 @@ def test_a_signal_ends_it_at_once_and_leaves_the_shards_that_were_encoded(
         encoded.append(images)
         return encode(vae, images)
 
-    cache = tmp_path / "cache"
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(main_cache, "encode", signalled)
         patch.setattr(sys, "argv", ["main_cache.py", *argv_of(inputs, cache)])
@@ -170,9 +149,3 @@ def test_a_signal_ends_it_at_once_and_leaves_the_shards_that_were_encoded(
     make(inputs, cache)
     make(inputs, tmp_path / "at_once")
     assert contents_of(cache) == contents_of(tmp_path / "at_once")
-
-
-def test_a_second_job_in_the_same_folder_is_refused(inputs, tmp_path, capsys):
-    with holder(tmp_path / "cache") as (first, _):
-        line = refused(capsys, main_cache.main, *argv_of(inputs, tmp_path / "cache"))
-    assert "--cached_path" in line and f"process {first.pid} on" in line

@@ -9,27 +9,7 @@ import torch
 import engine_tokenbridge
 import main_cache
 from models.tokenizers.kl16 import AutoencoderKL
-from tests.runs import (
-    CACHE_FLAGS,
-    CHANNELS,
-    EVALUATE_FLAGS,
-    STRIDE,
-    TRAIN_FLAGS,
-    assert_same_training,
-    call,
-    evaluate,
-    flags,
-    fork_together,
-    free_port,
-    images,
-    interrupted,
-    load,
-    on_processes,
-    scalars,
-    tensors,
-    train,
-    train_on,
-)
+from tests import runs
 from util import stop
 from util.checkpoint import load_checkpoint
 from util.vae import load_vae, save_vae
@@ -43,37 +23,35 @@ def test_two_processes_train_as_one_and_only_one_writes(inputs, trained, tmp_pat
     To the bit: the mean of two gradients is the same whoever adds them. Adam would make a visible
     difference of any other: its first steps have the same length for the smallest gradients.
     """
-    result = train_on(2, inputs, tmp_path / "out", num_workers=1)
+    result = runs.train_on(2, inputs, tmp_path / "out", num_workers=1)
     assert "2 processes (torchrun), backend gloo" in result.stdout
     assert "left 0:00:00" in result.stdout
     assert result.stdout.count("step 6/6") == result.stdout.count("saved") == 1
-    assert_same_training(load(tmp_path / "out"), load(trained))
-    found, expected = scalars(tmp_path / "out"), scalars(trained)
+    runs.assert_same_training(runs.load(tmp_path / "out"), runs.load(trained))
+    found, expected = runs.scalars(tmp_path / "out"), runs.scalars(trained)
     for tag in ("train/loss", "train/lr", "train/grad_norm"):
         np.testing.assert_allclose(found[tag], expected[tag], rtol=1e-5)
     written = sorted(path.name.split(".")[0] for path in (tmp_path / "out").iterdir())
     assert written == ["checkpoint-last", "checkpoint-step00000006", "config", "events"]
 
 
-@pytest.mark.parametrize(
-    ("launcher", "names"),
-    [
-        ("Slurm", ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")),
-        ("Open MPI", [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE")]),
-    ],
-)
-def test_two_nodes_train_as_one_and_draw_together(inputs, trained, tmp_path, launcher, names):
-    """They meet at an address; and what is recomputed in backward is reduced all the same."""
+def test_two_nodes_train_as_one_and_draw_together(inputs, trained, tmp_path):
+    """They meet at an address; and what is recomputed in backward is reduced all the same.
+
+    Of Open MPI, which a flag asks for. Slurm's variables are read in test_dist.py, and its
+    processes train in test_scripts.py.
+    """
     settings = dict(online_eval=True, vae_path="vae.ckpt", num_images=6, num_iter=2, eval_bsz=2)
-    settings |= dict(dist_url=f"tcp://127.0.0.1:{free_port()}", grad_checkpointing=True)
-    settings |= dict(dist_on_itp=launcher == "Open MPI", accum_iter=1)
-    argv = flags(inputs, TRAIN_FLAGS, settings, output_dir=tmp_path / "out")
+    settings |= dict(dist_url=f"tcp://127.0.0.1:{runs.free_port()}", grad_checkpointing=True)
+    argv = runs.flags(inputs, runs.TRAIN_FLAGS, settings, dist_on_itp=True, accum_iter=1)
+    command = ["main_tokenbridge.py", *argv, "--output_dir", tmp_path / "out"]
+    names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE")]
     env = [dict(zip(names, (rank, 0, 2), strict=True)) for rank in (0, 1)]
-    results = fork_together(*[["main_tokenbridge.py", *argv]] * 2, env=env)
+    results = runs.fork_together(command, command, env=env)
     assert [code for code, _, _ in results] == [0, 0], results
-    assert f"2 processes ({launcher}" in results[0][1]
+    assert "2 processes (Open MPI" in results[0][1]
     assert "step 6/6" in results[0][1] and "step 6/6" not in results[1][1]
-    assert_same_training(load(tmp_path / "out"), load(trained))
+    runs.assert_same_training(runs.load(tmp_path / "out"), runs.load(trained))
     assert len(list((tmp_path / "out" / "eval-epoch2" / "images").iterdir())) == 6
 
 
@@ -81,18 +59,18 @@ def test_two_nodes_train_as_one_and_draw_together(inputs, trained, tmp_path, lau
 
 
 def test_resumed_training_equals_uninterrupted(inputs, trained, tmp_path):
-    interrupted(inputs, tmp_path / "out")
-    assert load(tmp_path / "out")["epoch"] == 0
-    resumed = train(inputs, tmp_path / "out", resume=tmp_path / "out", num_workers=1)
+    runs.interrupted(inputs, tmp_path / "out")
+    assert runs.load(tmp_path / "out")["epoch"] == 0
+    resumed = runs.train(inputs, tmp_path / "out", resume=tmp_path / "out", num_workers=1)
     assert resumed["epoch"] == 1 and resumed["step"] == 6
-    assert_same_training(resumed, load(trained))
+    runs.assert_same_training(resumed, runs.load(trained))
 
 
 def test_resuming_on_another_global_batch_goes_on_at_the_same_epoch(inputs, tmp_path, capsys):
     """Three steps an epoch before, six after: epoch 1 begins at step 6, its rate too."""
-    interrupted(inputs, tmp_path / "out")
+    runs.interrupted(inputs, tmp_path / "out")
     capsys.readouterr()
-    train(inputs, tmp_path / "out", resume=tmp_path / "out", accum_iter=1, log_freq=1)
+    runs.train(inputs, tmp_path / "out", resume=tmp_path / "out", accum_iter=1, log_freq=1)
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if "  step " in line]
     assert len(lines) == 6 and "step 7/12" in lines[0]
@@ -101,13 +79,13 @@ def test_resuming_on_another_global_batch_goes_on_at_the_same_epoch(inputs, tmp_
 
 def test_images_and_their_cached_latents_train_the_same_but_for_float16(inputs, trained, tmp_path):
     """Without a cache the scale and order that it measured are named by flags."""
-    config = load(trained)["config"]
+    config = runs.load(trained)["config"]
     changes = {name: config[name] for name in ("latent_scale", "channel_order")}
     changes["channel_order"] = ",".join(map(str, changes["channel_order"]))
     from_images = dict(use_cached=False, cached_path=None, data_path="data", vae_path="vae.ckpt")
-    found = train(inputs, tmp_path / "out", **from_images, **changes)
-    assert found["config"] == config and found["vae_sha256"] == load(trained)["vae_sha256"]
-    loss, expected = (scalars(f)["train/loss"][-1][1] for f in (tmp_path / "out", trained))
+    found = runs.train(inputs, tmp_path / "out", **from_images, **changes)
+    assert found["config"] == config and found["vae_sha256"] == runs.load(trained)["vae_sha256"]
+    loss, expected = (runs.scalars(f)["train/loss"][-1][1] for f in (tmp_path / "out", trained))
     assert loss == pytest.approx(expected, rel=1e-3)
 
 
@@ -116,22 +94,24 @@ def test_training_from_a_cache_needs_no_vae(inputs, trained, tmp_path, capsys, m
         raise AssertionError("a VAE was built")
 
     monkeypatch.setattr(AutoencoderKL, "__init__", loaded)
-    found = train(inputs, tmp_path, vae_path="/nowhere.ckpt")
-    assert_same_training(found, load(trained))
+    found = runs.train(inputs, tmp_path, vae_path="/nowhere.ckpt")
+    runs.assert_same_training(found, runs.load(trained))
     assert "is not checked to be of --vae_path" in capsys.readouterr().out
 
 
 def test_published_cache_trains(inputs, tmp_path):
     """CLASS/IMAGE.npz and nothing else: the scale is KL-16's, the channels those of the flags."""
     cache = tmp_path / "cache"
-    call(main_cache.main, *flags(inputs, CACHE_FLAGS, cached_path=cache, format="npz"))
+    runs.call(
+        main_cache.main, *runs.flags(inputs, runs.CACHE_FLAGS, cached_path=cache, format="npz")
+    )
     for path in cache.glob("*.json"):
         path.unlink()
-    geometry = dict(vae_embed_dim=CHANNELS, vae_stride=STRIDE)
-    found = train(inputs, tmp_path / "out", cached_path=cache, **geometry)
+    geometry = dict(vae_embed_dim=runs.CHANNELS, vae_stride=runs.STRIDE)
+    found = runs.train(inputs, tmp_path / "out", cached_path=cache, **geometry)
     config = found["config"]
     assert config["latent_scale"] == 0.2325 and config["channel_order"] == [0, 1, 2, 3]
-    assert found["vae_sha256"] is None and scalars(tmp_path / "out")["train/loss"][-1][1] < 5
+    assert found["vae_sha256"] is None and runs.scalars(tmp_path / "out")["train/loss"][-1][1] < 5
 
 
 # --- ways to train
@@ -139,13 +119,13 @@ def test_published_cache_trains(inputs, tmp_path):
 
 def test_evaluating_while_training_changes_nothing_of_it(inputs, trained, tmp_path, capsys):
     sampling = dict(vae_path="vae.ckpt", num_images=6, num_iter=2, eval_bsz=6, eval_freq=1, cfg=2)
-    found = train(inputs, tmp_path / "out", online_eval=True, **sampling)
-    assert_same_training(found, load(trained))
+    found = runs.train(inputs, tmp_path / "out", online_eval=True, **sampling)
+    runs.assert_same_training(found, runs.load(trained))
     for epoch in (1, 2):
         assert len(list((tmp_path / "out" / f"eval-epoch{epoch}" / "images").iterdir())) == 6
     assert "FID and IS are not computed" in capsys.readouterr().out
     raw = tmp_path / "raw"
-    train(inputs, raw, online_eval=True, eval_weights="model", epochs=1, **sampling)
+    runs.train(inputs, raw, online_eval=True, eval_weights="model", epochs=1, **sampling)
     grids = [(out / "eval-epoch1" / "grid.png").read_bytes() for out in (tmp_path / "out", raw)]
     assert grids[0] != grids[1]
 
@@ -159,31 +139,33 @@ def test_evaluation_that_was_stopped_is_made_up_for(inputs, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch, pytest.raises(stop.Stopped):
         patch.setattr(engine_tokenbridge, "evaluate", stopped)
-        train(inputs, tmp_path / "out", **sampling)
+        runs.train(inputs, tmp_path / "out", **sampling)
     assert load_checkpoint(tmp_path / "out" / "checkpoint-step00000003.pth")  # saved before
-    train(inputs, tmp_path / "out", **sampling)
+    runs.train(inputs, tmp_path / "out", **sampling)
     for epoch in (1, 2):
         assert (tmp_path / "out" / f"eval-epoch{epoch}" / "metrics.json").exists()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_trains_with_full_precision_weights(inputs, trained, tmp_path, precision):
-    found = train(inputs, tmp_path / "out", precision=precision)
-    state = tensors({key: found[key] for key in ("model", "model_ema", "optimizer")})
+    found = runs.train(inputs, tmp_path / "out", precision=precision)
+    state = runs.tensors({key: found[key] for key in ("model", "model_ema", "optimizer")})
     assert {t.dtype for t in state.values()} == {torch.float32}
     # Six steps: the scaler that is used has counted those without overflow.
     assert (found["scaler"]["_growth_tracker"] > 0) == (precision == "fp16")
     for tag, tolerance in (("train/loss", 1e-2), ("train/grad_norm", 0.05)):  # of no scaled ones
-        value, expected = (scalars(folder)[tag][-1][1] for folder in (tmp_path / "out", trained))
+        value, expected = (
+            runs.scalars(folder)[tag][-1][1] for folder in (tmp_path / "out", trained)
+        )
         assert value == pytest.approx(expected, rel=tolerance) and value != expected
 
 
 def test_log_holds_all_figures(inputs, tmp_path, capsys):
     """lr = blr * global batch / 256, warmed up over an epoch of three steps."""
-    train(inputs, tmp_path / "out", log_freq=1, log_dir=tmp_path / "logs")
+    runs.train(inputs, tmp_path / "out", log_freq=1, log_dir=tmp_path / "logs")
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert written == ["checkpoint-last.pth", "checkpoint-step00000006.pth", "config.yaml"]
-    found = scalars(tmp_path / "logs")
+    found = runs.scalars(tmp_path / "logs")
     assert set(found) == {
         *("train/loss", "train/lr", "train/grad_norm"),
         *("speed/images_per_second", "speed/data_wait_percent"),
@@ -201,10 +183,10 @@ def test_bad_images_are_skipped_counted_and_named(inputs, tmp_path, capfd):
     (data / "train" / "bee" / "3.png").write_bytes(b"broken")
     settings = dict(use_cached=False, cached_path=None, data_path=data, vae_path="vae.ckpt")
     settings |= dict(latent_scale=1.0, channel_order="0,1,2,3", skip_bad_images=True)
-    train(inputs, tmp_path / "out", num_workers=1, **settings)
+    runs.train(inputs, tmp_path / "out", num_workers=1, **settings)
     captured = capfd.readouterr()
     assert "skipped images 1" in captured.out and captured.err.count("skipped: ") == 1
-    assert scalars(tmp_path / "out")["data/skipped_images"][-1][1] == 1
+    assert runs.scalars(tmp_path / "out")["data/skipped_images"][-1][1] == 1
 
 
 # --- evaluation
@@ -213,21 +195,19 @@ def test_bad_images_are_skipped_counted_and_named(inputs, tmp_path, capfd):
 @pytest.fixture(scope="module")
 def drawn(inputs, trained, tmp_path_factory) -> dict[str, bytes]:
     """The images that one process draws of the trained model."""
-    return evaluate(inputs, tmp_path_factory.mktemp("drawn"), trained)
+    return runs.evaluate(inputs, tmp_path_factory.mktemp("drawn"), trained)
 
 
-def test_two_processes_draw_the_bytes_of_one_and_other_weights_other_ones(
-    inputs, trained, drawn, tmp_path
-):
-    argv = flags(inputs, EVALUATE_FLAGS, resume=trained, output_dir=tmp_path)
-    result = on_processes(2, "main_tokenbridge.py", *argv)
+def test_two_processes_draw_as_one_and_other_weights_differ(inputs, trained, drawn, tmp_path):
+    argv = runs.flags(inputs, runs.EVALUATE_FLAGS, resume=trained, output_dir=tmp_path)
+    result = runs.on_processes(2, "main_tokenbridge.py", *argv)
     assert result.stdout.count("FID and IS are not computed") == 1
-    assert len(drawn) == 12 and images(tmp_path) == drawn
+    assert len(drawn) == 12 and runs.images(tmp_path) == drawn
     (folder,) = tmp_path.glob("ariter*")
     assert sorted(p.name for p in folder.iterdir()) == [
         *("grid.png", "images", "metrics.json", "settings.json")
     ]
-    assert evaluate(inputs, tmp_path / "raw", trained, eval_weights="model") != drawn
+    assert runs.evaluate(inputs, tmp_path / "raw", trained, eval_weights="model") != drawn
     (folder,) = (tmp_path / "raw").glob("ariter*")
     assert folder.name == "ariter4-temp1-linearcfg2-image12-seed1-model"
 
@@ -236,7 +216,7 @@ def test_another_vae_than_the_training_s_is_worth_a_warning(inputs, trained, tmp
     vae = load_vae(inputs / "vae.ckpt")
     vae.decoder.conv_out.bias.data.add_(0.1)
     save_vae(tmp_path / "vae.ckpt", vae)
-    evaluate(inputs, tmp_path / "own", trained)
+    runs.evaluate(inputs, tmp_path / "own", trained)
     assert "warning" not in capsys.readouterr().err
-    evaluate(inputs, tmp_path / "other", trained, vae_path=tmp_path / "vae.ckpt")
+    runs.evaluate(inputs, tmp_path / "other", trained, vae_path=tmp_path / "vae.ckpt")
     assert capsys.readouterr().err.count("trained with another VAE") == 1

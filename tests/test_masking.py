@@ -28,8 +28,11 @@ def test_the_first_of_a_uniform_order_or_a_boolean_mask_are_masked_and_others_vi
     assert (first - 1 / 6).abs().max() < 0.025
 
 
-def test_mask_ratio_follows_the_truncated_normal():
-    """Kolmogorov-Smirnov against scipy's normal(1.0, 0.25) truncated to [0.7, 1.0]."""
+def test_mask_ratio_follows_the_truncated_normal_or_an_exponential_of_uniform_draws():
+    """Kolmogorov-Smirnov against scipy's normal(1.0, 0.25) truncated to [0.7, 1.0].
+
+    Of the exponential a fifth is the least, and as often as all draws below it.
+    """
     ratios = [PUBLISHED.draw() for _ in range(3000)]
     expected = truncnorm((0.7 - 1.0) / 0.25, 0, loc=1.0, scale=0.25)
     assert min(ratios) >= 0.7 and max(ratios) <= 1.0
@@ -37,10 +40,6 @@ def test_mask_ratio_follows_the_truncated_normal():
     assert MaskRatios("normal", 1.0).draw() == 1.0
     masked = {training_mask(2, 16, PUBLISHED, 1.0, "cpu")[0].masked.shape[1] for _ in range(50)}
     assert masked == set(range(math.ceil(16 * 0.7), 17))
-
-
-def test_exponential_mask_ratio_is_that_of_uniform_draws():
-    """A fifth is the least, and as often as all draws below it."""
     ratios = MaskRatios("exp", 0.2)
     drawn = torch.tensor([ratios.draw() for _ in range(3000)])
     expected = (1 - torch.exp(-5 * torch.rand(3000))).clamp(min=0.2)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from argparse import Namespace
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -12,11 +11,15 @@ import pytest
 import torch
 import torch_fidelity
 from PIL import Image
-from scipy.linalg import sqrtm
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from tests.measures import FEATURES, PIXELS, Pixels, save_model, save_random_inception
-from tests.runs import evaluate, make_inputs
+from tests.measures import (
+    FEATURES,
+    PIXELS,
+    Pixels,
+    prepare,
+)
+from tests.runs import evaluate
 from util.data.images import Loading
 from util.errors import UserError
 from util.evaluation import extractor, metrics
@@ -24,26 +27,10 @@ from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import INCEPTION, WEIGHTS_FILE, Extractor, published_weights
 from util.evaluation.folder import FeatureFiles, batch_ranges
 from util.evaluation.metrics import Measure, Moments, Scores
-from util.evaluation.reference import compare_with_images, image_batches, prepare_measure
+from util.evaluation.reference import compare_with_images, image_batches
 
 CPU = torch.device("cpu")
 ZERO = {"fid": 0, "sfid": 0}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return save_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-
-
-def prepare(**changes) -> Measure | None:
-    flags = dict(no_metrics=False, fid_stats=None, feature_extractor=INCEPTION)
-    return prepare_measure(Namespace(**flags | dict(inception_weights=None) | changes), 16, CPU)
 
 
 def save_noise(folder: Path, count: int, seed: int) -> Path:
@@ -65,19 +52,23 @@ def fidelity(first: Path, second: Path, **settings) -> dict[str, float]:
     )
 
 
-def spatial_features(weights: Path, images: torch.Tensor) -> np.ndarray:
-    """[N, 2023]: 17 x 17 x 7 of the branch that is mixed_6/conv in the TensorFlow graph."""
+def inception_features(weights: Path, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """[N, 2048], and [N, 2023]: 17 x 17 x 7 of what is mixed_6/conv in the TensorFlow graph."""
     network = FeatureExtractorInceptionV3(INCEPTION, ["2048"], str(weights))
     seen = []
     network.Mixed_6d.branch1x1.register_forward_hook(lambda *call: seen.append(call[2].clone()))
-    network(images)
+    (pooled,) = network(images)
     (branch,) = seen  # after batch norm and ReLU
     places = product(range(17), range(17), range(7))
-    return torch.stack([branch[:, c, y, x] for y, x, c in places], dim=1).double().numpy()
+    spatial = torch.stack([branch[:, c, y, x] for y, x, c in places], dim=1)
+    return pooled.numpy(), spatial.double().numpy()
 
 
-def definition_of_few(x: np.ndarray, y: np.ndarray) -> float:
-    """As `definition`, of fewer images than features: tr (S_x S_y)^1/2 from [N_x, N_y] products."""
+def definition(x: np.ndarray, y: np.ndarray) -> float:
+    """|mu_x - mu_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^1/2), of features [N, D].
+
+    The trace of the root is the sum of the singular values of a product of [N_x, N_y].
+    """
     a, b = ((z - z.mean(axis=0)) / np.sqrt(len(z) - 1) for z in (x, y))
     root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
     return ((x.mean(axis=0) - y.mean(axis=0)) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * root
@@ -89,39 +80,35 @@ def cheap_distance(own: dict, other: dict) -> float:
 
 
 @pytest.fixture(scope="module")
-def evaluated(weights, tmp_path_factory) -> tuple[Path, Path, dict]:
+def evaluated(inception, inputs, tmp_path_factory) -> tuple[Path, Path, dict]:
     """The folder, the real images and the flags of an evaluation in Inception's features."""
     root = tmp_path_factory.mktemp("evaluated")
     reference = save_noise(root / "reference", 11, seed=1)
-    settings = dict(inception_weights=weights, fid_reference=reference, keep_images=True)
-    save_model(root / "model")
-    make_inputs(root / "inputs")
+    settings = dict(inception_weights=inception, fid_reference=reference, keep_images=True)
+    settings |= dict(inputs=inputs, resume=inputs / "model")
     with mock.patch.object(metrics, "frechet", cheap_distance):
-        evaluate(root / "inputs", root / "eval", root / "model", **settings)
+        evaluate(output=root / "eval", **settings)
     (folder,) = (root / "eval").glob("ariter*")
     return folder, reference, settings
 
 
 def evaluate_again(folder: Path, settings: dict) -> dict:
     """metrics.json of the command, measured anew."""
-    root = folder.parents[1]
     (folder / "metrics.json").unlink()
-    evaluate(root / "inputs", root / "eval", root / "model", **settings)
+    evaluate(output=folder.parent, **settings)
     return json.loads((folder / "metrics.json").read_text())
 
 
-def test_inception_figures_of_an_evaluation_are_those_of_its_png_files(weights, evaluated, capsys):
+def test_inception_figures_are_those_of_the_png_files(inception, evaluated, capsys):
     folder, reference, settings = evaluated
     found = evaluate_again(folder, settings)
-    own = dict(feature_extractor=INCEPTION, feature_extractor_weights_path=str(weights))
+    own = dict(feature_extractor=INCEPTION, feature_extractor_weights_path=str(inception))
     expected = fidelity(folder / "images", reference, kid_subset_size=11, **own)
     expected["fid"] = expected.pop("frechet_inception_distance")
     images = images_of(folder / "images"), images_of(reference)
-    expected["sfid"] = definition_of_few(*(spatial_features(weights, x) for x in images))
-    features = [Extractor(INCEPTION, weights, CPU)(x)["2048"].numpy() for x in images]
-    expected |= density_and_coverage(*features)
-    assert expected["fid"] > 1 and expected["inception_score_mean"] > 1.001
-    assert expected["sfid"] > 1
+    pooled, spatial = zip(*(inception_features(inception, x) for x in images), strict=True)
+    expected |= {"sfid": definition(*spatial)} | density_and_coverage(*pooled)
+    assert min(expected["fid"], expected["sfid"]) > 1 and expected["inception_score_mean"] > 1.001
     assert found["metrics"] == pytest.approx(expected, rel=1e-4)
     assert found["metric_settings"] == {"kid_subset_size": 11}
     printed = capsys.readouterr()
@@ -130,9 +117,7 @@ def test_inception_figures_of_an_evaluation_are_those_of_its_png_files(weights, 
     assert found["files"]["extractor"]["sha256"] == found["measured"]["weights_sha256"]
 
 
-def test_sfid_of_restarts_and_of_files_of_earlier_versions(
-    weights, evaluated, tmp_path, monkeypatch, capsys
-):
+def test_sfid_of_restarts_and_older_files(inception, evaluated, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "frechet", cheap_distance)
     folder, _, settings = evaluated
     before = evaluate_again(folder, settings)["metrics"]
@@ -160,7 +145,7 @@ def test_sfid_of_restarts_and_of_files_of_earlier_versions(
     batches[0].unlink()
     np.savez(path, **own | {"mu_s": own["mu_s"][:9]})
     with pytest.raises(UserError, match=r"'mu_s': \(9,\).* not those of the extractor's 2023"):
-        prepare(inception_weights=str(weights), fid_stats=str(path))
+        prepare(inception_weights=str(inception), fid_stats=str(path))
 
 
 # --- the arithmetic, with an extractor of nine features
@@ -249,40 +234,29 @@ def test_features_are_kept_of_so_many_images_at_most(folders, tmp_path, monkeypa
     np.testing.assert_allclose(found.stats["sigma"], np.cov(features.T.numpy()), rtol=1e-6)
 
 
-def definition(x: np.ndarray, y: np.ndarray) -> float:
-    """|mu_x - mu_y|^2 + tr(S_x + S_y - 2 (S_x S_y)^1/2), of features [N, D]."""
-    a, b = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    difference = x.mean(axis=0) - y.mean(axis=0)
-    return difference @ difference + np.trace(a + b - 2 * sqrtm(a @ b)).real
-
-
-def test_distance_of_sfid_and_its_replicates_are_by_definition(folders):
+def test_distances_and_their_replicates_are_by_definition(folders):
     """The five logits stand for the features of Inception's that sFID takes."""
-    x, y = (pixels_measure().extractor(images_of(f))["logits"].double().numpy() for f in folders)
-    stats = {"mu": np.zeros(FEATURES), "sigma": np.eye(FEATURES)}
-    measure = pixels_measure(stats | {"mu_s": y.mean(axis=0), "sigma_s": np.cov(y.T)})
-    assert "sfid" not in scores_of(images_of(folders[0]), measure).figures
+    own, real = (pixels_measure().extractor(images_of(folder)) for folder in folders)
+    stats, images = {}, images_of(folders[0])
+    for layer, end in (("mixed", ""), ("logits", "_s")):
+        y = real[layer].double().numpy()
+        stats |= {f"mu{end}": y.mean(axis=0), f"sigma{end}": np.cov(y, rowvar=False)}
+    measure = pixels_measure(stats)
+    assert "sfid" not in scores_of(images, measure).figures
     measure.extractor.layers["sfid"] = "logits"
-    scores = scores_of(images_of(folders[0]), measure)
-    assert scores.figures["sfid"] == pytest.approx(definition(x, y), rel=1e-6)
+    scores = scores_of(images, measure)
     kept = [np.arange(43) % 10 != group for group in range(10)]
-    expected = [definition(x[k], y) for k in kept]
-    assert scores.replicates["sfid"] == pytest.approx(expected, rel=1e-6)
-    error = np.sqrt(9 / 10 * ((np.array(expected) - np.mean(expected)) ** 2).sum())
-    assert scores.figures["sfid_standard_error"] == pytest.approx(error, rel=1e-4)
-
-
-def test_distance_and_its_replicates_are_frechets(folders):
-    x, y = (pixels_measure().extractor(images_of(f))["mixed"].double().numpy() for f in folders)
-    stats = {"mu": y.mean(axis=0), "sigma": np.cov(y, rowvar=False)}
-    scores = scores_of(images_of(folders[0]), pixels_measure(stats))
-    assert scores.figures["frechet_distance"] == pytest.approx(definition(x, y), rel=1e-6)
-    kept = [np.arange(43) % 10 != group for group in range(10)]
-    assert scores.replicates["fid"] == pytest.approx([definition(x[k], y) for k in kept], rel=1e-6)
-    few = scores_of(images_of(folders[0])[:10], pixels_measure(stats))
-    assert "fid" not in few.replicates  # 9 features
+    for name, key, layer in (("frechet_distance", "fid", "mixed"), ("sfid", "sfid", "logits")):
+        x, y = (features[layer].double().numpy() for features in (own, real))
+        assert scores.figures[name] == pytest.approx(definition(x, y), rel=1e-6)
+        expected = np.array([definition(x[k], y) for k in kept])
+        assert scores.replicates[key] == pytest.approx(expected, rel=1e-6)
+        error = np.sqrt(9 / 10 * ((expected - expected.mean()) ** 2).sum())
+        assert scores.figures[f"{name}_standard_error"] == pytest.approx(error, rel=1e-4)
     parts = scores.replicates["inception_score"]
     assert np.mean(parts) == scores.figures["score_mean"] and len(parts) == 10
+    few = scores_of(images[:10], pixels_measure(stats))
+    assert "fid" not in few.replicates  # 9 features
 
 
 # --- what the numbers would mean
@@ -318,9 +292,7 @@ def test_extractor_without_a_layer_for_fid_still_has_its_score(folders, tmp_path
         prepare(fid_stats=str(tmp_path / "stats.npz"), feature_extractor=PIXELS)
 
 
-def test_reference_features_are_made_once_for_the_same_images(
-    folders, tmp_path, monkeypatch, capsys
-):
+def test_reference_features_are_made_once(folders, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(folders[1], tmp_path / "images")
     loading, cache = Loading(skip_bad=True), tmp_path / "cache"
     first = compare_with_images(pixels_measure(), folder, 16, cache)
@@ -343,24 +315,25 @@ def test_reference_features_are_made_once_for_the_same_images(
 # --- what is missing
 
 
-def test_missing_weights_and_statistics_are_said_in_one_line_each(weights, capsys, monkeypatch):
-    monkeypatch.chdir(weights.parent)  # where there is no fid_stats/
+def test_missing_weights_and_statistics_are_said_in_one_line_each(inception, capsys, monkeypatch):
+    monkeypatch.chdir(inception.parent)  # where there is no fid_stats/
     assert prepare() is None
     captured = capsys.readouterr()
     lines = [line for line in captured.out.splitlines() if "not computed" in line]
     assert len(lines) == 1 and WEIGHTS_FILE in lines[0] and "--inception_weights" in lines[0]
     assert len(captured.err.splitlines()) == 1
-    measure = prepare(inception_weights=str(weights))
+    measure = prepare(inception_weights=str(inception))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and "--fid_stats" in lines[0] and measure.stats is None
     assert prepare(no_metrics=True, fid_stats="/nowhere") is None
     assert capsys.readouterr().out == ""
 
 
-def test_weights_are_found_and_checked(weights, tmp_path):
+def test_weights_are_found_and_checked(inception, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     place = published_weights()
     place.parent.mkdir(parents=True)
-    shutil.copy(weights, place)
+    shutil.copy(inception, place)
     assert extractor.find_inception_weights(None) == place  # as downloaded earlier
     place.write_bytes(place.read_bytes()[:1000])
     with pytest.raises(UserError, match="--inception_weights .*damaged"):
@@ -370,14 +343,11 @@ def test_weights_are_found_and_checked(weights, tmp_path):
         prepare(inception_weights=str(tmp_path / "other.pth"))
 
 
-@pytest.mark.parametrize(
-    ("name", "fragment"),
-    [
+def test_unknown_extractors_are_refused_in_one_line():
+    for name, fragment in (
         ("nothing", "'nothing'"),
         ("no.such.module:pixels", "cannot import 'no.such.module'"),
         ("..measures:pixels", "cannot import '..measures'"),
-    ],
-)
-def test_unknown_extractors_are_refused_in_one_line(name, fragment):
-    with pytest.raises(UserError, match=rf"^--feature_extractor {name}[^\n]*{fragment}[^\n]*$"):
-        prepare(feature_extractor=name)
+    ):
+        with pytest.raises(UserError, match=rf"^--feature_extractor {name}[^\n]*{fragment}[^\n]*$"):
+            prepare(feature_extractor=name)

@@ -55,8 +55,5 @@ def test_it_runs_with_nothing_at_all(tmp_path, monkeypatch):
     printed, pictures = run(tmp_path, monkeypatch)
     assert "random weights, whose images are noise" in printed and pictures == 5
     assert "largest difference of a byte: 0" in printed
-
-
-def test_it_is_kept_without_outputs():
-    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells  # which are kept without outputs
     assert [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []

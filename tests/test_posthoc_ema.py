@@ -1,6 +1,5 @@
 """Averages of the weights: several rates at once, and any width afterwards."""
 
-import time
 from pathlib import Path
 from unittest import mock
 
@@ -8,22 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import main_tokenbridge
-from tests.runs import (
-    EVALUATE_FLAGS,
-    TRAIN_FLAGS,
-    assert_same_training,
-    call,
-    evaluate,
-    flags,
-    images,
-    load,
-    make_inputs,
-    on_processes,
-    refused,
-    start_fork,
-    train,
-)
+from tests import runs
 from util import export, optim, posthoc_ema
 from util.optim import PowerEMA, power_of
 from util.posthoc_ema import coefficients
@@ -63,16 +47,9 @@ def test_any_width_is_rebuilt_of_a_series(sigma):
     expected = follow(walk, sigma)[-1]
     assert off < 0.05 and weights.sum() == pytest.approx(1)
     assert (weights * snapshots).sum() == pytest.approx(expected, abs=0.02 * walk.std())
-    few = [float((coefficients(steps[-1:], sigma)[0] * snapshots[-1:]).sum())]
+    weights, worse = coefficients(steps[-1:], sigma)
     if sigma not in WIDTHS:  # which one snapshot has
-        assert (
-            abs(few[0] - expected) > 0.02 * walk.std() and coefficients(steps[-1:], sigma)[1] > off
-        )
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+        assert abs((weights * snapshots[-1:]).sum() - expected) > 0.02 * walk.std() and worse > off
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +57,14 @@ def trained(inputs, tmp_path_factory) -> Path:
     """Eight epochs, in which a third width is followed as the two tracks are."""
     output = tmp_path_factory.mktemp("trained")
     with mock.patch.object(optim, "WIDTHS", (*WIDTHS, 0.15)):
-        train(inputs, output, **AVERAGED | dict(epochs=8, ema_rate=[0.9]))
+        runs.train(inputs, output, **AVERAGED | dict(epochs=8, ema_rate=[0.9]))
     return output
 
 
 def test_a_width_of_a_training_is_rebuilt(trained, inputs, tmp_path, capsys):
     """And evaluated: by the file that is written as by a sweep that rebuilds it."""
-    saved = load(trained)
-    call(posthoc_ema.main, str(trained), "--sigma", "0.15")
+    saved = runs.load(trained)
+    runs.call(posthoc_ema.main, str(trained), "--sigma", "0.15")
     written = Path(capsys.readouterr().out.strip().rpartition("written: ")[2])
     rebuilt = torch.load(written, weights_only=True)
     assert rebuilt["average"] == {"sigma": 0.15, "step": saved["step"]}
@@ -95,8 +72,8 @@ def test_a_width_of_a_training_is_rebuilt(trained, inputs, tmp_path, capsys):
     moved = sum((last[name] - followed[name]).square().sum() for name in followed).sqrt()
     away = [rebuilt["model_ema"][name] - followed[name] for name in followed]
     assert sum(tensor.square().sum() for tensor in away).sqrt() < 0.02 * moved
-    drawn = evaluate(inputs, tmp_path / "file", written, no_metrics=True)
-    evaluate(inputs, tmp_path / "sweep", trained, no_metrics=True, ema_sigma=[0.05, 0.15])
+    drawn = runs.evaluate(inputs, tmp_path / "file", written, no_metrics=True)
+    runs.evaluate(inputs, tmp_path / "sweep", trained, no_metrics=True, ema_sigma=[0.05, 0.15])
     (folder,) = (tmp_path / "sweep").glob("*-sigma0.15")
     assert {path.name: path.read_bytes() for path in (folder / "images").iterdir()} == drawn
     assert (tmp_path / "sweep" / "sweep.csv").read_text().count("\n") == 3
@@ -104,22 +81,23 @@ def test_a_width_of_a_training_is_rebuilt(trained, inputs, tmp_path, capsys):
 
 def test_several_rates_are_those_of_trainings_with_one(inputs, tmp_path):
     rates = AVERAGED["ema_rate"]
-    both = train(inputs, tmp_path / "both", **AVERAGED)
+    both, alone = runs.train(inputs, tmp_path / "both", **AVERAGED), AVERAGED | dict(posthoc_ema=0)
     first, second = (
-        train(inputs, tmp_path / str(r), **AVERAGED | dict(ema_rate=[r], posthoc_ema=0))
-        for r in rates
+        runs.train(inputs, tmp_path / str(r), **alone | dict(ema_rate=[r])) for r in rates
     )
     assert "averages" not in first
     del both["optimizer"], first["optimizer"]
-    assert_same_training(both["averages"]["0.5"], second["model_ema"])
+    runs.assert_same_training(both["averages"]["0.5"], second["model_ema"])
     assert list(both["averages"]) == ["0.5", "sigma0.05", "sigma0.1"]
-    drawn = evaluate(inputs, tmp_path / "a", tmp_path / "both", eval_weights="0.5", no_metrics=True)
-    assert drawn == evaluate(inputs, tmp_path / "b", tmp_path / "0.5", no_metrics=True)
+    drawn = runs.evaluate(
+        inputs, tmp_path / "a", tmp_path / "both", eval_weights="0.5", no_metrics=True
+    )
+    assert drawn == runs.evaluate(inputs, tmp_path / "b", tmp_path / "0.5", no_metrics=True)
     words = ["--resume", tmp_path / "both", "--eval_weights", "0.5", "--output_dir", tmp_path / "c"]
-    call(export.main, *map(str, words))
-    assert drawn == evaluate(inputs, tmp_path / "d", tmp_path / "c", no_metrics=True)
+    runs.call(export.main, *map(str, words))
+    assert drawn == runs.evaluate(inputs, tmp_path / "d", tmp_path / "c", no_metrics=True)
     swapped = AVERAGED | dict(ema_rate=[0.5, 0.9], epochs=2, resume=tmp_path / "both")
-    found = train(inputs, tmp_path / "both", **swapped | dict(epochs=3))
+    found = runs.train(inputs, tmp_path / "both", **swapped | dict(epochs=3))
     assert list(found["averages"]) == ["0.9", "sigma0.05", "sigma0.1"]
 
 
@@ -129,23 +107,19 @@ def test_tracks_and_snapshots_go_on_where_they_were(inputs, tmp_path, size):
     whole, resumed = AVERAGED | dict(epochs=2), AVERAGED | dict(epochs=2, resume="auto")
     if size == 2:
         whole, resumed = (x | dict(accum_iter=None, global_batch=8) for x in (whole, resumed))
-    expected = train(inputs, tmp_path / "whole", **whole)
-    train(inputs, tmp_path / "parts", **whole | dict(epochs=1))
+    expected = runs.train(inputs, tmp_path / "whole", **whole)
+    runs.train(inputs, tmp_path / "parts", **whole | dict(epochs=1))
     stale = tmp_path / "parts" / "posthoc_ema" / "step00000099.pth"  # of a run that was here before
     stale.write_bytes(b"")
-    argv = flags(inputs, TRAIN_FLAGS, resumed, output_dir=tmp_path / "parts")
-    result = on_processes(size, "main_tokenbridge.py", *argv)
-    assert result.returncode == 0, result.stderr
+    argv = runs.flags(inputs, runs.TRAIN_FLAGS, resumed, output_dir=tmp_path / "parts")
+    runs.on_processes(size, "main_tokenbridge.py", *argv)
     snapshots = [sorted((tmp_path / x / "posthoc_ema").iterdir()) for x in ("parts", "whole")]
     assert [path.name for path in snapshots[0]] == [path.name for path in snapshots[1]]
     assert len(snapshots[0]) == 2
-    pairs = [[load(tmp_path / "parts"), expected]]
-    pairs += [
-        [torch.load(p, weights_only=True) for p in both] for both in zip(*snapshots, strict=True)
-    ]
-    for found, other in pairs:
+    files = [(torch.load(path, weights_only=True) for path in group) for group in snapshots]
+    for found, other in ((runs.load(tmp_path / "parts"), expected), *zip(*files, strict=True)):
         if size == 1:
-            assert_same_training(found, other)
+            runs.assert_same_training(found, other)
         for name, states in other["averages"].items():  # else the order of sums differs
             for key, tensor in states.items():
                 torch.testing.assert_close(found["averages"][name][key], tensor, rtol=0, atol=1e-4)
@@ -153,50 +127,42 @@ def test_tracks_and_snapshots_go_on_where_they_were(inputs, tmp_path, size):
 
 def test_a_sweep_over_widths_that_was_killed_goes_on(trained, inputs, tmp_path):
     settings = dict(ema_sigma=[0.05, 0.08, 0.12], num_images=24, eval_bsz=4, no_metrics=True)
-    evaluate(inputs, tmp_path / "whole", trained, **settings)
-    argv = flags(inputs, EVALUATE_FLAGS, settings, output_dir=tmp_path / "killed", resume=trained)
-    command, log = ["main_tokenbridge.py", *argv], tmp_path / "log"
-    process, deadline = start_fork(command, log), time.monotonic() + 120
-    while not list((tmp_path / "killed").glob("*sigma0.08/images/*.png")):
-        assert process.is_alive() and time.monotonic() < deadline, log.with_suffix(".2").read_text()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
+    runs.evaluate(inputs, tmp_path / "whole", trained, **settings)
+    argv = runs.flags(
+        inputs, runs.EVALUATE_FLAGS, settings, output_dir=tmp_path / "killed", resume=trained
+    )
+    command = ["main_tokenbridge.py", *argv]
+    process = runs.start_fork(command, tmp_path / "log")
+    runs.kill_when(lambda: list((tmp_path / "killed").glob("*sigma0.08/images/*.png")), process)
     assert not list((tmp_path / "killed").glob("*sigma0.12/images/*.png"))
     (first,) = (tmp_path / "killed").glob("*sigma0.05/images/00000*.png")
     written = first.stat().st_mtime_ns
-    result = on_processes(2, *command)
-    assert result.returncode == 0, result.stderr
+    runs.on_processes(2, *command)
     assert first.stat().st_mtime_ns == written
-    assert images(tmp_path / "killed") == images(tmp_path / "whole")
+    assert runs.images(tmp_path / "killed") == runs.images(tmp_path / "whole")
 
 
-def test_what_was_not_followed_is_refused(inputs, trained, tmp_path, capsys):
+def test_what_was_not_followed_is_refused(inputs, trained, tmp_path, capsys, refusal):
     """Tracks begin with a training; a rate may begin later, and says so."""
     plain = dict(ema_rate=[0.9], lr_schedule="constant", epochs=1)
-    train(inputs, tmp_path, **plain)
+    runs.train(inputs, tmp_path, **plain)
     later = plain | dict(epochs=2, resume="auto")
-    argv = flags(inputs, TRAIN_FLAGS, later, posthoc_ema=1, output_dir=tmp_path)
-    line = refused(capsys, main_tokenbridge.main, *argv)
+    line = refusal("train", inputs, **later, posthoc_ema=1, output_dir=tmp_path)
     assert "has no sigma0.05; its tracks begin with the training" in line
-    argv = flags(inputs, EVALUATE_FLAGS, output_dir=tmp_path / "e", resume=tmp_path)
-    line = refused(capsys, main_tokenbridge.main, *argv, "--ema_sigma", "0.08")
+    line = refusal("evaluate", inputs, resume=tmp_path, ema_sigma=[0.08])
     assert "train with --posthoc_ema" in line
-    line = refused(capsys, main_tokenbridge.main, *argv, "--eval_weights", "0.99")
+    line = refusal("evaluate", inputs, resume=tmp_path, eval_weights="0.99")
     assert line.endswith("has ema, model, 0.9")
-    train(inputs, tmp_path, **later | dict(ema_rate=[0.9, 0.99]))
+    runs.train(inputs, tmp_path, **later | dict(ema_rate=[0.9, 0.99]))
     assert "the average 0.99 begins with the weights of --resume" in capsys.readouterr().out
-    plain["epochs"] = 3
-    train(inputs, tmp_path, **plain | dict(resume="auto"))
+    runs.train(inputs, tmp_path, **later | dict(epochs=3))
     assert "the averages 0.99 end here" in capsys.readouterr().out
-    bigger = plain | dict(epochs=9, resume="auto", posthoc_ema=1, accum_iter=4)
-    line = refused(
-        capsys, main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, bigger, output_dir=trained)
-    )
+    bigger = later | dict(epochs=9, posthoc_ema=1, accum_iter=4, output_dir=trained)
+    line = refusal("train", inputs, **bigger)
     assert "--posthoc_ema counts steps, and step 24 would be 8" in line
     snapshot = trained / "posthoc_ema" / "step00000003.pth"
     whole = snapshot.read_bytes()
     snapshot.write_bytes(whole[:-1000])
-    line = refused(capsys, posthoc_ema.main, str(trained), "--sigma", "0.08")
+    line = runs.refused(capsys, posthoc_ema.main, str(trained), "--sigma", "0.08")
     snapshot.write_bytes(whole)
     assert str(snapshot) in line

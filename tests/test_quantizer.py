@@ -86,7 +86,7 @@ def test_outside_is_beyond_the_range_or_each_channels_own_data():
     assert quantizer.encode(torch.zeros(2)).tolist() == [0, 0]
 
 
-def test_impossible_settings_and_what_are_no_levels_are_refused():
+def test_impossible_settings_and_missing_or_wrong_levels_are_refused():
     for wrong in ({"levels": 1}, {"levels": 513}, {"low": 2.0, "high": 2.0}):
         with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
             GaussianQuantizer(**wrong)
@@ -97,16 +97,13 @@ def test_impossible_settings_and_what_are_no_levels_are_refused():
             quantizer.set_levels(*wrong)
     with pytest.raises(ValueError, match="ascending"):
         quantizer.set_levels(boundaries, values.flip(1))
-
-
-def test_without_levels_nothing_is_quantized_and_a_state_dict_carries_them():
     quantizer, x = CalibratedQuantizer(8, 3), torch.randn(10, 3)
     quantizer.load_state_dict(quantizer.state_dict())  # its empty tables are still none
     for use, of in ((quantizer.encode, x), (quantizer.outside, x), (quantizer.decode, x.long())):
         with pytest.raises(ValueError, match="no levels"):
             use(of)
     other = calibrated()
-    quantizer.load_state_dict(other.state_dict())
+    quantizer.load_state_dict(other.state_dict())  # which carries them
     assert torch.equal(other.encode(x), quantizer.encode(x))
 
 

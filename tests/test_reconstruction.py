@@ -120,9 +120,7 @@ def test_dry_run_says_what_the_run_would_take_and_writes_nothing(inputs, tmp_pat
         reconstruct(inputs, output, dry_run=True, batch_size=1)
 
 
-def test_grid_table_and_plot_show_every_variant_and_the_grid_continuous_ones_too(
-    inputs, done, tmp_path
-):
+def test_grid_table_and_plot_show_every_variant(inputs, done, tmp_path):
     rows = np.asarray(Image.open(done / "grid.png"))
     assert rows.shape == (len(VARIANTS) * (SIZE + 2) + 2, 8 * (SIZE + 2) + 2, 3)
     for row, name in enumerate(VARIANTS):
@@ -162,7 +160,8 @@ def test_unreadable_images_are_left_out_and_named_once(inputs, done, tmp_path, c
     assert "22 images, rows of" in printed.out and "skipped: " not in printed.err
 
 
-def test_one_image_is_enough_for_all_but_a_covariance(inputs, tmp_path):
+def test_one_image_is_enough_and_first_ones_of_each_class_are_taken(inputs, done, tmp_path):
+    """For all but a covariance; of a folder of class folders, with or without train/ around it."""
     folder = tmp_path / "data" / "ant"
     folder.mkdir(parents=True)
     shutil.copy(inputs / "data" / "train" / "ant" / "0.png", folder)
@@ -171,10 +170,6 @@ def test_one_image_is_enough_for_all_but_a_covariance(inputs, tmp_path):
     for result in results(tmp_path / "out")["results"]:
         assert result["images"] == 1 and result["psnr"] > 5
         assert not {name for name in result if "distance" in name}
-
-
-def test_first_images_of_each_class_are_taken(inputs, done, tmp_path):
-    """Of a folder of class folders, with or without train/ around it."""
     for name, data in (("outer", "data"), ("inner", "data/train")):
         reconstruct(inputs, tmp_path / name, images_per_class=2, bits=[-1], image_dir=inputs / data)
         chosen = pixels(done / "original")[[0, 1, 8, 9, 16, 17]]
@@ -184,22 +179,19 @@ def test_first_images_of_each_class_are_taken(inputs, done, tmp_path):
 # --- one folder, one run
 
 
-@pytest.mark.parametrize(
-    "changes,fragment",
-    [
+def test_a_run_with_other_settings_is_not_mixed_in(inputs, done, tmp_path):
+    folder = shutil.copytree(done, tmp_path / "done")
+    for changes, fragment in (
         ({"images_per_class": 2}, "count 24 (now 6)"),
         ({"seed": 2}, "seed 1 (now 2)"),
         ({"range": 3.0}, "range 2.0 (now 3.0)"),
-        (None, "holds images of unknown settings"),
-    ],
-)
-def test_a_run_with_other_settings_is_not_mixed_in(inputs, done, tmp_path, changes, fragment):
-    folder = shutil.copytree(done, tmp_path / "done")
-    if changes is None:
-        (folder / "settings.json").unlink()
-    line = complaint(reconstruct, inputs, folder, **changes or {})
-    assert "--output_dir" in line and fragment in line
-    assert files(folder) == files(done) and results(folder) == results(done)
+        ({}, "holds images of unknown settings"),
+    ):
+        if not changes:
+            (folder / "settings.json").unlink()
+        line = complaint(reconstruct, inputs, folder, **changes)
+        assert "--output_dir" in line and fragment in line
+        assert files(folder) == files(done) and results(folder) == results(done)
 
 
 def test_more_bits_join_later_and_stand_beside_the_others(inputs, done, tmp_path):
@@ -213,9 +205,7 @@ def test_more_bits_join_later_and_stand_beside_the_others(inputs, done, tmp_path
 
 
 @pytest.mark.parametrize("stopped_after,processes", [(0, 2), (6, 1)])
-def test_killed_anywhere_it_ends_with_the_same_bytes_on_any_processes(
-    inputs, done, tmp_path, stopped_after, processes
-):
+def test_killed_or_damaged_it_ends_the_same(inputs, done, tmp_path, stopped_after, processes):
     effects = [mock.DEFAULT] * stopped_after + [KeyboardInterrupt]
     write = mock.Mock(wraps=ReconstructionFolder.write, side_effect=effects)
     patch = mock.patch.object(ReconstructionFolder, "write", lambda *args: write(*args))
@@ -226,15 +216,11 @@ def test_killed_anywhere_it_ends_with_the_same_bytes_on_any_processes(
     result = on_processes(processes, "reconstruction.py", *argv)
     assert result.stdout.count("24 images, rows of") == 1
     assert files(tmp_path) == files(done) and results(tmp_path) == results(done)
-
-
-def test_what_is_missing_or_empty_is_made_again(inputs, done, tmp_path):
-    folder = shutil.copytree(done, tmp_path / "done")
-    (folder / "bits2" / "00000.png").unlink()
-    (folder / "original" / "00007.png").write_bytes(b"")  # as a power cut may leave a file
-    (folder / "records" / "bits6" / "batch-000001.npz").unlink()
-    reconstruct(inputs, folder)
-    assert files(folder) == files(done) and results(folder) == results(done)
+    (tmp_path / "bits2" / "00000.png").unlink()
+    (tmp_path / "original" / "00007.png").write_bytes(b"")  # as a power cut may leave a file
+    (tmp_path / "records" / "bits6" / "batch-000001.npz").unlink()
+    reconstruct(inputs, tmp_path)
+    assert files(tmp_path) == files(done) and results(tmp_path) == results(done)
 
 
 # --- what is measured

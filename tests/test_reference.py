@@ -1,6 +1,6 @@
 """References: files of statistics, read, refused and made; folders of real images."""
 
-from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.measures import FEATURES, PIXELS, save_random_inception
+from tests.conftest import complaint
+from tests.measures import FEATURES, PIXELS, prepare
 from tests.runs import SIZE, call, on_processes
 from util import fid_stats
 from util.data.images import center_crop, read_image
@@ -19,6 +20,7 @@ from util.evaluation.metrics import Measure
 from util.evaluation.reference import load_fid_statistics
 
 CPU = torch.device("cpu")
+compared_with = partial(prepare, feature_extractor=PIXELS)
 
 
 class Payload:
@@ -35,9 +37,9 @@ def test_nothing_in_a_pt_file_is_run(tmp_path):
         load_fid_statistics(tmp_path / "evil.pt", 4)
 
 
-@pytest.mark.parametrize(
-    ("arrays", "fragment"),
-    [
+def test_bad_statistics_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "stats.npz"
+    for arrays, fragment in (
         (None, "no such file"),
         (dict(mu=np.zeros(4)), "mu and sigma"),
         (dict(mu=np.array([{}]), sigma=np.eye(2)), "mu and sigma"),
@@ -45,16 +47,11 @@ def test_nothing_in_a_pt_file_is_run(tmp_path):
         (dict(mu=np.zeros(4), sigma=np.eye(4) * np.nan), "not finite"),
         (dict(mu=np.zeros(4), sigma=np.tri(4)), "not symmetric"),
         (dict(mu=np.zeros(4), sigma=np.ones((4, 4)) - 2 * np.eye(4)), "negative"),
-    ],
-)
-def test_bad_statistics_are_refused_in_one_line(tmp_path, arrays, fragment):
-    path = tmp_path / "stats.npz"
-    if arrays:
-        np.savez(path, **arrays)
-    with pytest.raises(UserError) as error:
-        load_fid_statistics(path, 4)
-    line = str(error.value)
-    assert line.startswith(f"--fid_stats {path}: ") and fragment in line and "\n" not in line
+    ):
+        if arrays:
+            np.savez(path, **arrays)
+        line = complaint(load_fid_statistics, path, 4)
+        assert line.startswith(f"--fid_stats {path}: ") and fragment in line
 
 
 # --- made from a folder
@@ -94,7 +91,7 @@ def test_file_holds_mean_and_covariance_of_the_cropped_images(array, made):
     np.testing.assert_allclose(found["mu"], features.mean(axis=0), rtol=1e-5)
     expected = np.cov(features.astype(np.float64), rowvar=False)
     np.testing.assert_allclose(found["sigma"], expected, rtol=1e-5, atol=1e-9)
-    said = prepare(made).record
+    said = compared_with(fid_stats=made).record
     assert (said["count"], said["img_size"], said["extractor"]) == (23, SIZE, "pixels")
     assert said["weights_sha256"] == Extractor("pixels", None, CPU).weights_sha256
 
@@ -102,20 +99,18 @@ def test_file_holds_mean_and_covariance_of_the_cropped_images(array, made):
 def test_three_processes_write_the_statistics_of_one(images, made, tmp_path):
     output = tmp_path / "stats.npz"
     result = on_processes(3, "-m", "util.fid_stats", *flags(images, output))
-    assert result.returncode == 0, result.stderr
     assert result.stdout.count("23 images of 16 px, 9 features") == 1
     one, three = (load_fid_statistics(path, FEATURES) for path in (made, output))
     for name in ("mu", "sigma"):
         np.testing.assert_allclose(three[name], one[name], rtol=1e-12, atol=1e-15)
 
 
-def test_two_processes_write_sfid_s_statistics_of_one(array, tmp_path):
+def test_two_processes_write_sfid_s_statistics_of_one(array, inception, tmp_path):
     np.savez(tmp_path / "few.npz", np.load(array)["arr_0"][:5])
     argv = flags(tmp_path / "few.npz", tmp_path / "two.npz")
     argv[argv.index(PIXELS)] = INCEPTION
-    argv += ["--inception_weights", str(save_random_inception(tmp_path / "inception.pth"))]
-    result = on_processes(2, "-m", "util.fid_stats", *argv)
-    assert result.returncode == 0, result.stderr
+    argv += ["--inception_weights", str(inception)]
+    on_processes(2, "-m", "util.fid_stats", *argv)
     call(fid_stats.main, *argv, "--output", str(tmp_path / "one.npz"))
     one, two = (load_fid_statistics(tmp_path / name) for name in ("one.npz", "two.npz"))
     for name in ("mu", "sigma", "mu_s", "sigma_s"):
@@ -136,7 +131,7 @@ def array(images, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("form", ["compressed", "channels first"])
-def test_statistics_of_an_npz_file_of_images_are_those_of_the_folder(array, made, tmp_path, form):
+def test_an_npz_file_of_images_is_measured_as_the_folder(images, array, made, tmp_path, form):
     pixels, path = np.load(array)["arr_0"], tmp_path / "images.npz"
     if form == "compressed":
         np.savez_compressed(path, pixels)
@@ -148,75 +143,49 @@ def test_statistics_of_an_npz_file_of_images_are_those_of_the_folder(array, made
     found, expected = (load_fid_statistics(p, FEATURES) for p in (tmp_path / "stats.npz", made))
     for name in ("mu", "sigma"):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-12, atol=1e-15)
-    assert prepare(tmp_path / "stats.npz").record["img_size"] == SIZE
+    assert compared_with(fid_stats=tmp_path / "stats.npz").record["img_size"] == SIZE
+    measure = Measure(Extractor("pixels", None, CPU))  # such a file is a reference, too
+    sources = (reference.compare_with_images(measure, f, SIZE, tmp_path) for f in (images, path))
+    first, second = sources
+    assert torch.equal(first.features["mixed"], second.features["mixed"])
+    np.testing.assert_array_equal(first.stats["sigma"], second.stats["sigma"])
 
 
-def test_images_in_the_place_of_statistics_are_told_the_two_ways(array):
-    with pytest.raises(UserError) as error:
-        prepare(array)
-    assert str(error.value) == (
+def test_npz_files_without_images_are_refused_and_with_them_as_statistics(images, array, tmp_path):
+    path = tmp_path / "batch.npz"
+    for content, fragment in (
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, "float32 (2, 4, 4, 3), not uint8"),
+        ({"arr_0": np.array([{}])}, "never unpickled"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "arr_0"),
+    ):
+        np.savez(path, **content)
+        line = complaint(call, fid_stats.main, *flags(path, tmp_path / "stats.npz"))
+        assert line.startswith(f"--image_dir {path}") and fragment in line
+    line = complaint(call, fid_stats.main, *flags(images, "stats.txt"))
+    assert "--output stats.txt" in line
+    assert complaint(compared_with, fid_stats=array) == (
         f"--fid_stats {array}: not an npz file with mu and sigma, but of 23 images; compare with "
         "them by --fid_reference, or make statistics with python -m util.fid_stats "
         f"--image_dir {array}"
     )
 
 
-def test_an_npz_file_of_images_is_a_reference(images, array, tmp_path):
-    measure = Measure(Extractor("pixels", None, CPU))
-    first, second = (
-        reference.compare_with_images(measure, source, SIZE, tmp_path) for source in (images, array)
-    )
-    assert torch.equal(first.features["mixed"], second.features["mixed"])
-    np.testing.assert_array_equal(first.stats["sigma"], second.stats["sigma"])
-
-
-@pytest.mark.parametrize(
-    ("content", "fragment"),
-    [
-        ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, "float32 (2, 4, 4, 3), not uint8"),
-        ({"arr_0": np.array([{}])}, "never unpickled"),
-        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, "arr_0"),
-    ],
-)
-def test_npz_files_that_hold_no_images_are_refused(tmp_path, content, fragment):
-    path = tmp_path / "batch.npz"
-    np.savez(path, **content)
-    with pytest.raises(UserError) as error:
-        call(fid_stats.main, *flags(path, tmp_path / "stats.npz"))
-    line = str(error.value)
-    assert line.startswith(f"--image_dir {path}") and fragment in line and "\n" not in line
-
-
-def prepare(path: Path, size: int = SIZE) -> Measure:
-    flags = dict(feature_extractor=PIXELS, inception_weights=None, no_metrics=False)
-    return reference.prepare_measure(Namespace(fid_stats=str(path), **flags), size, CPU)
-
-
 def test_statistics_fit_the_extractor_and_the_size_they_were_made_with(made, tmp_path, capsys):
-    assert prepare(made).stats["mu"].shape == (FEATURES,)
+    assert compared_with(fid_stats=made).stats["mu"].shape == (FEATURES,)
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match="is of images of 16 px, these are of 32 px"):
-        prepare(made, size=32)
+        compared_with(fid_stats=made, size=32)
     with np.load(made) as file:
         arrays = dict(file)
     np.savez(tmp_path / "other.npz", **arrays | {"weights_sha256": "0" * 64})
     with pytest.raises(UserError, match="features of two networks"):
-        prepare(tmp_path / "other.npz")
+        compared_with(fid_stats=tmp_path / "other.npz")
     np.savez(tmp_path / "few.npz", **arrays | {"count": 9})
-    prepare(tmp_path / "few.npz")
+    compared_with(fid_stats=tmp_path / "few.npz")
     assert "9 images are not more than the 9 features" in capsys.readouterr().out
-
-
-def test_adm_s_statistics_are_of_256_pixels(made, tmp_path):
-    """They do not say so themselves."""
-    path = tmp_path / reference.ADM_STATISTICS.name
+    path = tmp_path / reference.ADM_STATISTICS.name  # of 256 pixels, which it does not say itself
     stats = {name: load_fid_statistics(made, FEATURES)[name] for name in ("mu", "sigma")}
     np.savez(path, **stats)
     _, other = reference.check_statistics(path, stats, {}, 64)
     _, same = reference.check_statistics(path, stats, {}, 256)
     assert "256 px images and these are of 64 px" in other[0] and same == []
-
-
-def test_output_is_an_npz_file(images, tmp_path):
-    with pytest.raises(UserError, match="--output stats.txt"):
-        call(fid_stats.main, *flags(images, "stats.txt"))

@@ -44,19 +44,6 @@ def html(whole) -> str:
     return made(whole)
 
 
-@pytest.fixture
-def curves(whole, monkeypatch) -> dict[str, dict[str, list]]:
-    """Points of all curves of the page, by the titles of their charts and their own names."""
-    found = {}
-
-    def chart(title, curves, *_, **__):
-        found[title] = {name: list(points) for name, points in curves.items()}
-
-    monkeypatch.setattr(sections, "chart", chart)
-    sections.sections(load(whole))
-    return found
-
-
 def log(folder: Path, values: dict[int, float], tag: str = "train/loss", **settings) -> None:
     with SummaryWriter(str(folder), **settings) as writer:
         for step, value in values.items():
@@ -74,12 +61,20 @@ def test_page_loads_nothing_and_holds_every_part(whole, html):
     assert made(whole) == html  # of the same files the same page
 
 
-def test_curves_are_what_was_logged(whole, curves):
-    training = load(whole).trainings["model"]
+def test_curves_are_what_was_logged(whole, monkeypatch):
+    """By the titles of their charts and their own names."""
+    curves = {}
+
+    def chart(title, points, *_, **__):
+        curves[title] = {name: list(values) for name, values in points.items()}
+
+    monkeypatch.setattr(sections, "chart", chart)
+    sections.sections(load(whole))
+    scalars = load(whole).trainings["model"].scalars
     assert curves["loss"] == {
-        "training": training.scalars["train/loss"],
-        "validation, raw weights": training.scalars["validation/loss_raw"],
-        "validation, averaged weights": training.scalars["validation/loss_ema"],
+        "training": scalars["train/loss"],
+        "validation, raw weights": scalars["validation/loss_raw"],
+        "validation, averaged weights": scalars["validation/loss_ema"],
     }
     assert [step for step, _ in curves["loss"]["training"]] == [1, 2, 3, 4]
     assert list(curves["by channel, raw weights"]) == ["00", "01", "02", "03"]
@@ -115,9 +110,7 @@ def test_environment_has_a_column_for_every_start(inputs, tmp_path):
     assert torch.__version__.split("+")[0] in shown
 
 
-def test_wrong_folders_are_one_line_and_what_one_lacks_is_left_out_with_a_word_why(
-    tmp_path, capsys
-):
+def test_wrong_folders_are_one_line_and_what_one_lacks_a_word_why(tmp_path, capsys):
     assert "no such folder" in refused(capsys, report.main, str(tmp_path / "nothing"))
     assert "holds nothing of a run" in refused(capsys, report.main, str(tmp_path))
     (tmp_path / "metrics.json").write_text("{")

@@ -147,7 +147,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_auto_takes_the_newest_whole_one_and_names_the_damaged(tmp_path, capsys):
+def test_auto_takes_the_newest_whole_one_names_the_damaged_and_stops_without_any(tmp_path, capsys):
     write_some(tmp_path)
     damage(tmp_path / "checkpoint-step00000003.pth")
     damage(tmp_path / LAST)
@@ -157,6 +157,14 @@ def test_auto_takes_the_newest_whole_one_and_names_the_damaged(tmp_path, capsys)
     assert "checkpoint-step00000003.pth: damaged" in printed and "wrong checksum" in printed
     assert "checkpoint-step00000003.pth.damaged" in names(tmp_path)
     assert load_checkpoint(tmp_path / LAST).saved["step"] == 2
+    for path in sorted(tmp_path.glob("*.pth")):
+        damage(path)
+    for _attempt in range(3):  # those of torchrun's --max-restarts, too
+        with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
+            find_checkpoint("auto", str(tmp_path), must_exist=False)
+    assert find_checkpoint("auto", str(tmp_path / "new"), must_exist=False) is None
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        find_checkpoint("auto", str(tmp_path / "new"), must_exist=True)
 
 
 def test_a_file_that_is_out_of_reach_is_not_set_aside(tmp_path, monkeypatch):
@@ -171,18 +179,6 @@ def test_a_file_that_is_out_of_reach_is_not_set_aside(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="step00000003.pth.*Stale file handle"):
         find_checkpoint("auto", str(tmp_path), must_exist=False)
     assert names(tmp_path) == before
-
-
-def test_auto_without_any_whole_one_stops(tmp_path, capsys):
-    write_some(tmp_path, [1])
-    for name in names(tmp_path):
-        damage(tmp_path / name)
-    for _attempt in range(3):  # those of torchrun's --max-restarts, too
-        with pytest.raises(UserError, match="all checkpoints in .* are damaged"):
-            find_checkpoint("auto", str(tmp_path), must_exist=False)
-    assert find_checkpoint("auto", str(tmp_path / "new"), must_exist=False) is None
-    with pytest.raises(UserError, match="no whole checkpoint"):
-        find_checkpoint("auto", str(tmp_path / "new"), must_exist=True)
 
 
 def test_a_run_does_not_write_over_another_one(tmp_path):

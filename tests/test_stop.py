@@ -25,36 +25,27 @@ def test_signal_raises_at_once(number):
         signal.sigtimedwait([], 1)  # the handler runs before anything else does
 
 
-def test_deferred_signal_waits_to_be_asked_for():
+def test_deferred_signal_waits_to_be_asked_for_and_a_second_one_changes_nothing():
+    """torchrun repeats the terminal's, in the middle of saving."""
     with stop.deferred():
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested()
         stop.check()
         with pytest.raises(stop.Stopped, match="SIGTERM"), stop.immediate():
             raise AssertionError("not reached")
+        os.kill(os.getpid(), signal.SIGINT)
         assert str(stop.acknowledge()) == "SIGTERM"
     with pytest.raises(stop.Stopped):
         stop.check()
+    os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_second_signal_changes_nothing():
-    """torchrun repeats the terminal's, in the middle of saving."""
-    with stop.deferred():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert str(stop.acknowledge()) == "SIGINT"
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_child_keeps_out_of_it():
+def test_child_keeps_out_of_it_and_workers_ignore_what_their_process_decides():
     child = os.fork()
     if child == 0:
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0 if not stop.requested() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_workers_ignore_what_their_process_decides():
     stop.ignore_in_worker(0)
     for number in stop.SIGNALS:
         os.kill(os.getpid(), number)

@@ -10,21 +10,14 @@ import pytest
 from PIL import Image
 
 from main_tokenbridge import make_parser
-from tests.measures import PIXELS, save_model
-from tests.runs import SIZE, evaluate, make_inputs
+from tests.measures import PIXELS
+from tests.runs import SIZE, evaluate
 from util.errors import UserError
 from util.evaluation import sweep
 from util.evaluation.folder import read_png
 from util.evaluation.settings import EvalSettings, eval_settings
 
 CFG, TEMPERATURE = [1.0, 3.0, 2.0], [0.5, 1.0]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
-    save_model(folder / "model")
-    return folder
 
 
 def run(inputs: Path, output: Path, **changes) -> Path:
@@ -58,7 +51,7 @@ def records(output: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in paths]
 
 
-def test_every_combination_is_a_row_and_everything_is_loaded_once(swept):
+def test_every_combination_is_a_row_of_table_and_images_and_all_is_loaded_once(swept):
     output, built = swept
     assert built == ["build_vae", "build_model", "prepare_measure"]
     rows = table(output)
@@ -70,6 +63,12 @@ def test_every_combination_is_a_row_and_everything_is_loaded_once(swept):
             assert float(row[name]) == value
     with Image.open(output / "sweep.png") as image:
         assert image.width > image.height > 100
+    shown = np.asarray(Image.open(output / "sweep_images.png"))
+    height = SIZE + 4  # of the first look at a point: the same images everywhere
+    assert shown.shape == (6 * height, 3 * (SIZE + 2) + 2, 3)
+    for k, row in enumerate(rows):
+        first = read_png(output / row["folder"] / "grid.png")[:, :height]
+        assert np.array_equal(shown[k * height : (k + 1) * height], first.permute(1, 2, 0))
 
 
 def test_differences_are_from_the_best_and_their_errors_from_pairs(swept):
@@ -91,24 +90,11 @@ def test_differences_are_from_the_best_and_their_errors_from_pairs(swept):
         assert float(row["score_mean_difference_error"]) == pytest.approx(expected)
 
 
-def test_rows_of_the_first_look_are_the_same_images_at_every_point(swept):
-    output, _ = swept
-    shown = np.asarray(Image.open(output / "sweep_images.png"))
-    height = SIZE + 4
-    assert shown.shape == (6 * height, 3 * (SIZE + 2) + 2, 3)
-    for k, row in enumerate(table(output)):
-        first = read_png(output / row["folder"] / "grid.png")[:, :height]
-        assert np.array_equal(shown[k * height : (k + 1) * height], first.permute(1, 2, 0))
-
-
-def test_best_is_of_what_was_measured():
+def test_best_is_of_what_was_measured_and_sfid_compared_where_all_points_have_it():
     rows = [{"inception_score_mean": 1 + k, "cfg": k, "replicates": {}} for k in (1.0, 2.0)]
     assert [row["best"] for row in sweep.compared(rows)] == [0, 1]
     assert rows[0]["inception_score_mean_difference"] == -1.0
     assert sweep.compared([{"cfg": 1.0}, {"cfg": 2.0}]) == [{"cfg": 1.0}, {"cfg": 2.0}]
-
-
-def test_sfid_is_compared_in_pairs_where_all_points_have_it():
     first = {"fid": 1.0, "sfid": 7.0, "replicates": {"sfid": list(range(0, 20, 2))}}
     second = {"fid": 2.0, "sfid": 5.0, "replicates": {"sfid": list(range(10))}}
     rows = sweep.compared([dict(first), dict(second)])
@@ -118,20 +104,15 @@ def test_sfid_is_compared_in_pairs_where_all_points_have_it():
     assert "sfid_difference" not in sweep.compared([dict(first), second])[0]
 
 
-def sweep_args(**changes):
-    args = make_parser().parse(["--num_images", "6"])
-    vars(args).update(changes)
-    return args
-
-
-def test_evaluation_while_training_takes_one_point():
+def test_training_takes_one_point_and_values_that_would_share_a_folder_are_refused():
+    args = make_parser().parse(["--num_images", "6", "--cfg", "1", "2"])
     with pytest.raises(UserError, match="--online_eval takes no sweep: --cfg"):
-        eval_settings(sweep_args(cfg=[1.0, 2.0]), class_num=3)
-    found = eval_settings(sweep_args(cfg=[2.0], temperature=[0.5]), class_num=3)
+        eval_settings(args, class_num=3)
+    args.cfg, args.temperature = [2.0], [0.5]
+    found = eval_settings(args, class_num=3)
     assert (found.sampling.cfg, found.sampling.temperature) == (2.0, 0.5)
-
-
-def test_values_that_would_share_a_folder_are_refused():
+    args.cfg = [1.0000001, 1.0000002]
     with pytest.raises(UserError, match="too close"):
-        EvalSettings.of(sweep_args(cfg=[1.0000001, 1.0000002]), class_num=3)
-    assert len(EvalSettings.of(sweep_args(cfg=[1.0, 1.0, 2.0]), class_num=3)) == 2
+        EvalSettings.of(args, class_num=3)
+    args.cfg = [1.0, 1.0, 2.0]
+    assert len(EvalSettings.of(args, class_num=3)) == 2

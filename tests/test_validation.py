@@ -17,35 +17,14 @@ from models.generate import decode_images
 from models.masking import MaskRatios
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenizers.tokenizer import Tokenizer
+from tests import runs
 from tests.conftest import tiny_model
-from tests.runs import (
-    CACHE_FLAGS,
-    assert_same_training,
-    call,
-    events_of,
-    flags,
-    interrupted,
-    load,
-    make_inputs,
-    scalars,
-    train,
-    train_on,
-)
 from util import stop, validation
 from util.checkpoint import load_checkpoint
 from util.device import resolve_precision
 from util.setup import build_model
 from util.vae import load_vae
-from util.validation import (
-    RATIOS,
-    Validation,
-    ValidationSet,
-    ValidationSettings,
-    as_scalars,
-    evenly_spread,
-    ratio_weights,
-    validation_masks,
-)
+from util.validation import RATIOS, Validation, ratio_weights, validation_masks
 
 CPU = torch.device("cpu")
 FP32 = resolve_precision("fp32", CPU)
@@ -56,13 +35,15 @@ VALIDATED = SAMPLES | dict(val_freq=0.3, log_freq=1)
 @pytest.fixture(scope="module")
 def beside(tmp_path_factory) -> Path:
     """Inputs with data/val/ beside data/train/, and a cache of it."""
-    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    folder = runs.make_inputs(tmp_path_factory.mktemp("inputs"))
     for name, count in (("ant", 5), ("cat", 3)):
         (folder / "data" / "val" / name).mkdir(parents=True)
         for path in sorted((folder / "data" / "train" / name).iterdir())[:count]:
             shutil.copyfile(path, folder / "data" / "val" / name / path.name)
-    argv = flags(folder, CACHE_FLAGS, cached_path=folder / "val", dtype="float32", split="val")
-    call(main_cache.main, *argv)
+    argv = runs.flags(
+        folder, runs.CACHE_FLAGS, cached_path=folder / "val", dtype="float32", split="val"
+    )
+    runs.call(main_cache.main, *argv)
     return folder
 
 
@@ -70,42 +51,42 @@ def beside(tmp_path_factory) -> Path:
 def validated(beside, tmp_path_factory) -> Path:
     """The output folder of a training, validated after steps 1, 2, 3, ..."""
     output = tmp_path_factory.mktemp("validated") / "out"
-    train(beside, output, **VALIDATED, val_path=beside / "data" / "val")
+    runs.train(beside, output, **VALIDATED, val_path=beside / "data" / "val")
     return output
 
 
 def curves_of(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Of what validation measures."""
     own = ("validation", "levels")
-    return {name: points for name, points in scalars(folder).items() if name.startswith(own)}
+    return {name: points for name, points in runs.scalars(folder).items() if name.startswith(own)}
 
 
 # --- what is held out
 
 
-def test_holding_out_trains_on_the_others_alone_and_draws_nothing_without_a_vae(
-    beside, tmp_path, capsys
-):
-    found = train(beside, tmp_path / "out", holdout=4, epochs=1, preview_freq=1, preview_iter=1)
+def test_holding_out_trains_on_the_others_and_draws_nothing_without_a_vae(beside, tmp_path, capsys):
+    found = runs.train(
+        beside, tmp_path / "out", holdout=4, epochs=1, preview_freq=1, preview_iter=1
+    )
     assert found["schedule"]["images"] == 20
     said = capsys.readouterr().out
     assert "validation loss on 4 images of 4 images that --holdout takes out" in said
     assert said.count("no preview images") == 1
-    tags = events_of(tmp_path / "out").Tags()
+    tags = runs.events_of(tmp_path / "out").Tags()
     assert tags["images"] == [] and "levels/generated_ema" in tags["histograms"]
 
 
 def test_folder_beside_the_training_s_is_found_and_so_is_its_cache(beside, tmp_path, capsys):
     """Posteriors of one batch and of single images differ in rounding at most."""
-    train(beside, tmp_path / "images", data_path="data", vae_path="vae.ckpt", epochs=1)
-    train(beside, tmp_path / "cache", val_cached_path=beside / "val", epochs=1)
+    runs.train(beside, tmp_path / "images", data_path="data", vae_path="vae.ckpt", epochs=1)
+    runs.train(beside, tmp_path / "cache", val_cached_path=beside / "val", epochs=1)
     curves, expected = (curves_of(tmp_path / name) for name in ("images", "cache"))
     assert "validation/loss_raw" in curves and list(curves) == list(expected)
     for name, values in expected.items():
         np.testing.assert_allclose(curves[name], values, rtol=1e-5)
     capsys.readouterr()
     (tmp_path / "data" / "val").mkdir(parents=True)  # as ImageNet's, without folders of classes
-    train(beside, tmp_path / "out", data_path=tmp_path / "data", vae_path="vae.ckpt", epochs=1)
+    runs.train(beside, tmp_path / "out", data_path=tmp_path / "data", vae_path="vae.ckpt", epochs=1)
     assert capsys.readouterr().out.count("no validation loss: ") == 1
 
 
@@ -147,8 +128,8 @@ def test_weights_are_how_often_training_draws_the_ratios(ratios):
 
 
 def new_validation(dataset, count: int = 99) -> Validation:
-    settings = ValidationSettings(1, count, 1, 3, 6, SamplingOptions(num_iter=2))
-    images = ValidationSet(dataset, [2, 0, 1], "")  # labels of the training's
+    settings = validation.ValidationSettings(1, count, 1, 3, 6, SamplingOptions(num_iter=2))
+    images = validation.ValidationSet(dataset, [2, 0, 1], "")  # labels of the training's
     return Validation(settings, Tokenizer(None, latent_scale=2.0), CPU, FP32, dataset, images)
 
 
@@ -183,7 +164,7 @@ def test_same_images_are_measured_whatever_was_drawn_before(moments, monkeypatch
     torch.set_rng_state(state)
     first.loss(model)
     assert torch.equal(torch.get_rng_state(), state)
-    assert first.numbers == evenly_spread(19, 5)
+    assert first.numbers == validation.evenly_spread(19, 5)
     with stop.deferred():  # as in training: nothing half measured is said
         monkeypatch.setattr(stop, "requested", lambda: True)
         assert new_validation(moments).loss(tiny_model()) is None
@@ -193,7 +174,7 @@ def test_names_say_ratio_and_channel_where_a_head_has_them(moments):
     """A continuous head has no quantizer, and a loss of a whole token."""
     config = tiny_model().config
     losses = torch.arange(30, dtype=torch.float64).reshape(5, 6)
-    named = as_scalars(losses, "ema", config)
+    named = validation.as_scalars(losses, "ema", config)
     weights = torch.tensor(ratio_weights(config.mask_ratios), dtype=torch.float64)
     assert named["validation/loss_ema"] == pytest.approx((weights @ losses).mean().item())
     assert named["validation_ratio_ema/0.50"] == losses[1].mean()
@@ -203,8 +184,10 @@ def test_names_say_ratio_and_channel_where_a_head_has_them(moments):
     model.quantizer = None
     drawn = dict.fromkeys(validation.WEIGHTS, (latents, images))
     new_validation(moments)._log_samples(model, log, drawn, 1)
-    assert [call[0] for call in log.method_calls] == ["writer.add_text", "writer.add_image"]
-    named = as_scalars(torch.ones(len(RATIOS), 1, dtype=torch.float64), "raw", model.config)
+    assert [name for name, *_ in log.method_calls] == ["writer.add_text", "writer.add_image"]
+    named = validation.as_scalars(
+        torch.ones(len(RATIOS), 1, dtype=torch.float64), "raw", model.config
+    )
     assert named["validation/loss_raw"] == 1.0 and len(named) == 2 + len(RATIOS)
     assert named["validation/loss_per_scalar_raw"] == 1 / 6
 
@@ -224,7 +207,7 @@ def test_large_images_are_shrunk(side, shown):
 
 def test_grid_and_levels_are_those_of_the_weights(beside, validated):
     """Six steps: after the first and the ends of both epochs."""
-    events = events_of(validated)
+    events = runs.events_of(validated)
     grids = events.Images("validation/raw_and_average")
     assert [grid.step for grid in grids] == [1, 3, 6]
     checkpoint = load_checkpoint(validated / "checkpoint-last.pth")
@@ -249,24 +232,20 @@ def test_grid_and_levels_are_those_of_the_weights(beside, validated):
 # --- training goes on as without
 
 
-def test_validation_changes_nothing_of_training_and_is_the_same_on_two_processes(
-    trained, validated, beside, tmp_path
-):
-    assert_same_training(load(validated), load(trained))
+def test_validation_changes_nothing_on_one_or_two_processes(trained, validated, beside, tmp_path):
+    runs.assert_same_training(runs.load(validated), runs.load(trained))
     curves = curves_of(validated)
     assert [step for step, _ in curves["validation/loss_ema"]] == [1, 2, 3, 4, 5, 6]
     assert curves["validation/loss_raw"][0][1] == pytest.approx(np.log(64), rel=0.3)
     assert curves["validation_ratio_raw/1.00"][-1][1] < curves["validation_ratio_raw/1.00"][0][1]
-    train_on(2, beside, tmp_path / "out", **VALIDATED, val_path=beside / "data" / "val")
-    assert_same_training(load(tmp_path / "out"), load(validated))
+    runs.train_on(2, beside, tmp_path / "out", **VALIDATED, val_path=beside / "data" / "val")
+    runs.assert_same_training(runs.load(tmp_path / "out"), runs.load(validated))
     assert curves_of(tmp_path / "out") == curves_of(validated)
 
 
-def test_killed_between_a_checkpoint_and_its_validation_has_both_in_the_end(
-    beside, validated, tmp_path
-):
+def test_killed_between_checkpoint_and_validation_has_both_in_the_end(beside, validated, tmp_path):
     settings = VALIDATED | dict(val_path=beside / "data" / "val")
-    interrupted(beside, tmp_path / "out", **settings)
-    resumed = train(beside, tmp_path / "out", resume="auto", **settings)
-    assert_same_training(resumed, load(validated))
+    runs.interrupted(beside, tmp_path / "out", **settings)
+    resumed = runs.train(beside, tmp_path / "out", resume="auto", **settings)
+    runs.assert_same_training(resumed, runs.load(validated))
     assert curves_of(tmp_path / "out") == curves_of(validated)

@@ -61,14 +61,12 @@ def test_its_posterior_is_the_code_and_any_latents_are_decoded():
             small_vq(**{name: value})
 
 
-def test_the_nearest_code_is_that_of_brute_force_in_pieces_too(monkeypatch):
+def test_the_nearest_code_is_that_of_brute_force_and_the_gradient_passes_through(monkeypatch):
+    """Also where distances are computed in pieces; the codes themselves get no gradient."""
     monkeypatch.setattr(vq, "ROWS", 7)
     z, codebook = torch.randn(2, 5, 3, 4), torch.randn(11, 4)
     distances = (z[..., None, :] - codebook).square().sum(-1)
     assert torch.equal(vq.nearest(z, codebook), distances.argmin(-1))
-
-
-def test_the_gradient_passes_straight_through_the_codes():
     model, z = small_vq(), torch.randn(1, 4, 3, 3, requires_grad=True)
     codes, indices = model.quantize(z)
     weights = torch.randn_like(codes)

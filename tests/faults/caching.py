@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import main_cache
-from tests.faults.harness import Job, Row, send
-from tests.runs import CACHE_FLAGS, CLASSES, IMAGES, flags
+from tests.faults.harness import TIMEOUT, Job, Row, send
+from tests.runs import CACHE_FLAGS, CLASSES, IMAGES, contents, flags, fork_together
+from util.args import CONFIG
 from util.dist import run
 
 SCRIPT = "tests.faults.caching"
@@ -40,12 +41,17 @@ class Caching:
         launch = Job.torchrun(processes)
         return Job(*launch, "-m", SCRIPT, *self.argv, log=self.log, ENCODED=self.encoded)
 
-    def finish(self, processes: int = 1) -> dict[str, bytes]:
+    def finish(self, processes: int) -> dict[str, bytes]:
         """Let it go on to its end; all that the cache holds."""
         job = self.start(processes)
         assert job.end() == 0, job.printed()[-2000:]
-        files = (p for p in self.folder.rglob("*") if p.is_file() and p.name != "config.yaml")
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
+        return contents(self.folder, but=(CONFIG,))
+
+    def undisturbed(self) -> dict[str, bytes]:
+        """The same of one that nothing happens to, forked from where torch is imported already."""
+        ((code, _, error),) = fork_together(["main_cache.py", *self.argv], timeout=TIMEOUT)
+        assert code == 0, error
+        return contents(self.folder, but=(CONFIG,))
 
     def entries(self) -> int:
         return sum(1 for _ in self.folder.rglob("*"))
@@ -99,7 +105,8 @@ def kill_caching(
     while row.injected < kills:
         form, number = ("npy", "npz")[number % 2], number + 1
         if form not in expected:
-            expected[form] = Caching(inputs, folder / f"undisturbed-{form}", form).finish()
+            whole = Caching(inputs, folder / f"undisturbed-{form}", form)
+            expected[form] = whole.undisturbed()
         caching, before = Caching(inputs, folder / f"cache-{seed}-{number}", form), row.injected
         most = min(rng.randint(1, MOST_KILLS), kills - row.injected)
         harm(caching, most, processes, rng, row)

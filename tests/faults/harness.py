@@ -128,9 +128,14 @@ def descendants(pid: int) -> list[int]:
     return [d for child in children(pid) for d in (child, *descendants(child))]
 
 
+def steps_of(printed: str) -> list[int]:
+    """The steps that training said were done."""
+    return [int(step) for step in re.findall(r"step (\d+)/", printed)]
+
+
 def last_step(printed: str) -> int:
-    """The last step that training said was done; 0 if none."""
-    return max((int(step) for step in re.findall(r"step (\d+)/", printed)), default=0)
+    """The last of them; 0 if none."""
+    return max(steps_of(printed), default=0)
 
 
 def resumed_step(printed: str) -> int:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from tests.faults.harness import Job, Row, last_step, resumed_step, send
-from tests.runs import TRAIN_FLAGS, flags, load, ranks, tensors
+from tests.faults.harness import TIMEOUT, Job, Row, last_step, resumed_step, send, steps_of
+from tests.runs import TRAIN_FLAGS, flags, fork_together, load, ranks, tensors
 from util.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
 SCRIPT = "main_tokenbridge.py"
@@ -37,24 +37,16 @@ class Training:
         launch = Job.torchrun(processes, restarts)
         return Job(*launch, SCRIPT, *self.argv, log=self.log, limit=limit)
 
-    def start_until(self, *said: str) -> Job:
-        """Kill it when it has printed all this."""
-        job = self.start()
-        for text in said:
-            job.wait_for(lambda text=text: text in job.printed())
-        job.kill()
-        return job
-
     def finish(self) -> str:
         """Let it go on to its end; what it printed."""
         job = self.start()
         assert job.end() == 0, job.printed()[-2000:]
         return job.printed()
 
-
-def note(row: Row, job: Job, following: str) -> None:
-    """Count what a fault has cost. following: what the next start printed."""
-    row.steps_lost += max(0, last_step(job.printed()) - resumed_step(following))
+    def steps_lost(self) -> int:
+        """How many steps all its starts together have done a second time."""
+        steps = steps_of(self.log.read_text(errors="replace"))
+        return sum(max(0, a - b + 1) for a, b in zip(steps, steps[1:], strict=False))
 
 
 def judge(row: Row, run: Training, reference: Training, problem: str = "") -> Row:
@@ -70,9 +62,11 @@ def judge(row: Row, run: Training, reference: Training, problem: str = "") -> Ro
 
 
 def undisturbed(inputs: Path, folder: Path, steps: int) -> Training:
+    """Nothing happens to it, so it may be forked from where torch is imported already."""
     run = Training(inputs, folder / f"undisturbed{steps}", steps)
     if not run.output.exists():
-        run.finish()
+        ((code, _, error),) = fork_together([SCRIPT, *run.argv], timeout=TIMEOUT)
+        assert code == 0, error
     return run
 
 
@@ -81,7 +75,7 @@ def kill_training(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
     steps, rng = 8 * kills, random.Random(seed)
     reference = undisturbed(inputs, folder, steps)
     run = Training(inputs, folder / "killed", steps)
-    row, before = Row("kill -9 while training, 1 and 2 processes"), None
+    row = Row("kill -9 while training, 1 and 2 processes")
     while row.injected < kills:
         job = run.start(processes=1 + row.injected % 2)
         if rng.random() < 0.8:
@@ -89,15 +83,11 @@ def kill_training(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
         time.sleep(rng.uniform(0, 1))
         ended = not job.running
         job.kill()
-        if before is not None and resumed_step(job.printed()):
-            note(row, before, job.printed())
         if ended:
             break
         row.injected += 1
-        before = job if last_step(job.printed()) else before
-    following = run.finish()
-    if before is not None:
-        note(row, before, following)
+    run.finish()
+    row.steps_lost = run.steps_lost()
     return judge(row, run, reference)
 
 
@@ -114,8 +104,8 @@ def kill_saving(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
             break
         job.kill()
         row.injected += 1
-        note(row, job, run.start_until(GOES_ON).printed())
     run.finish()
+    row.steps_lost = run.steps_lost()
     return judge(row, run, reference)
 
 
@@ -140,8 +130,8 @@ def terminate(inputs: Path, folder: Path, signals: int, seed: int) -> Row:
         row.injected += 1
         if code != EXIT_STOPPED and (processes == 1 or "exitcode  : 75" not in job.printed()):
             problem = f"exit code {code}"
-        note(row, job, run.start_until(GOES_ON).printed())
     run.finish()
+    row.steps_lost = run.steps_lost()
     return judge(row, run, reference, problem)
 
 
@@ -149,7 +139,9 @@ def full_disk(inputs: Path, folder: Path) -> Row:
     """No checkpoint can be written: reported, training goes on, the one before stays."""
     reference = undisturbed(inputs, folder, 24)
     run = Training(inputs, folder / "full", 24)
-    run.start_until("saved checkpoint")
+    job = run.start()
+    job.wait_for(lambda: "saved checkpoint" in job.printed())
+    job.kill()
     kept, row = load(run.output)["step"], Row("full disk (file-size limit)", injected=1)
     limited = run.start(limit=200_000)
     code, printed = limited.end(), limited.printed()
@@ -175,11 +167,12 @@ def damaged_newest(inputs: Path, folder: Path, times: int, seed: int) -> Row:
             break
         spoil(steps[-1], rng, cut=i % 2 == 1)
         row.injected += 1
-        note(row, job, run.start_until("set aside as", GOES_ON).printed())
     run.finish()
+    row.steps_lost = run.steps_lost()
+    named = run.log.read_text(errors="replace").count("set aside as") >= row.injected
     for path in run.output.glob("*.damaged"):
         path.unlink()
-    return judge(row, run, reference)
+    return judge(row, run, reference, "" if named else "nothing was set aside")
 
 
 def spoil(path: Path, rng: random.Random, cut: bool) -> None:
@@ -207,7 +200,7 @@ def kill_worker(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
         before = len(job.printed())
         job.wait_for(lambda n=before: "saved checkpoint" in job.printed()[n:])
         time.sleep(rng.uniform(0, 0.3))
-        at, victims = last_step(job.printed()[before:]), job.workers(SCRIPT)
+        victims = job.workers(SCRIPT)
         if not victims:
             break
         before = len(job.printed())
@@ -215,30 +208,29 @@ def kill_worker(inputs: Path, folder: Path, kills: int, seed: int) -> Row:
         row.injected += 1
         if not job.wait_for(lambda n=before: GOES_ON in job.printed()[n:]):
             break
-        row.steps_lost += max(0, at - resumed_step(job.printed()[before:]))
     assert job.end() == 0, job.printed()[-2000:]
+    row.steps_lost = run.steps_lost()
     return judge(row, run, reference)
 
 
 def kill_node(inputs: Path, folder: Path) -> Row:
     """Two nodes on loopback, one dies: the other ends and names it; started again, both go on."""
-    reference = undisturbed(inputs, folder, 60)
-    run = Training(inputs, folder / "nodes", 60)
+    reference = undisturbed(inputs, folder, 24)
+    run = Training(inputs, folder / "nodes", 24)
 
     def start() -> list[Job]:
-        logs = [run.output.with_suffix(f".{rank}.log") for rank in (0, 1)]
+        logs = [run.log, run.output.with_suffix(".1.log")]
         meeting = [own | {"LOCAL_RANK": 0} for own in ranks(2)]
         return [Job(SCRIPT, *run.argv, log=logs[rank], **meeting[rank]) for rank in (0, 1)]
 
     first, second = start()
-    first.wait_for(lambda: last_step(first.printed()) > 3)
+    first.wait_for(lambda: last_step(first.printed()) > 2)  # saved, and far from the end
     second.kill()
     code = first.end(GRACE)
     named = "stopped: process 1 (pid " in first.printed()
     again = start()
     codes = [job.end() for job in again]
-    row = Row("one of two nodes dies", injected=1)
-    note(row, first, again[0].printed())
+    row = Row("one of two nodes dies", injected=1, steps_lost=run.steps_lost())
     right = code == 1 and named and codes == [0, 0]
     return judge(
         row, run, reference, "" if right else f"exit code {code}, {first.printed()[-300:]}"

@@ -58,9 +58,7 @@ def test_a_cache_with_a_damaged_file_is_refused_or_the_same(caches, form, which,
 
 @fuzz(25)
 @given(st.sampled_from(["npy", "npz"]), st.integers(0, 30), seeds)
-def test_going_on_in_a_damaged_folder_is_refused_or_ends_with_the_same(
-    tmp_path_factory, caches, form, which, seed
-):
+def test_going_on_after_damage_is_refused_or_the_same(tmp_path_factory, caches, form, which, seed):
     folder = tmp_path_factory.mktemp("unfinished")
     fill(folder, format=form)
     for name in ("manifest.json", "shard-00001.json"):
