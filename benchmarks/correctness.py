@@ -7,6 +7,7 @@ own; `python -m benchmarks.correctness FLAGS` is such a one.
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from models.backbone import patchify
 from models.masking import Mask
 from models.sampler import SamplingOptions, sample_latents, sampling_steps
 from models.tokenbridge import TokenBridge
@@ -34,6 +36,7 @@ from util.optim import EMA, LRSchedule, build_optimizer, guarded_step, set_lr
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
+CPU = torch.device("cpu")
 STEPS, KILLED_AFTER = 8, 3  # of the small trainings
 
 
@@ -51,67 +54,95 @@ def formula_weight(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(r.astype(np.float32))
 
 
-def golden(name: str, device: torch.device) -> dict[str, Tensor]:
+def golden(name: str, device: torch.device = CPU) -> dict[str, Tensor]:
+    """The arrays of tests/golden/NAME.npz."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         return {key: torch.from_numpy(file[key]).to(device) for key in file.files}
 
 
-def golden_model(device: torch.device) -> TokenBridge:
-    """The model of the golden files, in evaluation mode."""
-    model = TokenBridge(**json.loads((GOLDEN / "config.json").read_text())["config"])
+def golden_json(name: str) -> dict:
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def golden_model(device: torch.device = CPU, **changes) -> TokenBridge:
+    """The model of the golden files, its weights by formula, in evaluation mode."""
+    model = TokenBridge(**golden_json("config")["config"] | changes)
     named = model.published_parameters()
     model.load_published({name: formula_weight(name, tuple(p.shape)) for name, p in named})
     return model.eval().to(device)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
+def golden_vae(device: torch.device = CPU) -> AutoencoderKL:
+    with torch.device("meta"):
+        network = AutoencoderKL()
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    network.to_empty(device="cpu")
+    network.load_published({name: formula_weight(name, shapes[name]) for name in shapes})
+    return network.eval().to(device)
+
+
+def relative_error(found: Tensor, expected) -> float:
+    expected = torch.as_tensor(expected, device=found.device)
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def largest_error(found: dict[str, Tensor], data: dict[str, Tensor]) -> float:
+    return max(relative_error(tensor, data[name].float()) for name, tensor in found.items())
 
 
 @torch.no_grad()
 def stages(device: torch.device) -> float:
-    """Quantizer, encoder and logits."""
+    """Of all that a model computes on the way to its loss; infinite if an index is another."""
     model, data = golden_model(device), golden("tokenbridge", device)
-    values = model.quantizer.decode(data["indices"].long())
-    classes = model.backbone.class_embedding(data["labels"], 3)
-    encoded = model.backbone.encode(values, classes, Mask.from_bool(data["mask"]))
-    logits = model.logits(data["latents"], data["labels"], data["mask"])[:, model.head.order]
-    pairs = (values, "values"), (encoded, "encoder_out"), (logits, "logits")
-    return max(error(found, data[name]) for found, name in pairs)
+    inputs = data["latents"], data["labels"], data["mask"]
+    tokens, mask = patchify(inputs[0], model.config.patch_size), Mask.from_bool(inputs[2])
+    indices = model.quantizer.encode(tokens)
+    if not torch.equal(indices, data["indices"].long()):
+        return math.inf
+    found = {"tokens_patchified": tokens, "values": model.quantizer.decode(indices)}
+    classes = model.backbone.class_embedding(inputs[1], len(tokens))
+    encoded = model.backbone.encode(found["values"], classes, mask)
+    everywhere = torch.arange(tokens.shape[1], device=device).expand(len(tokens), -1)
+    found["encoder_out"] = encoded
+    found["decoder_out"] = model.backbone.decode(encoded, mask, everywhere)
+    found |= {"logits": model.logits(*inputs)[:, model.head.order], "loss": model(*inputs)}
+    return largest_error(found, data)
 
 
 def training(device: torch.device) -> float:
-    """Losses and averages of twelve steps."""
-    settings = json.loads((GOLDEN / "config.json").read_text())["trajectory"]
-    model, data = golden_model(device).train(), golden("trajectory", device)
+    """Of losses, gradient norms, learning rates, weights and averages of twelve steps."""
+    settings, data = golden_json("config")["trajectory"], golden("trajectory", device)
+    model = golden_model(device).train()
     parameters = dict(model.published_parameters())
     optimizer = build_optimizer(parameters.items(), settings["lr"], settings["weight_decay"])
     ema = EMA(parameters.items(), settings["ema_rate"])
     names = ("lr", "min_lr", "warmup_epochs", "epochs", "steps_per_epoch")
-    schedule, losses = LRSchedule(*(settings[name] for name in names)), []
+    schedule, steps = LRSchedule(*(settings[name] for name in names)), []
     for step in range(settings["steps"]):
         set_lr(optimizer, schedule(step))
         count = int(torch.ceil(64 * data["mask_rates"][step]))
         mask = torch.zeros(3, 64, device=device).scatter(1, data["orders"][step][:, :count], 1.0)
-        losses.append(model(data["latents"][step], data["labels"][step], mask))
-        losses[-1].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"])
+        loss = model(data["latents"][step], data["labels"][step], mask)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"])
+        steps.append(torch.stack([loss.detach(), norm, torch.full_like(norm, schedule(step))]))
         guarded_step(optimizer, torch.zeros((), device=device))
         optimizer.zero_grad()
         ema.update()
-    averages = [(t, data[f"ema:{k}"]) for k, t in ema.state_dict().items() if f"ema:{k}" in data]
-    pairs = [(torch.stack(losses).detach(), data["losses"].float()), *averages]
-    return max(error(found, expected) for found, expected in pairs)
+    found = dict(zip(("losses", "grad_norms", "lrs"), torch.stack(steps, dim=1), strict=True))
+    found |= {f"param:{name}": parameter.detach() for name, parameter in parameters.items()}
+    found |= {f"ema:{name}": average for name, average in ema.state_dict().items()}
+    return largest_error({name: found[name] for name in found if name in data}, data)
 
 
 @torch.no_grad()
 def vae(device: torch.device) -> float:
-    network, data = AutoencoderKL(), golden("vae", device)
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    network.load_state_dict({name: formula_weight(name, shapes[name]) for name in shapes})
-    network = network.eval().to(device)
-    pairs = (network.moments(data["image"]), "moments"), (network.decode(data["latent"]), "decoded")
-    return max(error(found, data[name]) for found, name in pairs)
+    """Of encoding and decoding."""
+    network, data = golden_vae(device), golden("vae", device)
+    posterior = network.encode(data["image"])
+    found = {"moments": posterior.parameters, "mean": posterior.mean, "std": posterior.std}
+    found |= {"kl": posterior.kl(), "decoded": network.decode(data["latent"])}
+    return largest_error(found, data)
 
 
 @torch.no_grad()
@@ -188,7 +219,7 @@ def apart(first: Path, second: Path) -> float:
     for folder in (first, second):
         weights.append(load_tensors(folder / "checkpoint-last.pth", "--output_dir")["model"])
     floats = [name for name, tensor in weights[0].items() if tensor.is_floating_point()]
-    return max(error(weights[1][name], weights[0][name]) for name in floats)
+    return max(relative_error(weights[1][name], weights[0][name]) for name in floats)
 
 
 def killed_and_resumed(device: torch.device) -> float:

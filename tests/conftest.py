@@ -1,18 +1,23 @@
 """Golden data and tiny models for all tests."""
 
-import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
+from benchmarks.correctness import (  # noqa: F401 - some of them for other tests
+    GOLDEN,
+    ROOT,
+    formula_weight,
+    golden,
+    golden_json,
+    golden_model,
+    relative_error,
+)
 from engine_tokenbridge import Run, SkipVote
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
@@ -23,9 +28,6 @@ from util.optim import EMA, build_optimizer
 
 # Small tensors gain nothing from threads, and two test processes share two cores.
 torch.set_num_threads(1)
-
-ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT / "tests" / "golden"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -96,43 +98,6 @@ def inception(tmp_path_factory) -> Path:
 
 def stamps(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-def formula_weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """A parameter's golden value, by its published name (tests/golden/README.md)."""
-    r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-    if name.endswith(".bias"):
-        r = 0.05 * r
-    elif name.endswith(".weight") and len(shape) == 1:
-        r = 1 + 0.1 * r
-    elif name.endswith(".weight"):
-        r = r / np.sqrt(np.prod(shape[1:]))
-    else:
-        r = 0.5 * r
-    return torch.from_numpy(r.astype(np.float32))
-
-
-def relative_error(found: Tensor, expected) -> float:
-    expected = torch.as_tensor(np.asarray(expected))
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    """The arrays of tests/golden/NAME.npz."""
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
-def golden_json(name: str) -> dict:
-    return json.loads((GOLDEN / f"{name}.json").read_text())
-
-
-def golden_model(**changes) -> TokenBridge:
-    """The model of the golden files, its weights by formula, in evaluation mode."""
-    model = TokenBridge(**golden_json("config")["config"] | changes)
-    named = model.published_parameters()
-    model.load_published({name: formula_weight(name, tuple(p.shape)) for name, p in named})
-    return model.eval()
 
 
 def tiny_model(**changes) -> TokenBridge:

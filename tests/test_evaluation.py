@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.measures import PIXELS, save_model
-from tests.runs import SIZE, TRAIN_FLAGS, evaluate, flags, refused, train
+from tests.runs import EVALUATE_FLAGS, SIZE, TRAIN_FLAGS, evaluate, flags, refused, train
 from util.device import resolve_precision
 from util.errors import UserError
 from util.evaluation.evaluator import Evaluator, shown_ids
@@ -167,3 +168,19 @@ def test_evaluation_while_training_takes_another_folder_where_a_script_refuses(t
     assert names == ["eval-epoch2", "eval-epoch2-2", "eval-epoch2-3"]
     with pytest.raises(UserError, match="settings.cfg 1 .now 3."):
         evaluator.evaluate(points[2], folder)
+
+
+def test_decoding_in_bf16_says_what_it_changes_and_is_another_evaluation(inputs, tmp_path, capsys):
+    common = dict(no_metrics=True, num_images=4, num_iter=2)
+    plain = evaluate(inputs, tmp_path / "fp32", inputs / "model", **common)
+    capsys.readouterr()
+    lower = evaluate(inputs, tmp_path / "bf16", inputs / "model", vae_precision="bf16", **common)
+    said = re.search(
+        r"--vae_precision: image 0 is (\d+\.\d) dB from that of fp32", capsys.readouterr().out
+    )
+    assert 30 < float(said[1]) < 100 and lower != plain
+    path = inputs / "model"
+    argv = flags(inputs, EVALUATE_FLAGS, common, output_dir=tmp_path / "fp32", resume=path)
+    assert "vae_precision None (now bfloat16)" in refused(
+        capsys, main_tokenbridge.main, *argv, "--vae_precision", "bf16"
+    )

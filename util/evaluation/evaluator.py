@@ -222,7 +222,7 @@ class Evaluator:
             "model": model,
         }
         if self.tokenizer.decode_dtype is not None:
-            identity["vae_precision"] = str(self.tokenizer.decode_dtype)
+            identity["vae_precision"] = str(self.tokenizer.decode_dtype).removeprefix("torch.")
         for rank, other in enumerate(dist.gather_objects(identity)):
             if other != identity:
                 differ = f"processes {dist.rank()} and {rank} have different files"
