@@ -33,7 +33,7 @@ def tracked() -> list[str]:
 
 FILES = tracked() if (ROOT / ".git").exists() else []
 PYTHON = [name for name in FILES if name.endswith(".py")]
-PRODUCT = [name for name in PYTHON if not name.startswith("tests/")]
+PRODUCT = [name for name in PYTHON if not name.startswith(("tests/", "docs/"))]
 MODULES = {name[:-3].replace("/", ".").removesuffix(".__init__"): name for name in PYTHON}
 
 
