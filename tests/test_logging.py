@@ -2,10 +2,15 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,10 +18,11 @@ from tensorboard.summary.writer import event_file_writer
 
 import main_tokenbridge
 from models.flops import Meter
+from tests.conftest import ROOT
 from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, scalars
 from util.data.batches import Batches
 from util.errors import UserError
-from util.logging import LogSettings, MetricsFile, StepResult, TrainingLog
+from util.logging import PACKAGES, LogSettings, MetricsFile, StepResult, TrainingLog
 
 CPU = torch.device("cpu")
 METER = Meter(2e9, CPU)
@@ -125,6 +131,86 @@ def test_resumed_log_hides_what_a_killed_run_wrote_later(new_log, tmp_path, monk
     step(resumed, 2, 5.0)
     resumed.close()
     assert scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 5.0)]
+
+
+# --- --track
+
+TRACK_AND_DIE = """
+import os, sys, torch
+from pathlib import Path
+from tests.test_logging import METER, Batches, LogSettings, TrainingLog, step
+settings = LogSettings(sys.argv[1], 1, Batches(10, 1, 30, 0), 0, 6, {}, tracker=sys.argv[2])
+log = TrainingLog(settings, METER, lambda: 0)
+for number in range(4):
+    step(log, number, 1.0)
+log.image("validation/raw", torch.zeros(3, 8, 8, dtype=torch.uint8), 4)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.fixture
+def local(monkeypatch, tmp_path):
+    """Neither a key nor a place of the user's."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+
+
+def tracked(name: str, folder: Path, run_id: str) -> set[int]:
+    """Steps of the last time; wandb has no reader of its own files."""
+    if name == "trackio":
+        from trackio.sqlite_storage import SQLiteStorage
+
+        rows = SQLiteStorage.get_logs("tokenbridge", run_id)
+        return {row["step"] for row in rows if row.get("train/loss") == 5.0}
+    *_, file = sorted(folder.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
+    assert len(re.findall(rb"\ntrain/loss\x82\x01\x015", file.read_bytes())) >= 4
+    return {int(step) for step in re.findall(rb"\x04step\x82\x01.(\d+)", file.read_bytes())}
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_killed_training_goes_on_in_the_same_run(name, local, new_log, tmp_path, capfd):
+    folder = tmp_path / "run"
+    killed = [sys.executable, "-c", TRACK_AND_DIE, str(folder), name]
+    assert subprocess.run(killed, cwd=ROOT, capture_output=True).returncode == -9
+    run_id = (folder / f"{name}.id").read_text().strip()
+    log = new_log(folder, every=1, first_step=2, tracker=name)
+    for number in range(2, 6):
+        step(log, number, 5.0)
+    log.image("validation/raw", torch.zeros(3, 8, 8, dtype=torch.uint8), 6)
+    log.close()
+    assert tracked(name, folder, run_id) == {3, 4, 5, 6}
+    assert [path for path in tmp_path.rglob("*.png") if "media" in path.parts]
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("wandb: ")]
+    assert all("offline (no key); wandb sync" in line for line in said)
+    assert len(said) == (name == "wandb")
+    fresh = new_log(folder, every=1, tracker=name)
+    step(fresh, 0, 1.0)
+    assert (folder / f"{name}.id").read_text().strip() != run_id
+
+
+def test_tracker_that_fails_is_reported_and_left_out(local, new_log, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "sideways")
+    log = new_log(tmp_path, every=1, tracker="wandb")
+    step(log, 0, 1.0)
+    step(log, 1, 1.0)
+    assert capsys.readouterr().err.count("warning: --track wandb: ") == 1
+    log.close()
+    assert len(scalars(tmp_path)["train/loss"]) == 2
+
+
+def test_only_the_main_process_tracks_and_a_missing_package_is_named(
+    inputs, new_log, tmp_path, monkeypatch, refusal
+):
+    monkeypatch.setattr("util.dist.is_main", lambda: False)
+    step(new_log(tmp_path / "other", every=1, tracker="wandb"), 0, 1.0)
+    assert not (tmp_path / "other").exists()
+    monkeypatch.undo()
+    known = {name: metadata.version(name) for name in PACKAGES}
+    missing = mock.Mock(side_effect=lambda name: known.get(name) or metadata.version("no such"))
+    monkeypatch.setattr("util.logging.version", missing)
+    assert "--track wandb: pip install" in refusal("train", inputs, track="wandb")
 
 
 # --- --metrics_file

@@ -203,7 +203,7 @@ def test_names_say_ratio_and_channel_where_a_head_has_them(moments):
     model.quantizer = None
     drawn = dict.fromkeys(validation.WEIGHTS, (latents, images))
     new_validation(moments)._log_samples(model, log, drawn, 1)
-    assert [call[0] for call in log.method_calls] == ["writer.add_text", "writer.add_image"]
+    assert [call[0] for call in log.method_calls] == ["writer.add_text", "image"]
     named = as_scalars(torch.ones(len(RATIOS), 1, dtype=torch.float64), "raw", model.config)
     assert named["validation/loss_raw"] == 1.0 and len(named) == 2 + len(RATIOS)
     assert named["validation/loss_per_scalar_raw"] == 1 / 6
