@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from models.flops import Meter, peak_memory, readable
-from util import ROOT, dist, stop
+from util import ROOT, dist
 from util.data.batches import Batches
 from util.errors import as_user_error
 from util.files import atomic_write, check_writable
@@ -58,7 +58,6 @@ class StepResult:
 class LogSettings:
     """every: steps between two lines. first_step: what TensorBoard and --metrics_file know of
     later steps is of a run that was killed, and goes. about: environment, flags and so on.
-    tracker: wandb or trackio, besides.
     """
 
     folder: str
@@ -68,7 +67,7 @@ class LogSettings:
     last_step: int
     about: dict
     metrics_file: str | None = None
-    tracker: str | None = None
+    tracker: str | None = None  # wandb or trackio, besides
 
 
 class NoWriter:
@@ -114,8 +113,7 @@ class TrainingLog:
     @cached_property
     def tracker(self):
         """--track's, likewise."""
-        tracked = self.settings.tracker and dist.is_main()
-        return Tracker(self.settings) if tracked else NoWriter()
+        return Tracker(self.settings) if self.settings.tracker and dist.is_main() else NoWriter()
 
     def restart(self) -> None:
         """Begin counting steps and time anew."""
@@ -207,16 +205,12 @@ class TrainingLog:
                 getattr(self, name).close()
 
 
-# --- wandb and trackio
-
-
 class Tracker:
     """--track: curves and images under TensorBoard's names, in wandb or trackio.
 
-    FOLDER/NAME.id keeps the run's id: a training that goes on, killed or not, goes on in the same
-    run, and one that begins from scratch is a new one. Trackers cannot forget, so steps that a
-    killed training had logged beyond its checkpoint are there twice. What goes wrong is reported,
-    and the training goes on without.
+    FOLDER/NAME.id keeps the run's id: a training that goes on, killed or not, does so in the same
+    run, and one that begins from scratch in a new one. Trackers cannot forget: steps logged beyond
+    the checkpoint come twice. What goes wrong is reported, and the training goes on without.
     """
 
     def __init__(self, settings: LogSettings):
@@ -229,10 +223,14 @@ class Tracker:
                 run_id = kept.read_text().strip()
             with atomic_write(kept) as file:
                 file.write(f"{run_id}\n".encode())
-            project = os.environ.get(f"{self.name.upper()}_PROJECT", "tokenbridge")
             about = json.loads(json.dumps(settings.about, default=str))
-            start = self._start_wandb if self.name == "wandb" else self._start_trackio
-            self.run = start(run_id, folder, project=project, resume="allow", config=about)
+            project = os.environ.get("WANDB_PROJECT", "tokenbridge")
+            options = dict(project=project, config=about, resume="allow")
+            if self.name == "wandb":
+                self.run = self._start_wandb(run_id, folder, **options)
+            else:  # in TRACKIO_DIR, by default in the home folder; it says so itself
+                options |= dict.fromkeys(("embed", "auto_log_gpu", "auto_log_cpu"), False)
+                self.run = self.library.init(name=run_id, **options)
 
     def _start_wandb(self, run_id: str, folder: Path, **options):
         """Online if WANDB_MODE says so or, without it, if wandb's server knows the key."""
@@ -249,13 +247,7 @@ class Tracker:
         print(f"wandb: {run.url if mode == 'online' else remedy}")
         return run
 
-    def _start_trackio(self, run_id: str, folder: Path, **options):
-        """In TRACKIO_DIR, by default in the home folder; it says so itself."""
-        off = dict.fromkeys(("embed", "auto_log_gpu", "auto_log_cpu"), False)
-        return self.library.init(name=run_id, **off, **options)
-
     def log(self, values: dict[str, float | Tensor], step: int) -> None:
-        """Figures, or images as uint8 [3, H, W]."""
         if self.run is None:
             return
         with self._reported():
@@ -268,16 +260,14 @@ class Tracker:
                 self.run.log(values, step=step)
 
     def close(self) -> None:
-        if self.run is not None:
-            with self._reported():
+        with self._reported():
+            if self.run is not None:
                 self.run.finish()
 
     @contextmanager
     def _reported(self) -> Iterator[None]:
         try:
             yield
-        except stop.Stopped:
-            raise
         except Exception as error:  # of another's network, disk or service
             self.run = None
             print(f"warning: --track {self.name}: {error}; goes on without", file=sys.stderr)
