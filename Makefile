@@ -80,7 +80,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	    'apt install python3-venv' >&2; exit 1; }
 	@echo '== Installing into $(VENV), once: 2 to 5 minutes, about 6 GB (log: $(VENV)/install.log)'
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-input \
-	    -c requirements.lock -e '.[demo,app,diffusers,wandb,trackio,docs,dev]' 2>&1 | tee $(VENV)/install.log \
+	    -c requirements.lock -e '.[demo,app,diffusers,wandb,trackio,parquet,docs,dev]' 2>&1 | tee $(VENV)/install.log \
 	  | awk '$(LARGE_DOWNLOADS)' || { tail -n 15 $(VENV)/install.log >&2; exit 1; }
 	@touch $@
 	@echo '== Installed'
