@@ -38,7 +38,7 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in find_blocks(page)]
 PYTHON_BLOCKS = [block for page in PAGES for block in find_blocks(page, "python")]
 # Pages whose blocks go on from each other, in one folder.
-TOURS = ("tokenizers.md", "data.md")
+TOURS = ("tokenizers.md", "data.md", "recipe.md")
 UNITS = [[b] for b in BLOCKS if b.page.name not in TOURS and not b.reason]
 UNITS += [[b for b in BLOCKS if b.page.name == name and not b.reason] for name in TOURS]
 
