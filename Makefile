@@ -47,7 +47,7 @@ bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.run $(ARGS)
 
 docs: $(INSTALLED)
-	@$(BIN)/sphinx-build -W --keep-going -q -b html -c docs -d output/docs/.doctrees . output/docs
+	@$(BIN)/sphinx-build -E -a -W --keep-going -q -b html -c docs -d output/docs/.doctrees . output/docs
 	@echo '== output/docs/index.html'
 
 lint: $(INSTALLED)
