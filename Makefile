@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo app compare test soak gpu bench lint lock clean
+.PHONY: help demo app compare test soak gpu bench docs lint lock clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,6 +21,7 @@ help:
 	@echo '  make soak   do harm to training, saving and caching, over 50 times; prints a table'
 	@echo '  make gpu    all about one GPU: is it right, how fast, what bounds it; 25 minutes, goes on'
 	@echo '              where it was; make bench is the same, at the size of a CPU without one'
+	@echo '  make docs   the documentation as a site in output/docs'
 	@echo '  make lint   check style and formatting'
 	@echo '  make lock   resolve requirements.lock anew; ARGS=--upgrade'
 	@echo '  make clean  remove the demo output and caches, keep .venv'
@@ -46,6 +47,10 @@ soak: $(INSTALLED)
 gpu bench: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.run $(ARGS)
 
+docs: $(INSTALLED)
+	@$(BIN)/sphinx-build -E -a -W --keep-going -q -b html -c docs -d output/docs/.doctrees . output/docs
+	@echo '== output/docs/index.html'
+
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -58,7 +63,7 @@ lock: $(INSTALLED)
 	@git --no-pager diff --stat -- requirements.lock
 
 clean:
-	@rm -rf output/demo output/demo-* .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	@rm -rf output/demo output/demo-* output/docs .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # pip's own output goes to a log; what is shown is the large downloads, so that a wait has a
@@ -76,7 +81,7 @@ $(INSTALLED): pyproject.toml requirements.lock
 	    'apt install python3-venv' >&2; exit 1; }
 	@echo '== Installing into $(VENV), once: 2 to 5 minutes, about 6 GB (log: $(VENV)/install.log)'
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-input \
-	    -c requirements.lock -e '.[demo,app,diffusers,dev]' 2>&1 | tee $(VENV)/install.log \
+	    -c requirements.lock -e '.[demo,app,diffusers,wandb,trackio,parquet,docs,dev]' 2>&1 | tee $(VENV)/install.log \
 	  | awk '$(LARGE_DOWNLOADS)' || { tail -n 15 $(VENV)/install.log >&2; exit 1; }
 	@touch $@
 	@echo '== Installed'

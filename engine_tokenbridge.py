@@ -204,7 +204,7 @@ def evaluate(run: Run, done: int) -> None:
         )
     run.log.scalars({f"eval/{name}": figure for name, figure in figures.items()}, done)
     if samples is not None:
-        run.log.writer.add_image("eval/samples", samples, done)
+        run.log.image("eval/samples", samples, done)
     dist.barrier()
     run.log.restart()  # evaluating is not training time
 

@@ -6,7 +6,6 @@ python main_cache.py --cached_path CACHE --verify
 Stopped or killed, the same command goes on where it was, on any number of processes.
 """
 
-import os
 import shutil
 import sys
 import time
@@ -119,8 +118,7 @@ def write_cache(args, device: torch.device) -> dict:
 def open_writer(args, images: ImageList, vae: kl16.VAE) -> CacheWriter:
     if args.format == "npz" and args.dtype == "float16":
         raise UserError("--dtype float16: the published form (--format npz) is float32")
-    names = [os.path.relpath(path, images.root) for path, _ in images.samples]
-    labels = [label for _, label in images.samples]
+    names, labels = images.names, [label for _, label in images.samples]
     settings = {
         "format": args.format,
         "dtype": args.dtype or ("float16" if args.format == "npy" else "float32"),

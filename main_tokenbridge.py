@@ -183,6 +183,7 @@ def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> Non
         last_step=run.steps.stop,
         about=about,
         metrics_file=args.metrics_file,
+        tracker=args.track,
     )
     meter = Meter(training_step(config), run.device, peak_flops(run.device, run.precision))
     run.log = TrainingLog(settings, meter, data.count_skipped)

@@ -35,7 +35,7 @@ from util.args import Flag, Parser, settings_saved, value
 from util.data.cache_writer import list_digest
 from util.data.images import ImageDataset, grid, psnr, save_png
 from util.data.latent_cache import open_cache
-from util.data.listing import ImageList, is_data, list_files, list_images
+from util.data.listing import ImageList, find_split, is_data, list_files, list_images
 from util.doctor import dry_run
 from util.errors import UserError, as_user_error
 from util.evaluation.evaluator import Evaluator
@@ -150,8 +150,9 @@ def choose_images(image_dir: str, per_class: int) -> ImageList:
         note = f"--images_per_class {per_class} is how many of its {len(files)} images are taken"
         dist.print_main(f"{flag} {root} has no class folders: {note}")
         return ImageList(root, [""], [(path, 0) for path in files[:per_class]])
-    images = list_images(root, "train" if (root / "train").is_dir() else "", flag)
-    by_class = groupby(images.samples, key=lambda sample: sample[1])
+    images = list_images(root, "train" if any(find_split(root, "train")) else "", flag)
+    samples = sorted(images.samples, key=lambda sample: sample[1])
+    by_class = groupby(samples, key=lambda sample: sample[1])
     chosen = [sample for _, group in by_class for sample in list(group)[:per_class]]
     return ImageList(images.root, images.classes, chosen)
 

@@ -1,4 +1,4 @@
-"""The tables and charts of the comparison's results (demo/compare.py), for docs/heads.md."""
+"""The tables and charts of the comparison's results (demo/compare.py), for docs/method.md."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ TIMED = ("time", "share", "share-time")  # tables in which it matters what train
 ABOVE = {"heads": {}, "sampling": {}, "share": {}, "share-time": {"share": ("1, rate x1",)}}
 ABOVE["bits"] = {"heads": ("channel", "mixture", "diffusion")}
 PAGES = {"sampling.md": ["sampling", "masks"], "tokenizers.md": ["latents"]}
-PAGES["heads.md"] = [name for name in GROUPS if name not in sum(PAGES.values(), [])]
+PAGES["method.md"] = [name for name in GROUPS if name not in sum(PAGES.values(), [])]
 MARKS = "<!-- results of demo.compare -->\n", "<!-- end of results -->\n"
 
 

@@ -160,6 +160,8 @@ def settle(world: Path, folder: Path, text: str) -> dict[str, str]:
             (folder / path.name).symlink_to(path)
     shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copytree(world, folder, dirs_exist_ok=True)
+    if "--split val" in text:
+        make_images(folder / "imagenet", 64, "val")
     (folder / "data").mkdir()
     (folder / "data" / "imagenet").symlink_to(folder / "imagenet")
     if re.search(DOWNLOADS, text):

@@ -1,5 +1,6 @@
 """pyproject.toml, requirements.lock, environment.yaml and what is installed say the same."""
 
+import platform
 import re
 import subprocess
 import sys
@@ -31,8 +32,8 @@ def requirements() -> list[Requirement]:
 
 
 def locked_versions(python: str) -> dict[str, str]:
-    """{canonical name: version} of the lock's lines that hold for `python` ("3.11") here."""
-    where = {"python_version": python, "python_full_version": f"{python}.0"}
+    """{canonical name: version} of the lock's lines that hold for `python` ("3.11.0") here."""
+    where = {"python_version": ".".join(python.split(".")[:2]), "python_full_version": python}
     lines = [Requirement(line) for line in LOCK.splitlines() if line and line[0] != "#"]
     pins = [pin for pin in lines if pin.marker is None or pin.marker.evaluate(where)]
     return {canonicalize_name(p.name): next(iter(p.specifier)).version for p in pins}
@@ -40,7 +41,7 @@ def locked_versions(python: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_lock_satisfies_every_range_of_pyproject(python):
-    versions = locked_versions(python)
+    versions = locked_versions(f"{python}.0")
     for requirement in requirements():
         version = versions[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), (requirement, version)
@@ -63,7 +64,7 @@ def test_installed_is_all_that_is_asked_for_in_the_locked_versions():
     folders = sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})
     distributions = metadata.distributions(path=folders)
     installed = {canonicalize_name(d.metadata["Name"]): Version(d.version) for d in distributions}
-    locked = locked_versions(f"{sys.version_info.major}.{sys.version_info.minor}")
+    locked = locked_versions(platform.python_version())
     common = [name for name in locked if name in installed]
     different = [name for name in common if installed[name].public != locked[name]]
     assert not different, [(name, installed[name], locked[name]) for name in different]

@@ -2,10 +2,13 @@
 
 import os
 import shutil
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -28,7 +31,8 @@ from tests.runs import (
     train,
 )
 from util import doctor, fid_stats
-from util.data.listing import list_images
+from util.data.images import read_image
+from util.data.listing import LABELS, list_images
 from util.errors import UserError
 
 NO_CACHE = dict(use_cached=None, cached_path=None, vae_path="vae.ckpt", latent_scale=1.0)
@@ -218,3 +222,43 @@ def test_an_unreadable_folder_is_not_passed_over(inputs, data, capsys, monkeypat
     monkeypatch.setattr(os, "scandir", locked)
     line = refused(capsys, *command(inputs, "train", data))
     assert "--data_path" in line and "Permission denied" in line and "ant/sub" in line
+
+
+SYNSETS = ["n01440764", "n01443537", "n02123045"]
+
+
+def lay_out(data: Path, layout: str) -> Path:
+    """The images of data/train/ for train and for val, as Kaggle or the hub has them."""
+    for old, new in zip(("ant", "bee", "cat"), SYNSETS, strict=True):
+        (data / "train" / old).rename(data / "train" / new)
+    files = sorted((data / "train").rglob("*.png"), key=lambda path: path.name)  # classes mixed
+    root, flat = data / "imagenet", data / "imagenet/ILSVRC/Data/CLS-LOC/val"
+    flat.mkdir(parents=True)
+    if layout == "parquet":
+        images = [{"bytes": p.read_bytes(), "path": f"{p.parent.name}_{p.name}"} for p in files]
+        table = pa.table({"image": images, "label": [SYNSETS.index(p.parent.name) for p in files]})
+        for split in ("train", "validation"):
+            pq.write_table(table, root / f"{split}-00000-of-00001.parquet", row_group_size=5)
+        return root
+    shutil.copytree(data / "train", flat.parent / "train")
+    lines = {f"v{i:02}": path.parent.name for i, path in enumerate(files)}
+    for name, path in zip(lines, files, strict=True):
+        shutil.copy(path, flat / f"{name}.JPEG")
+    table = ["ImageId,PredictionString", *(f"{v},{name} 1 2 3 4" for v, name in lines.items())]
+    name, lines = (LABELS[0], table) if layout == "csv" else (LABELS[1], lines.values())
+    (root / name).write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("layout", ["csv", "list", "parquet"])
+def test_imagenet_is_found_as_kaggle_and_the_hub_have_it(inputs, data, capsys, layout, monkeypatch):
+    root = lay_out(data, layout)
+    plain, *found = list_images(data), list_images(root), list_images(root, "val")
+    read = [sorted((y, read_image(p).tobytes()) for p, y in x.samples) for x in (plain, *found)]
+    assert read[0] == read[1] == read[2] and [x.classes for x in found] == [SYNSETS, SYNSETS]
+    assert {os.path.dirname(name) for name in found[1].names} == set(SYNSETS)
+    assert ("24 images in 1 parquet files" in examined(inputs, root, capsys)) == ("q" in layout)
+    (root / "ILSVRC/Data/CLS-LOC/val/x.JPEG").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"is not of the images in .*val|pip install .*\[parquet\]"):
+        list_images(root, "val")

@@ -2,21 +2,28 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import wandb
 from tensorboard.summary.writer import event_file_writer
 
 import main_tokenbridge
 from models.flops import Meter
+from tests.conftest import ROOT
 from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, scalars
 from util.data.batches import Batches
 from util.errors import UserError
-from util.logging import LogSettings, MetricsFile, StepResult, TrainingLog
+from util.logging import PACKAGES, LogSettings, MetricsFile, StepResult, TrainingLog
 
 CPU = torch.device("cpu")
 METER = Meter(2e9, CPU)
@@ -125,6 +132,76 @@ def test_resumed_log_hides_what_a_killed_run_wrote_later(new_log, tmp_path, monk
     step(resumed, 2, 5.0)
     resumed.close()
     assert scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 5.0)]
+
+
+# --- --track
+
+TRACK_AND_DIE = """
+import os, sys
+from tests.test_logging import METER, Batches, LogSettings, TrainingLog, step
+settings = LogSettings(sys.argv[1], 1, Batches(10, 1, 30, 0), 0, 6, {}, tracker=sys.argv[2])
+step(TrainingLog(settings, METER, lambda: 0), 0, 1.0)
+os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.fixture
+def local(monkeypatch, tmp_path):
+    """Neither a key nor a place of the user's."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "TRACKIO_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+
+
+def tracked(name: str, folder: Path, run_id: str) -> set[int]:
+    """Steps with a loss; wandb has no reader of its own files."""
+    if name == "trackio":
+        from trackio.sqlite_storage import SQLiteStorage  # reads TRACKIO_DIR
+
+        rows = SQLiteStorage.get_logs("tokenbridge", run_id)
+        return {row["step"] for row in rows if "train/loss" in row}
+    wandb.teardown()  # as at the end of a process: its service writes what it holds
+    text = b"".join(file.read_bytes() for file in folder.glob(f"wandb/*/run-{run_id}.wandb"))
+    return {int(step) for step in re.findall(rb"\x04step\x82\x01.(\d+)", text)}
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_killed_training_goes_on_in_the_same_run(name, local, new_log, tmp_path, capfd):
+    folder = tmp_path / "run"
+    killed = [sys.executable, "-c", TRACK_AND_DIE, str(folder), name]
+    assert subprocess.run(killed, cwd=ROOT, capture_output=True).returncode == -9
+    run_id = (folder / f"{name}.id").read_text().strip()
+    log = new_log(folder, every=1, first_step=2, tracker=name)
+    for number in range(2, 6):
+        step(log, number, 5.0)
+    log.image("validation/raw", torch.zeros(3, 8, 8, dtype=torch.uint8), 6)
+    log.close()
+    assert tracked(name, folder, run_id) >= {3, 4, 5, 6}
+    assert any("media" in path.parts for path in tmp_path.rglob("*.png"))
+    assert ("wandb: offline (no key); wandb sync" in capfd.readouterr().out) == (name == "wandb")
+    step(new_log(folder, every=1, tracker=name), 0, 1.0)  # from scratch
+    assert (folder / f"{name}.id").read_text().strip() != run_id
+
+
+def test_what_hinders_a_tracker_is_said_and_other_processes_have_none(
+    local, inputs, new_log, tmp_path, capsys, monkeypatch, refusal
+):
+    monkeypatch.setenv("WANDB_MODE", "sideways")
+    log = new_log(tmp_path, every=1, tracker="wandb")
+    step(log, 0, 1.0)
+    step(log, 1, 1.0)
+    log.close()
+    assert capsys.readouterr().err.count("warning: --track wandb: ") == 1
+    assert len(scalars(tmp_path)["train/loss"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("util.dist.is_main", lambda: False)
+        step(new_log(tmp_path / "other", every=1, tracker="wandb"), 0, 1.0)
+    assert not (tmp_path / "other").exists()
+    known = {name: metadata.version(name) for name in PACKAGES}
+    missing = mock.Mock(side_effect=lambda name: known.get(name) or metadata.version("no such"))
+    monkeypatch.setattr("util.logging.version", missing)
+    assert "--track wandb: pip install" in refusal("train", inputs, track="wandb")
 
 
 # --- --metrics_file

@@ -184,7 +184,7 @@ def test_names_say_ratio_and_channel_where_a_head_has_them(moments):
     model.quantizer = None
     drawn = dict.fromkeys(validation.WEIGHTS, (latents, images))
     new_validation(moments)._log_samples(model, log, drawn, 1)
-    assert [name for name, *_ in log.method_calls] == ["writer.add_text", "writer.add_image"]
+    assert [name for name, *_ in log.method_calls] == ["writer.add_text", "image"]
     named = validation.as_scalars(
         torch.ones(len(RATIOS), 1, dtype=torch.float64), "raw", model.config
     )

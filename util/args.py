@@ -215,6 +215,7 @@ GROUPS = {
         Flag("no_flip", bool, False, "no mirror images (digits, text)"),
         Flag("output_dir", str, "./output_dir", "checkpoints, logs and images"),
         Flag("log_dir", str, "", "TensorBoard's; default: --output_dir"),
+        Flag("track", str, None, "log a training there, too", ("wandb", "trackio")),
         METRICS_FILE,
         JSON,
         Flag("dry_run", bool, False, "check everything, make one step, say what a training takes"),

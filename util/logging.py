@@ -1,4 +1,4 @@
-"""What a run says: the training log, --metrics_file, --json, and where its figures come from.
+"""What a run says: the training log, --track, --metrics_file, --json, where its figures come from.
 
 Statistics are summed on the device; every `every` steps they are summed over the processes, read
 once, and written by the main process.
@@ -18,8 +18,10 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +67,7 @@ class LogSettings:
     last_step: int
     about: dict
     metrics_file: str | None = None
+    tracker: str | None = None  # wandb or trackio, besides
 
 
 class NoWriter:
@@ -75,7 +78,7 @@ class NoWriter:
 
 
 class TrainingLog:
-    """Scalars for TensorBoard and --metrics_file, and a progress line.
+    """Scalars for TensorBoard, --track and --metrics_file, and a progress line.
 
     meter: what an image costs, and the device. count_skipped: how many unreadable images this
     process has passed over so far.
@@ -84,6 +87,10 @@ class TrainingLog:
     def __init__(self, settings: LogSettings, meter: Meter, count_skipped: Callable[[], int]):
         self.settings, self.meter, self.count_skipped = settings, meter, count_skipped
         self.metrics_file = MetricsFile(settings.metrics_file, settings.first_step)
+        if tracker := settings.tracker:
+            remedy = f"--track {tracker}: pip install -c requirements.lock -e '.[{tracker}]'"
+            with as_user_error(remedy, (PackageNotFoundError,)):
+                version(tracker)
         self.restart()
 
     @cached_property
@@ -102,6 +109,11 @@ class TrainingLog:
         # Indented, it is a block of code for TensorBoard and still JSON.
         writer.add_text(ABOUT, textwrap.indent(text, "    "), settings.first_step)
         return writer
+
+    @cached_property
+    def tracker(self):
+        """--track's, likewise."""
+        return Tracker(self.settings) if self.settings.tracker and dist.is_main() else NoWriter()
 
     def restart(self) -> None:
         """Begin counting steps and time anew."""
@@ -171,9 +183,10 @@ class TrainingLog:
         )
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Write figures, such as those of an evaluation, to TensorBoard and --metrics_file."""
+        """Write figures, such as those of an evaluation, wherever a run is logged."""
         for name, number in values.items():
             self.writer.add_scalar(name, number, step)
+        self.tracker.log(values, step)
         self.metrics_file.write(values, step)
 
     def histogram(self, name: str, counts: Tensor, step: int) -> None:
@@ -181,9 +194,83 @@ class TrainingLog:
         values = torch.arange(len(counts)).repeat_interleave(counts)
         self.writer.add_histogram(name, values, step, bins=torch.arange(len(counts) + 1) - 0.5)
 
+    def image(self, name: str, image: Tensor, step: int) -> None:
+        """image: uint8 [3, H, W]."""
+        self.writer.add_image(name, image, step)
+        self.tracker.log({name: image}, step)
+
     def close(self) -> None:
-        if "writer" in self.__dict__:  # asking for it would make its folder
-            self.writer.close()
+        for name in ("writer", "tracker"):
+            if name in self.__dict__:  # asking for it would make its folder
+                getattr(self, name).close()
+
+
+class Tracker:
+    """--track: curves and images under TensorBoard's names, in wandb or trackio.
+
+    FOLDER/NAME.id keeps the run's id: a training that goes on, killed or not, does so in the same
+    run, and one that begins from scratch in a new one. Trackers cannot forget: steps logged beyond
+    the checkpoint come twice. What goes wrong is reported, and the training goes on without.
+    """
+
+    def __init__(self, settings: LogSettings):
+        self.name, self.run, folder = settings.tracker, None, Path(settings.folder)
+        kept = folder / f"{self.name}.id"
+        run_id = f"{folder.absolute().name[:40]}-{uuid4().hex[:8]}"
+        with self._reported():
+            self.library = import_module(self.name)
+            if settings.first_step and kept.exists():
+                run_id = kept.read_text().strip()
+            with atomic_write(kept) as file:
+                file.write(f"{run_id}\n".encode())
+            about = json.loads(json.dumps(settings.about, default=str))
+            project = os.environ.get("WANDB_PROJECT", "tokenbridge")
+            options = dict(project=project, config=about, resume="allow")
+            if self.name == "wandb":
+                self.run = self._start_wandb(run_id, folder, **options)
+            else:  # in TRACKIO_DIR, by default in the home folder; it says so itself
+                options |= dict.fromkeys(("embed", "auto_log_gpu", "auto_log_cpu"), False)
+                self.run = self.library.init(name=run_id, **options)
+
+    def _start_wandb(self, run_id: str, folder: Path, **options):
+        """Online if WANDB_MODE says so or, without it, if wandb's server knows the key."""
+        wandb, mode, why = self.library, os.environ.get("WANDB_MODE"), "WANDB_MODE"
+        if mode is None:
+            try:
+                mode, why = ("online", "") if wandb.login(prompt=False) else ("offline", "no key")
+            except wandb.Error as error:
+                mode, why = "offline", " ".join(str(error).split())
+        quiet = wandb.Settings(console="off", silent=True)
+        run = wandb.init(id=run_id, dir=folder, mode=mode, settings=quiet, **options)
+        run.define_metric("*", step_metric="step")  # wandb's own steps may not come twice
+        remedy = f"{mode} ({why}); wandb sync --append {folder}/wandb/offline-run-*"
+        print(f"wandb: {run.url if mode == 'online' else remedy}")
+        return run
+
+    def log(self, values: dict[str, float | Tensor], step: int) -> None:
+        if self.run is None:
+            return
+        with self._reported():
+            for name in [name for name in values if isinstance(values[name], Tensor)]:
+                pixels = values[name].movedim(0, -1).cpu().numpy()
+                values = values | {name: self.library.Image(pixels)}
+            if self.name == "wandb":
+                self.run.log({"step": step} | values)
+            else:
+                self.run.log(values, step=step)
+
+    def close(self) -> None:
+        with self._reported():
+            if self.run is not None:
+                self.run.finish()
+
+    @contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of another's network, disk or service
+            self.run = None
+            print(f"warning: --track {self.name}: {error}; goes on without", file=sys.stderr)
 
 
 # --- figures for other programs

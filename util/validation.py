@@ -253,7 +253,7 @@ class Validation:
             labels, names = self._labels(model).tolist(), self.settings.names
             classes = ", ".join(names[label] if names else str(label) for label in labels)
             log.writer.add_text("validation/classes_row_by_row", classes, done)
-            log.writer.add_image("validation/raw_and_average", side_by_side(raw, averaged), done)
+            log.image("validation/raw_and_average", side_by_side(raw, averaged), done)
 
 
 def count_levels(model: TokenBridge, latents: Tensor) -> Tensor:

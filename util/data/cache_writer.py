@@ -44,7 +44,7 @@ def list_digest(names: list[str], labels: list[int]) -> str:
 class CacheWriter:
     """Fills one folder with the posteriors of a list of images, shard by shard.
 
-    settings: all that decides what the cache holds, as docs/formats.md lists it. names: the images'
+    settings: all that decides what the cache holds, as docs/data.md lists it. names: the images'
     paths relative to the folder of classes; labels: their classes' numbers.
     Raises UserError if the folder holds anything but (a part of) the cache with these settings.
     """

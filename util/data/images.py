@@ -8,9 +8,12 @@ bytes until they are on the device, where `models.tokenizers.tokenizer.from_uint
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +39,7 @@ Image.MAX_IMAGE_PIXELS = None  # ours, which a flag raises, takes the place of P
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image in a file as 8-bit RGB, upright as its EXIF orientation says; the first of several.
 
+    path: of a file, or FILE.parquet/GROUP/ROW/NAME.
     16-bit grey is scaled to 8 bits, transparent parts are laid on white, other modes are converted.
     Raises UserError, naming the file, if it is damaged, too large, or of another kind.
     """
@@ -43,7 +47,10 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     # Pillow's readers meet a damaged file with nearly any exception, so all of them count.
     with as_user_error(context, (Exception,)), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at metadata that nobody needs
-        if not os.path.isfile(path):  # opening a pipe would wait for its other end
+        inside = re.fullmatch(r"(.*\.parquet)/(\d+)/(\d+)/[^/]*", str(path))
+        if inside and os.path.isfile(inside[1]):
+            path = BytesIO(read_row_group(inside[1], int(inside[2]))[int(inside[3])].as_py())
+        elif not os.path.isfile(path):  # opening a pipe would wait for its other end
             raise FileNotFoundError("there is no regular file of that name")
         with Image.open(path, formats=FORMATS) as image:
             pixels = image.width * image.height
@@ -51,6 +58,15 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
                 raise ValueError(f"{pixels} pixels, more than --max_image_pixels {max_pixels}")
             ImageOps.exif_transpose(image, in_place=True)
             return _to_rgb(image)
+
+
+@lru_cache(maxsize=2)
+def read_row_group(path: str, group: int):
+    """The bytes of its images: who reads in order reads each group once."""
+    from pyarrow.parquet import ParquetFile  # an extra
+
+    table = ParquetFile(path).read_row_group(group, columns=["image.bytes"], use_threads=False)
+    return table["image"].combine_chunks().field("bytes")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -7,7 +7,7 @@
 
 Every file is whole or absent. The published form, CLASS/IMAGE.npz with float32 `moments` and
 `moments_flip` [2C, h, w], takes the place of the .npy files on request, or is all there is; see
-docs/formats.md. Nothing is pickled, no name leads out of the folder, each posterior has its CRC-32.
+docs/data.md. Nothing is pickled, no name leads out of the folder, each posterior has its CRC-32.
 Letters: N images, n those of a shard, B batch, C latent channels, h, w positions.
 """
 

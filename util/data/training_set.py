@@ -11,7 +11,7 @@ from util.args import value
 from util.checkpoint import FINETUNE, Checkpoint
 from util.data.images import ImageDataset
 from util.data.latent_cache import CachedLatents, open_cache
-from util.data.listing import list_images
+from util.data.listing import find_split, list_images
 from util.errors import UserError, as_user_error
 from util.vae import vae_digest
 from util.validation import ValidationSet, evenly_spread
@@ -137,19 +137,20 @@ def _open_validation_data(
     args: argparse.Namespace, data: TrainingData, config: TokenBridgeConfig, vae: VAE | None
 ) -> ValidationSet:
     """The cache of --val_cached_path, or images: of --val_path or beside those of --data_path."""
-    folder = Path(args.val_path or Path(value(args, "data_path")) / "val")
-    named = args.val_path or ((args.data_path or not args.use_cached) and folder.is_dir())
-    if path := args.val_cached_path:
-        source = f"--val_cached_path {path}"
+    path, split = (args.val_path, "") if args.val_path else (value(args, "data_path"), "val")
+    beside = (args.data_path or not args.use_cached) and any(find_split(path, split))
+    source = str(Path(path, split))
+    if cached := args.val_cached_path:
+        source = f"--val_cached_path {cached}"
         with as_user_error(source):
-            dataset = found = open_cache(path, config.img_size, data.vae_sha256)
+            dataset = found = open_cache(cached, config.img_size, data.vae_sha256)
         check_latent_shape(dataset, config, source)
-    elif not named:
+    elif not (args.val_path or beside):
         raise UserError("--val_path, --val_cached_path or --holdout gives it")
     elif vae is None:
-        raise UserError(f"{folder} holds images, which need --vae_path, or --val_cached_path")
+        raise UserError(f"{source} holds images, which need --vae_path, or --val_cached_path")
     else:
-        source, found = str(folder), list_images(folder, "", flag="--val_path")
+        found = list_images(path, split, "--val_path")
         on_bad = "drop" if args.skip_bad_images else "raise"
         dataset = ImageDataset(found.samples, config.img_size, on_bad, args.max_image_pixels)
     if unknown := [name for name in found.classes if name not in data.classes]:
