@@ -38,9 +38,7 @@ from util.data.latent_cache import open_cache
 from util.data.listing import ImageList, is_data, list_files, list_images
 from util.doctor import dry_run
 from util.errors import UserError, as_user_error
-from util.evaluation.evaluator import Evaluator
-from util.evaluation.extractor import Extractor
-from util.evaluation.metrics import frechet
+from util.evaluation.metrics import Measure, frechet, score
 from util.evaluation.reconstruction import (
     CONTINUOUS,
     ORIGINAL,
@@ -123,8 +121,8 @@ def measure_variants(args, device: torch.device) -> dict:
     folder = ReconstructionFolder(Path(args.output_dir), len(names), args.batch_size, label)
     on_bad = "drop" if args.skip_bad_images else "raise"
     dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
-    evaluator = Evaluator(None, Tokenizer(vae, *norm).to(device), device, None, measure)
-    job = Reconstruction(folder, dataset, evaluator, variants, settings.get("seed"))
+    tokenizer = Tokenizer(vae, *norm).to(device)
+    job = Reconstruction(folder, dataset, tokenizer, measure, variants, settings.get("seed"))
     if args.dry_run:
         folder.refuse_other(settings)
         return dry_run(args, device, ("device", "processes"), job.first_batch)
@@ -198,7 +196,8 @@ class Reconstruction:
 
     folder: ReconstructionFolder
     dataset: ImageDataset
-    evaluator: Evaluator
+    tokenizer: Tokenizer
+    measure: Measure | None
     variants: list[QuantizerVariant]
     noise_seed: int | None
 
@@ -219,26 +218,24 @@ class Reconstruction:
             dist.beat(f"reconstructing batch {number + 1} of {count}")
             names = [name for name in self.names if number in missing[name]]
             for name, pixels, record in self.decode(images, ids, names):
-                if folder.extractor is not None:
-                    self.evaluator.begin(folder.features(folder.extractor, name))
-                    self.evaluator.update(pixels, number, ids)
+                if self.measure is not None:
+                    folder.features(name).write(number, ids, self.measure.extractor(pixels))
                 folder.write(name, number, ids, pixels, record)
 
     def decode(
         self, images: Tensor, ids: list[int], names: Sequence[str]
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """(name, pixels like images, record) of these names. images: uint8 [N, 3, H, W] of ids."""
-        tokenizer, latents = self.evaluator.tokenizer, None
-        original = images.to(self.evaluator.device)
+        latents, original = None, images.to(next(self.tokenizer.parameters()).device)
         variants = {variant.name: variant for variant in self.variants}
         for name in names:
             if name == ORIGINAL or not ids:
                 yield name, images, {}
                 continue
             if latents is None:
-                latents = draw_latents(tokenizer, original, ids, self.noise_seed)
+                latents = draw_latents(self.tokenizer, original, ids, self.noise_seed)
             values, record = variants.get(name, QuantizerVariant(name)).apply(latents)
-            pixels = to_uint8(tokenizer.decode(values))
+            pixels = to_uint8(self.tokenizer.decode(values))
             record |= {"psnr": psnr(pixels.cpu(), images), "ssim": ssim(pixels, original).cpu()}
             yield name, pixels.cpu(), record
 
@@ -252,8 +249,8 @@ class Reconstruction:
         dist.print_main(f"{folder.count} images as {', '.join(self.names)}")
         began = time.perf_counter()
         for _, pixels, _ in self.decode(images, ids, self.names):
-            if folder.extractor is not None:
-                self.evaluator.update(pixels)
+            if self.measure is not None:
+                self.measure.extractor(pixels)
         seconds = time.perf_counter() - began
         return {
             "images": folder.count,
@@ -266,14 +263,14 @@ class Reconstruction:
 
     def finish(self, settings: dict) -> dict:
         """Write the figures of all variants in the folder and grid.png; returns results.json."""
-        folder, measure = self.folder, self.evaluator.measure
+        folder, measure = self.folder, self.measure
         readable = folder.readable()
         if not readable:
             raise UserError("none of the images can be read; see --image_dir")
         names = list(dict.fromkeys([*self.names[1:], *folder.finished()]))
         results = [summarise(name, folder.records(name)) for name in names]
         if measure is not None:
-            self.add_scores(results, measure.extractor)
+            self.add_scores(results, measure)
         settings |= {"images": len(readable), "measured": measure.identity() if measure else None}
         write_results(folder.path, settings, results)
         shown = readable[:: -(-len(readable) // GRID_IMAGES)]
@@ -290,21 +287,20 @@ class Reconstruction:
             print(f"{result['name']:>10}  " + "  ".join(figures))
         return settings | {"results": results}
 
-    def add_scores(self, results: list[dict], extractor: Extractor) -> None:
+    def add_scores(self, results: list[dict], measure: Measure) -> None:
         """Figures of the features, and their distance to those of the crops."""
-        evaluator, warnings, crops = self.evaluator, [], None
-        features = partial(self.folder.features, extractor.label)
+        extractor, features = measure.extractor, self.folder.features
+        warnings, crops = [], None
         distance = "rfid" if extractor.is_inception else "reconstruction_frechet_distance"
         if "fid" in extractor.layers and results[0]["images"] > 1:  # a covariance takes two
-            evaluator.begin(features(ORIGINAL))
-            crops = evaluator.collect().moments.statistics()
+            crops = measure.sums(features(ORIGINAL)).moments.statistics()
         for result in results:
             dist.beat(f"measuring {result['name']}")
-            evaluator.begin(features(result["name"]))
-            scores = evaluator.result()
+            sums = measure.sums(features(result["name"]))
+            scores = score(sums, measure)
             result |= scores.figures
             if crops is not None:
-                result[distance] = frechet(evaluator.sums.moments.statistics(), crops)
+                result[distance] = frechet(sums.moments.statistics(), crops)
             warnings += scores.warnings
         for warning in dict.fromkeys(warnings):
             print(f"warning: {warning}", file=sys.stderr, flush=True)

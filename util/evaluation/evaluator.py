@@ -45,7 +45,7 @@ from util.evaluation.folder import (
     write_json,
     write_samples,
 )
-from util.evaluation.metrics import Accumulator, Measure, Scores, score
+from util.evaluation.metrics import Measure, Scores, score
 from util.evaluation.settings import EvalSettings
 from util.logging import digest, git_revision, versions
 
@@ -101,7 +101,7 @@ class Evaluator:
     """Draws images of a model and measures them, or measures those of others.
 
     model, tokenizer, precision: None where nothing is drawn. measure: None where nothing can be
-    measured.
+    measured. sums: of the images that `update` was given.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Evaluator:
     ):
         self.model, self.tokenizer = model, tokenizer
         self.device, self.precision, self.measure = device, precision, measure
-        self.begin()
+        self.sums = measure.sums() if measure is not None else None
 
     def generate(self, ids: Sequence[int], labels: Tensor, sampling: SamplingOptions) -> Tensor:
         """The images of those numbers and classes, uint8 [N, 3, H, W], on the CPU.
@@ -131,31 +131,13 @@ class Evaluator:
             dist.print_main(f"--vae_precision: image 0 is {error:.1f} dB from that of fp32")
         return images
 
-    def begin(self, files: FeatureFiles | None = None, sums: Accumulator | None = None) -> None:
-        """Forget the images before. files: for a restart. sums: if not those of all figures."""
-        self.files, self.sums = files, sums
-        if sums is None and self.measure is not None:
-            keep = self.measure.features is not None
-            count = files.batches[-1].stop if files else 0
-            self.sums = Accumulator(self.measure.extractor.layers, count, keep)
-
-    def update(self, images: Tensor, number: int = 0, ids: Sequence[int] = ()) -> None:
-        """images: uint8 [N, 3, H, W]; with files, those of ids, which are batch `number`."""
-        features = self.measure.extractor(images) if len(images) else {}
-        if self.files is not None:
-            self.files.write(number, ids, features)
-        elif features:
-            self.sums.update(features)
-
-    def collect(self) -> Accumulator:
-        """Sums of the images since `begin`; with files, of all processes' batches."""
-        for features in self.files.chunks() if self.files else ():
-            self.sums.update(features)
-        return self.sums
+    def update(self, images: Tensor) -> None:
+        """images: uint8 [N, 3, H, W]."""
+        self.sums.update(self.measure.extractor(images))
 
     def result(self) -> Scores:
-        """The figures of the images since `begin`; with files, of all processes' batches."""
-        return score(self.collect(), self.measure)
+        """The figures of all images that `update` was given."""
+        return score(self.sums, self.measure)
 
     @torch.no_grad()
     def evaluate(
@@ -201,7 +183,8 @@ class Evaluator:
 
     def _folder(self, settings: EvalSettings, path: Path) -> EvaluationFolder:
         labels = settings.labels(self.model.config.class_num)
-        return EvaluationFolder(path, len(labels), settings.batch_size, settings, labels)
+        label = self.measure and self.measure.extractor.label
+        return EvaluationFolder(path, len(labels), settings.batch_size, label, settings, labels)
 
     def _identity(self, settings: EvalSettings) -> dict:
         """All that decides the images. Raises UserError unless all processes have the same."""
@@ -231,8 +214,7 @@ class Evaluator:
 
     def _draw(self, folder: EvaluationFolder) -> None:
         """Draw and measure this process's share of what is missing."""
-        files = folder.features(self.measure and self.measure.extractor.label)
-        self.begin(files)
+        files = folder.features()
         missing = folder.missing(files) if dist.is_main() else None
         undrawn, unmeasured = dist.gather_objects(missing)[0]  # all as the main process finds it
         mine = folder.share(undrawn | unmeasured)
@@ -246,7 +228,7 @@ class Evaluator:
             else:
                 images = read_images(paths)
             if number in unmeasured:
-                self.update(images, number, ids)
+                files.write(number, ids, self.measure.extractor(images))
 
     def _finish(self, folder: EvaluationFolder, facts: dict) -> None:
         """Write everything, metrics.json last. facts: what that is to hold besides."""
@@ -263,9 +245,10 @@ class Evaluator:
         dist.beat("computing the figures")
         scores, trained = Scores(), len(folder.settings.names) or config.class_num
         if measure is not None:
-            scores = self.result()
+            sums = measure.sums(folder.features())
+            scores = score(sums, measure)
             path = folder.path / "statistics.npz"
-            self.sums.save_statistics(path, measure.extractor, config.img_size)
+            sums.save_statistics(path, measure.extractor, config.img_size)
         if scores.figures and len(drawn) < trained:
             part = f"{len(drawn)} of {trained} classes"
             scores.warnings.append(f"these figures are of {part}: compare them only with the same")

@@ -112,20 +112,24 @@ def check_shared(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """PNG files of numbered images, in folders inside this one. batch_size: images of a batch."""
+    """PNG files of numbered images, in folders inside this one. batch_size: images of a batch.
+
+    extractor: the label of what measures them; None if nothing does.
+    """
 
     path: Path
     count: int
     batch_size: int
+    extractor: str | None = None
 
     @cached_property
     def batches(self) -> list[range]:
         return batch_ranges(self.count, self.batch_size)
 
-    def features(self, extractor: str | None, variant: str = "") -> FeatureFiles | None:
-        """extractor: its label; None has no features."""
-        path = self.path / "features" / (extractor or "") / variant
-        return FeatureFiles(path, self.batches) if extractor else None
+    def features(self, variant: str = "") -> FeatureFiles | None:
+        if self.extractor is None:
+            return None
+        return FeatureFiles(self.path / "features" / self.extractor / variant, self.batches)
 
     def share(self, todo: set[int]) -> list[int]:
         """This process's of the batches that are to be done."""

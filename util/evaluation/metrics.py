@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from util import dist
 from util.evaluation.extractor import Extractor
+from util.evaluation.folder import FeatureFiles
 from util.files import atomic_write
 
 FULL_COUNT = 50000  # images of the distances that papers report
@@ -56,6 +57,11 @@ class Measure:
         """What decides the figures of given images, as plain values."""
         digests = {k: v for k, v in self.record.items() if k.endswith("sha256")}
         return self.extractor.identity() | {"reference": digests}
+
+    def sums(self, files: FeatureFiles | None = None) -> "Accumulator":
+        """What all figures need: of nothing yet, or of all processes' files, if there are."""
+        count, keep = files.batches[-1].stop if files else 0, self.features is not None
+        return Accumulator(self.extractor.layers, count, keep).add(files)
 
 
 @dataclass
@@ -130,7 +136,9 @@ class Accumulator:
         self._features: dict[str, list[Tensor]] = {layer: [] for layer in kept}
 
     def update(self, features: dict[str, Tensor]) -> None:
-        """features: {layer: [n, D]}."""
+        """features: {layer: [n, D]}; of no images, none."""
+        if not features:
+            return
         if "isc" in self.layers:
             self.logits.append(features[self.layers["isc"]])
         if "fid" in self.layers:
@@ -140,6 +148,11 @@ class Accumulator:
         for layer, kept in self._features.items():
             kept.append(features[layer][-self.count % self.step :: self.step].clone())
         self.count += len(next(iter(features.values())))
+
+    def add(self, files: FeatureFiles | None) -> "Accumulator":
+        for features in files.chunks() if files else ():
+            self.update(features)
+        return self
 
     @property
     def features(self) -> dict[str, Tensor]:

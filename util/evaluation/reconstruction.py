@@ -88,9 +88,7 @@ def ssim(pixels: Tensor, original: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ReconstructionFolder(ImageFolder):
-    """extractor: names the features, None if nothing is measured by a network."""
-
-    extractor: str | None = None
+    """A folder of images for the crops and for each variant."""
 
     def images(self, variant: str, ids: Sequence[int]) -> list[Path]:
         return [self.path / variant / image_name(i, self.count) for i in ids]
@@ -100,7 +98,7 @@ class ReconstructionFolder(ImageFolder):
 
     def missing(self, variant: str) -> set[int]:
         """Numbers of the batches that are not done: their record, features or images lack."""
-        records, features = self.records(variant), self.features(self.extractor, variant)
+        records, features = self.records(variant), self.features(variant)
         missing = records.missing() | (features.missing() if features else set())
         present = whole_files(self.path / variant)
         for number in set(range(len(self.batches))) - missing:

@@ -27,7 +27,6 @@ from util.data.images import LOADING, ImageDataset, Loading, center_crop, collat
 from util.data.listing import list_files
 from util.errors import UserError, as_user_error
 from util.evaluation.arrays import ImageArray, read_npz
-from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import INCEPTION, SPATIAL_WIDTH, load_extractor
 from util.evaluation.folder import FeatureFiles, batch_ranges, check_shared
 from util.evaluation.metrics import RECORDED, Accumulator, Measure, Statistics, few_for_covariance
@@ -195,16 +194,15 @@ def compare_with_images(
     place = cache / f"{extractor.label}-{size}px-{key[:12]}"
     files = FeatureFiles(place, batch_ranges(len(images), BATCH))
     layers = {metric: layer for metric, layer in extractor.layers.items() if metric != "isc"}
-    evaluator = Evaluator(None, None, extractor.device, None, measure)
-    evaluator.begin(files, Accumulator(layers, len(images), keep=True, groups=1))
     missing = dist.gather_objects(files.missing())[0]  # as the main process finds it
     for number, ids, pixels in image_batches(images, size, files.batches, missing, loading):
-        evaluator.update(pixels, number, ids)
+        files.write(number, ids, extractor(pixels))
     dist.barrier()
     record = measure.record | {"fid_reference": str(source), "listing_sha256": key}
     if not dist.is_main():
         return replace(measure, record=record)
-    sums, stats = evaluator.collect(), measure.stats
+    stats = measure.stats
+    sums = Accumulator(layers, len(images), keep=True, groups=1).add(files)
     if sums.count < 2:
         raise UserError(f"--fid_reference {source}: {sums.count} readable images, two are needed")
     record["images"] = sums.count
