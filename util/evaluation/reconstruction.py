@@ -30,20 +30,12 @@ from util.evaluation.folder import (
     write_images,
     write_json,
 )
-from util.files import atomic_write
+from util.evaluation.panels import plot
 
 ORIGINAL, CONTINUOUS, QUANTIZED = "original", "continuous", "bits"
 SSIM_LEAST = 6  # pixels a side: 5 of them are mirrored
-# Drawn where they were measured, from left to right: name of the figure, title of its panel.
-PANELS = {
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "rfid": "rFID",
-    "reconstruction_frechet_distance": "Fréchet distance to the crops",
-    "fid": "FID",
-    "inception_score_mean": "Inception Score",
-    "entropy_bits": "entropy (bits of a latent scalar)",
-}
+PLOTTED = ("psnr", "ssim", "rfid", "reconstruction_frechet_distance", "fid")
+PLOTTED += ("inception_score_mean", "entropy_bits")
 
 
 @dataclass(frozen=True)
@@ -157,23 +149,6 @@ def write_results(folder: Path, settings: dict, results: list[dict]) -> None:
     by_bits = sorted(results, key=lambda r: r["bits"] % math.inf)
     names = dict.fromkeys(name for r in results for name in r if not name.endswith("_by_channel"))
     write_csv(folder / "results.csv", by_bits, names)
-    _plot(folder / "quality.png", by_bits)
-
-
-def _plot(path: Path, results: list[dict]) -> None:
-    """Every figure over the number of bits; without quantization it is a dashed line."""
-    from matplotlib.figure import Figure
-
-    quantized = [r for r in results if r["bits"] > 0]
-    panels = [name for name in PANELS if any(name in r for r in results)]
-    figure = Figure(figsize=(3.2 * len(panels), 2.8), layout="constrained")
-    for number, name in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), number, title=PANELS[name], xlabel="bits")
-        axes.plot([r["bits"] for r in quantized], [r.get(name) for r in quantized], "o-")
-        axes.set_xticks([r["bits"] for r in quantized])
-        for result in results:
-            if result["bits"] < 0 and name in result:
-                axes.axhline(result[name], color="gray", linestyle="--", label="not quantized")
-                axes.legend(fontsize="small")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    flat = [("not quantized", r) for r in results if r["bits"] < 0]
+    lines = {"": [r for r in by_bits if r["bits"] > 0]}
+    plot(folder / "quality.png", PLOTTED, "bits", lines, flat)
