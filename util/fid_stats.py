@@ -15,11 +15,10 @@ from util import dist
 from util.args import EXTRACTOR, Flag, Parser, auto, positive_int
 from util.data.images import Loading
 from util.errors import UserError
-from util.evaluation.arrays import ImageArray
 from util.evaluation.extractor import load_extractor
 from util.evaluation.folder import batch_ranges
 from util.evaluation.metrics import Accumulator, few_for_covariance
-from util.evaluation.reference import image_batches, open_images
+from util.evaluation.reference import ImageArray, image_batches, open_images
 from util.files import check_writable
 
 

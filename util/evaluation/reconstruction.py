@@ -29,8 +29,8 @@ from util.evaluation.folder import (
     write_csv,
     write_images,
     write_json,
+    write_plot,
 )
-from util.evaluation.panels import plot
 
 ORIGINAL, CONTINUOUS, QUANTIZED = "original", "continuous", "bits"
 SSIM_LEAST = 6  # pixels a side: 5 of them are mirrored
@@ -151,4 +151,4 @@ def write_results(folder: Path, settings: dict, results: list[dict]) -> None:
     write_csv(folder / "results.csv", by_bits, names)
     flat = [("not quantized", r) for r in results if r["bits"] < 0]
     lines = {"": [r for r in by_bits if r["bits"] > 0]}
-    plot(folder / "quality.png", PLOTTED, "bits", lines, flat)
+    write_plot(folder / "quality.png", PLOTTED, "bits", lines, flat)

@@ -18,9 +18,8 @@ from util.data.images import save_png
 from util.device import Precision, accelerate, resolve_precision
 from util.errors import UserError
 from util.evaluation.evaluator import GRID, METRICS, Evaluator
-from util.evaluation.folder import read_json, read_png, write_csv
+from util.evaluation.folder import read_json, read_png, write_csv, write_plot
 from util.evaluation.metrics import fid_error, is_error
-from util.evaluation.panels import plot
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import SWEPT, EvalSettings
 from util.files import sha256
@@ -142,4 +141,4 @@ def plot_sweep(rows: list[dict], path: Path) -> None:
     lines: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row[axis]):
         lines.setdefault(", ".join(f"{name} {row[name]:g}" for name in others), []).append(row)
-    plot(path, PLOTTED, axis, lines)
+    write_plot(path, PLOTTED, axis, lines)
