@@ -184,7 +184,12 @@ def score(sums: Accumulator, measure: Measure) -> Scores:
     if "fid" in layers and stats is not None:
         _frechet_distance(sums.moments, stats, measure.extractor.distance, scores)
     if "sfid" in layers and stats is not None and "mu_s" in stats:
-        _spatial_distance(sums, stats, scores)
+        if sums.spatial.count < sums.moments.count:
+            files = "features/ was begun by a version without it; remove it to measure anew"
+            scores.warnings.append(f"sFID is not computed: {files}")
+        elif sums.spatial.count > 1:
+            reference = {"mu": stats["mu_s"], "sigma": stats["sigma_s"]}
+            _frechet_distance(sums.spatial, reference, "sfid", scores)
     if measure.features is not None:
         own, other = sums.features, measure.features
         figures = (("kid", _kid), ("prc", _precision_recall), ("prc", _density_coverage))
@@ -236,15 +241,6 @@ def _frechet_distance(moments: Moments, stats: Statistics, name: str, scores: Sc
             f"this is {title}-{count}: {title} falls with the number of images, so it is not "
             f"comparable with the {title}-50K of papers"
         )
-
-
-def _spatial_distance(sums: Accumulator, stats: Statistics, scores: Scores) -> None:
-    if sums.spatial.count < sums.moments.count:
-        files = "features/ was begun by a version without it; remove it to measure anew"
-        scores.warnings.append(f"sFID is not computed: {files}")
-    elif sums.spatial.count > 1:
-        reference = {"mu": stats["mu_s"], "sigma": stats["sigma_s"]}
-        _frechet_distance(sums.spatial, reference, "sfid", scores)
 
 
 def few_for_covariance(count: int, width: int) -> str:
