@@ -28,12 +28,12 @@ from models.quantizer import GaussianQuantizer, Quantizer, entropy, level_counts
 from models.sampler import NOTHING, Given, SamplingOptions, sampling_steps
 from models.tokenbridge import CLASS_ROWS, TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
-from reconstruction import draw_latents
 from util.checkpoint import Checkpoint, find_checkpoint, saved_in
 from util.data.images import center_crop, psnr, read_image
 from util.device import resolve_precision
 from util.download import PLACES
 from util.errors import UserError, as_user_error
+from util.evaluation.reconstruction import draw_latents
 from util.export import load
 from util.setup import check_vae
 from util.vae import load_vae, vae_digest

@@ -11,15 +11,25 @@ Source: Wang et al. 2004 (SSIM), by torchmetrics with its defaults.
 """
 
 import math
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from models.generate import to_uint8
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer, entropy, level_counts
+from models.tokenizers.kl16 import Posterior
+from models.tokenizers.tokenizer import Tokenizer
+from util import dist
+from util.data.images import ImageDataset, grid, psnr, save_png
+from util.errors import UserError
 from util.evaluation.folder import (
     FeatureFiles,
     ImageFolder,
@@ -31,8 +41,11 @@ from util.evaluation.folder import (
     write_json,
     write_plot,
 )
+from util.evaluation.metrics import Measure, frechet, score
+from util.evaluation.reference import read_batches
 
 ORIGINAL, CONTINUOUS, QUANTIZED = "original", "continuous", "bits"
+GRID_IMAGES = 8
 SSIM_LEAST = 6  # pixels a side: 5 of them are mirrored
 PLOTTED = ("psnr", "ssim", "rfid", "reconstruction_frechet_distance", "fid")
 PLOTTED += ("inception_score_mean", "entropy_bits")
@@ -143,12 +156,141 @@ def summarise(name: str, files: FeatureFiles) -> dict:
     return result | means | lists
 
 
-def write_results(folder: Path, settings: dict, results: list[dict]) -> None:
-    """results.json, results.csv and quality.png. results: of each variant."""
-    write_json(folder / "results.json", settings | {"results": results})
-    by_bits = sorted(results, key=lambda r: r["bits"] % math.inf)
-    names = dict.fromkeys(name for r in results for name in r if not name.endswith("_by_channel"))
-    write_csv(folder / "results.csv", by_bits, names)
-    flat = [("not quantized", r) for r in results if r["bits"] < 0]
-    lines = {"": [r for r in by_bits if r["bits"] > 0]}
-    write_plot(folder / "quality.png", PLOTTED, "bits", lines, flat)
+@dataclass(frozen=True)
+class Reconstruction:
+    """noise_seed: None takes posterior means."""
+
+    folder: ReconstructionFolder
+    dataset: ImageDataset
+    tokenizer: Tokenizer
+    measure: Measure | None
+    variants: list[QuantizerVariant]
+    noise_seed: int | None
+
+    @property
+    def names(self) -> list[str]:
+        return [ORIGINAL, *(variant.name for variant in self.variants)]
+
+    def run(self, num_workers: int) -> None:
+        """This process's share of the batches that some variant lacks."""
+        folder, count = self.folder, len(self.folder.batches)
+        # as the main process finds them, so that all agree
+        missing = dist.gather_objects({name: folder.missing(name) for name in self.names})[0]
+        mine = folder.share(set().union(*missing.values()))
+        batches = read_batches(self.dataset, [folder.batches[k] for k in mine], num_workers)
+        hidden = not (mine and dist.is_main())
+        progress = tqdm(batches, desc="reconstructing", total=len(mine), disable=hidden)
+        for number, (ids, images) in zip(mine, progress, strict=True):
+            dist.beat(f"reconstructing batch {number + 1} of {count}")
+            names = [name for name in self.names if number in missing[name]]
+            for name, pixels, record in self.decode(images, ids, names):
+                if self.measure is not None:
+                    folder.features(name).write(number, ids, self.measure.extractor(pixels))
+                folder.write(name, number, ids, pixels, record)
+
+    def decode(
+        self, images: Tensor, ids: list[int], names: Sequence[str]
+    ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """(name, pixels like images, record) of these names. images: uint8 [N, 3, H, W] of ids."""
+        latents, original = None, images.to(next(self.tokenizer.parameters()).device)
+        variants = {variant.name: variant for variant in self.variants}
+        for name in names:
+            if name == ORIGINAL or not ids:
+                yield name, images, {}
+                continue
+            if latents is None:
+                latents = draw_latents(self.tokenizer, original, ids, self.noise_seed)
+            values, record = variants.get(name, QuantizerVariant(name)).apply(latents)
+            pixels = to_uint8(self.tokenizer.decode(values))
+            record |= {"psnr": psnr(pixels.cpu(), images), "ssim": ssim(pixels, original).cpu()}
+            yield name, pixels.cpu(), record
+
+    def first_batch(self) -> dict:
+        """One batch through everything, for --dry_run: what the run would take."""
+        folder, world = self.folder, dist.world_size()
+        todo = len(set().union(*(folder.missing(name) for name in self.names)))
+        ids, images = next(read_batches(self.dataset, folder.batches[:1], num_workers=0))
+        if not ids:
+            raise UserError("none of the first batch of images can be read; see --image_dir")
+        dist.print_main(f"{folder.count} images as {', '.join(self.names)}")
+        began = time.perf_counter()
+        for _, pixels, _ in self.decode(images, ids, self.names):
+            if self.measure is not None:
+                self.measure.extractor(pixels)
+        seconds = time.perf_counter() - began
+        return {
+            "images": folder.count,
+            "batches": len(folder.batches),
+            "batches_to_do": todo,
+            "variants": self.names,
+            "images_per_second": len(ids) * world / seconds,
+            "hours": todo * seconds / 3600 / world,
+        }
+
+    def finish(self, settings: dict) -> dict:
+        """Write the figures of all variants in the folder, and grid.png; returns results.json."""
+        folder, measure = self.folder, self.measure
+        readable = folder.readable()
+        if not readable:
+            raise UserError("none of the images can be read; see --image_dir")
+        names = list(dict.fromkeys([*self.names[1:], *folder.finished()]))
+        results = [summarise(name, folder.records(name)) for name in names]
+        if measure is not None:
+            self.add_scores(results, measure)
+        settings |= {"images": len(readable), "measured": measure.identity() if measure else None}
+        settings["results"] = results
+        write_json(folder.path / "results.json", settings)
+        by_bits = sorted(results, key=lambda r: r["bits"] % math.inf)
+        columns = dict.fromkeys(n for r in results for n in r if not n.endswith("_by_channel"))
+        write_csv(folder.path / "results.csv", by_bits, columns)
+        lines = {"": [r for r in by_bits if r["bits"] > 0]}
+        flat = [("not quantized", r) for r in results if r["bits"] < 0]
+        write_plot(folder.path / "quality.png", PLOTTED, "bits", lines, flat)
+        shown = readable[:: -(-len(readable) // GRID_IMAGES)]
+        rows = {ORIGINAL: folder.read(ORIGINAL, shown)}
+        if CONTINUOUS not in names:  # what the quantizer starts from is always there to compare
+            rows[CONTINUOUS] = next(self.decode(rows[ORIGINAL], shown, [CONTINUOUS]))[1]
+        for name in sorted(names, key=lambda name: name != CONTINUOUS):
+            rows[name] = folder.read(name, shown)
+        path = folder.path / "grid.png"
+        save_png(grid(torch.cat(list(rows.values())), len(shown)), path)
+        print(f"{len(readable)} images, rows of {path}: {', '.join(rows)}")
+        for result in results:
+            figures = [f"{k} {v:.5g}" for k, v in result.items() if isinstance(v, float)]
+            print(f"{result['name']:>10}  " + "  ".join(figures))
+        return settings
+
+    def add_scores(self, results: list[dict], measure: Measure) -> None:
+        """Figures of the features, and their distance to those of the crops."""
+        extractor, features = measure.extractor, self.folder.features
+        warnings, crops = [], None
+        distance = "rfid" if extractor.is_inception else "reconstruction_frechet_distance"
+        if "fid" in extractor.layers and results[0]["images"] > 1:  # a covariance takes two
+            crops = measure.sums(features(ORIGINAL)).moments.statistics()
+        for result in results:
+            dist.beat(f"measuring {result['name']}")
+            sums = measure.sums(features(result["name"]))
+            scores = score(sums, measure)
+            result |= scores.figures
+            if crops is not None:
+                result[distance] = frechet(sums.moments.statistics(), crops)
+            warnings += scores.warnings
+        for warning in dict.fromkeys(warnings):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int | None) -> Tensor:
+    """Scaled latents [N, C, h, w]: posterior means without a seed, else samples.
+
+    The noise of image i is a function of (seed, i) alone.
+    """
+    posterior = tokenizer.posterior(images)
+    if seed is None:
+        return tokenizer.mode(posterior)
+    drawn = []
+    for image_id, parameters in zip(ids, posterior.parameters, strict=True):
+        # 32 bits that depend on both numbers: a CPU's generator reads no more of its seed.
+        mixed = np.random.SeedSequence([seed, image_id]).generate_state(1)[0]
+        generator = torch.Generator(images.device).manual_seed(int(mixed))
+        drawn.append(tokenizer.sample(Posterior(parameters[None]), generator))
+    return torch.cat(drawn)
