@@ -14,9 +14,8 @@ import sys
 import time
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,70 +30,12 @@ from util import dist
 from util.data.images import grid, psnr, save_png
 from util.device import Precision, unchanged_randomness
 from util.errors import UserError
-from util.evaluation.folder import (
-    FeatureFiles,
-    ImageFolder,
-    file_label,
-    image_name,
-    read_images,
-    read_json,
-    read_png,
-    wait_for,
-    whole_files,
-    write_images,
-    write_json,
-    write_samples,
-)
+from util.evaluation.folder import GRID, METRICS, EvaluationFolder, read_png, write_json
 from util.evaluation.metrics import Measure, Scores, score
 from util.evaluation.settings import EvalSettings
 from util.logging import digest, git_revision, versions
 
 GRID_ROWS, GRID_COLUMNS = 8, 10
-METRICS, GRID, SAMPLES = "metrics.json", "grid.png", "samples.npz"
-
-
-@dataclass(frozen=True)
-class EvaluationFolder(ImageFolder):
-    """settings: what is asked for. labels: [N] the class of every image."""
-
-    settings: EvalSettings | None = None
-    labels: Tensor | None = None
-
-    @cached_property
-    def images(self) -> list[Path]:
-        """The file of every image: images/00000_bee.png."""
-        words = [file_label(name) for name in self.settings.names]
-        words = words or [""] * (int(self.labels.max()) + 1)
-        named = enumerate(words[label] for label in self.labels.tolist())
-        return [self.path / "images" / image_name(i, self.count, word) for i, word in named]
-
-    def undrawn(self) -> set[int]:
-        """Numbers of the batches of which a PNG is missing."""
-        present = whole_files(self.path / "images")
-        absent = [path.name not in present for path in self.images]
-        return {k for k, ids in enumerate(self.batches) if any(absent[i] for i in ids)}
-
-    def record(self) -> dict:
-        """What metrics.json says, if this evaluation was finished before; else nothing."""
-        return read_json(self.path / METRICS) if (self.path / METRICS).is_file() else {}
-
-    def lacks_samples(self) -> bool:
-        return self.settings.save_npz and not (self.path / SAMPLES).is_file()
-
-    def is_finished(self, measured: dict | None) -> bool:
-        """Whether an earlier run has left all that this one is asked for."""
-        record = self.record()
-        if not record or record["measured"] != measured or not (self.path / GRID).is_file():
-            return False
-        return not (self.lacks_samples() or (self.settings.keep_images and self.undrawn()))
-
-    def missing(self, files: FeatureFiles | None) -> tuple[set[int], set[int]]:
-        """Numbers of the batches that lack images, and of those that lack features."""
-        undrawn, unmeasured = self.undrawn(), files.missing() if files else set()
-        needed = files is None or self.settings.keep_images or self.lacks_samples()
-        if self.record().get("images") == "removed" and not needed:
-            undrawn &= unmeasured  # where there are features, nobody needs the images any more
-        return undrawn, unmeasured
 
 
 class Evaluator:
@@ -221,12 +162,12 @@ class Evaluator:
         for number in tqdm(mine, desc="generating", disable=not (mine and dist.is_main())):
             dist.beat(f"generating batch {number + 1} of {len(folder.batches)}")
             ids = folder.batches[number]
-            paths, labels = (x[ids.start : ids.stop] for x in (folder.images, folder.labels))
             if number in undrawn:
+                labels = folder.labels[ids.start : ids.stop]
                 images = self.generate(ids, labels, folder.settings.sampling)
-                write_images(paths, images)
+                folder.write(ids, images)
             else:
-                images = read_images(paths)
+                images = folder.read(ids)
             if number in unmeasured:
                 files.write(number, ids, self.measure.extractor(images))
 
@@ -235,13 +176,10 @@ class Evaluator:
         labels, config, measure = folder.labels, self.model.config, self.measure
         drawn, counts = (x.tolist() for x in labels.unique_consecutive(return_counts=True))
         if folder.lacks_samples():
-            parts = (read_images(folder.images[b.start : b.stop]) for b in folder.batches)
-            write_samples(folder.path / SAMPLES, parts, labels, config.img_size)
+            folder.write_samples(config.img_size)
         if not (folder.path / GRID).is_file():
-            shown = [folder.images[i] for i in shown_ids(labels)]
-            wait_for(shown)
-            columns = min(len(drawn), GRID_COLUMNS)
-            save_png(grid(read_images(shown), columns), folder.path / GRID)
+            shown, columns = folder.read(shown_ids(labels)), min(len(drawn), GRID_COLUMNS)
+            save_png(grid(shown, columns), folder.path / GRID)
         dist.beat("computing the figures")
         scores, trained = Scores(), len(folder.settings.names) or config.class_num
         if measure is not None:

@@ -30,10 +30,12 @@ from torch import Tensor
 from util import dist
 from util.data.images import save_png
 from util.errors import UserError, as_user_error
+from util.evaluation.settings import EvalSettings
 from util.files import atomic_write
 
 THREADS = 8  # that read and write PNG files; a GPU draws faster than one of them packs
 SHARED_WAIT = 60.0  # seconds until a file of another node is there on a network file system
+METRICS, GRID, SAMPLES = "metrics.json", "grid.png", "samples.npz"  # of an evaluation
 CHUNK = 4096  # rows of features that are added up at once
 
 
@@ -179,6 +181,76 @@ class ImageFolder:
         return dist.gather_objects(next(free) if dist.is_main() else None)[0]
 
 
+@dataclass(frozen=True)
+class EvaluationFolder(ImageFolder):
+    """settings: what is asked for. labels: [N] the class of every image."""
+
+    settings: EvalSettings | None = None
+    labels: Tensor | None = None
+
+    @cached_property
+    def images(self) -> list[Path]:
+        """The file of every image: images/00000_bee.png."""
+        # What file systems take of a class's name.
+        words = [re.sub(r"[^\w.-]+", "-", name).strip("-_.")[:40] for name in self.settings.names]
+        words = words or [""] * (int(self.labels.max()) + 1)
+        named = enumerate(words[label] for label in self.labels.tolist())
+        return [self.path / "images" / image_name(i, self.count, word) for i, word in named]
+
+    def write(self, ids: Sequence[int], images: Tensor) -> None:
+        """images: uint8 [N, 3, H, W]."""
+        write_images([self.images[i] for i in ids], images)
+
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """uint8 [N, 3, H, W], whichever process wrote them."""
+        paths = [self.images[i] for i in ids]
+        wait_for(paths)
+        return read_images(paths)
+
+    def write_samples(self, side: int) -> None:
+        """samples.npz: arr_0 uint8 [N, side, side, 3] in image order, arr_1 the labels int64 [N].
+
+        As ADM's image_sample.py writes and its evaluator reads; never in memory as a whole.
+        """
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, side, side, 3)}
+        with atomic_write(self.path / SAMPLES) as file, zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for ids in self.batches:
+                    dist.beat("writing samples.npz")
+                    member.write(self.read(ids).movedim(1, 3).contiguous().numpy().tobytes())
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, self.labels.numpy(), allow_pickle=False)
+
+    def undrawn(self) -> set[int]:
+        """Numbers of the batches of which a PNG is missing."""
+        present = whole_files(self.path / "images")
+        absent = [path.name not in present for path in self.images]
+        return {k for k, ids in enumerate(self.batches) if any(absent[i] for i in ids)}
+
+    def record(self) -> dict:
+        """What metrics.json says, if this evaluation was finished before; else nothing."""
+        return read_json(self.path / METRICS) if (self.path / METRICS).is_file() else {}
+
+    def lacks_samples(self) -> bool:
+        return self.settings.save_npz and not (self.path / SAMPLES).is_file()
+
+    def is_finished(self, measured: dict | None) -> bool:
+        """Whether an earlier run has left all that this one is asked for."""
+        record = self.record()
+        if not record or record["measured"] != measured or not (self.path / GRID).is_file():
+            return False
+        return not (self.lacks_samples() or (self.settings.keep_images and self.undrawn()))
+
+    def missing(self, files: FeatureFiles | None) -> tuple[set[int], set[int]]:
+        """Numbers of the batches that lack images, and of those that lack features."""
+        undrawn, unmeasured = self.undrawn(), files.missing() if files else set()
+        needed = files is None or self.settings.keep_images or self.lacks_samples()
+        if self.record().get("images") == "removed" and not needed:
+            undrawn &= unmeasured  # where there are features, nobody needs the images any more
+        return undrawn, unmeasured
+
+
 def write_images(paths: Sequence[Path], images: Tensor) -> None:
     """images: uint8 [N, 3, H, W]. paths: in one folder."""
     for path in paths[:1]:
@@ -207,28 +279,6 @@ def whole_files(folder: Path) -> set[str]:
 def image_name(number: int, count: int, word: str = "") -> str:
     """00000_bee.png, or 00000.png: names of that many images sort as their numbers do."""
     return f"{number:0{max(5, len(str(count - 1)))}d}{'_' if word else ''}{word}.png"
-
-
-def file_label(name: str) -> str:
-    """A class's name as a part of a file's."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-_.")[:40]
-
-
-def write_samples(path: Path, images: Iterable[Tensor], labels: Tensor, side: int) -> None:
-    """samples.npz: arr_0 uint8 [N, H, W, 3] in image order, arr_1 the labels int64 [N].
-
-    As ADM's image_sample.py writes and its evaluator reads; never in memory as a whole.
-    images: uint8 [n, 3, H, W] of each batch.
-    """
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), side, side, 3)}
-    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, header)
-            for part in images:
-                dist.beat("writing samples.npz")
-                member.write(part.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-        with archive.open("arr_1.npy", "w") as member:
-            np.lib.format.write_array(member, labels.numpy(), allow_pickle=False)
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -17,8 +17,8 @@ from util.checkpoint import find_checkpoint
 from util.data.images import save_png
 from util.device import Precision, accelerate, resolve_precision
 from util.errors import UserError
-from util.evaluation.evaluator import GRID, METRICS, Evaluator
-from util.evaluation.folder import read_json, read_png, write_csv, write_plot
+from util.evaluation.evaluator import Evaluator
+from util.evaluation.folder import GRID, METRICS, read_json, read_png, write_csv, write_plot
 from util.evaluation.metrics import fid_error, is_error
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import SWEPT, EvalSettings
