@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from models.config import PUBLISHED_LATENT_SCALE
 from models.quantizer import build_quantizer
@@ -29,20 +30,14 @@ from util.data.latent_cache import open_cache
 from util.data.listing import ImageList, is_data, list_files, list_images
 from util.doctor import dry_run
 from util.errors import UserError, as_user_error
-from util.evaluation.reconstruction import (
-    CONTINUOUS,
-    QUANTIZED,
-    SSIM_LEAST,
-    QuantizerVariant,
-    Reconstruction,
-    ReconstructionFolder,
-)
+from util.evaluation.reconstruction import Reconstruction, ReconstructionFolder, variant_name
 from util.evaluation.reference import prepare_measure
 from util.files import check_writable
 from util.logging import MetricsFile, figures_on_stdout
 from util.setup import build_vae, cache_histogram, calibrated_levels, channel_statistics
 from util.vae import vae_digest
 
+SSIM_LEAST = 6  # pixels a side: 5 of them are mirrored
 # What decides the images, beside the list of them and the VAE.
 SETTINGS = ("img_size", "posterior", "batch_size")
 RECORDED = ("image_dir", "images_per_class", "vae_path")  # for the reader of results.json alone
@@ -157,22 +152,22 @@ def find_norm(args, vae: kl16.VAE, vae_sha256: str) -> tuple:
 
 def make_variants(
     args, channels: int, norm: tuple, vae_sha256: str, device: torch.device
-) -> tuple[list[QuantizerVariant], dict]:
+) -> tuple[dict[str, nn.Module | None], dict]:
     """One for each of --bits, and what decides their levels beside the bits."""
     kind = value(args, "quantizer")
-    settings, variants = {"quantizer": kind, "range": args.range}, []
+    settings, variants = {"quantizer": kind, "range": args.range}, {}
     if kind == "calibrated":
         histogram = cache_histogram(args.cached_path, vae_sha256)
         settings = {"quantizer": kind, "histogram_sha256": histogram.digest()}
     for bits in dict.fromkeys(args.bits):
         if bits < 0:
-            variants.append(QuantizerVariant(CONTINUOUS))
+            variants[variant_name(bits)] = None
             continue
         with as_user_error(f"--bits {bits} --range {args.range}"):
             quantizer = build_quantizer(kind, 2**bits, -args.range, args.range, channels)
         if kind == "calibrated":
             quantizer.set_levels(*calibrated_levels(histogram, 2**bits, norm))
-        variants.append(QuantizerVariant(f"{QUANTIZED}{bits}", quantizer.to(device)))
+        variants[variant_name(bits)] = quantizer.to(device)
     return variants, settings
 
 

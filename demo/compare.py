@@ -47,7 +47,7 @@ from util.errors import UserError
 from util.evaluation.extractor import Extractor
 from util.evaluation.folder import read_json, write_json
 from util.evaluation.metrics import Accumulator, Measure, score
-from util.evaluation.reconstruction import QuantizerVariant
+from util.evaluation.reconstruction import quantized
 from util.evaluation.reference import load_fid_statistics
 from util.files import only_job_in
 from util.logging import environment, git_revision
@@ -273,7 +273,7 @@ class Comparison:
         model, cache = build_model(config, checkpoint, "model_ema"), f"cache-{Path(run.vae).stem}"
         data, tokenizer = open_cache(str(self.root / cache)), Tokenizer(None, *config.latent_norm)
         latents, _ = read_latents(data, evenly_spread(len(data), 1000), tokenizer, CPU)
-        _, facts = QuantizerVariant(run.name, model.quantizer).apply(latents)
+        _, facts = quantized(latents, model.quantizer)
         outside = facts["outside"].sum().item() / latents.numel()
         return {"entropy_bits": entropy(facts["counts"][0]).mean().item(), "out_of_range": outside}
 

@@ -14,8 +14,9 @@ import sys
 import time
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,31 +32,31 @@ from util.data.images import grid, psnr, save_png
 from util.device import Precision, unchanged_randomness
 from util.errors import UserError
 from util.evaluation.folder import GRID, METRICS, EvaluationFolder, read_png, write_json
-from util.evaluation.metrics import Measure, Scores, score
+from util.evaluation.metrics import Accumulator, Measure, Scores, score
 from util.evaluation.settings import EvalSettings
 from util.logging import digest, git_revision, versions
 
 GRID_ROWS, GRID_COLUMNS = 8, 10
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Draws images of a model and measures them, or measures those of others.
 
     model, tokenizer, precision: None where nothing is drawn. measure: None where nothing can be
-    measured. sums: of the images that `update` was given.
+    measured.
     """
 
-    def __init__(
-        self,
-        model: TokenBridge | None,
-        tokenizer: Tokenizer | None,
-        device: torch.device,
-        precision: Precision | None = None,
-        measure: Measure | None = None,
-    ):
-        self.model, self.tokenizer = model, tokenizer
-        self.device, self.precision, self.measure = device, precision, measure
-        self.sums = measure.sums() if measure is not None else None
+    model: TokenBridge | None
+    tokenizer: Tokenizer | None
+    device: torch.device
+    precision: Precision | None = None
+    measure: Measure | None = None
+
+    @cached_property
+    def sums(self) -> Accumulator:
+        """Of the images that `update` was given."""
+        return self.measure.sums()
 
     def generate(self, ids: Sequence[int], labels: Tensor, sampling: SamplingOptions) -> Tensor:
         """The images of those numbers and classes, uint8 [N, 3, H, W], on the CPU.
@@ -156,7 +157,7 @@ class Evaluator:
     def _draw(self, folder: EvaluationFolder) -> None:
         """Draw and measure this process's share of what is missing."""
         files = folder.features()
-        missing = folder.missing(files) if dist.is_main() else None
+        missing = folder.missing() if dist.is_main() else None
         undrawn, unmeasured = dist.gather_objects(missing)[0]  # all as the main process finds it
         mine = folder.share(undrawn | unmeasured)
         for number in tqdm(mine, desc="generating", disable=not (mine and dist.is_main())):
@@ -165,7 +166,7 @@ class Evaluator:
             if number in undrawn:
                 labels = folder.labels[ids.start : ids.stop]
                 images = self.generate(ids, labels, folder.settings.sampling)
-                folder.write(ids, images)
+                folder.save(ids, images)
             else:
                 images = folder.read(ids)
             if number in unmeasured:

@@ -115,9 +115,9 @@ def check_shared(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """PNG files of numbered images, in folders inside this one. batch_size: images of a batch.
+    """PNG files of numbered images, in a folder inside this one for each variant of them.
 
-    extractor: the label of what measures them; None if nothing does.
+    batch_size: images of a batch. extractor: the label of what measures them; None if nothing does.
     """
 
     path: Path
@@ -133,6 +133,33 @@ class ImageFolder:
         if self.extractor is None:
             return None
         return FeatureFiles(self.path / "features" / self.extractor / variant, self.batches)
+
+    def file_name(self, number: int) -> str:
+        """00000.png: names sort as their numbers do."""
+        return f"{number:0{max(5, len(str(self.count - 1)))}d}.png"
+
+    def files(self, ids: Sequence[int], variant: str) -> list[Path]:
+        return [self.path / variant / self.file_name(i) for i in ids]
+
+    def save(self, ids: Sequence[int], images: Tensor, variant: str = "images") -> None:
+        """images: uint8 [N, 3, H, W]."""
+        (self.path / variant).mkdir(exist_ok=True)
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(save_png, images, self.files(ids, variant)))
+
+    def read(self, ids: Sequence[int], variant: str = "images") -> Tensor:
+        """uint8 [N, 3, H, W], the very values that were saved, by whichever process."""
+        wait_for(paths := self.files(ids, variant))
+        with ThreadPoolExecutor(THREADS) as pool:
+            return torch.stack(list(pool.map(read_png, paths)))
+
+    def unsaved(self, batches: dict[int, Sequence[int]], variant: str = "images") -> set[int]:
+        """Which batches, of those numbers and ids, lack a file, or have one that a power cut left
+        empty.
+        """
+        whole = {path.name for path in (self.path / variant).glob("*.png") if path.stat().st_size}
+        names = {number: set(map(self.file_name, ids)) for number, ids in batches.items()}
+        return {number for number, own in names.items() if not own <= whole}
 
     def share(self, todo: set[int]) -> list[int]:
         """This process's of the batches that are to be done."""
@@ -188,24 +215,12 @@ class EvaluationFolder(ImageFolder):
     settings: EvalSettings | None = None
     labels: Tensor | None = None
 
-    @cached_property
-    def images(self) -> list[Path]:
-        """The file of every image: images/00000_bee.png."""
-        # What file systems take of a class's name.
-        words = [re.sub(r"[^\w.-]+", "-", name).strip("-_.")[:40] for name in self.settings.names]
-        words = words or [""] * (int(self.labels.max()) + 1)
-        named = enumerate(words[label] for label in self.labels.tolist())
-        return [self.path / "images" / image_name(i, self.count, word) for i, word in named]
-
-    def write(self, ids: Sequence[int], images: Tensor) -> None:
-        """images: uint8 [N, 3, H, W]."""
-        write_images([self.images[i] for i in ids], images)
-
-    def read(self, ids: Sequence[int]) -> Tensor:
-        """uint8 [N, 3, H, W], whichever process wrote them."""
-        paths = [self.images[i] for i in ids]
-        wait_for(paths)
-        return read_images(paths)
+    def file_name(self, number: int) -> str:
+        """00000_bee.png, with what file systems take of the class's name; 00000.png without."""
+        names = self.settings.names
+        word = re.sub(r"[^\w.-]+", "-", names[int(self.labels[number])] if names else "")
+        word = word.strip("-_.")[:40]
+        return super().file_name(number).replace(".png", f"_{word}.png" if word else ".png")
 
     def write_samples(self, side: int) -> None:
         """samples.npz: arr_0 uint8 [N, side, side, 3] in image order, arr_1 the labels int64 [N].
@@ -223,10 +238,7 @@ class EvaluationFolder(ImageFolder):
                 np.lib.format.write_array(member, self.labels.numpy(), allow_pickle=False)
 
     def undrawn(self) -> set[int]:
-        """Numbers of the batches of which a PNG is missing."""
-        present = whole_files(self.path / "images")
-        absent = [path.name not in present for path in self.images]
-        return {k for k, ids in enumerate(self.batches) if any(absent[i] for i in ids)}
+        return self.unsaved(dict(enumerate(self.batches)))
 
     def record(self) -> dict:
         """What metrics.json says, if this evaluation was finished before; else nothing."""
@@ -242,8 +254,9 @@ class EvaluationFolder(ImageFolder):
             return False
         return not (self.lacks_samples() or (self.settings.keep_images and self.undrawn()))
 
-    def missing(self, files: FeatureFiles | None) -> tuple[set[int], set[int]]:
+    def missing(self) -> tuple[set[int], set[int]]:
         """Numbers of the batches that lack images, and of those that lack features."""
+        files = self.features()
         undrawn, unmeasured = self.undrawn(), files.missing() if files else set()
         needed = files is None or self.settings.keep_images or self.lacks_samples()
         if self.record().get("images") == "removed" and not needed:
@@ -251,34 +264,10 @@ class EvaluationFolder(ImageFolder):
         return undrawn, unmeasured
 
 
-def write_images(paths: Sequence[Path], images: Tensor) -> None:
-    """images: uint8 [N, 3, H, W]. paths: in one folder."""
-    for path in paths[:1]:
-        path.parent.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(save_png, images, paths))
-
-
-def read_images(paths: Sequence[Path]) -> Tensor:
-    """uint8 [N, 3, H, W], the very values that were written."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return torch.stack(list(pool.map(read_png, paths)))
-
-
 def read_png(path: Path) -> Tensor:
     """uint8 [3, H, W]."""
     with Image.open(path, formats=("PNG",)) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def whole_files(folder: Path) -> set[str]:
-    """Names of the PNG files; those that a power cut left empty do not count."""
-    return {path.name for path in folder.glob("*.png") if path.stat().st_size}
-
-
-def image_name(number: int, count: int, word: str = "") -> str:
-    """00000_bee.png, or 00000.png: names of that many images sort as their numbers do."""
-    return f"{number:0{max(5, len(str(count - 1)))}d}{'_' if word else ''}{word}.png"
 
 
 def write_json(path: Path, value: dict) -> None:

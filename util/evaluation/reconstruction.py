@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,52 +29,38 @@ from models.tokenizers.tokenizer import Tokenizer
 from util import dist
 from util.data.images import ImageDataset, grid, psnr, save_png
 from util.errors import UserError
-from util.evaluation.folder import (
-    FeatureFiles,
-    ImageFolder,
-    image_name,
-    read_images,
-    whole_files,
-    write_csv,
-    write_images,
-    write_json,
-    write_plot,
-)
+from util.evaluation.folder import FeatureFiles, ImageFolder, write_csv, write_json, write_plot
 from util.evaluation.metrics import Measure, frechet, score
 from util.evaluation.reference import read_batches
 
 ORIGINAL, CONTINUOUS, QUANTIZED = "original", "continuous", "bits"
 GRID_IMAGES = 8
-SSIM_LEAST = 6  # pixels a side: 5 of them are mirrored
 PLOTTED = ("psnr", "ssim", "rfid", "reconstruction_frechet_distance", "fid")
 PLOTTED += ("inception_score_mean", "entropy_bits")
 
 
-@dataclass(frozen=True)
-class QuantizerVariant:
-    """name: "continuous" or "bits6". quantizer: None without one."""
+def variant_name(bits: int) -> str:
+    return f"{QUANTIZED}{bits}" if bits > 0 else CONTINUOUS
 
-    name: str
-    quantizer: GaussianQuantizer | CalibratedQuantizer | None = None
 
-    def apply(self, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """latents: [N, C, h, w] scaled -> what the decoder gets, and facts of the batch.
+def quantized(
+    latents: Tensor, quantizer: GaussianQuantizer | CalibratedQuantizer
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """latents: [N, C, h, w] scaled -> what the decoder gets, and facts of the batch.
 
-        counts: [1, C, K] int64, use of the levels. outside: [1, C] int64, scalars beyond the range
-        of the quantizer. squared_error: [1, C] float64, summed over images and positions.
-        """
-        if self.quantizer is None:
-            return latents, {}
-        scalars = latents.movedim(1, -1)  # [N, h, w, C]
-        indices = self.quantizer.encode(scalars)
-        values = self.quantizer.decode(indices)
-        error = (values - scalars).square().sum(dim=(1, 2))  # [N, C]; on MPS there are no doubles
-        facts = {
-            "counts": level_counts(indices, self.quantizer.levels),
-            "outside": self.quantizer.outside(scalars).sum(dim=(0, 1, 2)),
-            "squared_error": error.cpu().double().sum(dim=0),
-        }
-        return values.movedim(-1, 1), {name: fact.cpu()[None] for name, fact in facts.items()}
+    counts: [1, C, K] int64, use of the levels. outside: [1, C] int64, scalars beyond the range of
+    the quantizer. squared_error: [1, C] float64, summed over images and positions.
+    """
+    scalars = latents.movedim(1, -1)  # [N, h, w, C]
+    indices = quantizer.encode(scalars)
+    values = quantizer.decode(indices)
+    error = (values - scalars).square().sum(dim=(1, 2))  # [N, C]; on MPS there are no doubles
+    facts = {
+        "counts": level_counts(indices, quantizer.levels),
+        "outside": quantizer.outside(scalars).sum(dim=(0, 1, 2)),
+        "squared_error": error.cpu().double().sum(dim=0),
+    }
+    return values.movedim(-1, 1), {name: fact.cpu()[None] for name, fact in facts.items()}
 
 
 def ssim(pixels: Tensor, original: Tensor) -> Tensor:
@@ -95,9 +80,6 @@ def ssim(pixels: Tensor, original: Tensor) -> Tensor:
 class ReconstructionFolder(ImageFolder):
     """A folder of images for the crops and for each variant."""
 
-    def images(self, variant: str, ids: Sequence[int]) -> list[Path]:
-        return [self.path / variant / image_name(i, self.count) for i in ids]
-
     def records(self, variant: str) -> FeatureFiles:
         return FeatureFiles(self.path / "records" / variant, self.batches)
 
@@ -105,12 +87,8 @@ class ReconstructionFolder(ImageFolder):
         """Numbers of the batches that are not done: their record, features or images lack."""
         records, features = self.records(variant), self.features(variant)
         missing = records.missing() | (features.missing() if features else set())
-        present = whole_files(self.path / variant)
-        for number in set(range(len(self.batches))) - missing:
-            paths = self.images(variant, records.read(number)[0])
-            if any(path.name not in present for path in paths):
-                missing.add(number)
-        return missing
+        done = set(range(len(self.batches))) - missing
+        return missing | self.unsaved({k: records.read(k)[0] for k in done}, variant)
 
     def readable(self) -> list[int]:
         """Numbers of the images that could be read, once all batches are done."""
@@ -121,12 +99,8 @@ class ReconstructionFolder(ImageFolder):
         self, variant: str, number: int, ids: list[int], pixels: Tensor, record: dict[str, Tensor]
     ) -> None:
         """One batch; its record comes last. pixels: uint8 [n, 3, H, W], numbered by ids."""
-        write_images(self.images(variant, ids), pixels)
+        self.save(ids, pixels, variant)
         self.records(variant).write(number, ids, record)
-
-    def read(self, variant: str, ids: Sequence[int]) -> Tensor:
-        """uint8 [N, 3, H, W]."""
-        return read_images(self.images(variant, ids))
 
     def finished(self) -> list[str]:
         """All variants that are finished, by an earlier run too, the crops apart."""
@@ -158,18 +132,18 @@ def summarise(name: str, files: FeatureFiles) -> dict:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """noise_seed: None takes posterior means."""
+    """variants: quantizers by name, None without one. noise_seed: None takes posterior means."""
 
     folder: ReconstructionFolder
     dataset: ImageDataset
     tokenizer: Tokenizer
     measure: Measure | None
-    variants: list[QuantizerVariant]
+    variants: dict[str, GaussianQuantizer | CalibratedQuantizer | None]
     noise_seed: int | None
 
     @property
     def names(self) -> list[str]:
-        return [ORIGINAL, *(variant.name for variant in self.variants)]
+        return [ORIGINAL, *self.variants]
 
     def run(self, num_workers: int) -> None:
         """This process's share of the batches that some variant lacks."""
@@ -193,14 +167,14 @@ class Reconstruction:
     ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         """(name, pixels like images, record) of these names. images: uint8 [N, 3, H, W] of ids."""
         latents, original = None, images.to(next(self.tokenizer.parameters()).device)
-        variants = {variant.name: variant for variant in self.variants}
         for name in names:
             if name == ORIGINAL or not ids:
                 yield name, images, {}
                 continue
             if latents is None:
                 latents = draw_latents(self.tokenizer, original, ids, self.noise_seed)
-            values, record = variants.get(name, QuantizerVariant(name)).apply(latents)
+            quantizer = self.variants.get(name)
+            values, record = quantized(latents, quantizer) if quantizer else (latents, {})
             pixels = to_uint8(self.tokenizer.decode(values))
             record |= {"psnr": psnr(pixels.cpu(), images), "ssim": ssim(pixels, original).cpu()}
             yield name, pixels.cpu(), record
@@ -247,11 +221,11 @@ class Reconstruction:
         flat = [("not quantized", r) for r in results if r["bits"] < 0]
         write_plot(folder.path / "quality.png", PLOTTED, "bits", lines, flat)
         shown = readable[:: -(-len(readable) // GRID_IMAGES)]
-        rows = {ORIGINAL: folder.read(ORIGINAL, shown)}
+        rows = {ORIGINAL: folder.read(shown, ORIGINAL)}
         if CONTINUOUS not in names:  # what the quantizer starts from is always there to compare
             rows[CONTINUOUS] = next(self.decode(rows[ORIGINAL], shown, [CONTINUOUS]))[1]
         for name in sorted(names, key=lambda name: name != CONTINUOUS):
-            rows[name] = folder.read(name, shown)
+            rows[name] = folder.read(shown, name)
         path = folder.path / "grid.png"
         save_png(grid(torch.cat(list(rows.values())), len(shown)), path)
         print(f"{len(readable)} images, rows of {path}: {', '.join(rows)}")
