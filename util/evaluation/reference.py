@@ -226,15 +226,19 @@ class ImageArray:
         """The shorter one."""
         return min(self.shape[1:3] if self.shape[3] == 3 else self.shape[2:])
 
-    def batches(self, batches: list[range], chosen: Iterable[int]) -> Iterator[np.ndarray]:
-        """uint8 [n, H, W, 3] of those numbers of batches, which cover the array, in their order."""
-        numbers, size = set(chosen), math.prod(self.shape[1:])
-        with _opened_images(self.path) as (file, _):
+    def crops(
+        self, size: int, batches: list[range], mine: list[int]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """(ids, images uint8 [n, 3, S, S]) of those numbers of batches, which cover the array."""
+        damaged = as_user_error(f"{self.path} is damaged", (Exception,))
+        with damaged, _opened_images(self.path) as (file, (_, *shape)):
             for number, ids in enumerate(batches):
-                content = file.read(len(ids) * size)  # at its end zipfile compares the checksum
-                if number in numbers:
-                    images = np.frombuffer(content, np.uint8).reshape(len(ids), *self.shape[1:])
-                    yield images if self.shape[3] == 3 else images.transpose(0, 2, 3, 1)
+                content = file.read(len(ids) * math.prod(shape))  # at its end, its checksum
+                if number in mine:
+                    images = np.frombuffer(content, np.uint8).reshape(len(ids), *shape)
+                    images = images if shape[2] == 3 else images.transpose(0, 2, 3, 1)
+                    crops = [np.array(center_crop(Image.fromarray(i), size)) for i in images]
+                    yield list(ids), torch.from_numpy(np.stack(crops)).movedim(3, 1)
 
 
 @contextmanager
@@ -322,7 +326,7 @@ def image_batches(
     """
     mine = sorted(todo)[dist.rank() :: dist.world_size()]
     if isinstance(images, ImageArray):
-        parts = _crops(images, size, batches, mine)
+        parts = images.crops(size, batches, mine)
     else:
         on_bad = "drop" if loading.skip_bad else "raise"
         dataset = ImageDataset([(path, 0) for path in images], size, on_bad, loading.max_pixels)
@@ -349,12 +353,3 @@ def read_batches(
     nothing = torch.empty(0, 3, dataset.size, dataset.size, dtype=torch.uint8)
     for ids, batch in zip(batches, loader, strict=True):
         yield [i for i in ids if not dataset.bad[i]], batch[0] if batch else nothing
-
-
-def _crops(
-    array: ImageArray, size: int, batches: list[range], mine: list[int]
-) -> Iterator[tuple[list[int], Tensor]]:
-    with as_user_error(f"{array.path} is damaged", (Exception,)):
-        for number, pixels in zip(mine, array.batches(batches, mine), strict=True):
-            crops = [np.array(center_crop(Image.fromarray(image), size)) for image in pixels]
-            yield list(batches[number]), torch.from_numpy(np.stack(crops)).movedim(3, 1)
