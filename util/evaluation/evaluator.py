@@ -2,8 +2,8 @@
 
     for each batch of image numbers, unless it was done before:    Evaluator.evaluate
         images = generate(ids, labels, sampling)       on the process whose turn it is
-        update(images)                                 images/*.png, features/.../batch-k.npz
-    result()                                           figures, on the main process
+        features = extractor(images)                   images/*.png, features/.../batch-k.npz
+    score(sums of the features)                        figures, on the main process
 
 Beside what folder.py has, an evaluation leaves statistics.npz (mu and sigma, and sFID's, as
 --fid_stats reads them), samples.npz (--save_npz), grid.png and, when all is done, metrics.json.
