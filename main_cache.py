@@ -26,7 +26,7 @@ from models.tokenizers.tokenizer import from_uint8
 from util import args as flags
 from util import dist, stop
 from util.args import Flag, Parser, positive_int, value
-from util.data.cache_writer import CacheWriter, ShardWriter, list_digest
+from util.data.cache_writer import CacheWriter, list_digest
 from util.data.images import ImageDataset, collate_skipping
 from util.data.latent_cache import FORMAT_VERSION, verify
 from util.data.listing import ImageList, list_images
@@ -152,16 +152,17 @@ def encode_shards(
 
     with bar, ThreadPoolExecutor(max_workers=1) as thread:
         for shard, batches in shards.items():
-            filled = ShardWriter(writer, shard)
+            kept, parts = [], []
             for batch, readable in zip(batches, loaded, strict=False):  # no more than the batches
                 if readable is not None:
-                    kept = [i for i in batch if not bad[i]]
-                    filled.take(kept, encode(vae, readable[0].to(device, non_blocking=True)))
+                    kept += [i for i in batch if not bad[i]]
+                    moments = encode(vae, readable[0].to(device, non_blocking=True))
+                    parts.append(writer.stored(moments))
                 bar.update(len(batch))
                 dist.beat("caching")
             if written is not None:
                 written.result()  # so that two are in memory at most; raises what failed
-            written = thread.submit(filled.finish)
+            written = thread.submit(writer.write_shard, shard, kept, parts)
         if written is not None:
             written.result()
 
