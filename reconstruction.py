@@ -10,55 +10,34 @@ command goes on where it was, on any number of processes, and more --bits may jo
 Letters: N images, C latent channels, K levels.
 """
 
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import nn
 
 from models.config import PUBLISHED_LATENT_SCALE
-from models.generate import to_uint8
 from models.quantizer import build_quantizer
 from models.tokenizers import kl16
-from models.tokenizers.kl16 import Posterior
 from models.tokenizers.tokenizer import Tokenizer
 from util import args as flags
 from util import dist
 from util.args import Flag, Parser, settings_saved, value
 from util.data.cache_writer import list_digest
-from util.data.images import ImageDataset, grid, psnr, save_png
+from util.data.images import ImageDataset
 from util.data.latent_cache import open_cache
 from util.data.listing import ImageList, find_split, is_data, list_files, list_images
 from util.doctor import dry_run
 from util.errors import UserError, as_user_error
-from util.evaluation.evaluator import Evaluator
-from util.evaluation.extractor import Extractor
-from util.evaluation.metrics import frechet
-from util.evaluation.reconstruction import (
-    CONTINUOUS,
-    ORIGINAL,
-    QUANTIZED,
-    SSIM_LEAST,
-    QuantizerVariant,
-    ReconstructionFolder,
-    ssim,
-    summarise,
-    write_results,
-)
-from util.evaluation.reference import prepare_measure, read_batches
+from util.evaluation.reconstruction import Reconstruction, ReconstructionFolder, variant_name
+from util.evaluation.reference import prepare_measure
 from util.files import check_writable
 from util.logging import MetricsFile, figures_on_stdout
 from util.setup import build_vae, cache_histogram, calibrated_levels, channel_statistics
 from util.vae import vae_digest
 
-GRID_IMAGES = 8
+SSIM_LEAST = 6  # pixels a side: 5 of them are mirrored
 # What decides the images, beside the list of them and the VAE.
 SETTINGS = ("img_size", "posterior", "batch_size")
 RECORDED = ("image_dir", "images_per_class", "vae_path")  # for the reader of results.json alone
@@ -123,8 +102,8 @@ def measure_variants(args, device: torch.device) -> dict:
     folder = ReconstructionFolder(Path(args.output_dir), len(names), args.batch_size, label)
     on_bad = "drop" if args.skip_bad_images else "raise"
     dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
-    evaluator = Evaluator(None, Tokenizer(vae, *norm).to(device), device, None, measure)
-    job = Reconstruction(folder, dataset, evaluator, variants, settings.get("seed"))
+    tokenizer = Tokenizer(vae, *norm).to(device)
+    job = Reconstruction(folder, dataset, tokenizer, measure, variants, settings.get("seed"))
     if args.dry_run:
         folder.refuse_other(settings)
         return dry_run(args, device, ("device", "processes"), job.first_batch)
@@ -174,158 +153,23 @@ def find_norm(args, vae: kl16.VAE, vae_sha256: str) -> tuple:
 
 def make_variants(
     args, channels: int, norm: tuple, vae_sha256: str, device: torch.device
-) -> tuple[list[QuantizerVariant], dict]:
+) -> tuple[dict[str, nn.Module | None], dict]:
     """One for each of --bits, and what decides their levels beside the bits."""
     kind = value(args, "quantizer")
-    settings, variants = {"quantizer": kind, "range": args.range}, []
+    settings, variants = {"quantizer": kind, "range": args.range}, {}
     if kind == "calibrated":
         histogram = cache_histogram(args.cached_path, vae_sha256)
         settings = {"quantizer": kind, "histogram_sha256": histogram.digest()}
     for bits in dict.fromkeys(args.bits):
         if bits < 0:
-            variants.append(QuantizerVariant(CONTINUOUS))
+            variants[variant_name(bits)] = None
             continue
         with as_user_error(f"--bits {bits} --range {args.range}"):
             quantizer = build_quantizer(kind, 2**bits, -args.range, args.range, channels)
         if kind == "calibrated":
             quantizer.set_levels(*calibrated_levels(histogram, 2**bits, norm))
-        variants.append(QuantizerVariant(f"{QUANTIZED}{bits}", quantizer.to(device)))
+        variants[variant_name(bits)] = quantizer.to(device)
     return variants, settings
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """noise_seed: None takes posterior means."""
-
-    folder: ReconstructionFolder
-    dataset: ImageDataset
-    evaluator: Evaluator
-    variants: list[QuantizerVariant]
-    noise_seed: int | None
-
-    @property
-    def names(self) -> list[str]:
-        return [ORIGINAL, *(variant.name for variant in self.variants)]
-
-    def run(self, num_workers: int) -> None:
-        """This process's share of the batches that some variant lacks."""
-        folder, count = self.folder, len(self.folder.batches)
-        # as the main process finds them, so that all agree
-        missing = dist.gather_objects({name: folder.missing(name) for name in self.names})[0]
-        mine = folder.share(set().union(*missing.values()))
-        batches = read_batches(self.dataset, [folder.batches[k] for k in mine], num_workers)
-        hidden = not (mine and dist.is_main())
-        progress = tqdm(batches, desc="reconstructing", total=len(mine), disable=hidden)
-        for number, (ids, images) in zip(mine, progress, strict=True):
-            dist.beat(f"reconstructing batch {number + 1} of {count}")
-            names = [name for name in self.names if number in missing[name]]
-            for name, pixels, record in self.decode(images, ids, names):
-                if folder.extractor is not None:
-                    self.evaluator.begin(folder.features(folder.extractor, name))
-                    self.evaluator.update(pixels, number, ids)
-                folder.write(name, number, ids, pixels, record)
-
-    def decode(
-        self, images: Tensor, ids: list[int], names: Sequence[str]
-    ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        """(name, pixels like images, record) of these names. images: uint8 [N, 3, H, W] of ids."""
-        tokenizer, latents = self.evaluator.tokenizer, None
-        original = images.to(self.evaluator.device)
-        variants = {variant.name: variant for variant in self.variants}
-        for name in names:
-            if name == ORIGINAL or not ids:
-                yield name, images, {}
-                continue
-            if latents is None:
-                latents = draw_latents(tokenizer, original, ids, self.noise_seed)
-            values, record = variants.get(name, QuantizerVariant(name)).apply(latents)
-            pixels = to_uint8(tokenizer.decode(values))
-            record |= {"psnr": psnr(pixels.cpu(), images), "ssim": ssim(pixels, original).cpu()}
-            yield name, pixels.cpu(), record
-
-    def first_batch(self) -> dict:
-        """One batch through everything, for --dry_run: what the run would take."""
-        folder, world = self.folder, dist.world_size()
-        todo = len(set().union(*(folder.missing(name) for name in self.names)))
-        ids, images = next(read_batches(self.dataset, folder.batches[:1], num_workers=0))
-        if not ids:
-            raise UserError("none of the first batch of images can be read; see --image_dir")
-        dist.print_main(f"{folder.count} images as {', '.join(self.names)}")
-        began = time.perf_counter()
-        for _, pixels, _ in self.decode(images, ids, self.names):
-            if folder.extractor is not None:
-                self.evaluator.update(pixels)
-        seconds = time.perf_counter() - began
-        return {
-            "images": folder.count,
-            "batches": len(folder.batches),
-            "batches_to_do": todo,
-            "variants": self.names,
-            "images_per_second": len(ids) * world / seconds,
-            "hours": todo * seconds / 3600 / world,
-        }
-
-    def finish(self, settings: dict) -> dict:
-        """Write the figures of all variants in the folder and grid.png; returns results.json."""
-        folder, measure = self.folder, self.evaluator.measure
-        readable = folder.readable()
-        if not readable:
-            raise UserError("none of the images can be read; see --image_dir")
-        names = list(dict.fromkeys([*self.names[1:], *folder.finished()]))
-        results = [summarise(name, folder.records(name)) for name in names]
-        if measure is not None:
-            self.add_scores(results, measure.extractor)
-        settings |= {"images": len(readable), "measured": measure.identity() if measure else None}
-        write_results(folder.path, settings, results)
-        shown = readable[:: -(-len(readable) // GRID_IMAGES)]
-        rows = {ORIGINAL: folder.read(ORIGINAL, shown)}
-        if CONTINUOUS not in names:  # what the quantizer starts from is always there to compare
-            rows[CONTINUOUS] = next(self.decode(rows[ORIGINAL], shown, [CONTINUOUS]))[1]
-        for name in sorted(names, key=lambda name: name != CONTINUOUS):
-            rows[name] = folder.read(name, shown)
-        path = folder.path / "grid.png"
-        save_png(grid(torch.cat(list(rows.values())), len(shown)), path)
-        print(f"{len(readable)} images, rows of {path}: {', '.join(rows)}")
-        for result in results:
-            figures = [f"{k} {v:.5g}" for k, v in result.items() if isinstance(v, float)]
-            print(f"{result['name']:>10}  " + "  ".join(figures))
-        return settings | {"results": results}
-
-    def add_scores(self, results: list[dict], extractor: Extractor) -> None:
-        """Figures of the features, and their distance to those of the crops."""
-        evaluator, warnings, crops = self.evaluator, [], None
-        features = partial(self.folder.features, extractor.label)
-        distance = "rfid" if extractor.is_inception else "reconstruction_frechet_distance"
-        if "fid" in extractor.layers and results[0]["images"] > 1:  # a covariance takes two
-            evaluator.begin(features(ORIGINAL))
-            crops = evaluator.collect().moments.statistics()
-        for result in results:
-            dist.beat(f"measuring {result['name']}")
-            evaluator.begin(features(result["name"]))
-            scores = evaluator.result()
-            result |= scores.figures
-            if crops is not None:
-                result[distance] = frechet(evaluator.sums.moments.statistics(), crops)
-            warnings += scores.warnings
-        for warning in dict.fromkeys(warnings):
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-
-
-def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int | None) -> Tensor:
-    """Scaled latents [N, C, h, w]: posterior means without a seed, else samples.
-
-    The noise of image i is a function of (seed, i) alone.
-    """
-    posterior = tokenizer.posterior(images)
-    if seed is None:
-        return tokenizer.mode(posterior)
-    drawn = []
-    for image_id, parameters in zip(ids, posterior.parameters, strict=True):
-        # 32 bits that depend on both numbers: a CPU's generator reads no more of its seed.
-        mixed = np.random.SeedSequence([seed, image_id]).generate_state(1)[0]
-        generator = torch.Generator(images.device).manual_seed(int(mixed))
-        drawn.append(tokenizer.sample(Posterior(parameters[None]), generator))
-    return torch.cat(drawn)
 
 
 cli = partial(dist.run, main)

@@ -24,16 +24,16 @@ from models.config import PRESETS, preset
 from models.generate import decode_images, known_positions, to_uint8
 from models.hub import WEIGHTS
 from models.masking import mask_schedule
-from models.quantizer import GaussianQuantizer, Quantizer, entropy, level_counts
+from models.quantizer import GaussianQuantizer, Quantizer, entropy
 from models.sampler import NOTHING, Given, SamplingOptions, sampling_steps
 from models.tokenbridge import CLASS_ROWS, TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
-from reconstruction import draw_latents
 from util.checkpoint import Checkpoint, find_checkpoint, saved_in
 from util.data.images import center_crop, psnr, read_image
 from util.device import resolve_precision
 from util.download import PLACES
 from util.errors import UserError, as_user_error
+from util.evaluation.reconstruction import draw_latents, quantized
 from util.export import load
 from util.setup import check_vae
 from util.vae import load_vae, vae_digest
@@ -215,9 +215,8 @@ def reconstruct(
         quantizer = loaded.model.quantizer
         if not isinstance(quantizer, Quantizer) or quantizer.levels != 2**width:
             quantizer = GaussianQuantizer(2**width, config.quant_min, config.quant_max).to(device)
-        indices = quantizer.encode(latents.movedim(1, -1))
-        use = entropy(level_counts(indices, 2**width)).mean().item()
-        coded[f"{width} bits, {use:.2f} used"] = quantizer.decode(indices).movedim(-1, 1)
+        values, facts = quantized(latents, quantizer)
+        coded[f"{width} bits, {entropy(facts['counts'][0]).mean():.2f} used"] = values
     for name, values in coded.items():
         pixels.append(to_uint8(tokenizer.decode(values)).cpu())
         captions.append(f"{name}: {psnr(pixels[-1], original).item():.2f} dB")

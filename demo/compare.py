@@ -35,7 +35,7 @@ from demo.compare_page import GROUPS, draw_sheet, render, tables
 from models import flops
 from models.config import HEAD_QUANTIZERS, HEADS, QUANTIZERS, TokenBridgeConfig
 from models.masking import mask_schedule
-from models.quantizer import entropy, level_counts
+from models.quantizer import entropy
 from models.sampler import SamplingOptions, guidance_scale
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
@@ -47,6 +47,7 @@ from util.errors import UserError
 from util.evaluation.extractor import Extractor
 from util.evaluation.folder import read_json, write_json
 from util.evaluation.metrics import Accumulator, Measure, score
+from util.evaluation.reconstruction import quantized
 from util.evaluation.reference import load_fid_statistics
 from util.files import only_job_in
 from util.logging import environment, git_revision
@@ -272,10 +273,9 @@ class Comparison:
         model, cache = build_model(config, checkpoint, "model_ema"), f"cache-{Path(run.vae).stem}"
         data, tokenizer = open_cache(str(self.root / cache)), Tokenizer(None, *config.latent_norm)
         latents, _ = read_latents(data, evenly_spread(len(data), 1000), tokenizer, CPU)
-        scalars = latents.movedim(1, -1)
-        counts = level_counts(model.quantizer.encode(scalars), config.quant_levels)
-        outside = model.quantizer.outside(scalars).double().mean().item()
-        return {"entropy_bits": entropy(counts).mean().item(), "out_of_range": outside}
+        _, facts = quantized(latents, model.quantizer)
+        outside = facts["outside"].sum().item() / latents.numel()
+        return {"entropy_bits": entropy(facts["counts"][0]).mean().item(), "out_of_range": outside}
 
     def draw(self, run: Run) -> dict:
         """Choose temperature and guidance by one seed, then measure the images of another one."""

@@ -16,6 +16,7 @@ import reconstruction
 from models.calibration import fit_levels
 from models.generate import to_uint8
 from models.quantizer import gaussian_levels
+from models.tokenizers.kl16 import Posterior
 from models.tokenizers.tokenizer import from_uint8
 from tests.conftest import complaint
 from tests.measures import PIXELS
@@ -26,7 +27,7 @@ from util.data.listing import list_images
 from util.errors import UserError
 from util.evaluation.extractor import Extractor
 from util.evaluation.metrics import frechet, statistics
-from util.evaluation.reconstruction import ReconstructionFolder, ssim
+from util.evaluation.reconstruction import ReconstructionFolder, draw_latents, ssim
 from util.vae import load_vae
 
 SCALE, RANGE, BITS = 4.0, 2.0, (2, 6)  # some scaled posterior means lie outside the range
@@ -272,12 +273,10 @@ def test_calibrated_levels_are_the_caches(inputs, done, tmp_path):
 def test_noise_of_an_image_is_standard_normal_and_its_own():
     """Whichever batch it is in; and no two images or seeds share theirs."""
     tokenizer = reconstruction.Tokenizer(None, 1.0)  # mean 0, std 1
-    tokenizer.posterior = lambda x: reconstruction.Posterior(torch.zeros(len(x), 8, 16, 16))
-    drawn = reconstruction.draw_latents(tokenizer, torch.zeros(50, 3), list(range(50)), 3)
+    tokenizer.posterior = lambda x: Posterior(torch.zeros(len(x), 8, 16, 16))
+    drawn = draw_latents(tokenizer, torch.zeros(50, 3), list(range(50)), 3)
     assert drawn.mean().abs() < 0.02 and abs(drawn.std() - 1) < 0.02
     correlation = torch.corrcoef(drawn.flatten(1)) - torch.eye(50)
     assert correlation.abs().max() < 0.2
-    again, other = (
-        reconstruction.draw_latents(tokenizer, torch.zeros(2, 3), [7, 49], seed) for seed in (3, 4)
-    )
+    again, other = (draw_latents(tokenizer, torch.zeros(2, 3), [7, 49], seed) for seed in (3, 4))
     assert torch.equal(again, drawn[[7, 49]]) and (again - other).abs().mean() > 1

@@ -15,12 +15,10 @@ from util import dist
 from util.args import EXTRACTOR, Flag, Parser, auto, positive_int
 from util.data.images import Loading
 from util.errors import UserError
-from util.evaluation.arrays import ImageArray
-from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import load_extractor
 from util.evaluation.folder import batch_ranges
-from util.evaluation.metrics import Accumulator, Measure, few_for_covariance
-from util.evaluation.reference import image_batches, open_images
+from util.evaluation.metrics import Accumulator, few_for_covariance
+from util.evaluation.reference import ImageArray, image_batches, open_images
 from util.files import check_writable
 
 
@@ -54,21 +52,19 @@ def main() -> None:
             f"--feature_extractor {args.feature_extractor}: statistics need its weights "
             "(--inception_weights), and a layer for a Frechet distance"
         )
-    evaluator = Evaluator(None, None, device, None, Measure(extractor))
     layers = {name: layer for name, layer in extractor.layers.items() if name in ("fid", "sfid")}
-    evaluator.begin(sums=Accumulator(layers, groups=1))
-    batches = batch_ranges(len(images), args.batch_size)
+    sums, batches = Accumulator(layers, groups=1), batch_ranges(len(images), args.batch_size)
     every = range(len(batches))
     for _, _, pixels in image_batches(images, size, batches, every, Loading.of(args)):
-        evaluator.update(pixels)
-    moments = evaluator.sums.moments
+        sums.update(extractor(pixels))
+    moments = sums.moments
     moments.gather()
-    evaluator.sums.spatial.gather()
+    sums.spatial.gather()
     if dist.is_main():
         if moments.count < 2:
             raise UserError(f"--image_dir {args.image_dir}: a covariance takes two images")
         output.parent.mkdir(parents=True, exist_ok=True)
-        evaluator.sums.save_statistics(output, extractor, size)
+        sums.save_statistics(output, extractor, size)
         width = moments.first.shape[1]
         print(f"{output}: {moments.count} images of {size} px, {width} features")
         if moments.count <= width:

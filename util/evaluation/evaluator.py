@@ -2,8 +2,8 @@
 
     for each batch of image numbers, unless it was done before:    Evaluator.evaluate
         images = generate(ids, labels, sampling)       on the process whose turn it is
-        update(images)                                 images/*.png, features/.../batch-k.npz
-    result()                                           figures, on the main process
+        features = extractor(images)                   images/*.png, features/.../batch-k.npz
+    score(sums of the features)                        figures, on the main process
 
 Beside what folder.py has, an evaluation leaves statistics.npz (mu and sigma, and sFID's, as
 --fid_stats reads them), samples.npz (--save_npz), grid.png and, when all is done, metrics.json.
@@ -31,72 +31,15 @@ from util import dist
 from util.data.images import grid, psnr, save_png
 from util.device import Precision, unchanged_randomness
 from util.errors import UserError
-from util.evaluation.folder import (
-    FeatureFiles,
-    ImageFolder,
-    file_label,
-    image_name,
-    read_images,
-    read_json,
-    read_png,
-    wait_for,
-    whole_files,
-    write_images,
-    write_json,
-    write_samples,
-)
+from util.evaluation.folder import GRID, METRICS, EvaluationFolder, read_png, write_json
 from util.evaluation.metrics import Accumulator, Measure, Scores, score
 from util.evaluation.settings import EvalSettings
 from util.logging import digest, git_revision, versions
 
 GRID_ROWS, GRID_COLUMNS = 8, 10
-METRICS, GRID, SAMPLES = "metrics.json", "grid.png", "samples.npz"
 
 
 @dataclass(frozen=True)
-class EvaluationFolder(ImageFolder):
-    """settings: what is asked for. labels: [N] the class of every image."""
-
-    settings: EvalSettings | None = None
-    labels: Tensor | None = None
-
-    @cached_property
-    def images(self) -> list[Path]:
-        """The file of every image: images/00000_bee.png."""
-        words = [file_label(name) for name in self.settings.names]
-        words = words or [""] * (int(self.labels.max()) + 1)
-        named = enumerate(words[label] for label in self.labels.tolist())
-        return [self.path / "images" / image_name(i, self.count, word) for i, word in named]
-
-    def undrawn(self) -> set[int]:
-        """Numbers of the batches of which a PNG is missing."""
-        present = whole_files(self.path / "images")
-        absent = [path.name not in present for path in self.images]
-        return {k for k, ids in enumerate(self.batches) if any(absent[i] for i in ids)}
-
-    def record(self) -> dict:
-        """What metrics.json says, if this evaluation was finished before; else nothing."""
-        return read_json(self.path / METRICS) if (self.path / METRICS).is_file() else {}
-
-    def lacks_samples(self) -> bool:
-        return self.settings.save_npz and not (self.path / SAMPLES).is_file()
-
-    def is_finished(self, measured: dict | None) -> bool:
-        """Whether an earlier run has left all that this one is asked for."""
-        record = self.record()
-        if not record or record["measured"] != measured or not (self.path / GRID).is_file():
-            return False
-        return not (self.lacks_samples() or (self.settings.keep_images and self.undrawn()))
-
-    def missing(self, files: FeatureFiles | None) -> tuple[set[int], set[int]]:
-        """Numbers of the batches that lack images, and of those that lack features."""
-        undrawn, unmeasured = self.undrawn(), files.missing() if files else set()
-        needed = files is None or self.settings.keep_images or self.lacks_samples()
-        if self.record().get("images") == "removed" and not needed:
-            undrawn &= unmeasured  # where there are features, nobody needs the images any more
-        return undrawn, unmeasured
-
-
 class Evaluator:
     """Draws images of a model and measures them, or measures those of others.
 
@@ -104,17 +47,16 @@ class Evaluator:
     measured.
     """
 
-    def __init__(
-        self,
-        model: TokenBridge | None,
-        tokenizer: Tokenizer | None,
-        device: torch.device,
-        precision: Precision | None = None,
-        measure: Measure | None = None,
-    ):
-        self.model, self.tokenizer = model, tokenizer
-        self.device, self.precision, self.measure = device, precision, measure
-        self.begin()
+    model: TokenBridge | None
+    tokenizer: Tokenizer | None
+    device: torch.device
+    precision: Precision | None = None
+    measure: Measure | None = None
+
+    @cached_property
+    def sums(self) -> Accumulator:
+        """Of the images that `update` was given."""
+        return self.measure.sums()
 
     def generate(self, ids: Sequence[int], labels: Tensor, sampling: SamplingOptions) -> Tensor:
         """The images of those numbers and classes, uint8 [N, 3, H, W], on the CPU.
@@ -131,31 +73,13 @@ class Evaluator:
             dist.print_main(f"--vae_precision: image 0 is {error:.1f} dB from that of fp32")
         return images
 
-    def begin(self, files: FeatureFiles | None = None, sums: Accumulator | None = None) -> None:
-        """Forget the images before. files: for a restart. sums: if not those of all figures."""
-        self.files, self.sums = files, sums
-        if sums is None and self.measure is not None:
-            keep = self.measure.features is not None
-            count = files.batches[-1].stop if files else 0
-            self.sums = Accumulator(self.measure.extractor.layers, count, keep)
-
-    def update(self, images: Tensor, number: int = 0, ids: Sequence[int] = ()) -> None:
-        """images: uint8 [N, 3, H, W]; with files, those of ids, which are batch `number`."""
-        features = self.measure.extractor(images) if len(images) else {}
-        if self.files is not None:
-            self.files.write(number, ids, features)
-        elif features:
-            self.sums.update(features)
-
-    def collect(self) -> Accumulator:
-        """Sums of the images since `begin`; with files, of all processes' batches."""
-        for features in self.files.chunks() if self.files else ():
-            self.sums.update(features)
-        return self.sums
+    def update(self, images: Tensor) -> None:
+        """images: uint8 [N, 3, H, W]."""
+        self.sums.update(self.measure.extractor(images))
 
     def result(self) -> Scores:
-        """The figures of the images since `begin`; with files, of all processes' batches."""
-        return score(self.collect(), self.measure)
+        """The figures of all images that `update` was given."""
+        return score(self.sums, self.measure)
 
     @torch.no_grad()
     def evaluate(
@@ -201,7 +125,8 @@ class Evaluator:
 
     def _folder(self, settings: EvalSettings, path: Path) -> EvaluationFolder:
         labels = settings.labels(self.model.config.class_num)
-        return EvaluationFolder(path, len(labels), settings.batch_size, settings, labels)
+        label = self.measure and self.measure.extractor.label
+        return EvaluationFolder(path, len(labels), settings.batch_size, label, settings, labels)
 
     def _identity(self, settings: EvalSettings) -> dict:
         """All that decides the images. Raises UserError unless all processes have the same."""
@@ -231,41 +156,38 @@ class Evaluator:
 
     def _draw(self, folder: EvaluationFolder) -> None:
         """Draw and measure this process's share of what is missing."""
-        files = folder.features(self.measure and self.measure.extractor.label)
-        self.begin(files)
-        missing = folder.missing(files) if dist.is_main() else None
+        files = folder.features()
+        missing = folder.missing() if dist.is_main() else None
         undrawn, unmeasured = dist.gather_objects(missing)[0]  # all as the main process finds it
         mine = folder.share(undrawn | unmeasured)
         for number in tqdm(mine, desc="generating", disable=not (mine and dist.is_main())):
             dist.beat(f"generating batch {number + 1} of {len(folder.batches)}")
             ids = folder.batches[number]
-            paths, labels = (x[ids.start : ids.stop] for x in (folder.images, folder.labels))
             if number in undrawn:
+                labels = folder.labels[ids.start : ids.stop]
                 images = self.generate(ids, labels, folder.settings.sampling)
-                write_images(paths, images)
+                folder.save(ids, images)
             else:
-                images = read_images(paths)
+                images = folder.read(ids)
             if number in unmeasured:
-                self.update(images, number, ids)
+                files.write(number, ids, self.measure.extractor(images))
 
     def _finish(self, folder: EvaluationFolder, facts: dict) -> None:
         """Write everything, metrics.json last. facts: what that is to hold besides."""
         labels, config, measure = folder.labels, self.model.config, self.measure
         drawn, counts = (x.tolist() for x in labels.unique_consecutive(return_counts=True))
         if folder.lacks_samples():
-            parts = (read_images(folder.images[b.start : b.stop]) for b in folder.batches)
-            write_samples(folder.path / SAMPLES, parts, labels, config.img_size)
+            folder.write_samples(config.img_size)
         if not (folder.path / GRID).is_file():
-            shown = [folder.images[i] for i in shown_ids(labels)]
-            wait_for(shown)
-            columns = min(len(drawn), GRID_COLUMNS)
-            save_png(grid(read_images(shown), columns), folder.path / GRID)
+            shown, columns = folder.read(shown_ids(labels)), min(len(drawn), GRID_COLUMNS)
+            save_png(grid(shown, columns), folder.path / GRID)
         dist.beat("computing the figures")
         scores, trained = Scores(), len(folder.settings.names) or config.class_num
         if measure is not None:
-            scores = self.result()
+            sums = measure.sums(folder.features())
+            scores = score(sums, measure)
             path = folder.path / "statistics.npz"
-            self.sums.save_statistics(path, measure.extractor, config.img_size)
+            sums.save_statistics(path, measure.extractor, config.img_size)
         if scores.figures and len(drawn) < trained:
             part = f"{len(drawn)} of {trained} classes"
             scores.warnings.append(f"these figures are of {part}: compare them only with the same")

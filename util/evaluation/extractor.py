@@ -49,7 +49,9 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """images: uint8 [N, 3, H, W] -> {layer: float32 [N, D]}, on the CPU."""
+        """images: uint8 [N, 3, H, W] -> {layer: float32 [N, D]}, on the CPU; of none, nothing."""
+        if not len(images):
+            return {}
         parts = []
         for part in images.split(BATCH):
             features = self.network(part.to(self.device))

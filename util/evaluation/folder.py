@@ -11,6 +11,7 @@ or absent, so what is there is not done again.
 import csv
 import io
 import json
+import math
 import re
 import socket
 import time
@@ -29,10 +30,12 @@ from torch import Tensor
 from util import dist
 from util.data.images import save_png
 from util.errors import UserError, as_user_error
+from util.evaluation.settings import EvalSettings
 from util.files import atomic_write
 
 THREADS = 8  # that read and write PNG files; a GPU draws faster than one of them packs
 SHARED_WAIT = 60.0  # seconds until a file of another node is there on a network file system
+METRICS, GRID, SAMPLES = "metrics.json", "grid.png", "samples.npz"  # of an evaluation
 CHUNK = 4096  # rows of features that are added up at once
 
 
@@ -112,20 +115,51 @@ def check_shared(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """PNG files of numbered images, in folders inside this one. batch_size: images of a batch."""
+    """PNG files of numbered images, in a folder inside this one for each variant of them.
+
+    batch_size: images of a batch. extractor: the label of what measures them; None if nothing does.
+    """
 
     path: Path
     count: int
     batch_size: int
+    extractor: str | None = None
 
     @cached_property
     def batches(self) -> list[range]:
         return batch_ranges(self.count, self.batch_size)
 
-    def features(self, extractor: str | None, variant: str = "") -> FeatureFiles | None:
-        """extractor: its label; None has no features."""
-        path = self.path / "features" / (extractor or "") / variant
-        return FeatureFiles(path, self.batches) if extractor else None
+    def features(self, variant: str = "") -> FeatureFiles | None:
+        if self.extractor is None:
+            return None
+        return FeatureFiles(self.path / "features" / self.extractor / variant, self.batches)
+
+    def file_name(self, number: int) -> str:
+        """00000.png: names sort as their numbers do."""
+        return f"{number:0{max(5, len(str(self.count - 1)))}d}.png"
+
+    def files(self, ids: Sequence[int], variant: str) -> list[Path]:
+        return [self.path / variant / self.file_name(i) for i in ids]
+
+    def save(self, ids: Sequence[int], images: Tensor, variant: str = "images") -> None:
+        """images: uint8 [N, 3, H, W]."""
+        (self.path / variant).mkdir(exist_ok=True)
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(save_png, images, self.files(ids, variant)))
+
+    def read(self, ids: Sequence[int], variant: str = "images") -> Tensor:
+        """uint8 [N, 3, H, W], the very values that were saved, by whichever process."""
+        wait_for(paths := self.files(ids, variant))
+        with ThreadPoolExecutor(THREADS) as pool:
+            return torch.stack(list(pool.map(read_png, paths)))
+
+    def unsaved(self, batches: dict[int, Sequence[int]], variant: str = "images") -> set[int]:
+        """Which batches, of those numbers and ids, lack a file, or have one that a power cut left
+        empty.
+        """
+        whole = {path.name for path in (self.path / variant).glob("*.png") if path.stat().st_size}
+        names = {number: set(map(self.file_name, ids)) for number, ids in batches.items()}
+        return {number for number, own in names.items() if not own <= whole}
 
     def share(self, todo: set[int]) -> list[int]:
         """This process's of the batches that are to be done."""
@@ -174,56 +208,66 @@ class ImageFolder:
         return dist.gather_objects(next(free) if dist.is_main() else None)[0]
 
 
-def write_images(paths: Sequence[Path], images: Tensor) -> None:
-    """images: uint8 [N, 3, H, W]. paths: in one folder."""
-    for path in paths[:1]:
-        path.parent.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(save_png, images, paths))
+@dataclass(frozen=True)
+class EvaluationFolder(ImageFolder):
+    """settings: what is asked for. labels: [N] the class of every image."""
 
+    settings: EvalSettings | None = None
+    labels: Tensor | None = None
 
-def read_images(paths: Sequence[Path]) -> Tensor:
-    """uint8 [N, 3, H, W], the very values that were written."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        return torch.stack(list(pool.map(read_png, paths)))
+    def file_name(self, number: int) -> str:
+        """00000_bee.png, with what file systems take of the class's name; 00000.png without."""
+        names = self.settings.names
+        word = re.sub(r"[^\w.-]+", "-", names[int(self.labels[number])] if names else "")
+        word = word.strip("-_.")[:40]
+        return super().file_name(number).replace(".png", f"_{word}.png" if word else ".png")
+
+    def write_samples(self, side: int) -> None:
+        """samples.npz: arr_0 uint8 [N, side, side, 3] in image order, arr_1 the labels int64 [N].
+
+        As ADM's image_sample.py writes and its evaluator reads; never in memory as a whole.
+        """
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, side, side, 3)}
+        with atomic_write(self.path / SAMPLES) as file, zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for ids in self.batches:
+                    dist.beat("writing samples.npz")
+                    member.write(self.read(ids).movedim(1, 3).contiguous().numpy().tobytes())
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, self.labels.numpy(), allow_pickle=False)
+
+    def undrawn(self) -> set[int]:
+        return self.unsaved(dict(enumerate(self.batches)))
+
+    def record(self) -> dict:
+        """What metrics.json says, if this evaluation was finished before; else nothing."""
+        return read_json(self.path / METRICS) if (self.path / METRICS).is_file() else {}
+
+    def lacks_samples(self) -> bool:
+        return self.settings.save_npz and not (self.path / SAMPLES).is_file()
+
+    def is_finished(self, measured: dict | None) -> bool:
+        """Whether an earlier run has left all that this one is asked for."""
+        record = self.record()
+        if not record or record["measured"] != measured or not (self.path / GRID).is_file():
+            return False
+        return not (self.lacks_samples() or (self.settings.keep_images and self.undrawn()))
+
+    def missing(self) -> tuple[set[int], set[int]]:
+        """Numbers of the batches that lack images, and of those that lack features."""
+        files = self.features()
+        undrawn, unmeasured = self.undrawn(), files.missing() if files else set()
+        needed = files is None or self.settings.keep_images or self.lacks_samples()
+        if self.record().get("images") == "removed" and not needed:
+            undrawn &= unmeasured  # where there are features, nobody needs the images any more
+        return undrawn, unmeasured
 
 
 def read_png(path: Path) -> Tensor:
     """uint8 [3, H, W]."""
     with Image.open(path, formats=("PNG",)) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def whole_files(folder: Path) -> set[str]:
-    """Names of the PNG files; those that a power cut left empty do not count."""
-    return {path.name for path in folder.glob("*.png") if path.stat().st_size}
-
-
-def image_name(number: int, count: int, word: str = "") -> str:
-    """00000_bee.png, or 00000.png: names of that many images sort as their numbers do."""
-    return f"{number:0{max(5, len(str(count - 1)))}d}{'_' if word else ''}{word}.png"
-
-
-def file_label(name: str) -> str:
-    """A class's name as a part of a file's."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-_.")[:40]
-
-
-def write_samples(path: Path, images: Iterable[Tensor], labels: Tensor, side: int) -> None:
-    """samples.npz: arr_0 uint8 [N, H, W, 3] in image order, arr_1 the labels int64 [N].
-
-    As ADM's image_sample.py writes and its evaluator reads; never in memory as a whole.
-    images: uint8 [n, 3, H, W] of each batch.
-    """
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), side, side, 3)}
-    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            np.lib.format.write_array_header_1_0(member, header)
-            for part in images:
-                dist.beat("writing samples.npz")
-                member.write(part.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-        with archive.open("arr_1.npy", "w") as member:
-            np.lib.format.write_array(member, labels.numpy(), allow_pickle=False)
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -239,6 +283,38 @@ def write_csv(path: Path, rows: Iterable[dict], names: Iterable[str]) -> None:
     table.writerows(rows)
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
+
+
+def write_plot(
+    path: Path, names: Sequence[str], axis: str, lines: dict[str, list[dict]], flat: Sequence = ()
+) -> None:
+    """Figures over a setting, a panel for each of those names that some row has.
+
+    lines: rows by a line's label, in the order of their `axis`, a name, too. flat: rows that have
+    no place on it, (label, row), as dashed lines.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    every = [*sum(lines.values(), []), *(row for _, row in flat)]
+    names = [name for name in names if any(name in row for row in every)]
+    if not names:
+        return
+    figure = Figure(figsize=(3.6 * len(names), 3), layout="constrained")
+    for name, panel in zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True):
+        for label, line in lines.items():
+            x, y = ([row.get(key, math.nan) for row in line] for key in (axis, name))
+            errors = [row.get(f"{name}_standard_error", 0) for row in line]
+            panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, label=label)
+            panel.xaxis.get_major_locator().set_params(integer=all(value % 1 == 0 for value in x))
+        for label, row in flat:
+            if name in row:
+                panel.axhline(row[name], color="gray", linestyle="--", label=label)
+        panel.set(xlabel=axis, ylabel=name.removesuffix("_mean").replace("_", " "))
+        panel.grid(alpha=0.3)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize="small")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def read_json(path: Path) -> dict:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from util import dist
 from util.evaluation.extractor import Extractor
+from util.evaluation.folder import FeatureFiles
 from util.files import atomic_write
 
 FULL_COUNT = 50000  # images of the distances that papers report
@@ -56,6 +57,11 @@ class Measure:
         """What decides the figures of given images, as plain values."""
         digests = {k: v for k, v in self.record.items() if k.endswith("sha256")}
         return self.extractor.identity() | {"reference": digests}
+
+    def sums(self, files: FeatureFiles | None = None) -> "Accumulator":
+        """What all figures need: of nothing yet, or of all processes' files, if there are."""
+        count, keep = files.batches[-1].stop if files else 0, self.features is not None
+        return Accumulator(self.extractor.layers, count, keep).add(files)
 
 
 @dataclass
@@ -130,7 +136,9 @@ class Accumulator:
         self._features: dict[str, list[Tensor]] = {layer: [] for layer in kept}
 
     def update(self, features: dict[str, Tensor]) -> None:
-        """features: {layer: [n, D]}."""
+        """features: {layer: [n, D]}; of no images, none."""
+        if not features:
+            return
         if "isc" in self.layers:
             self.logits.append(features[self.layers["isc"]])
         if "fid" in self.layers:
@@ -140,6 +148,11 @@ class Accumulator:
         for layer, kept in self._features.items():
             kept.append(features[layer][-self.count % self.step :: self.step].clone())
         self.count += len(next(iter(features.values())))
+
+    def add(self, files: FeatureFiles | None) -> "Accumulator":
+        for features in files.chunks() if files else ():
+            self.update(features)
+        return self
 
     @property
     def features(self) -> dict[str, Tensor]:
@@ -171,7 +184,12 @@ def score(sums: Accumulator, measure: Measure) -> Scores:
     if "fid" in layers and stats is not None:
         _frechet_distance(sums.moments, stats, measure.extractor.distance, scores)
     if "sfid" in layers and stats is not None and "mu_s" in stats:
-        _spatial_distance(sums, stats, scores)
+        if sums.spatial.count < sums.moments.count:
+            files = "features/ was begun by a version without it; remove it to measure anew"
+            scores.warnings.append(f"sFID is not computed: {files}")
+        elif sums.spatial.count > 1:
+            reference = {"mu": stats["mu_s"], "sigma": stats["sigma_s"]}
+            _frechet_distance(sums.spatial, reference, "sfid", scores)
     if measure.features is not None:
         own, other = sums.features, measure.features
         figures = (("kid", _kid), ("prc", _precision_recall), ("prc", _density_coverage))
@@ -223,15 +241,6 @@ def _frechet_distance(moments: Moments, stats: Statistics, name: str, scores: Sc
             f"this is {title}-{count}: {title} falls with the number of images, so it is not "
             f"comparable with the {title}-50K of papers"
         )
-
-
-def _spatial_distance(sums: Accumulator, stats: Statistics, scores: Scores) -> None:
-    if sums.spatial.count < sums.moments.count:
-        files = "features/ was begun by a version without it; remove it to measure anew"
-        scores.warnings.append(f"sFID is not computed: {files}")
-    elif sums.spatial.count > 1:
-        reference = {"mu": stats["mu_s"], "sigma": stats["sigma_s"]}
-        _frechet_distance(sums.spatial, reference, "sfid", scores)
 
 
 def few_for_covariance(count: int, width: int) -> str:

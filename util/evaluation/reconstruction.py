@@ -11,66 +11,56 @@ Source: Wang et al. 2004 (SSIM), by torchmetrics with its defaults.
 """
 
 import math
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from models.generate import to_uint8
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer, entropy, level_counts
-from util.evaluation.folder import (
-    FeatureFiles,
-    ImageFolder,
-    image_name,
-    read_images,
-    whole_files,
-    write_csv,
-    write_images,
-    write_json,
-)
-from util.files import atomic_write
+from models.tokenizers.kl16 import Posterior
+from models.tokenizers.tokenizer import Tokenizer
+from util import dist
+from util.data.images import ImageDataset, grid, psnr, save_png
+from util.errors import UserError
+from util.evaluation.folder import FeatureFiles, ImageFolder, write_csv, write_json, write_plot
+from util.evaluation.metrics import Measure, frechet, score
+from util.evaluation.reference import read_batches
 
 ORIGINAL, CONTINUOUS, QUANTIZED = "original", "continuous", "bits"
-SSIM_LEAST = 6  # pixels a side: 5 of them are mirrored
-# Drawn where they were measured, from left to right: name of the figure, title of its panel.
-PANELS = {
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "rfid": "rFID",
-    "reconstruction_frechet_distance": "Fréchet distance to the crops",
-    "fid": "FID",
-    "inception_score_mean": "Inception Score",
-    "entropy_bits": "entropy (bits of a latent scalar)",
-}
+GRID_IMAGES = 8
+PLOTTED = ("psnr", "ssim", "rfid", "reconstruction_frechet_distance", "fid")
+PLOTTED += ("inception_score_mean", "entropy_bits")
 
 
-@dataclass(frozen=True)
-class QuantizerVariant:
-    """name: "continuous" or "bits6". quantizer: None without one."""
+def variant_name(bits: int) -> str:
+    return f"{QUANTIZED}{bits}" if bits > 0 else CONTINUOUS
 
-    name: str
-    quantizer: GaussianQuantizer | CalibratedQuantizer | None = None
 
-    def apply(self, latents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """latents: [N, C, h, w] scaled -> what the decoder gets, and facts of the batch.
+def quantized(
+    latents: Tensor, quantizer: GaussianQuantizer | CalibratedQuantizer
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """latents: [N, C, h, w] scaled -> what the decoder gets, and facts of the batch.
 
-        counts: [1, C, K] int64, use of the levels. outside: [1, C] int64, scalars beyond the range
-        of the quantizer. squared_error: [1, C] float64, summed over images and positions.
-        """
-        if self.quantizer is None:
-            return latents, {}
-        scalars = latents.movedim(1, -1)  # [N, h, w, C]
-        indices = self.quantizer.encode(scalars)
-        values = self.quantizer.decode(indices)
-        error = (values - scalars).square().sum(dim=(1, 2))  # [N, C]; on MPS there are no doubles
-        facts = {
-            "counts": level_counts(indices, self.quantizer.levels),
-            "outside": self.quantizer.outside(scalars).sum(dim=(0, 1, 2)),
-            "squared_error": error.cpu().double().sum(dim=0),
-        }
-        return values.movedim(-1, 1), {name: fact.cpu()[None] for name, fact in facts.items()}
+    counts: [1, C, K] int64, use of the levels. outside: [1, C] int64, scalars beyond the range of
+    the quantizer. squared_error: [1, C] float64, summed over images and positions.
+    """
+    scalars = latents.movedim(1, -1)  # [N, h, w, C]
+    indices = quantizer.encode(scalars)
+    values = quantizer.decode(indices)
+    error = (values - scalars).square().sum(dim=(1, 2))  # [N, C]; on MPS there are no doubles
+    facts = {
+        "counts": level_counts(indices, quantizer.levels),
+        "outside": quantizer.outside(scalars).sum(dim=(0, 1, 2)),
+        "squared_error": error.cpu().double().sum(dim=0),
+    }
+    return values.movedim(-1, 1), {name: fact.cpu()[None] for name, fact in facts.items()}
 
 
 def ssim(pixels: Tensor, original: Tensor) -> Tensor:
@@ -88,26 +78,17 @@ def ssim(pixels: Tensor, original: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ReconstructionFolder(ImageFolder):
-    """extractor: names the features, None if nothing is measured by a network."""
-
-    extractor: str | None = None
-
-    def images(self, variant: str, ids: Sequence[int]) -> list[Path]:
-        return [self.path / variant / image_name(i, self.count) for i in ids]
+    """A folder of images for the crops and for each variant."""
 
     def records(self, variant: str) -> FeatureFiles:
         return FeatureFiles(self.path / "records" / variant, self.batches)
 
     def missing(self, variant: str) -> set[int]:
         """Numbers of the batches that are not done: their record, features or images lack."""
-        records, features = self.records(variant), self.features(self.extractor, variant)
+        records, features = self.records(variant), self.features(variant)
         missing = records.missing() | (features.missing() if features else set())
-        present = whole_files(self.path / variant)
-        for number in set(range(len(self.batches))) - missing:
-            paths = self.images(variant, records.read(number)[0])
-            if any(path.name not in present for path in paths):
-                missing.add(number)
-        return missing
+        done = set(range(len(self.batches))) - missing
+        return missing | self.unsaved({k: records.read(k)[0] for k in done}, variant)
 
     def readable(self) -> list[int]:
         """Numbers of the images that could be read, once all batches are done."""
@@ -118,12 +99,8 @@ class ReconstructionFolder(ImageFolder):
         self, variant: str, number: int, ids: list[int], pixels: Tensor, record: dict[str, Tensor]
     ) -> None:
         """One batch; its record comes last. pixels: uint8 [n, 3, H, W], numbered by ids."""
-        write_images(self.images(variant, ids), pixels)
+        self.save(ids, pixels, variant)
         self.records(variant).write(number, ids, record)
-
-    def read(self, variant: str, ids: Sequence[int]) -> Tensor:
-        """uint8 [N, 3, H, W]."""
-        return read_images(self.images(variant, ids))
 
     def finished(self) -> list[str]:
         """All variants that are finished, by an earlier run too, the crops apart."""
@@ -153,29 +130,141 @@ def summarise(name: str, files: FeatureFiles) -> dict:
     return result | means | lists
 
 
-def write_results(folder: Path, settings: dict, results: list[dict]) -> None:
-    """results.json, results.csv and quality.png. results: of each variant."""
-    write_json(folder / "results.json", settings | {"results": results})
-    by_bits = sorted(results, key=lambda r: r["bits"] % math.inf)
-    names = dict.fromkeys(name for r in results for name in r if not name.endswith("_by_channel"))
-    write_csv(folder / "results.csv", by_bits, names)
-    _plot(folder / "quality.png", by_bits)
+@dataclass(frozen=True)
+class Reconstruction:
+    """variants: quantizers by name, None without one. noise_seed: None takes posterior means."""
 
+    folder: ReconstructionFolder
+    dataset: ImageDataset
+    tokenizer: Tokenizer
+    measure: Measure | None
+    variants: dict[str, GaussianQuantizer | CalibratedQuantizer | None]
+    noise_seed: int | None
 
-def _plot(path: Path, results: list[dict]) -> None:
-    """Every figure over the number of bits; without quantization it is a dashed line."""
-    from matplotlib.figure import Figure
+    @property
+    def names(self) -> list[str]:
+        return [ORIGINAL, *self.variants]
 
-    quantized = [r for r in results if r["bits"] > 0]
-    panels = [name for name in PANELS if any(name in r for r in results)]
-    figure = Figure(figsize=(3.2 * len(panels), 2.8), layout="constrained")
-    for number, name in enumerate(panels, start=1):
-        axes = figure.add_subplot(1, len(panels), number, title=PANELS[name], xlabel="bits")
-        axes.plot([r["bits"] for r in quantized], [r.get(name) for r in quantized], "o-")
-        axes.set_xticks([r["bits"] for r in quantized])
+    def run(self, num_workers: int) -> None:
+        """This process's share of the batches that some variant lacks."""
+        folder, count = self.folder, len(self.folder.batches)
+        # as the main process finds them, so that all agree
+        missing = dist.gather_objects({name: folder.missing(name) for name in self.names})[0]
+        mine = folder.share(set().union(*missing.values()))
+        batches = read_batches(self.dataset, [folder.batches[k] for k in mine], num_workers)
+        hidden = not (mine and dist.is_main())
+        progress = tqdm(batches, desc="reconstructing", total=len(mine), disable=hidden)
+        for number, (ids, images) in zip(mine, progress, strict=True):
+            dist.beat(f"reconstructing batch {number + 1} of {count}")
+            names = [name for name in self.names if number in missing[name]]
+            for name, pixels, record in self.decode(images, ids, names):
+                if self.measure is not None:
+                    folder.features(name).write(number, ids, self.measure.extractor(pixels))
+                folder.write(name, number, ids, pixels, record)
+
+    def decode(
+        self, images: Tensor, ids: list[int], names: Sequence[str]
+    ) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        """(name, pixels like images, record) of these names. images: uint8 [N, 3, H, W] of ids."""
+        latents, original = None, images.to(next(self.tokenizer.parameters()).device)
+        for name in names:
+            if name == ORIGINAL or not ids:
+                yield name, images, {}
+                continue
+            if latents is None:
+                latents = draw_latents(self.tokenizer, original, ids, self.noise_seed)
+            quantizer = self.variants.get(name)
+            values, record = quantized(latents, quantizer) if quantizer else (latents, {})
+            pixels = to_uint8(self.tokenizer.decode(values))
+            record |= {"psnr": psnr(pixels.cpu(), images), "ssim": ssim(pixels, original).cpu()}
+            yield name, pixels.cpu(), record
+
+    def first_batch(self) -> dict:
+        """One batch through everything, for --dry_run: what the run would take."""
+        folder, world = self.folder, dist.world_size()
+        todo = len(set().union(*(folder.missing(name) for name in self.names)))
+        ids, images = next(read_batches(self.dataset, folder.batches[:1], num_workers=0))
+        if not ids:
+            raise UserError("none of the first batch of images can be read; see --image_dir")
+        dist.print_main(f"{folder.count} images as {', '.join(self.names)}")
+        began = time.perf_counter()
+        for _, pixels, _ in self.decode(images, ids, self.names):
+            if self.measure is not None:
+                self.measure.extractor(pixels)
+        seconds = time.perf_counter() - began
+        return {
+            "images": folder.count,
+            "batches": len(folder.batches),
+            "batches_to_do": todo,
+            "variants": self.names,
+            "images_per_second": len(ids) * world / seconds,
+            "hours": todo * seconds / 3600 / world,
+        }
+
+    def finish(self, settings: dict) -> dict:
+        """Write the figures of all variants in the folder, and grid.png; returns results.json."""
+        folder, measure = self.folder, self.measure
+        readable = folder.readable()
+        if not readable:
+            raise UserError("none of the images can be read; see --image_dir")
+        names = list(dict.fromkeys([*self.names[1:], *folder.finished()]))
+        results = [summarise(name, folder.records(name)) for name in names]
+        if measure is not None:
+            self.add_scores(results, measure)
+        settings |= {"images": len(readable), "measured": measure.identity() if measure else None}
+        settings["results"] = results
+        write_json(folder.path / "results.json", settings)
+        by_bits = sorted(results, key=lambda r: r["bits"] % math.inf)
+        columns = dict.fromkeys(n for r in results for n in r if not n.endswith("_by_channel"))
+        write_csv(folder.path / "results.csv", by_bits, columns)
+        lines = {"": [r for r in by_bits if r["bits"] > 0]}
+        flat = [("not quantized", r) for r in results if r["bits"] < 0]
+        write_plot(folder.path / "quality.png", PLOTTED, "bits", lines, flat)
+        shown = readable[:: -(-len(readable) // GRID_IMAGES)]
+        rows = {ORIGINAL: folder.read(shown, ORIGINAL)}
+        if CONTINUOUS not in names:  # what the quantizer starts from is always there to compare
+            rows[CONTINUOUS] = next(self.decode(rows[ORIGINAL], shown, [CONTINUOUS]))[1]
+        for name in sorted(names, key=lambda name: name != CONTINUOUS):
+            rows[name] = folder.read(shown, name)
+        path = folder.path / "grid.png"
+        save_png(grid(torch.cat(list(rows.values())), len(shown)), path)
+        print(f"{len(readable)} images, rows of {path}: {', '.join(rows)}")
         for result in results:
-            if result["bits"] < 0 and name in result:
-                axes.axhline(result[name], color="gray", linestyle="--", label="not quantized")
-                axes.legend(fontsize="small")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+            figures = [f"{k} {v:.5g}" for k, v in result.items() if isinstance(v, float)]
+            print(f"{result['name']:>10}  " + "  ".join(figures))
+        return settings
+
+    def add_scores(self, results: list[dict], measure: Measure) -> None:
+        """Figures of the features, and their distance to those of the crops."""
+        extractor, features = measure.extractor, self.folder.features
+        warnings, crops = [], None
+        distance = "rfid" if extractor.is_inception else "reconstruction_frechet_distance"
+        if "fid" in extractor.layers and results[0]["images"] > 1:  # a covariance takes two
+            crops = measure.sums(features(ORIGINAL)).moments.statistics()
+        for result in results:
+            dist.beat(f"measuring {result['name']}")
+            sums = measure.sums(features(result["name"]))
+            scores = score(sums, measure)
+            result |= scores.figures
+            if crops is not None:
+                result[distance] = frechet(sums.moments.statistics(), crops)
+            warnings += scores.warnings
+        for warning in dict.fromkeys(warnings):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def draw_latents(tokenizer: Tokenizer, images: Tensor, ids: list[int], seed: int | None) -> Tensor:
+    """Scaled latents [N, C, h, w]: posterior means without a seed, else samples.
+
+    The noise of image i is a function of (seed, i) alone.
+    """
+    posterior = tokenizer.posterior(images)
+    if seed is None:
+        return tokenizer.mode(posterior)
+    drawn = []
+    for image_id, parameters in zip(ids, posterior.parameters, strict=True):
+        # 32 bits that depend on both numbers: a CPU's generator reads no more of its seed.
+        mixed = np.random.SeedSequence([seed, image_id]).generate_state(1)[0]
+        generator = torch.Generator(images.device).manual_seed(int(mixed))
+        drawn.append(tokenizer.sample(Posterior(parameters[None]), generator))
+    return torch.cat(drawn)

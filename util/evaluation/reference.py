@@ -9,11 +9,15 @@ Letters: N images, D features, S side in pixels.
 
 import argparse
 import hashlib
+import io
 import json
+import math
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -26,18 +30,15 @@ from util import dist, stop
 from util.data.images import LOADING, ImageDataset, Loading, center_crop, collate_skipping
 from util.data.listing import list_files
 from util.errors import UserError, as_user_error
-from util.evaluation.arrays import ImageArray, read_npz
-from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import INCEPTION, SPATIAL_WIDTH, load_extractor
 from util.evaluation.folder import FeatureFiles, batch_ranges, check_shared
 from util.evaluation.metrics import RECORDED, Accumulator, Measure, Statistics, few_for_covariance
-from util.files import load_tensors, sha256
+from util.files import listed, load_tensors, sha256, what_else
 
 ADM_STATISTICS = Path("fid_stats/adm_in256_stats.npz")
 ADM_SIZE = 256
 BATCH = 64
 MOMENTS, SPATIAL_MOMENTS = {"mu", "sigma"}, {"mu_s", "sigma_s"}
-ImageSource = list[str] | ImageArray
 
 
 def prepare_measure(
@@ -179,7 +180,88 @@ def check_statistics(
     return {"fid_stats": str(path), "fid_stats_sha256": sha256(path)} | record, warnings
 
 
+# --- npz files of others: what is wrong with one is told by an exception of any kind, and callers
+# catch all and name the file; nothing in them is unpickled
+
+
+@contextmanager
+def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"this is {what_else(Path(path)) or f'damaged ({error})'}") from error
+    with archive:
+        yield archive
+
+
+def read_npz(path: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Those arrays of these names that are there; no others are read."""
+    # Each entry is read to its end, where zipfile compares the checksum.
+    with open_npz(path) as archive:
+        there = [name for name in names if f"{name}.npy" in archive.namelist()]
+        entries = {name: io.BytesIO(archive.read(f"{name}.npy")) for name in there}
+    return {name: np.load(entry, allow_pickle=False) for name, entry in entries.items()}
+
+
+@dataclass(frozen=True)
+class ImageArray:
+    """The images of an npz file as ADM's evaluator takes them: arr_0, uint8 [N, H, W, 3].
+
+    [N, 3, H, W], too. Such files may be larger than memory, so a batch is read at a time.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, path: str | Path) -> "ImageArray":
+        with _opened_images(path) as (_, shape):
+            return cls(Path(path), shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def side(self) -> int:
+        """The shorter one."""
+        return min(self.shape[1:3] if self.shape[3] == 3 else self.shape[2:])
+
+    def crops(
+        self, size: int, batches: list[range], mine: list[int]
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """(ids, images uint8 [n, 3, S, S]) of those numbers of batches, which cover the array."""
+        damaged = as_user_error(f"{self.path} is damaged", (Exception,))
+        with damaged, _opened_images(self.path) as (file, (_, *shape)):
+            for number, ids in enumerate(batches):
+                content = file.read(len(ids) * math.prod(shape))  # at its end, its checksum
+                if number in mine:
+                    images = np.frombuffer(content, np.uint8).reshape(len(ids), *shape)
+                    images = images if shape[2] == 3 else images.transpose(0, 2, 3, 1)
+                    crops = [np.array(center_crop(Image.fromarray(i), size)) for i in images]
+                    yield list(ids), torch.from_numpy(np.stack(crops)).movedim(3, 1)
+
+
+@contextmanager
+def _opened_images(path: str | Path) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
+    """The file at the first pixel of arr_0, and the array's shape."""
+    with open_npz(path) as archive:
+        if "arr_0.npy" not in archive.namelist():
+            raise ValueError(f"it has no arr_0, but {listed(archive.namelist())}")
+        with archive.open("arr_0.npy") as file:
+            version = np.lib.format.read_magic(file)
+            read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
+            shape, is_fortran, dtype = read_header(file)
+            if dtype.hasobject:
+                raise ValueError("it holds Python objects, which are never unpickled")
+            if len(shape) != 4 or dtype != np.uint8 or is_fortran or 3 not in (shape[1], shape[3]):
+                raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 [N, H, W, 3]")
+            yield file, shape
+
+
 # --- real images
+
+
+ImageSource = list[str] | ImageArray
 
 
 def compare_with_images(
@@ -195,16 +277,15 @@ def compare_with_images(
     place = cache / f"{extractor.label}-{size}px-{key[:12]}"
     files = FeatureFiles(place, batch_ranges(len(images), BATCH))
     layers = {metric: layer for metric, layer in extractor.layers.items() if metric != "isc"}
-    evaluator = Evaluator(None, None, extractor.device, None, measure)
-    evaluator.begin(files, Accumulator(layers, len(images), keep=True, groups=1))
     missing = dist.gather_objects(files.missing())[0]  # as the main process finds it
     for number, ids, pixels in image_batches(images, size, files.batches, missing, loading):
-        evaluator.update(pixels, number, ids)
+        files.write(number, ids, extractor(pixels))
     dist.barrier()
     record = measure.record | {"fid_reference": str(source), "listing_sha256": key}
     if not dist.is_main():
         return replace(measure, record=record)
-    sums, stats = evaluator.collect(), measure.stats
+    stats = measure.stats
+    sums = Accumulator(layers, len(images), keep=True, groups=1).add(files)
     if sums.count < 2:
         raise UserError(f"--fid_reference {source}: {sums.count} readable images, two are needed")
     record["images"] = sums.count
@@ -245,7 +326,7 @@ def image_batches(
     """
     mine = sorted(todo)[dist.rank() :: dist.world_size()]
     if isinstance(images, ImageArray):
-        parts = _crops(images, size, batches, mine)
+        parts = images.crops(size, batches, mine)
     else:
         on_bad = "drop" if loading.skip_bad else "raise"
         dataset = ImageDataset([(path, 0) for path in images], size, on_bad, loading.max_pixels)
@@ -272,12 +353,3 @@ def read_batches(
     nothing = torch.empty(0, 3, dataset.size, dataset.size, dtype=torch.uint8)
     for ids, batch in zip(batches, loader, strict=True):
         yield [i for i in ids if not dataset.bad[i]], batch[0] if batch else nothing
-
-
-def _crops(
-    array: ImageArray, size: int, batches: list[range], mine: list[int]
-) -> Iterator[tuple[list[int], Tensor]]:
-    with as_user_error(f"{array.path} is damaged", (Exception,)):
-        for number, pixels in zip(mine, array.batches(batches, mine), strict=True):
-            crops = [np.array(center_crop(Image.fromarray(image), size)) for image in pixels]
-            yield list(batches[number]), torch.from_numpy(np.stack(crops)).movedim(3, 1)

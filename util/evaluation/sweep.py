@@ -17,30 +17,20 @@ from util.checkpoint import find_checkpoint
 from util.data.images import save_png
 from util.device import Precision, accelerate, resolve_precision
 from util.errors import UserError
-from util.evaluation.evaluator import GRID, METRICS, Evaluator
-from util.evaluation.folder import read_json, read_png, write_csv
+from util.evaluation.evaluator import Evaluator
+from util.evaluation.folder import GRID, METRICS, read_json, read_png, write_csv, write_plot
 from util.evaluation.metrics import fid_error, is_error
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import SWEPT, EvalSettings
-from util.files import atomic_write, sha256
+from util.files import sha256
 from util.logging import MetricsFile
 from util.posthoc_ema import PosthocEMA
 from util.setup import build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.vae import vae_digest
 
-# The figures that are drawn, and their standard errors where there are any.
-PLOTTED = {
-    "fid": "fid_standard_error",
-    "frechet_distance": "frechet_distance_standard_error",
-    "fd_dinov2": "fd_dinov2_standard_error",
-    "sfid": "sfid_standard_error",
-    "inception_score_mean": None,
-    "score_mean": None,
-    "precision": None,
-    "recall": None,
-    "density": "density_standard_error",
-    "coverage": "coverage_standard_error",
-}
+DISTANCES = ("fid", "frechet_distance", "fd_dinov2")  # the name depends on the network
+SCORES = ("inception_score_mean", "score_mean")
+PLOTTED = (*DISTANCES, "sfid", *SCORES, "precision", "recall", "density", "coverage")
 SHOWN = 8  # images of each point in sweep_images.png
 
 
@@ -77,7 +67,8 @@ def evaluate_checkpoint(
         checkpoint.release()
         evaluator.refuse_other_images(points, output)
     result = {"checkpoint": str(checkpoint.path), "step": checkpoint.saved.get("step")}
-    result["evaluations"], metrics_file, weights = [], MetricsFile(args.metrics_file), None
+    result["evaluations"], rows, weights = [], [], None
+    metrics_file = MetricsFile(args.metrics_file)
     with settings_saved(args, output / EVALUATION_CONFIG):
         for done, point in enumerate(points, start=1):
             name = point.folder_name()
@@ -90,39 +81,31 @@ def evaluate_checkpoint(
             named = {f"eval/{name}/{key}": figure for key, figure in figures.items()}
             metrics_file.write(named, result["step"], replace=True)
             if dist.is_main():
-                result["evaluations"].append(summary(output / name, point))
+                record = read_json(output / name / METRICS)
+                own = {"folder": str(output / name), "settings": point.to_dict()}
+                own |= {key: record[key] for key in ("metrics", "warnings")}
+                result["evaluations"].append(own)
+                more = {"folder": name, "replicates": record["replicates"]}
+                rows.append(point.swept() | record["metrics"] | more)
                 if len(points) > 1:
-                    write_sweep(output, points[:done], config.img_size)
+                    write_sweep(output, rows, config.img_size)
     dist.barrier()
     return result if dist.is_main() else {}
 
 
-def summary(folder: Path, point: EvalSettings) -> dict:
-    """A point's settings, its figures and what is to be known of them."""
-    record, own = read_json(folder / METRICS), {"folder": str(folder), "settings": point.to_dict()}
-    return own | {name: record[name] for name in ("metrics", "warnings")}
-
-
-def write_sweep(output: Path, points: list[EvalSettings], side: int) -> None:
-    """sweep.csv, sweep.png and sweep_images.png of the points that are done."""
-    rows = compared([sweep_row(point, output) for point in points])
-    names = dict.fromkeys(name for row in rows for name in row if name != "replicates")
-    names = [*(name for name in names if name != "folder"), "folder"]
+def write_sweep(output: Path, rows: list[dict], side: int) -> None:
+    """sweep.csv, sweep.png and sweep_images.png. rows: of the points that are done, with figures,
+    replicates and the folder's name; side: of an image.
+    """
+    rows = compared([dict(row) for row in rows])
+    names = dict.fromkeys(name for row in rows for name in row)
+    names = [*(name for name in names if name not in ("replicates", "folder")), "folder"]
     write_csv(output / "sweep.csv", rows, names)
     # The same images at every point, a row for each.
-    grids = [read_png(output / point.folder_name() / GRID) for point in points]
+    grids = [read_png(output / row["folder"] / GRID) for row in rows]
     width = min(grids[0].shape[2], SHOWN * (side + 2) + 2)  # grid() pads by two
     save_png(torch.cat([g[:, : side + 4, :width] for g in grids], 1), output / "sweep_images.png")
-    if any(name in PLOTTED for name in rows[0]):
-        plot_sweep(rows, output / "sweep.png")
-
-
-def sweep_row(point: EvalSettings, output: Path) -> dict:
-    """One line of the table; `replicates` are not for the file."""
-    folder = point.folder_name()
-    record = read_json(output / folder / METRICS)
-    own = {"folder": folder, "replicates": record["replicates"]}
-    return point.swept() | record["metrics"] | own
+    plot_sweep(rows, output / "sweep.png")
 
 
 def compared(rows: list[dict]) -> list[dict]:
@@ -130,9 +113,8 @@ def compared(rows: list[dict]) -> list[dict]:
 
     The best has the lowest Frechet distance, or, where none was computed, the highest score.
     """
-    distances = ("fid", "frechet_distance", "fd_dinov2")
-    distance = next((name for name in distances if name in rows[0]), None)
-    score = next((name for name in ("inception_score_mean", "score_mean") if name in rows[0]), None)
+    distance = next((name for name in DISTANCES if name in rows[0]), None)
+    score = next((name for name in SCORES if name in rows[0]), None)
     if distance is None and score is None:
         return rows
     best = min(rows, key=lambda row: row[distance] if distance else -row[score])
@@ -153,24 +135,10 @@ def compared(rows: list[dict]) -> list[dict]:
 
 def plot_sweep(rows: list[dict], path: Path) -> None:
     """Each figure over the setting with the most values; a line for each choice of the others."""
-    from matplotlib.figure import Figure
-
-    shown = [name for name in rows[0] if name in PLOTTED]
     swept = [name for name in (*SWEPT, "ema_sigma") if name in rows[0]]
     axis = max(swept, key=lambda name: len({row[name] for row in rows}))
     others = [name for name in swept if len({r[name] for r in rows}) > 1 and name != axis]
     lines: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row[axis]):
         lines.setdefault(", ".join(f"{name} {row[name]:g}" for name in others), []).append(row)
-    figure = Figure(figsize=(4.2 * len(shown), 3.4), layout="constrained")
-    for name, panel in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
-        for label, line in lines.items():
-            errors = [row.get(PLOTTED[name], 0) for row in line]
-            x, y = ([row[key] for row in line] for key in (axis, name))
-            panel.errorbar(x, y, yerr=errors, marker="o", capsize=2, label=label)
-        panel.set(xlabel=axis, ylabel=name.removesuffix("_mean").replace("_", " "))
-        panel.grid(alpha=0.3)
-        if others:
-            panel.legend(fontsize="small")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    write_plot(path, PLOTTED, axis, lines)
