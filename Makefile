@@ -44,8 +44,11 @@ test: $(INSTALLED)
 soak: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(ARGS)
 
-gpu bench: $(INSTALLED)
+gpu: $(INSTALLED)
 	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m benchmarks.run --device cpu $(ARGS)
 
 docs: $(INSTALLED)
 	@$(BIN)/sphinx-build -E -a -W --keep-going -q -b html -c docs -d output/docs/.doctrees . output/docs

@@ -10,8 +10,12 @@ without TensorBoard. On a CPU, what is compiled is left out unless --only names 
 """
 
 import argparse
+import gc
+import hashlib
 import json
 import math
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,10 +31,10 @@ from benchmarks.correctness import CHECKS
 from benchmarks.works import WORKS, Settings, Work
 from models.config import PRESETS, TokenBridgeConfig, preset
 from models.flops import peak_memory, readable
-from util import dist, stop
+from util import ROOT, dist, stop
 from util.args import Parser, positive_float, positive_int
-from util.device import resolve_device
-from util.errors import as_user_error
+from util.device import resolve_device, resolve_precision
+from util.errors import UserError, as_user_error
 from util.files import atomic_write, check_writable
 from util.logging import environment
 
@@ -55,6 +59,8 @@ SIZES = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATRIX = {"cpu": 2048, "mps": 2048, "cuda": 8192}  # side; a GPU is not filled by less
 SHORTEST = 0.2  # seconds: what is over sooner is called several times
+ALSO = ("img_size", "repeats")  # decide what is measured, too
+OUT_OF_MEMORY = "OutOfMemory"  # a finding; another failure is tried again
 KERNELS, PROFILED = 10, 3  # shown, and runs that they are taken from
 SPEED = ("", "work", "precision", "seconds, median (range)", "a second", "of products", "memory")
 HEADS = {
@@ -89,6 +95,7 @@ class Machine:
             name: [torch.randn(side, side, device=device, dtype=dtype) for _ in range(3)]
             for name, dtype in DTYPES.items()
         }
+        self.held = sum(t.nbytes for same in self.operands.values() for t in same)
 
     def synchronize(self) -> None:
         if self.device.type != "cpu":
@@ -135,17 +142,21 @@ def rows(args: argparse.Namespace, machine: Machine) -> Iterator[tuple[str, str,
         "grad_checkpointing": dict(grad_checkpointing=True),
         "head_share 0.25": {},
     }
-    for model, batch, way in product(configs, args.batch_sizes, ways):
-        config = replace(configs[model], head_share=0.25 if "head_share" in way else 1.0)
-        changes = dict(config=config, batch_size=batch) | ways[way]
-        yield "training step", f"{model}, batch {batch}, {way}", work("train", **changes)
+
+    def steps(model: str, batch: int) -> Iterator[tuple[str, str, Callable]]:
+        for way, how in ways.items():
+            config = replace(configs[model], head_share=0.25 if "head_share" in way else 1.0)
+            changes = dict(config=config, batch_size=batch) | how
+            yield "training step", f"{model}, batch {batch}, {way}", work("train", **changes)
+
+    yield from steps(first, usual.batch_size)
     for part in ("head", "backbone", "optimizer"):
         name = f"{first}, batch {usual.batch_size}, {part} replaced by nothing"
         yield "training step", name, work("train", without=part)
     for kind in ("train", "sample"):
         shorter = replace(usual, num_iter=min(args.num_iter))
         yield "profile", kind, partial(profiled, kind, shorter, machine, args.precision[0])
-    ways = {
+    drawn = {
         "plain": {},
         "cfg 1": dict(sampling=dict(cfg=1.0)),
         "cfg_interval 0.2 0.6": dict(sampling=dict(cfg_interval=(0.2, 0.6))),
@@ -153,7 +164,7 @@ def rows(args: argparse.Namespace, machine: Machine) -> Iterator[tuple[str, str,
         "compile": dict(compile=True),
     } | ({"cuda_graphs": dict(cuda_graphs=True)} if on_cuda else {})
     batch, num_iter = args.sampling_batches[0], usual.num_iter
-    for way, how in ways.items():
+    for way, how in drawn.items():
         changes = dict(batch_size=batch) | how
         yield "sampling", f"batch {batch}, {num_iter} iterations, {way}", work("sample", **changes)
     for kind in ("vae_encode", "vae_decode", "features", "head"):
@@ -162,10 +173,14 @@ def rows(args: argparse.Namespace, machine: Machine) -> Iterator[tuple[str, str,
         if (num_iter, batch) != (usual.num_iter, args.sampling_batches[0]):
             changes = dict(num_iter=num_iter, batch_size=batch)
             yield "sampling", f"batch {batch}, {num_iter} iterations", work("sample", **changes)
+    for model, batch in product(configs, args.batch_sizes):
+        if (model, batch) != (first, usual.batch_size):
+            yield from steps(model, batch)
 
 
 def checked(figure: Callable, bound: float, device: torch.device) -> list[dict]:
-    found = figure(device)
+    with torch.backends.cudnn.flags(allow_tf32=False):  # golden files know full precision alone
+        found = figure(device)
     return [{"figure": found, "bound": bound, "holds": found <= bound}]
 
 
@@ -192,7 +207,7 @@ def time_once(work: Work, row: dict, machine: Machine) -> None:
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     row["seconds"].append(machine.seconds(partial(work.run, row["precision"]), row["times"]))
-    row["memory"] = peak_memory(machine.device) if on_cuda else None
+    row["memory"] = peak_memory(machine.device) - machine.held if on_cuda else None
     row["product_rates"].append((before + machine.product_rate(row["precision"])) / 2)
 
 
@@ -201,8 +216,9 @@ def profiled(kind: str, settings: Settings, machine: Machine, precision: str) ->
     work, on_cuda = WORKS[kind](settings), machine.device.type == "cuda"
     run = partial(work.run, precision)
     run()
+    seconds = machine.seconds(run, PROFILED) * PROFILED  # a profiler takes time, too
     with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as found:
-        seconds = machine.seconds(run, PROFILED) * PROFILED
+        machine.seconds(run, PROFILED)
     own, whole = "self_device_time_total" if on_cuda else "self_cpu_time_total", 1e6 * seconds
     shares = [[e.key[:80], getattr(e, own) / whole, e.count] for e in found.key_averages()]
     shares.sort(key=lambda kernel: -kernel[1])
@@ -216,9 +232,11 @@ def attempt(run: Callable[[], list[dict]]) -> list[dict]:
         return run()
     except Exception as error:
         stop.check()  # a compiler wraps what stops it
-        return [{"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}]
+        why, *_ = [*str(error).splitlines(), ""]
+        return [{"failed": f"{type(error).__name__}: {why[:120]}"}]
     finally:
         torch._dynamo.reset()
+        gc.collect()  # compiled and captured models are parts of circles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -268,26 +286,28 @@ def main() -> None:
     device = resolve_device(args.device)
     for name, usual in SIZES.get(device.type, SIZES["cpu"]).items():
         setattr(args, name, getattr(args, name) or usual)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     with as_user_error():
         machine = Machine(device)
         planned = list(rows(args, machine))
-    torch.backends.cudnn.allow_tf32 = False  # the golden files know full precision alone
+    if args.only:
+        planned = [row for row in planned if any(w == row[0] or w in row[1] for w in args.only)]
+    elif device.type != "cuda":
+        planned = [row for row in planned if "compile" not in row[1]]
+    if not planned:
+        raise UserError(f"--only {' '.join(args.only)}: no group and no row is called so")
+    resolve_precision("fp32", device)  # its settings of cuDNN, for all rows
     about = environment(device, " ".join(args.precision), 1)
-    path = args.json or RESULTS / f"{about['device'].replace(' ', '-')}.json"
+    path = args.json or RESULTS / f"{re.sub('[^0-9A-Za-z]+', '-', about['device'])}.json"
+    if path.suffix != ".json":
+        raise UserError(f"--json {path} does not end with .json")
     check_writable(path.parent, "--json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    about |= {name: getattr(args, name) for name in (*SIZES["cpu"], "img_size", "repeats")}
-    record, left = about | {"rows": []}, 0
-    if path.is_file():
-        before = json.loads(path.read_text())
-        same = before | about == before
-        record = before if same else record
-    done = {(row["group"], row["name"]) for row in record["rows"]}
+    record = begun(path, about | {name: getattr(args, name) for name in (*SIZES["cpu"], *ALSO)})
+    done, left = {(row["group"], row["name"]) for row in record["rows"]}, 0
     for group, name, run in planned:
-        asked = device.type == "cuda" or "compile" not in name
-        if args.only:
-            asked = any(word == group or word in name for word in args.only)
-        if not asked or (group, name) in done:
+        if (group, name) in done:
             continue
         if time.monotonic() - started > 60 * args.minutes:
             left += 1
@@ -298,10 +318,33 @@ def main() -> None:
             with atomic_write(path.with_suffix(suffix)) as file:
                 file.write(text.encode())
         print(*(line([group, *cells(row)]) for row in found), sep="\n", flush=True)
+        machine.synchronize()  # a device that is lost makes no further row
     print(f"{path}: {len(record['rows'])} rows, {left} left for another start")
-    for row in record["rows"]:
-        if "failed" in row or not row.get("holds", True):
-            print(f"does not hold: {row['name']}")
+    wrong = [r["name"] for r in record["rows"] if "failed" in r or not r.get("holds", True)]
+    for name in wrong:
+        print(f"does not hold: {name}")
+    sys.exit(bool(wrong))
+
+
+def begun(path: Path, about: dict) -> dict:
+    """What the file has of the same measurement, less the rows that failed; another one is kept."""
+    about = about | {"sources": sources()}
+    if path.is_file():
+        record = json.loads(path.read_text())
+        if all(record.get(name) == about[name] for name in about if name != "git revision"):
+            rows = [r for r in record["rows"] if OUT_OF_MEMORY in r.get("failed", OUT_OF_MEMORY)]
+            return record | {"rows": rows}
+        kept = path.with_suffix(".before.json")
+        path.replace(kept)
+        print(f"{path} is of other flags, code or versions: it is {kept} now")
+    return about | {"rows": []}
+
+
+def sources() -> str:
+    """Of the code that is measured, which results beside it do not change, as they do a clone."""
+    folders = (ROOT / name for name in ("benchmarks", "models", "util"))
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 if __name__ == "__main__":

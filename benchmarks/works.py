@@ -63,7 +63,8 @@ class Settings:
     def build_model(self) -> TokenBridge:
         torch.manual_seed(0)
         options = dict(grad_checkpointing=self.grad_checkpointing)
-        model = TokenBridge(**options, **self.config.to_dict()).to(self.device)
+        with self.device:  # weights are drawn where that is fast
+            model = TokenBridge(**options, **self.config.to_dict()).to(self.device)
         accelerate(model, self.device, self.compile and self.dynamic, self.cuda_graphs)
         if self.compile and not self.dynamic:
             model.compile_blocks(dynamic=False)
@@ -112,7 +113,7 @@ def training(settings: Settings) -> Work:
 
     title = f"training step, batch {batch}, {settings.masked} masked positions"
     operations = batch * flops.training_step(model.config, settings.masked)
-    return Work(title, batch, "images", step, operations)
+    return Work(title, batch, "images", step, None if settings.without else operations)
 
 
 def head_sampling(settings: Settings) -> Work:

@@ -4,6 +4,7 @@ import json
 from functools import partial
 from unittest import mock
 
+import pytest
 import torch
 
 from benchmarks import run, works
@@ -39,9 +40,11 @@ def test_every_row_is_measured_once_and_what_fails_is_named(tmp_path, monkeypatc
     path = tmp_path / "cpu.json"
     flags = ["--device", "cpu", "--models", "tokenbridge_tiny", "--img_size", "32", "--json"]
     flags += [str(path), "--num_iter", "2", "4", "--repeats", "1", "--precision", "fp32", "bf16"]
-    call(run.main, *flags, "--minutes", "1e-9")
+    with pytest.raises(SystemExit, match="0"):
+        call(run.main, *flags, "--minutes", "1e-9")
     assert "0 rows, 20 left" in capsys.readouterr().out
-    with mock.patch.dict(works.WORKS, features=lambda settings: 1 / 0):
+    failing = mock.patch.dict(works.WORKS, features=lambda settings: 1 / 0)
+    with failing, pytest.raises(SystemExit, match="1"):
         call(run.main, *flags)
     record = json.loads(path.read_text())
     rows = {(row["group"], row["name"]): row for row in record["rows"]}
@@ -55,8 +58,17 @@ def test_every_row_is_measured_once_and_what_fails_is_named(tmp_path, monkeypatc
     assert "does not hold: features" in capsys.readouterr().out
     table = path.with_suffix(".md").read_text()
     assert "replaced by nothing" in table and "token_cache 4" in table and "| yes |" in table
-    monkeypatch.setattr(run, "attempt", None)  # nothing is measured again
-    call(run.main, *flags)
+    monkeypatch.setattr(run, "attempt", lambda row: [{"failed": "OutOfMemoryError: 1 GiB"}])
+    for again in (True, False):  # what failed is tried again, and no row else
+        with pytest.raises(SystemExit, match="1"):
+            call(run.main, *flags)
+        assert ("| parts | features | OutOf" in capsys.readouterr().out) == again
+    with pytest.raises(SystemExit, match="1"):
+        call(run.main, *flags, "--repeats", "2", "--only", "features")
+    assert "it is" in capsys.readouterr().out
+    before = json.loads(path.with_suffix(".before.json").read_text())
+    assert len(before["rows"]) == len(record["rows"])
+    assert "--only nothing" in refused(capsys, run.main, *flags, "--only", "nothing")
 
 
 def test_masks_are_the_mean_of_training_and_wrong_sizes_refused(capsys):

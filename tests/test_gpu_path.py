@@ -141,7 +141,7 @@ class Recorded(TorchDispatchMode):
 def test_captured_calls_draw_as_the_plain_ones(monkeypatch):
     """For every size and for averaged weights anew, and never from what another call was given."""
     stand_ins = {
-        **dict(CUDAGraph=Recorded, graph=lambda graph, pool: graph, Stream=lambda: None),
+        **dict(CUDAGraph=Recorded, graph=lambda graph, **how: graph, Stream=lambda: None),
         **dict(stream=nullcontext, synchronize=lambda: None, graph_pool_handle=lambda: (0, 0)),
     }
     for name, stand_in in stand_ins.items():

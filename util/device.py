@@ -99,21 +99,17 @@ class CapturedCalls:
 
     def capture(self, call: Callable[[], Sequence[Tensor]]) -> tuple:
         """The graph, and the tensors that it writes to."""
-        # Weights that autocast has cast and kept would be freed under the graph.
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):  # libraries allocate in a first call
+            call()
+        torch.cuda.synchronize()
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Autocast keeps the weights that it has cast: the graph casts its own, and nobody else's.
         torch.clear_autocast_cache()
-        kept = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
-        try:
-            torch.cuda.synchronize()
-            with torch.cuda.stream(torch.cuda.Stream()):  # libraries allocate in a first call
-                call()
-            torch.cuda.synchronize()
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                results = call()
-        finally:
-            torch.set_autocast_cache_enabled(kept)
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            results = call()
+        torch.clear_autocast_cache()
         return graph, results
 
 

@@ -367,7 +367,12 @@ def digest(network: nn.Module) -> str:
 
 
 def versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
+    found = {}
+    for name in PACKAGES:
+        found[name] = "absent"
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def processor() -> str:
