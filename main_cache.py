@@ -144,11 +144,11 @@ def encode_shards(
 
     shards: batches of the numbers of each one's images, which the loader loads in this order.
     """
-    loaded, bad = iter(loader), loader.dataset.bad
+    loaded, bad, written = iter(loader), loader.dataset.bad, None
     total = sum(len(writer.images(shard)) for shard in shards)
     bar = tqdm(total=total, unit="img", disable=None if dist.is_main() else True)
+
     with bar, ThreadPoolExecutor(max_workers=1) as thread:
-        written = thread.submit(int)  # nothing, before the first
         for shard, batches in shards.items():
             kept, parts = [], []
             for batch, readable in zip(batches, loaded, strict=False):  # no more than the batches
@@ -158,9 +158,11 @@ def encode_shards(
                     parts.append(writer.stored(moments))
                 bar.update(len(batch))
                 dist.beat("caching")
-            written.result()  # so that two are in memory at most; raises what failed
+            if written is not None:
+                written.result()  # so that two are in memory at most; raises what failed
             written = thread.submit(writer.write_shard, shard, kept, parts)
-        written.result()
+        if written is not None:
+            written.result()
 
 
 @torch.inference_mode()
