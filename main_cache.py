@@ -25,7 +25,7 @@ from models.tokenizers.tokenizer import from_uint8
 from util import args as flags
 from util import dist, stop
 from util.args import Flag, Parser, positive_int, value
-from util.data.cache_writer import CacheWriter, list_digest
+from util.data.cache_writer import CacheWriter, ShardWriter, list_digest
 from util.data.images import ImageDataset, collate_skipping
 from util.data.latent_cache import FORMAT_VERSION, verify
 from util.data.listing import ImageList, list_images
@@ -150,17 +150,16 @@ def encode_shards(
 
     with bar, ThreadPoolExecutor(max_workers=1) as thread:
         for shard, batches in shards.items():
-            kept, parts = [], []
+            filled = ShardWriter(writer, shard)
             for batch, readable in zip(batches, loaded, strict=False):  # no more than the batches
                 if readable is not None:
-                    kept += [i for i in batch if not bad[i]]
-                    moments = encode(vae, readable[0].to(device, non_blocking=True))
-                    parts.append(writer.stored(moments))
+                    kept = [i for i in batch if not bad[i]]
+                    filled.take(kept, encode(vae, readable[0].to(device, non_blocking=True)))
                 bar.update(len(batch))
                 dist.beat("caching")
             if written is not None:
                 written.result()  # so that two are in memory at most; raises what failed
-            written = thread.submit(writer.write_shard, shard, kept, parts)
+            written = thread.submit(filled.finish)
         if written is not None:
             written.result()
 
