@@ -9,6 +9,7 @@ Stopped or killed, the same command goes on where it was, on any number of proce
 import shutil
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -35,6 +36,7 @@ from util.logging import figures_on_stdout
 from util.setup import build_vae
 from util.vae import vae_digest
 
+QUEUED = 4  # batches that may wait for the disk; each 8 MB, of 128 images of 256 px
 CHECKS = ("device", "processes", "VAE")  # before the batch of --dry_run
 SHOWN = ("count", "classes", "skipped", "latent_scale", "channel_order", "latent_shape")
 
@@ -144,9 +146,13 @@ def encode_shards(
 
     shards: batches of the numbers of each one's images, which the loader loads in this order.
     """
-    loaded, bad, written = iter(loader), loader.dataset.bad, None
+    loaded, bad, waiting = iter(loader), loader.dataset.bad, deque()
     total = sum(len(writer.images(shard)) for shard in shards)
     bar = tqdm(total=total, unit="img", disable=None if dist.is_main() else True)
+
+    def wait_until(left: int) -> None:
+        while len(waiting) > left:
+            waiting.popleft().result()  # raises what failed in the thread
 
     with bar, ThreadPoolExecutor(max_workers=1) as thread:
         for shard, batches in shards.items():
@@ -154,14 +160,14 @@ def encode_shards(
             for batch, readable in zip(batches, loaded, strict=False):  # no more than the batches
                 if readable is not None:
                     kept = [i for i in batch if not bad[i]]
-                    filled.take(kept, encode(vae, readable[0].to(device, non_blocking=True)))
+                    moments = encode(vae, readable[0].to(device, non_blocking=True))
+                    wait_until(QUEUED - 1)
+                    waiting.append(thread.submit(filled.take, kept, moments))
                 bar.update(len(batch))
                 dist.beat("caching")
-            if written is not None:
-                written.result()  # so that two are in memory at most; raises what failed
-            written = thread.submit(filled.finish)
-        if written is not None:
-            written.result()
+            wait_until(0)  # only a shard of which all was taken is finished
+            waiting.append(thread.submit(filled.finish))
+        wait_until(0)
 
 
 @torch.inference_mode()
