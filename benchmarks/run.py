@@ -323,7 +323,7 @@ def main() -> None:
     wrong = [r["name"] for r in record["rows"] if "failed" in r or not r.get("holds", True)]
     for name in wrong:
         print(f"does not hold: {name}")
-    sys.exit(bool(wrong))
+    sys.exit(1 if wrong else 0)
 
 
 def begun(path: Path, about: dict) -> dict:
