@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from demo import classifier, digits, report
+from demo import classifier, digits, emoji, report
 from demo import train_vae as vae_training
+from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.vq import VQModel
 from tests.conftest import ROOT
 from tests.runs import call, refused
@@ -174,3 +175,30 @@ def test_report_is_the_judge_s_above_that_of_any_run(finished):
     assert titles[:3] == ["Real and generated", "Figures", "Training"] and titles[-1] == "Time"
     for text in ("90.0%", "1.50", "<td>60</td>", "Make &lt;digits&gt;", "<svg", "<td>1.25</td>"):
         assert text in page, text
+
+
+def test_gallery_holds_out_emoji_with_all_their_variants(tmp_path):
+    counts = emoji.cut(tmp_path)
+    assert counts == {"train": 2576, "val": 310}
+    held_out = {path.name for path in tmp_path.glob("val/*/*.png")}
+    codes = "1F6B5-200D-2640-FE0F", "1F6B5-200D-2642-FE0F", "1F6B5"  # on a mountain bike
+    bikes = {emoji.is_held_out(f"{code}-{vendor}") for code in codes for vendor in "ab"}
+    assert len(bikes) == 1
+    pairs = {name.rsplit("-", 1)[0] for name in held_out}
+    assert len(held_out) == 2 * len(pairs) and len(list(tmp_path.glob("train/*"))) == 11
+    with Image.open(next(tmp_path.glob("train/face/1F600-noto.png"))) as face:
+        assert face.size == (64, 64) and face.convert("RGBA").getpixel((0, 0))[3] == 0
+        red, green, blue, alpha = face.convert("RGBA").getpixel((32, 20))
+        assert alpha == 255 and red > 200 > blue  # yellow
+
+
+def test_perceptual_distance_trains_and_the_foreground_alone_counts(tmp_path):
+    vae = AutoencoderKL(4, ch=32, ch_mult=(1, 1), num_res_blocks=1)
+    images, loss_of = torch.rand(2, 3, 32, 32) * 2 - 1, vae_training.KLLoss(1e-3, 0.1)
+    assert loss_of.distance(images, images) == 0 < loss_of.distance(-images, images)
+    loss_of(vae, images).backward()
+    assert vae.decoder.conv_in.weight.grad.abs().sum() > 0
+    for name in ("train", "val"):
+        (tmp_path / name / "a").mkdir(parents=True)
+        Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(tmp_path / name / "a" / "0.png")
+    assert not vae_training.foreground(tmp_path, 8).any()
