@@ -38,8 +38,10 @@ from util.export import load
 from util.setup import check_vae
 from util.vae import load_vae, vae_digest
 
-FOLDERS = ["output/demo/model", "output/demo/exported", "output_dir", "exported"]
+FOLDERS = ["output/demo/model", "output/demo/exported", "output/gallery/model"]
+FOLDERS += ["output/gallery/exported", "output_dir", "exported"]
 FOLDERS += [f"pretrained_models/{Path(PLACES[model]).parent}" for model in ("large", "huge")]
+FOLDERS += ["demo/gallery"]  # comes with the code
 MOST_PIXELS = 1024  # a side of a picture: a VAE's memory grows with the area
 
 
@@ -81,7 +83,8 @@ class Library:
     def vae_of(self, checkpoint: Checkpoint) -> tuple[str, bool]:
         """The VAE that it was trained with, by its checksum; False for another that was named."""
         digest, folder = checkpoint.saved.get("vae_sha256"), checkpoint.path.parent
-        paths = [checkpoint.argument("vae_path"), folder / "vae.ckpt", folder.parent / "vae.ckpt"]
+        paths = [checkpoint.argument("vae_path")]
+        paths += [*sorted(folder.glob("*vae.ckpt")), *sorted(folder.parent.glob("*vae.ckpt"))]
         paths += [f"pretrained_models/{PLACES['vae']}"]
         paths = [str(path) for path in ([self.vae_path] if self.vae_path else paths) if path]
         for path in filter(os.path.exists, paths):

@@ -1,11 +1,11 @@
-"""Judge generated images: a small classifier of real images, its accuracy, a Frechet distance.
+"""Judge generated images: a classifier of real images, its accuracy, a Frechet distance.
 
-python -m demo.classifier {train,judge} --root output/demo
+python -m demo.classifier {train,judge} --root output/demo [--network {digits,emoji}]
 
 Trained on real images alone, it gives the share of generated images that it takes for the class
 they were asked to show, and features for a Frechet distance, which is not FID. Importing this
-module registers the extractor with torch-fidelity: --feature_extractor demo.classifier:digits.
-Letters: N images, S side in pixels, F = 64 features.
+module registers the extractor with torch-fidelity: --feature_extractor demo.classifier:judge.
+Letters: N images, S side in pixels, F features, 64 or 1,280.
 """
 
 import json
@@ -23,13 +23,14 @@ from util.args import Parser, positive_int
 from util.data.images import read_image
 from util.evaluation.extractor import Extractor
 from util.evaluation.metrics import Statistics, frechet, statistics
+from util.evaluation.networks import EfficientNet
 from util.evaluation.reference import load_fid_statistics
 from util.files import load_tensors
 
-FEATURES = BATCH = 64
+BATCH = 64
 
 
-class Classifier(nn.Module):
+class Digits(nn.Module):
     """Three strided convolutions, one hidden layer, whose outputs are the features."""
 
     def __init__(self, side: int, classes: int):
@@ -39,19 +40,45 @@ class Classifier(nn.Module):
             *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
             *(nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
         )
-        self.hidden = nn.Linear(64 * (side // 8) ** 2, FEATURES)
-        self.output = nn.Linear(FEATURES, classes)
+        self.hidden = nn.Linear(64 * (side // 8) ** 2, 64)
+        self.output = nn.Linear(64, classes)
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """uint8 [N, 3, S, S] -> what `features` reads, [N, 1, S, S] in [0, 1]."""
+        return grey(images)
+
+    def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        return jitter(images, generator)
 
     def features(self, images: Tensor) -> Tensor:
-        """images: [N, 1, S, S] in [0, 1] -> [N, F], not negative."""
+        """[N, 1, S, S] -> [N, F], not negative."""
         return F.relu(self.hidden(self.convolutions(images).flatten(1)))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images: [N, 1, S, S] in [0, 1] -> logits [N, classes]."""
-        return self.output(F.dropout(self.features(images), 0.3, self.training))
+
+class Emoji(nn.Module):
+    """A linear layer on the features of EfficientNet-Lite0, which ImageNet has trained."""
+
+    def __init__(self, side: int, classes: int):
+        super().__init__()
+        self.network = EfficientNet("efficientnet", ["features"], None).requires_grad_(False)
+        self.output = nn.Linear(1280, classes)
+
+    @torch.no_grad()
+    def prepared(self, images: Tensor) -> Tensor:
+        """uint8 [N, 3, S, S] -> the features themselves, [N, F]."""
+        return torch.cat([self.network(part)[0] for part in images.split(BATCH)])
+
+    def augmented(self, features: Tensor, generator: torch.Generator) -> Tensor:
+        return features
+
+    def features(self, features: Tensor) -> Tensor:
+        return features
 
 
-class DigitFeatures(FeatureExtractorBase):
+NETWORKS = {"digits": Digits, "emoji": Emoji}
+
+
+class Judge(FeatureExtractorBase):
     """As torch-fidelity knows networks; feature_extractor_weights_path: what `train` writes."""
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path, **_):
@@ -59,13 +86,13 @@ class DigitFeatures(FeatureExtractorBase):
         if feature_extractor_weights_path is None:
             raise ValueError("it is trained, not downloaded: demo/classifier.py train")
         saved = load_tensors(feature_extractor_weights_path, "--inception_weights")
-        self.model = Classifier(saved["side"], saved["classes"])
+        self.model = NETWORKS[saved["network"]](saved["side"], saved["classes"])
         self.model.load_state_dict(saved["model"])
         self.model.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """images: uint8 [N, 3, S, S] -> features [N, F], logits [N, classes], as requested."""
-        features = self.model.features(grey(images))
+        features = self.model.features(self.model.prepared(images))
         found = {"features": features, "logits": self.model.output(features)}
         return tuple(found[layer] for layer in self.features_list)
 
@@ -78,7 +105,7 @@ class DigitFeatures(FeatureExtractorBase):
         return "logits" if metric == "isc" else "features"
 
 
-register_feature_extractor("digits", DigitFeatures)
+register_feature_extractor("judge", Judge)
 
 
 def load_images(paths: list[Path]) -> Tensor:
@@ -104,18 +131,20 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def train_classifier(images: Tensor, labels: Tensor, epochs: int) -> Classifier:
-    """images: [N, 1, S, S] in [0, 1], labels: [N] int64. A function of its arguments."""
+def train_classifier(network: str, images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
+    """images: uint8 [N, 3, S, S], labels: [N] int64. A function of its arguments."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    model = Classifier(images.shape[-1], int(labels.max()) + 1)
+    model = NETWORKS[network](images.shape[-1], int(labels.max()) + 1)
+    prepared = model.prepared(images)
     steps = epochs * (len(images) // BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
     for _ in range(epochs):
         order = torch.randperm(len(images), generator=generator)
         for chosen in order[: len(images) // BATCH * BATCH].split(BATCH):
-            logits = model(jitter(images[chosen], generator))
+            features = model.features(model.augmented(prepared[chosen], generator))
+            logits = model.output(F.dropout(features, 0.3))
             loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -145,13 +174,15 @@ def judge(
     """Figures of images. stats: of the training images' features; train: their pixels."""
     found = extractor(images)
     predictions = found["logits"].argmax(dim=1)
-    distances = torch.cdist(grey(images).flatten(1), grey(train).flatten(1))
+    pixels = images[0].numel()
+    apart = torch.cdist(images.flatten(1) / 255, train.flatten(1) / 255).div(pixels**0.5).min(1)
     return {
         "images": len(images),
         "accuracy": (predictions == labels).double().mean().item(),
         "frechet_to_train": frechet(statistics(found["features"]), stats),
-        # Root mean square of the pixels' differences, the mean over images.
-        "nearest_training_image": distances.div(images.shape[-1]).amin(1).mean().item(),
+        # Root mean square of the pixels' differences, the mean over images; and to which.
+        "nearest_training_image": apart.values.mean().item(),
+        "nearest": apart.indices.tolist(),
         "labels": labels.tolist(),
         "predictions": predictions.tolist(),
     }
@@ -162,18 +193,22 @@ def main() -> None:
     add = parser.add_argument
     add("command", choices=("train", "judge"), help="on real images; generated ones")
     add("--root", type=Path, default=Path("output/demo"), help="of all stages of demo/run.sh")
+    add("--network", choices=tuple(NETWORKS), default="digits", help="to train")
     add("--epochs", type=positive_int, default=30, help="of training")
     args = parser.parse()
     weights = args.root / "classifier.pth"
     images, labels = labelled_images(args.root / "data" / "train")
     if args.command == "train":
-        model = train_classifier(grey(images), labels, args.epochs)
+        model = train_classifier(args.network, images, labels, args.epochs)
         saved = {"side": images.shape[-1], "classes": len(model.output.weight)}
+        saved["network"] = args.network
         torch.save(saved | {"model": model.state_dict()}, weights)
         print(f"{weights}: trained on {len(images)} images")
         return
-    extractor = Extractor("digits", weights, torch.device("cpu"))
-    stats = load_fid_statistics(args.root / "digits.npz", FEATURES)
+    extractor = Extractor("judge", weights, torch.device("cpu"))
+    stats = load_fid_statistics(
+        args.root / "statistics.npz", extractor.width("fid", images.shape[-1])
+    )
     (generated,) = (path.parent for path in args.root.glob("generated/*/metrics.json"))
     sets = {"held_out": labelled_images(args.root / "data" / "val")}
     sets["generated"] = generated_images(generated)

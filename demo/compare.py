@@ -1,10 +1,10 @@
-"""Every head on the same digits, tokenizer, backbone and optimizer steps, measured the same way.
+"""Every head on the same images, tokenizer, backbone and optimizer steps, measured the same way.
 
-python -m demo.compare [--quick] [--long] [--only GROUP ...] [--heads HEAD ...]
+python -m demo.compare [--data gallery] [--quick] [--long] [--only GROUP ...] [--heads HEAD ...]
 python -m demo.compare --render benchmarks/results/heads.json
 
-What is finished is not done again, also after a kill. Everything goes to output/compare, --quick's
-to output/compare-quick; --render puts a results.json into the pages of docs/, as tables and
+What is finished is not done again, also after a kill. Everything goes to output/compare, with
+-gallery and -quick behind it; --render puts a results.json into the pages of docs/, as tables and
 charts.
 """
 
@@ -55,30 +55,29 @@ from util.setup import build_model
 from util.validation import evenly_spread, read_latents
 
 # The user's own commands; {root} is the folder of the comparison, {run} that of a training.
-JUDGE = "--feature_extractor demo.classifier:digits --inception_weights {root}/classifier.pth"
+JUDGE = "--feature_extractor demo.classifier:judge --inception_weights {root}/classifier.pth"
 COMMANDS = {
-    "digits": "-m demo.digits --output {root}/data --size 32",
-    "cache": "main_cache.py --img_size 32 --vae_path {vae} --data_path {root}/data --cached_path "
-    "{root}/{cache} --shard_size 360 --num_workers 0 --device cpu",
-    "judge": "-m demo.classifier train --root {root} --epochs {judge}",
-    "statistics": "-m util.fid_stats --image_dir {root}/data/train --img_size 32 --num_workers 0 "
-    f"{JUDGE} --output {{root}}/digits.npz --device cpu",
-    "train": "main_tokenbridge.py --config configs/digits.yaml --head {head} --seed {seed} "
-    "--cached_path {root}/{cache} --vae_path {vae} --val_path {root}/data/val --val_images 360 "
-    "--batch_size {batch} --epochs {epochs} --warmup_epochs {warmup} --save_every {often} "
-    "--val_freq {often} --preview_freq 0 --resume auto --device cpu --output_dir {run} "
-    "--metrics_file {run}/metrics.jsonl",
+    "data": "-m demo.{subject} --output {root}/data",
+    "cache": "main_cache.py --img_size {size} --vae_path {vae} --data_path {root}/data "
+    "--cached_path {root}/cache-{tokenizer} --shard_size 360 --num_workers 0 --device cpu",
+    "judge": "-m demo.classifier train --root {root} --network {subject} --epochs {judge}",
+    "statistics": "-m util.fid_stats --image_dir {root}/data/train --img_size {size} "
+    f"{JUDGE} --num_workers 0 --output {{root}}/statistics.npz --device cpu",
+    "train": "main_tokenbridge.py --config configs/{subject}.yaml --head {head} --seed {seed} "
+    "--cached_path {root}/cache-{tokenizer} --vae_path {vae} --val_path {root}/data/val "
+    "--val_images {val_images} --batch_size {batch} --epochs {epochs} --warmup_epochs {warmup} "
+    "--save_every {often} --val_freq {often} --preview_freq 0 --resume auto --device cpu "
+    "--output_dir {run} --metrics_file {run}/metrics.jsonl",
     "draw": "main_tokenbridge.py --evaluate --vae_path {vae} --resume {checkpoint} --seed {seed} "
     "--num_images {images} --eval_bsz 90 --keep_images --device cpu "
-    f"{JUDGE} --fid_stats {{root}}/digits.npz --output_dir {{folder}}",
+    f"{JUDGE} --fid_stats {{root}}/statistics.npz --output_dir {{folder}}",
 }
-VAE, VQ = "demo/digits_vae.ckpt", "demo/digits_vq.ckpt"
 # About as many parameters as the channel head of tokenbridge_tiny has, where flags decide it; four
 # timesteps a token, as MAR trains.
 TRAINED = {"diffusion": ("--diffloss_d=3", "--diffloss_w=96", "--diffusion_batch_mul=4")}
 # Nothing is clipped: after so little training, the published 100 steps of sampling diverge.
 DRAWN = {"diffusion": ("--num_sampling_steps=500",)}
-RATE, WARMUP = 3e-3, 2 / 24  # of configs/digits.yaml; the second as a share of the epochs
+WARMUP = 2 / 24  # of the epochs, as in configs/digits.yaml
 # Ways to draw from the channel head, and the guidances of which each takes its best, at the
 # published temperature: near the best one for these digits, 0.4, little guidance is needed.
 SAMPLED = [(), ("--cfg_schedule=constant",), ("--cfg_schedule=cosine",)]
@@ -95,8 +94,19 @@ PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux
 
 
 class Scale(NamedTuple):
-    """How much is done. judge: its epochs. more: flags of all trainings."""
+    """On which images, and how much is done. lr: as configured. discrete: flags of heads that have
+    levels. judge: its epochs. slower: how many times as long as with the digits a stage takes.
+    more: flags of all trainings.
+    """
 
+    subject: str = "digits"
+    size: int = 32
+    channels: int = 8
+    lr: float = 3e-3
+    discrete: tuple[str, ...] = ("--quant_bits=4",)
+    slower: float = 1
+    quick: bool = False
+    val_images: int = 360
     epochs: int = 48
     batch: int = 32
     images: int = 360
@@ -107,8 +117,12 @@ class Scale(NamedTuple):
     more: tuple[str, ...] = ()
 
 
-FEW = "--log_freq=4", "--save_last_freq=1", "--ema_rate=0.9", "--val_images=32"
-QUICK = Scale(2, 128, 80, 3, (2, 4), (0.7, 1.0), (2.0,), FEW)
+CALIBRATED = "--quant_bits=5", "--quantizer=calibrated"
+DATA = {"digits": Scale()}
+DATA["gallery"] = Scale("emoji", 64, 16, 1.5e-3, CALIBRATED, 10, val_images=310, images=330)
+FEW = "--log_freq=4", "--save_last_freq=1", "--ema_rate=0.9"
+QUICK = dict(quick=True, val_images=32, epochs=2, batch=128, images=80, judge=3, iterations=(2, 4))
+QUICK |= dict(temperatures=(0.7, 1.0), guidances=(2.0,), more=FEW)
 
 
 class Run(NamedTuple):
@@ -148,14 +162,14 @@ class Run(NamedTuple):
         return f"{'share-1-rate-x1' if of_shares else 'heads-channel'}-{self.seed}"
 
     @property
-    def vae(self) -> str:
-        return VQ if self.head == "codebook" else VAE
+    def tokenizer(self) -> str:
+        return "vq" if self.head == "codebook" else "vae"
 
     def at_equal_time(self, group: str) -> "Run":
         return self._replace(group=group, like=self.name)
 
 
-def all_runs(seed: int) -> Iterator[Run]:
+def all_runs(seed: int, scale: "Scale") -> Iterator[Run]:
     """Those of a seed, each after what its number of epochs depends on."""
     equal = [Run("heads", head, head, seed, TRAINED.get(head, ())) for head in HEADS]
     yield from equal
@@ -166,7 +180,8 @@ def all_runs(seed: int) -> Iterator[Run]:
     for limit in (2, 3, 4):
         limits = f"--quant_min={-limit}", f"--quant_max={limit}"
         yield channel("range", f"range {limit}", flags=limits)
-    yield channel("order", "natural order", flags=("--channel_order=0,1,2,3,4,5,6,7",))
+    natural = f"--channel_order={','.join(map(str, range(scale.channels)))}"
+    yield channel("order", "natural order", flags=(natural,))
     for width, depth in ((32, 2), (128, 2), (64, 1), (64, 4)):
         size = f"--channel_embed_dim={width}", f"--channel_depth={depth}"
         yield channel("size", f"{width} x {depth}", flags=size)
@@ -177,7 +192,7 @@ def all_runs(seed: int) -> Iterator[Run]:
     for flags in SAMPLED:
         yield channel("sampling", " ".join(flags).replace("=", " ") or "as published", flags=flags)
     for share, times in product((1, 2, 4, 8), (1, 2)):
-        flags = f"--head_share={1 / share}", f"--lr={RATE * times}"
+        flags = f"--head_share={1 / share}", f"--lr={scale.lr * times}"
         run = channel("share", f"{Fraction(1, share)}, rate x{times}", flags=flags)
         yield from (run, run.at_equal_time("share-time")) if share > 1 else (run,)
 
@@ -187,12 +202,12 @@ class Comparison:
 
     def __init__(self, root: Path, scale: Scale, runs: Sequence[Run]):
         self.root, self.scale, self.log = root, scale, root / "logs"
-        self.results = "results-quick" if scale == QUICK else "results"
+        self.results = "results-quick" if scale.quick else "results"
         # Of every stage its name, the seconds that are planned, and what makes its result.
-        self.stages = {name: (10, partial(self.call, name)) for name in ("digits", "judge")}
+        self.stages = {name: (10, partial(self.call, name)) for name in ("data", "judge")}
         for run in runs:
-            cache = partial(self.call, "cache", vae=run.vae)
-            self.stages[f"cache-{Path(run.vae).stem}"] = 10, cache
+            cache = partial(self.call, "cache", tokenizer=run.tokenizer)
+            self.stages[f"cache-{run.tokenizer}"] = 10, cache
         self.stages["statistics"] = 10, partial(self.call, "statistics")
         self.stages["floor"] = 5, self.floor
         for run in runs:
@@ -200,8 +215,8 @@ class Comparison:
             seconds["draw"] = DRAWING.get(run.head, 150)
             for part in run.parts:
                 self.stages[f"{run.name}-{part}"] = seconds[part], partial(getattr(self, part), run)
-        if scale == QUICK:
-            self.stages = {name: (8, work) for name, (_, work) in self.stages.items()}
+        for name, (seconds, work) in self.stages.items():
+            self.stages[name] = 8 if scale.quick else seconds * scale.slower, work
 
     def result(self, stage: str) -> dict | None:
         path = self.root / self.results / f"{stage}.json"
@@ -225,8 +240,8 @@ class Comparison:
 
     def call(self, command: str, more: Sequence = (), **values) -> None:
         """One of COMMANDS, its output in the log; the end of everything if it fails."""
-        values = self.scale._asdict() | {"root": self.root} | values
-        values["cache"] = f"cache-{Path(values.get('vae', VAE)).stem}"
+        values = self.scale._asdict() | {"root": self.root, "tokenizer": "vae"} | values
+        values["vae"] = f"demo/{self.scale.subject}_{values['tokenizer']}.ckpt"
         words = [word.format(**values) for word in COMMANDS[command].split()]
         words = [sys.executable, *words, *map(str, more)]
         env = {"OMP_NUM_THREADS": "2", "TQDM_MININTERVAL": "5"} | os.environ
@@ -248,8 +263,8 @@ class Comparison:
             if None in known:
                 raise UserError(f"{run.name} comes after {run.first} and {run.like}")
             epochs = max(1, round(epochs * known[0]["seconds"] / known[1]["seconds"]))
-        values = dict(vae=run.vae, head=run.head, seed=run.seed, run=folder)
-        bits = () if run.head in HEAD_QUANTIZERS else ("--quant_bits=4",)
+        values = dict(tokenizer=run.tokenizer, head=run.head, seed=run.seed, run=folder)
+        bits = () if run.head in HEAD_QUANTIZERS else self.scale.discrete
         values |= dict(epochs=epochs, warmup=round(WARMUP * epochs, 2), often=max(2, epochs // 6))
         self.call("train", [*self.scale.more, *bits, *run.flags], **values)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -270,7 +285,7 @@ class Comparison:
         checkpoint = find_checkpoint(str(self.root / run.name), "", must_exist=True)
         if (config := checkpoint.config).quantizer not in QUANTIZERS:
             return {}
-        model, cache = build_model(config, checkpoint, "model_ema"), f"cache-{Path(run.vae).stem}"
+        model, cache = build_model(config, checkpoint, "model_ema"), f"cache-{run.tokenizer}"
         data, tokenizer = open_cache(str(self.root / cache)), Tokenizer(None, *config.latent_norm)
         latents, _ = read_latents(data, evenly_spread(len(data), 1000), tokenizer, CPU)
         _, facts = quantized(latents, model.quantizer)
@@ -285,7 +300,9 @@ class Comparison:
 
         def points(name: str, checkpoint: Path, seed: int, **swept: Sequence) -> list[dict]:
             words = (word for flag, values in swept.items() for word in (f"--{flag}", *values))
-            where = dict(vae=run.vae, checkpoint=checkpoint, seed=seed, folder=folder / name)
+            where = dict(
+                tokenizer=run.tokenizer, checkpoint=checkpoint, seed=seed, folder=folder / name
+            )
             self.call("draw", [*flags, *words], **where)
             found = [self.point(path) for path in (folder / name).glob("*/metrics.json")]
             return sorted(found, key=lambda point: point["num_iter"])
@@ -325,12 +342,14 @@ class Comparison:
         return found | self.figures(images, labels)
 
     def floor(self) -> dict:
-        """What real digits get that training does not know."""
+        """What real images get that training does not know."""
         return self.figures(*classifier.labelled_images(self.root / "data" / "val"))
 
     def figures(self, images: torch.Tensor, labels: torch.Tensor) -> dict:
-        """Fréchet distance to the training digits with its error, and the judge's accuracy."""
-        stats = load_fid_statistics(self.root / "digits.npz", classifier.FEATURES)
+        """Fréchet distance to the training images with its error, and the judge's accuracy."""
+        stats = load_fid_statistics(
+            self.root / "statistics.npz", self.judge.width("fid", self.scale.size)
+        )
         sums, features = Accumulator(self.judge.layers), self.judge(images)
         sums.update(features)
         found = score(sums, Measure(self.judge, stats)).figures
@@ -340,7 +359,7 @@ class Comparison:
 
     @cached_property
     def judge(self) -> Extractor:
-        return Extractor("digits", self.root / "classifier.pth", CPU)
+        return Extractor("judge", self.root / "classifier.pth", CPU)
 
 
 def evaluations(settings: dict, model: dict) -> int:
@@ -370,7 +389,8 @@ def die_with_parent() -> None:
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="a few steps of each, about 4 minutes; poor digits")
+    add("--data", choices=tuple(DATA), default="digits", help="images")
+    add("--quick", action="store_true", help="a few steps of each, about 4 minutes; poor images")
     add("--long", action="store_true", help="seeds 0 1 2, equal time, ablations: many hours")
     add("--only", nargs="+", choices=tuple(GROUPS), help="these tables [heads; --long: all]")
     add("--heads", nargs="+", choices=tuple(HEADS), default=[*HEADS], help="these [all]")
@@ -383,15 +403,18 @@ def main() -> None:
             shutil.copy(sheet, ROOT / "docs" / "images")
         return
     groups, heads = args.only or (tuple(GROUPS) if args.long else ["heads"]), set(args.heads)
-    root = (args.output_dir or Path("output") / ("compare" + "-quick" * args.quick)).absolute()
-    if "codebook" in heads and not (ROOT / VQ).exists():
-        print(f"codebook is left out: {VQ} is not there", flush=True)
+    name = "compare" + "-gallery" * (args.data == "gallery") + "-quick" * args.quick
+    root, scale = (args.output_dir or Path("output") / name).absolute(), DATA[args.data]
+    scale = scale._replace(**QUICK) if args.quick else scale
+    vq = ROOT / "demo" / f"{scale.subject}_vq.ckpt"
+    if "codebook" in heads and not vq.exists():
+        print(f"codebook is left out: {vq} is not there", flush=True)
         heads.remove("codebook")
-    runs = [run for seed in range(3) for run in all_runs(seed)]
+    runs = [run for seed in range(3) for run in all_runs(seed, scale)]
     chosen = [run for run in runs if run.group in groups and run.head in heads]
     chosen = [run for run in chosen if run.seed == 0 or args.long]
     with only_job_in(root, "--output_dir"):
-        comparison = Comparison(root, QUICK if args.quick else Scale(), chosen)
+        comparison = Comparison(root, scale, chosen)
         comparison.run()
         about = environment(CPU, "fp32", 1)
         results = {"about": about, "quick": args.quick, "floor": comparison.result("floor")}

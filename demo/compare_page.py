@@ -18,7 +18,7 @@ from util.report.page import STYLE
 GROUPS = {
     "heads": "The same optimizer steps",
     "time": "The same training time",
-    "bits": "Number of levels (channel: 4 bits; mixture, diffusion: continuous)",
+    "bits": "Number of levels (mixture, diffusion: continuous)",
     "range": "Range of the levels (channel: 5)",
     "order": "Order of the channels (channel: by frequency)",
     "size": "Width x depth of the head (channel: 64 x 2)",
@@ -91,7 +91,7 @@ def quality(runs: list[dict], group: str) -> dict[str, str]:
 def tables(results: dict, groups: Sequence[str] = tuple(GROUPS)) -> str:
     """Those groups that there are, in Markdown."""
     floor, about = results["floor"], results["about"]
-    parts = ["These are of `--quick`: a few steps, poor digits.", ""] if results["quick"] else []
+    parts = ["These are of `--quick`: a few steps, poor images.", ""] if results["quick"] else []
     used = []
     for group in groups:
         labels = {}
@@ -114,7 +114,7 @@ def tables(results: dict, groups: Sequence[str] = tuple(GROUPS)) -> str:
     made = [run[part]["commit"] for run in used for part in ("train", "draw") if part in run]
     where = f"{about['processor']}, {about['system']}"
     parts += [
-        f"Held-out real digits: Fréchet distance {real}, accuracy {floor['accuracy']:.1%}. "
+        f"Held-out real images: Fréchet distance {real}, accuracy {floor['accuracy']:.1%}. "
         f"{where}, Python {about['Python']}, torch {about['torch']}; commit "
         f"{', '.join(commit[:12] for commit in sorted(set(made)))}.",
     ]
@@ -161,7 +161,7 @@ def render(results: dict, folder: Path = ROOT / "docs") -> None:
                 at, found = zip(*points, strict=True)
                 errors = [point["frechet_error"] or 0 for point in found]
                 axes.errorbar(at, [y["frechet"] for y in found], errors, marker="o", label=label)
-            axes.axhline(results["floor"]["frechet"], color="grey", ls=":", label="real digits")
+            axes.axhline(results["floor"]["frechet"], color="grey", ls=":", label="held-out images")
             axes.legend()
             with atomic_write(images / f"{name}.svg") as file:
                 figure.savefig(file, format="svg", metadata={"Date": None})

@@ -8,27 +8,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from util import dist
 from util.args import Parser
+from util.data.images import read_image
 from util.report.__main__ import write
 from util.report.load import load
 from util.report.page import Section, picture, render
 from util.report.sections import sections
 
-SHOWN = 8  # images of a class, real and generated
+REAL, SHOWN = 4, 8  # images of a class
+FONT = ImageFont.load_default(14)
 LEAD = (
-    "Trained just now on this machine's processor: a frozen KL autoencoder, whose 8 channels are "
-    "quantized one by one, and a masked transformer with an autoregressive head over the channels."
+    "Trained just now on this machine's processor: a masked transformer with an autoregressive "
+    "head over the channels of a frozen KL autoencoder, which are quantized one by one."
 )
 COMPARED = (
-    "Left, digits that no network here was trained on. Right, the first generated ones of each "
-    "class, not selected, and the share of all of that class that the classifier recognises."
+    "Left, held-out images. Right, the first generated ones of each class, not selected; beneath "
+    "each the training image whose pixels are nearest, so that a copy shows. The share is that of "
+    "all generated images of the class that the judge recognises."
 )
 JUDGED = (
-    "A classifier trained on the real training digits alone judges both. The Fréchet distance is "
-    "in its 64 features: it is not FID. Its floor is the distance from training to held-out digits."
+    "A classifier, trained on the real training images alone, judges both. The Fréchet distance is "
+    "in the features that it reads: it is not FID. Its floor is that of the held-out images."
 )
 FIGURES = (
     ("images", "images", "{}"),
@@ -38,45 +41,61 @@ FIGURES = (
 )
 
 
-def strip(paths: Sequence[Path], alt: str):
-    """Images of one size side by side, as one picture."""
-    grey = [np.asarray(Image.open(path).convert("L")) for path in paths]
-    return picture(Image.fromarray(np.concatenate(grey, axis=1)), alt)
+def row(paths: Sequence[Path]) -> np.ndarray:
+    """Images of one size side by side, uint8 [S, N * S, 3]."""
+    return np.concatenate([np.asarray(read_image(path)) for path in paths], axis=1)
 
 
-def digits_section(real: Path, drawn: Sequence[Path], scores: dict) -> Section:
-    """Held-out real digits, in CLASS/, beside generated ones, a row for each class."""
-    labels = np.array(scores["labels"])
+def comparison(root: Path, scores: dict) -> tuple[Section, Image.Image]:
+    """Held-out images beside generated ones, a row for each class; that picture for a README."""
+    drawn = sorted(root.glob("generated/*/images/*.png"))
+    trained = sorted(root.glob("data/train/*/*.png"))
+    labels, nearest = np.array(scores["labels"]), scores["nearest"]
     right = labels == np.array(scores["predictions"])
-    rows = []
-    for label, folder in enumerate(sorted(real.iterdir())):
+    rows, sheet = [], []
+    for label, folder in enumerate(sorted((root / "data" / "val").iterdir())):
         mine = np.flatnonzero(labels == label)
-        first = strip(sorted(folder.glob("*.png"))[:SHOWN], f"real digits {folder.name}")
-        new = strip([drawn[i] for i in mine[:SHOWN]], f"generated digits {folder.name}")
-        rows.append([folder.name, first, new, f"{right[mine].mean():.1%}"])
+        first = mine[:SHOWN]
+        files = sorted(folder.glob("*.png"))
+        real = row([files[i] for i in np.linspace(0, len(files) - 1, REAL).astype(int)])
+        new = row([drawn[i] for i in first])
+        both = np.concatenate([new, row([trained[nearest[i]] for i in first])])
+        shown = (
+            picture(Image.fromarray(x), f"{folder.name}, {what}")
+            for x, what in zip((real, both), ("held out", "generated"), strict=True)
+        )
+        rows.append([folder.name, *shown, f"{right[mine].mean():.1%}"])
+        title, gap = (Image.new("RGB", (width, len(new)), "white") for width in (104, 12))
+        ImageDraw.Draw(title).text((4, len(new) // 2), folder.name, "black", FONT, anchor="lm")
+        sheet.append(np.concatenate([title, real, gap, new], axis=1))
     rows.append(["all", "", "", f"{right.mean():.1%}"])
-    head = ["class", "real, held out", "generated", "recognised"]
-    return Section("Real and generated", COMPARED, head=head, rows=rows)
+    head = ["class", "held out", "generated, and the nearest of training", "recognised"]
+    section = Section("Real and generated", COMPARED, head=head, rows=rows)
+    return section, Image.fromarray(np.concatenate(sheet))
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--root", type=Path, default=Path("output/demo"), help="of all stages")
-    root = parser.parse().root
-    drawn = sorted(root.glob("generated/*/images/*.png"))
+    add = parser.add_argument
+    add("--root", type=Path, default=Path("output/demo"), help="of all stages")
+    add("--subject", default="digits", help="what is drawn, for the title")
+    args = parser.parse()
+    root = args.root
     scores = json.loads((root / "scores.json").read_text())
     timings = [line.split("\t") for line in (root / "timings.tsv").read_text().splitlines()]
     total = sum(float(seconds) for _, seconds in timings)
     both = scores["held_out"], scores["generated"]
     rows = [[text, *(form.format(one[key]) for one in both)] for text, key, form in FIGURES]
     head = ["", "held out (the floor)", "generated"]
+    section, sheet = comparison(root, scores["generated"])
+    sheet.save(root / "samples.png")
     parts = [
-        digits_section(root / "data" / "val", drawn, scores["generated"]),
+        section,
         Section("Figures", JUDGED, head=head, rows=rows),
         *sections(load(root)),
         Section("Time", head=["stage", "seconds"], rows=[*timings, ("all", f"{total:.0f}")]),
     ]
-    write(root / "report.html", render("TokenBridge draws digits", parts, LEAD))
+    write(root / "report.html", render(f"TokenBridge draws {args.subject}", parts, LEAD))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,7 @@ VQ: loss = mean |decode(code) - image| + vq_weight * (|sg(z) - code|^2 + beta |z
 With --perceptual, a distance in features of EfficientNet-Lite0 is added (LPIPS, arXiv 1801.03924,
 without its learnt weights). It writes what the scripts' --vae_path reads, in fp16. The defaults are
 those with which the demo's two tokenizers were made: demo/digits_vae.ckpt, and, with --vq,
-demo/digits_vq.ckpt. demo/emoji_vae.ckpt, which took hours:
-    --data_path output/gallery/data --img_size 64 --embed_dim 16 --ch_mult 1 2 4 4
-    --perceptual 0.03 --kl_weight 3e-3 --batch_size 8 --lr 1e-3 --flip --steps 5600
-and then, from that file,
-    --init FILE --perceptual 0.02 --kl_weight 1e-3 --batch_size 8 --lr 7e-4 --flip --steps 4600
+demo/digits_vq.ckpt. docs/tokenizers.md has the commands of demo/emoji_vae.ckpt.
 Letters: N images, S side in pixels, B batch, K codes.
 """
 

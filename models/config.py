@@ -25,6 +25,7 @@ HEAD_QUANTIZERS = {"mixture": (None,), "diffusion": (None,), "codebook": ("codeb
 # width and depth of the diffusion head
 _SIZES = {
     "tokenbridge_tiny": (128, 2, 4, 64, 2, 4),
+    "tokenbridge_small": (192, 3, 6, 64, 2, 4),
     "tokenbridge_base": (768, 12, 12, 768, 4, 8),
     "tokenbridge_large": (1024, 16, 16, 1024, 4, 8),
     "tokenbridge_huge": (1280, 20, 16, 1024, 6, 8),

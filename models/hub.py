@@ -25,13 +25,16 @@ DAMAGE = (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, 
 
 @dataclass(frozen=True)
 class Origin:
-    """Of weights, "ema" (averaged) or "model" (raw). classes: names by label. None: not known."""
+    """Of weights, "ema" (averaged) or "model" (raw). classes: names by label. args: the flags by
+    which training drew its images. None: not known.
+    """
 
     weights: str | None = None
     step: int | None = None
     epoch: int | None = None
     classes: tuple[str, ...] | None = None
     vae_sha256: str | None = None
+    args: dict | None = None
 
     @classmethod
     def from_header(cls, header: dict[str, str] | None) -> "Origin":

@@ -172,10 +172,9 @@ class TokenBridge(nn.Module, Pretrained):
         return dict(sorted(named.items(), key=lambda item: "." in item[0]))
 
 
-tokenbridge_tiny, tokenbridge_base, tokenbridge_large, tokenbridge_huge = (
-    partial(TokenBridge, **preset(name)) for name in PRESETS[:4]
-)
-mar_base, mar_large, mar_huge = (partial(TokenBridge, **preset(name)) for name in PRESETS[4:])
+_models = [partial(TokenBridge, **preset(name)) for name in PRESETS]
+tokenbridge_tiny, tokenbridge_small, tokenbridge_base, tokenbridge_large = _models[:4]
+tokenbridge_huge, mar_base, mar_large, mar_huge = _models[4:]
 
 
 def resized_positions(state: dict[str, Tensor], side: int) -> dict[str, Tensor]:

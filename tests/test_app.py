@@ -14,12 +14,12 @@ import reconstruction
 from demo import app
 from demo.app_model import Library, class_names, draw, editing, reconstruct
 from models.generate import edit, generate
-from models.hub import Origin
 from models.sampler import SamplingOptions
 from models.tokenbridge import tokenbridge_tiny
 from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import tiny_model
 from tests.runs import call, refused
+from util import export
 from util.data.images import center_crop
 from util.errors import UserError
 from util.vae import save_vae, vae_digest
@@ -39,8 +39,7 @@ def make_place(folder: Path) -> Path:
     saved = {"model": raw, "model_ema": averaged, "config": model.config.to_dict(), "step": 7}
     saved |= {"vae_sha256": vae_digest(folder / "vae.ckpt"), "classes": list(CLASSES)}
     torch.save(saved | {"args": TRAINED_WITH}, folder / "run" / "checkpoint-last.pth")
-    model.origin = Origin("ema", classes=CLASSES, vae_sha256=saved["vae_sha256"])
-    model.save_pretrained(folder / "exported")
+    call(export.main, "--resume", str(folder / "run"), "--output_dir", str(folder / "exported"))
     pixels = np.random.default_rng(0).integers(0, 256, (24, 30, 3), np.uint8)
     Image.fromarray(pixels).resize((120, 96)).save(folder / "photo.png")
     (folder / "damaged.png").write_bytes((folder / "photo.png").read_bytes()[:500])
@@ -69,10 +68,15 @@ def loaded(place):
 def test_checkpoints_of_the_usual_folders_are_found(place, tmp_path, monkeypatch):
     shutil.copytree(place / "run", tmp_path / "output" / "demo" / "model")
     shutil.copytree(place / "exported", tmp_path / "output" / "demo" / "exported")
+    shutil.copytree(place / "exported", tmp_path / "demo" / "gallery")  # as the code brings it
     (tmp_path / "output_dir").mkdir()
     monkeypatch.chdir(tmp_path)
     found = library().choices()
-    assert found == ["output/demo/model/checkpoint-last.pth", "output/demo/exported"]
+    assert found == [
+        "output/demo/model/checkpoint-last.pth",
+        "output/demo/exported",
+        "demo/gallery",
+    ]
     with pytest.raises(UserError, match="not in the list"):
         library(place / "run").load(found[0], "ema")
 
@@ -80,6 +84,7 @@ def test_checkpoints_of_the_usual_folders_are_found(place, tmp_path, monkeypatch
 def test_a_checkpoint_brings_all_that_belongs_to_it_and_is_read_again(loaded, place, tmp_path):
     assert loaded.classes == CLASSES == load(library(place / "exported")).classes
     assert loaded.settings == {"num_iter": 6, "cfg": 2.0, "temperature": 0.5}
+    assert load(library(place / "exported")).settings == loaded.settings
     assert str(place / "vae.ckpt") in loaded.facts and "4 × 4 positions of 6 × 8" in loaded.facts
 
     shelf = library(shutil.copytree(place, tmp_path / "copy") / "run")

@@ -20,6 +20,7 @@ from tests.conftest import ROOT, environment
 from tests.runs import call, kill_when, start_fork
 from util.evaluation.folder import read_json
 
+QUICK = compare.DATA["digits"]._replace(**compare.QUICK)
 RESULTS = ROOT / "benchmarks" / "results" / "heads.json"
 
 
@@ -35,8 +36,8 @@ def test_a_killed_comparison_goes_on_with_the_stage_it_was_in(tmp_path, monkeypa
     monkeypatch.chdir(ROOT)
     here = SimpleNamespace(run=run_here, STDOUT=None)
     monkeypatch.setattr(compare, "subprocess", here)
-    run = next(run for run in compare.all_runs(seed=0) if run.head == "mixture")
-    comparison = compare.Comparison(tmp_path, compare.QUICK, [run])
+    run = next(run for run in compare.all_runs(0, QUICK) if run.head == "mixture")
+    comparison = compare.Comparison(tmp_path, QUICK, [run])
     comparison.stages = dict([*comparison.stages.items()][:5])
     comparison.run()
     argv = ["--quick", "--heads", "mixture", "--output_dir", str(tmp_path)]
@@ -64,11 +65,11 @@ def test_a_killed_comparison_goes_on_with_the_stage_it_was_in(tmp_path, monkeypa
 
 def test_a_stage_that_fails_ends_it_with_the_command_and_the_log(tmp_path, monkeypatch, capsys):
     (tmp_path / "logs").mkdir()
-    monkeypatch.setitem(compare.COMMANDS, "digits", "-m demo.digits --size {judge}x")
-    runs = compare.Comparison(tmp_path, compare.QUICK, [])
+    monkeypatch.setitem(compare.COMMANDS, "data", "-m demo.digits --size {judge}x")
+    runs = compare.Comparison(tmp_path, QUICK, [])
     with pytest.raises(SystemExit) as stop:
         runs.run()
-    assert stop.value.code == 1 and runs.result("digits") is None
+    assert stop.value.code == 1 and runs.result("data") is None
     error = capsys.readouterr().err
     assert "exit code 2" in error and "demo.digits --size 3x" in error
     assert "invalid int value: '3x'" in error
@@ -104,11 +105,11 @@ def is_running(number: int) -> bool:
 
 
 def test_a_run_at_equal_time_has_the_epochs_that_fit(tmp_path, monkeypatch):
-    runs = {run.name: run for run in compare.all_runs(seed=0)}
+    runs = {run.name: run for run in compare.all_runs(0, QUICK)}
     assert len(runs) == 54 and {run.group for run in runs.values()} == set(compare.GROUPS)
     for run in runs.values():
         make_parser().parse(["--head", run.head, *run.flags])
-    comparison = compare.Comparison(tmp_path, compare.Scale(), [])
+    comparison = compare.Comparison(tmp_path, compare.DATA["digits"], [])
     asked = {}
 
     def call(command, more, **values):

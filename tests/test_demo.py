@@ -102,10 +102,10 @@ def test_codes_that_nothing_chooses_are_restarted():
 
 def test_classifier_learns_and_frechet_distance_tells_sets_apart(few):
     images, labels = classifier.labelled_images(few / "train")
-    model = classifier.train_classifier(classifier.grey(images), labels, epochs=20)
+    model = classifier.train_classifier("digits", images, labels, epochs=20)
     with torch.no_grad():
-        features = model.features(classifier.grey(images))
-        predictions = model(classifier.grey(images)).argmax(1)
+        features = model.features(model.prepared(images))
+        predictions = model.output(features).argmax(1)
     assert (predictions == labels).float().mean() > 0.9
     zeros, ones = (statistics(features[labels == label]) for label in (0, 1))
     assert frechet(zeros, zeros) == pytest.approx(0, abs=1e-3) and frechet(zeros, ones) > 1
@@ -118,13 +118,14 @@ def test_grey_is_pillow_s():
     assert np.array_equal((found[:, 0] * 255).round().numpy(), np.stack(expected))
 
 
-def test_demo_s_distance_comes_from_the_evaluation_s_own_path(few, tmp_path):
+@pytest.mark.parametrize(("network", "width"), [("digits", 64), ("emoji", 1280)])
+def test_demo_s_distance_comes_from_the_evaluation_s_own_path(few, tmp_path, network, width):
     """Train the judge, make statistics, measure images: the stages of demo/run.sh."""
-    name, cpu = "demo.classifier:digits", torch.device("cpu")
+    name, cpu = "demo.classifier:judge", torch.device("cpu")
     with pytest.raises(UserError, match="demo/classifier.py train"):
         load_extractor(name, None, cpu)
-    weights, stats = tmp_path / "classifier.pth", tmp_path / "digits.npz"
-    call(classifier.main, "train", "--root", str(tmp_path), "--epochs", "2")
+    weights, stats = tmp_path / "classifier.pth", tmp_path / "statistics.npz"
+    call(classifier.main, "train", "--root", str(tmp_path), "--epochs", "2", "--network", network)
     argv = ["--image_dir", few / "train", "--output", stats, "--img_size", 32, "--device", "cpu"]
     argv += ["--feature_extractor", name, "--inception_weights", weights, "--num_workers", 0]
     call(fid_stats.main, *map(str, argv))
@@ -137,7 +138,8 @@ def test_demo_s_distance_comes_from_the_evaluation_s_own_path(few, tmp_path):
     judged = classifier.judge(extractor, measure.stats, images, images, labels)
     assert judged["frechet_to_train"] == pytest.approx(found)
     assert judged["nearest_training_image"] == pytest.approx(0, abs=1e-3)
-    assert measure.stats["mu"].shape == (64,)
+    assert measure.stats["mu"].shape == (width,)
+    assert judged["nearest"] == list(range(len(images)))
 
 
 @pytest.fixture
@@ -153,6 +155,7 @@ def finished(few, tmp_path):
     (generated / "metrics.json").write_text(json.dumps(record))
     labels = [i // 2 for i in range(20)]
     figures = {"images": 20, "frechet_to_train": 1.5, "nearest_training_image": 0.1}
+    figures["nearest"] = [3 * i for i in range(20)]
     mistaken = {"accuracy": 0.9, "labels": labels, "predictions": [9, 9, *labels[2:]]}
     scores = {
         "held_out": figures | {"accuracy": 1.0, "labels": labels, "predictions": labels},
@@ -171,6 +174,8 @@ def test_report_is_the_judge_s_above_that_of_any_run(finished):
     page = (finished / "report.html").read_text()
     assert not re.search(r"https?://|<link|@import|<script", page)
     assert page.count('src="data:image/png;base64,') == 10 * 2  # strips of classes
+    with Image.open(finished / "samples.png") as sheet:
+        assert sheet.height == 10 * 32
     titles = re.findall(r"<h2>([^<]*)</h2>", page)
     assert titles[:3] == ["Real and generated", "Figures", "Training"] and titles[-1] == "Time"
     for text in ("90.0%", "1.50", "<td>60</td>", "Make &lt;digits&gt;", "<svg", "<td>1.25</td>"):

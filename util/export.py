@@ -42,7 +42,9 @@ def load(
     known = {name: checkpoint.whole_number(name) for name in ("step", "epoch") if name in saved}
     classes, digest = checkpoint.classes or None, saved.get("vae_sha256")
     kind = "model" if weights == "model" else "ema"  # of any average
-    model.origin = Origin(kind, classes=classes, vae_sha256=digest, **known)
+    drawn = {name: checkpoint.argument(name) for name in ("preview_iter", "cfg", "temperature")}
+    drawn = {name: given for name, given in drawn.items() if given is not None}
+    model.origin = Origin(kind, classes=classes, vae_sha256=digest, args=drawn or None, **known)
     return model.eval()
 
 

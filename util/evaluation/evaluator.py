@@ -130,13 +130,7 @@ class Evaluator:
 
     def _identity(self, settings: EvalSettings) -> dict:
         """All that decides the images. Raises UserError unless all processes have the same."""
-        # Not said by versions that had nothing else.
-        unsaid = {"head": "channel", "head_share": 1.0, "mask_distribution": "normal"}
-        model = {
-            name: setting
-            for name, setting in self.model.config.to_dict().items()
-            if setting is not None and unsaid.get(name) != setting
-        }
+        model = self.model.config.to_dict()
         identity = {
             "settings": settings.to_dict(),
             "precision": self.precision.name,
@@ -144,7 +138,7 @@ class Evaluator:
             "weights_sha256": digest(self.model),
             "vae_weights_sha256": digest(self.tokenizer),
             "latent_scale": self.tokenizer.latent_scale,  # mean and std are in the model's settings
-            "model": model,
+            "model": {name: setting for name, setting in model.items() if setting is not None},
         }
         if self.tokenizer.decode_dtype is not None:
             identity["vae_precision"] = str(self.tokenizer.decode_dtype).removeprefix("torch.")

@@ -98,8 +98,6 @@ class EvalSettings:
     def to_dict(self) -> dict:
         """Those that decide the images, as settings.json and metrics.json have them."""
         sampling = {k: v for k, v in asdict(self.sampling).items() if v is not None}
-        if sampling["mask_schedule"] == "cosine":  # of folders from before there were others
-            del sampling["mask_schedule"]
         chosen = {"classes": self.classes} if self.classes else {}
         own = {"num_images": self.num_images, "eval_bsz": self.batch_size}
         return own | sampling | {"weights": self.weights} | chosen
