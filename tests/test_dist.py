@@ -5,6 +5,7 @@ Run as a script, this file is one of two processes: see `main`.
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -170,6 +171,19 @@ def test_the_end_of_process_0_ends_the_wait_of_the_others(environment, monkeypat
     started[1].join(20)
     assert started[1].exitcode == EXIT_USER_ERROR
     assert f"cannot meet process 0 at 127.0.0.1:{meeting['MASTER_PORT']}" in capfd.readouterr().err
+
+
+def test_torchrun_s_signal_does_not_hide_why_a_process_ends(monkeypatch, capfd):
+    monkeypatch.setattr(stop._state, "received", None)  # and again when the test ends
+    monkeypatch.setattr(dist, "_announce_end", lambda why: os.kill(os.getpid(), signal.SIGTERM))
+
+    def main():
+        raise UserError("--size 0")
+
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == EXIT_USER_ERROR
+    assert capfd.readouterr().err.endswith("error: --size 0\n")
 
 
 def test_processes_that_found_different_things_are_all_refused(monkeypatch):

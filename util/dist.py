@@ -316,9 +316,10 @@ def run(main: Callable[[], None]) -> NoReturn:
     except UserError as error:
         # A DataLoader worker re-raises with its traceback inside the message: keep the last line.
         message = str(error).strip().rpartition("\n")[2].removeprefix("util.errors.UserError: ")
-        _announce_end(f"stopped with an error: {message}")
-        _say(f"error: {message}")
-        sys.exit(errors.EXIT_USER_ERROR)
+        with stop.deferred():  # torchrun asks this one to end as soon as another has
+            _announce_end(f"stopped with an error: {message}")
+            _say(f"error: {message}")
+            sys.exit(errors.EXIT_USER_ERROR)
     except stop.Stopped as signal:
         _announce_end(f"was stopped by {signal}")
         _say(f"stopped by {signal}; start the same command again to go on")
