@@ -198,7 +198,7 @@ def evaluation_folder(run: Run, done: int) -> Path:
 
 def evaluate(run: Run, done: int) -> None:
     average = ({"ema": run.ema, "model": None} | run.averages)[run.evaluation.weights]
-    with stop.immediate(), average.swapped_in() if average else nullcontext():
+    with stop.deferred(active=False), average.swapped_in() if average else nullcontext():
         figures, samples = run.evaluator.evaluate(
             run.evaluation, evaluation_folder(run, done), training=True
         )

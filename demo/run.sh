@@ -88,7 +88,7 @@ stage 'Cache the latents, on 2 processes' \
 stage 'Train the generator, on 2 processes' \
   $two main_tokenbridge.py --config "configs/$subject.yaml" \
   --cached_path "$demo/cache" --vae_path "$vae" --val_path "$demo/data/val" \
-  --output_dir "$demo/model" --device cpu "${train[@]}"
+  --output_dir "$demo/model" --resume auto --device cpu "${train[@]}"
 
 stage 'Export the averaged weights, for demo/generate.ipynb' \
   python -m util.export --resume "$demo/model" --output_dir "$demo/exported"

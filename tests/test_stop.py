@@ -31,7 +31,7 @@ def test_deferred_signal_waits_to_be_asked_for_and_a_second_one_changes_nothing(
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested()
         stop.check()
-        with pytest.raises(stop.Stopped, match="SIGTERM"), stop.immediate():
+        with pytest.raises(stop.Stopped, match="SIGTERM"), stop.deferred(active=False):
             raise AssertionError("not reached")
         os.kill(os.getpid(), signal.SIGINT)
         assert str(stop.acknowledge()) == "SIGTERM"

@@ -53,18 +53,13 @@ def acknowledge() -> Stopped:
 
 @contextmanager
 def deferred(active: bool = True) -> Iterator[None]:
-    """Signals are only noted, for `requested`."""
+    """Signals are only noted, for `requested`; within it, active=False lets them raise again."""
     before, _state.deferred = _state.deferred, active
     try:
         check()
         yield
     finally:
         _state.deferred = before
-
-
-def immediate():
-    """Within `deferred`: signals raise again, those that wait included."""
-    return deferred(active=False)
 
 
 def ignore_in_worker(_worker: int) -> None:
