@@ -23,9 +23,8 @@ from models.backbone import unpatchify
 from models.config import PRESETS, preset
 from models.generate import decode_images, known_positions, to_uint8
 from models.hub import WEIGHTS
-from models.masking import mask_schedule
 from models.quantizer import GaussianQuantizer, Quantizer, entropy
-from models.sampler import NOTHING, Given, SamplingOptions, sampling_steps
+from models.sampler import NOTHING, Given, SamplingOptions, iterations, sampling_steps
 from models.tokenbridge import CLASS_ROWS, TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
 from util.checkpoint import Checkpoint, find_checkpoint, saved_in
@@ -159,8 +158,7 @@ def draw(
     unknown = config.seq_len
     if given.known_mask is not None:
         unknown -= int(given.known_mask[0].sum())
-    counts = mask_schedule(unknown, options.num_iter, options.mask_schedule) if unknown else ()
-    steps = sum(before != after for before, after, _ in counts) or 1
+    steps = len(iterations(options, unknown)) or 1
     maps = torch.full((2, len(labels), config.seq_len), math.nan)
     states = sampling_steps(model, torch.tensor(labels), options, given=given)
     began = due = time.monotonic()

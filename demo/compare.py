@@ -34,9 +34,8 @@ from demo import classifier
 from demo.compare_page import GROUPS, draw_sheet, render, tables
 from models import flops
 from models.config import HEAD_QUANTIZERS, HEADS, QUANTIZERS, TokenBridgeConfig
-from models.masking import mask_schedule
 from models.quantizer import entropy
-from models.sampler import SamplingOptions, guidance_scale
+from models.sampler import SamplingOptions, iterations
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
 from util import ROOT, dist
@@ -366,10 +365,8 @@ def evaluations(settings: dict, model: dict) -> int:
     """Of the backbone, for one image; a guided iteration is two."""
     known = {field.name for field in fields(SamplingOptions)} & set(settings)
     options = SamplingOptions(**{name: settings[name] for name in known})
-    length = TokenBridgeConfig.from_dict(model).seq_len
-    steps = enumerate(mask_schedule(length, options.num_iter, options.mask_schedule))
-    filling = [(i / options.num_iter, m) for i, (before, after, m) in steps if before > after]
-    return sum(1 + (guidance_scale(options, length, m, done) != 1) for done, m in filling)
+    steps = iterations(options, TokenBridgeConfig.from_dict(model).seq_len)
+    return sum(1 + (scale != 1) for _, _, scale in steps)
 
 
 def head_figures(settings: dict) -> dict:

@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import TokenBridgeConfig
 from models.generate import Precision
-from models.masking import mask_schedule
-from models.sampler import SamplingOptions, guidance_scale
+from models.sampler import SamplingOptions, iterations
 from models.tokenbridge import HEADS
 
 GIB = 2**30
@@ -79,13 +78,10 @@ def sampling(config: TokenBridgeConfig, options: SamplingOptions) -> int:
 
     Of random order, without the token cache.
     """
-    length, total = config.seq_len, 0
-    steps = mask_schedule(length, options.num_iter, options.mask_schedule)
-    for number, (before, after, m) in enumerate(steps):
-        guided = guidance_scale(options, length, m, number / options.num_iter) != 1
-        if before > after:
-            total += (1 + guided) * backbone(config, length - before, before - after)
-            total += (before - after) * head(config, True, guided)
+    total = 0
+    for before, after, scale in iterations(options, config.seq_len):
+        total += (1 + (scale != 1)) * backbone(config, config.seq_len - before, before - after)
+        total += (before - after) * head(config, True, scale != 1)
     return total
 
 

@@ -121,6 +121,18 @@ def guidance_scale(options: SamplingOptions, length: int, m: int, done: float = 
     return options.cfg
 
 
+def iterations(options: SamplingOptions, length: int) -> list[tuple[int, int, float]]:
+    """Of each iteration that fills any of `length` positions: how many are masked before and after
+    it, and g_s.
+    """
+    steps = mask_schedule(length, options.num_iter, options.mask_schedule) if length else ()
+    return [
+        (before, after, guidance_scale(options, length, m, number / options.num_iter))
+        for number, (before, after, m) in enumerate(steps)
+        if before > after
+    ]
+
+
 def sample_latents(
     model: TokenBridge,
     labels: Tensor | None,
@@ -200,14 +212,10 @@ def sampling_steps(
     if not unknown:
         nothing = values[:, :0], torch.zeros(values.shape[:2], dtype=torch.bool, device=device)
         yield SamplingStep(values, filled, *nothing)
-    schedule = mask_schedule(unknown, options.num_iter, options.mask_schedule) if unknown else ()
     with evaluation_mode(model):
-        for number, (before, after, m) in enumerate(schedule):
-            if before == after:
-                continue
+        for before, after, scale in iterations(options, unknown):
             # Those to fill now come last; by confidence, any of those left may be.
             positions = orders[:, (0 if options.order == "confidence" else after) : before]
-            scale = guidance_scale(options, unknown, m, number / options.num_iter)
             mask = Mask.from_orders(orders, before)
             z = conditions(values, mask, positions, filled, scale).flatten(0, 1)
             if z.dim() == 3:  # [M, 2, D]: the head guides
