@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
-DATA ?= digits
+DATA := digits
 
 help:
 	@echo 'TokenBridge'
@@ -72,7 +72,7 @@ lock: $(INSTALLED)
 	@git --no-pager diff --stat -- requirements.lock
 
 clean:
-	@rm -rf output/demo output/demo-* output/docs .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	@rm -rf output/demo output/demo-* output/gallery output/gallery-* output/docs .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # pip's own output goes to a log; what is shown is the large downloads, so that a wait has a

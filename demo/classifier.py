@@ -2,7 +2,7 @@
 
 python -m demo.classifier {train,judge} --root output/demo [--network {digits,emoji}]
 
-Trained on real images alone, it gives the share of generated images that it takes for the class
+Trained on real images, it gives the share of generated images that it takes for the class
 they were asked to show, and features for a Frechet distance, which is not FID. Importing this
 module registers the extractor with torch-fidelity: --feature_extractor demo.classifier:judge.
 Letters: N images, S side in pixels, F features, 64 or 1,280.

@@ -174,11 +174,9 @@ def all_runs(seed: int, scale: "Scale") -> Iterator[Run]:
     yield from equal
     yield from (run.at_equal_time("time") for run in equal if run.head != "channel")
     channel = partial(Run, head="channel", seed=seed)
-    for bits in (3, 5, 6, 7, 8):
-        yield channel("bits", f"{bits} bits", flags=(f"--quant_bits={bits}",))
-    for limit in (2, 3, 4):
-        limits = f"--quant_min={-limit}", f"--quant_max={limit}"
-        yield channel("range", f"range {limit}", flags=limits)
+    for bits in (3, 4, 5, 6, 7, 8):
+        if f"--quant_bits={bits}" not in scale.discrete:
+            yield channel("bits", f"{bits} bits", flags=(f"--quant_bits={bits}",))
     natural = f"--channel_order={','.join(map(str, range(scale.channels)))}"
     yield channel("order", "natural order", flags=(natural,))
     for width, depth in ((32, 2), (128, 2), (64, 1), (64, 4)):
@@ -186,8 +184,12 @@ def all_runs(seed: int, scale: "Scale") -> Iterator[Run]:
         yield channel("size", f"{width} x {depth}", flags=size)
     yield channel("masks", "mask_distribution exp", flags=("--mask_distribution=exp",))
     norm, calibrated = ("--latent_norm=channel",), ("--quantizer=calibrated",)
-    for flags in (norm, calibrated, norm + calibrated):
-        yield channel("latents", " ".join(flags).replace("=", " "), flags=flags)
+    if scale.discrete != CALIBRATED:  # which have no range, and those emoji one norm
+        for limit in (2, 3, 4):
+            limits = f"--quant_min={-limit}", f"--quant_max={limit}"
+            yield channel("range", f"range {limit}", flags=limits)
+        for flags in (norm, calibrated, norm + calibrated):
+            yield channel("latents", " ".join(flags).replace("=", " "), flags=flags)
     for flags in SAMPLED:
         yield channel("sampling", " ".join(flags).replace("=", " ") or "as published", flags=flags)
     for share, times in product((1, 2, 4, 8), (1, 2)):
@@ -391,11 +393,14 @@ def main() -> None:
     add("--long", action="store_true", help="seeds 0 1 2, equal time, ablations: many hours")
     add("--only", nargs="+", choices=tuple(GROUPS), help="these tables [heads; --long: all]")
     add("--heads", nargs="+", choices=tuple(HEADS), default=[*HEADS], help="these [all]")
-    add("--output_dir", type=Path, help="[output/compare, output/compare-quick]")
+    add("--output_dir", type=Path, help="[output/compare, with -gallery, -quick]")
     add("--render", type=Path, help="a results.json, to put into docs/; runs nothing")
     args = parser.parse()
     if args.render:
-        render(read_json(args.render))
+        results = read_json(args.render)
+        if results.get("data", "digits") != "digits":
+            raise UserError(f"--render {args.render}: the pages are about the digits")
+        render(results)
         if (sheet := args.render.with_name("heads.png")).exists():
             shutil.copy(sheet, ROOT / "docs" / "images")
         return
@@ -414,8 +419,8 @@ def main() -> None:
         comparison = Comparison(root, scale, chosen)
         comparison.run()
         about = environment(CPU, "fp32", 1)
-        results = {"about": about, "quick": args.quick, "floor": comparison.result("floor")}
-        results["runs"] = []
+        results = {"about": about, "data": args.data, "quick": args.quick}
+        results |= {"floor": comparison.result("floor"), "runs": []}
         for run in runs:  # of all calls so far
             parts = {part: comparison.result(f"{run.name}-{part}") for part in run.parts}
             results["runs"] += [run._asdict() | parts] if None not in parts.values() else []

@@ -1,4 +1,4 @@
-"""Real images for the gallery: 1,500 emoji of two free sets as PNG files in eleven class folders.
+"""Real images for the gallery: 1,443 emoji in two free sets each, PNG files in eleven classes.
 
     --noto FONT --twemoji FOLDER: make the committed sheet from Debian's fonts-noto-color-emoji and
                                   npm's emoji-datasource-twitter (demo/emoji.md has their licences)
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from util import dist
 from util.args import Parser
-from util.errors import as_user_error
+from util.errors import UserError, as_user_error
 from util.files import check_writable
 
 SHEET = Path(__file__).with_name("emoji.webp")
@@ -113,7 +113,9 @@ def main() -> None:
     add("--noto", type=Path, help="NotoColorEmoji.ttf: make the sheet, with --twemoji")
     add("--twemoji", type=Path, help="the unpacked npm package")
     args = parser.parse()
-    if args.noto and args.twemoji:
+    if bool(args.noto) != bool(args.twemoji):
+        raise UserError("--noto and --twemoji go together")
+    if args.noto:
         make_sheet(args.noto, args.twemoji)
     check_writable(args.output, "--output")
     counts = cut(args.output)

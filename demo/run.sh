@@ -27,18 +27,20 @@ while [ $# -gt 0 ]; do
   shift
 done
 
-# stages: seconds of each, on two cores of 2021
+# stages: seconds of each, on two cores of 2021, and those of --quick; levels: of the quantizer
+judge=(--epochs 30) levels=(--range 5.0)
 if [ $subject = digits ]; then
-  stages=(7 12 180 5 28 22 6 13 5 6)
-  train=(--quant_bits 4) judge=(--epochs 30) bits=(-1 8 6 4 3 2)
+  stages=(7 12 180 5 28 22 6 13 5 6) few=(4 9 16 5 9 4 5 9 5 5)
+  train=(--quant_bits 4) bits=(-1 8 6 4 3 2)
   sample=(--num_images 360 --eval_bsz 90 --num_iter 16 --cfg 2.0 --temperature 0.4)
 else
-  stages=(9 60 2000 6 60 180 60 150 60 10)
-  train=(--quant_bits 5 --quantizer calibrated) judge=(--epochs 30) bits=(-1 8 6 5 4 3)
+  stages=(6 38 2000 6 40 60 60 60 20 6) few=(6 30 25 5 15 55 55 15 20 5)
+  levels=(--quantizer calibrated) train=(--quant_bits 5 "${levels[@]}") bits=(-1 8 6 5 4 3)
+  levels+=(--latent_norm channel) # of the training, configs/emoji.yaml says it
   sample=(--num_images 330 --eval_bsz 33 --num_iter 32 --cfg 2.0 --temperature 0.8)
 fi
 if [ $quick ]; then
-  stages=(4 9 16 5 9 4 5 9 5 5) judge=(--epochs 3) bits=(-1 4)
+  stages=("${few[@]}") judge=(--epochs 3) bits=(-1 4)
   train+=(--epochs 2 --warmup_epochs 0.5 --ema_rate 0.9 --val_images 16 --preview_iter 4)
   sample+=(--num_images 40 --eval_bsz 20 --num_iter 4)
 fi
@@ -55,25 +57,31 @@ clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
 
 # stage TITLE COMMAND...: say how far the demo is, show the command, run it, note its time.
 # What is left is expected to take as much longer than planned as what was done so far.
-number=0 done=0 all=$(IFS=+; echo $((${stages[*]})))
+number=0 done=0 running='' all=$(IFS=+; echo $((${stages[*]})))
+note() { printf '%s\t%s\n' "$1" "$((SECONDS - began))" >>"$demo/timings.tsv"; }
+trap '[ -z "$running" ] || note "$running, interrupted"' EXIT
 stage() {
-  local title=$1 began=$SECONDS
+  local title=$1 left
   shift
-  if grep -q "^$title"$'\t' "$demo/timings.tsv"; then
-    number=$((number + 1)) done=$((done + stages[number - 1]))
-    return
-  fi
-  local left=$(((all - done) * (20 + began) / (20 + done)))
+  began=$SECONDS left=$(((all - done) * (20 + SECONDS) / (20 + done)))
   number=$((number + 1)) done=$((done + stages[number - 1]))
+  ! grep -q "^$title"$'\t' "$demo/timings.tsv" || return 0
   printf '\n== %d/%d %s   %s so far, about %s left\n$ %s\n' \
     "$number" "${#stages[@]}" "$title" "$(clock "$began")" "$(clock "$left")" "$*"
+  running=$title
   "$@"
-  printf '%s\t%s\n' "$title" "$((SECONDS - began))" >>"$demo/timings.tsv"
+  note "$title"
+  running=''
 }
 
-[ ! -e "$demo/report.html" ] || rm -rf "$demo"
+if [ -e "$demo/report.html" ]; then # under another name first: half a removal is no beginning
+  rm -rf "$demo-old"
+  mv "$demo" "$demo-old"
+  rm -rf "$demo-old"
+fi
 mkdir -p "$demo"
 touch "$demo/timings.tsv"
+[ ! -s "$demo/timings.tsv" ] || echo "Going on where it was interrupted; make clean begins anew"
 cp "demo/${subject}_vae.ckpt" "$vae" # frozen, of demo/train_vae.py; comes ready made, as KL-16 does
 echo "Training a class-conditional generator on real $subject; output in $demo"
 SECONDS=$(awk '{ sum += $NF } END { print sum + 0 }' "$demo/timings.tsv") # of what was interrupted
@@ -96,7 +104,7 @@ stage 'Export the averaged weights, for demo/generate.ipynb' \
 stage 'Reconstruct held-out images at several bit widths' \
   $two reconstruction.py \
   --image_dir "$demo/data/val" --img_size $size --vae_path "$vae" \
-  --cached_path "$demo/cache" --bits "${bits[@]}" --range 5.0 --num_workers 0 --no_metrics \
+  --cached_path "$demo/cache" --bits "${bits[@]}" "${levels[@]}" --num_workers 0 --no_metrics \
   --output_dir "$demo/reconstruction" --device cpu
 
 stage 'Train a classifier of real images, the judge' \

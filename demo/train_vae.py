@@ -27,7 +27,7 @@ from util import dist
 from util.args import Parser, non_negative_float, positive_float, positive_int, random_seed
 from util.data.images import ImageDataset, center_crop
 from util.data.listing import list_images
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 from util.files import check_writable
 from util.vae import load_vae, save_vae
 
@@ -184,7 +184,8 @@ def main() -> None:
         vae = AutoencoderKL(args.embed_dim, **sizes)
         loss_of = KLLoss(args.kl_weight, args.perceptual)
     if args.init:
-        vae.load_state_dict(load_vae(args.init).state_dict())
+        with as_user_error(f"--init {args.init}, --embed_dim, --ch_mult", (RuntimeError,)):
+            vae.load_state_dict(load_vae(args.init).state_dict())
     if args.img_size % vae.stride:
         raise UserError(f"--img_size {args.img_size} must be a multiple of {vae.stride}")
     images, held_out = (load_part(args.data_path, part, args.img_size) for part in ("train", "val"))

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ def finished(few, tmp_path):
     settings = {"cfg": 2.0, "num_iter": 16, "temperature": 0.5, "num_images": 20}
     record = {"settings": settings, "metrics": {"frechet_distance": 1.25}}
     (generated / "metrics.json").write_text(json.dumps(record))
-    labels = [i // 2 for i in range(20)]
+    labels = [0, 0, 0, *(i // 2 for i in range(3, 20))]  # not as many of each class
     figures = {"images": 20, "frechet_to_train": 1.5, "nearest_training_image": 0.1}
     figures["nearest"] = [3 * i for i in range(20)]
     mistaken = {"accuracy": 0.9, "labels": labels, "predictions": [9, 9, *labels[2:]]}
@@ -167,6 +168,42 @@ def finished(few, tmp_path):
             writer.add_scalar("train/loss", 4 - step / 20, step)
     (tmp_path / "timings.tsv").write_text("Make <digits>\t3\nTrain\t57\n")
     return tmp_path
+
+
+STAND_IN = """#!/bin/sh
+echo "$*" >>asked
+case "$*" in
+*util.export*) [ ! -e fails ] ;;
+*demo.report*) touch output/gallery/report.html ;;
+esac
+"""
+
+
+def test_an_interrupted_demo_goes_on_and_a_finished_one_begins_anew(tmp_path):
+    """demo/run.sh alone: of its commands it is known what was asked for."""
+    shutil.copytree(ROOT / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("*.py"))
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "torchrun"):
+        (tmp_path / "bin" / name).write_text(STAND_IN)
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+
+    def stages() -> tuple[int, int, str]:
+        (tmp_path / "asked").unlink(missing_ok=True)
+        command = ["bash", "demo/run.sh", "--gallery"]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        return done.returncode, (tmp_path / "asked").read_text().count("\n"), done.stdout
+
+    (tmp_path / "fails").touch()
+    code, asked, printed = stages()
+    assert code == 1 and asked == 4 and "4/10 Export" in printed
+    timings = (tmp_path / "output" / "gallery" / "timings.tsv").read_text()
+    assert timings.count("\n") == 4 and ", interrupted\t" in timings
+    (tmp_path / "fails").unlink()
+    code, asked, printed = stages()
+    assert code == 0 and asked == 7 and "Going on" in printed and "3/10" not in printed
+    code, asked, printed = stages()
+    assert code == 0 and asked == 10 and "Going on" not in printed
 
 
 def test_report_is_the_judge_s_above_that_of_any_run(finished):
