@@ -118,7 +118,14 @@ class Scale(NamedTuple):
 
 CALIBRATED = "--quant_bits=5", "--quantizer=calibrated"
 DATA = {"digits": Scale()}
-DATA["gallery"] = Scale("emoji", 64, 16, 1.5e-3, CALIBRATED, 10, val_images=310, images=330)
+DATA["gallery"] = Scale(
+    *("emoji", 64, 16, 1.2e-3, CALIBRATED),
+    slower=10,
+    val_images=310,
+    epochs=24,
+    batch=8,
+    images=330,
+)
 FEW = "--log_freq=4", "--save_last_freq=1", "--ema_rate=0.9"
 QUICK = dict(quick=True, val_images=32, epochs=2, batch=128, images=80, judge=3, iterations=(2, 4))
 QUICK |= dict(temperatures=(0.7, 1.0), guidances=(2.0,), more=FEW)

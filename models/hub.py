@@ -25,11 +25,9 @@ DAMAGE = (ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, 
 
 @dataclass(frozen=True)
 class Origin:
-    """Of weights, "ema" (averaged) or "model" (raw). classes: names by label. args: the flags by
-    which training drew its images. None: not known.
-    """
+    """classes: names by label. args: the flags of training's own images. None: not known."""
 
-    weights: str | None = None
+    weights: str | None = None  # "ema" (averaged) or "model" (raw)
     step: int | None = None
     epoch: int | None = None
     classes: tuple[str, ...] | None = None

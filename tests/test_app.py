@@ -104,6 +104,8 @@ def test_the_vae_is_known_by_its_checksum(place, tmp_path):
         load(library(folder))
     facts = load(library(folder, vae_path=tmp_path / "vae.ckpt")).facts
     assert "not the one it was trained with" in facts
+    shutil.copy(place / "vae.ckpt", tmp_path / "emoji_vae.ckpt")
+    assert f"VAE `{tmp_path / 'emoji_vae.ckpt'}`" in load(library(folder)).facts
 
 
 def test_a_published_checkpoint_needs_no_settings(tmp_path):
