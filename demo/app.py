@@ -4,8 +4,7 @@ python demo/app.py
 python demo/app.py --resume OUTPUT_DIR --vae_path VAE
 
 Without flags it shows what `make demo`, `make gallery`, a training in output_dir or the downloaded
-weights have left, and the gallery's weights, which come with the code. It answers on this machine
-alone, and neither sends nor loads anything elsewhere.
+weights have left. It answers on this machine alone, and neither sends nor loads anything elsewhere.
 """
 
 import os

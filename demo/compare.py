@@ -116,10 +116,10 @@ class Scale(NamedTuple):
     more: tuple[str, ...] = ()
 
 
-CALIBRATED = "--quant_bits=5", "--quantizer=calibrated"
+CALIBRATED = "--quant_bits=4", "--quantizer=calibrated"
 DATA = {"digits": Scale()}
 DATA["gallery"] = Scale(
-    *("emoji", 64, 16, 1.2e-3, CALIBRATED),
+    *("emoji", 64, 16, 2e-3, CALIBRATED),
     slower=10,
     val_images=310,
     epochs=24,

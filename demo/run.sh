@@ -35,7 +35,7 @@ if [ $subject = digits ]; then
   sample=(--num_images 360 --eval_bsz 90 --num_iter 16 --cfg 2.0 --temperature 0.4)
 else
   stages=(6 38 2000 6 40 60 60 60 20 6) few=(6 30 25 5 15 55 55 15 20 5)
-  levels=(--quantizer calibrated) train=(--quant_bits 5 "${levels[@]}") bits=(-1 8 6 5 4 3)
+  levels=(--quantizer calibrated) train=(--quant_bits 4 "${levels[@]}") bits=(-1 8 6 5 4 3)
   levels+=(--latent_norm channel) # of the training, configs/emoji.yaml says it
   sample=(--num_images 330 --eval_bsz 33 --num_iter 32 --cfg 2.0 --temperature 0.8)
 fi
