@@ -154,8 +154,8 @@ def train_classifier(network: str, images: Tensor, labels: Tensor, epochs: int) 
 
 
 def labelled_images(folder: Path) -> tuple[Tensor, Tensor]:
-    """Images and labels of folder/CLASS/, classes numbered in sorted order."""
-    classes = sorted(path.name for path in folder.iterdir())
+    """Images and labels of folder/CLASS/, classes numbered in the sorted order of train/."""
+    classes = sorted(path.name for path in (folder.parent / "train").iterdir())
     paths = sorted(folder.glob("*/*.png"))
     return load_images(paths), torch.tensor([classes.index(path.parent.name) for path in paths])
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from util import dist
-from util.args import Parser
+from util.args import Parser, positive_int
 from util.errors import UserError, as_user_error
 from util.files import check_writable
 
@@ -91,12 +91,14 @@ def corner(index: int) -> tuple[int, int]:
     return index % COLUMNS * SIDE, index // COLUMNS * SIDE
 
 
-def cut(output: Path) -> dict[str, int]:
-    """Write the sheet's tiles; returns how many are in train/ and val/."""
+def cut(output: Path, every: int = 1) -> dict[str, int]:
+    """Write the sheet's tiles, each `every`-th; returns how many are in train/ and val/."""
     names = json.loads(NAMES.read_text())
     counts = {"train": 0, "val": 0}
     with Image.open(SHEET) as sheet:
         for index, (label, name) in enumerate((k, n) for k in names for n in names[k]):
+            if index % every:
+                continue
             x, y = corner(index)
             part = "val" if is_held_out(name) else "train"
             counts[part] += 1
@@ -110,6 +112,7 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--output", type=Path, default=Path("output/gallery/data"), help="folder")
+    add("--every", type=positive_int, default=1, help="take each such picture, to try something")
     add("--noto", type=Path, help="NotoColorEmoji.ttf: make the sheet, with --twemoji")
     add("--twemoji", type=Path, help="the unpacked npm package")
     args = parser.parse()
@@ -118,7 +121,7 @@ def main() -> None:
     if args.noto:
         make_sheet(args.noto, args.twemoji)
     check_writable(args.output, "--output")
-    counts = cut(args.output)
+    counts = cut(args.output, args.every)
     print(f"{args.output}: {counts['train']} training and {counts['val']} held-out emoji")
 
 

@@ -28,19 +28,20 @@ while [ $# -gt 0 ]; do
 done
 
 # stages: seconds of each, on two cores of 2021, and those of --quick; levels: of the quantizer
-judge=(--epochs 30) levels=(--range 5.0)
+judge=(--epochs 30) levels=(--range 5.0) some=()
 if [ $subject = digits ]; then
   stages=(7 12 180 5 28 22 6 13 5 6) few=(4 9 16 5 9 4 5 9 5 5)
   train=(--quant_bits 4) bits=(-1 8 6 4 3 2)
   sample=(--num_images 360 --eval_bsz 90 --num_iter 16 --cfg 2.0 --temperature 0.4)
 else
-  stages=(6 38 2000 6 40 60 60 60 20 6) few=(6 30 25 5 15 55 55 15 20 5)
+  stages=(6 38 2000 6 40 60 60 60 20 6) few=(5 12 18 5 9 15 12 9 9 5)
   levels=(--quantizer calibrated) train=(--quant_bits 4 "${levels[@]}") bits=(-1 8 6 5 4 3)
   levels+=(--latent_norm channel) # of the training, configs/emoji.yaml says it
   sample=(--num_images 330 --eval_bsz 33 --num_iter 32 --cfg 2.0 --temperature 0.8)
 fi
 if [ $quick ]; then
   stages=("${few[@]}") judge=(--epochs 3) bits=(-1 4)
+  [ $subject = digits ] || some=(--every 9) # with which every class has some held out
   train+=(--epochs 2 --warmup_epochs 0.5 --ema_rate 0.9 --val_images 16 --preview_iter 4)
   sample+=(--num_images 40 --eval_bsz 20 --num_iter 4)
 fi
@@ -87,7 +88,7 @@ echo "Training a class-conditional generator on real $subject; output in $demo"
 SECONDS=$(awk '{ sum += $NF } END { print sum + 0 }' "$demo/timings.tsv") # of what was interrupted
 
 stage "Real $subject as PNG files, $size px" \
-  python -m "demo.$subject" --output "$demo/data"
+  python -m "demo.$subject" --output "$demo/data" ${some[@]+"${some[@]}"}
 
 stage 'Cache the latents, on 2 processes' \
   $two main_cache.py --img_size $size --vae_path "$vae" --data_path "$demo/data" \
