@@ -39,7 +39,8 @@ def test_weights_and_origin_are_written_and_draw_the_same(inputs, trained, tmp_p
     digest = hashlib.sha256((inputs / "vae.ckpt").read_bytes()).hexdigest()
     known = dict(weights=weights, step=saved["step"], epoch=saved["epoch"], classes=list(CLASSES))
     scale = saved["config"]["latent_scale"]
-    assert header == known | {"latent_scale": scale, "vae_sha256": digest}
+    drawn = {"preview_iter": 32, "cfg": [1.0], "temperature": [1.0]}
+    assert header == known | {"latent_scale": scale, "vae_sha256": digest, "args": drawn}
     chosen = dict(eval_weights=weights, no_metrics=True)
     images = evaluate(inputs, tmp_path / "a", trained, **chosen)
     assert evaluate(inputs, tmp_path / "b", tmp_path / "exported", **chosen) == images

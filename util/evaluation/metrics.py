@@ -143,7 +143,7 @@ class Accumulator:
             self.logits.append(features[self.layers["isc"]])
         if "fid" in self.layers:
             self.moments.update(features[self.layers["fid"]])
-        if "sfid" in self.layers:
+        if self.layers.get("sfid") in features:  # files of earlier versions are without
             self.spatial.update(features[self.layers["sfid"]])
         for layer, kept in self._features.items():
             kept.append(features[layer][-self.count % self.step :: self.step].clone())
