@@ -355,12 +355,9 @@ class Comparison:
 
     def figures(self, images: torch.Tensor, labels: torch.Tensor) -> dict:
         """Fréchet distance to the training images with its error, and the judge's accuracy."""
-        stats = load_fid_statistics(
-            self.root / "statistics.npz", self.judge.width("fid", self.scale.size)
-        )
         sums, features = Accumulator(self.judge.layers), self.judge(images)
         sums.update(features)
-        found = score(sums, Measure(self.judge, stats)).figures
+        found = score(sums, self.measure).figures
         right = (features["logits"].argmax(dim=1) == labels).double().mean().item()
         error = found.get("frechet_distance_standard_error")
         return {"frechet": found["frechet_distance"], "frechet_error": error, "accuracy": right}
@@ -368,6 +365,11 @@ class Comparison:
     @cached_property
     def judge(self) -> Extractor:
         return Extractor("judge", self.root / "classifier.pth", CPU)
+
+    @cached_property
+    def measure(self) -> Measure:
+        width = self.judge.width("fid", self.scale.size)
+        return Measure(self.judge, load_fid_statistics(self.root / "statistics.npz", width))
 
 
 def evaluations(settings: dict, model: dict) -> int:

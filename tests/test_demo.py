@@ -232,6 +232,9 @@ def test_gallery_holds_out_emoji_with_all_their_variants(tmp_path):
         assert face.size == (64, 64) and face.convert("RGBA").getpixel((0, 0))[3] == 0
         red, green, blue, alpha = face.convert("RGBA").getpixel((32, 20))
         assert alpha == 255 and red > 200 > blue  # yellow
+    vae = load_vae(ROOT / "demo" / "emoji_vae.ckpt", 16).eval()
+    both = vae_training.load_part(tmp_path, "val", 64), vae_training.foreground(tmp_path, 64)
+    assert vae_training.psnr(vae, *(each[::5] for each in both)) > 24
 
 
 def test_perceptual_distance_trains_and_the_foreground_alone_counts(tmp_path):
