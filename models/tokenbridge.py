@@ -71,10 +71,15 @@ class TokenBridge(nn.Module, Pretrained):
         self.head.chunk = head_chunk
 
     def compile_blocks(self, backend: str = "inductor", dynamic: bool = True) -> None:
-        """Each block by itself; blocks of a kind share their graphs. dynamic: of symbolic sizes."""
-        blocks = [m for m in self.modules() if isinstance(m, Block | AdaLNBlock | AdaLNMLP)]
-        for block in blocks:
-            block.compile(dynamic=dynamic, backend=backend)
+        """Each block by itself; blocks of a kind share their graphs.
+
+        dynamic: the backbone's of symbolic sizes, and the head's in training of one, its chunk's.
+        """
+        self.head.padded = True
+        for block in self.modules():
+            if isinstance(block, Block | AdaLNBlock | AdaLNMLP):
+                sizes = None if dynamic and not isinstance(block, Block) else dynamic
+                block.compile(dynamic=sizes, backend=backend)
 
     def forward(
         self,

@@ -48,14 +48,16 @@ def test_compiled_blocks_give_the_same_gradients_and_a_missing_compiler_is_named
 
 
 def test_masked_positions_iterations_and_channels_do_not_change_the_number_of_graphs():
-    model, after = tiny_model().train(), []
-    model.compile_blocks(backend="aot_eager")
-    for count in (11, 14, 16, 5):
-        loss(model, count).backward()
-        after.append(graphs())
-    assert after == after[:1] * len(after)
-    torch._dynamo.reset()
-    counters.clear()
+    for chunk, also in ((8, 0), (0, 1)):  # the head's of one size, and one of any
+        model, after = tiny_model().train(), []
+        model.head.chunk = chunk
+        model.compile_blocks(backend="aot_eager")
+        for count in (11, 14, 16, 5):
+            loss(model, count).backward()
+            after.append(graphs())
+        assert after == [3] + [3 + also] * 3
+        torch._dynamo.reset()
+        counters.clear()
     expected = sample_latents(tiny_model(), LABELS, num_iter=7, cfg=2.0, temperature=0)
     model, after = tiny_model(), []
     model.compile_blocks(backend="aot_eager")

@@ -24,6 +24,7 @@ from tests.conftest import tiny_model
 from util.device import CapturedCalls, accelerate, resolve_precision
 from util.errors import UserError
 from util.optim import EMA, build_averages
+from util.validation import read_latents
 
 SETTINGS = {"diffusion": dict(diffloss_d=1, diffloss_w=32, num_sampling_steps=4)}
 WAYS = {
@@ -101,6 +102,9 @@ def test_the_vae_stays_on_the_device():
         tokenizer = on_gpu(Tokenizer(vae, 0.5, [0.0] * 4, [1.0] * 4))
         latents = tokenizer.encode(torch.randn(2, 3, 16, 16, device="cuda"))
         assert tokenizer.decode(latents).device.type == "cuda"
+        cached = [(torch.zeros(8, 4, 4), 1)]
+        latents, _ = read_latents(cached, [0], tokenizer, torch.device("cuda"))
+        assert latents.device.type == "cpu"  # as validation keeps them
 
 
 def test_what_a_gpu_would_wait_for_is_seen(monkeypatch):

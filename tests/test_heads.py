@@ -39,9 +39,9 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
 def test_chunks_change_no_loss_and_no_gradient(head):
     model, (latents, labels) = model_of(head).train(), inputs()
     results = []
-    for chunk in (0, 3, None):
+    for chunk, padded in ((0, False), (3, False), (3, True), (None, False)):
         model.zero_grad()
-        model.head.chunk = chunk
+        model.head.chunk, model.head.padded = chunk, padded
         torch.manual_seed(1)
         loss = model(latents, labels)
         loss.backward()

@@ -75,7 +75,8 @@ def read_latents(
             values = tokenizer.posterior(values[None].to(device)).parameters[0]
         mixed = int(np.random.SeedSequence([SEED, number]).generate_state(1)[0])
         posterior = Posterior(values[None].float().cpu())
-        latents.append(tokenizer.sample(posterior, torch.Generator().manual_seed(mixed)))
+        drawn = posterior.sample(torch.Generator().manual_seed(mixed))
+        latents.append(tokenizer.scaled(drawn.to(device)).cpu())
         labels.append(label)
     joined = torch.cat(latents) if latents else torch.empty(0)
     return joined, torch.tensor(labels, dtype=torch.int64)

@@ -21,7 +21,6 @@ channel is the paper's; parallel and masked (masked.py), mixture (mixture.py), d
 (diffusion.py) and codebook (codebook.py) are what it is compared with.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
+from torch.nn import functional as F
 
 # Rows (positions x `rows_each`) worked on at once: enough to keep the device busy.
 CHUNK_ROWS = {"cpu": 1024}
@@ -40,6 +40,8 @@ class Head(nn.Module):
     takes. guides: whether guidance acts inside `sample`, not on z.
 
     chunk: positions worked on at once; None is chosen by the device, 0 is all of them in one graph.
+    padded: whether `loss` fills up the last of its chunks, as blocks are faster if compiled for one
+    size.
     grad_checkpointing: recompute blocks in backward.
     """
 
@@ -49,7 +51,7 @@ class Head(nn.Module):
         super().__init__()
         self.draws, self.rows_each = draws, rows_each
         self.chunk: int | None = None
-        self.grad_checkpointing = False
+        self.padded = self.grad_checkpointing = False
 
     def noise(self, targets: Tensor) -> tuple[Tensor, ...]:
         """What `forward` needs that is random."""
@@ -60,19 +62,19 @@ class Head(nn.Module):
         rows = z, targets, *self.noise(targets)
         if self.chunk == 0:
             return self(*rows).mean()
-        return chunked_mean(self, rows, self._pieces(z), grad_scale)
+        return chunked_mean(self, rows, self._chunk(z), grad_scale, self.padded)
 
     def losses(self, z: Tensor, targets: Tensor) -> Tensor:
         """As `forward`, in chunks, for validation; training takes `loss`."""
         rows = z, targets, *self.noise(targets)
-        return torch.cat([self(*part) for part in split(self._pieces(z), *rows)])
+        return torch.cat([self(*part) for part in split(self._chunk(z), *rows)])
 
     @torch.no_grad()
     def sample(
         self, z: Tensor, uniforms: Tensor, temperature: float = 1.0, **how
     ) -> tuple[Tensor, Tensor]:
         """In chunks; `how` is the head's own."""
-        parts = split(self._pieces(z), z, uniforms)
+        parts = split(self._chunk(z), z, uniforms)
         drawn = [self.sample_rows(*part, temperature, **how) for part in parts]
         values, log_probs = (torch.cat(x) for x in zip(*drawn, strict=True))
         return values, log_probs
@@ -81,14 +83,13 @@ class Head(nn.Module):
         """`sample` of the rows of one chunk."""
         raise NotImplementedError
 
-    def _pieces(self, z: Tensor) -> int:
-        """The number of chunks to work in."""
-        chunk = self.chunk
-        if chunk is None:
-            rows = CHUNK_ROWS.get(z.device.type, CHUNK_ROWS_ELSEWHERE)
-            rows *= 1 if torch.is_grad_enabled() else 4  # then most of the memory is not needed
-            chunk = max(1, rows // self.rows_each)
-        return max(1, math.ceil(len(z) / chunk)) if chunk else 1
+    def _chunk(self, z: Tensor) -> int:
+        """The number of positions in a chunk."""
+        if self.chunk is not None:
+            return self.chunk or max(1, len(z))
+        rows = CHUNK_ROWS.get(z.device.type, CHUNK_ROWS_ELSEWHERE)
+        rows *= 1 if torch.is_grad_enabled() else 4  # then most of the memory is not needed
+        return max(1, rows // self.rows_each)
 
 
 def inverse_cdf(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -118,13 +119,22 @@ def normals(uniforms: Tensor) -> Tensor:
 # --- the loss in chunks
 
 
-def split(pieces: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of all tensors in pieces of about equal size."""
-    return zip(*(tensor.tensor_split(pieces) for tensor in tensors), strict=True)
+def split(chunk: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of all tensors, so many at a time."""
+    return zip(*(tensor.split(chunk) for tensor in tensors), strict=True)
+
+
+def filled_up(x: Tensor, rows: int) -> Tensor:
+    """[M, ...] -> [rows, ...], zeros behind."""
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - len(x)))
 
 
 def chunked_mean(
-    head: nn.Module, rows: tuple[Tensor, ...], pieces: int, grad_scale: Tensor | float = 1.0
+    head: nn.Module,
+    rows: tuple[Tensor, ...],
+    chunk: int,
+    grad_scale: Tensor | float = 1.0,
+    padded: bool = False,
 ) -> Tensor:
     """head(*rows).mean() in memory that does not grow with the rows: z [M, D], targets, noise.
 
@@ -136,11 +146,11 @@ def chunked_mean(
     would underflow.
     """
     if not torch.is_grad_enabled():
-        parts = [head(*part) for part in split(pieces, *rows)]
+        parts = [head(*part) for part in split(chunk, *rows)]
         return sum(losses.sum() for losses in parts) / (len(rows[0]) * parts[0].shape[1])
     parameters = {name: p for name, p in head.named_parameters() if p.requires_grad}
     z, *others = rows
-    how = head, list(parameters), pieces, others, grad_scale
+    how = head, list(parameters), chunk, others, grad_scale, padded
     return _ChunkedMean.apply(how, z, *parameters.values())
 
 
@@ -153,15 +163,17 @@ class _ChunkedMean(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, how: tuple, z: Tensor, *parameters: nn.Parameter) -> Tensor:
-        head, names, pieces, others, grad_scale = how
+        head, names, chunk, others, grad_scale, padded = how
         leaves = [parameter.data.requires_grad_() for parameter in parameters]
         replaced = dict(zip(names, leaves, strict=True))
         total, z_gradients = 0.0, []
         # A chunk uses what it saves at once: hooks on what is kept for later are not for it.
         with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
-            for rows, *targets in split(pieces, z.detach(), *others):
-                rows = rows.requires_grad_()
-                losses = functional_call(head, replaced, (rows, *targets))
+            for rows, *targets in split(chunk, z.detach(), *others):
+                rows, inputs = rows.requires_grad_(), (rows, *targets)
+                if padded and len(z) > chunk:
+                    inputs = [filled_up(tensor, chunk) for tensor in inputs]
+                losses = functional_call(head, replaced, tuple(inputs))[: len(rows)]
                 loss = losses.sum() / (len(z) * losses.shape[1])
                 (loss * grad_scale).backward()
                 z_gradients.append(rows.grad)
