@@ -1,7 +1,8 @@
 """What training and sampling cost on GPUs: operations and hours, printed as JSON.
 
 Operations are counted (models/flops.py) and divided by the share of the data sheet's peak that a
-run reaches. That share is assumed: training's log says its own as a percentage beside TFLOP/s.
+run reaches: by default that of a plain training step on one H100 (docs/performance.md). Training's
+log says its own as a percentage beside TFLOP/s.
 
 python -m benchmarks.cost --model tokenbridge_large
 python -m benchmarks.cost --model tokenbridge_huge --hardware H200 --devices 32 --img_size 512
@@ -40,7 +41,7 @@ def make_parser() -> Parser:
     add("--hardware", choices=HARDWARE, default="H100", help="of models/flops.py")
     add("--devices", type=positive_int, default=8, help="of that hardware, in all")
     add("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="arithmetic")
-    add("--share", type=fraction, default=0.3, help="of the peak that is reached")
+    add("--share", type=fraction, default=0.23, help="of the peak that is reached")
     return parser
 
 

@@ -138,7 +138,6 @@ def rows(args: argparse.Namespace, machine: Machine) -> Iterator[tuple[str, str,
     ways = {
         "plain": {},
         "compile": dict(compile=True),
-        "compile, sizes fixed": dict(compile=True, dynamic=False),
         "grad_checkpointing": dict(grad_checkpointing=True),
         "head_share 0.25": {},
     }

@@ -34,7 +34,6 @@ class Settings:
 
     without: the part of a training step that is replaced by nothing, to see what it costs:
     backbone, head or optimizer (with the average). sampling: options of `sample_latents`.
-    dynamic: compile for symbolic sizes, as --compile does, not for one.
     """
 
     config: TokenBridgeConfig
@@ -42,7 +41,6 @@ class Settings:
     num_iter: int
     device: torch.device
     compile: bool = False
-    dynamic: bool = True
     grad_checkpointing: bool = False
     cuda_graphs: bool = False
     without: str = ""
@@ -65,9 +63,7 @@ class Settings:
         options = dict(grad_checkpointing=self.grad_checkpointing)
         with self.device:  # weights are drawn where that is fast
             model = TokenBridge(**options, **self.config.to_dict()).to(self.device)
-        accelerate(model, self.device, self.compile and self.dynamic, self.cuda_graphs)
-        if self.compile and not self.dynamic:
-            model.compile_blocks(dynamic=False)
+        accelerate(model, self.device, self.compile, self.cuda_graphs)
         if self.without == "backbone":
             z = model.backbone.mask_token  # [1, 1, D]
             model.backbone.forward = lambda *inputs: z.expand(*inputs[-1].shape, -1)

@@ -70,16 +70,13 @@ class TokenBridge(nn.Module, Pretrained):
         self.backbone.grad_checkpointing = self.head.grad_checkpointing = grad_checkpointing
         self.head.chunk = head_chunk
 
-    def compile_blocks(self, backend: str = "inductor", dynamic: bool = True) -> None:
-        """Each block by itself; blocks of a kind share their graphs.
-
-        dynamic: the backbone's of symbolic sizes, and the head's in training of one, its chunk's.
-        """
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Each block by itself; blocks of a kind share their graphs. The backbone's are of symbolic
+        sizes; of the head's in training there is one, of its chunk's size."""
         self.head.padded = True
         for block in self.modules():
             if isinstance(block, Block | AdaLNBlock | AdaLNMLP):
-                sizes = None if dynamic and not isinstance(block, Block) else dynamic
-                block.compile(dynamic=sizes, backend=backend)
+                block.compile(dynamic=isinstance(block, Block) or None, backend=backend)
 
     def forward(
         self,

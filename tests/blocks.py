@@ -21,12 +21,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from contextlib import (
-    AbstractContextManager,
-    nullcontext,
-    redirect_stderr,
-    redirect_stdout,
-)
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Listener
 from pathlib import Path

@@ -13,16 +13,7 @@ import torch
 from PIL import Image
 
 from models.quantizer import GaussianQuantizer
-from tests.runs import (
-    CHANNELS,
-    CLASSES,
-    COMMON,
-    call,
-    flags,
-    make_inputs,
-    on_processes,
-    train,
-)
+from tests.runs import CHANNELS, CLASSES, COMMON, call, flags, make_inputs, on_processes, train
 from util import doctor
 from util.data.cache_writer import write_json
 from util.data.histogram import posterior_noise

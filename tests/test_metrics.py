@@ -13,12 +13,7 @@ import torch_fidelity
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from tests.measures import (
-    FEATURES,
-    PIXELS,
-    Pixels,
-    prepare,
-)
+from tests.measures import FEATURES, PIXELS, Pixels, prepare
 from tests.runs import evaluate
 from util.data.images import Loading
 from util.errors import UserError

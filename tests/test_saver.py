@@ -11,13 +11,7 @@ import torch
 
 from util import files
 from util import saver as saver_module
-from util.checkpoint import (
-    LAST,
-    Checkpoint,
-    find_checkpoint,
-    load_checkpoint,
-    refuse_other_run,
-)
+from util.checkpoint import LAST, Checkpoint, find_checkpoint, load_checkpoint, refuse_other_run
 from util.errors import UserError
 from util.saver import CheckpointSaver, SaveSettings
 from util.setup import open_checkpoint

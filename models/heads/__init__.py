@@ -16,7 +16,7 @@ order; an order of prediction is the head's own business. All that is random is 
         values    [M, T]   as the targets
         log_probs [M, T']  in nats, with which they were drawn; zeros where they are not known
 
-`loss` and `losses` work in chunks of `head.chunk` rows (`chunked_mean`) unless that is 0.
+`loss` and `losses` work in chunks of `head.chunk` rows (`ChunkedMean`) unless that is 0.
 channel is the paper's; parallel and masked (masked.py), mixture (mixture.py), diffusion
 (diffusion.py) and codebook (codebook.py) are what it is compared with.
 """
@@ -40,8 +40,7 @@ class Head(nn.Module):
     takes. guides: whether guidance acts inside `sample`, not on z.
 
     chunk: positions worked on at once; None is chosen by the device, 0 is all of them in one graph.
-    padded: whether `loss` fills up the last of its chunks, as blocks are faster if compiled for one
-    size.
+    padded: fill up the last chunk of a loss: compiled for one size, blocks are faster.
     grad_checkpointing: recompute blocks in backward.
     """
 
@@ -58,14 +57,20 @@ class Head(nn.Module):
         return ()
 
     def loss(self, z: Tensor, targets: Tensor, grad_scale: Tensor | float = 1.0) -> Tensor:
-        """The mean of all losses; in chunks (`chunked_mean`) unless chunk is 0."""
-        rows = z, targets, *self.noise(targets)
-        if self.chunk == 0:
-            return self(*rows).mean()
-        return chunked_mean(self, rows, self._chunk(z), grad_scale, self.padded)
+        """The mean of all losses; in chunks (`ChunkedMean`) unless chunk is 0.
+
+        grad_scale: of a gradient scaler; gradients are computed multiplied by it, or those in fp16
+        would underflow.
+        """
+        if self.chunk == 0 or not torch.is_grad_enabled():
+            return self.losses(z, targets).mean()
+        parameters = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        others = targets, *self.noise(targets)
+        how = self, list(parameters), self._chunk(z), others, grad_scale
+        return ChunkedMean.apply(how, z, *parameters.values())
 
     def losses(self, z: Tensor, targets: Tensor) -> Tensor:
-        """As `forward`, in chunks, for validation; training takes `loss`."""
+        """As `forward`, in chunks; no memory is saved where gradients are wanted."""
         rows = z, targets, *self.noise(targets)
         return torch.cat([self(*part) for part in split(self._chunk(z), *rows)])
 
@@ -124,46 +129,21 @@ def split(chunk: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(chunk) for tensor in tensors), strict=True)
 
 
-def filled_up(x: Tensor, rows: int) -> Tensor:
-    """[M, ...] -> [rows, ...], zeros behind."""
-    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - len(x)))
-
-
-def chunked_mean(
-    head: nn.Module,
-    rows: tuple[Tensor, ...],
-    chunk: int,
-    grad_scale: Tensor | float = 1.0,
-    padded: bool = False,
-) -> Tensor:
+class ChunkedMean(torch.autograd.Function):
     """head(*rows).mean() in memory that does not grow with the rows: z [M, D], targets, noise.
 
     Each chunk goes forward and backward at once, so that what it keeps for its backward is freed
     before the next begins. The gradients of z and of the parameters stay, which autograd's
     later backward only multiplies by the gradient from above; so they can be taken once.
 
-    grad_scale: of a gradient scaler; gradients are computed multiplied by it, or those in fp16
-    would underflow.
-    """
-    if not torch.is_grad_enabled():
-        parts = [head(*part) for part in split(chunk, *rows)]
-        return sum(losses.sum() for losses in parts) / (len(rows[0]) * parts[0].shape[1])
-    parameters = {name: p for name, p in head.named_parameters() if p.requires_grad}
-    z, *others = rows
-    how = head, list(parameters), chunk, others, grad_scale, padded
-    return _ChunkedMean.apply(how, z, *parameters.values())
-
-
-class _ChunkedMean(torch.autograd.Function):
-    """One operation on z and the parameters: hooks on them, DDP's too, run once, at the end.
-
+    One operation on z and the parameters: hooks on them, DDP's too, run once, at the end.
     The chunks therefore work on leaves of their own: tensors that share the parameters' storage
     and gather the gradients of all chunks in their `.grad`.
     """
 
     @staticmethod
     def forward(ctx, how: tuple, z: Tensor, *parameters: nn.Parameter) -> Tensor:
-        head, names, chunk, others, grad_scale, padded = how
+        head, names, chunk, others, grad_scale = how
         leaves = [parameter.data.requires_grad_() for parameter in parameters]
         replaced = dict(zip(names, leaves, strict=True))
         total, z_gradients = 0.0, []
@@ -171,9 +151,10 @@ class _ChunkedMean(torch.autograd.Function):
         with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
             for rows, *targets in split(chunk, z.detach(), *others):
                 rows, inputs = rows.requires_grad_(), (rows, *targets)
-                if padded and len(z) > chunk:
-                    inputs = [filled_up(tensor, chunk) for tensor in inputs]
-                losses = functional_call(head, replaced, tuple(inputs))[: len(rows)]
+                if head.padded and len(z) > chunk:  # zeros behind
+                    more = 0, chunk - len(rows)
+                    inputs = tuple(F.pad(x, (0, 0) * (x.ndim - 1) + more) for x in inputs)
+                losses = functional_call(head, replaced, inputs)[: len(rows)]
                 loss = losses.sum() / (len(z) * losses.shape[1])
                 (loss * grad_scale).backward()
                 z_gradients.append(rows.grad)
