@@ -29,6 +29,7 @@ from models.sampler import CFG_SCHEDULES, NOTHING, ORDERS, SamplingOptions
 from util import dist, stop
 from util.args import DEVICE, MAX_BITS, MODEL, SEED, VAE, Flag, Parser, positive_int, value
 from util.device import resolve_device
+from util.doctor import sample_photos
 from util.errors import UserError, as_user_error
 from util.evaluation.settings import find_class
 
@@ -219,6 +220,9 @@ def reconstruct_tab(library: Library, model: list) -> list:
         picture = gr.Image(label="Picture", sources=["upload", "clipboard"], elem_id="picture")
         # The project's own reader opens it: no other formats, one line for a damaged file.
         picture.preprocess = lambda payload: payload.path if payload else None
+        photos = [(Path(path).stem, path) for path in sample_photos()]
+        photo = gr.Radio(photos, label="Or a photograph", elem_id="photos", visible=bool(photos))
+        photo.input(lambda path: path, photo, picture, **EVENT)
         widths = list(range(1, MAX_BITS + 1))
         bits = gr.CheckboxGroup(widths, label="Bits a scalar", elem_id="bits")
         size = gr.Number(256, label="Pixels a side, of the centre", precision=0)
@@ -244,6 +248,7 @@ def main() -> None:
         os.environ[name] = ",".join([os.environ.get(name, ""), "127.0.0.1", args.host]).strip(",")
     options = dict(quiet=True, prevent_thread_lock=True, ssr_mode=False, footer_links=[])
     options |= dict(server_name=args.host, server_port=args.port, max_file_size="64mb")
+    options |= dict(allowed_paths=sample_photos())
     with as_user_error(f"--host {args.host} --port {args.port}", (OSError, OverflowError)):
         page.queue(api_open=False, max_size=20).launch(**options)
     print(f"open {page.local_url} in a browser; Ctrl-C ends it", flush=True)

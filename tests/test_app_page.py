@@ -137,9 +137,13 @@ def test_a_picture_is_painted_over_and_drawn_anew_there(page, place):
 
 def test_a_picture_is_taken_apart_and_what_is_none_is_told(page, place):
     page.get_by_role("tab", name="Reconstruct").click()
+    remove = page.locator("#picture button[aria-label*=emove], #picture button[aria-label=Clear]")
+    page.locator("#photos").get_by_text("china").click()
+    page.locator("#pictures").get_by_text("Original").first.wait_for()
+    remove.click()
     page.locator("#picture input[type=file]").set_input_files(place / "photo.png")
     for text in ("Original", "Continuous VAE: ", "2 bits, ", "3 bits, ", "4 bits, "):
         page.locator("#pictures").get_by_text(text).first.wait_for()
-    page.locator("#picture button[aria-label*=emove], #picture button[aria-label=Clear]").click()
+    remove.click()
     page.locator("#picture input[type=file]").set_input_files(place / "damaged.png")
     assert "damaged.png" in message(page)
