@@ -223,6 +223,7 @@ def reconstruct_tab(library: Library, model: list) -> list:
         photos = [(Path(path).stem, path) for path in sample_photos()]
         photo = gr.Radio(photos, label="Or a photograph", elem_id="photos", visible=bool(photos))
         photo.input(lambda path: path, photo, picture, **EVENT)
+        gr.on([picture.clear, picture.upload], lambda: None, None, photo, **EVENT)
         widths = list(range(1, MAX_BITS + 1))
         bits = gr.CheckboxGroup(widths, label="Bits a scalar", elem_id="bits")
         size = gr.Number(256, label="Pixels a side, of the centre", precision=0)

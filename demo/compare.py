@@ -85,6 +85,7 @@ for ends in ("0 0.5", "0.18 0.6", "0.5 1"):
     SAMPLED += [("--cfg_schedule=constant", "--cfg_interval", *ends.split())]
 for flag in ("--order=raster", "--order=confidence", "--token_cache=2", "--token_cache=4"):
     SAMPLED += [(flag,)]
+EXPONENTIAL = "--mask_distribution=exp", "--mask_ratio_min=0.2"  # as published
 GUIDANCES, TEMPERATURE = (1.5, 2.0, 3.0, 4.0), 0.96
 REPORTED = 1000  # added to the seed of the images by which the temperature is chosen
 TRAINING, DRAWING = {"channel": 230}, {"diffusion": 900}  # seconds planned, of others 120 and 150
@@ -189,7 +190,7 @@ def all_runs(seed: int, scale: "Scale") -> Iterator[Run]:
     for width, depth in ((32, 2), (128, 2), (64, 1), (64, 4)):
         size = f"--channel_embed_dim={width}", f"--channel_depth={depth}"
         yield channel("size", f"{width} x {depth}", flags=size)
-    yield channel("masks", "mask_distribution exp", flags=("--mask_distribution=exp",))
+    yield channel("masks", "mask_distribution exp", flags=EXPONENTIAL)
     norm, calibrated = ("--latent_norm=channel",), ("--quantizer=calibrated",)
     if scale.discrete != CALIBRATED:  # which have no range, and those emoji one norm
         for limit in (2, 3, 4):

@@ -72,7 +72,7 @@ class TokenBridge(nn.Module, Pretrained):
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Each block by itself; blocks of a kind share their graphs. The backbone's are of symbolic
-        sizes; of the head's in training there is one, of its chunk's size."""
+        sizes; the head's in training is of its chunk's, where the positions fill several."""
         self.head.padded = True
         for block in self.modules():
             if isinstance(block, Block | AdaLNBlock | AdaLNMLP):

@@ -17,7 +17,7 @@ from models.generate import edit, generate
 from models.sampler import SamplingOptions
 from models.tokenbridge import tokenbridge_tiny
 from models.tokenizers.kl16 import AutoencoderKL
-from tests.conftest import tiny_model
+from tests.conftest import ROOT, tiny_model
 from tests.runs import call, refused
 from util import export
 from util.data.images import center_crop
@@ -63,6 +63,13 @@ def load(shelf: Library, weights: str = "ema"):
 @pytest.fixture(scope="module")
 def loaded(place):
     return load(library(place / "run"))
+
+
+def test_where_nothing_was_trained_the_gallery_s_generator_is_there(tmp_path, monkeypatch):
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    monkeypatch.chdir(tmp_path)
+    loaded = load(library())
+    assert "demo/emoji_vae.ckpt" in loaded.facts and "face" in loaded.classes
 
 
 def test_checkpoints_of_the_usual_folders_are_found(place, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ order; an order of prediction is the head's own business. All that is random is 
         values    [M, T]   as the targets
         log_probs [M, T']  in nats, with which they were drawn; zeros where they are not known
 
-`loss` and `losses` work in chunks of `head.chunk` rows (`ChunkedMean`) unless that is 0.
+`loss` (by `ChunkedMean`) and `losses` work in chunks of `head.chunk` rows unless that is 0.
 channel is the paper's; parallel and masked (masked.py), mixture (mixture.py), diffusion
 (diffusion.py) and codebook (codebook.py) are what it is compared with.
 """
@@ -40,7 +40,7 @@ class Head(nn.Module):
     takes. guides: whether guidance acts inside `sample`, not on z.
 
     chunk: positions worked on at once; None is chosen by the device, 0 is all of them in one graph.
-    padded: fill up the last chunk of a loss: compiled for one size, blocks are faster.
+    padded: fill up the last chunk of a loss if that is little: compiled blocks then know one size.
     grad_checkpointing: recompute blocks in backward.
     """
 
@@ -151,9 +151,9 @@ class ChunkedMean(torch.autograd.Function):
         with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
             for rows, *targets in split(chunk, z.detach(), *others):
                 rows, inputs = rows.requires_grad_(), (rows, *targets)
-                if head.padded and len(z) > chunk:  # zeros behind
-                    more = 0, chunk - len(rows)
-                    inputs = tuple(F.pad(x, (0, 0) * (x.ndim - 1) + more) for x in inputs)
+                more = chunk - len(rows)
+                if head.padded and 0 < 8 * more <= len(z):  # zeros behind
+                    inputs = tuple(F.pad(x, (0, 0) * (x.ndim - 1) + (0, more)) for x in inputs)
                 losses = functional_call(head, replaced, inputs)[: len(rows)]
                 loss = losses.sum() / (len(z) * losses.shape[1])
                 (loss * grad_scale).backward()
