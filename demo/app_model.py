@@ -40,6 +40,7 @@ from util.vae import load_vae, vae_digest
 FOLDERS = ["output/demo/model", "output/demo/exported", "output/gallery/model"]
 FOLDERS += ["output/gallery/exported", "output_dir", "exported"]
 FOLDERS += [f"pretrained_models/{Path(PLACES[model]).parent}" for model in ("large", "huge")]
+FOLDERS += ["demo/gallery"]  # which comes with the code
 MOST_PIXELS = 1024  # a side of a picture: a VAE's memory grows with the area
 
 

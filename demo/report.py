@@ -21,9 +21,10 @@ from util.report.sections import sections
 REAL, SHOWN = 4, 8  # images of a class
 FONT = ImageFont.load_default(14)
 LEAD = (
-    "Trained just now on this machine's processor: a masked transformer with an autoregressive "
+    "{} on this machine's processor: a masked transformer with an autoregressive "
     "head over the channels of a frozen KL autoencoder, which are quantized one by one."
 )
+TRAINED = {"digits": "Trained just now", "emoji": "Came trained, and went on just now"}
 COMPARED = (
     "Left, held-out images. Right, the first generated ones of each class, not selected; beneath "
     "each the training image whose pixels are nearest, so that a copy shows. The share is that of "
@@ -80,7 +81,7 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--root", type=Path, default=Path("output/demo"), help="of all stages")
-    add("--subject", default="digits", help="what is drawn, for the title")
+    add("--subject", choices=TRAINED, default="digits", help="what is drawn")
     args = parser.parse()
     root = args.root
     scores = json.loads((root / "scores.json").read_text())
@@ -97,7 +98,8 @@ def main() -> None:
         *sections(load(root)),
         Section("Time", head=["stage", "seconds"], rows=[*timings, ("all", f"{total:.0f}")]),
     ]
-    write(root / "report.html", render(f"TokenBridge draws {args.subject}", parts, LEAD))
+    lead = LEAD.format(TRAINED[args.subject])
+    write(root / "report.html", render(f"TokenBridge draws {args.subject}", parts, lead))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 #
 #   bash demo/run.sh [--gallery] [--quick] [--seed N]
 #
-# --gallery: colour emoji of 64 px in place of digits, and three quarters of an hour.
+# --gallery: colour emoji of 64 px in place of digits. Their generator comes trained (demo/gallery)
+# and goes on for six epochs.
 # --quick: a few steps of every stage, to see whether all of them work; the images are poor.
 # --seed N: of the training and of the images; 0 unless given.
 # Output goes to output/demo or output/gallery, with -quick or -seedN behind it. What was
@@ -34,10 +35,10 @@ if [ $subject = digits ]; then
   train=(--quant_bits 4) bits=(-1 8 6 4 3 2)
   sample=(--num_images 360 --eval_bsz 90 --num_iter 16 --cfg 2.0 --temperature 0.4)
 else
-  stages=(6 38 2000 6 40 60 60 60 20 6) few=(5 12 18 5 9 15 12 9 9 5)
-  levels=(--quantizer calibrated) train=(--quant_bits 4 "${levels[@]}") bits=(-1 8 6 5 4 3)
-  levels+=(--latent_norm channel) # of the training, configs/emoji.yaml says it
-  sample=(--num_images 330 --eval_bsz 33 --num_iter 32 --cfg 2.0 --temperature 0.8)
+  stages=(6 38 360 6 40 60 60 80 20 6) few=(5 12 18 5 9 15 12 9 9 5)
+  train=(--finetune demo/gallery --lr 1e-4) bits=(-1 8 6 5 4 3)
+  levels=(--quantizer calibrated --latent_norm channel) # as the generator has them
+  sample=(--num_images 330 --eval_bsz 33 --num_iter 32 --cfg 6.0 --temperature 0.6)
 fi
 if [ $quick ]; then
   stages=("${few[@]}") judge=(--epochs 3) bits=(-1 4)
