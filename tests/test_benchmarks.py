@@ -37,6 +37,7 @@ def test_every_row_is_measured_once_and_what_fails_is_named(tmp_path, monkeypatc
     monkeypatch.setattr(works, "AutoencoderKL", partial(AutoencoderKL, ch=32, num_res_blocks=1))
     monkeypatch.setattr(run, "MATRIX", {"cpu": 64})
     monkeypatch.setattr(run, "SHORTEST", 0.0)
+    monkeypatch.setattr(run, "PROFILED", 1)
     path = tmp_path / "cpu.json"
     flags = ["--device", "cpu", "--models", "tokenbridge_tiny", "--img_size", "32", "--json"]
     flags += [str(path), "--num_iter", "2", "4", "--repeats", "1"]
