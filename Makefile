@@ -15,7 +15,7 @@ help:
 	@echo 'TokenBridge'
 	@echo '  make demo   train on real handwritten digits and draw new ones; ends with a report'
 	@echo '              (about 5 minutes on 2 CPU cores); ARGS=--quick: few steps, poor digits'
-	@echo '  make gallery  the same with emoji of 64 px (about 15 minutes); goes on where it was'
+	@echo '  make gallery  the same with emoji of 64 px (about 15 minutes); goes on if interrupted'
 	@echo '  make app    a page to draw with the demo model or any other, in the browser'
 	@echo '  make compare  every head on the same digits (about 40 minutes on 2 cores); goes on where'
 	@echo '              it was; ARGS=--quick: few steps; ARGS=--long: three seeds, many tables;'

@@ -30,6 +30,12 @@ from util.optim import EMA, build_optimizer
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """The slowest files first: one of their tests would else run alone at the end."""
+    slow = ("test_benchmarks", "test_compare", "test_compile", "test_faults")
+    items.sort(key=lambda item: item.path.stem not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_network(tmp_path_factory) -> Iterator[None]:
     """No Inception weights, neither this machine's own nor those of the network."""

@@ -65,23 +65,17 @@ def loaded(place):
     return load(library(place / "run"))
 
 
-def test_where_nothing_was_trained_the_gallery_s_generator_is_there(tmp_path, monkeypatch):
+def test_checkpoints_of_the_usual_folders_are_found(place, tmp_path, monkeypatch):
+    """And where nothing was trained, the gallery's generator, which comes with the code."""
     (tmp_path / "demo").symlink_to(ROOT / "demo")
     monkeypatch.chdir(tmp_path)
-    loaded = load(library())
-    assert "demo/emoji_vae.ckpt" in loaded.facts and "face" in loaded.classes
-
-
-def test_checkpoints_of_the_usual_folders_are_found(place, tmp_path, monkeypatch):
+    assert "demo/emoji_vae.ckpt" in load(library()).facts
     shutil.copytree(place / "run", tmp_path / "output" / "demo" / "model")
     shutil.copytree(place / "exported", tmp_path / "output" / "demo" / "exported")
     (tmp_path / "output_dir").mkdir()
-    monkeypatch.chdir(tmp_path)
     found = library().choices()
-    assert found == [
-        "output/demo/model/checkpoint-last.pth",
-        "output/demo/exported",
-    ]
+    ours = ["output/demo/model/checkpoint-last.pth", "output/demo/exported"]
+    assert found == [*ours, "demo/gallery"]
     with pytest.raises(UserError, match="not in the list"):
         library(place / "run").load(found[0], "ema")
 
