@@ -130,9 +130,8 @@ def test_a_picture_is_painted_over_and_drawn_anew_there(page, place):
     page.wait_for_timeout(1000)  # until the page has sent it
     page.locator("#edit").click()
     page.locator("#edited-status").get_by_text("Done:").wait_for()
-    assert (
-        "edit(model, vae, image, mask, [0, 1, 2, 0], " in page.locator("#edited-call").inner_text()
-    )
+    call = page.locator("#edited-call").inner_text()
+    assert "edit(model, vae, image, mask, [0, 1, 2, 0], " in call
 
 
 def test_a_picture_is_taken_apart_and_what_is_none_is_told(page, place):

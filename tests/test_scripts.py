@@ -120,14 +120,15 @@ shift
 for rank in 0 1; do
   SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_STEP_NUM_TASKS=2 \\
     SLURM_STEP_NODELIST=127.0.0.1 "$@" >>"{folder}/task$rank" 2>&1 &
+  tasks="$tasks $!"
 done
 if [ "$SLURM_RESTART_COUNT" = 0 ]; then
-  until grep -q 'step 1/' "{folder}/task0" || ! kill -0 %1; do sleep 0.05; done
-  kill -USR1 %1 %2
+  until grep -q 'step 1/' "{folder}/task0" || ! kill -0 $!; do sleep 0.05; done
+  kill -USR1 $tasks
 fi
 worst=0
-for job in %1 %2; do
-  wait "$job"
+for task in $tasks; do # by its process: bash forgets a job that has ended
+  wait "$task"
   code=$?
   [ "$code" -gt "$worst" ] && worst=$code
 done
