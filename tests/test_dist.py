@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -320,6 +321,24 @@ def test_main_process_lets_the_others_read_who_is_lost_before_its_store_ends(mon
     for dog in dogs[:2]:
         dog.join(10)
     assert sorted(ended) == [(r, "process 2 (c) was stopped by SIGKILL") for r in (0, 1)]
+
+
+def test_a_process_ends_after_its_watchdog_has_left_the_store(monkeypatch):
+    """Else Python may end while the thread is in the store's C++: "terminate called"."""
+    monkeypatch.setattr(dist, "INTERVAL", 0.01)
+    dog, entered, left = new_dogs()[0], threading.Event(), threading.Event()
+
+    def multi_get(keys: list[str]) -> list[bytes]:
+        entered.set()
+        time.sleep(0.3)
+        left.set()
+        return Board.multi_get(board, keys)
+
+    board, dog.store.multi_get = dog.store, multi_get
+    dog.start()
+    assert entered.wait(10)
+    dog.announce_end(FINISHED)
+    assert left.is_set() and not dog.is_alive()
 
 
 if __name__ == "__main__":

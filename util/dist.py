@@ -227,6 +227,8 @@ class Watchdog(threading.Thread):
         if self._stopping.is_set():
             return
         self._stopping.set()
+        if self.is_alive():  # a thread that comes out of the store while Python ends aborts it
+            self.join(PROBABLY_DEAD)
         self.own.ending = why
         self._exchange([])
         if why != FINISHED and self.rank == 0:
