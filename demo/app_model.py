@@ -56,22 +56,17 @@ class Loaded(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Library:
-    """Checkpoints to choose from: those in `paths`, or where the README's commands leave them.
-
-    vae_path: of the command line, if it was given there.
-    """
+    """Checkpoints to choose from: those of --resume, or where the README's commands leave them."""
 
     flags: argparse.Namespace
     device: torch.device
-    paths: Sequence[str] = ()
-    vae_path: str | None = None
 
     def choices(self) -> list[str]:
-        found: list[str] = []
-        for path in map(Path, self.paths or FOLDERS):
-            named = bool(self.paths) or (path / WEIGHTS).is_file()
-            found += [str(file) for file in saved_in(path) or [path] * named]
-        return list(dict.fromkeys(found))
+        named, found = self.flags.resume, {}
+        for path in map(Path, named or FOLDERS):
+            whole = [path] if named or (path / WEIGHTS).is_file() else []
+            found |= dict.fromkeys(map(str, saved_in(path) or whole))
+        return list(found)
 
     def load(self, name: str, weights: str) -> Loaded:
         """A choice with its "ema" or "model" weights. Raises UserError if it is none."""
@@ -82,13 +77,13 @@ class Library:
     def vae_of(self, checkpoint: Checkpoint) -> tuple[str, bool]:
         """The VAE that it was trained with, by its checksum; False for another that was named."""
         digest, folder = checkpoint.saved.get("vae_sha256"), checkpoint.path.parent
-        paths = [checkpoint.argument("vae_path")]
-        paths += [*sorted(folder.glob("*vae.ckpt")), *sorted(folder.parent.glob("*vae.ckpt"))]
-        paths += [f"pretrained_models/{PLACES['vae']}"]
-        paths = [str(path) for path in ([self.vae_path] if self.vae_path else paths) if path]
+        given, trained = self.flags.vae_path, checkpoint.argument("vae_path")
+        beside = [*sorted(folder.glob("*vae.ckpt")), *sorted(folder.parent.glob("*vae.ckpt"))]
+        paths = [given] if given else [trained, *beside, f"pretrained_models/{PLACES['vae']}"]
+        paths = [str(path) for path in paths if path]
         for path in filter(os.path.exists, paths):
             same = not digest or vae_digest(path) == digest
-            if same or self.vae_path:
+            if same or given:
                 return path, same
         where = f"none of {', '.join(paths)}; start the page with --vae_path"
         raise UserError(f"the VAE of {checkpoint.path} (SHA-256 {str(digest)[:12]}) is {where}")

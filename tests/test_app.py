@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 import reconstruction
-from demo import app
+from demo import app, app_page
 from demo.app_model import Library, class_names, draw, editing, reconstruct
 from models.generate import edit, generate
 from models.sampler import SamplingOptions
@@ -53,7 +54,8 @@ def place(tmp_path_factory) -> Path:
 
 def library(*paths: Path, vae_path: Path | None = None) -> Library:
     flags = app.make_parser().parse([])
-    return Library(flags, torch.device("cpu"), [*map(str, paths)], vae_path and str(vae_path))
+    flags.resume, flags.vae_path = [*map(str, paths)], vae_path and str(vae_path)
+    return Library(flags, torch.device("cpu"))
 
 
 def load(shelf: Library, weights: str = "ema"):
@@ -200,7 +202,9 @@ def test_wrong_calls_are_told_before_the_page_opens_and_wrong_settings_in_it(
         (["bee"], -1, "cfg -1"),
     ):
         settings = (6, cfg, "linear", 1.0, "random", 0, 0)
-        with pytest.raises(app.gr.Error, match=fragment):
-            next(app.generate(shelf, shelf.choices()[0], "ema", None, classes, 1, 0, *settings))
-    monkeypatch.setattr(app, "gr", None)
+        with pytest.raises(app_page.gr.Error, match=fragment):
+            asked = [None, classes, 1, 0, *settings]
+            next(app_page.generate(shelf, shelf.choices()[0], "ema", *asked))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "demo.app_page")
     assert "pip install -c requirements.lock -e '.[app]'" in refused(capsys, app.main)
