@@ -9,6 +9,7 @@ Letters: N images, S side in pixels, F features, 64 or 1,280.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ from torch_fidelity.registry import register_feature_extractor
 from util import dist
 from util.args import Parser, positive_int
 from util.data.images import read_image
+from util.data.listing import list_images
 from util.evaluation.extractor import Extractor
-from util.evaluation.metrics import Statistics, frechet, statistics
+from util.evaluation.metrics import Measure, score
 from util.evaluation.networks import EfficientNet
-from util.evaluation.reference import load_fid_statistics
+from util.evaluation.reference import compare_with_statistics
 from util.files import load_tensors
 
 BATCH = 64
@@ -47,9 +49,6 @@ class Digits(nn.Module):
         """uint8 [N, 3, S, S] -> what `features` reads, [N, 1, S, S] in [0, 1]."""
         return grey(images)
 
-    def augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        return jitter(images, generator)
-
     def features(self, images: Tensor) -> Tensor:
         """[N, 1, S, S] -> [N, F], not negative."""
         return F.relu(self.hidden(self.convolutions(images).flatten(1)))
@@ -61,18 +60,13 @@ class Emoji(nn.Module):
     def __init__(self, side: int, classes: int):
         super().__init__()
         self.network = EfficientNet("efficientnet", ["features"], None).requires_grad_(False)
+        self.features = nn.Identity()
         self.output = nn.Linear(1280, classes)
 
     @torch.no_grad()
     def prepared(self, images: Tensor) -> Tensor:
         """uint8 [N, 3, S, S] -> the features themselves, [N, F]."""
         return torch.cat([self.network(part)[0] for part in images.split(BATCH)])
-
-    def augmented(self, features: Tensor, generator: torch.Generator) -> Tensor:
-        return features
-
-    def features(self, features: Tensor) -> Tensor:
-        return features
 
 
 NETWORKS = {"digits": Digits, "emoji": Emoji}
@@ -108,7 +102,7 @@ class Judge(FeatureExtractorBase):
 register_feature_extractor("judge", Judge)
 
 
-def load_images(paths: list[Path]) -> Tensor:
+def load_images(paths: Sequence[str | Path]) -> Tensor:
     """Image files of one size -> uint8 [N, 3, S, S]."""
     pixels = np.stack([np.asarray(read_image(path)) for path in paths])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
@@ -143,8 +137,10 @@ def train_classifier(network: str, images: Tensor, labels: Tensor, epochs: int) 
     for _ in range(epochs):
         order = torch.randperm(len(images), generator=generator)
         for chosen in order[: len(images) // BATCH * BATCH].split(BATCH):
-            features = model.features(model.augmented(prepared[chosen], generator))
-            logits = model.output(F.dropout(features, 0.3))
+            batch = prepared[chosen]
+            if network == "digits":
+                batch = jitter(batch, generator)
+            logits = model.output(F.dropout(model.features(batch), 0.3))
             loss = F.cross_entropy(logits, labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -154,10 +150,9 @@ def train_classifier(network: str, images: Tensor, labels: Tensor, epochs: int) 
 
 
 def labelled_images(folder: Path) -> tuple[Tensor, Tensor]:
-    """Images and labels of folder/CLASS/, classes numbered in the sorted order of train/."""
-    classes = sorted(path.name for path in (folder.parent / "train").iterdir())
-    paths = sorted(folder.glob("*/*.png"))
-    return load_images(paths), torch.tensor([classes.index(path.parent.name) for path in paths])
+    """Images and labels of folder/CLASS/."""
+    paths, labels = zip(*list_images(folder.parent, folder.name).samples, strict=True)
+    return load_images(paths), torch.tensor(labels)
 
 
 def generated_images(folder: Path) -> tuple[Tensor, Tensor]:
@@ -168,18 +163,31 @@ def generated_images(folder: Path) -> tuple[Tensor, Tensor]:
     return load_images(paths), labels.repeat_interleave(counts)
 
 
-def judge(
-    extractor: Extractor, stats: Statistics, train: Tensor, images: Tensor, labels: Tensor
-) -> dict:
-    """Figures of images. stats: of the training images' features; train: their pixels."""
-    found = extractor(images)
-    predictions = found["logits"].argmax(dim=1)
+def load_measure(root: Path, size: int) -> Measure:
+    """The judge of a folder of stages, and the statistics of the training images' features."""
+    extractor = Extractor("judge", root / "classifier.pth", torch.device("cpu"))
+    return compare_with_statistics(Measure(extractor), str(root / "statistics.npz"), size)
+
+
+def figures(measure: Measure, images: Tensor, labels: Tensor) -> tuple[dict, Tensor]:
+    """Fréchet distance to the training images with its error, accuracy; the predictions, [N]."""
+    features, sums = measure.extractor(images), measure.sums()
+    sums.update(features)
+    found, predictions = score(sums, measure).figures, features["logits"].argmax(dim=1)
+    error = found.get("frechet_distance_standard_error")
+    known = {"frechet": found["frechet_distance"], "frechet_error": error}
+    return known | {"accuracy": (predictions == labels).double().mean().item()}, predictions
+
+
+def judge(measure: Measure, train: Tensor, images: Tensor, labels: Tensor) -> dict:
+    """What the report shows of images. train: pixels of the training images."""
+    found, predictions = figures(measure, images, labels)
     pixels = images[0].numel()
     apart = torch.cdist(images.flatten(1) / 255, train.flatten(1) / 255).div(pixels**0.5).min(1)
     return {
         "images": len(images),
-        "accuracy": (predictions == labels).double().mean().item(),
-        "frechet_to_train": frechet(statistics(found["features"]), stats),
+        "accuracy": found["accuracy"],
+        "frechet_to_train": found["frechet"],
         # Root mean square of the pixels' differences, the mean over images; and to which.
         "nearest_training_image": apart.values.mean().item(),
         "nearest": apart.indices.tolist(),
@@ -205,16 +213,13 @@ def main() -> None:
         torch.save(saved | {"model": model.state_dict()}, weights)
         print(f"{weights}: trained on {len(images)} images")
         return
-    extractor = Extractor("judge", weights, torch.device("cpu"))
-    stats = load_fid_statistics(
-        args.root / "statistics.npz", extractor.width("fid", images.shape[-1])
-    )
+    measure = load_measure(args.root, images.shape[-1])
     (generated,) = (path.parent for path in args.root.glob("generated/*/metrics.json"))
     sets = {"held_out": labelled_images(args.root / "data" / "val")}
     sets["generated"] = generated_images(generated)
-    figures = {name: judge(extractor, stats, images, *own) for name, own in sets.items()}
-    (args.root / "scores.json").write_text(json.dumps(figures) + "\n")
-    for name, own in figures.items():
+    scores = {name: judge(measure, images, *own) for name, own in sets.items()}
+    (args.root / "scores.json").write_text(json.dumps(scores) + "\n")
+    for name, own in scores.items():
         distance = f"Frechet distance to training {own['frechet_to_train']:.2f} (not FID)"
         print(f"{name:>9}: {own['images']} images, accuracy {own['accuracy']:.4f}, {distance}")
 

@@ -11,27 +11,24 @@ charts.
 import ctypes
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from datetime import timedelta
-from fractions import Fraction
 from functools import cached_property, partial
-from itertools import product
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from demo import classifier
 from demo.compare_page import GROUPS, draw_sheet, render, tables
+from demo.compare_runs import DATA, QUICK, Run, Scale, all_runs
 from models import flops
 from models.config import HEAD_QUANTIZERS, HEADS, QUANTIZERS, TokenBridgeConfig
 from models.quantizer import entropy
@@ -43,11 +40,9 @@ from util.args import Parser
 from util.checkpoint import find_checkpoint
 from util.data.latent_cache import open_cache
 from util.errors import UserError
-from util.evaluation.extractor import Extractor
 from util.evaluation.folder import read_json, write_json
-from util.evaluation.metrics import Accumulator, Measure, score
+from util.evaluation.metrics import Measure
 from util.evaluation.reconstruction import quantized
-from util.evaluation.reference import load_fid_statistics
 from util.files import only_job_in
 from util.logging import environment, git_revision
 from util.setup import build_model
@@ -71,139 +66,13 @@ COMMANDS = {
     "--num_images {images} --eval_bsz 90 --keep_images --device cpu "
     f"{JUDGE} --fid_stats {{root}}/statistics.npz --output_dir {{folder}}",
 }
-# About as many parameters as the channel head of tokenbridge_tiny has, where flags decide it; four
-# timesteps a token, as MAR trains.
-TRAINED = {"diffusion": ("--diffloss_d=3", "--diffloss_w=96", "--diffusion_batch_mul=4")}
 # Nothing is clipped: after so little training, the published 100 steps of sampling diverge.
 DRAWN = {"diffusion": ("--num_sampling_steps=500",)}
 WARMUP = 2 / 24  # of the epochs, as in configs/digits.yaml
-# Ways to draw from the channel head, and the guidances of which each takes its best, at the
-# published temperature: near the best one for these digits, 0.4, little guidance is needed.
-SAMPLED = [(), ("--cfg_schedule=constant",), ("--cfg_schedule=cosine",)]
-SAMPLED += [("--cfg_schedule=cosine", "--cfg_power=2"), ("--mask_schedule=exp",)]
-for ends in ("0 0.5", "0.18 0.6", "0.5 1"):
-    SAMPLED += [("--cfg_schedule=constant", "--cfg_interval", *ends.split())]
-for flag in ("--order=raster", "--order=confidence", "--token_cache=2", "--token_cache=4"):
-    SAMPLED += [(flag,)]
-EXPONENTIAL = "--mask_distribution=exp", "--mask_ratio_min=0.2"  # as published
 GUIDANCES, TEMPERATURE = (1.5, 2.0, 3.0, 4.0), 0.96
 REPORTED = 1000  # added to the seed of the images by which the temperature is chosen
-TRAINING, DRAWING = {"channel": 230}, {"diffusion": 900}  # seconds planned, of others 120 and 150
 CPU = torch.device("cpu")
 PARENT_DIES = 1  # PR_SET_PDEATHSIG of Linux
-
-
-class Scale(NamedTuple):
-    """On which images, and how much is done. lr: as configured. discrete: flags of heads that have
-    levels. judge: its epochs. slower: how many times as long as with the digits a stage takes.
-    more: flags of all trainings.
-    """
-
-    subject: str = "digits"
-    size: int = 32
-    channels: int = 8
-    lr: float = 3e-3
-    discrete: tuple[str, ...] = ("--quant_bits=4",)
-    slower: float = 1
-    quick: bool = False
-    val_images: int = 360
-    epochs: int = 48
-    batch: int = 32
-    images: int = 360
-    judge: int = 30
-    iterations: tuple[int, ...] = (4, 8, 16)
-    temperatures: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
-    guidances: tuple[float, ...] = (1.0, 2.0)
-    more: tuple[str, ...] = ()
-
-
-CALIBRATED = "--quant_bits=4", "--quantizer=calibrated"
-DATA = {"digits": Scale()}
-DATA["gallery"] = Scale(
-    *("emoji", 64, 16, 2e-3, CALIBRATED),
-    slower=10,
-    val_images=310,
-    epochs=24,
-    batch=8,
-    images=330,
-)
-FEW = "--log_freq=4", "--save_last_freq=1", "--ema_rate=0.9"
-QUICK = dict(quick=True, val_images=32, epochs=2, batch=128, images=80, judge=3, iterations=(2, 4))
-QUICK |= dict(temperatures=(0.7, 1.0), guidances=(2.0,), more=FEW)
-
-
-class Run(NamedTuple):
-    """A training and the images that are drawn of it. label: its row in the group's table.
-
-    like: a run of equal steps; this one has as many epochs as fit into the time of `first`.
-    """
-
-    group: str
-    label: str
-    head: str
-    seed: int
-    flags: tuple[str, ...] = ()
-    like: str = ""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Of shares the held-out loss is what is asked; ways to draw need no training."""
-        if self.group == "sampling":
-            return ("draw",)
-        return ("train",) if self.group.startswith("share") else ("train", "draw")
-
-    @property
-    def trained(self) -> str:
-        """The training that is drawn from."""
-        return f"heads-channel-{self.seed}" if self.group == "sampling" else self.name
-
-    @property
-    def name(self) -> str:
-        words = re.findall(r"[\w.]+", self.label)
-        return "-".join([self.group, *words, str(self.seed)])
-
-    @property
-    def first(self) -> str:
-        """The training that the others of its group are measured by."""
-        of_shares = self.group.startswith("share")
-        return f"{'share-1-rate-x1' if of_shares else 'heads-channel'}-{self.seed}"
-
-    @property
-    def tokenizer(self) -> str:
-        return "vq" if self.head == "codebook" else "vae"
-
-    def at_equal_time(self, group: str) -> "Run":
-        return self._replace(group=group, like=self.name)
-
-
-def all_runs(seed: int, scale: "Scale") -> Iterator[Run]:
-    """Those of a seed, each after what its number of epochs depends on."""
-    equal = [Run("heads", head, head, seed, TRAINED.get(head, ())) for head in HEADS]
-    yield from equal
-    yield from (run.at_equal_time("time") for run in equal if run.head != "channel")
-    channel = partial(Run, head="channel", seed=seed)
-    for bits in (3, 4, 5, 6, 7, 8):
-        if f"--quant_bits={bits}" not in scale.discrete:
-            yield channel("bits", f"{bits} bits", flags=(f"--quant_bits={bits}",))
-    natural = f"--channel_order={','.join(map(str, range(scale.channels)))}"
-    yield channel("order", "natural order", flags=(natural,))
-    for width, depth in ((32, 2), (128, 2), (64, 1), (64, 4)):
-        size = f"--channel_embed_dim={width}", f"--channel_depth={depth}"
-        yield channel("size", f"{width} x {depth}", flags=size)
-    yield channel("masks", "mask_distribution exp", flags=EXPONENTIAL)
-    norm, calibrated = ("--latent_norm=channel",), ("--quantizer=calibrated",)
-    if scale.discrete != CALIBRATED:  # which have no range, and those emoji one norm
-        for limit in (2, 3, 4):
-            limits = f"--quant_min={-limit}", f"--quant_max={limit}"
-            yield channel("range", f"range {limit}", flags=limits)
-        for flags in (norm, calibrated, norm + calibrated):
-            yield channel("latents", " ".join(flags).replace("=", " "), flags=flags)
-    for flags in SAMPLED:
-        yield channel("sampling", " ".join(flags).replace("=", " ") or "as published", flags=flags)
-    for share, times in product((1, 2, 4, 8), (1, 2)):
-        flags = f"--head_share={1 / share}", f"--lr={scale.lr * times}"
-        run = channel("share", f"{Fraction(1, share)}, rate x{times}", flags=flags)
-        yield from (run, run.at_equal_time("share-time")) if share > 1 else (run,)
 
 
 class Comparison:
@@ -212,39 +81,40 @@ class Comparison:
     def __init__(self, root: Path, scale: Scale, runs: Sequence[Run]):
         self.root, self.scale, self.log = root, scale, root / "logs"
         self.results = "results-quick" if scale.quick else "results"
-        # Of every stage its name, the seconds that are planned, and what makes its result.
-        self.stages = {name: (10, partial(self.call, name)) for name in ("data", "judge")}
+        # Of every stage its name and what makes its result.
+        self.stages = {name: partial(self.call, name) for name in ("data", "judge")}
         for run in runs:
             cache = partial(self.call, "cache", tokenizer=run.tokenizer)
-            self.stages[f"cache-{run.tokenizer}"] = 10, cache
-        self.stages["statistics"] = 10, partial(self.call, "statistics")
-        self.stages["floor"] = 5, self.floor
+            self.stages[f"cache-{run.tokenizer}"] = cache
+        self.stages |= {"statistics": partial(self.call, "statistics"), "floor": self.floor}
         for run in runs:
-            seconds = {"train": TRAINING.get("channel" if run.like else run.head, 120)}
-            seconds["draw"] = DRAWING.get(run.head, 150)
             for part in run.parts:
-                self.stages[f"{run.name}-{part}"] = seconds[part], partial(getattr(self, part), run)
-        for name, (seconds, work) in self.stages.items():
-            self.stages[name] = 8 if scale.quick else seconds * scale.slower, work
+                self.stages[f"{run.name}-{part}"] = partial(getattr(self, part), run)
 
     def result(self, stage: str) -> dict | None:
         path = self.root / self.results / f"{stage}.json"
         return read_json(path) if path.exists() else None
 
+    def planned(self, stage: str) -> int:
+        """Seconds, on two cores with the digits."""
+        if self.scale.quick or not stage.endswith(("train", "draw")):
+            return 10
+        return 900 if "diffusion" in stage and stage.endswith("draw") else 150
+
     def run(self) -> None:
         """All stages that are not finished; what is left takes as much longer as what was done."""
-        waiting = {k: stage for k, stage in self.stages.items() if self.result(k) is None}
+        waiting = {k: self.planned(k) for k in self.stages if self.result(k) is None}
         for folder in (self.results, "logs"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
-        began, done, every = time.monotonic(), 0.0, sum(planned for planned, _ in waiting.values())
-        for number, (name, (planned, work)) in enumerate(waiting.items(), 1):
+        began, done = time.monotonic(), 0
+        for number, (name, planned) in enumerate(waiting.items(), 1):
             taken = time.monotonic() - began
-            left = (every - done) * (20 + taken) / (20 + done)
+            left = (sum(waiting.values()) - done) * (20 + taken) / (20 + done)
             clock = [timedelta(seconds=round(x)) for x in (taken, left)]
             progress = "{} so far, about {} left".format(*clock)
             print(f"{number}/{len(waiting)} {name}   {progress}", flush=True)
             self.log, done = self.root / "logs" / f"{name}.log", done + planned
-            found = (work() or {}) | {"commit": git_revision()}
+            found = (self.stages[name]() or {}) | {"commit": git_revision()}
             write_json(self.root / self.results / f"{name}.json", found)
 
     def call(self, command: str, more: Sequence = (), **values) -> None:
@@ -348,29 +218,16 @@ class Comparison:
         found = {name: record["settings"][name] for name in ("num_iter", "temperature", "cfg")}
         found["seconds_100"] = 100 * record["seconds"] / len(images)
         found["evaluations"] = evaluations(record["settings"], record["model"])
-        return found | self.figures(images, labels)
+        return found | classifier.figures(self.measure, images, labels)[0]
 
     def floor(self) -> dict:
         """What real images get that training does not know."""
-        return self.figures(*classifier.labelled_images(self.root / "data" / "val"))
-
-    def figures(self, images: torch.Tensor, labels: torch.Tensor) -> dict:
-        """Fréchet distance to the training images with its error, and the judge's accuracy."""
-        sums, features = Accumulator(self.judge.layers), self.judge(images)
-        sums.update(features)
-        found = score(sums, self.measure).figures
-        right = (features["logits"].argmax(dim=1) == labels).double().mean().item()
-        error = found.get("frechet_distance_standard_error")
-        return {"frechet": found["frechet_distance"], "frechet_error": error, "accuracy": right}
-
-    @cached_property
-    def judge(self) -> Extractor:
-        return Extractor("judge", self.root / "classifier.pth", CPU)
+        images, labels = classifier.labelled_images(self.root / "data" / "val")
+        return classifier.figures(self.measure, images, labels)[0]
 
     @cached_property
     def measure(self) -> Measure:
-        width = self.judge.width("fid", self.scale.size)
-        return Measure(self.judge, load_fid_statistics(self.root / "statistics.npz", width))
+        return classifier.load_measure(self.root, self.scale.size)
 
 
 def evaluations(settings: dict, model: dict) -> int:

@@ -136,7 +136,7 @@ def test_demo_s_distance_comes_from_the_evaluation_s_own_path(few, tmp_path, net
     sums = Accumulator(extractor.layers)
     sums.update(extractor(images))
     found = score(sums, measure).figures["frechet_distance"]
-    judged = classifier.judge(extractor, measure.stats, images, images, labels)
+    judged = classifier.judge(measure, images, images, labels)
     assert judged["frechet_to_train"] == pytest.approx(found)
     assert judged["nearest_training_image"] == pytest.approx(0, abs=1e-3)
     assert measure.stats["mu"].shape == (width,)
