@@ -24,16 +24,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from benchmarks import works
 from models.backbone import patchify
 from models.masking import Mask
 from models.sampler import SamplingOptions, sample_latents, sampling_steps
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
+from util import ROOT
 from util.device import accelerate, resolve_precision
 from util.files import load_tensors
 from util.optim import EMA, LRSchedule, build_optimizer, guarded_step, set_lr
 
-ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 CPU = torch.device("cpu")
 STEPS, LONGEST = 24, 300.0  # of the small trainings; seconds that one may take
@@ -160,26 +161,15 @@ def waits(device: torch.device) -> float:
 
     torch raises an error at the first time.
     """
-    model, data = golden_model(device), golden("tokenbridge", device)
-    steps = sampling_steps(model, data["labels"], SamplingOptions(num_iter=8, cfg=2.0))
-    optimizer = build_optimizer(model.published_parameters(), 1e-4, 0.02)
-    ema, skipped = EMA(model.published_parameters(), 0.9), torch.zeros((), device=device)
-
-    def step() -> None:
-        with resolve_precision("bf16", device).autocast(device):
-            loss = model(data["latents"], data["labels"])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-        guarded_step(optimizer, skipped)
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(skipped)
-
+    model, labels = golden_model(device), golden("tokenbridge", device)["labels"]
+    steps = sampling_steps(model, labels, SamplingOptions(num_iter=8, cfg=2.0))
+    step = works.training(works.Settings(model.config, len(labels), 8, device))
     next(steps)  # reads the labels
-    model.train()
-    step()  # allocates what libraries need
+    step.run("bf16")  # allocates what libraries need
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        step.run("bf16")
+        model.config.mask_ratios.draw()  # whose mean that step takes
         for _ in steps:
             pass
     except RuntimeError as reason:

@@ -39,22 +39,13 @@ from util.files import atomic_write, check_writable
 from util.logging import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# The first of each is what most rows are measured with.
+# On CUDA, and elsewhere; the first of each is what most rows are measured with.
 SIZES = {
-    "cuda": dict(
-        models=["tokenbridge_large", "tokenbridge_huge"],
-        batch_sizes=[64, 16, 32, 128],
-        sampling_batches=[64, 1, 256],
-        num_iter=[64, 16, 256],
-        precision=["bf16"],
-    ),
-    "cpu": dict(
-        models=["tokenbridge_base"],
-        batch_sizes=[2],
-        sampling_batches=[2],
-        num_iter=[8],
-        precision=["fp32"],
-    ),
+    "models": (["tokenbridge_large", "tokenbridge_huge"], ["tokenbridge_base"]),
+    "batch_sizes": ([64, 16, 32, 128], [2]),
+    "sampling_batches": ([64, 1, 256], [2]),
+    "num_iter": ([64, 16, 256], [8]),
+    "precision": (["bf16"], ["fp32"]),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MATRIX = {"cpu": 2048, "mps": 2048, "cuda": 8192}  # side; a GPU is not filled by less
@@ -135,17 +126,15 @@ def rows(args: argparse.Namespace, machine: Machine) -> Iterator[tuple[str, str,
         settings = replace(usual, **changes)
         return lambda: measure(WORKS[kind](settings), machine, args.precision, args.repeats)
 
-    ways = {
-        "plain": {},
-        "compile": dict(compile=True),
-        "grad_checkpointing": dict(grad_checkpointing=True),
-        "head_share 0.25": {},
-    }
-
     def steps(model: str, batch: int) -> Iterator[tuple[str, str, Callable]]:
+        ways = {
+            "plain": {},
+            "compile": dict(compile=True),
+            "grad_checkpointing": dict(grad_checkpointing=True),
+            "head_share 0.25": dict(config=replace(configs[model], head_share=0.25)),
+        }
         for way, how in ways.items():
-            config = replace(configs[model], head_share=0.25 if "head_share" in way else 1.0)
-            changes = dict(config=config, batch_size=batch) | how
+            changes = dict(config=configs[model], batch_size=batch) | how
             yield "training step", f"{model}, batch {batch}, {way}", work("train", **changes)
 
     yield from steps(first, usual.batch_size)
@@ -184,30 +173,24 @@ def checked(figure: Callable, bound: float, device: torch.device) -> list[dict]:
 
 
 def measure(work: Work, machine: Machine, precisions: Sequence[str], repeats: int) -> list[dict]:
-    """A row for each precision, run in turn, so that what else a shared machine does meets all."""
-    found = []
+    """A row for each precision, run in turn, so that what else a shared machine does meets all.
+
+    Product rates are the mean of one before and one after; memory is known on CUDA alone.
+    """
+    found, on_cuda = {}, machine.device.type == "cuda"
     for precision in work.precisions or precisions:
-        row = dict(title=work.title, precision=precision)
+        first = machine.seconds(partial(work.run, precision), 1)  # which takes longer
+        row = dict(title=work.title, precision=precision, times=math.ceil(SHORTEST / first) or 1)
         row |= dict(items=work.items, unit=work.unit, operations=work.operations)
-        found.append(row | dict(seconds=[], product_rates=[], memory=None, times=1))
-        time_once(work, found[-1], machine)  # what comes first takes longer
-        found[-1]["times"] = math.ceil(SHORTEST / found[-1]["seconds"].pop()) or 1
-        found[-1]["product_rates"].pop()
-    for _ in range(repeats):
-        for row in found:
-            time_once(work, row, machine)
-    return found
-
-
-def time_once(work: Work, row: dict, machine: Machine) -> None:
-    """Product rates are the mean of one before and one after; memory is known on CUDA alone."""
-    on_cuda = machine.device.type == "cuda"
-    before = machine.product_rate(row["precision"])
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    row["seconds"].append(machine.seconds(partial(work.run, row["precision"]), row["times"]))
-    row["memory"] = peak_memory(machine.device) - machine.held if on_cuda else None
-    row["product_rates"].append((before + machine.product_rate(row["precision"])) / 2)
+        found[precision] = row | dict(seconds=[], product_rates=[], memory=None)
+    for _, (precision, row) in product(range(repeats), found.items()):
+        before = machine.product_rate(precision)
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        row["seconds"].append(machine.seconds(partial(work.run, precision), row["times"]))
+        row["memory"] = peak_memory(machine.device) - machine.held if on_cuda else None
+        row["product_rates"].append((before + machine.product_rate(precision)) / 2)
+    return [*found.values()]
 
 
 def profiled(kind: str, settings: Settings, machine: Machine, precision: str) -> list[dict]:
@@ -283,7 +266,8 @@ def table(record: dict) -> str:
 def main() -> None:
     args, started = make_parser().parse(), time.monotonic()
     device = resolve_device(args.device)
-    for name, usual in SIZES.get(device.type, SIZES["cpu"]).items():
+    for name, (on_cuda, elsewhere) in SIZES.items():
+        usual = on_cuda if device.type == "cuda" else elsewhere
         setattr(args, name, getattr(args, name) or usual)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -303,7 +287,7 @@ def main() -> None:
         raise UserError(f"--json {path} does not end with .json")
     check_writable(path.parent, "--json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = begun(path, about | {name: getattr(args, name) for name in (*SIZES["cpu"], *ALSO)})
+    record = begun(path, about | {name: getattr(args, name) for name in (*SIZES, *ALSO)})
     done, left = {(row["group"], row["name"]) for row in record["rows"]}, 0
     for group, name, run in planned:
         if (group, name) in done:

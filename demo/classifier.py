@@ -32,26 +32,27 @@ from util.files import load_tensors
 BATCH = 64
 
 
+def grey(images: Tensor) -> Tensor:
+    """uint8 [N, 3, S, S] -> float32 [N, 1, S, S] in [0, 1], in Pillow's whole numbers."""
+    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32, device=images.device)
+    summed = (images.int() * weights[:, None, None]).sum(dim=1, keepdim=True, dtype=torch.int32)
+    return (summed + 2**15 >> 16).float() / 255
+
+
 class Digits(nn.Module):
     """Three strided convolutions, one hidden layer, whose outputs are the features."""
 
     def __init__(self, side: int, classes: int):
         super().__init__()
-        self.convolutions = nn.Sequential(
+        self.features = nn.Sequential(  # [N, 1, S, S] -> [N, F], not negative
             *(nn.Conv2d(1, 32, 5, stride=2, padding=2), nn.BatchNorm2d(32), nn.ReLU()),
             *(nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
             *(nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.Flatten(), nn.Linear(64 * (side // 8) ** 2, 64), nn.ReLU()),
         )
-        self.hidden = nn.Linear(64 * (side // 8) ** 2, 64)
         self.output = nn.Linear(64, classes)
 
-    def prepared(self, images: Tensor) -> Tensor:
-        """uint8 [N, 3, S, S] -> what `features` reads, [N, 1, S, S] in [0, 1]."""
-        return grey(images)
-
-    def features(self, images: Tensor) -> Tensor:
-        """[N, 1, S, S] -> [N, F], not negative."""
-        return F.relu(self.hidden(self.convolutions(images).flatten(1)))
+    prepared = staticmethod(grey)
 
 
 class Emoji(nn.Module):
@@ -106,13 +107,6 @@ def load_images(paths: Sequence[str | Path]) -> Tensor:
     """Image files of one size -> uint8 [N, 3, S, S]."""
     pixels = np.stack([np.asarray(read_image(path)) for path in paths])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-
-def grey(images: Tensor) -> Tensor:
-    """uint8 [N, 3, S, S] -> float32 [N, 1, S, S] in [0, 1], in Pillow's whole numbers."""
-    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32, device=images.device)
-    summed = (images.int() * weights[:, None, None]).sum(dim=1, keepdim=True, dtype=torch.int32)
-    return (summed + 2**15 >> 16).float() / 255
 
 
 def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
