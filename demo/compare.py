@@ -174,7 +174,8 @@ class Comparison:
     def draw(self, run: Run) -> dict:
         """Choose temperature and guidance by one seed, then measure the images of another one."""
         scale, folder = self.scale, self.root / f"{run.name}-images"
-        model, flags = self.root / run.trained, DRAWN.get(run.head, ())
+        trained = run.first if run.group == "sampling" else run.name
+        model, flags = self.root / trained, DRAWN.get(run.head, ())
         shutil.rmtree(folder, ignore_errors=True)  # a part of the images, a part of the time
 
         def points(name: str, checkpoint: Path, seed: int, **swept: Sequence) -> list[dict]:
@@ -189,8 +190,8 @@ class Comparison:
         middle, seed, curve = scale.iterations[1:2], run.seed + REPORTED, []
         grid = {"temperature": scale.temperatures, "cfg": scale.guidances}
         if run.group == "sampling":
-            if self.result(f"{run.trained}-train") is None:
-                raise UserError(f"{run.name} comes after {run.trained}: --only heads")
+            if self.result(f"{trained}-train") is None:
+                raise UserError(f"{run.name} comes after {trained}: --only heads")
             grid, flags = {"temperature": [TEMPERATURE], "cfg": GUIDANCES}, run.flags
         tried = points("tried", model, run.seed, num_iter=middle, **grid)
         config = read_json(next((folder / "tried").glob("*/metrics.json")))["model"]

@@ -72,27 +72,19 @@ class Run(NamedTuple):
         return ("train",) if self.group.startswith("share") else ("train", "draw")
 
     @property
-    def trained(self) -> str:
-        """The training that is drawn from."""
-        return f"heads-channel-{self.seed}" if self.group == "sampling" else self.name
-
-    @property
     def name(self) -> str:
         words = re.findall(r"[\w.]+", self.label)
         return "-".join([self.group, *words, str(self.seed)])
 
     @property
     def first(self) -> str:
-        """The training that the others of its group are measured by."""
+        """The training that the others of its group are measured by, or are drawn from."""
         of_shares = self.group.startswith("share")
         return f"{'share-1-rate-x1' if of_shares else 'heads-channel'}-{self.seed}"
 
     @property
     def tokenizer(self) -> str:
         return "vq" if self.head == "codebook" else "vae"
-
-    def at_equal_time(self, group: str) -> "Run":
-        return self._replace(group=group, like=self.name)
 
 
 def all_runs(seed: int, scale: Scale) -> Iterator[Run]:
@@ -103,7 +95,7 @@ def all_runs(seed: int, scale: Scale) -> Iterator[Run]:
 
     equal = [run("heads", head, TRAINED.get(head, ""), head) for head in HEADS]
     yield from equal
-    yield from (each.at_equal_time("time") for each in equal if each.head != "channel")
+    yield from (r._replace(group="time", like=r.name) for r in equal if r.head != "channel")
     for bits in (3, 4, 5, 6, 7, 8):
         if f"--quant_bits={bits}" not in scale.discrete:
             yield run("bits", f"{bits} bits", f"--quant_bits={bits}")
@@ -123,5 +115,6 @@ def all_runs(seed: int, scale: Scale) -> Iterator[Run]:
         yield run("sampling", "" if flags else "as published", flags)
     for share, times in product((1, 2, 4, 8), (1, 2)):
         flags = f"--head_share={1 / share} --lr={scale.lr * times}"
-        each = run("share", f"{Fraction(1, share)}, rate x{times}", flags)
-        yield from (each, each.at_equal_time("share-time")) if share > 1 else (each,)
+        yield (each := run("share", f"{Fraction(1, share)}, rate x{times}", flags))
+        if share > 1:
+            yield each._replace(group="share-time", like=each.name)

@@ -32,10 +32,12 @@ done
 judge=(--epochs 30) levels=(--range 5.0) some=()
 if [ $subject = digits ]; then
   stages=(7 12 180 5 28 22 6 13 5 6) few=(4 9 16 5 9 4 5 9 5 5)
+  begin='Training a class-conditional generator'
   train=(--quant_bits 4) bits=(-1 8 6 4 3 2)
   sample=(--num_images 360 --eval_bsz 90 --num_iter 16 --cfg 2.0 --temperature 0.4)
 else
   stages=(6 38 360 6 40 60 60 80 20 6) few=(5 12 18 5 9 15 12 9 9 5)
+  begin='Training the generator of demo/gallery further'
   train=(--finetune demo/gallery --lr 1e-4) bits=(-1 8 6 5 4 3)
   levels=(--quantizer calibrated --latent_norm channel) # as the generator has them
   sample=(--num_images 330 --eval_bsz 33 --num_iter 32 --cfg 6.0 --temperature 0.6)
@@ -85,7 +87,7 @@ mkdir -p "$demo"
 touch "$demo/timings.tsv"
 [ ! -s "$demo/timings.tsv" ] || echo "Going on where it was interrupted; make clean begins anew"
 cp "demo/${subject}_vae.ckpt" "$vae" # frozen, of demo/train_vae.py; comes ready made, as KL-16 does
-echo "Training a class-conditional generator on real $subject; output in $demo"
+echo "$begin on real $subject; output in $demo"
 SECONDS=$(awk '{ sum += $NF } END { print sum + 0 }' "$demo/timings.tsv") # of what was interrupted
 
 stage "Real $subject as PNG files, $size px" \
