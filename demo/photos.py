@@ -7,18 +7,14 @@ packages name their authors.
 from pathlib import Path
 
 import skimage
-import sklearn
 
 from util import dist
 from util.args import Parser, positive_int
 from util.data.images import center_crop, read_image
+from util.doctor import sample_photos
 from util.files import check_writable
 
-FOLDERS = {
-    Path(sklearn.__file__).parent / "datasets" / "images": "china.jpg flower.jpg",
-    Path(skimage.__file__).parent / "data": "astronaut.png chelsea.png coffee.png rocket.jpg "
-    "motorcycle_left.png",
-}
+NAMES = "astronaut.png chelsea.png coffee.png rocket.jpg motorcycle_left.png"  # scikit-image's
 
 
 def main() -> None:
@@ -29,10 +25,10 @@ def main() -> None:
     args = parser.parse()
     check_writable(args.output, "--output")
     args.output.mkdir(parents=True, exist_ok=True)
-    for folder, names in FOLDERS.items():
-        for path in map(folder.joinpath, names.split()):
-            image = center_crop(read_image(path), args.size)
-            image.save(args.output / f"{path.stem}.png")
+    folder = Path(skimage.__file__).parent / "data"
+    for path in map(Path, (*sample_photos(), *map(folder.joinpath, NAMES.split()))):
+        image = center_crop(read_image(path), args.size)
+        image.save(args.output / f"{path.stem}.png")
     print(f"{args.output}: {len(list(args.output.glob('*.png')))} photographs")
 
 
