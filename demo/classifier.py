@@ -178,10 +178,8 @@ def judge(measure: Measure, train: Tensor, images: Tensor, labels: Tensor) -> di
     found, predictions = figures(measure, images, labels)
     pixels = images[0].numel()
     apart = torch.cdist(images.flatten(1) / 255, train.flatten(1) / 255).div(pixels**0.5).min(1)
-    return {
+    return found | {
         "images": len(images),
-        "accuracy": found["accuracy"],
-        "frechet_to_train": found["frechet"],
         # Root mean square of the pixels' differences, the mean over images; and to which.
         "nearest_training_image": apart.values.mean().item(),
         "nearest": apart.indices.tolist(),
@@ -214,7 +212,7 @@ def main() -> None:
     scores = {name: judge(measure, images, *own) for name, own in sets.items()}
     (args.root / "scores.json").write_text(json.dumps(scores) + "\n")
     for name, own in scores.items():
-        distance = f"Frechet distance to training {own['frechet_to_train']:.2f} (not FID)"
+        distance = f"Frechet distance to training {own['frechet']:.2f} (not FID)"
         print(f"{name:>9}: {own['images']} images, accuracy {own['accuracy']:.4f}, {distance}")
 
 

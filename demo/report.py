@@ -38,7 +38,7 @@ JUDGED = (
 FIGURES = (
     ("images", "images", "{}"),
     ("accuracy of the classifier", "accuracy", "{:.2%}"),
-    ("Fréchet distance to the training images", "frechet_to_train", "{:.2f}"),
+    ("Fréchet distance to the training images", "frechet", "{:.2f}"),
     ("mean distance to the nearest training image", "nearest_training_image", "{:.3f}"),
 )
 

@@ -137,7 +137,7 @@ def test_demo_s_distance_comes_from_the_evaluation_s_own_path(few, tmp_path, net
     sums.update(extractor(images))
     found = score(sums, measure).figures["frechet_distance"]
     judged = classifier.judge(measure, images, images, labels)
-    assert judged["frechet_to_train"] == pytest.approx(found)
+    assert judged["frechet"] == pytest.approx(found)
     assert judged["nearest_training_image"] == pytest.approx(0, abs=1e-3)
     assert measure.stats["mu"].shape == (width,)
     assert judged["nearest"] == list(range(len(images)))
@@ -155,7 +155,7 @@ def finished(few, tmp_path):
     record = {"settings": settings, "metrics": {"frechet_distance": 1.25}}
     (generated / "metrics.json").write_text(json.dumps(record))
     labels = [0, 0, 0, *(i // 2 for i in range(3, 20))]  # not as many of each class
-    figures = {"images": 20, "frechet_to_train": 1.5, "nearest_training_image": 0.1}
+    figures = {"images": 20, "frechet": 1.5, "nearest_training_image": 0.1}
     figures["nearest"] = [3 * i for i in range(20)]
     mistaken = {"accuracy": 0.9, "labels": labels, "predictions": [9, 9, *labels[2:]]}
     scores = {
