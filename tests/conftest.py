@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -97,9 +98,21 @@ def trained(inputs, tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def inception(tmp_path_factory) -> Path:
     """Random weights of Inception, in the form of torch-fidelity's own file."""
-    from tests.measures import save_random_inception
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # slow
 
-    return save_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
+    torch.manual_seed(0)
+    with (  # the constructor wants a file of weights
+        mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"),
+        mock.patch.object(torch, "load"),
+    ):
+        network = FeatureExtractorInceptionV3("random", ["2048"], "none")
+    for parameter in network.parameters():
+        if parameter.ndim > 1:  # the default initialisation forgets the image on its way
+            torch.nn.init.kaiming_normal_(parameter)
+    network.fc.weight.data.mul_(50)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(network.state_dict(), path)
+    return path
 
 
 def stamps(folder: Path) -> dict[str, int]:

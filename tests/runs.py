@@ -78,8 +78,8 @@ TRAIN_FLAGS = {
     **dict(epochs=2, warmup_epochs=1, blr=1e-2, ema_rate=0.9, preview_freq=0),
 }
 EVALUATE_FLAGS = {
-    **{k: v for k, v in COMMON.items() if k != "img_size"},
-    **dict(evaluate=True, vae_path="vae.ckpt", num_images=12, eval_bsz=5, num_iter=4, cfg=2),
+    **dict(device="cpu", num_workers=0, evaluate=True),
+    **dict(vae_path="vae.ckpt", num_images=12, eval_bsz=5, num_iter=4, cfg=2),
 }
 IMAGE_FLAGS = dict(use_cached=False, cached_path=None, data_path="data", vae_path="vae.ckpt")
 IMAGE_FLAGS |= dict(latent_scale=1.0, channel_order="0,1,2,3")
