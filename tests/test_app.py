@@ -38,9 +38,8 @@ def place(tmp_path_factory) -> Path:
     save_vae(folder / "vae.ckpt", AutoencoderKL(6, (1, 1, 1), ch=32, num_res_blocks=1))
     (folder / "run").mkdir()
     state = model.published_state_dict()
-    averaged = {name: parameter.detach() for name, parameter in model.published_parameters()}
-    raw = state | {"mask_token": state["mask_token"] + 1}
-    saved = {"model": raw, "model_ema": averaged, "config": model.config.to_dict(), "step": 7}
+    saved = {"model": state | {"mask_token": state["mask_token"] + 1}, "step": 7}
+    saved |= {"model_ema": dict(model.published_parameters()), "config": model.config.to_dict()}
     saved |= {"vae_sha256": vae_digest(folder / "vae.ckpt"), "classes": list(CLASSES)}
     torch.save(saved | {"args": TRAINED_WITH}, folder / "run" / "checkpoint-last.pth")
     call(export.main, "--resume", str(folder / "run"), "--output_dir", str(folder / "exported"))
@@ -109,8 +108,7 @@ def test_the_vae_is_known_by_its_checksum(place, tmp_path):
 def test_a_published_checkpoint_needs_no_settings(tmp_path):
     """It holds tensors alone: the flags' defaults, its size by its tensors, ImageNet's names."""
     model = tokenbridge_tiny()
-    averaged = {name: parameter.detach() for name, parameter in model.published_parameters()}
-    saved = {"model": model.published_state_dict(), "model_ema": averaged}
+    saved = {"model": model.published_state_dict(), "model_ema": dict(model.published_parameters())}
     torch.save(saved, tmp_path / "checkpoint-last.pth")
     save_vae(tmp_path / "vae.ckpt", AutoencoderKL(16, (1, 1, 1, 1, 1), ch=32, num_res_blocks=1))
     found = load(library(tmp_path))
