@@ -19,14 +19,15 @@ import runpy
 import shutil
 import subprocess
 import sys
-import threading
+import tempfile
 import traceback
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from multiprocessing.connection import Client, Listener
+from multiprocessing.connection import Listener
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
@@ -47,8 +48,6 @@ SMALL = {
     **dict(num_images=12, eval_bsz=12, num_iter=2, temperature=0.9, images_per_class=2),
     **dict(feature_extractor=PIXELS),
 }
-# The tiny VAE is not KL-16, whose latent scale and channel order are built in.
-IF_NOT_GIVEN = {"cached_path": "cache"}
 # Of commands with a model of MAR's, in the place of its size.
 MAR = dict(head="diffusion", diffloss_d=1, diffloss_w=32, num_sampling_steps=2)
 READS_A_RUN = r"(util\.(report|export)|(--evaluate|app\.py) --resume) .*\$\{OUTPUT_DIR\}"
@@ -65,14 +64,15 @@ sys.stdout.write(out)
 sys.stderr.write(err)
 sys.exit(code)
 """
+NOT_RUN = '#!/bin/bash\necho "$0: mark the block as not run" >&2; exit 1\n'
 PROGRAMS = {
-    "sbatch": 'SLURM_JOB_ID=1 SLURM_SUBMIT_DIR="$PWD" exec bash "$@"',
-    "srun": 'shift; exec "$@"',
-    **dict.fromkeys(
-        ("make", "conda", "pip", "tensorboard"), 'echo "$0: mark the block as not run" >&2; exit 1'
-    ),
+    "sbatch": '#!/bin/bash\nSLURM_JOB_ID=1 SLURM_SUBMIT_DIR="$PWD" exec bash "$@"\n',
+    "srun": '#!/bin/bash\nshift; exec "$@"\n',
+    **dict.fromkeys(("make", "conda", "pip", "tensorboard"), NOT_RUN),
 }
 HERE = ("python", "torchrun", "hf")  # run in this process
+END = "all-is-done"
+PAGE = "gradio.Blocks.block_thread"  # where the demo's page, which is served, waits for visitors
 
 
 @dataclass(frozen=True)
@@ -130,21 +130,13 @@ def make_world(folder: Path) -> Path:
     demo = folder / "output" / "demo"
     shutil.copytree(folder / "run", demo / "model")
     shutil.copy(weights / "vae" / "kl16.ckpt", demo / "vae.ckpt")
-    call(fid_stats.main, *smaller("util.fid_stats", statistics(folder)))
+    inception, adm = folder / "pt_inception.pth", folder / "fid_stats" / "adm_in256_stats.npz"
+    torch.save({}, inception)
+    words = ["--image_dir", folder / "imagenet" / "train", "--inception_weights", inception]
+    call(fid_stats.main, *smaller("util.fid_stats", [*words, "--output", adm]))
     settings = preset("tokenbridge_tiny") | {"img_size": 64, "buffer_size": 4}
     TokenBridge(**settings).save_pretrained(folder / "exported")
     return folder
-
-
-def statistics(folder: Path) -> list:
-    """What stands for ADM's statistics and for Inception's weights."""
-    torch.save({}, folder / "pt_inception.pth")
-    (folder / "fid_stats").mkdir()
-    return [
-        *("--image_dir", folder / "imagenet" / "train"),
-        *("--inception_weights", folder / "pt_inception.pth"),
-        *("--output", folder / "fid_stats" / "adm_in256_stats.npz"),
-    ]
 
 
 def settle(world: Path, folder: Path, text: str) -> dict[str, str]:
@@ -179,10 +171,11 @@ def smaller(module: str, words: list) -> list[str]:
     """The arguments of a script with values for a laptop, which come last and so count."""
     words = [str(word) for word in words]
     known = importlib.import_module(module).make_parser()._option_string_actions
-    more = {k: v for k, v in IF_NOT_GIVEN.items() if f"--{k}" not in words}
-    more |= {"port": free_port()}  # the one of the page may be taken
+    more = SMALL | {"port": free_port()}  # the one of the page may be taken
     more |= MAR if any(word.startswith("mar_") for word in words) else {}
-    for name, value in (SMALL | more).items():
+    if "--cached_path" not in words:  # the VAE is not KL-16, whose scale and order are built in
+        more["cached_path"] = "cache"
+    for name, value in more.items():
         words += [f"--{name}", str(value)] if f"--{name}" in known else []
     return words
 
@@ -199,23 +192,13 @@ def run_here(program: str, words: list[str]) -> None:
         words = ["-m", *script] if asked.module else script
     if words[0] == "-m":
         return run_module(words[1], words[2:])
-    path = Path(words[0]).resolve()
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    words[1:] = smaller_if_it_can_be(module, words[1:])
-    with mock.patch.object(sys, "argv", words), page_is_closed(module):
-        runpy.run_path(str(path), run_name="__main__")
-    return None
-
-
-def page_is_closed(module: str) -> AbstractContextManager:
-    """The demo's page is served and, where it would wait for visitors, closed."""
-    if module != "demo.app":
-        return nullcontext()
-    return mock.patch("gradio.Blocks.block_thread", lambda page: page.close(verbose=False))
+    script = Path(words[0]).resolve().relative_to(ROOT).with_suffix("")
+    return run_module(".".join(script.parts), words[1:])
 
 
 def run_module(module: str, words: list[str]) -> None:
-    with mock.patch.object(sys, "argv", [module, *smaller_if_it_can_be(module, words)]):
+    argv = [module, *smaller_if_it_can_be(module, words)]
+    with mock.patch.object(sys, "argv", argv), mock.patch(PAGE, lambda page: page.close(False)):
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
@@ -231,63 +214,44 @@ def smaller_if_it_can_be(module: str, words: list[str]) -> list[str]:
 def answer(program: str, words: list[str], folder: str, env: dict[str, str]):
     """(stdout, stderr, exit code) of a program that is run in this process."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    before = os.getcwd()
-    try:
-        os.chdir(folder)
-        surroundings = (
-            mock.patch.dict(os.environ, env, clear=True),
-            mock.patch.object(sys, "path", [*sys.path]),
-        )
-        with surroundings[0], surroundings[1], redirect_stdout(out), redirect_stderr(err):
+    own_env = mock.patch.dict(os.environ, env, clear=True)
+    with pytest.MonkeyPatch.context() as patch, own_env, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
+        try:
             run_here(program, words)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        err.write(end.code if isinstance(end.code, str) else "")
-    except BaseException:
-        err.write(traceback.format_exc())
-        code = 1
-    finally:
-        os.chdir(before)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            err.write(end.code if isinstance(end.code, str) else "")
+        except BaseException:
+            err.write(traceback.format_exc())
+            code = 1
     return out.getvalue(), err.getvalue(), code
 
 
 def run_bash(text: str, folder: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
     """Run a script by bash in that folder; it ends at the first command that fails."""
-    with Listener() as listener:
-        programs = folder / ".programs"
-        programs.mkdir(exist_ok=True)
-        for name in HERE:
-            body = STAND_IN.format(python=sys.executable, address=listener.address, name=name)
-            write_program(programs / name, body)
-        for name, body in PROGRAMS.items():
-            write_program(programs / name, f"#!/usr/bin/env bash\n{body}\n")
+    programs = folder / ".programs"
+    programs.mkdir(exist_ok=True)
+    then_tell = f'bash -euo pipefail -c "$1"; code=$?; {END}; exit $code'
+    with Listener() as listener, tempfile.TemporaryFile("w+") as printed:
+        how = dict(python=sys.executable, address=listener.address)
+        texts = {name: STAND_IN.format(name=name, **how) for name in (*HERE, END)}
+        for name, text_of_program in (PROGRAMS | texts).items():
+            (programs / name).write_text(text_of_program)
+            (programs / name).chmod(0o755)
         process = subprocess.Popen(
-            ["bash", "-euo", "pipefail", "-c", text],
+            ["bash", "-c", then_tell, "bash", text],
             cwd=folder,
             env=environment(alone=True, **env, PATH=f"{programs}:{os.environ['PATH']}"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
         )
-        printed = []
-
-        def wait_for_the_end():
-            printed.extend(process.communicate())
-            with Client(listener.address) as line:
-                line.send(None)
-
-        waiting = threading.Thread(target=wait_for_the_end)
-        waiting.start()
-        while True:
+        name = ""
+        while name != END:
             with listener.accept() as line:
-                request = line.recv()
-                if request is None:
-                    break
-                line.send(answer(*request))
-        waiting.join()
-    return subprocess.CompletedProcess(text, process.returncode, *printed)
-
-
-def write_program(path: Path, text: str) -> None:
-    path.write_text(text)
-    path.chmod(0o755)
+                name, *request = line.recv()
+                line.send(("", "", 0) if name == END else answer(name, *request))
+        process.wait()
+        printed.seek(0)
+        return subprocess.CompletedProcess(text, process.returncode, printed.read(), "")

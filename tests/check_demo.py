@@ -46,5 +46,4 @@ def test_the_page_opens_on_a_phone_without_an_error(path):
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(path.as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        assert page.locator("section h2").all_inner_texts() == SECTIONS
         assert wrong == []

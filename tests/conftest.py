@@ -1,10 +1,10 @@
 """Golden data and tiny models for all tests."""
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from benchmarks.correctness import (  # noqa: F401 - some of them for other test
 from engine_tokenbridge import Run, SkipVote
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
+from tests import runs
+from tests.runs import environment  # noqa: F401 - for other tests
 from util.data.batches import Batches
 from util.device import resolve_precision
 from util.errors import UserError
@@ -48,9 +50,7 @@ def _no_network(tmp_path_factory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Iterator[Path]:
     """data/, vae.ckpt, cache/ and model/ of tests/runs.py, for all to read; not to be changed."""
-    from tests.runs import make_inputs  # which needs this module
-
-    folder = make_inputs(tmp_path_factory.mktemp("inputs") / "inputs")
+    folder = runs.make_inputs(tmp_path_factory.mktemp("inputs") / "inputs")
     before = stamps(folder)
     yield folder
     assert stamps(folder) == before, "a test has changed what others read"
@@ -68,15 +68,14 @@ def refusal(capsys, tmp_path) -> Callable[..., str]:
 
     Takes one of USES of tests/runs.py, the folder of inputs, and changes of the flags.
     """
-    from tests.runs import USES, contents, flags, refused
 
     def line(use: str, inputs: Path, **changes) -> str:
-        main, own_flags, target = USES[use]
+        main, own_flags, target = runs.USES[use]
         settings = own_flags | {target: tmp_path / "new" / "output"} | changes
         output = Path(settings[target] or tmp_path / "new")
-        before = contents(output)
-        said = refused(capsys, main, *flags(inputs, settings))
-        assert contents(output) == before and output.exists() == bool(before)
+        before = runs.contents(output)
+        said = runs.refused(capsys, main, *runs.flags(inputs, settings))
+        assert runs.contents(output) == before and output.exists() == bool(before)
         return said
 
     return line
@@ -85,10 +84,8 @@ def refusal(capsys, tmp_path) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def trained(inputs, tmp_path_factory) -> Iterator[Path]:
     """The output folder of two epochs in one process: six steps of two micro-batches."""
-    from tests.runs import train
-
     output = tmp_path_factory.mktemp("trained") / "out"
-    train(inputs, output)
+    runs.train(inputs, output)
     before = stamps(output)
     yield output
     assert stamps(output) == before, "a test has changed what others read"
@@ -97,9 +94,21 @@ def trained(inputs, tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def inception(tmp_path_factory) -> Path:
     """Random weights of Inception, in the form of torch-fidelity's own file."""
-    from tests.measures import save_random_inception
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # slow
 
-    return save_random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
+    torch.manual_seed(0)
+    with (  # the constructor wants a file of weights
+        mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"),
+        mock.patch.object(torch, "load"),
+    ):
+        network = FeatureExtractorInceptionV3("random", ["2048"], "none")
+    for parameter in network.parameters():
+        if parameter.ndim > 1:  # the default initialisation forgets the image on its way
+            torch.nn.init.kaiming_normal_(parameter)
+    network.fc.weight.data.mul_(50)
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    torch.save(network.state_dict(), path)
+    return path
 
 
 def stamps(folder: Path) -> dict[str, int]:
@@ -137,17 +146,6 @@ def new_run(model: TokenBridge, ema_rate: float, precision: str = "fp32") -> Run
     run.skip_vote, run.facts, run.wrapped = SkipVote(device), {}, model
     run.batches = Batches(batch_size=2, micro_batches=1, images=100, seed=1)
     return run
-
-
-def environment(alone: bool = False, **env) -> dict[str, str]:
-    """Of a command as a user starts it: this process's, without PYTHONPATH.
-
-    alone: without what small processes have, which share the cores with others, too.
-    """
-    shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    hidden = ("PYTHONPATH", *shared)
-    found = {name: value for name, value in os.environ.items() if name not in hidden}
-    return found | ({} if alone else shared) | {name: str(value) for name, value in env.items()}
 
 
 def complaint(action: Callable, *args, **kwargs) -> str:

@@ -113,21 +113,17 @@ class Answers(BaseHTTPRequestHandler):
 
     def send_file(self, name: str, content: bytes):
         headers = {"ETag": f'"{about(content)["lfs"]["sha256"]}"', "X_Repo_Commit": COMMIT}
-        content, total = (
-            bytes([content[0] ^ (name in self.hub.damaged)]) + content[1:],
-            len(content),
-        )
+        total, is_damaged = len(content), name in self.hub.damaged
+        content = bytes([content[0] ^ is_damaged]) + content[1:]
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         start = int(asked[1]) if asked else 0
         if start:
             headers["Content_Range"] = f"bytes {start}-{total - 1}/{total}"
-        content, status = content[start:], 206 if start else 200
-        if self.command == "HEAD" or not self.hub.cut:
-            return self.send(content, status, **headers)
-        kept = content[: self.hub.cut.pop(0)]
-        self.send(kept, status, Content_Length=len(content), **headers)
-        self.close_connection = True
-        return None
+        content = content[start:]
+        headers["Content_Length"] = len(content)
+        if self.command == "GET" and self.hub.cut:
+            content, self.close_connection = content[: self.hub.cut.pop(0)], True
+        self.send(content, 206 if start else 200, **headers)
 
 
 def about(content: bytes) -> dict:

@@ -6,13 +6,11 @@ extractor of a user's is: `--feature_extractor tests.measures:pixels`.
 
 from argparse import Namespace
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import register_feature_extractor
 
 from models.config import preset
@@ -59,22 +57,6 @@ def prepare(size: int = SIZE, **changes) -> Measure | None:
     flags = dict(no_metrics=False, fid_stats=None, feature_extractor=INCEPTION)
     flags |= dict(inception_weights=None)
     return prepare_measure(Namespace(**flags | changes), size, torch.device("cpu"))
-
-
-def save_random_inception(path: Path) -> Path:
-    """Random weights of torch-fidelity's network, in the form of its own file."""
-    torch.manual_seed(0)
-    with (  # the constructor wants a file of weights
-        mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"),
-        mock.patch.object(torch, "load"),
-    ):
-        network = FeatureExtractorInceptionV3("random", ["2048"], "none")
-    for parameter in network.parameters():
-        if parameter.ndim > 1:  # the default initialisation forgets the image on its way
-            torch.nn.init.kaiming_normal_(parameter)
-    network.fc.weight.data.mul_(50)
-    torch.save(network.state_dict(), path)
-    return path
 
 
 def random_model(**changes) -> TokenBridge:

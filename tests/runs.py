@@ -22,8 +22,8 @@ from PIL import Image
 import main_cache
 import main_tokenbridge
 import reconstruction
+from benchmarks.correctness import ROOT
 from models.tokenizers.kl16 import AutoencoderKL
-from tests.conftest import ROOT, environment
 from util.dist import run
 from util.errors import EXIT_USER_ERROR
 from util.saver import CheckpointSaver
@@ -78,8 +78,8 @@ TRAIN_FLAGS = {
     **dict(epochs=2, warmup_epochs=1, blr=1e-2, ema_rate=0.9, preview_freq=0),
 }
 EVALUATE_FLAGS = {
-    **{k: v for k, v in COMMON.items() if k != "img_size"},
-    **dict(evaluate=True, vae_path="vae.ckpt", num_images=12, eval_bsz=5, num_iter=4, cfg=2),
+    **dict(device="cpu", num_workers=0, evaluate=True),
+    **dict(vae_path="vae.ckpt", num_images=12, eval_bsz=5, num_iter=4, cfg=2),
 }
 IMAGE_FLAGS = dict(use_cached=False, cached_path=None, data_path="data", vae_path="vae.ckpt")
 IMAGE_FLAGS |= dict(latent_scale=1.0, channel_order="0,1,2,3")
@@ -207,6 +207,17 @@ def assert_same_training(found: dict, expected: dict) -> None:
     found, expected = tensors(found), tensors(expected)
     assert list(found) == list(expected)
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def environment(alone: bool = False, **env) -> dict[str, str]:
+    """Of a command as a user starts it: this process's, without PYTHONPATH.
+
+    alone: without what small processes have, which share the cores with others, too.
+    """
+    shared = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    hidden = ("PYTHONPATH", *shared)
+    found = {name: value for name, value in os.environ.items() if name not in hidden}
+    return found | ({} if alone else shared) | {name: str(value) for name, value in env.items()}
 
 
 def free_port() -> int:

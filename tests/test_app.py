@@ -1,5 +1,6 @@
-"""What the page of demo/app.py computes, and how its command answers."""
+"""What the page of demo/app.py computes, and how it and its command answer, in a browser too."""
 
+import io
 import json
 import shutil
 import socket
@@ -16,28 +17,30 @@ from demo import app, app_page
 from demo.app_model import Library, class_names, draw, editing, reconstruct
 from models.generate import edit, generate
 from models.sampler import SamplingOptions
-from models.tokenbridge import tokenbridge_tiny
+from models.tokenbridge import TokenBridge, tokenbridge_tiny
 from models.tokenizers.kl16 import AutoencoderKL
+from tests.browser import chromium
 from tests.conftest import ROOT, tiny_model
-from tests.runs import call, refused
+from tests.faults.harness import Job
+from tests.runs import RECONSTRUCTION_FLAGS, call, flags, free_port, refused
 from util import export
 from util.data.images import center_crop
 from util.errors import UserError
-from util.vae import save_vae, vae_digest
+from util.vae import load_vae, save_vae, vae_digest
 
 CLASSES = ("ant", "bee", "red <b>cat</b> ${x}")
 TRAINED_WITH = {"preview_iter": 6, "cfg": [2.0], "temperature": 0.5}
 
 
-def make_place(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
     """run/checkpoint-last.pth of a tiny model, exported/, their vae.ckpt, and two photos."""
-    model = tiny_model()
+    folder, model = tmp_path_factory.mktemp("page"), tiny_model()
     save_vae(folder / "vae.ckpt", AutoencoderKL(6, (1, 1, 1), ch=32, num_res_blocks=1))
     (folder / "run").mkdir()
     state = model.published_state_dict()
-    averaged = {name: parameter.detach() for name, parameter in model.published_parameters()}
-    raw = state | {"mask_token": state["mask_token"] + 1}
-    saved = {"model": raw, "model_ema": averaged, "config": model.config.to_dict(), "step": 7}
+    saved = {"model": state | {"mask_token": state["mask_token"] + 1}, "step": 7}
+    saved |= {"model_ema": dict(model.published_parameters()), "config": model.config.to_dict()}
     saved |= {"vae_sha256": vae_digest(folder / "vae.ckpt"), "classes": list(CLASSES)}
     torch.save(saved | {"args": TRAINED_WITH}, folder / "run" / "checkpoint-last.pth")
     call(export.main, "--resume", str(folder / "run"), "--output_dir", str(folder / "exported"))
@@ -45,11 +48,6 @@ def make_place(folder: Path) -> Path:
     Image.fromarray(pixels).resize((120, 96)).save(folder / "photo.png")
     (folder / "damaged.png").write_bytes((folder / "photo.png").read_bytes()[:500])
     return folder
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    return make_place(tmp_path_factory.mktemp("page"))
 
 
 def library(*paths: Path, vae_path: Path | None = None) -> Library:
@@ -112,8 +110,7 @@ def test_the_vae_is_known_by_its_checksum(place, tmp_path):
 def test_a_published_checkpoint_needs_no_settings(tmp_path):
     """It holds tensors alone: the flags' defaults, its size by its tensors, ImageNet's names."""
     model = tokenbridge_tiny()
-    averaged = {name: parameter.detach() for name, parameter in model.published_parameters()}
-    saved = {"model": model.published_state_dict(), "model_ema": averaged}
+    saved = {"model": model.published_state_dict(), "model_ema": dict(model.published_parameters())}
     torch.save(saved, tmp_path / "checkpoint-last.pth")
     save_vae(tmp_path / "vae.ckpt", AutoencoderKL(16, (1, 1, 1, 1, 1), ch=32, num_res_blocks=1))
     found = load(library(tmp_path))
@@ -146,10 +143,9 @@ def test_steps_only_ever_add_positions(loaded):
 def test_a_picture_is_reconstructed_as_reconstruction_py_does(loaded, place, tmp_path):
     (tmp_path / "data" / "a").mkdir(parents=True)
     shutil.copy(place / "photo.png", tmp_path / "data" / "a" / "photo.png")
-    argv = ["--image_dir", tmp_path / "data", "--vae_path", place / "vae.ckpt", "--bits", -1, 2, 3]
-    argv += ["--latent_scale", loaded.tokenizer.latent_scale, "--img_size", 32, "--no_metrics"]
-    argv += ["--num_workers", 0, "--output_dir", tmp_path / "out", "--device", "cpu"]
-    call(reconstruction.main, *map(str, argv))
+    settings = dict(bits=[-1, 2, 3], latent_scale=loaded.tokenizer.latent_scale, img_size=32)
+    settings |= dict(image_dir=tmp_path / "data", output_dir=tmp_path / "out")
+    call(reconstruction.main, *flags(place, RECONSTRUCTION_FLAGS, settings))
     vae, *quantized = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     pixels, captions = reconstruct(loaded, str(place / "photo.png"), 32, [2, 3])
     expected = [f"{r['bits']} bits, {r['entropy_bits']:.2f} used" for r in quantized]
@@ -208,3 +204,112 @@ def test_wrong_calls_are_told_before_the_page_opens_and_wrong_settings_in_it(
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "demo.app_page")
     assert "pip install -c requirements.lock -e '.[app]'" in refused(capsys, app.main)
+
+
+# --- the page, in a browser
+
+
+@pytest.fixture(scope="module")
+def server(place):
+    """The address of the page; in the end it stops when asked to, and has met no error."""
+    port, nowhere = free_port(), "http://127.0.0.1:9"
+    argv = ["--resume", place / "run", place / "exported", "--port", port, "--device", "cpu"]
+    proxies = dict(http_proxy=nowhere, https_proxy=nowhere)
+    job = Job("demo/app.py", *argv, "--seed", 3, log=place / "page.log", **proxies)
+    try:
+        assert job.wait_for(lambda said: "open http" in said), job.printed()
+        yield f"http://127.0.0.1:{port}/"
+        job.process.terminate()
+        assert job.end(30) == 0
+    finally:
+        job.kill()
+    assert "Traceback" not in job.printed(), job.printed()
+
+
+@pytest.fixture
+def page(server):
+    """The page, opened; fails in the end if it fetched anything elsewhere or met an error."""
+    with chromium() as browser:
+        wrong, page = [], browser.new_page(viewport={"width": 1280, "height": 900})
+        own = (server, "data:", "blob:")
+        page.on("request", lambda request: request.url.startswith(own) or wrong.append(request.url))
+        page.on("console", lambda said: said.type != "error" or wrong.append(said.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.set_default_timeout(60_000)
+        page.goto(server)
+        page.locator("#facts", has_text="parameters").wait_for()
+        page.get_by_text("ant (0)").wait_for()
+        yield page
+        assert wrong == []
+
+
+def message(page) -> str:
+    """What pops up; it is closed."""
+    toast = page.locator(".toast-body").first
+    toast.wait_for()
+    text = toast.inner_text()
+    toast.locator(".toast-close").click()
+    return text
+
+
+def test_images_appear_step_by_step_and_are_those_of_the_call_that_is_shown(page, place):
+    status = page.locator("#status")
+    page.locator("#generate").click()
+    for text in ("Iteration", "Done: 6 of 6, 16 of 16 positions filled"):
+        status.get_by_text(text).wait_for()
+    model, vae = TokenBridge.from_pretrained(place / "exported"), load_vae(place / "vae.ckpt")
+    call = page.locator("#call .cm-content").inner_text().replace("\n", "")
+    expected = eval(call, {"generate": generate, "model": model, "vae": vae})
+    images = page.locator("#Image .grid-container img")
+    page.wait_for_function("() => document.querySelectorAll('#Image img').length == 4")
+    captions = page.locator("#Image .caption-label").all_inner_texts()
+    assert [caption.strip() for caption in captions] == [*CLASSES, CLASSES[0]]
+    png = page.request.get(images.nth(1).get_attribute("src")).body()
+    shown = np.asarray(Image.open(io.BytesIO(png)))
+    assert np.array_equal(shown[::16, ::16], expected[1])
+
+
+def test_drawing_can_be_stopped(page):
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("number input for Seconds to take, to watch").fill("20")
+    page.keyboard.press("Tab")
+    page.locator("#generate").click()
+    page.locator("#status").get_by_text("Iteration").wait_for()
+    page.locator("#stop").click()
+    page.locator("#status").get_by_text("Stopped. Iteration").wait_for()
+    page.set_viewport_size({"width": 360, "height": 800})  # a phone does not scroll sideways
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_a_picture_is_painted_over_and_drawn_anew_there(page, place):
+    page.get_by_role("tab", name="Edit").click()
+    page.locator("#edit").click()
+    assert "no picture" in message(page)
+    page.locator("#editor input[type=file]").first.set_input_files(place / "photo.png")
+    page.locator("#editor").get_by_label("Brush", exact=True).wait_for()
+    page.wait_for_timeout(1000)  # until the picture is on the canvas
+    box = page.locator("#editor canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y + 10, steps=8)
+    page.mouse.up()
+    page.wait_for_timeout(1000)  # until the page has sent it
+    page.locator("#edit").click()
+    page.locator("#edited-status").get_by_text("Done:").wait_for()
+    call = page.locator("#edited-call").inner_text()
+    assert "edit(model, vae, image, mask, [0, 1, 2, 0], " in call
+
+
+def test_a_picture_is_taken_apart_and_what_is_none_is_told(page, place):
+    page.get_by_role("tab", name="Reconstruct").click()
+    remove = page.locator("#picture button[aria-label*=emove], #picture button[aria-label=Clear]")
+    page.locator("#photos").get_by_text("china").click()
+    page.locator("#pictures").get_by_text("Original").first.wait_for()
+    remove.click()
+    page.locator("#picture input[type=file]").set_input_files(place / "photo.png")
+    for text in ("Original", "Continuous VAE: ", "2 bits, ", "3 bits, ", "4 bits, "):
+        page.locator("#pictures").get_by_text(text).first.wait_for()
+    remove.click()
+    page.locator("#picture input[type=file]").set_input_files(place / "damaged.png")
+    assert "damaged.png" in message(page)

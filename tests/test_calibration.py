@@ -1,4 +1,6 @@
-"""Fitted levels against closed forms, against the published ones, and on awkward data."""
+"""Fitted levels against closed forms, the published ones and awkward data; and in a training."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,7 +8,10 @@ from torch.special import ndtr
 
 from models.calibration import fit_levels
 from models.quantizer import SPAN, GaussianQuantizer
-from util.data.histogram import BINS, LatentHistogram
+from tests.runs import CHANNELS, IMAGE_FLAGS, evaluate, load, train
+from util.data.cache_writer import write_json
+from util.data.histogram import BINS, LatentHistogram, posterior_noise
+from util.data.latent_cache import open_cache, read_json
 
 
 def normal_counts(bins: int = 8192, limit: float = 8.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -21,11 +26,16 @@ def fit(latents: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]
     return fit_levels(histogram.counts, histogram.bin_widths(), levels)
 
 
-def cost(x: torch.Tensor, values: torch.Tensor) -> tuple[float, float]:
-    """Brute force over all levels. x: [N], values: [K] -> mean squared error, entropy in bits."""
-    distance, index = (x[:, None] - values).abs().min(dim=1)
-    p = torch.bincount(index, minlength=len(values)) / len(x)
-    return distance.square().mean().item(), -torch.special.xlogy(p, p).sum().item() / 0.6931472
+def cost(x: torch.Tensor, values: torch.Tensor, p: torch.Tensor | None = None):
+    """Mean squared error, and entropy in bits, of the nearest levels.
+
+    x: [N], values: [K]. p: the probability of each x, if they are not all alike.
+    """
+    p = torch.full_like(x, 1 / len(x)) if p is None else p
+    index = torch.bucketize(x.contiguous(), (values[1:] + values[:-1]) / 2)
+    shares = torch.bincount(index, p, minlength=len(values))
+    error = (p * (x - values[index]).square()).sum().item()
+    return error, -torch.special.xlogy(shares, shares).sum().item() / 0.6931472
 
 
 def published_values(levels: int, limit: float = 5.0) -> torch.Tensor:
@@ -33,15 +43,9 @@ def published_values(levels: int, limit: float = 5.0) -> torch.Tensor:
 
 
 def normal_cost(values: torch.Tensor) -> tuple[float, float]:
-    """Under N(0, 1), by its distribution function; error cell by cell, entropy from its masses."""
-    inner = (values[1:] + values[:-1]) / 2
-    edges = torch.cat([torch.tensor([-40.0]), inner, torch.tensor([40.0])]).double()
-    density = torch.exp(-edges.square() / 2) / (2 * torch.pi) ** 0.5
-    mass = torch.where(edges[:-1] > 0, ndtr(-edges[:-1]) - ndtr(-edges[1:]), ndtr(edges).diff())
-    first = -density.diff()
-    second = mass - (edges * density).diff()
-    error = (second - 2 * values * first + values.square() * mass).sum().item()
-    return error, -torch.special.xlogy(mass, mass).sum().item() / 0.6931472
+    """Under N(0, 1), whose distribution function says how much lies in each narrow bin."""
+    edges = torch.linspace(-10, 10, (1 << 18) + 1, dtype=torch.float64)
+    return cost((edges[1:] + edges[:-1]) / 2, values, ndtr(edges).diff())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 6, 9])
@@ -100,3 +104,68 @@ def test_awkward_data_still_has_ascending_finite_levels():
         assert boundaries[0, 0] <= x.min() and x.max() <= boundaries[0, -1]
         error, _ = cost(x[0].double(), values[0])
         assert error < 0.02 * x.abs().max().item() ** 2 + 1e-12
+
+
+# --- from a cache's statistics into training, checkpoints and sampling
+
+BITS = 3
+CALIBRATED = {"quantizer": "calibrated", "quant_bits": BITS}
+
+
+@pytest.fixture(scope="module")
+def trained(inputs, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    train(inputs, output, **CALIBRATED)
+    return output
+
+
+def test_levels_are_those_of_the_caches_latents_on_images_too(inputs, trained, tmp_path):
+    """Sampled and counted here once more, over all images and mirror images at once."""
+    cache = open_cache(inputs / "cache")
+    keys = [(i, flip) for i in range(len(cache)) for flip in (False, True)]
+    moments = torch.stack([cache[key][0] for key in keys]).double()
+    mean, logvar = moments.chunk(2, dim=1)
+    noise = torch.stack([posterior_noise(m) for m in moments])
+    samples = mean + (logvar.clamp(-30, 20) / 2).exp() * noise
+    histogram = LatentHistogram.of(samples)
+    scale = cache.manifest["latent_scale"]
+    boundaries, values = fit_levels(histogram.counts, histogram.bin_widths(scale), 2**BITS)
+    state = load(trained)
+    assert state["config"]["quantizer"] == "calibrated"
+    torch.testing.assert_close(state["model"]["reconstruction_values"], values.float())
+    torch.testing.assert_close(state["model"]["boundaries"], boundaries.float())
+    assert values.shape == (CHANNELS, 2**BITS)
+    images = IMAGE_FLAGS | dict(cached_path="cache", latent_scale=scale, epochs=1)
+    found = train(inputs, tmp_path, **CALIBRATED, **images)
+    name = "reconstruction_values"
+    assert torch.equal(found["model"][name], state["model"][name])
+
+
+def forget_histogram(cache: Path) -> None:
+    """As a cache of an earlier version is."""
+    path = cache / "manifest.json"
+    write_json(path, read_json(path) | {"histogram": None})
+
+
+def test_resumed_training_keeps_its_levels_and_draws_with_them(inputs, own, trained, tmp_path):
+    """The cache need not say them again, nor need the flag."""
+    assert len(evaluate(inputs, tmp_path / "drawn", trained, no_metrics=True)) == 12
+    output = tmp_path / "out"
+    train(own, output, epochs=1, **CALIBRATED)
+    forget_histogram(own / "cache")
+    found, expected = train(own, output, resume=output), load(trained)
+    assert found["epoch"] == expected["epoch"]
+    for name in ("reconstruction_values", "boundaries"):
+        assert torch.equal(found["model"][name], expected["model"][name])
+
+
+def test_what_has_no_distribution_is_refused(inputs, own, refusal):
+    forget_histogram(own / "cache")
+    line = refusal("train", own, **CALIBRATED)
+    assert "main_cache.py's, with a histogram" in line and f"(it is {own}/cache)" in line
+    damaged = read_json(inputs / "cache" / "manifest.json")
+    damaged["histogram"]["counts"] = "AAAA"
+    write_json(own / "cache" / "manifest.json", damaged)
+    assert "manifest.json is damaged" in refusal("train", own, **CALIBRATED)
+    line = refusal("images", inputs, **CALIBRATED)
+    assert "--quantizer calibrated needs --cached_path" in line

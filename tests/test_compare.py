@@ -2,13 +2,13 @@
 
 import importlib
 import json
-import re
 import shutil
 import subprocess
-import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -16,9 +16,11 @@ from PIL import Image
 from demo import compare, compare_page
 from main_tokenbridge import make_parser
 from models.config import preset
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
 from tests.runs import call, kill_when, start_fork
+from util.errors import UserError
 from util.evaluation.folder import read_json
+from util.files import only_job_in
 
 QUICK = compare.DATA["digits"]._replace(**compare.QUICK)
 RESULTS = ROOT / "benchmarks" / "results" / "heads.json"
@@ -29,6 +31,15 @@ def run_here(words: list[str], **_) -> subprocess.CompletedProcess:
     words = words[2:] if words[1] == "-m" else [words[1].removesuffix(".py"), *words[2:]]
     call(importlib.import_module(words[0]).main, *words[1:])
     return subprocess.CompletedProcess(words, 0)
+
+
+def wait_for_the_end_of_the_job_in(folder: Path) -> None:
+    """A zombie holds its lock for as long as one of its other threads is still ending."""
+    for _ in range(400):
+        with suppress(UserError), only_job_in(folder, "--output_dir"):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"the job in {folder} goes on")
 
 
 def test_a_killed_comparison_goes_on_with_the_stage_it_was_in(tmp_path, monkeypatch, capsys):
@@ -45,8 +56,8 @@ def test_a_killed_comparison_goes_on_with_the_stage_it_was_in(tmp_path, monkeypa
     log = tmp_path / "logs" / "heads-mixture-0-train.log"
     saved = "saved checkpoint-step00000011"  # one of two epochs
     kill_when(lambda: log.exists() and saved in log.read_text(), first)
-    training = int((tmp_path / "heads-mixture-0" / ".lock").read_text().split()[1])
-    assert has_ended(training) and "heads-mixture-0-train" in (tmp_path / "first.1").read_text()
+    wait_for_the_end_of_the_job_in(tmp_path / "heads-mixture-0")
+    assert "heads-mixture-0-train" in (tmp_path / "first.1").read_text()
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "results-quick").iterdir()}
     assert len(finished) == 5  # the digits, the cache, the judge, its statistics, real digits
     capsys.readouterr()
@@ -75,63 +86,30 @@ def test_a_stage_that_fails_ends_it_with_the_command_and_the_log(tmp_path, monke
     assert "invalid int value: '3x'" in error
 
 
-def test_a_child_does_not_outlive_a_killed_parent(tmp_path):
-    code = "import subprocess, sys; from demo.compare import die_with_parent as die; "
-    code += "subprocess.run([sys.executable, '-c', 'import os, time; print(os.getpid(), "
-    code += "flush=True); time.sleep(60)'], preexec_fn=die)"
-    pipe = dict(stdout=subprocess.PIPE, text=True)
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(), **pipe)
-    child = int(parent.stdout.readline())
-    parent.kill()
-    parent.wait()
-    assert has_ended(child)
-
-
-def has_ended(number: int) -> bool:
-    """Or ends within some seconds."""
-    until = time.monotonic() + 20
-    while is_running(number) and time.monotonic() < until:
-        time.sleep(0.05)
-    return not is_running(number)
-
-
-def is_running(number: int) -> bool:
-    """A zombie holds its locks for as long as one of its other threads is still ending."""
-    try:
-        status = Path(f"/proc/{number}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return not ("State:\tZ" in status and re.search(r"Threads:\t[01]\n", status))
-
-
 def test_a_run_at_equal_time_has_the_epochs_that_fit(tmp_path, monkeypatch):
     runs = {run.name: run for run in compare.all_runs(0, QUICK)}
     assert len(runs) == 54 and {run.group for run in runs.values()} == set(compare.GROUPS)
     for run in runs.values():
         make_parser().parse(["--head", run.head, *run.flags])
     comparison = compare.Comparison(tmp_path, compare.DATA["digits"], [])
-    asked = {}
-
-    def call(command, more, **values):
-        asked.update(values)
-        lines = [{"step": 22, "speed/images_per_second": 64.0, "speed/memory_gib": 1.0}]
-        lines[0]["speed/tflops_per_device"] = 0.5
-        lines += [{"step": 22, "validation/loss_ema": 2.0}, lines[0] | {"step": 44}]
-        values["run"].mkdir()
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (values["run"] / "metrics.jsonl").write_text(text)
-
-    monkeypatch.setattr(comparison, "call", call)
+    timed = {"speed/images_per_second": 64.0, "speed/memory_gib": 1.0}
+    timed["speed/tflops_per_device"] = 0.5
+    lines = [{"step": 22} | timed, {"step": 22, "validation/loss_ema": 2.0}, {"step": 44} | timed]
+    (tmp_path / "time-mixture-0").mkdir()
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "time-mixture-0" / "metrics.jsonl").write_text(text)
+    monkeypatch.setattr(comparison, "call", command := mock.Mock())
     monkeypatch.setattr(comparison, "levels", lambda run: {})  # of a checkpoint, which is not there
     (tmp_path / "results").mkdir()
     for name, seconds in (("heads-channel-0", 100.0), ("heads-mixture-0", 30.0)):
         path = tmp_path / "results" / f"{name}-train.json"
         path.write_text(json.dumps({"seconds": seconds}))
     found = comparison.train(runs["time-mixture-0"])
+    asked = command.call_args.kwargs
     assert (asked["epochs"], asked["warmup"], asked["often"]) == (160, 13.33, 26)
     speed = {"epochs": 160, "seconds": 22.0, "step_seconds": 0.5, "memory_gib": 1.0, "tflop": 11.0}
     assert found == speed | {"validation": [[22, 2.0]]}
-    with pytest.raises(compare.UserError, match="comes after heads-channel-0 and heads-masked-0"):
+    with pytest.raises(UserError, match="comes after heads-channel-0 and heads-masked-0"):
         comparison.train(runs["time-masked-0"])
 
 

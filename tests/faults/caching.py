@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import main_cache
-from tests.faults.harness import TIMEOUT, Job, Row, send
-from tests.runs import CACHE_FLAGS, CLASSES, IMAGES, contents, flags, fork_together
+from tests.faults.harness import Row, Run, send
+from tests.runs import CACHE_FLAGS, CLASSES, IMAGES, contents, flags
 from util.args import CONFIG
 from util.dist import run
 
@@ -28,40 +28,27 @@ LATER = 0.05  # seconds, in which a shard is encoded, written and named
 LOSS_GRACE = 60.0  # seconds until torchrun must have ended after a worker's death
 
 
-class Caching:
-    """One cache, started as often as need be."""
+class Caching(Run):
+    """One cache."""
 
     def __init__(self, inputs: Path, folder: Path, form: str):
-        self.folder = folder
-        self.log, self.encoded = folder.with_suffix(".log"), folder.with_suffix(".encoded")
+        self.encoded = folder.with_suffix(".encoded")
         changes = dict(format=form, shard_size=SHARD, batch_size=BATCH, num_workers=1)
-        self.argv = flags(inputs, CACHE_FLAGS, changes, cached_path=folder)
+        argv = flags(inputs, CACHE_FLAGS, changes, cached_path=folder)
+        super().__init__(["-m", SCRIPT], argv, folder, ENCODED=self.encoded)
 
-    def start(self, processes: int) -> Job:
-        launch = Job.torchrun(processes)
-        return Job(*launch, "-m", SCRIPT, *self.argv, log=self.log, ENCODED=self.encoded)
-
-    def finish(self, processes: int) -> dict[str, bytes]:
-        """Let it go on to its end; all that the cache holds."""
-        job = self.start(processes)
-        assert job.end() == 0, job.printed()[-2000:]
-        return contents(self.folder, but=(CONFIG,))
-
-    def undisturbed(self) -> dict[str, bytes]:
-        """The same of one that nothing happens to, forked from where torch is imported already."""
-        ((code, _, error),) = fork_together(["main_cache.py", *self.argv], timeout=TIMEOUT)
-        assert code == 0, error
-        return contents(self.folder, but=(CONFIG,))
+    def contents(self) -> dict[str, bytes]:
+        return contents(self.output, but=(CONFIG,))
 
     def entries(self) -> int:
-        return sum(1 for _ in self.folder.rglob("*"))
+        return sum(1 for _ in self.output.rglob("*"))
 
     def whole(self) -> dict[str, tuple[int, int]]:
         """Which file is which, of those that must not be written again."""
-        sidecars = sorted(self.folder.glob("shard-*.json"))
+        sidecars = sorted(self.output.glob("shard-*.json"))
         names = [name for path in sidecars for name in json.loads(path.read_text())["names"]]
         files = [*sidecars, *(path.with_suffix(".npy") for path in sidecars)]
-        files += [self.folder / f"{name}.npz" for name in names]
+        files += [self.output / f"{name}.npz" for name in names]
         there = {str(path): path.stat() for path in files if path.exists()}
         return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in there.items()}
 
@@ -69,7 +56,7 @@ class Caching:
 def kill_once(caching: Caching, processes: int, rng: random.Random) -> bool:
     """Start it and kill it when some more files are there; false if it was done before."""
     job, enough = caching.start(processes), caching.entries() + rng.randint(1, 8)
-    if not job.wait_for(lambda: caching.entries() >= enough):
+    if not job.wait_for(lambda said: caching.entries() >= enough):
         assert job.end() == 0, job.printed()[-2000:]
         return False
     time.sleep(rng.uniform(0, LATER))
@@ -82,36 +69,26 @@ def kill_once(caching: Caching, processes: int, rng: random.Random) -> bool:
     return True
 
 
-def harm(
-    caching: Caching, kills: int, processes: tuple[int, ...], rng: random.Random, row: Row
-) -> None:
-    """Kill one cache's jobs. Counts all but what survived."""
-    kept: dict[str, tuple[int, int]] = {}
-    for _ in range(kills):
-        if not kill_once(caching, rng.choice(processes), rng):
-            break
-        row.injected += 1
-        found = caching.whole()
-        assert kept.items() <= found.items(), "what was whole was written again"
-        kept = found
-
-
 def kill_caching(
     inputs: Path, folder: Path, kills: int, seed: int, processes: tuple[int, ...] = (1, 1, 2)
 ) -> Row:
     """kill -9 at random moments of caching, of both forms. processes: of a job, drawn for each."""
-    rng, row = random.Random(seed), Row("kill -9 while caching")
-    expected, number = {}, 0
+    rng, row, caches = random.Random(seed), Row("kill -9 while caching"), 0
     while row.injected < kills:
-        form, number = ("npy", "npz")[number % 2], number + 1
-        if form not in expected:
-            whole = Caching(inputs, folder / f"undisturbed-{form}", form)
-            expected[form] = whole.undisturbed()
-        caching, before = Caching(inputs, folder / f"cache-{seed}-{number}", form), row.injected
+        form, caches = ("npy", "npz")[caches % 2], caches + 1
+        whole = Caching(inputs, folder / f"undisturbed-{form}", form)
+        whole.undisturbed("main_cache.py")
+        caching = Caching(inputs, folder / f"cache-{seed}-{caches}", form)
+        kept, killed = {}, 0
         most = min(rng.randint(1, MOST_KILLS), kills - row.injected)
-        harm(caching, most, processes, rng, row)
-        if caching.finish(rng.choice(processes)) == expected[form]:
-            row.survived += row.injected - before
+        while killed < most and kill_once(caching, rng.choice(processes), rng):
+            killed += 1
+            found = caching.whole()
+            assert kept.items() <= found.items(), "what was whole was written again"
+            kept = found
+        caching.finish(rng.choice(processes))
+        row.injected += killed
+        row.survived += killed * (caching.contents() == whole.contents())
         row.steps_lost += caching.encoded.stat().st_size - COUNT
     row.result = "same bytes" if row.survived == row.injected else "OTHER BYTES"
     return row

@@ -12,15 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.conftest import ROOT, environment
-from tests.runs import free_port
+from tests.runs import fork_together, free_port
 
 TIMEOUT = 300.0
-LIMITED = """
-import os, resource, sys
-limit, *command = sys.argv[1:]
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit),) * 2)
-os.execv(command[0], command)
-"""
 
 
 @dataclass
@@ -35,50 +29,36 @@ class Row:
 
 
 class Job:
-    """A command with all its children; what it prints goes to a file.
+    """A command with all its children; what it prints goes to a file."""
 
-    limit: largest file in bytes that it can write, which is a full disk to it.
-    """
-
-    def __init__(self, *command, log: Path, limit: int | None = None, **env):
+    def __init__(self, *command, log: Path, **env):
         self.log = log
-        start = [sys.executable]
-        if limit is not None:
-            start += ["-c", LIMITED, limit, sys.executable]
         with log.open("ab") as output:
+            self.begins_at = output.tell()
             self.process = subprocess.Popen(
-                [*map(str, (*start, *command))],
+                [sys.executable, *map(str, command)],
                 cwd=ROOT,
                 env=environment(**env),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.begins_at, self.ends_at = log.stat().st_size, None
-
-    @staticmethod
-    def torchrun(processes: int, restarts: int = 0) -> list[str]:
-        """The words before a script that start so many processes of it."""
-        launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        launch += [f"--master_port={free_port()}", f"--max-restarts={restarts}"]
-        return launch if processes > 1 else []
 
     def printed(self) -> str:
-        """What it has printed so far; the file may go on with its successor's."""
+        """What it has printed so far, and what its successor prints into the same file."""
         with self.log.open("rb") as file:
             file.seek(self.begins_at)
-            length = -1 if self.ends_at is None else self.ends_at - self.begins_at
-            return file.read(length).decode(errors="replace")
+            return file.read().decode(errors="replace")
 
     @property
     def running(self) -> bool:
         return self.process.poll() is None
 
-    def wait_for(self, condition: Callable[[], object], timeout: float = TIMEOUT) -> bool:
-        """Until the condition holds; false if the command has ended before."""
+    def wait_for(self, condition: Callable[[str], object], timeout: float = TIMEOUT) -> bool:
+        """Until what it has printed meets the condition; false if the command has ended before."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            if condition():
+            if condition(self.printed()):
                 return True
             if not self.running:
                 return False
@@ -91,21 +71,49 @@ class Job:
         for pid in (*descendants(self.process.pid), self.process.pid):
             send(pid, signal.SIGKILL)
         self.process.wait()
-        self.ends_at = self.log.stat().st_size
 
     def end(self, timeout: float = TIMEOUT) -> int:
         """The exit code, when it has ended by itself."""
         try:
-            self.process.wait(timeout)
+            return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
             raise TimeoutError(f"no end after {timeout:.0f} s:\n{self.printed()[-2000:]}") from None
-        self.ends_at = self.log.stat().st_size
-        return self.process.returncode
 
     def workers(self, script: str) -> list[int]:
         """The children of torchrun that run a script, in the order of their ranks."""
-        return sorted(pid for pid in children(self.process.pid) if script in command_line(pid))
+        return sorted(children(self.process.pid, script))
+
+
+class Run:
+    """A script in its folder, started as often as need be.
+
+    command: its words before the flags. env: variables beside the usual ones.
+    """
+
+    def __init__(self, command: list[str], argv: list[str], output: Path, **env):
+        self.command, self.argv, self.env = command, argv, env
+        self.output, self.log = output, output.with_suffix(".log")
+
+    def start(self, processes: int = 1, restarts: int = 0) -> Job:
+        """restarts: those of torchrun, by which two and more processes are started."""
+        launch = []
+        if processes > 1:
+            launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+            launch += [f"--master_port={free_port()}", f"--max-restarts={restarts}"]
+        return Job(*launch, *self.command, *self.argv, log=self.log, **self.env)
+
+    def finish(self, processes: int = 1) -> str:
+        """Let it go on to its end; what it printed."""
+        job = self.start(processes)
+        assert job.end() == 0, job.printed()[-2000:]
+        return job.printed()
+
+    def undisturbed(self, script: str) -> None:
+        """Nothing happens to it, so it may be forked from where torch is imported already."""
+        if not self.output.exists():
+            ((code, _, error),) = fork_together([script, *self.argv], timeout=TIMEOUT)
+            assert code == 0, error
 
 
 def send(pid: int, number: signal.Signals) -> None:
@@ -113,15 +121,10 @@ def send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def command_line(pid: int) -> str:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    return ""
-
-
-def children(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout
-    return [int(line) for line in found.split()]
+def children(pid: int, words: str = "") -> list[int]:
+    """Those that have the words in their command line."""
+    command = ["pgrep", "-P", str(pid), "-f", words]
+    return [int(line) for line in subprocess.run(command, capture_output=True).stdout.split()]
 
 
 def descendants(pid: int) -> list[int]:
@@ -136,8 +139,3 @@ def steps_of(printed: str) -> list[int]:
 def last_step(printed: str) -> int:
     """The last of them; 0 if none."""
     return max(steps_of(printed), default=0)
-
-
-def resumed_step(printed: str) -> int:
-    """The step after which training went on; 0 if it began anew."""
-    return max((int(step) for step in re.findall(r"going on after step (\d+)", printed)), default=0)

@@ -1,6 +1,5 @@
 """Each kind of fault once: the run ends with the bits of one that nothing happened to."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,25 +14,12 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "harm",
-    [
-        partial(training.kill_training, kills=2, seed=0),
-        partial(training.kill_saving, kills=1, seed=0),
-        training.full_disk,
-        partial(training.damaged_newest, times=1, seed=0),
-        partial(training.kill_worker, kills=1, seed=0),
-        training.kill_node,
-        training.hang,
-    ],
+    training.scenarios(kills=2, seed=0),
     ids=lambda harm: getattr(harm, "func", harm).__name__,
 )
 def test_a_run_ends_as_if_nothing_had_happened(inputs, folder, harm):
     row = harm(inputs, folder)
     assert row.survived == row.injected > 0, row
-
-
-def test_signals_save_and_lose_nothing(inputs, folder):
-    row = training.terminate(inputs, folder, signals=2, seed=0)
-    assert row.survived == row.injected > 0 and row.steps_lost == 0, row
 
 
 @pytest.mark.parametrize(("processes", "kills"), [((1,), 3), ((2, 1), 1)])
