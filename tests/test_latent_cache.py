@@ -102,6 +102,8 @@ def test_caches_of_the_published_form_need_nothing_beside(tmp_path):
     with np.load(tmp_path / "all" / "bee" / "3.png.npz") as file:
         assert file.files == ["moments", "moments_flip"]
         np.testing.assert_array_equal(file["moments_flip"], MOMENTS[8, 1])
+    (tmp_path / "part" / ".hidden").mkdir()
+    (tmp_path / "all" / "bee" / "._3.png.npz").write_bytes(b"of a file manager")
     cache = open_cache(tmp_path / "part")
     assert cache.manifest is None and cache.classes == ["bee"] and len(cache) == 5
     np.testing.assert_array_equal(cache[(4, True)][0].numpy(), MOMENTS[9, 1])
