@@ -1,14 +1,11 @@
 """main_tokenbridge.py as a user calls it: however it is started, it trains and draws the same."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
 
 import engine_tokenbridge
 import main_cache
-from models.tokenizers.kl16 import AutoencoderKL
 from tests import runs
 from util import stop
 from util.checkpoint import load_checkpoint
@@ -82,21 +79,10 @@ def test_images_and_their_cached_latents_train_the_same_but_for_float16(inputs, 
     config = runs.load(trained)["config"]
     changes = {name: config[name] for name in ("latent_scale", "channel_order")}
     changes["channel_order"] = ",".join(map(str, changes["channel_order"]))
-    from_images = dict(use_cached=False, cached_path=None, data_path="data", vae_path="vae.ckpt")
-    found = runs.train(inputs, tmp_path / "out", **from_images, **changes)
+    found = runs.train(inputs, tmp_path / "out", **runs.IMAGE_FLAGS | changes)
     assert found["config"] == config and found["vae_sha256"] == runs.load(trained)["vae_sha256"]
     loss, expected = (runs.scalars(f)["train/loss"][-1][1] for f in (tmp_path / "out", trained))
     assert loss == pytest.approx(expected, rel=1e-3)
-
-
-def test_training_from_a_cache_needs_no_vae(inputs, trained, tmp_path, capsys, monkeypatch):
-    def loaded(*args, **kwargs):
-        raise AssertionError("a VAE was built")
-
-    monkeypatch.setattr(AutoencoderKL, "__init__", loaded)
-    found = runs.train(inputs, tmp_path, vae_path="/nowhere.ckpt")
-    runs.assert_same_training(found, runs.load(trained))
-    assert "is not checked to be of --vae_path" in capsys.readouterr().out
 
 
 def test_published_cache_trains(inputs, tmp_path):
@@ -178,12 +164,10 @@ def test_log_holds_all_figures(inputs, tmp_path, capsys):
     assert found["train/loss"][0][1] == pytest.approx(np.log(64), rel=0.3)
 
 
-def test_bad_images_are_skipped_counted_and_named(inputs, tmp_path, capfd):
-    data = shutil.copytree(inputs / "data", tmp_path / "data")
-    (data / "train" / "bee" / "3.png").write_bytes(b"broken")
-    settings = dict(use_cached=False, cached_path=None, data_path=data, vae_path="vae.ckpt")
-    settings |= dict(latent_scale=1.0, channel_order="0,1,2,3", skip_bad_images=True)
-    runs.train(inputs, tmp_path / "out", num_workers=1, **settings)
+def test_bad_images_are_skipped_counted_and_named(own, tmp_path, capfd):
+    (own / "data" / "train" / "bee" / "3.png").write_bytes(b"broken")
+    settings = runs.IMAGE_FLAGS | dict(skip_bad_images=True, num_workers=1)
+    runs.train(own, tmp_path / "out", **settings)
     captured = capfd.readouterr()
     assert "skipped images 1" in captured.out and captured.err.count("skipped: ") == 1
     assert runs.scalars(tmp_path / "out")["data/skipped_images"][-1][1] == 1
@@ -192,18 +176,13 @@ def test_bad_images_are_skipped_counted_and_named(inputs, tmp_path, capfd):
 # --- evaluation
 
 
-@pytest.fixture(scope="module")
-def drawn(inputs, trained, tmp_path_factory) -> dict[str, bytes]:
-    """The images that one process draws of the trained model."""
-    return runs.evaluate(inputs, tmp_path_factory.mktemp("drawn"), trained)
-
-
-def test_two_processes_draw_as_one_and_other_weights_differ(inputs, trained, drawn, tmp_path):
-    argv = runs.flags(inputs, runs.EVALUATE_FLAGS, resume=trained, output_dir=tmp_path)
+def test_two_processes_draw_as_one_and_other_weights_differ(inputs, trained, tmp_path):
+    drawn = runs.evaluate(inputs, tmp_path / "one", trained)
+    argv = runs.flags(inputs, runs.EVALUATE_FLAGS, resume=trained, output_dir=tmp_path / "two")
     result = runs.on_processes(2, "main_tokenbridge.py", *argv)
     assert result.stdout.count("FID and IS are not computed") == 1
-    assert len(drawn) == 12 and runs.images(tmp_path) == drawn
-    (folder,) = tmp_path.glob("ariter*")
+    assert len(drawn) == 12 and runs.images(tmp_path / "two") == drawn
+    (folder,) = (tmp_path / "two").glob("ariter*")
     assert sorted(p.name for p in folder.iterdir()) == [
         *("grid.png", "images", "metrics.json", "settings.json")
     ]

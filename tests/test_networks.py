@@ -45,18 +45,6 @@ def released(monkeypatch) -> dict[str, Tensor]:
     return weights
 
 
-def interpolation(new: int, old: int, scale: float) -> Tensor:
-    """[new, old] of Keys' cubic kernel: place i is at (i + 1/2) / scale - 1/2 of the old ones."""
-    matrix, a = torch.zeros(new, old), -0.75
-    for i in range(new):
-        place = (i + 0.5) / scale - 0.5
-        for tap in range(math.floor(place) - 1, math.floor(place) + 3):
-            x = abs(place - tap)
-            near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
-            matrix[i, min(max(tap, 0), old - 1)] += near if x <= 1 else far
-    return matrix
-
-
 def original(weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
     """DinoVisionTransformer's class token, as its source reads. pixels: [N, 3, 224, 224]."""
 
@@ -68,11 +56,10 @@ def original(weights: dict[str, Tensor], pixels: Tensor) -> Tensor:
 
     patch = (weights["patch_embed.proj.weight"], weights["patch_embed.proj.bias"])
     x = F.conv2d(pixels, *patch, stride=14).flatten(2).mT
-    matrix = interpolation(16, 37, 16.1 / 37)
-    grid = weights["pos_embed"][0, 1:].reshape(37, 37, WIDTH)
-    grid = torch.einsum("ia,jb,abd->ijd", matrix, matrix, grid).reshape(256, WIDTH)
+    grid = weights["pos_embed"][:, 1:].reshape(1, 37, 37, WIDTH).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, mode="bicubic", scale_factor=(16.1 / 37, 16.1 / 37))
     x = torch.cat((weights["cls_token"].expand(len(x), -1, -1), x), dim=1)
-    x = x + torch.cat((weights["pos_embed"][0, :1], grid))
+    x = x + torch.cat((weights["pos_embed"][:, :1], grid.flatten(2).mT), dim=1)
     for block in (f"blocks.{k}." for k in range(DEPTH)):
         qkv = linear(norm(x, f"{block}norm1"), f"{block}attn.qkv")
         q, k, v = qkv.reshape(len(x), 257, 3, HEADS, 64).permute(2, 0, 3, 1, 4)

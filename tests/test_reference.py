@@ -163,11 +163,9 @@ def test_npz_files_without_images_are_refused_and_with_them_as_statistics(images
         assert line.startswith(f"--image_dir {path}") and fragment in line
     line = complaint(call, fid_stats.main, *flags(images, "stats.txt"))
     assert "--output stats.txt" in line
-    assert complaint(compared_with, fid_stats=array) == (
-        f"--fid_stats {array}: not an npz file with mu and sigma, but of 23 images; compare with "
-        "them by --fid_reference, or make statistics with python -m util.fid_stats "
-        f"--image_dir {array}"
-    )
+    line = complaint(compared_with, fid_stats=array)
+    assert f"--fid_stats {array}: not an npz file with mu and sigma, but of 23 images" in line
+    assert "by --fid_reference" in line and f"util.fid_stats --image_dir {array}" in line
 
 
 def test_statistics_fit_the_extractor_and_the_size_they_were_made_with(made, tmp_path, capsys):

@@ -68,8 +68,6 @@ def test_what_does_not_fit_is_refused(world):
         (dict(global_batch=8, accum_iter=2), None, 2, "leave --accum_iter out"),
         ({}, checkpoint(), 7, "7 processes cannot share the 6"),
         (dict(batch_size=101), None, 1, "100 samples do not fill"),
-        ({}, checkpoint(images="all"), 1, "'schedule'"),
-        ({}, checkpoint(step="two"), 1, "'step' is 'two'"),
     ):
         world(processes)
         assert fragment in complaint(plan_batches, arguments(**given), resumed, IMAGES)
