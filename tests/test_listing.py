@@ -9,24 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import main_cache
 import main_tokenbridge
 from reconstruction import choose_images
+from tests import runs
 from tests.conftest import complaint
-from tests.runs import (
-    CACHE_FLAGS,
-    TRAIN_FLAGS,
-    assert_same_training,
-    call,
-    flags,
-    make_images,
-    refused,
-    train,
-)
 from util.data.images import read_image
 from util.data.listing import LABELS, list_images
 from util.errors import UserError
@@ -36,7 +26,7 @@ from util.evaluation.reference import open_images
 @pytest.fixture
 def data(tmp_path) -> Path:
     """data/train/CLASS/0.png ..., to be changed."""
-    make_images(tmp_path / "data", 16)
+    runs.make_images(tmp_path / "data", 16)
     return tmp_path / "data"
 
 
@@ -48,7 +38,7 @@ def test_hidden_entries_are_no_data_and_links_are_followed(data):
     (data / "train" / "cat").rename(data / "elsewhere")
     (data / "train" / "cat").symlink_to("../elsewhere")
     found = (list_images(data), choose_images(data, 9), choose_images(data / "train", 9))
-    assert [images.names for images in found] == [expected] * 3
+    assert [images.names for images in found] == [expected] * 3 and len(expected) == 24
     assert len(open_images(data / "train")) == 24
 
 
@@ -74,7 +64,10 @@ def test_a_level_too_many_or_few_is_named(data, place, remedy):
     assert len(list_images(data).classes) == 1
 
 
-def test_a_flat_folder_is_reconstructed(data, capsys):
+def test_of_each_class_or_of_a_flat_folder_the_first_images_are_reconstructed(data, capsys):
+    for root in (data, data / "train"):
+        expected = [f"{name}/{i}.png" for name in runs.CLASSES for i in (0, 1)]
+        assert choose_images(root, 2).names == expected
     (data / "train" / "ant" / ".ipynb_checkpoints").mkdir()
     assert len(choose_images(data / "train" / "ant", 5).samples) == 5
     assert "--images_per_class 5 is how many of its 8 images" in capsys.readouterr().out
@@ -113,24 +106,18 @@ def test_listing_names_what_is_missing_or_cannot_be_read(tmp_path, monkeypatch):
     assert "--data_path" in line and "Permission denied" in line and "hollow/sub" in line
 
 
-# --- the number of classes
-
-
 def test_classes_are_counted_where_no_flag_says(inputs, tmp_path, capsys):
-    found = train(inputs, tmp_path / "own", class_num=None, epochs=1)
+    found = runs.train(inputs, tmp_path / "own", class_num=None, epochs=1)
     assert found["config"]["class_num"] == 3
-    assert_same_training(found, train(inputs, tmp_path / "given", epochs=1))
+    runs.assert_same_training(found, runs.train(inputs, tmp_path / "given", epochs=1))
     capsys.readouterr()
-    more = train(inputs, tmp_path / "more", class_num=5, epochs=1)
+    runs.train(inputs, tmp_path / "more", class_num=5, epochs=1)
     assert "the model has 5 classes, --cached_path" in capsys.readouterr().out
-    published = {k: more[k] for k in ("model", "model_ema", "optimizer", "epoch")}
-    torch.save(published, tmp_path / "published.pth")
-    argv = flags(inputs, TRAIN_FLAGS, class_num=None, output_dir=tmp_path / "x")
-    call(main_tokenbridge.main, *argv, "--dry_run", "--resume", str(tmp_path / "published.pth"))
+    published = tmp_path / "published.pth"
+    runs.save_published(tmp_path / "more", published)
+    argv = runs.flags(inputs, runs.TRAIN_FLAGS, class_num=None, output_dir=tmp_path / "x")
+    runs.call(main_tokenbridge.main, *argv, "--dry_run", "--resume", str(published))
     assert "the model has 5 classes, --cached_path" in capsys.readouterr().out
-
-
-# --- what is told
 
 
 def test_other_kinds_of_images_are_read_or_counted(data, capsys):
@@ -146,11 +133,12 @@ def test_other_kinds_of_images_are_read_or_counted(data, capsys):
 
 
 def test_images_of_any_name_and_too_large_ones_are_refused_in_one_line(inputs, data, capsys):
-    argv = flags(inputs, CACHE_FLAGS, data_path=data, cached_path=data / "x", num_workers=1)
-    line = refused(capsys, main_cache.main, *argv, "--max_image_pixels", "300")
+    settings = dict(data_path=data, cached_path=data / "x", num_workers=1)
+    argv = runs.flags(inputs, runs.CACHE_FLAGS, settings)
+    line = runs.refused(capsys, main_cache.main, *argv, "--max_image_pixels", "300")
     assert "304 pixels, more than --max_image_pixels 300" in line
     (data / "train" / "ant" / "a\nb.png").write_bytes(b"broken")
-    assert "a\\nb.png" in refused(capsys, main_cache.main, *argv)
+    assert "a\\nb.png" in runs.refused(capsys, main_cache.main, *argv)
 
 
 SYNSETS = ["n01440764", "n01443537", "n02123045"]
