@@ -92,8 +92,6 @@ def test_known_positions_stay_and_all_others_are_drawn(order, count):
     assert torch.equal(found[known], quantized[known])
     if count == 0:
         assert torch.equal(found, sample_latents(model, labels, **options))
-    if count == 16:
-        assert torch.equal(found, quantized)
     one = {name: tensor[1:2] for name, tensor in given.items()}
     alone = sample_latents(model, labels[1:2], image_ids=[1], **one, **options)
     assert torch.equal(alone, found[1:2])
