@@ -1,6 +1,5 @@
 """DINOv2 is the original's arithmetic, EfficientNet knows what is on photographs."""
 
-import math
 import sys
 from itertools import product
 
@@ -13,7 +12,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.conftest import complaint
+from tests.conftest import complaint, formula_weight
 from util.evaluation import networks
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import load_extractor
@@ -33,16 +32,12 @@ def photographs() -> list[Tensor]:
 
 @pytest.fixture
 def released(monkeypatch) -> dict[str, Tensor]:
-    """Random weights in the form of the release, which is of 518 px and has a mask token."""
+    """Weights by formula in the form of the release, of 518 px and with a mask token."""
     monkeypatch.setattr(networks, "DINOV2", SMALL)
-    generator = torch.Generator().manual_seed(0)
-    shapes = {k: t.shape for k, t in timm.create_model(SMALL, num_classes=0).state_dict().items()}
-    assert shapes["pos_embed"] == (1, 1370, WIDTH)
-    weights = {"mask_token": torch.zeros(1, WIDTH)}
-    for name, shape in shapes.items():
-        scale = math.prod(shape[1:]) ** -0.5 if name.endswith("weight") else 1
-        weights[name] = torch.randn(shape, generator=generator) * scale
-    return weights
+    state = timm.create_model(SMALL, num_classes=0).state_dict()
+    weights = {name: formula_weight(name, tuple(t.shape)) for name, t in state.items()}
+    assert weights["pos_embed"].shape == (1, 1370, WIDTH)
+    return weights | {"mask_token": torch.zeros(1, WIDTH)}
 
 
 def original(weights: dict[str, Tensor], pixels: Tensor) -> Tensor:

@@ -20,11 +20,9 @@ def small_vq(**changes) -> VQModel:
 def published(request) -> tuple[VQModel, dict]:
     """The tokenizer of a golden file, its weights by formula, and the file's arrays."""
     data = golden(request.param)
-    with torch.device("meta"):
-        model = VQModel(codebook_size=int(data["codebook_size"]))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    model.to_empty(device="cpu")
-    model.load_published({name: formula_weight(name, shape) for name, shape in shapes.items()})
+    model = VQModel(codebook_size=int(data["codebook_size"]))
+    named = model.named_parameters()
+    model.load_published({name: formula_weight(name, tuple(p.shape)) for name, p in named})
     return model.eval(), data
 
 
