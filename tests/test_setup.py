@@ -22,9 +22,9 @@ def arguments(**given) -> Namespace:
     return Namespace(**defaults | dict(batch_size=4, start_epoch=0) | given)
 
 
-def checkpoint(step: int = 30, **changes) -> Checkpoint:
-    schedule = dict(batch_size=4, micro_batches=6, images=IMAGES, seed=7) | changes
-    return Checkpoint(Path("x.pth"), {"optimizer": {}, "step": step, "schedule": schedule})
+def checkpoint() -> Checkpoint:
+    schedule = dict(batch_size=4, micro_batches=6, images=IMAGES, seed=7)
+    return Checkpoint(Path("x.pth"), {"optimizer": {}, "step": 30, "schedule": schedule})
 
 
 @pytest.fixture

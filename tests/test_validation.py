@@ -39,10 +39,8 @@ def beside(tmp_path_factory) -> Path:
         (folder / "data" / "val" / name).mkdir(parents=True)
         for path in sorted((folder / "data" / "train" / name).iterdir())[:count]:
             shutil.copyfile(path, folder / "data" / "val" / name / path.name)
-    argv = runs.flags(
-        folder, runs.CACHE_FLAGS, cached_path=folder / "val", dtype="float32", split="val"
-    )
-    runs.call(main_cache.main, *argv)
+    settings = dict(cached_path=folder / "val", dtype="float32", split="val")
+    runs.call(main_cache.main, *runs.flags(folder, runs.CACHE_FLAGS, settings))
     return folder
 
 
