@@ -63,8 +63,6 @@ def test_settings_of_use_can_be_changed_and_settings_of_shape_cannot(folder):
     assert found.config.head_input == "trained" and found.head.grad_checkpointing
     with pytest.raises(ValueError, match="do not match.*fake_latent|do not match.*class_emb"):
         TokenBridge.from_pretrained(folder, class_num=4)
-    with pytest.raises(ValueError, match="unknown model settings.*colour"):
-        TokenBridge.from_pretrained(folder, colour="red")
 
 
 def test_a_disk_that_fails_leaves_the_weights_that_were_there(folder, monkeypatch):

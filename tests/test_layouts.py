@@ -38,10 +38,7 @@ def test_layout_and_count_are_the_published_ones(name):
     if "buffers" in layout:
         named = getattr(model, "published_parameters", model.named_parameters)()
         assert sorted(set(state) - {n for n, _ in named}) == layout["buffers"]
-    if name.startswith("mar"):
-        settings = ("diffloss_d", "diffloss_w")
-        assert [preset(name)[n] for n in settings] == [layout[n] for n in settings]
-    elif name == "vq16":
+    if name == "vq16":
         assert model.config == vq.VQ16 and (model.channels, model.stride) == (8, 16)
     elif name == "kl16":
         assert model.stride == 16 and model.is_kl16

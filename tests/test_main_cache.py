@@ -21,11 +21,10 @@ from util.dist import run
 from util.errors import EXIT_STOPPED
 from util.vae import load_vae
 
-SMALL = dict(batch_size=2, shard_size=9)  # three shards of 24 images
-
 
 def argv_of(inputs: Path, cache: Path, **changes) -> list[str]:
-    return runs.flags(inputs, runs.CACHE_FLAGS, SMALL, dict(cached_path=cache), changes)
+    """Of three shards of 24 images."""
+    return runs.flags(inputs, runs.CACHE_FLAGS, dict(batch_size=2, cached_path=cache), changes)
 
 
 def contents_of(folder: Path) -> dict[str, bytes]:
@@ -60,20 +59,13 @@ def test_moments_are_those_of_the_image_and_of_the_mirrored_image_in_both_forms(
         assert cache.manifest[key] == other.manifest[key]
 
 
-def test_two_processes_write_the_bytes_of_one_and_either_goes_on(inputs, tmp_path, capsys):
+def test_two_processes_write_the_bytes_of_one(inputs, tmp_path):
+    """Killed, either goes on: tests/faults."""
     one, two = tmp_path / "one", tmp_path / "two"
     make(inputs, one)
     runs.on_processes(2, "main_cache.py", *argv_of(inputs, two, num_workers=1))
     assert len(list(one.glob("*.npy"))) == 3
     assert contents_of(one) == contents_of(two)
-
-    before = (two / "shard-00000.npy").stat().st_mtime_ns
-    for name in ("manifest.json", "shard-00001.npy", "shard-00002.json"):
-        (two / name).unlink()
-    make(inputs, two)
-    assert "2 of 3 shards" in capsys.readouterr().out
-    assert contents_of(one) == contents_of(two)
-    assert (two / "shard-00000.npy").stat().st_mtime_ns == before  # it was not touched
 
 
 def test_a_dry_run_writes_nothing_nor_does_a_whole_cache(inputs, tmp_path, monkeypatch, capsys):
@@ -101,8 +93,6 @@ def test_a_dry_run_writes_nothing_nor_does_a_whole_cache(inputs, tmp_path, monke
     path = cache / "shard-00002.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     assert "shard-00002" in runs.refused(capsys, main_cache.main, *argv)
-    line = runs.refused(capsys, main_cache.main, *argv[:2], str(tmp_path / "none"))
-    assert "--cached_path" in line and "none" in line
 
 
 def test_skipped_images_are_named_counted_and_left_out(own, tmp_path, capsys):

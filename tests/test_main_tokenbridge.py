@@ -1,6 +1,6 @@
 """main_tokenbridge.py as a user calls it: however it is started, it trains and draws the same."""
 
-import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,50 +8,39 @@ import torch
 
 import engine_tokenbridge
 import main_cache
-from models.tokenizers.kl16 import AutoencoderKL
 from tests import runs
 from util import stop
 from util.checkpoint import load_checkpoint
 from util.vae import load_vae, save_vae
 
-# --- two processes, two nodes, Slurm, Open MPI
 
-
-def test_two_processes_train_as_one_and_only_one_writes(inputs, trained, tmp_path):
-    """Dropout on: every micro-batch has its own random numbers, whichever process has it.
+def test_two_nodes_train_as_one_draw_together_and_only_one_writes(inputs, trained, tmp_path):
+    """They meet at an address; dropout is on, as every micro-batch has its own random numbers,
+    whichever process has it; and what is recomputed in backward is reduced all the same.
 
     To the bit: the mean of two gradients is the same whoever adds them. Adam would make a visible
     difference of any other: its first steps have the same length for the smallest gradients.
+    Of Open MPI, which a flag asks for. Slurm's variables are read in test_dist.py, and its
+    processes train in test_scripts.py, torchrun's in test_validation.py.
     """
-    result = runs.train_on(2, inputs, tmp_path / "out", num_workers=1)
-    assert "2 processes (torchrun), backend gloo" in result.stdout
-    assert "left 0:00:00" in result.stdout
-    assert result.stdout.count("step 6/6") == result.stdout.count("saved") == 1
+    settings = dict(online_eval=True, vae_path="vae.ckpt", num_images=6, num_iter=2, eval_bsz=2)
+    settings |= dict(dist_url=f"tcp://127.0.0.1:{runs.free_port()}", grad_checkpointing=True)
+    settings |= dict(dist_on_itp=True, accum_iter=1, num_workers=1)
+    argv = runs.flags(inputs, runs.TRAIN_FLAGS, settings, output_dir=tmp_path / "out")
+    names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE")]
+    env = [dict(zip(names, (rank, 0, 2), strict=True)) for rank in (0, 1)]
+    results = runs.fork_together(*[["main_tokenbridge.py", *argv]] * 2, env=env)
+    assert [code for code, _, _ in results] == [0, 0], results
+    printed = "".join(out for _, out, _ in results)
+    assert "2 processes (Open MPI (--dist_on_itp)), backend gloo" in printed
+    assert printed.count("step 6/6") == printed.count("saved") == 1 and "left 0:00:00" in printed
     runs.assert_same_training(runs.load(tmp_path / "out"), runs.load(trained))
     found, expected = runs.scalars(tmp_path / "out"), runs.scalars(trained)
     for tag in ("train/loss", "train/lr", "train/grad_norm"):
         np.testing.assert_allclose(found[tag], expected[tag], rtol=1e-5)
     written = sorted(path.name.split(".")[0] for path in (tmp_path / "out").iterdir())
-    assert written == ["checkpoint-last", "checkpoint-step00000006", "config", "events"]
-
-
-def test_two_nodes_train_as_one_and_draw_together(inputs, trained, tmp_path):
-    """They meet at an address; and what is recomputed in backward is reduced all the same.
-
-    Of Open MPI, which a flag asks for. Slurm's variables are read in test_dist.py, and its
-    processes train in test_scripts.py.
-    """
-    settings = dict(online_eval=True, vae_path="vae.ckpt", num_images=6, num_iter=2, eval_bsz=2)
-    settings |= dict(dist_url=f"tcp://127.0.0.1:{runs.free_port()}", grad_checkpointing=True)
-    argv = runs.flags(inputs, runs.TRAIN_FLAGS, settings, dist_on_itp=True, accum_iter=1)
-    command = ["main_tokenbridge.py", *argv, "--output_dir", tmp_path / "out"]
-    names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE")]
-    env = [dict(zip(names, (rank, 0, 2), strict=True)) for rank in (0, 1)]
-    results = runs.fork_together(command, command, env=env)
-    assert [code for code, _, _ in results] == [0, 0], results
-    assert "2 processes (Open MPI" in results[0][1]
-    assert "step 6/6" in results[0][1] and "step 6/6" not in results[1][1]
-    runs.assert_same_training(runs.load(tmp_path / "out"), runs.load(trained))
+    checkpoints = ["checkpoint-last", "checkpoint-step00000006"]
+    assert written == [*checkpoints, "config", "eval-epoch2", "events"]
     assert len(list((tmp_path / "out" / "eval-epoch2" / "images").iterdir())) == 6
 
 
@@ -82,21 +71,10 @@ def test_images_and_their_cached_latents_train_the_same_but_for_float16(inputs, 
     config = runs.load(trained)["config"]
     changes = {name: config[name] for name in ("latent_scale", "channel_order")}
     changes["channel_order"] = ",".join(map(str, changes["channel_order"]))
-    from_images = dict(use_cached=False, cached_path=None, data_path="data", vae_path="vae.ckpt")
-    found = runs.train(inputs, tmp_path / "out", **from_images, **changes)
+    found = runs.train(inputs, tmp_path / "out", **runs.IMAGE_FLAGS | changes)
     assert found["config"] == config and found["vae_sha256"] == runs.load(trained)["vae_sha256"]
     loss, expected = (runs.scalars(f)["train/loss"][-1][1] for f in (tmp_path / "out", trained))
     assert loss == pytest.approx(expected, rel=1e-3)
-
-
-def test_training_from_a_cache_needs_no_vae(inputs, trained, tmp_path, capsys, monkeypatch):
-    def loaded(*args, **kwargs):
-        raise AssertionError("a VAE was built")
-
-    monkeypatch.setattr(AutoencoderKL, "__init__", loaded)
-    found = runs.train(inputs, tmp_path, vae_path="/nowhere.ckpt")
-    runs.assert_same_training(found, runs.load(trained))
-    assert "is not checked to be of --vae_path" in capsys.readouterr().out
 
 
 def test_published_cache_trains(inputs, tmp_path):
@@ -121,8 +99,6 @@ def test_evaluating_while_training_changes_nothing_of_it(inputs, trained, tmp_pa
     sampling = dict(vae_path="vae.ckpt", num_images=6, num_iter=2, eval_bsz=6, eval_freq=1, cfg=2)
     found = runs.train(inputs, tmp_path / "out", online_eval=True, **sampling)
     runs.assert_same_training(found, runs.load(trained))
-    for epoch in (1, 2):
-        assert len(list((tmp_path / "out" / f"eval-epoch{epoch}" / "images").iterdir())) == 6
     assert "FID and IS are not computed" in capsys.readouterr().out
     raw = tmp_path / "raw"
     runs.train(inputs, raw, online_eval=True, eval_weights="model", epochs=1, **sampling)
@@ -130,15 +106,11 @@ def test_evaluating_while_training_changes_nothing_of_it(inputs, trained, tmp_pa
     assert grids[0] != grids[1]
 
 
-def test_evaluation_that_was_stopped_is_made_up_for(inputs, tmp_path, monkeypatch):
+def test_evaluation_that_was_stopped_is_made_up_for(inputs, tmp_path):
     sampling = dict(online_eval=True, eval_freq=1, vae_path="vae.ckpt", no_metrics=True)
     sampling |= dict(num_images=6, num_iter=2, eval_bsz=2, resume="auto")
-
-    def stopped(*_args, **_kwargs):
-        raise stop.Stopped("SIGTERM")
-
-    with monkeypatch.context() as patch, pytest.raises(stop.Stopped):
-        patch.setattr(engine_tokenbridge, "evaluate", stopped)
+    stopped = mock.patch.object(engine_tokenbridge, "evaluate", side_effect=stop.Stopped("SIGTERM"))
+    with stopped, pytest.raises(stop.Stopped):
         runs.train(inputs, tmp_path / "out", **sampling)
     assert load_checkpoint(tmp_path / "out" / "checkpoint-step00000003.pth")  # saved before
     runs.train(inputs, tmp_path / "out", **sampling)
@@ -178,12 +150,10 @@ def test_log_holds_all_figures(inputs, tmp_path, capsys):
     assert found["train/loss"][0][1] == pytest.approx(np.log(64), rel=0.3)
 
 
-def test_bad_images_are_skipped_counted_and_named(inputs, tmp_path, capfd):
-    data = shutil.copytree(inputs / "data", tmp_path / "data")
-    (data / "train" / "bee" / "3.png").write_bytes(b"broken")
-    settings = dict(use_cached=False, cached_path=None, data_path=data, vae_path="vae.ckpt")
-    settings |= dict(latent_scale=1.0, channel_order="0,1,2,3", skip_bad_images=True)
-    runs.train(inputs, tmp_path / "out", num_workers=1, **settings)
+def test_bad_images_are_skipped_counted_and_named(own, tmp_path, capfd):
+    (own / "data" / "train" / "bee" / "3.png").write_bytes(b"broken")
+    settings = runs.IMAGE_FLAGS | dict(skip_bad_images=True, num_workers=1)
+    runs.train(own, tmp_path / "out", **settings)
     captured = capfd.readouterr()
     assert "skipped images 1" in captured.out and captured.err.count("skipped: ") == 1
     assert runs.scalars(tmp_path / "out")["data/skipped_images"][-1][1] == 1
@@ -192,31 +162,17 @@ def test_bad_images_are_skipped_counted_and_named(inputs, tmp_path, capfd):
 # --- evaluation
 
 
-@pytest.fixture(scope="module")
-def drawn(inputs, trained, tmp_path_factory) -> dict[str, bytes]:
-    """The images that one process draws of the trained model."""
-    return runs.evaluate(inputs, tmp_path_factory.mktemp("drawn"), trained)
-
-
-def test_two_processes_draw_as_one_and_other_weights_differ(inputs, trained, drawn, tmp_path):
-    argv = runs.flags(inputs, runs.EVALUATE_FLAGS, resume=trained, output_dir=tmp_path)
-    result = runs.on_processes(2, "main_tokenbridge.py", *argv)
-    assert result.stdout.count("FID and IS are not computed") == 1
-    assert len(drawn) == 12 and runs.images(tmp_path) == drawn
-    (folder,) = tmp_path.glob("ariter*")
-    assert sorted(p.name for p in folder.iterdir()) == [
-        *("grid.png", "images", "metrics.json", "settings.json")
-    ]
-    assert runs.evaluate(inputs, tmp_path / "raw", trained, eval_weights="model") != drawn
-    (folder,) = (tmp_path / "raw").glob("ariter*")
-    assert folder.name == "ariter4-temp1-linearcfg2-image12-seed1-model"
-
-
-def test_another_vae_than_the_training_s_is_worth_a_warning(inputs, trained, tmp_path, capsys):
+def test_another_vae_is_worth_a_warning_and_folders_say_the_weights(
+    inputs, trained, tmp_path, capsys
+):
+    """What is drawn does not depend on processes: test_evaluation_restart.py."""
     vae = load_vae(inputs / "vae.ckpt")
     vae.decoder.conv_out.bias.data.add_(0.1)
     save_vae(tmp_path / "vae.ckpt", vae)
     runs.evaluate(inputs, tmp_path / "own", trained)
     assert "warning" not in capsys.readouterr().err
-    runs.evaluate(inputs, tmp_path / "other", trained, vae_path=tmp_path / "vae.ckpt")
+    changes = dict(vae_path=tmp_path / "vae.ckpt", eval_weights="model")
+    runs.evaluate(inputs, tmp_path / "other", trained, **changes)
     assert capsys.readouterr().err.count("trained with another VAE") == 1
+    names = {path.name for path in tmp_path.glob("*/ariter*")}
+    assert names == {f"ariter4-temp1-linearcfg2-image12-seed1-{w}" for w in ("ema", "model")}

@@ -40,7 +40,8 @@ def test_impossible_requests_are_refused():
     wrong |= dict(seed=-1, labels=torch.tensor([3]), head_input="other", image_ids=[1, 2])
     wrong |= dict(cfg_interval=(0.5, 0.2), cfg_power=2.0, mask_schedule="linear")
     wrong |= dict(known=torch.zeros(1, 6, 4, 4), known_mask=torch.ones(1, 4, 4))
-    for name, value in (*wrong.items(), ("labels", None)):
+    more = [("labels", None), ("cfg_interval", 0.5), ("cfg_interval", (0.1, 0.2, 0.3))]
+    for name, value in (*wrong.items(), *more):
         arguments = {"labels": torch.tensor([0]), "num_iter": 1} | {name: value}
         with pytest.raises(ValueError, match=name):
             sample_latents(tiny_model(), arguments.pop("labels"), **arguments)
@@ -73,9 +74,8 @@ def test_an_interval_of_all_iterations_is_none_and_outside_nothing_is_doubled(op
     )
     parts = sample_latents(model, labels, cfg_interval=(0.3, 0.7), **options)
     assert batches == [2, 2, 4, 4, 4, 2] and not torch.equal(parts, whole)
-    for interval in ((0.9, 0.95), 0.5, (0.1, 0.2, 0.3)):
-        with pytest.raises(ValueError, match="cfg_interval"):
-            sample_latents(model, labels, cfg_interval=interval, **options)
+    with pytest.raises(ValueError, match="cfg_interval"):  # between two iterations
+        sample_latents(model, labels, cfg_interval=(0.9, 0.95), **options)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -92,8 +92,6 @@ def test_known_positions_stay_and_all_others_are_drawn(order, count):
     assert torch.equal(found[known], quantized[known])
     if count == 0:
         assert torch.equal(found, sample_latents(model, labels, **options))
-    if count == 16:
-        assert torch.equal(found, quantized)
     one = {name: tensor[1:2] for name, tensor in given.items()}
     alone = sample_latents(model, labels[1:2], image_ids=[1], **one, **options)
     assert torch.equal(alone, found[1:2])

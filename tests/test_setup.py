@@ -22,9 +22,9 @@ def arguments(**given) -> Namespace:
     return Namespace(**defaults | dict(batch_size=4, start_epoch=0) | given)
 
 
-def checkpoint(step: int = 30, **changes) -> Checkpoint:
-    schedule = dict(batch_size=4, micro_batches=6, images=IMAGES, seed=7) | changes
-    return Checkpoint(Path("x.pth"), {"optimizer": {}, "step": step, "schedule": schedule})
+def checkpoint() -> Checkpoint:
+    schedule = dict(batch_size=4, micro_batches=6, images=IMAGES, seed=7)
+    return Checkpoint(Path("x.pth"), {"optimizer": {}, "step": 30, "schedule": schedule})
 
 
 @pytest.fixture
@@ -68,8 +68,6 @@ def test_what_does_not_fit_is_refused(world):
         (dict(global_batch=8, accum_iter=2), None, 2, "leave --accum_iter out"),
         ({}, checkpoint(), 7, "7 processes cannot share the 6"),
         (dict(batch_size=101), None, 1, "100 samples do not fill"),
-        ({}, checkpoint(images="all"), 1, "'schedule'"),
-        ({}, checkpoint(step="two"), 1, "'step' is 'two'"),
     ):
         world(processes)
         assert fragment in complaint(plan_batches, arguments(**given), resumed, IMAGES)

@@ -48,21 +48,16 @@ def test_z_ignores_what_is_under_the_mask_and_which_other_positions_are_computed
     assert torch.allclose(z, take(whole, mask.masked), atol=1e-6)
 
 
-def test_grad_checkpointing_recomputes_every_block_and_changes_no_bit():
-    latents, labels = torch.randn(2, 6, 4, 4), torch.tensor([0, 2])
-    results, dropout = [], dict(attn_dropout=0.1, proj_dropout=0.1, label_drop_prob=0.5)
+def test_grad_checkpointing_recomputes_every_block():
+    """And changes no bit of a training with dropout: test_main_tokenbridge.py."""
     for recompute in (False, True):
-        model, calls = tiny_model(**dropout, grad_checkpointing=recompute).train(), []
+        model, calls = tiny_model(grad_checkpointing=recompute).train(), []
         parts = (model.backbone.encoder_blocks, model.backbone.decoder_blocks)
         blocks = [block for part in (*parts, model.head.channel_blocks) for block in part]
         for block in blocks:
             block.register_forward_pre_hook(lambda block, _, calls=calls: calls.append(block))
-        torch.manual_seed(3)
-        loss = model(latents, labels)
-        loss.backward()
-        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+        model(torch.randn(2, 6, 4, 4), torch.tensor([0, 2])).backward()
         assert [calls.count(block) for block in blocks] == [1 + recompute] * len(blocks)
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_label_dropout_replaces_the_class_and_the_initialisation_is_the_published_one():
@@ -98,34 +93,30 @@ def test_settings_that_do_not_fit_are_refused_by_value():
         tiny_model()(torch.randn(1, 6, 8, 8), torch.tensor([0]))
 
 
-@pytest.mark.parametrize("patch_size", [1, 2])
-def test_losses_of_the_channels_are_the_cross_entropies_and_have_the_loss_as_their_mean(patch_size):
-    model = tiny_model(patch_size=patch_size)
+def test_losses_of_the_channels_are_the_cross_entropies_and_have_the_loss_as_their_mean():
+    """Of each of the p*p scalars of a channel; without patches: test_channel_head.py."""
+    model = tiny_model(patch_size=2)
     latents, labels = torch.randn(2, 6, 4, 4), torch.tensor([0, 2])
     mask = torch.ones(2, model.config.seq_len)
     losses = model.channel_losses(latents, labels, mask)
     torch.testing.assert_close(losses.mean(), model(latents, labels, mask))
     logits = model.logits(latents, labels, mask).log_softmax(-1)  # [M, C*p*p, K]
-    indices = patchify(model.quantizer.encode(latents), patch_size).flatten(0, 1)
+    indices = patchify(model.quantizer.encode(latents), 2).flatten(0, 1)
     torch.testing.assert_close(losses, -logits.gather(-1, indices[..., None])[..., 0].mean(dim=0))
-    area = patch_size**2  # channel 3 comes first, all of its patch
-    assert model.head.order[:area].tolist() == list(range(3 * area, 4 * area))
+    assert model.head.order[:4].tolist() == [12, 13, 14, 15]  # all of channel 3, which comes first
 
 
-def test_calibrated_levels_travel_with_the_weights_or_are_set_before():
-    model, other = (tiny_model(quantizer="calibrated") for _ in range(2))
+def test_calibrated_levels_are_the_file_s_or_were_set_before():
+    """They travel with the weights: test_hub.py."""
+    model = tiny_model(quantizer="calibrated")
     values = torch.randn(6, 8).sort(dim=1).values  # other levels for each channel
     inner = (values[:, 1:] + values[:, :-1]) / 2
     model.quantizer.set_levels(torch.cat([inner[:, :1] - 9, inner, inner[:, -1:] + 9], 1), values)
     state = model.published_state_dict()
     assert list(state) == list(tiny_model().published_state_dict())  # the layout's names and order
-    other.load_published(state)
-    latents, labels, mask = torch.randn(2, 6, 4, 4), torch.tensor([0, 1]), torch.rand(2, 16) < 2
-    assert torch.equal(other(latents, labels, mask), model(latents, labels, mask))
-    samples = sample_latents(other, labels, num_iter=2, head_input="trained")
+    samples = sample_latents(model, torch.tensor([0, 1]), num_iter=2)
     for channel in range(6):
-        used = set(samples[:, channel].flatten().tolist())
-        assert used <= set(model.quantizer.reconstruction_values[channel].tolist())
+        assert torch.isin(samples[:, channel], model.quantizer.reconstruction_values[channel]).all()
     parameters = {name: p.detach() for name, p in model.published_parameters()}
     with pytest.raises(ValueError, match="holds no levels"):
         tiny_model(quantizer="calibrated").load_published(parameters)

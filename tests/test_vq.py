@@ -9,23 +9,20 @@ from models.tokenizers.vq import VQModel
 from tests.conftest import GOLDEN, complaint, formula_weight, golden, relative_error
 from util.vae import load_vae, save_vae
 
-SMALL = {"codebook_size": 40, "embed_dim": 4, "ch_mult": (1, 2), "ch": 32, "num_res_blocks": 1}
-
 
 def small_vq(**changes) -> VQModel:
     torch.manual_seed(0)
-    return VQModel(**SMALL | {"z_channels": 6} | changes).eval()
+    sizes = dict(codebook_size=40, embed_dim=4, z_channels=6, ch_mult=(1, 2), ch=32)
+    return VQModel(**sizes | dict(num_res_blocks=1) | changes).eval()
 
 
 @pytest.fixture(scope="module", params=sorted(path.stem for path in GOLDEN.glob("vq*.npz")))
 def published(request) -> tuple[VQModel, dict]:
     """The tokenizer of a golden file, its weights by formula, and the file's arrays."""
     data = golden(request.param)
-    with torch.device("meta"):
-        model = VQModel(codebook_size=int(data["codebook_size"]))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    model.to_empty(device="cpu")
-    model.load_published({name: formula_weight(name, shape) for name, shape in shapes.items()})
+    model = VQModel(codebook_size=int(data["codebook_size"]))
+    named = model.named_parameters()
+    model.load_published({name: formula_weight(name, tuple(p.shape)) for name, p in named})
     return model.eval(), data
 
 
@@ -90,19 +87,19 @@ def test_a_file_is_read_by_its_names(tmp_path, form):
     assert torch.equal(found.indices(images), model.float().indices(images))
 
 
-def without(state: dict, *names: str) -> dict:
-    return {name: tensor for name, tensor in state.items() if name not in names}
-
-
 def test_a_damaged_file_is_one_line(tmp_path):
     for damage, message in (
-        (lambda s: without(s, "quant_conv.weight"), "it has no tensor quant_conv.weight"),
-        (lambda s: without(s, "decoder.mid.1.q.bias"), "missing (first: decoder.mid.1.q.bias)"),
-        (lambda s: s | {vq.EMBEDDING: torch.zeros(5)}, "weight is (5,), not (5, 4)"),
-        (lambda s: s | {"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}, "ch 48"),
-        (lambda s: s | {"quantize.more": torch.zeros(1)}, "unexpected (first: quantize.more)"),
+        (lambda s: s.pop("quant_conv.weight"), "it has no tensor quant_conv.weight"),
+        (lambda s: s.pop("decoder.mid.1.q.bias"), "missing (first: decoder.mid.1.q.bias)"),
+        (lambda s: s.update({vq.EMBEDDING: torch.zeros(5)}), "weight is (5,), not (5, 4)"),
+        (lambda s: s.update({"encoder.conv_in.weight": torch.zeros(48, 3, 3, 3)}), "ch 48"),
+        (
+            lambda s: s.update({"quantize.more": torch.zeros(1)}),
+            "unexpected (first: quantize.more)",
+        ),
     ):
         path = tmp_path / "vq.ckpt"
-        torch.save({"model": damage(small_vq().state_dict())}, path)
+        damage(state := small_vq().state_dict())
+        torch.save({"model": state}, path)
         line = complaint(load_vae, path)
         assert line.startswith(f"--vae_path {path}: ") and message in line
