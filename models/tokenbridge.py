@@ -24,7 +24,7 @@ from models.heads.masked import MaskedHead, ParallelHead
 from models.heads.mixture import MixtureHead
 from models.hub import Pretrained
 from models.layers import AdaLNBlock, AdaLNMLP, Block, take
-from models.masking import Mask, training_mask
+from models.masking import split_mask, training_mask
 from models.quantizer import build_quantizer
 from models.tokenizers.kl16 import check_layout
 
@@ -63,10 +63,9 @@ class TokenBridge(nn.Module, Pretrained):
         self.config = config = TokenBridgeConfig(**kwargs)
         self.backbone = Backbone(config)
         self.head = HEADS[config.head](config)
-        of_code, of_channel = config.codebook_size, (config.quant_levels, config.vae_embed_dim)
-        levels, channels = (of_code, config.token_dim) if of_code else of_channel
+        levels = config.codebook_size or config.quant_levels
         limits = config.quant_min, config.quant_max
-        self.quantizer = build_quantizer(config.quantizer, levels, *limits, channels)
+        self.quantizer = build_quantizer(config.quantizer, levels, *limits, config.vae_embed_dim)
         self.backbone.grad_checkpointing = self.head.grad_checkpointing = grad_checkpointing
         self.head.chunk = head_chunk
 
@@ -121,17 +120,16 @@ class TokenBridge(nn.Module, Pretrained):
             found = tuple(latents.shape)
             raise ValueError(f"latents are {found}, expected [B, *{config.latent_shape}]")
         if mask is not None:
-            drawn = Mask.from_bool(mask)
-            positions = drawn.masked
+            visible, positions = split_mask(mask)
         else:
             how = config.mask_ratios, config.head_share
-            drawn, positions = training_mask(batch, config.seq_len, *how, latents.device)
+            visible, positions = training_mask(batch, config.seq_len, *how, latents.device)
         targets = values = patchify(latents, config.patch_size)  # [B, L, C]
         if self.quantizer is not None:
             targets = self.quantizer.encode(values)
             values = self.quantizer.decode(targets)
         classes = self.backbone.class_embedding(labels, batch)
-        z = self.backbone(values, classes, drawn, positions)
+        z = self.backbone(values, classes, visible, positions)
         return z.flatten(0, 1), take(targets, positions).flatten(0, 1)
 
     def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
