@@ -35,11 +35,6 @@ def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     return mask.int().argsort(dim=1, stable=True).split([mask.shape[1] - counts[0], counts[0]], 1)
 
 
-def random_orders(batch: int, length: int, device: torch.device | str) -> Tensor:
-    """[B, L]: an independent, uniformly random permutation of the positions for each image."""
-    return torch.rand(batch, length, device=device).argsort(dim=1)
-
-
 @dataclass(frozen=True)
 class MaskRatios:
     """From what training draws its mask ratio.
@@ -87,7 +82,7 @@ def training_mask(
     Returns the visible positions [B, V] and those of the loss [B, n], ascending.
     """
     num_masked = math.ceil(length * ratios.draw())
-    orders = random_orders(batch, length, device)
+    orders = torch.rand(batch, length, device=device).argsort(dim=1)  # of each image its own
     parts = orders[:, num_masked:], orders[:, : math.ceil(num_masked * share)]
     visible, positions = (part.sort(dim=1).values for part in parts)
     return visible, positions

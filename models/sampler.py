@@ -183,20 +183,19 @@ def sampling_steps(
 ) -> Iterator[SamplingStep]:
     """The same, one iteration after the other: at least one, of no position if all are known."""
     config, device = model.config, model.backbone.fake_latent.device
-    if labels is None and batch_size is None:
-        raise ValueError("labels=None needs batch_size, the number of images")
     if labels is not None:
         check_labels(labels, config.class_num)
-        labels = labels.to(device)
+        labels, batch_size = labels.to(device), len(labels)
+    elif batch_size is None:
+        raise ValueError("labels=None needs batch_size, the number of images")
     if options.order == "confidence" and model.quantizer is None:
         raise ValueError(f"order confidence needs probabilities, which {config.head} has not")
-    batch = batch_size if labels is None else len(labels)
-    ids = range(batch) if image_ids is None else image_ids
-    if len(ids) != batch:
-        raise ValueError(f"{len(ids)} image_ids for a batch of {batch}")
+    ids = range(batch_size) if image_ids is None else image_ids
+    if len(ids) != batch_size:
+        raise ValueError(f"{len(ids)} image_ids for a batch of {batch_size}")
     orders, uniforms = image_randomness(options.seed, ids, config.seq_len, model.head.draws)
     if options.order == "raster":
-        orders = torch.arange(config.seq_len).flip(0).expand(batch, -1)
+        orders = torch.arange(config.seq_len).flip(0).expand(batch_size, -1)
     orders = (orders if given.orders is None else given.orders).to(device)
     uniforms = (uniforms if given.uniforms is None else given.uniforms).to(device)
     backbone = CachedBackbone(model.backbone, options.token_cache)
@@ -204,7 +203,7 @@ def sampling_steps(
     if config.head == "channel":
         how["head_input"] = options.head_input or config.head_input
 
-    values = torch.zeros(batch, config.seq_len, config.token_dim, device=device)
+    values = torch.zeros(batch_size, config.seq_len, config.token_dim, device=device)
     filled, unknown = orders[:, :0], config.seq_len
     if given.known is not None or given.known_mask is not None:
         values, orders, unknown = _begun(model, given, orders)

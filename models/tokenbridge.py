@@ -36,14 +36,6 @@ HEADS = {
     "diffusion": DiffusionHead,
     "codebook": CodebookHead,
 }
-# Prefixes of our names and of the published ones of models with that head; elsewhere the part
-# (backbone, head, quantizer) is left out.
-RENAMED = {
-    "diffusion": {
-        "head.net.": "diffloss.net.",
-        "backbone.output_pos_embed": "diffusion_pos_embed_learned",
-    }
-}
 # Tensors, in the published names, whose size is that of the classes or of the grid.
 CLASS_ROWS = "class_emb.weight"
 POSITIONS = ("encoder_pos_embed_learned", "decoder_pos_embed_learned", "output_pos_embed")
@@ -161,10 +153,12 @@ class TokenBridge(nn.Module, Pretrained):
         self.config = replace(self.config, head_input=head_input)
 
     def _published_name(self, name: str) -> str:
-        for own, published in RENAMED.get(self.config.head, {}).items():
-            if name.startswith(own):
-                return published + name.removeprefix(own)
-        return name.split(".", 1)[1]
+        """Ours without the part (backbone, head, quantizer), but for two of MAR's."""
+        name = name.split(".", 1)[1]
+        if self.config.head != "diffusion":
+            return name
+        name = name.replace("output_pos_embed", "diffusion_pos_embed_learned")
+        return f"diffloss.{name}" if name.startswith("net.") else name
 
     def _published(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """In the published names and order: first those that belong to no submodule."""

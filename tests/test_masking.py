@@ -6,21 +6,21 @@ import pytest
 import torch
 from scipy.stats import ks_2samp, kstest, truncnorm
 
-from models.masking import MaskRatios, mask_schedule, random_orders, split_mask, training_mask
+from models.masking import MaskRatios, mask_schedule, split_mask, training_mask
 
 PUBLISHED = MaskRatios("normal", 0.7)
 SHARES = {"cosine": lambda t: math.cos(math.pi / 2 * t), "exp": lambda t: 1 - math.exp(5 * t - 5)}
 
 
-def test_orders_are_uniform_and_a_boolean_mask_is_split_into_ascending_positions():
-    orders = random_orders(4, 20, "cpu")
+def test_positions_of_the_loss_are_uniform_and_a_boolean_mask_is_split_into_ascending_ones():
+    orders = torch.rand(4, 20).argsort(dim=1)
     visible, masked = split_mask(torch.zeros(4, 20).scatter(1, orders[:, :13], 1.0))
     assert torch.equal(masked, orders[:, :13].sort(dim=1).values)
     assert torch.equal(visible, orders[:, 13:].sort(dim=1).values)
     with pytest.raises(ValueError, match=r"\[2, 1\]"):
         split_mask(torch.tensor([[1, 1, 0], [1, 0, 0]]))
-    orders = random_orders(6000, 6, "cpu")
-    first = torch.bincount(orders[:, 0], minlength=6) / 6000
+    _, positions = training_mask(6000, 6, MaskRatios("normal", 1.0), 1 / 6, "cpu")
+    first = torch.bincount(positions[:, 0], minlength=6) / 6000
     assert (first - 1 / 6).abs().max() < 0.025
 
 

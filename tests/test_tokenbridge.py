@@ -9,7 +9,6 @@ from benchmarks import correctness
 from models.backbone import patchify
 from models.config import TokenBridgeConfig, preset
 from models.layers import take
-from models.masking import random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from tests.conftest import golden_json, tiny_model
@@ -36,7 +35,7 @@ def test_load_published_names_what_does_not_match():
 
 def test_z_ignores_what_is_under_the_mask_and_which_other_positions_are_computed():
     model = tiny_model()
-    masked, visible = random_orders(2, 16, "cpu").split([10, 6], dim=1)
+    masked, visible = torch.rand(2, 16).argsort(dim=1).split([10, 6], dim=1)
     values = torch.randn(2, 16, 6)
     classes = model.backbone.class_embedding(torch.tensor([0, 1]), 2)
     z = model.backbone(values, classes, visible, masked)

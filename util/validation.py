@@ -165,17 +165,16 @@ class Validation:
     def __call__(self, model: TokenBridge, ema: EMA, log: TrainingLog, done: int) -> None:
         """Measure, draw and log. A signal that asks to stop cuts it short, on any process."""
         drawn, due = {}, self.due(done)
-        with torch.no_grad(), unchanged_randomness(self.device), evaluation_mode(model):
-            for weights in WEIGHTS:
-                with ema.swapped_in() if weights == "ema" else nullcontext():
-                    losses = self.loss(model) if "loss" in due else None
-                    if losses is not None:
-                        log.scalars(as_scalars(losses, weights, model.config), done)
-                    if "samples" in due and dist.is_main() and not stop.requested():
-                        dist.beat(f"sample images of the {weights} weights")
-                        drawn[weights] = self._draw(model)
-            if len(drawn) == len(WEIGHTS):
-                self._log_samples(model, log, drawn, done)
+        for weights in WEIGHTS:
+            with ema.swapped_in() if weights == "ema" else nullcontext():
+                losses = self.loss(model) if "loss" in due else None
+                if losses is not None:
+                    log.scalars(as_scalars(losses, weights, model.config), done)
+                if "samples" in due and dist.is_main() and not stop.requested():
+                    dist.beat(f"sample images of the {weights} weights")
+                    drawn[weights] = self._draw(model)
+        if len(drawn) == len(WEIGHTS):
+            self._log_samples(model, log, drawn, done)
         dist.barrier()
         log.restart()  # validation is not training time
 
@@ -204,22 +203,18 @@ class Validation:
                 if stop.requested():  # the others must find this process where they meet
                     break
                 dist.beat(f"validation loss, batch {batch.number + 1}")
-                parts.append((batch.number, len(batch.labels), self._losses(model, batch)))
+                torch.manual_seed(batch.number)  # of what a head draws
+                inputs = batch.latents.to(self.device), batch.labels.to(self.device)
+                masks = validation_masks(batch.images, model.config.seq_len).to(self.device)
+                with self.precision.autocast(self.device):
+                    rows = [model.channel_losses(*inputs, mask) for mask in masks]  # [T] each
+                parts.append((batch.number, len(batch.labels), torch.stack(rows).cpu().double()))
         gathered = dist.gather_to_main((len(parts) == len(self.batches), parts))
         if gathered is None or not all(complete for complete, _ in gathered):
             return None
         ordered = sorted((part for _, own in gathered for part in own), key=lambda part: part[0])
         total = sum(count for _, count, _ in ordered)
         return sum(count * losses for _, count, losses in ordered) / total if ordered else None
-
-    def _losses(self, model: TokenBridge, batch: ValidationBatch) -> Tensor:
-        """[R, T] float64, means over the batch."""
-        inputs = batch.latents.to(self.device), batch.labels.to(self.device)
-        masks = validation_masks(batch.images, model.config.seq_len).to(self.device)
-        torch.manual_seed(batch.number)  # of what a head draws
-        with self.precision.autocast(self.device):
-            rows = [model.channel_losses(*inputs, mask) for mask in masks]
-        return torch.stack(rows).cpu().double()
 
     @cached_property
     def data_latents(self) -> Tensor:

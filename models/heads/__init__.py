@@ -31,8 +31,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 # Rows (positions x `rows_each`) worked on at once: enough to keep the device busy.
-CHUNK_ROWS = {"cpu": 1024}
-CHUNK_ROWS_ELSEWHERE = 16384
+CPU_ROWS, GPU_ROWS = 1024, 16384
 
 
 class Head(nn.Module):
@@ -78,21 +77,17 @@ class Head(nn.Module):
     def sample(
         self, z: Tensor, uniforms: Tensor, temperature: float = 1.0, **how
     ) -> tuple[Tensor, Tensor]:
-        """In chunks; `how` is the head's own."""
+        """In chunks, each by the head's `sample_rows`; `how` is the head's own."""
         parts = split(self._chunk(z), z, uniforms)
         drawn = [self.sample_rows(*part, temperature, **how) for part in parts]
         values, log_probs = (torch.cat(x) for x in zip(*drawn, strict=True))
         return values, log_probs
 
-    def sample_rows(self, z: Tensor, uniforms: Tensor, temperature: float, **how):
-        """`sample` of the rows of one chunk."""
-        raise NotImplementedError
-
     def _chunk(self, z: Tensor) -> int:
         """The number of positions in a chunk."""
         if self.chunk is not None:
             return self.chunk or max(1, len(z))
-        rows = CHUNK_ROWS.get(z.device.type, CHUNK_ROWS_ELSEWHERE)
+        rows = CPU_ROWS if z.device.type == "cpu" else GPU_ROWS
         rows *= 1 if torch.is_grad_enabled() else 4  # then most of the memory is not needed
         return max(1, rows // self.rows_each)
 
