@@ -109,9 +109,7 @@ class Backbone(nn.Module):
     def forward(
         self, values: Tensor, class_embedding: Tensor, visible: Tensor, positions: Tensor
     ) -> Tensor:
-        """values: [B, L, C], class_embedding: [B, D], visible: [B, V] -> z of the positions [B, n]:
-        [B, n, D].
-        """
+        """values: [B, L, C], class_embedding: [B, D] -> z of the positions [B, n]: [B, n, D]."""
         return self.decode(self.encode(values, class_embedding, visible), visible, positions)
 
 

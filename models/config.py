@@ -13,7 +13,7 @@ PUBLISHED_LATENT_SCALE = 0.2325
 # KL-16's channels by their share of low-frequency energy, largest first.
 PUBLISHED_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 
-# What the head reads at its first position when it samples: see `ChannelHead.sample`.
+# What the head reads at its first position when it samples: see `ChannelHead.sample_rows`.
 HEAD_INPUTS = ("trained", "published")
 # The published codebook, or one for each channel, fitted to the latents: see models/quantizer.py.
 QUANTIZERS = ("published", "calibrated")

@@ -41,7 +41,7 @@ class SamplingOptions:
     temperature: of the softmax over levels; 0 takes the most likely one.
     order: "random", each image's own; "raster", row by row; "confidence": every iteration draws
     all masked positions and keeps those whose channels were the most likely together.
-    head_input: see `ChannelHead.sample`; None is the model's own.
+    head_input: see `ChannelHead.sample_rows`; None is the model's own.
     token_cache: 0 is none; else all features are computed in every so many iterations, and reused
     in between: an approximation, see `CachedBackbone`.
     """

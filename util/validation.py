@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -117,13 +116,6 @@ def as_scalars(losses: Tensor, weights: str, config: TokenBridgeConfig) -> dict[
     return scalars
 
 
-class ValidationBatch(NamedTuple):
-    number: int
-    images: list[int]
-    latents: Tensor  # [B, C, h, w]
-    labels: Tensor  # [B], the training's
-
-
 @dataclass(frozen=True)
 class ValidationSettings:
     """When to validate, in steps (0 is never), and what to draw."""
@@ -179,8 +171,10 @@ class Validation:
         log.restart()  # validation is not training time
 
     @cached_property
-    def batches(self) -> list[ValidationBatch]:
-        """This process's, read and encoded once."""
+    def batches(self) -> list[tuple[int, list[int], Tensor, Tensor]]:
+        """This process's, read and encoded once: its number, its images, their latents
+        [B, C, h, w] and the training's labels of them [B].
+        """
         labels, batches = torch.tensor(self.images.labels), []
         total = math.ceil(len(self.numbers) / BATCH)
         for k in range(dist.rank(), total, dist.world_size()):
@@ -188,7 +182,7 @@ class Validation:
             numbers = self.numbers[k * BATCH : (k + 1) * BATCH]
             latents, own = read_latents(self.images.dataset, numbers, self.tokenizer, self.device)
             if len(own):  # as many orders as images that could be read
-                batches.append(ValidationBatch(k, numbers[: len(own)], latents, labels[own]))
+                batches.append((k, numbers[: len(own)], latents, labels[own]))
         return batches
 
     @torch.no_grad()
@@ -199,16 +193,16 @@ class Validation:
         """
         parts = []
         with evaluation_mode(model), unchanged_randomness(self.device):
-            for batch in self.batches:
+            for number, images, *inputs in self.batches:
                 if stop.requested():  # the others must find this process where they meet
                     break
-                dist.beat(f"validation loss, batch {batch.number + 1}")
-                torch.manual_seed(batch.number)  # of what a head draws
-                inputs = batch.latents.to(self.device), batch.labels.to(self.device)
-                masks = validation_masks(batch.images, model.config.seq_len).to(self.device)
+                dist.beat(f"validation loss, batch {number + 1}")
+                torch.manual_seed(number)  # of what a head draws
+                masks = validation_masks(images, model.config.seq_len)
+                latents, labels, masks = (x.to(self.device) for x in (*inputs, masks))
                 with self.precision.autocast(self.device):
-                    rows = [model.channel_losses(*inputs, mask) for mask in masks]  # [T] each
-                parts.append((batch.number, len(batch.labels), torch.stack(rows).cpu().double()))
+                    rows = [model.channel_losses(latents, labels, mask) for mask in masks]
+                parts.append((number, len(labels), torch.stack(rows).cpu().double()))
         gathered = dist.gather_to_main((len(parts) == len(self.batches), parts))
         if gathered is None or not all(complete for complete, _ in gathered):
             return None

@@ -16,7 +16,8 @@ order; an order of prediction is the head's own business. All that is random is 
         values    [M, T]   as the targets
         log_probs [M, T']  in nats, with which they were drawn; zeros where they are not known
 
-`loss` (by `ChunkedMean`) and `losses` work in chunks of `head.chunk` rows unless that is 0.
+A head is its `forward`, `noise` and `sample_rows`, which is `sample` of one chunk; `loss` (by
+`ChunkedMean`), `losses` and `sample` work in chunks of `head.chunk` rows unless that is 0.
 channel is the paper's; parallel and masked (masked.py), mixture (mixture.py), diffusion
 (diffusion.py) and codebook (codebook.py) are what it is compared with.
 """
@@ -77,7 +78,7 @@ class Head(nn.Module):
     def sample(
         self, z: Tensor, uniforms: Tensor, temperature: float = 1.0, **how
     ) -> tuple[Tensor, Tensor]:
-        """In chunks, each by the head's `sample_rows`; `how` is the head's own."""
+        """In chunks; `how` is the head's own."""
         parts = split(self._chunk(z), z, uniforms)
         drawn = [self.sample_rows(*part, temperature, **how) for part in parts]
         values, log_probs = (torch.cat(x) for x in zip(*drawn, strict=True))
