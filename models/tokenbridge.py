@@ -140,13 +140,12 @@ class TokenBridge(nn.Module, Pretrained):
         """
         own, parameters = self.published_state_dict(), dict(self.published_parameters())
         check_layout(state, {k: t for k, t in own.items() if k in state or k in parameters})
-        fitted = self.quantizer is not None and self.quantizer.fitted
-        tables = ("boundaries", "reconstruction_values", "codebook")
-        for name in [name for name in tables if name in own]:
-            if not fitted and name not in state:
+        tables = {} if self.quantizer is None else self.quantizer.state_dict()
+        for name, table in tables.items():
+            if not self.quantizer.fitted and name not in state:
                 raise ValueError("it holds no levels, and this model's own ones are not set")
-            given = state.get(name, own[name]).cpu().float()
-            if fitted and not torch.allclose(given, own[name].cpu(), atol=1e-4):
+            given = state.get(name, table).cpu().float()
+            if self.quantizer.fitted and not torch.allclose(given, table.cpu(), atol=1e-4):
                 raise ValueError(f"the checkpoint's quantizer differs from this one in {name!r}")
         new = own | state
         self.load_state_dict({name: new[self._published_name(name)] for name in self.state_dict()})
