@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from benchmarks import works
 from models.backbone import patchify
-from models.masking import Mask
+from models.masking import split_mask
 from models.sampler import SamplingOptions, sample_latents, sampling_steps
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
@@ -96,16 +96,16 @@ def stages(device: torch.device) -> float:
     """Of all that a model computes on the way to its loss; infinite if an index is another."""
     model, data = golden_model(device), golden("tokenbridge", device)
     inputs = data["latents"], data["labels"], data["mask"]
-    tokens, mask = patchify(inputs[0], model.config.patch_size), Mask.from_bool(inputs[2])
+    tokens, (visible, _) = patchify(inputs[0], model.config.patch_size), split_mask(inputs[2])
     indices = model.quantizer.encode(tokens)
     if not torch.equal(indices, data["indices"].long()):
         return math.inf
     found = {"tokens_patchified": tokens, "values": model.quantizer.decode(indices)}
     classes = model.backbone.class_embedding(inputs[1], len(tokens))
-    encoded = model.backbone.encode(found["values"], classes, mask)
+    encoded = model.backbone.encode(found["values"], classes, visible)
     everywhere = torch.arange(tokens.shape[1], device=device).expand(len(tokens), -1)
     found["encoder_out"] = encoded
-    found["decoder_out"] = model.backbone.decode(encoded, mask, everywhere)
+    found["decoder_out"] = model.backbone.decode(encoded, visible, everywhere)
     found |= {"logits": model.logits(*inputs)[:, model.head.order], "loss": model(*inputs)}
     return largest_error(found, data)
 

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from models.config import TokenBridgeConfig
 from models.layers import Block, KVCache, LayerNorm, call, init_linear, learned, take
-from models.masking import Mask
 
 
 def patchify(latents: Tensor, patch_size: int) -> Tensor:
@@ -77,25 +76,25 @@ class Backbone(nn.Module):
         x = torch.cat([slots, x], dim=1) + self.encoder_pos_embed_learned
         return self.z_proj_ln(x)
 
-    def encode(self, values: Tensor, class_embedding: Tensor, mask: Mask) -> Tensor:
-        """values: [B, L, C], those under the mask never read -> [B, S + V, D]."""
+    def encode(self, values: Tensor, class_embedding: Tensor, visible: Tensor) -> Tensor:
+        """values: [B, L, C], read at the visible positions [B, V] alone -> [B, S + V, D]."""
         x = self.embed(values, class_embedding)
         slots, x = x.split([self.num_slots, values.shape[1]], dim=1)
-        x = torch.cat([slots, take(x, mask.visible)], dim=1)
+        x = torch.cat([slots, take(x, visible)], dim=1)
         for block in self.encoder_blocks:
             x = call(block, x, recompute=self.grad_checkpointing)
         return self.encoder_norm(x)
 
-    def decode(self, encoded: Tensor, mask: Mask, positions: Tensor) -> Tensor:
+    def decode(self, encoded: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
         """encoded: [B, S + V, D] -> z [B, n, D], the conditions of the positions [B, n].
 
         The last block computes those alone: nobody reads the others.
         """
         x = self.decoder_embed(encoded)
-        slots, visible = x.split([self.num_slots, mask.visible.shape[1]], dim=1)
+        slots, tokens = x.split([self.num_slots, visible.shape[1]], dim=1)
         length = self.output_pos_embed.shape[1]
         x = self.mask_token.to(x.dtype).expand(x.shape[0], length, -1)
-        x = x.scatter(1, mask.visible[..., None].expand_as(visible), visible)
+        x = x.scatter(1, visible[..., None].expand_as(tokens), tokens)
         x = torch.cat([slots, x], dim=1) + self.decoder_pos_embed_learned  # [B, S + L, D]
         *blocks, last = self.decoder_blocks
         for block in blocks:
@@ -108,64 +107,59 @@ class Backbone(nn.Module):
         return self.decoder_norm(x) + self.output_pos_embed[0, positions]
 
     def forward(
-        self, values: Tensor, class_embedding: Tensor, mask: Mask, positions: Tensor
+        self, values: Tensor, class_embedding: Tensor, visible: Tensor, positions: Tensor
     ) -> Tensor:
         """values: [B, L, C], class_embedding: [B, D] -> z of the positions [B, n]: [B, n, D]."""
-        return self.decode(self.encode(values, class_embedding, mask), mask, positions)
+        return self.decode(self.encode(values, class_embedding, visible), visible, positions)
 
 
 class CachedBackbone:
     """Reuse of features between sampling iterations: an approximation, off unless asked for.
 
-    To be called as `Backbone`, once an iteration, with the same sequences each time. The features
-    of most positions hardly change from one iteration to the next. Every `refresh`-th computes all;
-    in between only the positions just filled (in encoder and decoder) and those to be predicted now
-    (in the decoder) are computed, and attend to the keys and values that all others had when they
-    were last computed. With refresh 1 the result is the plain backbone's.
+    To be called as `Backbone`, once an iteration. The features of most positions hardly change from
+    one iteration to the next. Every `refresh`-th computes all; in between only the positions just
+    filled (in encoder and decoder) and those to be predicted now (in the decoder) are computed, and
+    attend to the keys and values that all others had when they were last computed. With refresh 1
+    the result is the plain backbone's, and with 0 it is the plain backbone.
     Source: the idea of LazyMAR, arXiv 2503.12450, which chooses what to compute by similarity.
     """
 
     def __init__(self, backbone: Backbone, refresh: int):
-        self.backbone, self.refresh, self.calls = backbone, refresh, 0
-        self.caches: dict[torch.nn.Module, KVCache] = {}  # of every block
+        self.backbone, self.refresh, self.batch = backbone, refresh, 0
 
     @torch.no_grad()
     def __call__(
-        self, values: Tensor, classes: Tensor, mask: Mask, positions: Tensor, filled: Tensor
+        self, values: Tensor, classes: Tensor, visible: Tensor, positions: Tensor, filled: Tensor
     ) -> Tensor:
         """filled: [N, F], positions filled since the last call -> z [N, n, D] of `positions`."""
+        net, slots = self.backbone, self.backbone.num_slots
+        if not self.refresh:
+            return net(values, classes, visible, positions)
+        if len(values) != self.batch:  # other sequences: with guidance, or without
+            self.batch, self.calls, self.caches = len(values), 0, {}
         whole = self.calls % self.refresh == 0
         self.calls += 1
-        self._encode(self.backbone.embed(values, classes), mask, filled, whole)
-        return self._decode(positions, filled, whole)
 
-    def _encode(self, x: Tensor, mask: Mask, filled: Tensor, whole: bool) -> None:
-        """Renew what the decoder is given: [N, T, D], mask tokens included."""
-        net = self.backbone
-        slots = torch.arange(net.num_slots, device=x.device).expand(len(x), -1)
-        visible = torch.cat([slots, mask.visible + net.num_slots], dim=1)  # rows [N, S + V]
-        rows = visible if whole else filled + net.num_slots
+        x = net.embed(values, classes)
+        every = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)  # rows [N, T]
+        visible = torch.cat([every[:, :slots], visible + slots], dim=1)  # [N, S + V]
         attended = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         attended.scatter_(1, visible, True)
-        length = x.shape[1]
+        rows = visible if whole else filled + slots
         x = self._run(net.encoder_blocks, take(x, rows), rows, attended[:, None, None])
         x = net.decoder_embed(net.encoder_norm(x))
-        if whole:
-            self.embedded = net.mask_token.to(x.dtype).expand(len(x), length, -1).clone()
+        if whole:  # what the decoder is given, mask tokens included
+            self.embedded = net.mask_token.to(x.dtype).expand(*every.shape, -1).clone()
         self.embedded.scatter_(1, rows[..., None].expand_as(x), x)
 
-    def _decode(self, positions: Tensor, filled: Tensor, whole: bool) -> Tensor:
-        net = self.backbone
-        x = self.embedded + net.decoder_pos_embed_learned
-        rows = torch.cat([filled, positions], dim=1) + net.num_slots
-        if whole:
-            rows = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        x = self.embedded + net.decoder_pos_embed_learned  # [N, T, D]
+        rows = every if whole else torch.cat([filled, positions], dim=1) + slots
         x = self._run(net.decoder_blocks, take(x, rows), rows)
-        x = take(x, positions + net.num_slots) if whole else x[:, filled.shape[1] :]
+        x = take(x, positions + slots) if whole else x[:, filled.shape[1] :]
         return net.conditions(x, positions)
 
     def _run(
-        self, blocks: torch.nn.ModuleList, x: Tensor, rows: Tensor, visible: Tensor | None = None
+        self, blocks: nn.ModuleList, x: Tensor, rows: Tensor, visible: Tensor | None = None
     ) -> Tensor:
         """x: [N, R, D] of the rows [N, R], through the blocks."""
         for block in blocks:

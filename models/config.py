@@ -13,7 +13,7 @@ PUBLISHED_LATENT_SCALE = 0.2325
 # KL-16's channels by their share of low-frequency energy, largest first.
 PUBLISHED_CHANNEL_ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
 
-# What the head reads at its first position when it samples: see `ChannelHead.sample`.
+# What the head reads at its first position when it samples: see `ChannelHead.sample_rows`.
 HEAD_INPUTS = ("trained", "published")
 # The published codebook, or one for each channel, fitted to the latents: see models/quantizer.py.
 QUANTIZERS = ("published", "calibrated")
@@ -52,7 +52,8 @@ def setting(
 class TokenBridgeConfig:
     """All that decides a model's shape and its use; saved in every checkpoint.
 
-    channel_order: in which the head predicts the channels, None is `default_channel_order`.
+    channel_order: in which the head predicts the channels, None is KL-16's published one for its
+    count, the natural one for any other.
     quant_min, quant_max: of the published quantizer. quantizer: None is the head's: "published",
     "codebook", or none at all for a continuous head.
     latent_mean, latent_std: of each channel of the VAE's latents, which are then normalised by
@@ -104,30 +105,32 @@ class TokenBridgeConfig:
     codebook_size: int | None = setting(16384, "", head="codebook")  # the tokenizer's, no flag's
 
     def __post_init__(self):
-        order = self.channel_order
-        order = default_channel_order(self.vae_embed_dim) if order is None else tuple(order)
-        resolved = {"channel_order": order}
-        for name in ("latent_mean", "latent_std"):
-            given = getattr(self, name)
-            resolved[name] = None if given is None else tuple(map(float, given))
-        if self.mask_ratio_min is None:
-            resolved["mask_ratio_min"] = MASK_RATIO_MIN.get(self.mask_distribution, 0.0)
-        if self.quantizer is None:
-            resolved["quantizer"] = HEAD_QUANTIZERS.get(self.head, QUANTIZERS)[0]
-        for own in (own for own in fields(self) if own.metadata.get("head") == self.head):
-            given = getattr(self, own.name)  # "100" of MAR's flag, a list of a JSON file
-            given = own.metadata["default"] if given is None else given
-            given = int(given) if type(given) is str else given
-            resolved[own.name] = tuple(given) if isinstance(given, list) else given
-        for name, value in resolved.items():
-            object.__setattr__(self, name, value)
-        for problem in (*self._problems(), *self._head_problems()):
+        published = self.vae_embed_dim == len(PUBLISHED_CHANNEL_ORDER)
+        defaults = {
+            "channel_order": PUBLISHED_CHANNEL_ORDER if published else range(self.vae_embed_dim),
+            "mask_ratio_min": MASK_RATIO_MIN.get(self.mask_distribution, 0.0),
+            "quantizer": HEAD_QUANTIZERS.get(self.head, QUANTIZERS)[0],
+        }
+        for own in fields(self):
+            head, value = own.metadata.get("head"), getattr(self, own.name)
+            if value is None:
+                value = own.metadata["default"] if head == self.head else defaults.get(own.name)
+            if isinstance(value, str):
+                value = int(value) if head else value  # "100" of MAR's flag
+            elif isinstance(value, Iterable):  # a list of a JSON file
+                value = tuple(map(float, value) if own.name.startswith("latent_") else value)
+            object.__setattr__(self, own.name, value)
+        for problem in self._problems():
             raise ValueError(problem)
 
-    def _head_problems(self) -> Iterator[str]:
-        for own in (own for own in fields(self) if own.metadata.get("head")):
-            head, value = own.metadata["head"], getattr(self, own.name)
-            if head != self.head and value is not None:
+    def _problems(self) -> Iterator[str]:
+        """What does not fit together, a sentence each."""
+        for own in fields(self):
+            value, head = getattr(self, own.name), own.metadata.get("head")
+            choices = own.metadata.get("choices")
+            if choices and own.name != "quantizer" and value not in choices:
+                yield f"{own.name} {value!r} is not one of {', '.join(choices)}"
+            if head not in (None, self.head) and value is not None:
                 yield f"{own.name} {value} is of the {head} head, not of {self.head}"
             if head == self.head and min(value if isinstance(value, tuple) else (value,)) < 1:
                 yield f"{own.name} {value} is not positive"
@@ -141,8 +144,6 @@ class TokenBridgeConfig:
         if self.quantizer not in quantizers:
             known = f"the {self.head} head's, which takes {' or '.join(map(str, quantizers))}"
             yield f"quantizer {self.quantizer!r} is not {known}"
-
-    def _problems(self) -> Iterator[str]:
         token_pixels = self.vae_stride * self.patch_size
         if token_pixels <= 0 or self.img_size <= 0 or self.img_size % token_pixels:
             product = f"vae_stride {self.vae_stride} x patch_size {self.patch_size}"
@@ -171,11 +172,6 @@ class TokenBridgeConfig:
         if sorted(self.channel_order) != list(range(self.vae_embed_dim)):
             permuted = f"a permutation of the {self.vae_embed_dim} latent channels (vae_embed_dim)"
             yield f"channel_order {self.channel_order} is not {permuted}"
-        for own in fields(self):
-            choices = own.metadata.get("choices")
-            if choices and own.name != "quantizer" and getattr(self, own.name) not in choices:
-                listed = ", ".join(choices)
-                yield f"{own.name} {getattr(self, own.name)!r} is not one of {listed}"
 
     @property
     def grid_size(self) -> int:
@@ -221,12 +217,6 @@ class TokenBridgeConfig:
         return cls(**values)
 
 
-def default_channel_order(channels: int) -> tuple[int, ...]:
-    """KL-16's published order for its channel count, the natural order for any other."""
-    published = PUBLISHED_CHANNEL_ORDER
-    return published if channels == len(published) else tuple(range(channels))
-
-
 def unread_settings(head: str) -> tuple[str, ...]:
     """Settings that a model with that head does not read, whatever they are."""
     unread = () if head == "channel" else ("head_input", "channel_depth")
@@ -238,9 +228,7 @@ def preset(name: str) -> dict:
     """Keyword arguments of one of the `PRESETS`."""
     sizes = ("embed_dim", "depth", "num_heads")
     names = [f"{part}_{size}" for part in ("encoder", "decoder") for size in sizes]
+    of_head, settings = ("channel_embed_dim", "channel_depth", "channel_heads"), {}
     if name.startswith("mar_"):
-        names += ["diffloss_w", "diffloss_d"]
-    else:
-        names += ["channel_embed_dim", "channel_depth", "channel_heads"]
-    sizes = dict(zip(names, _SIZES[name][:3] + _SIZES[name], strict=True))
-    return sizes | ({"head": "diffusion"} if name.startswith("mar_") else {})
+        of_head, settings = ("diffloss_w", "diffloss_d"), {"head": "diffusion"}
+    return dict(zip((*names, *of_head), _SIZES[name][:3] + _SIZES[name], strict=True)) | settings

@@ -80,9 +80,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.attn_drop, self.causal = heads, attn_drop, causal
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
-        if causal:
-            self.q_norm, self.k_norm = LayerNorm(width // heads), LayerNorm(width // heads)
+        norm = LayerNorm if causal else nn.Identity
+        self.q_norm, self.k_norm = norm(width // heads), norm(width // heads)
         self.proj = nn.Linear(width, width)
         self.proj_drop = Dropout(proj_drop)
 

@@ -1,5 +1,7 @@
 """Which positions are masked: random orders, the training mask ratio, the sampling schedule.
 
+Every image of a batch has as many masked positions, and positions are given as indices: so every
+shape is known on the host, and nothing waits for the device.
 Letters: B batch, L positions, M masked positions of each image, V = L - M visible ones.
 Source: MAR, arXiv 2406.11838, section 3; arXiv 2503.16430; eMIGM, arXiv 2503.07197, for "exp".
 """
@@ -21,34 +23,16 @@ MASK_SCHEDULES = {
 }
 
 
-@dataclass(frozen=True)
-class Mask:
-    """The same number of masked positions in every image: masked [B, M] and visible [B, V] int64,
-    ascending. Indices keep every shape known on the host, so nothing waits for the device.
+def split_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """mask: [B, L], true or 1 where masked -> the visible positions [B, V] and the masked [B, M].
+
+    Both ascend. Raises ValueError if the rows' counts differ.
     """
-
-    masked: Tensor
-    visible: Tensor
-
-    @classmethod
-    def from_orders(cls, orders: Tensor, num_masked: int) -> "Mask":
-        """orders: [B, L] permutations; the first `num_masked` positions of each are masked."""
-        parts = orders[:, :num_masked], orders[:, num_masked:]
-        return cls(*(part.sort(dim=1).values for part in parts))
-
-    @classmethod
-    def from_bool(cls, mask: Tensor) -> "Mask":
-        """mask: [B, L], true or 1 where masked. Raises ValueError if the rows' counts differ."""
-        mask = mask.bool()
-        counts = mask.sum(dim=1).tolist()
-        if len(set(counts)) != 1:
-            raise ValueError(f"rows mask different numbers of positions: {counts}")
-        return cls.from_orders(mask.int().argsort(dim=1, descending=True, stable=True), counts[0])
-
-
-def random_orders(batch: int, length: int, device: torch.device | str) -> Tensor:
-    """[B, L]: an independent, uniformly random permutation of the positions for each image."""
-    return torch.rand(batch, length, device=device).argsort(dim=1)
+    mask = mask.bool()
+    counts = mask.sum(dim=1).tolist()
+    if len(set(counts)) != 1:
+        raise ValueError(f"rows mask different numbers of positions: {counts}")
+    return mask.int().argsort(dim=1, stable=True).split([mask.shape[1] - counts[0], counts[0]], 1)
 
 
 @dataclass(frozen=True)
@@ -91,18 +75,17 @@ class MaskRatios:
 
 def training_mask(
     batch: int, length: int, ratios: MaskRatios, share: float, device: torch.device | str
-) -> tuple[Mask, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The training mask: one ratio for the batch, ceil(L * ratio) positions an image.
 
-    share: of the masked positions that the loss is taken of, the second result [B, n], ascending:
-    a uniformly random subset, all of them if it is 1.
+    share: of the masked positions, that the loss is taken of: a uniformly random subset.
+    Returns the visible positions [B, V] and those of the loss [B, n], ascending.
     """
     num_masked = math.ceil(length * ratios.draw())
-    orders = random_orders(batch, length, device)
-    mask = Mask.from_orders(orders, num_masked)
-    if share == 1:
-        return mask, mask.masked
-    return mask, orders[:, : math.ceil(num_masked * share)].sort(dim=1).values
+    orders = torch.rand(batch, length, device=device).argsort(dim=1)  # of each image its own
+    parts = orders[:, num_masked:], orders[:, : math.ceil(num_masked * share)]
+    visible, positions = (part.sort(dim=1).values for part in parts)
+    return visible, positions
 
 
 def mask_schedule(

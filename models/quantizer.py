@@ -78,15 +78,11 @@ class GaussianQuantizer(Quantizer):
             raise ValueError(f"low {low} is not below high {high}")
         self.low, self.high = low, high
 
-    @property
-    def midpoints(self) -> Tensor:
-        """[K - 1] borders between neighbouring levels; from the buffers, which a file may set."""
-        return (self.reconstruction_values[1:] + self.reconstruction_values[:-1]) / 2
-
     def _nearest(self, x: Tensor) -> Tensor:
         unit = x.clamp(self.low, self.high)
         unit = unit.sub_(self.low).div_(self.high - self.low).mul_(2 * SPAN).sub_(SPAN)
-        return torch.bucketize(unit.contiguous(), self.midpoints)
+        values = self.reconstruction_values  # not a table of borders: a file may set them
+        return torch.bucketize(unit.contiguous(), (values[1:] + values[:-1]) / 2)
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices: [...] integers in [0, K) -> float32 [...] in [low, high]."""
@@ -123,28 +119,28 @@ class CalibratedQuantizer(Quantizer):
         if self.fitted and not all((table.diff(dim=1) >= 0).all() for table in tables):
             raise ValueError("the levels of a calibrated quantizer are not in ascending order")
 
-    def _repeats(self, x: Tensor) -> int:
-        """How many of the D scalars each channel has."""
+    def _by_channel(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., C, D / C]."""
         if not self.fitted:
             raise ValueError("this calibrated quantizer has no levels: load or fit them first")
-        return x.shape[-1] // self.channels
+        return x.unflatten(-1, (self.channels, -1))
 
     def _nearest(self, x: Tensor) -> Tensor:
-        by_channel = x.unflatten(-1, (self.channels, self._repeats(x))).movedim(-2, 0)
+        x = self._by_channel(x).movedim(-2, 0)
         borders = self.boundaries[:, 1:-1].contiguous()
-        indices = torch.searchsorted(borders, by_channel.flatten(1).contiguous())
-        return indices.view(by_channel.shape).movedim(0, -2).flatten(-2)
+        indices = torch.searchsorted(borders, x.flatten(1).contiguous())
+        return indices.view(x.shape).movedim(0, -2).flatten(-2)
 
     def decode(self, indices: Tensor) -> Tensor:
         """indices: [..., D] integers in [0, K) -> float32 [..., D]."""
-        channels = torch.arange(self.channels, device=indices.device)
-        first = channels.repeat_interleave(self._repeats(indices)) * self.levels
-        return self.reconstruction_values.flatten()[indices.long() + first]
+        first = torch.arange(self.channels, device=indices.device)[:, None] * self.levels
+        entries = self._by_channel(indices).long() + first
+        return self.reconstruction_values.flatten()[entries.flatten(-2)]
 
     def outside(self, x: Tensor) -> Tensor:
         """x: [..., D] -> bool [..., D], true beyond the data fitted to."""
-        ends = self.boundaries[:, [0, -1]].repeat_interleave(self._repeats(x), dim=0)
-        return (x < ends[:, 0]) | (x > ends[:, 1])
+        x, low, high = self._by_channel(x), self.boundaries[:, :1], self.boundaries[:, -1:]
+        return ((x < low) | (x > high)).flatten(-2)
 
 
 class CodebookQuantizer(nn.Module):

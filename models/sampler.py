@@ -23,7 +23,7 @@ from torch import Tensor
 from models.backbone import CachedBackbone, patchify, unpatchify
 from models.config import HEAD_INPUTS
 from models.layers import take
-from models.masking import MASK_SCHEDULES, Mask, mask_schedule
+from models.masking import MASK_SCHEDULES, mask_schedule
 from models.tokenbridge import TokenBridge
 
 CFG_SCHEDULES = ("linear", "constant", "cosine")
@@ -41,9 +41,9 @@ class SamplingOptions:
     temperature: of the softmax over levels; 0 takes the most likely one.
     order: "random", each image's own; "raster", row by row; "confidence": every iteration draws
     all masked positions and keeps those whose channels were the most likely together.
-    head_input: see `ChannelHead.sample`; None is the model's own.
+    head_input: see `ChannelHead.sample_rows`; None is the model's own.
     token_cache: 0 is none; else all features are computed in every so many iterations, and reused
-    in between: an approximation, see models/token_cache.py.
+    in between: an approximation, see `CachedBackbone`.
     """
 
     num_iter: int = 64
@@ -183,41 +183,41 @@ def sampling_steps(
 ) -> Iterator[SamplingStep]:
     """The same, one iteration after the other: at least one, of no position if all are known."""
     config, device = model.config, model.backbone.fake_latent.device
-    if labels is None and batch_size is None:
-        raise ValueError("labels=None needs batch_size, the number of images")
     if labels is not None:
         check_labels(labels, config.class_num)
+        labels, batch_size = labels.to(device), len(labels)
+    elif batch_size is None:
+        raise ValueError("labels=None needs batch_size, the number of images")
     if options.order == "confidence" and model.quantizer is None:
         raise ValueError(f"order confidence needs probabilities, which {config.head} has not")
-    batch = batch_size if labels is None else len(labels)
-    ids = range(batch) if image_ids is None else image_ids
-    if len(ids) != batch:
-        raise ValueError(f"{len(ids)} image_ids for a batch of {batch}")
-    drawn = image_randomness(options.seed, ids, config.seq_len, model.head.draws)
+    ids = range(batch_size) if image_ids is None else image_ids
+    if len(ids) != batch_size:
+        raise ValueError(f"{len(ids)} image_ids for a batch of {batch_size}")
+    orders, uniforms = image_randomness(options.seed, ids, config.seq_len, model.head.draws)
     if options.order == "raster":
-        drawn = torch.arange(config.seq_len).flip(0).expand(batch, -1), drawn[1]
-    orders, uniforms = (
-        (own if other is None else other).to(device)
-        for own, other in zip(drawn, given[:2], strict=True)
-    )
-    conditions = _Conditions(model, None if labels is None else labels.to(device), options)
+        orders = torch.arange(config.seq_len).flip(0).expand(batch_size, -1)
+    orders = (orders if given.orders is None else given.orders).to(device)
+    uniforms = (uniforms if given.uniforms is None else given.uniforms).to(device)
+    backbone = CachedBackbone(model.backbone, options.token_cache)
     how = {"temperature": options.temperature}
     if config.head == "channel":
         how["head_input"] = options.head_input or config.head_input
 
-    values = torch.zeros(batch, config.seq_len, config.token_dim, device=device)
+    values = torch.zeros(batch_size, config.seq_len, config.token_dim, device=device)
     filled, unknown = orders[:, :0], config.seq_len
     if given.known is not None or given.known_mask is not None:
         values, orders, unknown = _begun(model, given, orders)
+    masked = torch.zeros(values.shape[:2], dtype=torch.bool, device=device)
+    masked.scatter_(1, orders[:, :unknown], True)
     if not unknown:
-        nothing = values[:, :0], torch.zeros(values.shape[:2], dtype=torch.bool, device=device)
-        yield SamplingStep(values, filled, *nothing)
+        yield SamplingStep(values, filled, values[:, :0], masked)
     with evaluation_mode(model):
         for before, after, scale in iterations(options, unknown):
             # Those to fill now come last; by confidence, any of those left may be.
             positions = orders[:, (0 if options.order == "confidence" else after) : before]
-            mask = Mask.from_orders(orders, before)
-            z = conditions(values, mask, positions, filled, scale).flatten(0, 1)
+            visible = orders[:, before:].sort(dim=1).values
+            inputs = values, visible, positions, filled
+            z = _conditions(model, backbone, labels, scale, *inputs).flatten(0, 1)
             if z.dim() == 3:  # [M, 2, D]: the head guides
                 how["guidance"] = scale
             drawn = model.head.sample(z, take(uniforms, positions).flatten(0, 1), **how)
@@ -230,8 +230,7 @@ def sampling_steps(
             if model.quantizer is not None:
                 tokens = model.quantizer.decode(tokens)
             values.scatter_(1, filled[..., None].expand_as(tokens), tokens)
-            masked = torch.ones(values.shape[:2], dtype=torch.bool, device=device)
-            masked.scatter_(1, orders[:, after:], False)
+            masked = masked.scatter(1, filled, False)
             yield SamplingStep(values, filled, log_probs, masked)
 
 
@@ -259,38 +258,22 @@ def _begun(model: TokenBridge, given: Given, orders: Tensor) -> tuple[Tensor, Te
     return values * mask[..., None], orders.gather(1, last), config.seq_len - counts[0]
 
 
-class _Conditions:
-    """z of the positions to predict; guided, z_uncond + g (z_cond - z_uncond), both in one pass.
-
-    For a head that guides, [B, n, 2, D]: both.
+def _conditions(
+    model: TokenBridge, backbone: CachedBackbone, labels: Tensor | None, scale: float, *inputs
+) -> Tensor:
+    """z of the positions to predict [B, n, D]; guided, z_uncond + g (z_cond - z_uncond), both in
+    one pass. For a head that guides, [B, n, 2, D]: both. inputs: of `CachedBackbone`, but classes.
     """
-
-    def __init__(self, model: TokenBridge, labels: Tensor | None, options: SamplingOptions):
-        self.backbone, self.labels, self.head = model.backbone, labels, model.head
-        self.guided = labels is not None and options.cfg != 1
-        self.refresh, self.was_guided = options.token_cache, None
-
-    def __call__(
-        self, values: Tensor, mask: Mask, positions: Tensor, filled: Tensor, scale: float
-    ) -> Tensor:
-        """values: [B, L, C], positions: [B, n], filled: [B, F], the last ones -> [B, n, D]."""
-        guided = self.guided and scale != 1
-        if self.refresh and guided != self.was_guided:  # other sequences, whose features are new
-            self.cached, self.was_guided = CachedBackbone(self.backbone, self.refresh), guided
-        choices = [self.labels, None] if guided else [self.labels]
-        classes = [self.backbone.class_embedding(choice, len(values)) for choice in choices]
-        values, masked, visible, positions, filled = (
-            torch.cat([x] * len(choices))
-            for x in (values, mask.masked, mask.visible, positions, filled)
-        )
-        inputs = values, torch.cat(classes), Mask(masked, visible), positions
-        z = self.cached(*inputs, filled) if self.refresh else self.backbone(*inputs)
-        if not guided:
-            return z
-        cond, uncond = z.chunk(2)
-        if self.head.guides:
-            return torch.stack([cond, uncond], dim=2)
-        return uncond + scale * (cond - uncond)
+    choices = [labels] if labels is None or scale == 1 else [labels, None]
+    classes = [model.backbone.class_embedding(choice, len(inputs[0])) for choice in choices]
+    values, *others = (torch.cat([x] * len(choices)) for x in inputs)
+    z = backbone(values, torch.cat(classes), *others)
+    if len(choices) == 1:
+        return z
+    cond, uncond = z.chunk(2)
+    if model.head.guides:
+        return torch.stack([cond, uncond], dim=2)
+    return uncond + scale * (cond - uncond)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from models.heads.masked import MaskedHead, ParallelHead
 from models.heads.mixture import MixtureHead
 from models.hub import Pretrained
 from models.layers import AdaLNBlock, AdaLNMLP, Block, take
-from models.masking import Mask, training_mask
+from models.masking import split_mask, training_mask
 from models.quantizer import build_quantizer
 from models.tokenizers.kl16 import check_layout
 
@@ -35,14 +35,6 @@ HEADS = {
     "mixture": MixtureHead,
     "diffusion": DiffusionHead,
     "codebook": CodebookHead,
-}
-# Prefixes of our names and of the published ones of models with that head; elsewhere the part
-# (backbone, head, quantizer) is left out.
-RENAMED = {
-    "diffusion": {
-        "head.net.": "diffloss.net.",
-        "backbone.output_pos_embed": "diffusion_pos_embed_learned",
-    }
 }
 # Tensors, in the published names, whose size is that of the classes or of the grid.
 CLASS_ROWS = "class_emb.weight"
@@ -63,10 +55,9 @@ class TokenBridge(nn.Module, Pretrained):
         self.config = config = TokenBridgeConfig(**kwargs)
         self.backbone = Backbone(config)
         self.head = HEADS[config.head](config)
-        of_code, of_channel = config.codebook_size, (config.quant_levels, config.vae_embed_dim)
-        levels, channels = (of_code, config.token_dim) if of_code else of_channel
+        levels = config.codebook_size or config.quant_levels
         limits = config.quant_min, config.quant_max
-        self.quantizer = build_quantizer(config.quantizer, levels, *limits, channels)
+        self.quantizer = build_quantizer(config.quantizer, levels, *limits, config.vae_embed_dim)
         self.backbone.grad_checkpointing = self.head.grad_checkpointing = grad_checkpointing
         self.head.chunk = head_chunk
 
@@ -121,17 +112,16 @@ class TokenBridge(nn.Module, Pretrained):
             found = tuple(latents.shape)
             raise ValueError(f"latents are {found}, expected [B, *{config.latent_shape}]")
         if mask is not None:
-            drawn = Mask.from_bool(mask)
-            positions = drawn.masked
+            visible, positions = split_mask(mask)
         else:
             how = config.mask_ratios, config.head_share
-            drawn, positions = training_mask(batch, config.seq_len, *how, latents.device)
+            visible, positions = training_mask(batch, config.seq_len, *how, latents.device)
         targets = values = patchify(latents, config.patch_size)  # [B, L, C]
         if self.quantizer is not None:
             targets = self.quantizer.encode(values)
             values = self.quantizer.decode(targets)
         classes = self.backbone.class_embedding(labels, batch)
-        z = self.backbone(values, classes, drawn, positions)
+        z = self.backbone(values, classes, visible, positions)
         return z.flatten(0, 1), take(targets, positions).flatten(0, 1)
 
     def published_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -150,23 +140,24 @@ class TokenBridge(nn.Module, Pretrained):
         """
         own, parameters = self.published_state_dict(), dict(self.published_parameters())
         check_layout(state, {k: t for k, t in own.items() if k in state or k in parameters})
-        fitted = self.quantizer is not None and self.quantizer.fitted
-        tables = ("boundaries", "reconstruction_values", "codebook")
-        for name in [name for name in tables if name in own]:
-            if not fitted and name not in state:
+        tables = {} if self.quantizer is None else self.quantizer.state_dict()
+        for name, table in tables.items():
+            if not self.quantizer.fitted and name not in state:
                 raise ValueError("it holds no levels, and this model's own ones are not set")
-            given = state.get(name, own[name]).cpu().float()
-            if fitted and not torch.allclose(given, own[name].cpu(), atol=1e-4):
+            given = state.get(name, table).cpu().float()
+            if self.quantizer.fitted and not torch.allclose(given, table.cpu(), atol=1e-4):
                 raise ValueError(f"the checkpoint's quantizer differs from this one in {name!r}")
         new = own | state
         self.load_state_dict({name: new[self._published_name(name)] for name in self.state_dict()})
         self.config = replace(self.config, head_input=head_input)
 
     def _published_name(self, name: str) -> str:
-        for own, published in RENAMED.get(self.config.head, {}).items():
-            if name.startswith(own):
-                return published + name.removeprefix(own)
-        return name.split(".", 1)[1]
+        """Ours without the part (backbone, head, quantizer), but for two of MAR's."""
+        name = name.split(".", 1)[1]
+        if self.config.head != "diffusion":
+            return name
+        name = name.replace("output_pos_embed", "diffusion_pos_embed_learned")
+        return f"diffloss.{name}" if name.startswith("net.") else name
 
     def _published(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """In the published names and order: first those that belong to no submodule."""

@@ -209,13 +209,14 @@ def test_codebook_tokens_are_the_nearest_codes():
 
 def test_a_share_of_the_positions_is_a_random_subset_and_its_loss_unbiased():
     torch.manual_seed(3)
-    whole, everywhere = training_mask(4, 16, MaskRatios("normal", 0.7), 1.0, "cpu")
+    whole, masked = training_mask(4, 16, MaskRatios("normal", 0.7), 1.0, "cpu")
     torch.manual_seed(3)
-    mask, positions = training_mask(4, 16, MaskRatios("normal", 0.7), 0.25, "cpu")
-    assert torch.equal(mask.masked, whole.masked) and torch.equal(everywhere, whole.masked)
-    assert positions.shape[1] == math.ceil(mask.masked.shape[1] / 4)
-    for row, masked in zip(positions.tolist(), mask.masked.tolist(), strict=True):
-        assert set(row) <= set(masked) and row == sorted(set(row))
+    visible, positions = training_mask(4, 16, MaskRatios("normal", 0.7), 0.25, "cpu")
+    every = torch.cat([visible, masked], dim=1).sort(dim=1).values
+    assert torch.equal(visible, whole) and torch.equal(every, torch.arange(16).expand(4, -1))
+    assert positions.shape[1] == math.ceil(masked.shape[1] / 4)
+    for row, allowed in zip(positions.tolist(), masked.tolist(), strict=True):
+        assert set(row) <= set(allowed) and row == sorted(set(row))
     latents, labels = inputs()
     means = []
     for share in (1.0, 0.25):

@@ -6,25 +6,21 @@ import pytest
 import torch
 from scipy.stats import ks_2samp, kstest, truncnorm
 
-from models.masking import Mask, MaskRatios, mask_schedule, random_orders, training_mask
+from models.masking import MaskRatios, mask_schedule, split_mask, training_mask
 
 PUBLISHED = MaskRatios("normal", 0.7)
 SHARES = {"cosine": lambda t: math.cos(math.pi / 2 * t), "exp": lambda t: 1 - math.exp(5 * t - 5)}
 
 
-def test_the_first_of_a_uniform_order_or_a_boolean_mask_are_masked_and_others_visible():
-    orders = random_orders(4, 20, "cpu")
-    mask = Mask.from_orders(orders, 13)
-    both = torch.cat([mask.masked, mask.visible], dim=1).sort(dim=1).values
-    assert torch.equal(both, torch.arange(20).expand(4, -1))
-    assert torch.equal(mask.masked, orders[:, :13].sort(dim=1).values)
-    assert (mask.visible.diff(dim=1) > 0).all()
-    found = Mask.from_bool(torch.zeros(4, 20).scatter(1, orders[:, :13], 1.0))
-    assert torch.equal(found.masked, mask.masked) and torch.equal(found.visible, mask.visible)
+def test_positions_of_the_loss_are_uniform_and_a_boolean_mask_is_split_into_ascending_ones():
+    orders = torch.rand(4, 20).argsort(dim=1)
+    visible, masked = split_mask(torch.zeros(4, 20).scatter(1, orders[:, :13], 1.0))
+    assert torch.equal(masked, orders[:, :13].sort(dim=1).values)
+    assert torch.equal(visible, orders[:, 13:].sort(dim=1).values)
     with pytest.raises(ValueError, match=r"\[2, 1\]"):
-        Mask.from_bool(torch.tensor([[1, 1, 0], [1, 0, 0]]))
-    orders = random_orders(6000, 6, "cpu")
-    first = torch.bincount(orders[:, 0], minlength=6) / 6000
+        split_mask(torch.tensor([[1, 1, 0], [1, 0, 0]]))
+    _, positions = training_mask(6000, 6, MaskRatios("normal", 1.0), 1 / 6, "cpu")
+    first = torch.bincount(positions[:, 0], minlength=6) / 6000
     assert (first - 1 / 6).abs().max() < 0.025
 
 
@@ -38,7 +34,7 @@ def test_mask_ratio_follows_the_truncated_normal_or_an_exponential_of_uniform_dr
     assert min(ratios) >= 0.7 and max(ratios) <= 1.0
     assert kstest(ratios, expected.cdf).pvalue > 1e-4
     assert MaskRatios("normal", 1.0).draw() == 1.0
-    masked = {training_mask(2, 16, PUBLISHED, 1.0, "cpu")[0].masked.shape[1] for _ in range(50)}
+    masked = {training_mask(2, 16, PUBLISHED, 1.0, "cpu")[1].shape[1] for _ in range(50)}
     assert masked == set(range(math.ceil(16 * 0.7), 17))
     ratios = MaskRatios("exp", 0.2)
     drawn = torch.tensor([ratios.draw() for _ in range(3000)])

@@ -9,7 +9,6 @@ from benchmarks import correctness
 from models.backbone import patchify
 from models.config import TokenBridgeConfig, preset
 from models.layers import take
-from models.masking import Mask, random_orders
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
 from tests.conftest import golden_json, tiny_model
@@ -36,16 +35,16 @@ def test_load_published_names_what_does_not_match():
 
 def test_z_ignores_what_is_under_the_mask_and_which_other_positions_are_computed():
     model = tiny_model()
-    mask = Mask.from_orders(random_orders(2, 16, "cpu"), 10)
+    masked, visible = torch.rand(2, 16).argsort(dim=1).split([10, 6], dim=1)
     values = torch.randn(2, 16, 6)
     classes = model.backbone.class_embedding(torch.tensor([0, 1]), 2)
-    z = model.backbone(values, classes, mask, mask.masked)
-    changed = values.scatter(1, mask.masked[..., None].expand(-1, -1, 6), 9.0)
-    assert torch.equal(z, model.backbone(changed, classes, mask, mask.masked))
-    seen = values.scatter(1, mask.visible[..., None].expand(-1, -1, 6), 9.0)
-    assert not torch.equal(z, model.backbone(seen, classes, mask, mask.masked))
-    whole = model.backbone(values, classes, mask, torch.arange(16).expand(2, -1))
-    assert torch.allclose(z, take(whole, mask.masked), atol=1e-6)
+    z = model.backbone(values, classes, visible, masked)
+    changed = values.scatter(1, masked[..., None].expand(-1, -1, 6), 9.0)
+    assert torch.equal(z, model.backbone(changed, classes, visible, masked))
+    seen = values.scatter(1, visible[..., None].expand(-1, -1, 6), 9.0)
+    assert not torch.equal(z, model.backbone(seen, classes, visible, masked))
+    whole = model.backbone(values, classes, visible, torch.arange(16).expand(2, -1))
+    assert torch.allclose(z, take(whole, masked), atol=1e-6)
 
 
 def test_grad_checkpointing_recomputes_every_block():

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -117,13 +116,6 @@ def as_scalars(losses: Tensor, weights: str, config: TokenBridgeConfig) -> dict[
     return scalars
 
 
-class ValidationBatch(NamedTuple):
-    number: int
-    images: list[int]
-    latents: Tensor  # [B, C, h, w]
-    labels: Tensor  # [B], the training's
-
-
 @dataclass(frozen=True)
 class ValidationSettings:
     """When to validate, in steps (0 is never), and what to draw."""
@@ -165,23 +157,24 @@ class Validation:
     def __call__(self, model: TokenBridge, ema: EMA, log: TrainingLog, done: int) -> None:
         """Measure, draw and log. A signal that asks to stop cuts it short, on any process."""
         drawn, due = {}, self.due(done)
-        with torch.no_grad(), unchanged_randomness(self.device), evaluation_mode(model):
-            for weights in WEIGHTS:
-                with ema.swapped_in() if weights == "ema" else nullcontext():
-                    losses = self.loss(model) if "loss" in due else None
-                    if losses is not None:
-                        log.scalars(as_scalars(losses, weights, model.config), done)
-                    if "samples" in due and dist.is_main() and not stop.requested():
-                        dist.beat(f"sample images of the {weights} weights")
-                        drawn[weights] = self._draw(model)
-            if len(drawn) == len(WEIGHTS):
-                self._log_samples(model, log, drawn, done)
+        for weights in WEIGHTS:
+            with ema.swapped_in() if weights == "ema" else nullcontext():
+                losses = self.loss(model) if "loss" in due else None
+                if losses is not None:
+                    log.scalars(as_scalars(losses, weights, model.config), done)
+                if "samples" in due and dist.is_main() and not stop.requested():
+                    dist.beat(f"sample images of the {weights} weights")
+                    drawn[weights] = self._draw(model)
+        if len(drawn) == len(WEIGHTS):
+            self._log_samples(model, log, drawn, done)
         dist.barrier()
         log.restart()  # validation is not training time
 
     @cached_property
-    def batches(self) -> list[ValidationBatch]:
-        """This process's, read and encoded once."""
+    def batches(self) -> list[tuple[int, list[int], Tensor, Tensor]]:
+        """This process's, read and encoded once: its number, its images, their latents
+        [B, C, h, w] and the training's labels of them [B].
+        """
         labels, batches = torch.tensor(self.images.labels), []
         total = math.ceil(len(self.numbers) / BATCH)
         for k in range(dist.rank(), total, dist.world_size()):
@@ -189,7 +182,7 @@ class Validation:
             numbers = self.numbers[k * BATCH : (k + 1) * BATCH]
             latents, own = read_latents(self.images.dataset, numbers, self.tokenizer, self.device)
             if len(own):  # as many orders as images that could be read
-                batches.append(ValidationBatch(k, numbers[: len(own)], latents, labels[own]))
+                batches.append((k, numbers[: len(own)], latents, labels[own]))
         return batches
 
     @torch.no_grad()
@@ -200,26 +193,22 @@ class Validation:
         """
         parts = []
         with evaluation_mode(model), unchanged_randomness(self.device):
-            for batch in self.batches:
+            for number, images, *inputs in self.batches:
                 if stop.requested():  # the others must find this process where they meet
                     break
-                dist.beat(f"validation loss, batch {batch.number + 1}")
-                parts.append((batch.number, len(batch.labels), self._losses(model, batch)))
+                dist.beat(f"validation loss, batch {number + 1}")
+                torch.manual_seed(number)  # of what a head draws
+                masks = validation_masks(images, model.config.seq_len)
+                latents, labels, masks = (x.to(self.device) for x in (*inputs, masks))
+                with self.precision.autocast(self.device):
+                    rows = [model.channel_losses(latents, labels, mask) for mask in masks]
+                parts.append((number, len(labels), torch.stack(rows).cpu().double()))
         gathered = dist.gather_to_main((len(parts) == len(self.batches), parts))
         if gathered is None or not all(complete for complete, _ in gathered):
             return None
         ordered = sorted((part for _, own in gathered for part in own), key=lambda part: part[0])
         total = sum(count for _, count, _ in ordered)
         return sum(count * losses for _, count, losses in ordered) / total if ordered else None
-
-    def _losses(self, model: TokenBridge, batch: ValidationBatch) -> Tensor:
-        """[R, T] float64, means over the batch."""
-        inputs = batch.latents.to(self.device), batch.labels.to(self.device)
-        masks = validation_masks(batch.images, model.config.seq_len).to(self.device)
-        torch.manual_seed(batch.number)  # of what a head draws
-        with self.precision.autocast(self.device):
-            rows = [model.channel_losses(*inputs, mask) for mask in masks]
-        return torch.stack(rows).cpu().double()
 
     @cached_property
     def data_latents(self) -> Tensor:

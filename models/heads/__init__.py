@@ -16,7 +16,8 @@ order; an order of prediction is the head's own business. All that is random is 
         values    [M, T]   as the targets
         log_probs [M, T']  in nats, with which they were drawn; zeros where they are not known
 
-`loss` (by `ChunkedMean`) and `losses` work in chunks of `head.chunk` rows unless that is 0.
+A head is its `forward`, `noise` and `sample_rows`, which is `sample` of one chunk; `loss` (by
+`ChunkedMean`), `losses` and `sample` work in chunks of `head.chunk` rows unless that is 0.
 channel is the paper's; parallel and masked (masked.py), mixture (mixture.py), diffusion
 (diffusion.py) and codebook (codebook.py) are what it is compared with.
 """
@@ -31,8 +32,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 # Rows (positions x `rows_each`) worked on at once: enough to keep the device busy.
-CHUNK_ROWS = {"cpu": 1024}
-CHUNK_ROWS_ELSEWHERE = 16384
+CPU_ROWS, GPU_ROWS = 1024, 16384
 
 
 class Head(nn.Module):
@@ -84,15 +84,11 @@ class Head(nn.Module):
         values, log_probs = (torch.cat(x) for x in zip(*drawn, strict=True))
         return values, log_probs
 
-    def sample_rows(self, z: Tensor, uniforms: Tensor, temperature: float, **how):
-        """`sample` of the rows of one chunk."""
-        raise NotImplementedError
-
     def _chunk(self, z: Tensor) -> int:
         """The number of positions in a chunk."""
         if self.chunk is not None:
             return self.chunk or max(1, len(z))
-        rows = CHUNK_ROWS.get(z.device.type, CHUNK_ROWS_ELSEWHERE)
+        rows = CPU_ROWS if z.device.type == "cpu" else GPU_ROWS
         rows *= 1 if torch.is_grad_enabled() else 4  # then most of the memory is not needed
         return max(1, rows // self.rows_each)
 

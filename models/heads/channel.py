@@ -63,7 +63,12 @@ class ChannelHead(Head):
         """
         cond = self.condition_proj(z)  # [M, D]
         *modulations, final = self._modulations(cond[:, None] + self.timesteps_embeddings)
-        x = self._tokens(cond, indices[:, self.order])
+        inputs = [cond[:, None]]
+        if len(self.token_embeddings) > 0:
+            table = torch.cat([embedding.weight for embedding in self.token_embeddings])
+            first = torch.arange(len(self.token_embeddings), device=z.device) * self.levels
+            inputs.append(F.embedding(indices[:, self.order[:-1]] + first, table))  # [M, T - 1, D]
+        x = torch.cat(inputs, dim=1) + self.channel_embed  # in head order
         for block, modulation in zip(self.channel_blocks, modulations, strict=True):
             x = call(block, x, modulation, recompute=self.grad_checkpointing)
         x = self.channel_final(self.channel_norm(x), final)  # [M, T, D]
@@ -71,15 +76,6 @@ class ChannelHead(Head):
         bias = torch.stack([head.bias for head in self.channel_heads])
         logits = torch.baddbmm(bias[:, None], x.transpose(0, 1), weight.transpose(1, 2))
         return logits[self.inverse_order].transpose(0, 1)
-
-    def _tokens(self, cond: Tensor, indices: Tensor) -> Tensor:
-        """Indices [M, T] -> the inputs of all channels [M, T, D]; both in head order."""
-        inputs = [cond[:, None]]
-        if len(self.token_embeddings) > 0:
-            table = torch.cat([embedding.weight for embedding in self.token_embeddings])
-            first = torch.arange(len(self.token_embeddings), device=cond.device) * self.levels
-            inputs.append(F.embedding(indices[:, :-1] + first, table))  # [M, T - 1, D]
-        return torch.cat(inputs, dim=1) + self.channel_embed
 
     def _modulations(self, c: Tensor) -> list[Tensor]:
         """c: [..., D] -> [..., 6 D] for every block, [..., 2 D] for the final norm."""
