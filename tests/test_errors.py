@@ -5,7 +5,6 @@ import io
 import os
 import pickle
 import shutil
-import zipfile
 from decimal import Decimal
 from pathlib import Path
 
@@ -13,20 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import main_tokenbridge
 from models.tokenizers.kl16 import AutoencoderKL
+from tests import runs
 from tests.measures import PIXELS
-from tests.runs import (
-    IMAGE_FLAGS,
-    TRAIN_FLAGS,
-    call,
-    flags,
-    fork_together,
-    make_inputs,
-    ranks,
-    save_published,
-    train,
-)
 from tests.test_lock import holder
 from util.checkpoint import LAST
 from util.dist import run
@@ -37,9 +25,9 @@ from util.vae import save_vae
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     """Also out/, a checkpoint, published.pth and other.ckpt, a VAE with other channels."""
-    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
-    train(folder, folder / "out", epochs=1)
-    save_published(folder / "out", folder / "published.pth")
+    folder = runs.make_inputs(tmp_path_factory.mktemp("inputs"))
+    runs.train(folder, folder / "out", epochs=1)
+    runs.save_published(folder / "out", folder / "published.pth")
     save_vae(folder / "other.ckpt", AutoencoderKL(6, (1, 1, 1), ch=32, num_res_blocks=1))
     return folder
 
@@ -61,30 +49,20 @@ def has(line: str, *fragments) -> bool:
     ("use", "changes", "fragments"),
     [
         ("train", {"resume": "/nowhere"}, "--resume /nowhere"),
-        ("train", {"precision": "fp8"}, "--precision 'fp8' bf16"),
         ("train", {"cached_path": None}, "--use_cached --cached_path"),
         ("train", {"cached_path": "/nowhere"}, "--cached_path /nowhere"),
-        ("train", {"resume": "out", "class_num": 5}, "--resume class_num 3 5"),
         ("train", {"img_size": 32}, "--img_size 32 16"),
-        ("train", {"dry_run": True, "class_num": 2}, "classes, --class_num is 2"),
-        ("train", {"dry_run": True, "global_batch": 7, "accum_iter": None}, "--global_batch 7"),
         ("train", {"vae_stride": 8}, "--cached_path 4) --vae_stride"),
-        ("train", {"vae_path": "other.ckpt"}, "--cached_path another VAE --vae_path"),
         ("train", {"online_eval": True, "num_images": 6}, "--vae_path kl16.ckpt"),
-        ("images", {"data_path": "/nowhere"}, "--data_path /nowhere"),
-        ("images", {"data_path": "cache"}, "--data_path cache train"),
-        ("images", {"vae_path": "/nowhere.ckpt"}, "--vae_path /nowhere.ckpt no such file"),
         ("images", {"vae_path": "out/checkpoint-last.pth"}, "--vae_path checkpoint-last.pth"),
         ("images", {"img_size": 18}, "--img_size 18 4"),
         ("images", {"latent_scale": None}, "--latent_scale main_cache.py"),
         ("evaluate", {"resume": None}, "--evaluate --resume"),
         ("evaluate", {"vae_path": "other.ckpt"}, "--vae_path other.ckpt 6 channels"),
-        ("evaluate", {"quant_bits": 4}, "--resume quant_levels 64 16"),
         ("evaluate", {"quantizer": "calibrated"}, "--resume published flags calibrated"),
         ("evaluate", PUBLISHED | {"buffer_size": 5}, "encoder_pos_embed_learned 20, 21,"),
         ("evaluate", PUBLISHED | {"channel_depth": 4}, "--resume missing"),
         ("evaluate", PUBLISHED | {"quant_bits": 5}, "--resume token_embeddings"),
-        ("evaluate", {"cfg_schedule": "sine"}, "--cfg_schedule 'sine'"),
         ("evaluate", {"fid_stats": "/nowhere.npz"}, "--fid_stats /nowhere.npz"),
         ("evaluate", {"inception_weights": "/nowhere.pth"}, "--inception_weights /nowhere.pth"),
         ("reconstruct", {"image_dir": "/nowhere"}, "--image_dir /nowhere"),
@@ -113,21 +91,16 @@ def test_output_that_is_a_file_is_refused(inputs, refusal, tmp_path):
 # --- damaged files, and files of another kind
 
 
-class Payload:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("flag", ["resume", "vae_path", "inception_weights"])
 def test_code_in_a_file_is_never_run(inputs, refusal, tmp_path, flag, legacy):
     marker, path = tmp_path / "marker", tmp_path / "evil.pth"
-    content = {"model": {}, "model_ema": Payload(marker)}
+
+    class Trap:
+        def __reduce__(self):
+            return os.system, (f"touch {marker}",)
+
+    content = {"model": {}, "model_ema": Trap()}
     torch.save(content, path)
     if legacy:
         path.write_bytes(pickle.dumps(content, protocol=2))
@@ -135,14 +108,6 @@ def test_code_in_a_file_is_never_run(inputs, refusal, tmp_path, flag, legacy):
     assert not marker.exists()
     pickle.loads(pickle.dumps(content))  # the trap works
     assert marker.exists()
-
-
-def packed(name: str) -> bytes:
-    """A zip archive of one file."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(name, b"x" * 100)
-    return file.getvalue()
 
 
 def saved(value) -> bytes:
@@ -157,6 +122,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsiz
 
 def test_a_file_of_another_kind_is_called_what_it_is(inputs, refusal, tmp_path):
     path = tmp_path / "file.pth"
+    np.savez(tmp_path / "packed.npz", x=1)
     for content, kind in (
         (b"", DAMAGED),
         (bytes(1000), DAMAGED),
@@ -166,7 +132,7 @@ def test_a_file_of_another_kind_is_called_what_it_is(inputs, refusal, tmp_path):
         (b"\n<!DOCTYPE html><html>Virus scan warning", "a web page"),
         (b'{"error": "Repository not found"}', DAMAGED),
         (gzip.compress(b"x", mtime=0), "a packed archive; unpack it"),
-        (packed("vae.ckpt"), DAMAGED),
+        ((tmp_path / "packed.npz").read_bytes(), DAMAGED),
         (pickle.dumps({"model": 1}), DAMAGED),
         (saved({"model": Decimal(1)}), "holds decimal.Decimal, which is not read"),
     ):
@@ -188,8 +154,6 @@ def test_folders_that_do_not_fit_are_refused(own, refusal):
     (own / "data" / "train" / "dog").mkdir()
     assert has(refusal("images", own), "--data_path", "dog")
     assert has(refusal("reconstruct", own), "--image_dir", "dog")
-    (own / "cache" / "manifest.json").unlink()
-    assert has(refusal("train", own), "--cached_path", "not finished")
     shutil.rmtree(own / "cache")  # a published cache says nothing but its files
     (own / "cache" / "ant").mkdir(parents=True)
     moments = np.zeros((32, 2, 2), np.float32)
@@ -199,20 +163,16 @@ def test_folders_that_do_not_fit_are_refused(own, refusal):
     assert has(line, "--cached_path", "(16, 2, 2)", "(4, 4, 4)")
 
 
-def spoil_images(data: Path, count: int | None = None) -> None:
-    for path in sorted((data / "train").glob("*/*.png"))[:count]:
+def spoil_images(data: Path) -> None:
+    for path in (data / "train").glob("*/*.png"):
         path.write_bytes(path.read_bytes()[:60])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_corrupt_images_are_named_and_never_all_of_them(own, refusal, tmp_path, num_workers):
+def test_corrupt_images_are_named(own, refusal, num_workers):
     spoil_images(own / "data")
     line = refusal("images", own, num_workers=num_workers)
     assert has(line, "cannot read image", ".png", "--skip_bad_images")
-    argv = flags(own, TRAIN_FLAGS, IMAGE_FLAGS, output_dir=tmp_path / "a", num_workers=num_workers)
-    with pytest.raises(UserError, match="none of the 24 images"):
-        call(main_tokenbridge.main, *argv, "--skip_bad_images")
-    assert not (tmp_path / "a").exists()
 
 
 def test_a_folder_in_use_is_refused_before_its_checkpoints_are_read(inputs, tmp_path, refusal):
@@ -235,12 +195,13 @@ def test_process_whose_peer_was_refused_says_so(own, tmp_path):
     """Without torchrun nobody ends it: it must notice by itself."""
     shutil.copytree(own / "data", own / "spoiled")
     spoil_images(own / "spoiled")
-    settings = dict(output_dir=tmp_path / "new", accum_iter=1)
+    settings = runs.TRAIN_FLAGS | runs.IMAGE_FLAGS | dict(output_dir=tmp_path / "new", accum_iter=1)
     commands = [
-        ["main_tokenbridge.py", *flags(own, TRAIN_FLAGS, IMAGE_FLAGS, data_path=data, **settings)]
+        ["main_tokenbridge.py", *runs.flags(own, settings, data_path=data)]
         for data in ("data", "spoiled")
     ]
-    (first, _, first_err), (second, _, second_err) = fork_together(*commands, env=ranks(2))
+    ended = runs.fork_together(*commands, env=runs.ranks(2))
+    (first, _, first_err), (second, _, second_err) = ended
     assert (first, second) == (1, 2)
     assert "Traceback" not in first_err and "stopped: process 1 (pid " in first_err
     assert "cannot read image" in first_err  # it says why the other has ended

@@ -1,6 +1,7 @@
 """Generated images, and what an evaluation leaves behind."""
 
 import json
+import pickle
 import random
 import re
 from dataclasses import replace
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import main_tokenbridge
 from demo.classifier import generated_images
 from models.generate import to_uint8
 from models.sampler import SamplingOptions, sample_latents
@@ -18,7 +18,7 @@ from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import tiny_model
 from tests.measures import PIXELS, save_model
-from tests.runs import EVALUATE_FLAGS, SIZE, TRAIN_FLAGS, evaluate, flags, refused, train
+from tests.runs import evaluate, save_published, train
 from util.device import resolve_precision
 from util.errors import UserError
 from util.evaluation.evaluator import Evaluator, shown_ids
@@ -51,9 +51,7 @@ def test_images_are_the_samplers_and_the_first_look_shows_each_class(tokenizer, 
     chosen = dict(num_iter=3, cfg=1.5, seed=5, image_ids=[1, 2, 3, 4])
     latents = sample_latents(model, labels, **chosen)
     assert torch.equal(images, to_uint8(tokenizer.decode(latents)))
-    assert images.dtype == torch.uint8 and images.shape == (4, 3, 16, 16)
-
-    found, samples = Evaluator(tiny_model(), tokenizer, CPU, FP32).evaluate(EVALUATION, tmp_path)
+    found, samples = evaluator.evaluate(EVALUATION, tmp_path)
     assert found == {} and samples.shape == (3, 2 * 18 + 2, 3 * 18 + 2)
     assert shown_ids(torch.tensor([0, 0, 1, 1, 2, 2])) == [0, 2, 4, 1, 3, 5]
     assert shown_ids(torch.tensor([5, 5, 5, 2, 2])) == [0, 3, 1, 4]
@@ -113,31 +111,26 @@ def test_chosen_classes_are_drawn_by_name_or_number_and_no_others(inputs, model,
     assert not (tmp_path / "none").exists()
 
 
-def test_number_of_classes_of_a_published_checkpoint_is_that_of_its_weights(inputs, tmp_path):
-    place = save_model(tmp_path / "model")
-    saved = torch.load(place / "checkpoint-last.pth", weights_only=True)
-    del saved["config"]
-    torch.save(saved, place / "checkpoint-last.pth")
-    flags = dict(model="tokenbridge_tiny", img_size=SIZE, vae_stride=4, vae_embed_dim=4)
-    flags |= dict(buffer_size=4, channel_order="2,0,3,1", latent_scale=1)
-    folder, found = run(inputs, tmp_path, place, num_images=3, **flags)
+def test_number_of_classes_of_a_published_checkpoint_is_that_of_its_weights(
+    inputs, trained, tmp_path
+):
+    settings = save_published(trained, tmp_path / "weights.pth") | dict(class_num=None)
+    folder, found = run(inputs, tmp_path / "out", tmp_path / "weights.pth", **settings)
     assert (found["model"]["class_num"], found["classes"]) == (3, ["0", "1", "2"])
-    assert sorted(path.name for path in (folder / "images").iterdir())[0] == "00000.png"
+    assert min((folder / "images").iterdir()).name == "00000.png"
 
 
-def test_training_evaluates_and_shows_the_classes_that_it_has(inputs, tmp_path, capsys):
+def test_training_evaluates_and_shows_the_classes_that_it_has(inputs, tmp_path, refusal):
     settings = dict(online_eval=True, eval_freq=2, vae_path="vae.ckpt", no_metrics=True)
     settings |= dict(num_images=3, num_iter=1, class_num=5, epochs=1)
-    argv = flags(inputs, TRAIN_FLAGS, settings, classes="ante")
-    assert "class 'ante' is unknown" in refused(capsys, main_tokenbridge.main, *argv)
+    assert "class 'ante' is unknown" in refusal("train", inputs, **settings, classes="ante")
     train(inputs, tmp_path, **settings)
     found = json.loads((tmp_path / "eval-epoch1" / "metrics.json").read_text())
     assert found["classes"] == ["ant", "bee", "cat"]
 
 
-def random_states() -> tuple:
-    _, keys, place, *rest = np.random.get_state()
-    return torch.get_rng_state().tolist(), keys.tolist(), place, rest, random.getstate()
+def random_states() -> list:
+    return [torch.get_rng_state().tolist(), pickle.dumps(np.random.get_state()), random.getstate()]
 
 
 def test_training_goes_on_as_if_it_had_not_been_evaluated(tokenizer, tmp_path):
@@ -148,13 +141,11 @@ def test_training_goes_on_as_if_it_had_not_been_evaluated(tokenizer, tmp_path):
         average.add_(torch.randn_like(average))
     kept = [tensor.clone() for tensor in (*model.state_dict().values(), *ema.averages)]
     before = random_states()
-    measure = Measure(Extractor("pixels", None, CPU))
-    evaluator = Evaluator(model, tokenizer, CPU, FP32, measure)
+    evaluator = Evaluator(model, tokenizer, CPU, FP32, Measure(Extractor("pixels", None, CPU)))
     with ema.swapped_in():
         averaged, _ = evaluator.evaluate(ENOUGH, tmp_path / "a")
     raw, _ = evaluator.evaluate(ENOUGH, tmp_path / "b")
-    assert averaged["score_mean"] != raw["score_mean"]
-    assert random_states() == before
+    assert averaged["score_mean"] != raw["score_mean"] and random_states() == before
     now = (*model.state_dict().values(), *ema.averages)
     assert all(map(torch.equal, kept, now)) and model.training and model.head.training
 
@@ -171,16 +162,10 @@ def test_evaluation_while_training_takes_another_folder_where_a_script_refuses(t
 
 
 def test_decoding_in_bf16_says_what_it_changes_and_is_another_evaluation(inputs, tmp_path, capsys):
-    common = dict(no_metrics=True, num_images=4, num_iter=2)
-    plain = evaluate(inputs, tmp_path / "fp32", inputs / "model", **common)
-    capsys.readouterr()
-    lower = evaluate(inputs, tmp_path / "bf16", inputs / "model", vae_precision="bf16", **common)
-    said = re.search(
-        r"--vae_precision: image 0 is (\d+\.\d) dB from that of fp32", capsys.readouterr().out
-    )
-    assert 30 < float(said[1]) < 100 and lower != plain
-    path = inputs / "model"
-    argv = flags(inputs, EVALUATE_FLAGS, common, output_dir=tmp_path / "fp32", resume=path)
-    assert "vae_precision None (now bfloat16)" in refused(
-        capsys, main_tokenbridge.main, *argv, "--vae_precision", "bf16"
-    )
+    common = dict(resume=inputs / "model", no_metrics=True, num_images=4, num_iter=2)
+    plain = evaluate(inputs, tmp_path / "fp32", **common)
+    lower = evaluate(inputs, tmp_path / "bf16", **common, vae_precision="bf16")
+    said = r"--vae_precision: image 0 is (\d+\.\d) dB from that of fp32"
+    assert 30 < float(re.search(said, capsys.readouterr().out)[1]) < 100 and lower != plain
+    with pytest.raises(UserError, match="vae_precision None .now bfloat16."):
+        evaluate(inputs, tmp_path / "fp32", **common, vae_precision="bf16")

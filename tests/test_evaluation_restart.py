@@ -12,7 +12,7 @@ from util.evaluation.evaluator import Evaluator
 
 IMAGES, BATCH = 84, 4  # of three classes
 SETTINGS = dict(num_images=IMAGES, eval_bsz=BATCH, feature_extractor=PIXELS, keep_images=True)
-SETTINGS |= dict(num_workers=0, save_npz=True, num_iter=16)
+SETTINGS |= dict(num_workers=0, save_npz=True, num_iter=8)
 
 
 def settings_of(inputs: Path, **changes) -> dict:
@@ -30,15 +30,6 @@ def run_here(inputs: Path, output: Path, **changes) -> Path:
 def whole(inputs, tmp_path_factory) -> Path:
     """The folder of one process that nothing has disturbed."""
     return run_here(inputs, tmp_path_factory.mktemp("whole"))
-
-
-SMALL = dict(num_images=24, num_iter=4)
-
-
-@pytest.fixture(scope="module")
-def small(inputs, tmp_path_factory) -> Path:
-    """The same of fewer images, where it does not matter how long it takes."""
-    return run_here(inputs, tmp_path_factory.mktemp("small"), **SMALL)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -90,37 +81,36 @@ def test_a_finished_run_stays_and_another_is_refused(inputs, whole, tmp_path, mo
         assert (content(whole), figures(whole)) == before
 
 
-def test_measured_images_are_removed_and_measured_again_without_them(inputs, small, tmp_path):
+def test_measured_images_are_removed_and_measured_again_without_them(inputs, whole, tmp_path):
     """The features stay: another reference needs no image."""
-    asked = SMALL | dict(keep_images=None, save_npz=None)
+    asked = dict(keep_images=None, save_npz=None)
     folder = run_here(inputs, tmp_path, **asked)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["features", "grid.png", "metrics.json", "settings.json", "statistics.npz"]
     assert figures(folder)["images"] == "removed"
-    stats = small / "statistics.npz"
+    stats = whole / "statistics.npz"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Evaluator, "generate", lambda *_: pytest.fail("drawn again"))
         run_here(inputs, tmp_path, fid_reference=None, fid_stats=stats, **asked)
     assert figures(folder)["metrics"]["frechet_distance"] == pytest.approx(0, abs=1e-6)
     assert not (folder / "images").exists()
-    run_here(inputs, tmp_path, **SMALL)  # images and array are asked for after all
-    assert content(folder) == content(small)
+    run_here(inputs, tmp_path)  # images and array are asked for after all
+    assert content(folder) == content(whole)
 
 
-def test_images_that_nothing_measured_are_kept(inputs, small, tmp_path, monkeypatch):
-    asked = SMALL | dict(keep_images=None)
-    folder = run_here(inputs, tmp_path, no_metrics=True, **asked)
+def test_images_that_nothing_measured_are_kept(inputs, whole, tmp_path, monkeypatch):
+    folder = run_here(inputs, tmp_path, no_metrics=True, keep_images=None)
     kept = content(folder)
-    assert len(list((folder / "images").iterdir())) == 24
-    run_here(inputs, tmp_path, **asked)  # measured from the files; still kept
-    assert figures(folder)["metrics"] == figures(small)["metrics"]
-    assert kept.items() <= content(folder).items() == content(small).items()
+    assert len(list((folder / "images").iterdir())) == IMAGES
+    run_here(inputs, tmp_path, keep_images=None)  # measured from the files; still kept
+    assert figures(folder)["metrics"] == figures(whole)["metrics"]
+    assert kept.items() <= content(folder).items() == content(whole).items()
 
     def stopped(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("util.evaluation.evaluator.write_json", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run_here(inputs, tmp_path / "stopped", **asked)
+        run_here(inputs, tmp_path / "stopped", keep_images=None)
     (folder,) = (tmp_path / "stopped").glob("ariter*")
-    assert len(list((folder / "images").glob("*.png"))) == 24  # removed after the figures alone
+    assert len(list((folder / "images").glob("*.png"))) == IMAGES  # removed after the figures

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from models.hub import CONFIG, HEADER, WEIGHTS
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
+from tests.conftest import complaint
 from tests.hub import in_place_of_the_hub
 from tests.runs import CLASSES, call, evaluate, flags, load, refused, save_published, train
 from util import export
@@ -82,23 +83,20 @@ def test_a_vae_that_is_named_is_compared_and_noted(trained, tmp_path, capsys):
     digest = hashlib.sha256((tmp_path / "other.ckpt").read_bytes()).hexdigest()
     assert header["vae_sha256"] == digest
     save_vae(tmp_path / "small.ckpt", AutoencoderKL(4, (1, 1), ch=32, num_res_blocks=1))
-    argv = ["--resume", str(trained), "--output_dir", str(tmp_path / "no")]
-    line = refused(capsys, export.main, *argv, "--vae_path", str(tmp_path / "small.ckpt"))
-    assert "stride 2" in line
+    small = ("--vae_path", str(tmp_path / "small.ckpt"))
+    assert "stride 2" in complaint(run, trained, tmp_path / "no", *small)
 
 
-def test_wrong_calls_and_folders_are_refused(inputs, trained, tmp_path, capsys, refusal):
-    def line(*argv: str) -> str:
-        said = refused(capsys, export.main, *argv, "--output_dir", str(tmp_path / "out"))
-        assert not (tmp_path / "out").exists()
-        return said
-
-    assert "does not exist" in line("--resume", str(tmp_path / "nothing"))
-    assert "name the folder" in line("--resume", "auto")
-    assert "class_num" in line("--resume", str(trained), "--class_num", "7")
+def test_wrong_calls_and_folders_are_refused(inputs, trained, tmp_path, refusal):
     settings = save_published(trained, tmp_path / "weights.pth") | dict(buffer_size=5)
-    weights = ("--resume", str(tmp_path / "weights.pth"))
-    assert "do not match" in line(*weights, *flags(tmp_path, settings))
+    for resume, others, said in (
+        (tmp_path / "nothing", (), "does not exist"),
+        ("auto", (), "name the folder"),
+        (trained, ("--class_num", "7"), "class_num"),
+        (tmp_path / "weights.pth", flags(tmp_path, settings), "do not match"),
+    ):
+        assert said in complaint(run, resume, tmp_path / "out", *others)
+    assert not (tmp_path / "out").exists()
     run(trained, tmp_path / "model", "--eval_weights", "model")
     said = refusal("evaluate", inputs, resume=tmp_path / "model")
     assert "holds the model weights alone; pass --eval_weights model" in said

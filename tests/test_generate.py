@@ -32,12 +32,15 @@ def images(model, vae):
     return generate(model, vae, LABELS, **SAMPLING)
 
 
-def test_images_are_the_sampled_latents_decoded_and_rounded_whatever_the_batch(model, vae, images):
-    latents = sample_latents(model, torch.tensor(LABELS), **SAMPLING)
+def assert_decoded(images: np.ndarray, vae: AutoencoderKL, latents: torch.Tensor) -> None:
+    """They are the latents decoded and rounded."""
     decoded = vae.decode(latents / 0.5).clamp(-1, 1).permute(0, 2, 3, 1).detach().numpy()
-    assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
+    assert images.shape == decoded.shape and images.dtype == np.uint8
     assert np.abs(images.astype(float) - (decoded + 1) * 127.5).max() <= 0.5 + 1e-4
-    assert Image.fromarray(images[0]).size == (16, 16)
+
+
+def test_images_are_the_sampled_latents_decoded_and_rounded_whatever_the_batch(model, vae, images):
+    assert_decoded(images, vae, sample_latents(model, torch.tensor(LABELS), **SAMPLING))
     # An image depends on its number and all options, and not on its batch.
     assert np.array_equal(generate(model, vae, LABELS, batch_size=2, **SAMPLING), images)
     assert np.array_equal(generate(model, vae, np.array(LABELS), **SAMPLING), images)
@@ -54,14 +57,12 @@ def test_an_edited_image_is_drawn_anew_where_the_mask_touches_a_position(model, 
     mask = np.zeros((16, 16), bool)
     mask[7, 9] = True  # one pixel of the position in row 1, column 2
     found = edit(model, vae, Image.fromarray(image), mask, [0, 2], batch_size=1, **SAMPLING)
-    assert found.shape == (2, 16, 16, 3) and not np.array_equal(*found)
+    assert not np.array_equal(*found)
     latents = Tokenizer(vae, 0.5).posterior(torch.from_numpy(image).permute(2, 0, 1)[None]).mean
     known = torch.ones(2, 4, 4, dtype=torch.bool)
     known[:, 1, 2] = False
     given = dict(known=latents.expand(2, -1, -1, -1) * 0.5, known_mask=known)
-    expected = sample_latents(model, torch.tensor([0, 2]), **given, **SAMPLING)
-    decoded = vae.decode(expected / 0.5).clamp(-1, 1).permute(0, 2, 3, 1).detach().numpy()
-    assert np.abs(found.astype(float) - (decoded + 1) * 127.5).max() <= 0.5 + 1e-4
+    assert_decoded(found, vae, sample_latents(model, torch.tensor([0, 2]), **given, **SAMPLING))
     with pytest.raises(ValueError, match=r"\(8, 8, 3\) uint8"):
         edit(model, vae, image[:8, :8], mask, [0])
     with pytest.raises(ValueError, match="not of one image"):
@@ -105,8 +106,7 @@ def test_precision_is_of_the_model_whose_mode_and_random_state_stay_as_they_are(
     assert set(dtypes[:-1]) == {torch.bfloat16} and dtypes[-1] == torch.float32
     for hook in hooks:
         hook.remove()
-    model = tiny_model(attn_dropout=0.5, proj_dropout=0.5).train()
-    state = torch.get_rng_state()
+    model, state = tiny_model(attn_dropout=0.5, proj_dropout=0.5).train(), torch.get_rng_state()
     images = generate(model, vae, LABELS, **SAMPLING)
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(images, generate(model.eval(), vae, LABELS, **SAMPLING))
