@@ -179,7 +179,7 @@ def inputs(opened: Opened) -> Finding:
 
 def checkpoint(opened: Opened) -> Finding:
     checkpoint = opened.inputs.checkpoint
-    if checkpoint is None:
+    if not checkpoint:
         return Finding(OK, "none yet: training starts from scratch")
     expected = {name: tuple(p.shape) for name, p in opened.model.published_parameters()}
     state = checkpoint.weights("model")
