@@ -40,9 +40,7 @@ from util.optim import build_averages, build_optimizer
 from util.saver import CheckpointSaver, SaveSettings
 from util.validation import Validation, ValidationSettings
 
-
-def make_parser() -> flags.Parser:
-    return flags.train_parser(__doc__)
+make_parser = partial(flags.train_parser, __doc__)
 
 
 def main() -> None:
@@ -79,8 +77,7 @@ def build_run(
     data, checkpoint = inputs.data, inputs.checkpoint
     batches, first, notes = plan_batches(args, checkpoint, len(data.dataset))
     steps = range(first, max(first, args.epochs * batches.steps_per_epoch))
-    rate = setup.learning_rate(args, batches, checkpoint)
-    notes += setup.check_rate(args, rate, steps, checkpoint)
+    rate, warnings = setup.plan_rate(args, batches, steps, checkpoint)
     model = new_model(args, inputs, device)
     named = list(model.published_parameters())
     sampler = MicroBatchSampler(batches, steps, dist.rank(), dist.world_size(), not args.no_flip)
@@ -119,11 +116,11 @@ def build_run(
     )
     add_reports(args, run, inputs)
     if checkpoint:
-        notes += checkpoint.load_training_state(run.averages, run.optimizer, run.scaler)
+        warnings += checkpoint.load_training_state(run.averages, run.optimizer, run.scaler)
         checkpoint.release()
         dist.print_main(f"loaded {checkpoint.path}")
     check_same_run(run)
-    description = "\n".join([*describe(args, run, inputs), *notes])
+    description = "\n".join([*describe(args, run, inputs), *notes, *warnings])
     dist.print_main(description)
     return run, description
 

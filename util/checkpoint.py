@@ -173,20 +173,18 @@ class Checkpoint:
         Weights of one kind alone are also the average's first. Another rate than before goes on
         from `model_ema` if it is the first, else from the weights.
         """
-        notes, known = [], self.averages
+        notes, known, goes_on = [], self.averages, "optimizer" in self.saved
         for number, (name, ema) in enumerate(averages.items()):
-            key = name if name in known else "model" if number else "model_ema"
-            if key == "model_ema" and not {key, "optimizer"} & set(self.saved):
-                continue
-            if key == "model" and isinstance(ema, PowerEMA) and "optimizer" in self.saved:
+            key = name if name in known else "model_ema"
+            if name in known or (number == 0 and (goes_on or key in self.saved)):
+                with as_user_error(f"{self.named}, {key!r}"):
+                    ema.load_state_dict(self.weights(key))
+            elif number and goes_on and isinstance(ema, PowerEMA):
                 begin = "its tracks begin with the training"
                 raise UserError(f"--posthoc_ema: {self.named} has no {name}; {begin}")
-            if key == "model":
+            elif number:
                 notes.append(f"the average {name} begins with the weights of {self.named}")
-                continue
-            with as_user_error(f"{self.named}, {key!r}"):
-                ema.load_state_dict(self.weights(key))
-        if "optimizer" not in self.saved:
+        if not goes_on:
             return notes
         if dropped := sorted(set(self.saved.get("averages", ())) - set(averages)):
             flags = "--ema_rate and --posthoc_ema name others"

@@ -11,12 +11,11 @@ Letters: N images, C latent channels, K levels.
 
 import argparse
 import io
-import json
 import math
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,6 +34,7 @@ from util.data.images import ImageDataset, psnr
 from util.data.training_set import TrainingData, needs_vae
 from util.device import resolve_precision
 from util.errors import UserError
+from util.logging import figures_on_stdout
 from util.optim import WIDTHS
 from util.setup import Inputs
 from util.vae import vae_digest
@@ -134,8 +134,7 @@ def vae(opened: Opened) -> Finding:
     kind = "KL-16" if opened.vae.is_kl16 else "a VAE that is not KL-16"
     text = f"{kind}, {opened.vae.channels} channels, stride {opened.vae.stride}, all tensors match"
     text += f", sha256 {vae_digest(path)}"
-    named = getattr(args, "photo", None)  # of the doctor alone
-    if not (photos := [named] if named else sample_photos()):
+    if not (photos := [args.photo] if args.photo else sample_photos()):
         remedy = "pip install scikit-learn, which has two photographs, or name one by --photo"
         return Finding(WARNING, f"{text}; not tried", remedy)
     tokenizer, values = Tokenizer(opened.vae, 1.0).to(opened.device), {}
@@ -343,12 +342,13 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse()
-    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+    with figures_on_stdout(args.json) as figures:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp)
         findings = examine(Opened(args, device))
-    healthy = all(finding.state != FAILURE for finding in findings)
-    figures = {"ok": healthy, "checks": [asdict(finding) for finding in findings]}
-    dist.print_main(json.dumps(figures, indent=1) if args.json else report(findings))
+        healthy = all(finding.state != FAILURE for finding in findings)
+        figures.update(ok=healthy, checks=list(map(asdict, findings)))
+    if not args.json:
+        dist.print_main(report(findings))
     dist.cleanup()
     if not healthy:
         sys.exit(1)

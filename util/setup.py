@@ -326,46 +326,40 @@ def open_inputs(args: argparse.Namespace, read_only: bool = False) -> Inputs:
 # --- learning rate
 
 
-def learning_rate(args: argparse.Namespace, batches: Batches, checkpoint: Checkpoint) -> LRSchedule:
-    """As the flags say; its shape, where they do not, as that of the run that goes on."""
+def plan_rate(
+    args: argparse.Namespace, batches: Batches, steps: range, checkpoint: Checkpoint
+) -> tuple[LRSchedule, list[str]]:
+    """As the flags say; its shape, where they do not, as that of the run that goes on; warnings of
+    a rate that never gets high, or that jumps where a run goes on.
+
+    steps: of this training. Raises UserError if another run's checkpoint leaves none; a run that
+    has come to its end may be started again.
+    """
+    own, warnings = Path(args.output_dir).resolve(), []
+    if not (steps or checkpoint.begins or checkpoint.path.resolve().is_relative_to(own)):
+        raise UserError(
+            f"{checkpoint.named} has done all of --epochs {args.epochs}; raise --epochs, or "
+            f"begin a training with its weights: {FINETUNE} {args.resume}"
+        )
     lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
     model = args.model or checkpoint.argument("model") or value(args, "model")
     kind = args.lr_schedule or checkpoint.argument("lr_schedule")
     kind = kind or ("constant" if model.startswith("mar_") else "cosine")
     shape = args.min_lr, args.warmup_epochs, args.epochs, batches.steps_per_epoch
-    return LRSchedule(lr, *shape, kind)
-
-
-def check_rate(
-    args: argparse.Namespace, rate: LRSchedule, steps: range, checkpoint: Checkpoint
-) -> list[str]:
-    """Warnings of a learning rate that never gets high, or that jumps where a run goes on.
-
-    steps: of this training. Raises UserError if another run's checkpoint leaves none; a run that
-    has come to its end may be started again.
-    """
-    warnings = []
-    if not steps:
-        own = Path(args.output_dir).resolve()
-        if not checkpoint.begins and not checkpoint.path.resolve().is_relative_to(own):
-            raise UserError(
-                f"{checkpoint.named} has done all of --epochs {args.epochs}; raise --epochs, or "
-                f"begin a training with its weights: {FINETUNE} {args.resume}"
-            )
-        return warnings
-    if rate.warmup_epochs >= rate.epochs:
+    rate = LRSchedule(lr, *shape, kind)
+    if steps and rate.warmup_epochs >= rate.epochs:
         warnings.append(
             f"warning: --warmup_epochs {rate.warmup_epochs:g} does not end before --epochs "
             f"{rate.epochs}: the learning rate reaches {rate(steps[-1]):.3g} of {rate.lr:.3g}"
         )
-    before = checkpoint.last_rate() if steps.start else None
+    before = checkpoint.last_rate() if steps and steps.start else None
     if before is not None and not math.isclose(rate(steps.start - 1), before, rel_tol=0.01):
         warnings.append(
             f"warning: the learning rate of step {steps.start} was {before:.3g} when "
             f"{checkpoint.path} was saved, and is {rate(steps.start - 1):.3g} with --epochs "
             f"{rate.epochs}, --warmup_epochs {rate.warmup_epochs:g} and the other flags"
         )
-    return warnings
+    return rate, warnings
 
 
 def check_agreement(facts: dict) -> None:
