@@ -239,16 +239,14 @@ def new_validation(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> 
 
 def dry_run(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict:
     """The doctor's checks, one step on made-up data, and what the training would take."""
-
-    def step() -> dict:
-        run, _ = build_run(args, setup.open_inputs(args, read_only=True), device, precision)
-        return step_figures(run, steps=2 if device.type != "cpu" or args.compile else 1)
-
+    step = partial(try_step, args, device, precision)
     return doctor.dry_run(args, device, doctor.TRAINING_CHECKS, step)
 
 
-def step_figures(run: Run, steps: int) -> dict:
-    """Of the last of some steps as in training; the same on all processes."""
+def try_step(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict:
+    """Of a step as in training, the second where the first one compiles; on all processes alike."""
+    run, _ = build_run(args, setup.open_inputs(args, read_only=True), device, precision)
+    steps = 2 if device.type != "cpu" or args.compile else 1
     cached = run.cached or run.tokenizer.vae is None
     run = replace(run, loader=made_up_batches(run, cached), cached=cached)
     run.start()

@@ -42,8 +42,9 @@ OUT_OF_REACH = {errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """saved: what is in the file. flag: that named it. Without a path it is false: there is none,
-    and it knows nothing."""
+    """saved: what is in the file. flag: that named it. Without a path, it is no checkpoint: it is
+    false, and knows nothing.
+    """
 
     path: Path | None = None
     saved: dict = field(default_factory=dict)

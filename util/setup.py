@@ -154,8 +154,8 @@ def _check_head(
             raise UserError(f"--{name}: the {head} head does not read it; leave it out")
     if head == "codebook" and args.latent_norm == "channel":
         raise UserError("--latent_norm channel: entries of a codebook are of one length already")
-    has_codes = "codebook_size" in ((manifest or {}).get("vae_config") or {})
-    has_codes = has_codes if vae is None else vae.codebook is not None
+    settings = vae.config if vae is not None else (manifest or {}).get("vae_config")
+    has_codes = "codebook_size" in (settings or {})
     if (vae or manifest) and has_codes != (head == "codebook"):
         kind = "are entries of a codebook" if has_codes else "are of a VAE without a codebook"
         remedy = "--head codebook and a VQ tokenizer belong together"
