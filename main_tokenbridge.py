@@ -81,10 +81,8 @@ def build_run(
     model = new_model(args, inputs, device)
     named = list(model.published_parameters())
     sampler = MicroBatchSampler(batches, steps, dist.rank(), dist.world_size(), not args.no_flip)
-    skipped = "skipped_steps" in checkpoint.saved and checkpoint.whole_number("skipped_steps")
-    # What a run began with stays known.
-    begun = {"finetune": args.finetune or checkpoint.argument("finetune") or ""}
-    saved_args = flags.to_save(args) | begun
+    saved_args = flags.to_save(args)  # what a run began with stays known
+    saved_args["finetune"] = args.finetune or checkpoint.argument("finetune") or ""
     run = Run(
         model=model,
         averages=build_averages(named, dict.fromkeys(args.ema_rate), bool(args.posthoc_ema)),
@@ -107,7 +105,7 @@ def build_run(
             worker_init_fn=stop.ignore_in_worker,
         ),
         cached=args.use_cached,
-        skip_vote=SkipVote(device, skipped),
+        skip_vote=SkipVote(device, checkpoint.whole_number("skipped_steps", 0)),
         output_dir=Path(args.output_dir),
         facts={"classes": data.classes, "vae_sha256": data.vae_sha256, "args": saved_args},
         grad_clip=args.grad_clip,

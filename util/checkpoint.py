@@ -207,9 +207,9 @@ class Checkpoint:
         with suppress(LookupError, TypeError, ValueError):
             return float(self.saved["optimizer"]["param_groups"][0]["lr"])
 
-    def whole_number(self, name: str) -> int:
+    def whole_number(self, name: str, default: int | None = None) -> int:
         """`epoch`, `step`, ... as the file has it. Raises UserError if it is none."""
-        value = self.saved.get(name)
+        value = self.saved.get(name, default)
         if not isinstance(value, Integral):
             raise UserError(f"{self.named}: {name!r} is {value!r:.60}, not a whole number")
         return int(value)
