@@ -18,17 +18,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from engine_tokenbridge import Run, SkipVote, train, train_step
-from models.flops import Meter, peak_flops, peak_memory, training_step
+from models.flops import GIB, Meter, peak_flops, peak_memory, training_step
+from models.sampler import SamplingOptions
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
 from util import args as flags
 from util import dist, doctor, setup, stop
 from util.checkpoint import WEIGHT_KEYS
-from util.data.batches import MicroBatchSampler
+from util.data.batches import MicroBatchSampler, plan_batches
 from util.data.images import collate_skipping
 from util.data.latent_cache import as_one_batch
 from util.device import Precision, accelerate, resolve_precision
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import drawn_classes, eval_settings
@@ -39,11 +40,7 @@ from util.optim import build_averages, build_optimizer
 from util.saver import CheckpointSaver, SaveSettings
 from util.validation import Validation, ValidationSettings
 
-GIB = 2**30
-
-
-def make_parser() -> flags.Parser:
-    return flags.train_parser(__doc__)
+make_parser = partial(flags.train_parser, __doc__)
 
 
 def main() -> None:
@@ -77,26 +74,21 @@ def build_run(
     args: argparse.Namespace, inputs: setup.Inputs, device: torch.device, precision: Precision
 ) -> tuple[Run, str]:
     """The training, and what a user should see of it before weeks of it begin."""
-    data, config, checkpoint = inputs.data, inputs.config, inputs.checkpoint
-    batches, first, notes = setup.plan_batches(args, checkpoint, len(data.dataset))
+    data, checkpoint = inputs.data, inputs.checkpoint
+    batches, first, notes = plan_batches(args, checkpoint, len(data.dataset))
     steps = range(first, max(first, args.epochs * batches.steps_per_epoch))
-    rate = setup.learning_rate(args, batches, checkpoint)
-    notes += setup.check_rate(args, rate, steps, checkpoint)
+    rate, warnings = setup.plan_rate(args, batches, steps, checkpoint)
     model = new_model(args, inputs, device)
+    named = list(model.published_parameters())
     sampler = MicroBatchSampler(batches, steps, dist.rank(), dist.world_size(), not args.no_flip)
-    saved_args, skipped = flags.to_save(args), 0
-    if checkpoint is not None and not checkpoint.begins:  # what a run began with stays known
-        saved_args["finetune"] = args.finetune or checkpoint.argument("finetune") or ""
-    if checkpoint is not None and "skipped_steps" in checkpoint.saved:
-        skipped = checkpoint.whole_number("skipped_steps")
+    saved_args = flags.to_save(args)  # what a run began with stays known
+    saved_args["finetune"] = args.finetune or checkpoint.argument("finetune") or ""
     run = Run(
         model=model,
-        averages=build_averages(
-            model.published_parameters(), dict.fromkeys(args.ema_rate), bool(args.posthoc_ema)
-        ),
-        optimizer=build_optimizer(model.published_parameters(), rate.lr, args.weight_decay),
+        averages=build_averages(named, dict.fromkeys(args.ema_rate), bool(args.posthoc_ema)),
+        optimizer=build_optimizer(named, rate.lr, args.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
-        tokenizer=Tokenizer(inputs.vae, *config.latent_norm).to(device),
+        tokenizer=Tokenizer(inputs.vae, *inputs.config.latent_norm).to(device),
         device=device,
         precision=precision,
         batches=batches,
@@ -113,7 +105,7 @@ def build_run(
             worker_init_fn=stop.ignore_in_worker,
         ),
         cached=args.use_cached,
-        skip_vote=SkipVote(device, skipped),
+        skip_vote=SkipVote(device, checkpoint.whole_number("skipped_steps", 0)),
         output_dir=Path(args.output_dir),
         facts={"classes": data.classes, "vae_sha256": data.vae_sha256, "args": saved_args},
         grad_clip=args.grad_clip,
@@ -121,41 +113,22 @@ def build_run(
         eval_freq=args.eval_freq,
     )
     add_reports(args, run, inputs)
-    if checkpoint is not None:
-        notes += checkpoint.load_training_state(run.averages, run.optimizer, run.scaler)
+    if checkpoint:
+        warnings += checkpoint.load_training_state(run.averages, run.optimizer, run.scaler)
         checkpoint.release()
         dist.print_main(f"loaded {checkpoint.path}")
-    facts = {
-        "first step (--resume)": first,
-        "number of validation images": len(run.validation.numbers),
-        "classes": data.classes,
-        "settings of the model": config.to_dict(),
-        "number of images or of micro-batches": batches.to_dict(),
-        "learning rate": rate.lr,
-    }
-    setup.check_agreement(facts)
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    images = f"{batches.images} images in {len(data.classes)} classes"
-    lines = [
-        f"{parameters:.1f} M parameters, {images if data.classes else data.source}",
-        f"global batch {batches.global_batch} ({batches.micro_batches} x {batches.batch_size} on "
-        f"{dist.world_size()} processes), lr {rate.lr:.3g}, {batches.steps_per_epoch} steps an "
-        f"epoch, {args.epochs} epochs, output {args.output_dir}",
-    ]
-    if validated := len(run.validation.numbers):
-        lines += [f"validation loss on {validated} images of {inputs.validation.source}"]
-    lines += [f"going on after step {first}"] if first else []
-    description = "\n".join([*lines, *notes])
+    check_same_run(run)
+    description = "\n".join([*describe(args, run, inputs), *notes, *warnings])
     dist.print_main(description)
     return run, description
 
 
 def new_model(args: argparse.Namespace, inputs: setup.Inputs, device: torch.device) -> TokenBridge:
     config, levels = inputs.config, None
-    if config.quantizer == "calibrated" and inputs.checkpoint is None:
+    if config.quantizer == "calibrated" and not inputs.checkpoint:
         histogram = setup.cache_histogram(args.cached_path, inputs.data.vae_sha256)
         levels = setup.calibrated_levels(histogram, config.quant_levels, config.latent_norm)
-    elif config.quantizer == "codebook" and inputs.checkpoint is None:
+    elif config.quantizer == "codebook" and not inputs.checkpoint:
         if inputs.vae is None:
             raise UserError("--head codebook needs --vae_path, a VQ tokenizer, and data")
         levels = (inputs.vae.codebook * config.latent_scale,)
@@ -167,26 +140,54 @@ def new_model(args: argparse.Namespace, inputs: setup.Inputs, device: torch.devi
     return model
 
 
+def check_same_run(run: Run) -> None:
+    """Raise UserError unless all processes are about to train the same."""
+    setup.check_agreement(
+        {
+            "first step (--resume)": run.steps.start,
+            "number of validation images": len(run.validation.numbers),
+            "classes": run.facts["classes"],
+            "settings of the model": run.model.config.to_dict(),
+            "number of images or of micro-batches": run.batches.to_dict(),
+            "learning rate": run.learning_rate.lr,
+        }
+    )
+
+
+def describe(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> list[str]:
+    data, batches = inputs.data, run.batches
+    parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
+    images = f"{batches.images} images in {len(data.classes)} classes"
+    lines = [
+        f"{parameters:.1f} M parameters, {images if data.classes else data.source}",
+        f"global batch {batches.global_batch} ({batches.micro_batches} x {batches.batch_size} on "
+        f"{dist.world_size()} processes), lr {run.learning_rate.lr:.3g}, {batches.steps_per_epoch} "
+        f"steps an epoch, {args.epochs} epochs, output {args.output_dir}",
+    ]
+    if validated := len(run.validation.numbers):
+        lines += [f"validation loss on {validated} images of {inputs.validation.source}"]
+    return lines + ([f"going on after step {run.steps.start}"] if run.steps.start else [])
+
+
 def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> None:
     """What a run leaves: log, checkpoints, validation, evaluations."""
-    data, config, steps_per_epoch = inputs.data, inputs.config, run.batches.steps_per_epoch
-    about = {
-        "environment": environment(run.device, run.precision.name, dist.world_size()),
-        "flags": run.facts["args"],
-        "model": config.to_dict(),
-    }
+    names, config, steps_per_epoch = inputs.data.classes, inputs.config, run.batches.steps_per_epoch
     settings = LogSettings(
         folder=args.log_dir or args.output_dir,
         every=args.log_freq,
         batches=run.batches,
         first_step=run.steps.start,
         last_step=run.steps.stop,
-        about=about,
+        about={
+            "environment": environment(run.device, run.precision.name, dist.world_size()),
+            "flags": run.facts["args"],
+            "model": config.to_dict(),
+        },
         metrics_file=args.metrics_file,
         tracker=args.track,
     )
     meter = Meter(training_step(config), run.device, peak_flops(run.device, run.precision))
-    run.log = TrainingLog(settings, meter, data.count_skipped)
+    run.log = TrainingLog(settings, meter, inputs.data.count_skipped)
     settings = SaveSettings(
         folder=run.output_dir,
         last_freq=args.save_last_freq,
@@ -197,26 +198,9 @@ def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> Non
         keep=args.keep_checkpoints,
     )
     run.saver = CheckpointSaver(settings, steps_per_epoch, run.steps.start)
-    loss_every, samples_every = (
-        max(1, round(freq * steps_per_epoch)) if freq else 0
-        for freq in (args.val_freq, args.preview_freq)
-    )
-    settings = ValidationSettings(
-        loss_every=loss_every,
-        loss_images=args.val_images,
-        samples_every=samples_every,
-        samples=args.preview_images,
-        last_step=run.steps.stop,
-        sampling=setup.sampling_options(args, num_iter=args.preview_iter, token_cache=0),
-        classes=drawn_classes(args.classes, config.class_num, data.classes),
-        names=data.classes,
-    )
-    images = inputs.validation if loss_every else None
-    run.validation = Validation(
-        settings, run.tokenizer, run.device, run.precision, data.dataset, images
-    )
+    run.validation = new_validation(args, run, inputs)
     if args.online_eval:
-        run.evaluation = eval_settings(args, config.class_num, data.classes)
+        run.evaluation = eval_settings(args, config.class_num, names)
         if args.eval_weights not in (known := [*WEIGHT_KEYS, *run.averages]):
             raise UserError(f"--eval_weights {args.eval_weights} is none of {', '.join(known)}")
     if args.online_eval and not args.dry_run:  # which loads no extractor
@@ -225,21 +209,42 @@ def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> Non
         run.evaluator = Evaluator(run.model, run.tokenizer, run.device, run.precision, measure)
 
 
+def new_validation(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> Validation:
+    names = inputs.data.classes
+    loss_every, samples_every = (
+        max(1, round(freq * run.batches.steps_per_epoch)) if freq else 0
+        for freq in (args.val_freq, args.preview_freq)
+    )
+    sampling = dict(cfg=args.cfg[0], temperature=args.temperature[0], num_iter=args.preview_iter)
+    with as_user_error():
+        sampling = SamplingOptions(**flags.sampling_flags(args) | sampling | {"token_cache": 0})
+    settings = ValidationSettings(
+        loss_every=loss_every,
+        loss_images=args.val_images,
+        samples_every=samples_every,
+        samples=args.preview_images,
+        last_step=run.steps.stop,
+        sampling=sampling,
+        classes=drawn_classes(args.classes, inputs.config.class_num, names),
+        names=names,
+    )
+    images = inputs.validation if loss_every else None
+    return Validation(settings, run.tokenizer, run.device, run.precision, run.data, images)
+
+
 # --- dry run
 
 
 def dry_run(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict:
     """The doctor's checks, one step on made-up data, and what the training would take."""
-
-    def step() -> dict:
-        run, _ = build_run(args, setup.open_inputs(args, read_only=True), device, precision)
-        return step_figures(run, steps=2 if device.type != "cpu" or args.compile else 1)
-
+    step = partial(try_step, args, device, precision)
     return doctor.dry_run(args, device, doctor.TRAINING_CHECKS, step)
 
 
-def step_figures(run: Run, steps: int) -> dict:
-    """Of the last of some steps as in training; the same on all processes."""
+def try_step(args: argparse.Namespace, device: torch.device, precision: Precision) -> dict:
+    """Of a step as in training, the second where the first one compiles; on all processes alike."""
+    run, _ = build_run(args, setup.open_inputs(args, read_only=True), device, precision)
+    steps = 2 if device.type != "cpu" or args.compile else 1
     cached = run.cached or run.tokenizer.vae is None
     run = replace(run, loader=made_up_batches(run, cached), cached=cached)
     run.start()

@@ -11,8 +11,8 @@ from models.tokenbridge import CLASS_ROWS
 from tests.conftest import complaint, tiny_model
 from util import dist
 from util.checkpoint import Checkpoint
-from util.data.batches import Batches
-from util.setup import build_config, plan_batches
+from util.data.batches import Batches, plan_batches
+from util.setup import build_config
 
 IMAGES = 100
 
@@ -42,7 +42,7 @@ def test_global_batch_is_that_of_the_flags_or_of_a_resumed_run_on_any_processes(
     ):
         world(processes)
         expected = Batches(4, micro_batches, IMAGES, 1)
-        assert plan_batches(arguments(**given), None, IMAGES) == (expected, 0, [])
+        assert plan_batches(arguments(**given), Checkpoint(), IMAGES) == (expected, 0, [])
     for processes in (1, 2, 4, 6):
         world(processes)
         found = plan_batches(arguments(batch_size=None), checkpoint(), IMAGES)
@@ -70,7 +70,8 @@ def test_what_does_not_fit_is_refused(world):
         (dict(batch_size=101), None, 1, "100 samples do not fill"),
     ):
         world(processes)
-        assert fragment in complaint(plan_batches, arguments(**given), resumed, IMAGES)
+        before = resumed or Checkpoint()
+        assert fragment in complaint(plan_batches, arguments(**given), before, IMAGES)
 
 
 def test_another_distribution_of_masks_brings_its_own_minimum():

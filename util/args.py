@@ -29,9 +29,6 @@ from util.optim import BLR_BATCH
 
 MAX_BITS = 9  # see GaussianQuantizer
 INCEPTION = "inception-v3-compat"  # as torch-fidelity calls it
-# Flags that are fields of `SamplingOptions`, besides those of which a sweep has several values.
-SAMPLING = ("cfg_schedule", "cfg_power", "cfg_interval", "mask_schedule", "order", "seed")
-SAMPLING += ("token_cache",)
 CONFIG, EVALUATION_CONFIG = "config.yaml", "config-evaluation.yaml"
 # Of one call, or of one process, and not of what it does.
 NOT_SAVED = ("config", "dry_run", "world_size", "local_rank")
@@ -145,9 +142,10 @@ def value(args: argparse.Namespace, name: str):
 
 
 def sampling_flags(args: argparse.Namespace) -> dict:
-    """Those of `SAMPLING`, for `SamplingOptions`."""
-    given = {name: value(args, name) for name in SAMPLING}
-    return given | {"cfg_interval": given["cfg_interval"] and tuple(given["cfg_interval"])}
+    """For `SamplingOptions`, without those of which a sweep has several values."""
+    names = ("cfg_schedule", "cfg_power", "mask_schedule", "order", "seed", "token_cache")
+    given = {name: value(args, name) for name in names}
+    return given | {"cfg_interval": args.cfg_interval and tuple(args.cfg_interval)}
 
 
 DATA_PATH = auto("data_path", str, "./data/imagenet", "images in train/CLASS/")

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 
@@ -42,9 +42,16 @@ OUT_OF_REACH = {errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EPERM, errno.
 
 @dataclass(frozen=True)
 class Checkpoint:
-    path: Path
-    saved: dict  # what is in the file
-    flag: str = "--resume"  # that named it
+    """saved: what is in the file. flag: that named it. Without a path, it is no checkpoint: it is
+    false, and knows nothing.
+    """
+
+    path: Path | None = None
+    saved: dict = field(default_factory=dict)
+    flag: str = "--resume"
+
+    def __bool__(self) -> bool:
+        return self.path is not None
 
     @property
     def named(self) -> str:
@@ -52,8 +59,8 @@ class Checkpoint:
 
     @property
     def begins(self) -> bool:
-        """Whether a training begins with its weights, without going on with its run."""
-        return self.flag == FINETUNE
+        """Whether a training begins, with its weights if there are any: no run goes on."""
+        return not self or self.flag == FINETUNE
 
     @property
     def config(self) -> TokenBridgeConfig | None:
@@ -74,11 +81,10 @@ class Checkpoint:
         others = self.saved.get("averages", {})
         if not isinstance(others, dict):
             raise UserError(f"{self.named}: 'averages' is no dict of state dicts")
-        if not (rates := self.argument("ema_rate")):
+        rates = self.argument("ema_rate")
+        if not rates:
             return others
-        first = (
-            rates[0] if isinstance(rates, list) else rates
-        )  # of one rate, before there were more
+        first = rates[0] if isinstance(rates, list) else rates  # one, before there were more
         return {str(first): self.saved.get("model_ema")} | others
 
     def weights(self, key: str) -> dict[str, Tensor]:
@@ -93,10 +99,10 @@ class Checkpoint:
         if (only := self.saved.get("weights", kind)) != kind:
             remedy = f"pass --eval_weights {only}"
             raise UserError(f"{self.named} holds the {only} weights alone; {remedy}")
-        if kind not in WEIGHT_KEYS and kind not in self.averages:
-            known = ", ".join([*WEIGHT_KEYS, *self.averages])
-            raise UserError(f"--eval_weights {kind}: {self.named} has {known}")
-        return WEIGHT_KEYS.get(kind, kind)
+        keys = WEIGHT_KEYS | {name: name for name in self.averages}
+        if kind not in keys:
+            raise UserError(f"--eval_weights {kind}: {self.named} has {', '.join(keys)}")
+        return keys[kind]
 
     def load_into(self, model: TokenBridge, key: str) -> None:
         """Load one of its state dicts; every tensor must match."""
@@ -142,7 +148,9 @@ class Checkpoint:
             table[i] = state[CLASS_ROWS][row]
         new = [name for i, name in enumerate(classes) if i not in kept]
         drawn = f"{count - len(kept)} new" + (f" ({listed(new)})" if new else "")
-        notes = [f"class embedding: {len(kept)} of {rows} rows kept {how}; {drawn}"]
+        kind = "averaged" if self.saved["weights"] == "ema" else "raw"
+        notes = [f"beginning with the {kind} weights of {self.named}"]
+        notes += [f"class embedding: {len(kept)} of {rows} rows kept {how}; {drawn}"]
         length = min(state[name].shape[1] for name in POSITIONS if name in state)
         sides = [math.isqrt(length), config.grid_size]
         if sides[0] != sides[1]:
@@ -166,20 +174,18 @@ class Checkpoint:
         Weights of one kind alone are also the average's first. Another rate than before goes on
         from `model_ema` if it is the first, else from the weights.
         """
-        notes, known = [], self.averages
+        notes, known, goes_on = [], self.averages, "optimizer" in self.saved
         for number, (name, ema) in enumerate(averages.items()):
-            key = name if name in known else "model" if number else "model_ema"
-            if key == "model_ema" and not {key, "optimizer"} & set(self.saved):
-                continue
-            if key == "model" and isinstance(ema, PowerEMA) and "optimizer" in self.saved:
+            key = name if name in known else "model_ema"
+            if name in known or (number == 0 and (goes_on or key in self.saved)):
+                with as_user_error(f"{self.named}, {key!r}"):
+                    ema.load_state_dict(self.weights(key))
+            elif number and goes_on and isinstance(ema, PowerEMA):
                 begin = "its tracks begin with the training"
                 raise UserError(f"--posthoc_ema: {self.named} has no {name}; {begin}")
-            if key == "model":
+            elif number:
                 notes.append(f"the average {name} begins with the weights of {self.named}")
-                continue
-            with as_user_error(f"{self.named}, {key!r}"):
-                ema.load_state_dict(self.weights(key))
-        if "optimizer" not in self.saved:
+        if not goes_on:
             return notes
         if dropped := sorted(set(self.saved.get("averages", ())) - set(averages)):
             flags = "--ema_rate and --posthoc_ema name others"
@@ -201,9 +207,9 @@ class Checkpoint:
         with suppress(LookupError, TypeError, ValueError):
             return float(self.saved["optimizer"]["param_groups"][0]["lr"])
 
-    def whole_number(self, name: str) -> int:
+    def whole_number(self, name: str, default: int | None = None) -> int:
         """`epoch`, `step`, ... as the file has it. Raises UserError if it is none."""
-        value = self.saved.get(name)
+        value = self.saved.get(name, default)
         if not isinstance(value, Integral):
             raise UserError(f"{self.named}: {name!r} is {value!r:.60}, not a whole number")
         return int(value)
@@ -322,21 +328,21 @@ def give_name(path: Path, name: Path) -> None:
             shutil.copyfileobj(source, copy)
 
 
-def same_place(*paths: str | None) -> bool:
-    """Whether all name one folder of a checkpoint, or the checkpoint in it."""
-    places = [Path(path).resolve() for path in paths if path]
-    folders = {place.parent if place.name == LAST else place for place in places}
-    return len(places) == len(paths) and len(folders) == 1
+def same_place(known: str | None, path: str) -> bool:
+    """Whether both name one folder of a checkpoint, or the checkpoint in it."""
+    places = [Path(place).resolve() for place in (known, path) if place]
+    folders = [place.parent if place.name == LAST else place for place in places]
+    return folders[1:] == folders[:1]
 
 
 def refuse_other_run(output_dir: str, checkpoint: Checkpoint | None) -> None:
     """Raise UserError if a run would write over the checkpoints of another one."""
     found = saved_in(Path(output_dir))
-    if checkpoint is not None and checkpoint.path.parent.resolve() == Path(output_dir).resolve():
+    if checkpoint and checkpoint.path.parent.resolve() == Path(output_dir).resolve():
         step = checkpoint.saved.get("step", 0)
         found = [path for path in found[:1] if path.name > f"checkpoint-step{step:08d}.pth"]
     if found:
-        begun = "from scratch" if checkpoint is None else f"from {checkpoint.path}"
+        begun = f"from {checkpoint.path}" if checkpoint else "from scratch"
         raise UserError(
             f"--output_dir {output_dir} holds {found[0].name}, which a run {begun} would replace; "
             "pass --resume auto to go on with it, or name another folder"

@@ -11,12 +11,11 @@ Letters: N images, C latent channels, K levels.
 
 import argparse
 import io
-import json
 import math
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -26,7 +25,6 @@ import torch
 from models.generate import to_uint8
 from models.quantizer import GaussianQuantizer, entropy, level_counts
 from models.tokenbridge import TokenBridge
-from models.tokenizers.kl16 import VAE
 from models.tokenizers.tokenizer import Tokenizer
 from util import dist, setup, stop
 from util.args import Parser, train_parser, value
@@ -35,6 +33,7 @@ from util.data.images import ImageDataset, psnr
 from util.data.training_set import TrainingData, needs_vae
 from util.device import resolve_precision
 from util.errors import UserError
+from util.logging import figures_on_stdout
 from util.optim import WIDTHS
 from util.setup import Inputs
 from util.vae import vae_digest
@@ -83,10 +82,6 @@ class Opened:
         self.args, self.device = argparse.Namespace(**known), device
 
     @cached_property
-    def vae(self) -> VAE:
-        return setup.build_vae(self.args).eval()
-
-    @cached_property
     def inputs(self) -> Inputs:
         """As a training or an evaluation opens them."""
         args = self.args
@@ -95,9 +90,10 @@ class Opened:
         if not args.resume:
             raise UserError("--resume is missing: --evaluate needs the folder of a checkpoint")
         checkpoint = find_checkpoint(args.resume, args.output_dir, True, True)
-        config = setup.build_config(args, checkpoint, vae=self.vae)
-        setup.check_vae(self.vae, config, value(args, "vae_path"))
-        return Inputs(checkpoint, self.vae, TrainingData([], [], "--evaluate", None), config, None)
+        vae = setup.build_vae(args)
+        config = setup.build_config(args, checkpoint, vae=vae)
+        setup.check_vae(vae, config, value(args, "vae_path"))
+        return Inputs(checkpoint, vae, TrainingData([], [], "--evaluate", None), config, None)
 
     @cached_property
     def model(self) -> TokenBridge:
@@ -131,14 +127,14 @@ def vae(opened: Opened) -> Finding:
     args, path = opened.args, value(opened.args, "vae_path")
     if not Path(path).exists() and not (needs_vae(args) or args.evaluate):
         return Finding(OK, f"--vae_path {path} is not there, and no image has to be encoded")
-    kind = "KL-16" if opened.vae.is_kl16 else "a VAE that is not KL-16"
-    text = f"{kind}, {opened.vae.channels} channels, stride {opened.vae.stride}, all tensors match"
+    vae = setup.build_vae(args).eval()
+    kind = "KL-16" if vae.is_kl16 else "a VAE that is not KL-16"
+    text = f"{kind}, {vae.channels} channels, stride {vae.stride}, all tensors match"
     text += f", sha256 {vae_digest(path)}"
-    named = getattr(args, "photo", None)  # of the doctor alone
-    if not (photos := [named] if named else sample_photos()):
+    if not (photos := [args.photo] if args.photo else sample_photos()):
         remedy = "pip install scikit-learn, which has two photographs, or name one by --photo"
         return Finding(WARNING, f"{text}; not tried", remedy)
-    tokenizer, values = Tokenizer(opened.vae, 1.0).to(opened.device), {}
+    tokenizer, values = Tokenizer(vae, 1.0).to(opened.device), {}
     for photo in photos:
         crop, _ = ImageDataset([(photo, 0)], value(args, "img_size"))[0]
         pixels = crop[None]  # uint8 [1, 3, S, S]
@@ -147,7 +143,7 @@ def vae(opened: Opened) -> Finding:
         values[Path(photo).name] = psnr(decoded, pixels).item()
     text += "".join(f", {name} {value:.1f} dB" for name, value in values.items())
     poor = min(values.values()) < LEAST_PSNR and f"below {LEAST_PSNR:g} dB"
-    if opened.vae.is_kl16:
+    if vae.is_kl16:
         return judged(text, "this is not kl16.ckpt as published: fetch it", poor, state=FAILURE)
     return judged(text, "right only if it was trained for other images than photographs", poor)
 
@@ -179,7 +175,7 @@ def inputs(opened: Opened) -> Finding:
 
 def checkpoint(opened: Opened) -> Finding:
     checkpoint = opened.inputs.checkpoint
-    if checkpoint is None:
+    if not checkpoint:
         return Finding(OK, "none yet: training starts from scratch")
     expected = {name: tuple(p.shape) for name, p in opened.model.published_parameters()}
     state = checkpoint.weights("model")
@@ -250,6 +246,7 @@ def disk_space(opened: Opened) -> Finding:
     )
 
 
+# Those after "inputs" need them.
 CHECKS: dict[str, Callable[[Opened], Finding]] = {
     "device": device,
     "processes": processes,
@@ -259,7 +256,6 @@ CHECKS: dict[str, Callable[[Opened], Finding]] = {
     "latents": latents,
     "disk space": disk_space,
 }
-NEED_INPUTS = ("checkpoint", "latents", "disk space")
 # Of a training's --dry_run, before its step.
 TRAINING_CHECKS = ("device", "processes", "VAE", "inputs", "checkpoint", "disk space")
 
@@ -287,14 +283,14 @@ def examine(opened: Opened, names: tuple[str, ...] = tuple(CHECKS)) -> list[Find
     own, merged = [], []
     for name in names:
         dist.beat(f"examining: {name}")
-        if name in NEED_INPUTS and ("inputs", FAILURE) in [(f.name, f.state) for f in own]:
+        if ("inputs", FAILURE) in [(finding.name, finding.state) for finding in own]:
             own.append(Finding(WARNING, "not checked: see inputs", name=name))
         else:
             own.append(attempt(name, opened))
     for findings in zip(*dist.gather_objects(own), strict=True):
-        rank = min(range(len(findings)), key=lambda r: (STATES.index(findings[r].state), r))
-        text = f"process {rank}: {findings[rank].text}" if rank else findings[rank].text
-        merged.append(replace(findings[rank], text=text))
+        worst = min(findings, key=lambda finding: STATES.index(finding.state))
+        rank = findings.index(worst)
+        merged.append(replace(worst, text=f"process {rank}: {worst.text}") if rank else worst)
     return merged
 
 
@@ -343,12 +339,13 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse()
-    with redirect_stdout(sys.stderr) if args.json else nullcontext():
+    with figures_on_stdout(args.json) as figures:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp)
         findings = examine(Opened(args, device))
-    healthy = all(finding.state != FAILURE for finding in findings)
-    figures = {"ok": healthy, "checks": [asdict(finding) for finding in findings]}
-    dist.print_main(json.dumps(figures, indent=1) if args.json else report(findings))
+        healthy = all(finding.state != FAILURE for finding in findings)
+        figures.update(ok=healthy, checks=list(map(asdict, findings)))
+    if not args.json:
+        dist.print_main(report(findings))
     dist.cleanup()
     if not healthy:
         sys.exit(1)

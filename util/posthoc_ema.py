@@ -10,10 +10,10 @@ Letters: n snapshots, t steps, gamma exponents, sigma relative widths.
 Source: Karras et al., arXiv 2312.02696, section 3 and appendix C (EDM2).
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-from torch import Tensor
 
 from util import dist
 from util.args import Parser, width
@@ -61,32 +61,27 @@ class PosthocEMA:
         self.files = [(t, files[t]) for t in sorted(files) if t < step]
         self.steps = [*(t for t, _ in self.files), step]
 
-    def of(self, sigma: float) -> tuple[dict[str, Tensor], float]:
-        """The state dict of the average of that width, and how far its profile is off."""
+    def checkpoint_of(self, sigma: float) -> Checkpoint:
+        """The checkpoint with the average of that width as its `model_ema`."""
         weights, off = coefficients(self.steps, sigma)
         total = {}
-        for number, row in enumerate(weights):
-            snapshot = self._snapshot(number)
+        for snapshot, row in zip(self._snapshots(), weights, strict=True):
             for track, weight in zip(self.tracks, row, strict=True):
                 for name, tensor in snapshot.weights(track).items():
                     total[name] = total.get(name, 0) + weight * tensor.double()
-        return {name: tensor.float() for name, tensor in total.items()}, off
-
-    def _snapshot(self, number: int) -> Checkpoint:
-        if number == len(self.files):
-            return self.checkpoint
-        step, path = self.files[number]
-        snapshot = load_checkpoint(path, "--posthoc_ema")
-        if snapshot.whole_number("step") != step:
-            raise UserError(f"{path} is of step {snapshot.saved['step']}: give it its name back")
-        return snapshot
-
-    def checkpoint_of(self, sigma: float) -> Checkpoint:
-        """The checkpoint with the average of that width as its `model_ema`."""
-        state, off = self.of(sigma)
+        state = {name: tensor.float() for name, tensor in total.items()}
         found = f"width {sigma:g} of {len(self.steps)} snapshots: its profile is {off:.1%} off"
         dist.print_main(f"{found} (more snapshots come closer)")
         return replace(self.checkpoint, saved=self.checkpoint.saved | {"model_ema": state})
+
+    def _snapshots(self) -> Iterator[Checkpoint]:
+        """One at a time; the checkpoint itself is the last."""
+        for step, path in self.files:
+            snapshot = load_checkpoint(path, "--posthoc_ema")
+            if (own := snapshot.whole_number("step")) != step:
+                raise UserError(f"{path} is of step {own}: give it its name back")
+            yield snapshot
+        yield self.checkpoint
 
 
 def make_parser() -> Parser:
@@ -102,13 +97,12 @@ def main() -> None:
     found = find_checkpoint(args.output_dir, "", must_exist=True, flag="OUTPUT_DIR")
     averages = PosthocEMA(found)
     for sigma in args.sigma:
-        rebuilt = averages.checkpoint_of(sigma)
-        state = rebuilt.weights("model") | rebuilt.weights("model_ema")  # the first has buffers too
-        kept = {k: v for k, v in found.saved.items() if k in ("config", "classes", "vae_sha256")}
-        origin = {"sigma": sigma, "step": averages.steps[-1]}
-        saved = kept | {"model": state, "model_ema": rebuilt.weights("model_ema")}
-        path = found.path.parent / SNAPSHOTS / f"{SIGMA}{sigma:g}-step{averages.steps[-1]:08d}.pth"
-        write_checkpoint(path, saved | {"weights": "ema", "average": origin})
+        state, step = averages.checkpoint_of(sigma).weights("model_ema"), averages.steps[-1]
+        saved = {k: v for k, v in found.saved.items() if k in ("config", "classes", "vae_sha256")}
+        saved |= {"weights": "ema", "average": {"sigma": sigma, "step": step}, "model_ema": state}
+        saved["model"] = found.weights("model") | state  # the first has buffers too
+        path = found.path.parent / SNAPSHOTS / f"{SIGMA}{sigma:g}-step{step:08d}.pth"
+        write_checkpoint(path, saved)
         print(f"written: {path}")
 
 

@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from dataclasses import dataclass, fields, replace
-from operator import index
 from pathlib import Path
 
 import torch
@@ -20,11 +19,10 @@ from torch import Tensor
 
 from models.calibration import fit_levels
 from models.config import HEAD_QUANTIZERS, TokenBridgeConfig, preset, unread_settings
-from models.sampler import SamplingOptions
 from models.tokenbridge import CLASS_ROWS, TokenBridge
 from models.tokenizers.kl16 import VAE
 from util import dist
-from util.args import sampling_flags, value
+from util.args import value
 from util.checkpoint import (
     AUTO,
     FINETUNE,
@@ -43,8 +41,6 @@ from util.optim import BLR_BATCH, LRSchedule
 from util.vae import load_vae, vae_digest
 from util.validation import ValidationSet
 
-# Settings that may change from one use of the same weights to the next.
-BEHAVIOUR = tuple(own.name for own in fields(TokenBridgeConfig) if own.metadata.get("free"))
 # Settings that belong to the tokenizer's latents and can be measured.
 LATENT = ("latent_scale", "channel_order")
 # The buffers of a quantizer whose levels come from the data or from the tokenizer.
@@ -95,7 +91,7 @@ def open_checkpoint(args: argparse.Namespace, read_only: bool = False) -> Checkp
 
 def build_config(
     args: argparse.Namespace,
-    checkpoint: Checkpoint | None,
+    checkpoint: Checkpoint,
     manifest: dict | None = None,
     vae: VAE | None = None,
     classes: int = 0,
@@ -111,12 +107,11 @@ def build_config(
     flags["quant_levels"] = args.quant_bits and 2**args.quant_bits
     given = preset(args.model) if args.model is not None else {}
     given |= {name: setting for name, setting in flags.items() if setting not in (None, "auto")}
-    saved = checkpoint.config if checkpoint is not None else None
+    saved = checkpoint.config
     head = given.get("head", saved.head if saved is not None else "channel")
     _check_head(head, args, manifest, vae)
-    begins = checkpoint is None or checkpoint.begins
-    rows = classes if begins else 0
-    if checkpoint is not None and not rows:
+    rows = classes if checkpoint.begins else 0
+    if checkpoint and not rows:
         key = "model" if "model" in checkpoint.saved else "model_ema"
         rows = len(checkpoint.weights(key).get(CLASS_ROWS, ()))
     known = {"class_num": rows} if rows else {}
@@ -127,8 +122,8 @@ def build_config(
         named = channel_statistics(args, manifest, vae, has) if args.latent_stats else {}
         if named.get("latent_std", saved.latent_std) != saved.latent_std:
             raise UserError(f"{checkpoint.named} has other statistics than --latent_stats says")
-        return _agreed_config(known | given if begins else given, checkpoint)
-    if checkpoint is not None:
+        return _agreed_config(known | given if checkpoint.begins else given, checkpoint)
+    if checkpoint:
         known["head_input"] = "published"  # as the released checkpoints were measured
     if head == "codebook" and vae is not None:  # entries of length one: each mean square is 1/C
         known |= {"codebook_size": len(vae.codebook), "latent_scale": vae.channels**0.5}
@@ -141,7 +136,7 @@ def build_config(
     elif vae is not None:
         known |= {"vae_embed_dim": vae.channels, "vae_stride": vae.stride}
         missing = [f"--{name}" for name in LATENT if name not in known | given]
-        if missing and not vae.is_kl16 and checkpoint is None:
+        if missing and not vae.is_kl16 and not checkpoint:
             asked = f"give {' and '.join(missing)}, or a --cached_path of main_cache.py"
             raise UserError(f"--vae_path is not KL-16: {asked}")
     with as_user_error():
@@ -159,8 +154,8 @@ def _check_head(
             raise UserError(f"--{name}: the {head} head does not read it; leave it out")
     if head == "codebook" and args.latent_norm == "channel":
         raise UserError("--latent_norm channel: entries of a codebook are of one length already")
-    has_codes = "codebook_size" in ((manifest or {}).get("vae_config") or {})
-    has_codes = has_codes if vae is None else vae.codebook is not None
+    settings = vae.config if vae is not None else (manifest or {}).get("vae_config")
+    has_codes = "codebook_size" in (settings or {})
     if (vae or manifest) and has_codes != (head == "codebook"):
         kind = "are entries of a codebook" if has_codes else "are of a VAE without a codebook"
         remedy = "--head codebook and a VQ tokenizer belong together"
@@ -199,8 +194,9 @@ def channel_statistics(
 
 def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
     """The checkpoint's settings, with those flags that were given and may differ."""
-    saved, free = checkpoint.config, BEHAVIOUR
-    free += ("class_num", "img_size") if checkpoint.begins else ()
+    saved = checkpoint.config
+    free = [own.name for own in fields(saved) if own.metadata.get("free")]
+    free += ["class_num", "img_size"] if checkpoint.begins else []
     for name, now in given.items():
         before = getattr(saved, name)
         if name not in free and before != now:
@@ -232,9 +228,9 @@ def check_vae(vae: VAE, config: TokenBridgeConfig, path: str) -> None:
         vae.check_fits(config)
 
 
-def warn_other_vae(checkpoint: Checkpoint | None, vae_sha256: str | None) -> None:
+def warn_other_vae(checkpoint: Checkpoint, vae_sha256: str | None) -> None:
     """Say so if the checkpoint was trained on another VAE's latents: its images will be wrong."""
-    trained = checkpoint.saved.get("vae_sha256") if checkpoint is not None else None
+    trained = checkpoint.saved.get("vae_sha256")
     if trained and vae_sha256 and trained != vae_sha256 and dist.is_main():
         print(
             f"warning: {checkpoint.path} was trained with another VAE file (sha256 {trained[:12]}, "
@@ -245,7 +241,7 @@ def warn_other_vae(checkpoint: Checkpoint | None, vae_sha256: str | None) -> Non
 
 def build_model(
     config: TokenBridgeConfig,
-    checkpoint: Checkpoint | None,
+    checkpoint: Checkpoint,
     weights: str = "model",
     levels: tuple[Tensor, ...] | None = None,
     **options,
@@ -257,15 +253,15 @@ def build_model(
     """
     with as_user_error():
         model = TokenBridge(**config.to_dict(), **options)
-    named = checkpoint.named if checkpoint is not None else ""
-    with as_user_error(f"{named}: no levels of its quantizer", (ValueError, KeyError)):
-        if checkpoint is not None and config.quantizer in LEVELS:
+    if levels is not None:
+        model.quantizer.set_levels(*levels)
+    if not checkpoint:
+        return model
+    with as_user_error(f"{checkpoint.named}: no levels of its quantizer", (ValueError, KeyError)):
+        if config.quantizer in LEVELS:
             state = checkpoint.weights("model")  # the averaged weights come without buffers
-            levels = [state[name] for name in LEVELS[config.quantizer]]
-        if levels is not None:
-            model.quantizer.set_levels(*levels)
-    if checkpoint is not None:
-        checkpoint.load_into(model, weights)
+            model.quantizer.set_levels(*(state[name] for name in LEVELS[config.quantizer]))
+    checkpoint.load_into(model, weights)
     return model
 
 
@@ -302,7 +298,7 @@ def calibrated_levels(
 class Inputs:
     """What a training starts from, read and checked against each other."""
 
-    checkpoint: Checkpoint | None
+    checkpoint: Checkpoint  # false where a training begins from scratch
     vae: VAE | None  # None where cached latents make it unnecessary
     data: TrainingData
     config: TokenBridgeConfig
@@ -311,15 +307,13 @@ class Inputs:
 
 def open_inputs(args: argparse.Namespace, read_only: bool = False) -> Inputs:
     """Raises UserError, naming flags and values, if they do not make a training."""
-    checkpoint = open_checkpoint(args, read_only)
+    checkpoint = open_checkpoint(args, read_only) or Checkpoint()
     vae = build_vae(args) if needs_vae(args) else None
     data = open_data(args, vae, checkpoint)
     config = build_config(args, checkpoint, data.manifest, vae, len(data.classes))
-    if checkpoint is not None and checkpoint.begins:
+    if checkpoint and checkpoint.begins:
         with as_user_error(checkpoint.named, (ValueError, RuntimeError)):
             checkpoint, notes = checkpoint.fitted(config, data.classes, value(args, "seed"))
-        kind = "averaged" if checkpoint.saved["weights"] == "ema" else "raw"
-        notes = [f"beginning with the {kind} weights of {checkpoint.named}", *notes]
         dist.print_main("\n".join(notes))
     check_data(data, config, checkpoint)
     if vae is not None:
@@ -329,108 +323,43 @@ def open_inputs(args: argparse.Namespace, read_only: bool = False) -> Inputs:
     return Inputs(checkpoint, vae, data, config, validation)
 
 
-# --- batches and learning rate
+# --- learning rate
 
 
-def plan_batches(
-    args: argparse.Namespace, checkpoint: Checkpoint | None, images: int
-) -> tuple[Batches, int, list[str]]:
-    """The batches of the flags, or of the checkpoint where they do not say; the first step; notes.
-
-    Raises UserError if the processes cannot share the global batch.
-    """
-    saved = None  # of the published code, which does not say
-    if checkpoint is not None and "schedule" in checkpoint.saved:
-        with as_user_error(f"{checkpoint.named}, 'schedule'", (TypeError, KeyError)):
-            said = checkpoint.saved["schedule"]
-            saved = Batches(*(index(said[field.name]) for field in fields(Batches)))
-    batch_size, seed = (
-        getattr(saved, name) if saved and getattr(args, name) is None else value(args, name)
-        for name in ("batch_size", "seed")
-    )
-    earlier = saved.micro_batches if saved and saved.batch_size == batch_size else None
-    batches = Batches(batch_size, _micro_batches(args, batch_size, earlier), images, seed)
-    if checkpoint is None or "optimizer" not in checkpoint.saved:
-        return batches, args.start_epoch * batches.steps_per_epoch, []
-    if saved is None:
-        return batches, (checkpoint.whole_number("epoch") + 1) * batches.steps_per_epoch, []
-    step = checkpoint.whole_number("step")
-    if batches == saved:
-        return batches, step, []
-    was, now = saved.to_dict(), batches.to_dict()
-    changes = ", ".join(f"{n} {now[n]} (was {was[n]})" for n in now if now[n] != was[n])
-    note = f"note: going on at the same epoch, {step / saved.steps_per_epoch:.2f}, with {changes}"
-    first = step * batches.steps_per_epoch // saved.steps_per_epoch
-    if args.posthoc_ema and first != step:
-        remedy = f"keep {saved.global_batch} samples a step, or leave it out"
-        raise UserError(f"--posthoc_ema counts steps, and step {step} would be {first}: {remedy}")
-    return batches, first, [note]
-
-
-def _micro_batches(args: argparse.Namespace, batch_size: int, earlier: int | None) -> int:
-    """Micro-batches a step: of --global_batch, of --accum_iter, or as earlier in this run."""
-    processes, asked = dist.world_size(), args.global_batch
-    micro_batches = value(args, "accum_iter") * processes
-    if asked is not None:
-        if asked % batch_size or (args.accum_iter and micro_batches * batch_size != asked):
-            raise UserError(
-                f"--global_batch {asked} is not a multiple of --batch_size {batch_size}, or not "
-                f"{processes} processes x --accum_iter times it; leave --accum_iter out"
-            )
-        micro_batches = asked // batch_size
-    elif earlier is not None and args.accum_iter is None:
-        micro_batches = earlier
-    if processes > micro_batches:
-        raise UserError(
-            f"{processes} processes cannot share the {micro_batches} micro-batches of --batch_size "
-            f"{batch_size} in a step; start fewer, lower --batch_size, or raise --global_batch"
-        )
-    return micro_batches
-
-
-def learning_rate(
-    args: argparse.Namespace, batches: Batches, checkpoint: Checkpoint | None
-) -> LRSchedule:
-    """As the flags say; its shape, where they do not, as that of the run that goes on."""
-    before = checkpoint.argument if checkpoint is not None and not checkpoint.begins else dict().get
-    lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
-    model = args.model or before("model") or value(args, "model")
-    kind = args.lr_schedule or before("lr_schedule")
-    kind = kind or ("constant" if model.startswith("mar_") else "cosine")
-    shape = args.min_lr, args.warmup_epochs, args.epochs, batches.steps_per_epoch
-    return LRSchedule(lr, *shape, kind)
-
-
-def check_rate(
-    args: argparse.Namespace, rate: LRSchedule, steps: range, checkpoint: Checkpoint | None
-) -> list[str]:
-    """Warnings of a learning rate that never gets high, or that jumps where a run goes on.
+def plan_rate(
+    args: argparse.Namespace, batches: Batches, steps: range, checkpoint: Checkpoint
+) -> tuple[LRSchedule, list[str]]:
+    """As the flags say; its shape, where they do not, as that of the run that goes on; warnings of
+    a rate that never gets high, or that jumps where a run goes on.
 
     steps: of this training. Raises UserError if another run's checkpoint leaves none; a run that
     has come to its end may be started again.
     """
-    warnings, goes_on = [], checkpoint is not None and not checkpoint.begins
-    if not steps:
-        own = Path(args.output_dir).resolve()
-        if goes_on and not checkpoint.path.resolve().is_relative_to(own):
-            raise UserError(
-                f"{checkpoint.named} has done all of --epochs {args.epochs}; raise --epochs, or "
-                f"begin a training with its weights: {FINETUNE} {args.resume}"
-            )
-        return warnings
-    if rate.warmup_epochs >= rate.epochs:
+    own, warnings = Path(args.output_dir).resolve(), []
+    if not (steps or checkpoint.begins or checkpoint.path.resolve().is_relative_to(own)):
+        raise UserError(
+            f"{checkpoint.named} has done all of --epochs {args.epochs}; raise --epochs, or "
+            f"begin a training with its weights: {FINETUNE} {args.resume}"
+        )
+    lr = args.lr if args.lr is not None else args.blr * batches.global_batch / BLR_BATCH
+    model = args.model or checkpoint.argument("model") or value(args, "model")
+    kind = args.lr_schedule or checkpoint.argument("lr_schedule")
+    kind = kind or ("constant" if model.startswith("mar_") else "cosine")
+    shape = args.min_lr, args.warmup_epochs, args.epochs, batches.steps_per_epoch
+    rate = LRSchedule(lr, *shape, kind)
+    if steps and rate.warmup_epochs >= rate.epochs:
         warnings.append(
             f"warning: --warmup_epochs {rate.warmup_epochs:g} does not end before --epochs "
             f"{rate.epochs}: the learning rate reaches {rate(steps[-1]):.3g} of {rate.lr:.3g}"
         )
-    before = checkpoint.last_rate() if goes_on and steps.start else None
+    before = checkpoint.last_rate() if steps and steps.start else None
     if before is not None and not math.isclose(rate(steps.start - 1), before, rel_tol=0.01):
         warnings.append(
             f"warning: the learning rate of step {steps.start} was {before:.3g} when "
             f"{checkpoint.path} was saved, and is {rate(steps.start - 1):.3g} with --epochs "
             f"{rate.epochs}, --warmup_epochs {rate.warmup_epochs:g} and the other flags"
         )
-    return warnings
+    return rate, warnings
 
 
 def check_agreement(facts: dict) -> None:
@@ -444,10 +373,3 @@ def check_agreement(facts: dict) -> None:
                 f"process {dist.rank()} and process {rank} have different values: {differing[0]}; "
                 "--data_path, --cached_path and --resume must be the same folders on all nodes"
             )
-
-
-def sampling_options(args: argparse.Namespace, **changes) -> SamplingOptions:
-    """Of the flags, the first where there are several values."""
-    swept = {name: getattr(args, name)[0] for name in ("num_iter", "cfg", "temperature")}
-    with as_user_error():
-        return SamplingOptions(**swept | sampling_flags(args) | changes)

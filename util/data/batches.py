@@ -1,18 +1,23 @@
-"""What a step of training is made of, and in which order its samples come.
+"""What a step of training is made of, with which a run begins, and the order of its samples.
 
 G micro-batches make the global batch of one step, and what one of them holds depends on (seed,
 step, its number j), never on the number of processes that share the work, which may come and go.
 """
 
+import argparse
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
+from operator import index
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from util import dist
+from util.args import value
+from util.checkpoint import Checkpoint
 from util.data.images import Key
-from util.errors import UserError
+from util.errors import UserError, as_user_error
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,62 @@ class Batches:
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def plan_batches(
+    args: argparse.Namespace, checkpoint: Checkpoint, images: int
+) -> tuple[Batches, int, list[str]]:
+    """The batches of the flags, or of the checkpoint where they do not say; the first step; notes.
+
+    Raises UserError if the processes cannot share the global batch.
+    """
+    saved = None  # of the published code, which does not say
+    if "schedule" in checkpoint.saved:
+        with as_user_error(f"{checkpoint.named}, 'schedule'", (TypeError, KeyError)):
+            said = checkpoint.saved["schedule"]
+            saved = Batches(*(index(said[field.name]) for field in fields(Batches)))
+    batch_size, seed = (
+        getattr(saved, name) if saved and getattr(args, name) is None else value(args, name)
+        for name in ("batch_size", "seed")
+    )
+    earlier = saved.micro_batches if saved and saved.batch_size == batch_size else None
+    batches = Batches(batch_size, _micro_batches(args, batch_size, earlier), images, seed)
+    if "optimizer" not in checkpoint.saved:
+        return batches, args.start_epoch * batches.steps_per_epoch, []
+    if saved is None:
+        return batches, (checkpoint.whole_number("epoch") + 1) * batches.steps_per_epoch, []
+    step = checkpoint.whole_number("step")
+    if batches == saved:
+        return batches, step, []
+    was, now = saved.to_dict(), batches.to_dict()
+    changes = ", ".join(f"{n} {now[n]} (was {was[n]})" for n in now if now[n] != was[n])
+    note = f"note: going on at the same epoch, {step / saved.steps_per_epoch:.2f}, with {changes}"
+    first = step * batches.steps_per_epoch // saved.steps_per_epoch
+    if args.posthoc_ema and first != step:
+        remedy = f"keep {saved.global_batch} samples a step, or leave it out"
+        raise UserError(f"--posthoc_ema counts steps, and step {step} would be {first}: {remedy}")
+    return batches, first, [note]
+
+
+def _micro_batches(args: argparse.Namespace, batch_size: int, earlier: int | None) -> int:
+    """Micro-batches a step: of --global_batch, of --accum_iter, or as earlier in this run."""
+    processes, asked = dist.world_size(), args.global_batch
+    micro_batches = value(args, "accum_iter") * processes
+    if asked is not None:
+        if asked % batch_size or (args.accum_iter and micro_batches * batch_size != asked):
+            raise UserError(
+                f"--global_batch {asked} is not a multiple of --batch_size {batch_size}, or not "
+                f"{processes} processes x --accum_iter times it; leave --accum_iter out"
+            )
+        micro_batches = asked // batch_size
+    elif earlier is not None and args.accum_iter is None:
+        micro_batches = earlier
+    if processes > micro_batches:
+        raise UserError(
+            f"{processes} processes cannot share the {micro_batches} micro-batches of --batch_size "
+            f"{batch_size} in a step; start fewer, lower --batch_size, or raise --global_batch"
+        )
+    return micro_batches
 
 
 def epoch_keys(num_samples: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -51,16 +51,13 @@ def needs_vae(args: argparse.Namespace) -> bool:
     return False
 
 
-def open_data(
-    args: argparse.Namespace, vae: VAE | None, checkpoint: Checkpoint | None = None
-) -> TrainingData:
+def open_data(args: argparse.Namespace, vae: VAE | None, checkpoint: Checkpoint) -> TrainingData:
     """The images of --data_path, or the latents of --cached_path."""
     if is_without_data(args):
         source = "no --data_path or --use_cached: a training set as large as ImageNet's"
         return TrainingData(range(IMAGENET_IMAGES), [], source, None)
-    size, cached = args.img_size, args.cached_path
-    if size is None and checkpoint is not None and checkpoint.config is not None:
-        size = checkpoint.config.img_size
+    known, cached = checkpoint.config, args.cached_path
+    size = args.img_size or (known.img_size if known is not None else None)
     digest = vae_digest(value(args, "vae_path")) if vae is not None else None
     if args.use_cached:
         if not cached:
@@ -78,12 +75,9 @@ def open_data(
     return TrainingData(dataset, images.classes, f"--data_path {path}", digest, manifest)
 
 
-def check_data(
-    data: TrainingData, config: TokenBridgeConfig, checkpoint: Checkpoint | None
-) -> None:
+def check_data(data: TrainingData, config: TokenBridgeConfig, checkpoint: Checkpoint) -> None:
     """Raise UserError unless classes and latents fit the model."""
-    own, known = len(data.classes), config.class_num
-    trained = checkpoint.classes if checkpoint is not None else ()
+    own, known, trained = len(data.classes), config.class_num, checkpoint.classes
     if own and trained and list(trained) != data.classes:
         remedy = f"{FINETUNE} in the place of --resume trains it on them"
         raise UserError(f"{data.source} has other classes than {checkpoint.named}; {remedy}")
