@@ -9,6 +9,7 @@ Source: Rombach et al., arXiv 2112.10752; Li et al. (MAR), arXiv 2406.11838.
 import re
 from collections import OrderedDict
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -176,9 +177,7 @@ class Level(nn.Module):
     name: under which the published file has the blocks.
     """
 
-    def __init__(
-        self, channels_in: int, channels: int, blocks: int, attends: bool, name: str = "block"
-    ):
+    def __init__(self, channels_in: int, channels: int, blocks: int, attends: bool, name: str):
         super().__init__()
         widths, self.name = [channels_in] + [channels] * (blocks - 1), name
         setattr(self, name, nn.ModuleList(ResBlock(width, channels) for width in widths))
@@ -193,20 +192,22 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B, 3, H, W] -> moments [B, 2C, h, w]."""
+    """Images [B, 3, H, W] -> [B, out, h, w]. widths: of the first convolution and of each level.
+    attends: the levels that do. name: see `Level`.
+    """
 
-    def __init__(self, ch: int, widths: list[int], blocks: int, channels: int, attention: tuple):
+    def __init__(self, widths: list[int], blocks: int, out: int, attends: tuple, name: str):
         super().__init__()
-        self.conv_in = conv3x3(3, ch)
+        self.conv_in = conv3x3(3, widths[0])
         self.down = nn.ModuleList()
-        for i, width in enumerate(widths):
-            level = Level(widths[i - 1] if i else ch, width, blocks, i in attention)
-            if i + 1 < len(widths):
+        for i, (before, width) in enumerate(pairwise(widths)):
+            level = Level(before, width, blocks, i in attends, name)
+            if i + 2 < len(widths):
                 level.downsample = downsample(width)
             self.down.append(level)
         self.mid = middle(width)
         self.norm_out = group_norm(width)
-        self.conv_out = conv3x3(width, 2 * channels)
+        self.conv_out = conv3x3(width, out)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -216,15 +217,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, C, h, w] -> images [B, 3, H, W]."""
+    """[B, channels, h, w] -> images [B, 3, H, W]."""
 
-    def __init__(self, widths: list[int], blocks: int, channels: int, attention: tuple):
+    def __init__(self, widths: list[int], blocks: int, channels: int, attends: tuple, name: str):
         super().__init__()
         self.conv_in = conv3x3(channels, widths[-1])
         self.mid = middle(widths[-1])
         self.up = nn.ModuleList()  # the published names count from the finest level
         for i, width in reversed(list(enumerate(widths))):
-            level = Level(widths[min(i + 1, len(widths) - 1)], width, blocks, i in attention)
+            before = widths[min(i + 1, len(widths) - 1)]
+            level = Level(before, width, blocks, i in attends, name)
             if i > 0:
                 level.upsample = upsample(width)
             self.up.insert(0, level)
@@ -268,8 +270,8 @@ class AutoencoderKL(VAE):
         config |= {name: value for name, value in variant.items() if value != VARIANTS[name]}
         super().__init__(config, channels=embed_dim, stride=2**last)
         widths = [ch * mult for mult in ch_mult]
-        self.encoder = Encoder(ch, widths, num_res_blocks, embed_dim, encoder)
-        self.decoder = Decoder(widths, num_res_blocks + 1, embed_dim, decoder)
+        self.encoder = Encoder([ch, *widths], num_res_blocks, 2 * embed_dim, encoder, "block")
+        self.decoder = Decoder(widths, num_res_blocks + 1, embed_dim, decoder, "block")
         self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
         if variant["quant_conv"]:
             self.quant_conv = conv1x1(2 * embed_dim, 2 * embed_dim)

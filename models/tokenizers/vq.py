@@ -14,20 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.tokenizers.kl16 import (
-    GROUPS,
-    LOGVAR_RANGE,
-    VAE,
-    AttnBlock,
-    Level,
-    ResBlock,
-    conv1x1,
-    conv3x3,
-    downsample,
-    fastest_layout,
-    group_norm,
-    upsample,
-)
+from models.tokenizers import kl16
+from models.tokenizers.kl16 import Decoder, Encoder, conv1x1, fastest_layout
 
 # The published tokenizer: 71,883,403 parameters, stride 16.
 VQ16 = {
@@ -72,44 +60,18 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(found).view(z.shape[:-1])
 
 
-def levels(widths: list[int], blocks: int, coarsest: int) -> list[Level]:
-    """One level a width, of which the coarsest attends; the first takes its own width."""
-    before = [widths[0], *widths[:-1]]
-    pairs = enumerate(zip(before, widths, strict=True))
-    return [Level(a, b, blocks, i == coarsest, "res") for i, (a, b) in pairs]
+def renamed(network: Encoder | Decoder) -> nn.Module:
+    """The same network by the published names, its parts in the order in which they are run."""
+    middle = {"mid": nn.Sequential(*network.mid)}
+    if isinstance(network, Encoder):
+        inner = {"conv_blocks": nn.Sequential(*network.down)} | middle
+    else:
+        inner = middle | {"conv_blocks": nn.Sequential(*reversed(network.up))}
+    outer = {"norm_out": network.norm_out, "silu": nn.SiLU(), "conv_out": network.conv_out}
+    return nn.Sequential(OrderedDict({"conv_in": network.conv_in} | inner | outer))
 
 
-def middle(channels: int) -> nn.Module:
-    block = ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels)
-    return nn.Sequential(*block)
-
-
-def network(conv_in: nn.Module, inner: dict[str, nn.Module], conv_out: nn.Module) -> nn.Module:
-    norm = group_norm(conv_out.in_channels)
-    outer = {"norm_out": norm, "silu": nn.SiLU(), "conv_out": conv_out}
-    return nn.Sequential(OrderedDict({"conv_in": conv_in} | inner | outer))
-
-
-def encoder(widths: list[int], blocks: int, ch: int, channels: int) -> nn.Module:
-    """Images [B, 3, H, W] -> [B, channels, h, w]."""
-    fine = levels(widths, blocks, coarsest=len(widths) - 1)
-    for level, width in zip(fine[:-1], widths, strict=False):
-        level.downsample = downsample(width)
-    inner = {"conv_blocks": nn.Sequential(*fine), "mid": middle(widths[-1])}
-    return network(conv3x3(3, ch), inner, conv3x3(widths[-1], channels))
-
-
-def decoder(widths: list[int], blocks: int, channels: int) -> nn.Module:
-    """[B, channels, h, w] -> images [B, 3, H, W]; its levels stand from coarse to fine."""
-    widths = widths[::-1]
-    coarse = levels(widths, blocks, coarsest=0)
-    for level, width in zip(coarse[:-1], widths, strict=False):
-        level.upsample = upsample(width)
-    inner = {"mid": middle(widths[0]), "conv_blocks": nn.Sequential(*coarse)}
-    return network(conv3x3(channels, widths[0]), inner, conv3x3(widths[-1], 3))
-
-
-class VQModel(VAE):
+class VQModel(kl16.VAE):
     """The tokenizer, of the settings in `VQ16` unless others are given.
 
     codebook_size: K. embed_dim: C. z_channels: of the encoder's output, before 1x1 to C.
@@ -123,12 +85,13 @@ class VQModel(VAE):
         config = VQ16 | settings
         config["ch_mult"] = tuple(config["ch_mult"])
         ch, blocks, z_channels = (config[name] for name in ("ch", "num_res_blocks", "z_channels"))
-        if ch <= 0 or ch % GROUPS:
-            raise ValueError(f"ch {ch} is not a multiple of {GROUPS}, the group norms' groups")
+        if ch <= 0 or ch % kl16.GROUPS:
+            raise ValueError(f"ch {ch} is not a multiple of {kl16.GROUPS}, the group norms' groups")
         super().__init__(config, config["embed_dim"], 2 ** (len(config["ch_mult"]) - 1))
         widths = [ch * mult for mult in config["ch_mult"]]
-        self.encoder = encoder(widths, blocks, ch, z_channels)
-        self.decoder = decoder(widths, blocks + 1, z_channels)
+        coarsest = (len(widths) - 1,)  # which alone attends
+        self.encoder = renamed(Encoder([ch, *widths], blocks, z_channels, coarsest, "res"))
+        self.decoder = renamed(Decoder(widths, blocks + 1, z_channels, coarsest, "res"))
         self.quantize = Codebook(config["codebook_size"], self.channels)
         self.quant_conv = conv1x1(z_channels, self.channels)
         self.post_quant_conv = conv1x1(self.channels, z_channels)
@@ -153,7 +116,7 @@ class VQModel(VAE):
     def moments(self, images: Tensor) -> Tensor:
         """The mean is the code; the log-variance is so small that a sample is the code too."""
         mean = self.codes(self.indices(images))
-        return torch.cat([mean, torch.full_like(mean, LOGVAR_RANGE[0])], dim=1)
+        return torch.cat([mean, torch.full_like(mean, kl16.LOGVAR_RANGE[0])], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(fastest_layout(latents))).contiguous()
