@@ -9,7 +9,6 @@ Stopped or killed, the same command goes on where it was, on any number of proce
 import shutil
 import sys
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -26,7 +25,7 @@ from models.tokenizers.tokenizer import from_uint8
 from util import args as flags
 from util import dist, stop
 from util.args import Flag, Parser, positive_int, value
-from util.data.cache_writer import CacheWriter, ShardWriter, list_digest
+from util.data.cache_writer import CacheWriter, list_digest
 from util.data.images import ImageDataset, collate_skipping
 from util.data.latent_cache import FORMAT_VERSION, verify
 from util.data.listing import ImageList, list_images
@@ -36,7 +35,6 @@ from util.logging import figures_on_stdout
 from util.setup import build_vae
 from util.vae import vae_digest
 
-QUEUED = 4  # batches that may wait for the disk; each 8 MB, of 128 images of 256 px
 CHECKS = ("device", "processes", "VAE")  # before the batch of --dry_run
 SHOWN = ("count", "classes", "skipped", "latent_scale", "channel_order", "latent_shape")
 
@@ -146,28 +144,24 @@ def encode_shards(
 
     shards: batches of the numbers of each one's images, which the loader loads in this order.
     """
-    loaded, bad, waiting = iter(loader), loader.dataset.bad, deque()
+    loaded, bad, written = iter(loader), loader.dataset.bad, None
     total = sum(len(writer.images(shard)) for shard in shards)
     bar = tqdm(total=total, unit="img", disable=None if dist.is_main() else True)
-
-    def wait_until(left: int) -> None:
-        while len(waiting) > left:
-            waiting.popleft().result()  # raises what failed in the thread
-
     with bar, ThreadPoolExecutor(max_workers=1) as thread:
         for shard, batches in shards.items():
-            filled = ShardWriter(writer, shard)
+            kept, moments = [], []
             for batch, readable in zip(batches, loaded, strict=False):  # no more than the batches
                 if readable is not None:
-                    kept = [i for i in batch if not bad[i]]
-                    moments = encode(vae, readable[0].to(device, non_blocking=True))
-                    wait_until(QUEUED - 1)
-                    waiting.append(thread.submit(filled.take, kept, moments))
+                    kept += [i for i in batch if not bad[i]]
+                    images = readable[0].to(device, non_blocking=True)
+                    moments.append(writer.stored(encode(vae, images)))
                 bar.update(len(batch))
                 dist.beat("caching")
-            wait_until(0)  # only a shard of which all was taken is finished
-            waiting.append(thread.submit(filled.finish))
-        wait_until(0)
+            if written is not None:
+                written.result()  # raises what failed in the thread
+            written = thread.submit(writer.write_shard, shard, kept, moments)
+        if written is not None:
+            written.result()
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from tests.conftest import complaint
 from tests.runs import contents
 from util.data import cache_writer
 from util.data.batches import Batches, MicroBatchSampler
-from util.data.cache_writer import CacheWriter, ShardWriter, list_digest
+from util.data.cache_writer import CacheWriter, list_digest
 from util.data.latent_cache import as_one_batch, json_digest, open_cache, verify
 from util.data.statistics import LatentStats
 
@@ -45,10 +45,8 @@ def writer_for(path: Path, **changes) -> CacheWriter:
 def write(writer: CacheWriter, shard: int, bad=(), moments: np.ndarray = MOMENTS) -> list[int]:
     """What the encoder would hand over, in batches of three; the numbers of the images."""
     images = [i for i in writer.images(shard) if i not in bad]
-    filled = ShardWriter(writer, shard)
-    for i in range(0, len(images), 3):
-        filled.take(images[i : i + 3], moments[images[i : i + 3]])
-    filled.finish()
+    parts = [images[i : i + 3] for i in range(0, len(images), 3)]
+    writer.write_shard(shard, images, [writer.stored(moments[part]) for part in parts])
     return images
 
 
