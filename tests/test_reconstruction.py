@@ -14,10 +14,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 import reconstruction
 from models.calibration import fit_levels
-from models.generate import to_uint8
 from models.quantizer import gaussian_levels
 from models.tokenizers.kl16 import Posterior
-from models.tokenizers.tokenizer import from_uint8
+from models.tokenizers.tokenizer import from_uint8, to_uint8
 from tests.conftest import complaint
 from tests.measures import PIXELS
 from tests.runs import CHANNELS, COMMON, SIZE, call, contents, flags, on_processes

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.generate import decode_images
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
-from models.tokenizers.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer, decode_images
 from util import dist
 from util.data.images import grid, psnr, save_png
 from util.device import Precision, unchanged_randomness

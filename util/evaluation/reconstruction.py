@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.generate import to_uint8
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer, entropy, level_counts
 from models.tokenizers.kl16 import Posterior
-from models.tokenizers.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer, to_uint8
 from util import dist
 from util.data.images import ImageDataset, grid, psnr, save_png
 from util.errors import UserError
