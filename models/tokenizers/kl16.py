@@ -288,29 +288,44 @@ class AutoencoderKL(VAE):
         return self.decoder(self.post_quant_conv(fastest_layout(latents))).contiguous()
 
 
+def shape_of(state: dict[str, Tensor], name: str) -> torch.Size:
+    """Raises ValueError without that tensor."""
+    if name not in state:
+        raise ValueError(f"it has no tensor {name}")
+    return state[name].shape
+
+
+def numbers(state: dict[str, Tensor], pattern: str) -> tuple[int, ...]:
+    """Those in the names of tensors that begin so, ascending."""
+    matches = (re.match(pattern, name) for name in state)
+    return tuple(sorted({int(match[1]) for match in matches if match}))
+
+
+def sizes_of(state: dict[str, Tensor], level: str, block: str) -> dict:
+    """ch, ch_mult and num_res_blocks, from the encoder's tensors. level, block: their names in it.
+
+    Raises ValueError without a tensor that tells them.
+    """
+    levels = numbers(state, rf"encoder\.{level}\.(\d+)\.{block}\.") or (0,)
+    names = ["encoder.conv_in.weight"]
+    names += [f"encoder.{level}.{i}.{block}.0.conv2.weight" for i in levels]
+    ch, *widths = (shape_of(state, name)[0] for name in names)
+    return {
+        "ch_mult": tuple(width // max(ch, 1) for width in widths),
+        "ch": ch,
+        "num_res_blocks": len(numbers(state, rf"encoder\.{level}\.0\.{block}\.(\d+)\.")),
+    }
+
+
 def settings_of(state: dict[str, Tensor]) -> dict:
     """The settings of an `AutoencoderKL`, from the names and shapes of its tensors.
 
     Raises ValueError without a tensor that tells them.
     """
-
-    def numbers(pattern: str) -> tuple[int, ...]:
-        matches = (re.match(pattern, name) for name in state)
-        return tuple(sorted({int(match[1]) for match in matches if match}))
-
-    first = ("encoder.conv_in.weight", "decoder.conv_in.weight")
-    levels = numbers(r"encoder\.down\.(\d+)\.block\.") or (0,)
-    each = [f"encoder.down.{i}.block.0.conv2.weight" for i in levels]
-    if missing := [name for name in (*first, *each) if name not in state]:
-        raise ValueError(f"it has no tensor {missing[0]}")
-    ch, *widths = (len(state[name]) for name in (first[0], *each))
-    return {
-        "embed_dim": state["decoder.conv_in.weight"].shape[1],
-        "ch_mult": tuple(width // max(ch, 1) for width in widths),
-        "ch": ch,
-        "num_res_blocks": len(numbers(r"encoder\.down\.0\.block\.(\d+)\.")),
-        "encoder_attention": numbers(r"encoder\.down\.(\d+)\.attn\."),
-        "decoder_attention": numbers(r"decoder\.up\.(\d+)\.attn\."),
+    return sizes_of(state, "down", "block") | {
+        "embed_dim": shape_of(state, "decoder.conv_in.weight")[1],
+        "encoder_attention": numbers(state, r"encoder\.down\.(\d+)\.attn\."),
+        "decoder_attention": numbers(state, r"decoder\.up\.(\d+)\.attn\."),
         "quant_conv": "quant_conv.weight" in state,
     }
 

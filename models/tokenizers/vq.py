@@ -7,7 +7,6 @@ Letters: B batch, K codes, C their width, S stride, h = H / S, N = B h w positio
 Source: Sun et al., arXiv 2406.06525; the straight-through gradient: arXiv 1711.00937.
 """
 
-import re
 from collections import OrderedDict
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.tokenizers import kl16
-from models.tokenizers.kl16 import Decoder, Encoder, conv1x1, fastest_layout
+from models.tokenizers.kl16 import Decoder, Encoder, conv1x1, fastest_layout, shape_of
 
 # The published tokenizer: 71,883,403 parameters, stride 16.
 VQ16 = {
@@ -130,19 +129,8 @@ def settings_of(state: dict[str, Tensor]) -> dict:
 
     Raises ValueError without a tensor that tells them.
     """
-    pattern = re.compile(r"encoder\.conv_blocks\.(\d+)\.res\.(\d+)\.")
-    found = [tuple(map(int, match.groups())) for match in map(pattern.match, state) if match]
-    depth = 1 + max((level for level, _ in found), default=0)
-    whole = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight", EMBEDDING)
-    each = [f"encoder.conv_blocks.{i}.res.0.conv2.weight" for i in range(depth)]
-    if missing := [name for name in (*whole, *each) if name not in state]:
-        raise ValueError(f"it has no tensor {missing[0]}")
-    ch, z_channels, embed_dim, codebook_size, *widths = (len(state[n]) for n in (*whole, *each))
-    return {
-        "codebook_size": codebook_size,
-        "embed_dim": embed_dim,
-        "ch_mult": tuple(width // max(ch, 1) for width in widths),
-        "ch": ch,
-        "num_res_blocks": 1 + max(block for _, block in found),
-        "z_channels": z_channels,
+    return kl16.sizes_of(state, "conv_blocks", "res") | {
+        "codebook_size": shape_of(state, EMBEDDING)[0],
+        "embed_dim": shape_of(state, "quant_conv.weight")[0],
+        "z_channels": shape_of(state, "encoder.conv_out.weight")[0],
     }

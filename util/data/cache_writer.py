@@ -98,7 +98,7 @@ class CacheWriter:
     def stored(self, moments: np.ndarray) -> np.ndarray:
         """As the files hold them. Raises UserError if values do not fit the dtype."""
         with np.errstate(over="ignore"):
-            stored = moments.astype(self.settings["dtype"])
+            stored = moments.astype(self.settings["dtype"], order="C")
         if not np.isfinite(stored).all():
             said = f"the VAE gives values that are not finite in {stored.dtype}"
             raise UserError(f"{said}; check --vae_path, or pass --dtype float32")
