@@ -9,6 +9,7 @@ Stopped or killed, the same command goes on where it was, on any number of proce
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -16,20 +17,21 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
 from models.flops import peak_memory
 from models.tokenizers import kl16
 from models.tokenizers.tokenizer import from_uint8
 from util import args as flags
-from util import dist, stop
+from util import dist
 from util.args import Flag, Parser, positive_int, value
 from util.data.cache_writer import CacheWriter, list_digest
-from util.data.images import ImageDataset, collate_skipping
+from util.data.images import ImageDataset
 from util.data.latent_cache import FORMAT_VERSION, verify
 from util.data.listing import ImageList, list_images
 from util.errors import UserError
+from util.evaluation.reference import read_batches
 from util.files import only_job_in
 from util.logging import figures_on_stdout
 from util.setup import build_vae
@@ -96,17 +98,11 @@ def write_cache(args, device: torch.device) -> dict:
         dist.print_main(f"{len(pending)} of {writer.num_shards} shards to write")
         own = pending[dist.rank() :: dist.world_size()]
         batches = {k: list(BatchSampler(writer.images(k), args.batch_size, False)) for k in own}
-        loader = DataLoader(
-            dataset,
-            batch_sampler=[batch for shard in batches.values() for batch in shard],
-            collate_fn=collate_skipping,
-            num_workers=args.num_workers,
-            pin_memory=args.pin_mem and device.type == "cuda",
-            worker_init_fn=stop.ignore_in_worker,
-        )
+        pin = args.pin_mem and device.type == "cuda"
+        loaded = read_batches(dataset, sum(batches.values(), []), args.num_workers, pin)
         # Of a whole cache, config.yaml keeps saying what it was made with.
         with flags.settings_saved(args, writer.folder / flags.CONFIG) if pending else nullcontext():
-            encode_shards(vae, loader, writer, batches, device)
+            encode_shards(vae, loaded, writer, batches, device)
             dist.barrier()
         manifest = writer.write_manifest(vae.is_kl16, vae.normalised) if dist.is_main() else None
         dist.barrier()
@@ -135,26 +131,27 @@ def open_writer(args, images: ImageList, vae: kl16.VAE) -> CacheWriter:
 
 def encode_shards(
     vae: kl16.VAE,
-    loader: DataLoader,
+    loaded: Iterator[tuple[list[int], Tensor]],
     writer: CacheWriter,
     shards: dict[int, list[list[int]]],
     device: torch.device,
 ) -> None:
     """Encode and write shards: workers decode, the device encodes, a thread writes, all at once.
 
-    shards: batches of the numbers of each one's images, which the loader loads in this order.
+    shards: batches of the numbers of each one's images. loaded: of each, what could be read.
     """
-    loaded, bad, written = iter(loader), loader.dataset.bad, None
+    written = None
     total = sum(len(writer.images(shard)) for shard in shards)
     bar = tqdm(total=total, unit="img", disable=None if dist.is_main() else True)
     with bar, ThreadPoolExecutor(max_workers=1) as thread:
         for shard, batches in shards.items():
             kept, moments = [], []
-            for batch, readable in zip(batches, loaded, strict=False):  # no more than the batches
-                if readable is not None:
-                    kept += [i for i in batch if not bad[i]]
-                    images = readable[0].to(device, non_blocking=True)
-                    moments.append(writer.stored(encode(vae, images)))
+            for batch in batches:
+                ids, images = next(loaded)
+                if ids:
+                    kept += ids
+                    encoded = encode(vae, images.to(device, non_blocking=True))
+                    moments.append(writer.stored(encoded))
                 bar.update(len(batch))
                 dist.beat("caching")
             if written is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
 from tests.conftest import complaint
@@ -16,7 +16,7 @@ from tests.runs import contents
 from util.data import cache_writer
 from util.data.batches import Batches, MicroBatchSampler
 from util.data.cache_writer import CacheWriter, list_digest
-from util.data.latent_cache import as_one_batch, json_digest, open_cache, verify
+from util.data.latent_cache import json_digest, open_cache, verify
 from util.data.statistics import LatentStats
 
 C, H, W = 3, 4, 5
@@ -76,7 +76,8 @@ def test_batches_are_what_was_put_in_to_the_bit_of_the_stored_dtype(tmp_path, fo
     assert len(cache) == cache.manifest["count"] == 10 and cache.classes == ["ant", "bee"]
     assert cache.latent_shape == (C, H, W)
     keys = list(MicroBatchSampler(Batches(3, 1, 10, seed=0), range(5), 0, 1))
-    loader = DataLoader(cache, batch_sampler=keys, num_workers=num_workers, collate_fn=as_one_batch)
+    how = {"num_workers": num_workers, "collate_fn": default_convert}
+    loader = DataLoader(cache, batch_sampler=keys, **how)
     for batch, (moments, labels) in zip(keys, loader, strict=True):
         assert moments.dtype == cache.dtype and labels.dtype == torch.int64
         assert labels.tolist() == [LABELS[index] for index, _ in batch]

@@ -207,8 +207,8 @@ def test_more_bits_join_later_and_stand_beside_the_others(inputs, done, tmp_path
 @pytest.mark.parametrize("stopped_after,processes", [(0, 2), (6, 1)])
 def test_killed_or_damaged_it_ends_the_same(inputs, done, tmp_path, stopped_after, processes):
     effects = [mock.DEFAULT] * stopped_after + [KeyboardInterrupt]
-    write = mock.Mock(wraps=ReconstructionFolder.write, side_effect=effects)
-    patch = mock.patch.object(ReconstructionFolder, "write", lambda *args: write(*args))
+    write = mock.Mock(wraps=ReconstructionFolder.save, side_effect=effects)
+    patch = mock.patch.object(ReconstructionFolder, "save", lambda *args: write(*args))
     with patch, pytest.raises(KeyboardInterrupt):
         reconstruct(inputs, tmp_path)
     assert not (tmp_path / "results.json").exists()

@@ -19,9 +19,6 @@ from models.config import TokenBridgeConfig
 
 # The published VAE: 66,456,019 parameters, stride 16.
 KL16 = {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), "ch": 128, "num_res_blocks": 2}
-# Of other VAEs: the levels that attend, in KL-16's encoder the coarsest alone (None); whether
-# there are 1x1 convolutions around the latents, which those of Flux and SD 3 have not.
-VARIANTS = {"encoder_attention": None, "decoder_attention": (), "quant_conv": True}
 GROUPS = 32
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -246,7 +243,9 @@ class AutoencoderKL(VAE):
     embed_dim: C, latent channels. ch: width of the finest level, a multiple of 32.
     ch_mult: width multiplier of each level, finest first; the stride is 2^(levels - 1).
     num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
-    variant: see `VARIANTS`. Raises ValueError if ch does not fit the group norms.
+    variant: encoder_attention and decoder_attention, the levels that attend, in KL-16 the encoder's
+    coarsest alone; quant_conv, whether there are 1x1 convolutions around the latents, which the
+    VAEs of Flux and SD 3 have not. Raises ValueError if ch does not fit the group norms.
     """
 
     def __init__(
@@ -259,21 +258,19 @@ class AutoencoderKL(VAE):
     ):
         if ch <= 0 or ch % GROUPS:
             raise ValueError(f"ch {ch} is not a multiple of {GROUPS}, the group norms' groups")
-        if unknown := set(variant) - set(VARIANTS):
+        coarsest = len(ch_mult) - 1
+        usual = {"encoder_attention": (coarsest,), "decoder_attention": (), "quant_conv": True}
+        if unknown := set(variant) - set(usual):
             raise ValueError(f"unknown VAE settings {sorted(unknown)}")
-        last, variant = len(ch_mult) - 1, VARIANTS | variant
-        encoder, decoder = variant["encoder_attention"], tuple(variant["decoder_attention"])
-        encoder = (last,) if encoder is None else tuple(encoder)
-        variant["encoder_attention"] = None if encoder == (last,) else encoder
-        variant["decoder_attention"] = decoder
         config = dict(zip(KL16, (embed_dim, tuple(ch_mult), ch, num_res_blocks), strict=True))
-        config |= {name: value for name, value in variant.items() if value != VARIANTS[name]}
-        super().__init__(config, channels=embed_dim, stride=2**last)
+        config |= {name: value for name, value in variant.items() if value != usual[name]}
+        super().__init__(config, channels=embed_dim, stride=2**coarsest)
+        encoder, decoder, quant_conv = (usual | variant).values()
         widths = [ch * mult for mult in ch_mult]
         self.encoder = Encoder([ch, *widths], num_res_blocks, 2 * embed_dim, encoder, "block")
         self.decoder = Decoder(widths, num_res_blocks + 1, embed_dim, decoder, "block")
         self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
-        if variant["quant_conv"]:
+        if quant_conv:
             self.quant_conv = conv1x1(2 * embed_dim, 2 * embed_dim)
             self.post_quant_conv = conv1x1(embed_dim, embed_dim)
 

@@ -89,11 +89,6 @@ def read_moments(path: str | Path, names: tuple[str, ...] = NPZ_NAMES) -> np.nda
         return array.astype(np.float32, copy=False)
 
 
-def as_one_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """A `collate_fn` for what is together already."""
-    return batch
-
-
 @lru_cache(maxsize=512)  # open files of a process
 def map_shard(path: str, dtype: str, shape: tuple[int, ...], opened: object) -> np.ndarray:
     """A shard in memory: read where it is touched, never written. opened: by what."""
