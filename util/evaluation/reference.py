@@ -9,7 +9,6 @@ Letters: N images, D features, S side in pixels.
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import zipfile
@@ -103,9 +102,12 @@ def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
     saved = load_tensors(path, "--fid_stats") if Path(path).suffix in (".pt", ".pth") else None
     # A damaged file can make its reader fail in any way.
     with as_user_error(f"--fid_stats {path}: not an npz file with mu and sigma", (Exception,)):
-        # ADM's files hold 10,000 images besides
-        there = saved or read_npz(path, (*MOMENTS, *SPATIAL_MOMENTS, *RECORDED))
-        stats = {name: np.asarray(array) for name, array in there.items()}
+        if not saved:
+            check_npz(path)
+            with np.load(path, allow_pickle=False) as file:  # ADM's files hold 10,000 images, too
+                known = {*MOMENTS, *SPATIAL_MOMENTS, *RECORDED}
+                saved = {name: file[name] for name in known.intersection(file)}
+        stats = {name: np.asarray(array) for name, array in saved.items()}
         for name in stats.keys() & (MOMENTS | SPATIAL_MOMENTS):
             stats[name] = stats[name].astype(np.float64, casting="same_kind")
     if not stats.keys() >= MOMENTS:
@@ -174,23 +176,9 @@ def check_statistics(
 # catch all and name the file; nothing in them is unpickled
 
 
-@contextmanager
-def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"this is {what_else(Path(path)) or f'damaged ({error})'}") from error
-    with archive:
-        yield archive
-
-
-def read_npz(path: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Those arrays of these names that are there; no others are read."""
-    # Each entry is read to its end, where zipfile compares the checksum.
-    with open_npz(path) as archive:
-        there = [name for name in names if f"{name}.npy" in archive.namelist()]
-        entries = {name: io.BytesIO(archive.read(f"{name}.npy")) for name in there}
-    return {name: np.load(entry, allow_pickle=False) for name, entry in entries.items()}
+def check_npz(path: str | Path) -> None:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"this is {what_else(Path(path)) or 'damaged'}")
 
 
 @dataclass(frozen=True)
@@ -233,7 +221,8 @@ class ImageArray:
 @contextmanager
 def _opened_images(path: str | Path) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
     """The file at the first pixel of arr_0, and the array's shape."""
-    with open_npz(path) as archive:
+    check_npz(path)
+    with zipfile.ZipFile(path) as archive:
         if "arr_0.npy" not in archive.namelist():
             raise ValueError(f"it has no arr_0, but {listed(archive.namelist())}")
         with archive.open("arr_0.npy") as file:
