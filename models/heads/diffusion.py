@@ -10,7 +10,7 @@ learned variance, respacing); Ho et al., arXiv 2006.11239 (the process).
 """
 
 import math
-from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -28,21 +28,17 @@ HALF_BIN = 1 / 255  # of the discretised likelihood at t = 0
 
 def cosine_betas() -> np.ndarray:
     """beta_t of the whole process, float64 [T]."""
-
-    def alpha_bar(u: float) -> float:
-        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    pairs = ((alpha_bar((i + 1) / TIMESTEPS), alpha_bar(i / TIMESTEPS)) for i in range(TIMESTEPS))
-    return np.array([min(1 - after / before, 0.999) for after, before in pairs])
+    shares = ((i / TIMESTEPS + 0.008) / 1.008 for i in range(TIMESTEPS + 1))
+    alpha_bars = [math.cos(share * math.pi / 2) ** 2 for share in shares]
+    return np.array([min(1 - after / before, 0.999) for before, after in pairwise(alpha_bars)])
 
 
-def respaced_timesteps(steps: int) -> list[int]:
+def respaced_timesteps(steps: int) -> np.ndarray:
     """S of the T timesteps, evenly spread, both ends among them, ascending. S = 1 is the first."""
-    stride = (TIMESTEPS - 1) / (steps - 1) if steps > 1 else 0
-    return sorted({round(i * stride) for i in range(steps)})
+    return np.unique(np.linspace(0, TIMESTEPS - 1, steps).round()).astype(np.int64)
 
 
-def respaced_betas(timesteps: Sequence[int]) -> np.ndarray:
+def respaced_betas(timesteps: np.ndarray) -> np.ndarray:
     """beta of each step over a subset of the timesteps, the same alpha_bar at each: float64 [S]."""
     alphas_cumprod = np.cumprod(1 - cosine_betas())[timesteps]
     return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
@@ -148,9 +144,9 @@ class DiffusionHead(Head):
         self.net = DenoisingMLP(config)
         timesteps = respaced_timesteps(self.steps)
         for name, table in (
-            ("coefficients", Step.table(respaced_betas(range(TIMESTEPS)))),
+            ("coefficients", Step.table(respaced_betas(np.arange(TIMESTEPS)))),
             ("respaced", Step.table(respaced_betas(timesteps))),
-            ("timesteps", torch.tensor(timesteps)),
+            ("timesteps", torch.from_numpy(timesteps)),
         ):
             self.register_buffer(name, table, persistent=False)
 
@@ -219,6 +215,5 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
     inverse = torch.exp(-log_scale)
     above = cdf(inverse * (x - mean + HALF_BIN))
     below = cdf(inverse * (x - mean - HALF_BIN))
-    lowest, highest = above, 1 - below
-    inside = torch.where(x > 0.999, highest, above - below)
-    return torch.where(x < -0.999, lowest, inside).clamp(min=1e-12).log()
+    inside = torch.where(x > 0.999, 1 - below, above - below)
+    return torch.where(x < -0.999, above, inside).clamp(min=1e-12).log()

@@ -199,11 +199,6 @@ class ImageArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    @property
-    def side(self) -> int:
-        """The shorter one."""
-        return min(self.shape[1:3])
-
     def crops(
         self, size: int, batches: list[range], mine: list[int]
     ) -> Iterator[tuple[list[int], Tensor]]:
