@@ -188,53 +188,42 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
 
-class Encoder(nn.Module):
+def encoder(widths: list[int], blocks: int, out: int, attends: tuple, name: str) -> nn.Module:
     """Images [B, 3, H, W] -> [B, out, h, w]. widths: of the first convolution and of each level.
     attends: the levels that do. name: see `Level`.
     """
-
-    def __init__(self, widths: list[int], blocks: int, out: int, attends: tuple, name: str):
-        super().__init__()
-        self.conv_in = conv3x3(3, widths[0])
-        self.down = nn.ModuleList()
-        for i, (before, width) in enumerate(pairwise(widths)):
-            level = Level(before, width, blocks, i in attends, name)
-            if i + 2 < len(widths):
-                level.downsample = downsample(width)
-            self.down.append(level)
-        self.mid = middle(width)
-        self.norm_out = group_norm(width)
-        self.conv_out = conv3x3(width, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(silu(self.norm_out(self.mid(x))))
+    conv_in, down = conv3x3(3, widths[0]), nn.Sequential()
+    for i, (before, width) in enumerate(pairwise(widths)):
+        level = Level(before, width, blocks, i in attends, name)
+        if i + 2 < len(widths):
+            level.downsample = downsample(width)
+        down.append(level)
+    return network(conv_in, {"down": down, "mid": middle(width)}, conv3x3(width, out))
 
 
-class Decoder(nn.Module):
+def decoder(widths: list[int], blocks: int, channels: int, attends: tuple, name: str) -> nn.Module:
     """[B, channels, h, w] -> images [B, 3, H, W]."""
+    conv_in, mid, up = conv3x3(channels, widths[-1]), middle(widths[-1]), FromLast()
+    for i, width in reversed(list(enumerate(widths))):
+        before = widths[min(i + 1, len(widths) - 1)]
+        level = Level(before, width, blocks, i in attends, name)
+        if i > 0:
+            level.upsample = upsample(width)
+        up.insert(0, level)  # the published names count from the finest level
+    return network(conv_in, {"mid": mid, "up": up}, conv3x3(widths[0], 3))
 
-    def __init__(self, widths: list[int], blocks: int, channels: int, attends: tuple, name: str):
-        super().__init__()
-        self.conv_in = conv3x3(channels, widths[-1])
-        self.mid = middle(widths[-1])
-        self.up = nn.ModuleList()  # the published names count from the finest level
-        for i, width in reversed(list(enumerate(widths))):
-            before = widths[min(i + 1, len(widths) - 1)]
-            level = Level(before, width, blocks, i in attends, name)
-            if i > 0:
-                level.upsample = upsample(width)
-            self.up.insert(0, level)
-        self.norm_out = group_norm(widths[0])
-        self.conv_out = conv3x3(widths[0], 3)
 
+class FromLast(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(silu(self.norm_out(x)))
+        for part in reversed(self):
+            x = part(x)
+        return x
+
+
+def network(conv_in: nn.Module, inner: dict[str, nn.Module], conv_out: nn.Module) -> nn.Module:
+    norm = group_norm(conv_out.in_channels)
+    outer = {"norm_out": norm, "silu": nn.SiLU(), "conv_out": conv_out}
+    return nn.Sequential(OrderedDict({"conv_in": conv_in} | inner | outer))
 
 
 class AutoencoderKL(VAE):
@@ -265,10 +254,10 @@ class AutoencoderKL(VAE):
         config = dict(zip(KL16, (embed_dim, tuple(ch_mult), ch, num_res_blocks), strict=True))
         config |= {name: value for name, value in variant.items() if value != usual[name]}
         super().__init__(config, channels=embed_dim, stride=2**coarsest)
-        encoder, decoder, quant_conv = (usual | variant).values()
+        attends_in, attends_out, quant_conv = (usual | variant).values()
         widths = [ch * mult for mult in ch_mult]
-        self.encoder = Encoder([ch, *widths], num_res_blocks, 2 * embed_dim, encoder, "block")
-        self.decoder = Decoder(widths, num_res_blocks + 1, embed_dim, decoder, "block")
+        self.encoder = encoder([ch, *widths], num_res_blocks, 2 * embed_dim, attends_in, "block")
+        self.decoder = decoder(widths, num_res_blocks + 1, embed_dim, attends_out, "block")
         self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
         if quant_conv:
             self.quant_conv = conv1x1(2 * embed_dim, 2 * embed_dim)

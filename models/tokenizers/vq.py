@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.tokenizers import kl16
-from models.tokenizers.kl16 import Decoder, Encoder, conv1x1, fastest_layout, shape_of
+from models.tokenizers.kl16 import conv1x1, fastest_layout, shape_of
 
 # The published tokenizer: 71,883,403 parameters, stride 16.
 VQ16 = {
@@ -59,15 +59,14 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(found).view(z.shape[:-1])
 
 
-def renamed(network: Encoder | Decoder) -> nn.Module:
-    """The same network by the published names, its parts in the order in which they are run."""
-    middle = {"mid": nn.Sequential(*network.mid)}
-    if isinstance(network, Encoder):
-        inner = {"conv_blocks": nn.Sequential(*network.down)} | middle
-    else:
-        inner = middle | {"conv_blocks": nn.Sequential(*reversed(network.up))}
-    outer = {"norm_out": network.norm_out, "silu": nn.SiLU(), "conv_out": network.conv_out}
-    return nn.Sequential(OrderedDict({"conv_in": network.conv_in} | inner | outer))
+def renamed(network: nn.Module) -> nn.Module:
+    """The same network by the published names, which count inner parts as they are run."""
+    counted, parts = {"down": "conv_blocks", "up": "conv_blocks", "mid": "mid"}, {}
+    for name, part in network.named_children():
+        if name in counted:
+            part = nn.Sequential(*(reversed(part) if name == "up" else part))
+        parts[counted.get(name, name)] = part
+    return nn.Sequential(OrderedDict(parts))
 
 
 class VQModel(kl16.VAE):
@@ -89,8 +88,8 @@ class VQModel(kl16.VAE):
         super().__init__(config, config["embed_dim"], 2 ** (len(config["ch_mult"]) - 1))
         widths = [ch * mult for mult in config["ch_mult"]]
         coarsest = (len(widths) - 1,)  # which alone attends
-        self.encoder = renamed(Encoder([ch, *widths], blocks, z_channels, coarsest, "res"))
-        self.decoder = renamed(Decoder(widths, blocks + 1, z_channels, coarsest, "res"))
+        self.encoder = renamed(kl16.encoder([ch, *widths], blocks, z_channels, coarsest, "res"))
+        self.decoder = renamed(kl16.decoder(widths, blocks + 1, z_channels, coarsest, "res"))
         self.quantize = Codebook(config["codebook_size"], self.channels)
         self.quant_conv = conv1x1(z_channels, self.channels)
         self.post_quant_conv = conv1x1(self.channels, z_channels)
