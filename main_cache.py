@@ -9,7 +9,7 @@ Stopped or killed, the same command goes on where it was, on any number of proce
 import shutil
 import sys
 import time
-from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -17,26 +17,26 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler
 from tqdm import tqdm
 
 from models.flops import peak_memory
 from models.tokenizers import kl16
 from models.tokenizers.tokenizer import from_uint8
 from util import args as flags
-from util import dist, stop
+from util import dist
 from util.args import Flag, Parser, positive_int, value
-from util.data.cache_writer import CacheWriter, ShardWriter, list_digest
-from util.data.images import ImageDataset, collate_skipping
+from util.data.cache_writer import CacheWriter, list_digest
+from util.data.images import ImageDataset
 from util.data.latent_cache import FORMAT_VERSION, verify
 from util.data.listing import ImageList, list_images
 from util.errors import UserError
+from util.evaluation.reference import read_batches
 from util.files import only_job_in
 from util.logging import figures_on_stdout
 from util.setup import build_vae
 from util.vae import vae_digest
 
-QUEUED = 4  # batches that may wait for the disk; each 8 MB, of 128 images of 256 px
 CHECKS = ("device", "processes", "VAE")  # before the batch of --dry_run
 SHOWN = ("count", "classes", "skipped", "latent_scale", "channel_order", "latent_shape")
 
@@ -98,17 +98,11 @@ def write_cache(args, device: torch.device) -> dict:
         dist.print_main(f"{len(pending)} of {writer.num_shards} shards to write")
         own = pending[dist.rank() :: dist.world_size()]
         batches = {k: list(BatchSampler(writer.images(k), args.batch_size, False)) for k in own}
-        loader = DataLoader(
-            dataset,
-            batch_sampler=[batch for shard in batches.values() for batch in shard],
-            collate_fn=collate_skipping,
-            num_workers=args.num_workers,
-            pin_memory=args.pin_mem and device.type == "cuda",
-            worker_init_fn=stop.ignore_in_worker,
-        )
+        pin = args.pin_mem and device.type == "cuda"
+        loaded = read_batches(dataset, sum(batches.values(), []), args.num_workers, pin)
         # Of a whole cache, config.yaml keeps saying what it was made with.
         with flags.settings_saved(args, writer.folder / flags.CONFIG) if pending else nullcontext():
-            encode_shards(vae, loader, writer, batches, device)
+            encode_shards(vae, loaded, writer, batches, device)
             dist.barrier()
         manifest = writer.write_manifest(vae.is_kl16, vae.normalised) if dist.is_main() else None
         dist.barrier()
@@ -137,37 +131,34 @@ def open_writer(args, images: ImageList, vae: kl16.VAE) -> CacheWriter:
 
 def encode_shards(
     vae: kl16.VAE,
-    loader: DataLoader,
+    loaded: Iterator[tuple[list[int], Tensor]],
     writer: CacheWriter,
     shards: dict[int, list[list[int]]],
     device: torch.device,
 ) -> None:
     """Encode and write shards: workers decode, the device encodes, a thread writes, all at once.
 
-    shards: batches of the numbers of each one's images, which the loader loads in this order.
+    shards: batches of the numbers of each one's images. loaded: of each, what could be read.
     """
-    loaded, bad, waiting = iter(loader), loader.dataset.bad, deque()
+    written = None
     total = sum(len(writer.images(shard)) for shard in shards)
     bar = tqdm(total=total, unit="img", disable=None if dist.is_main() else True)
-
-    def wait_until(left: int) -> None:
-        while len(waiting) > left:
-            waiting.popleft().result()  # raises what failed in the thread
-
     with bar, ThreadPoolExecutor(max_workers=1) as thread:
         for shard, batches in shards.items():
-            filled = ShardWriter(writer, shard)
-            for batch, readable in zip(batches, loaded, strict=False):  # no more than the batches
-                if readable is not None:
-                    kept = [i for i in batch if not bad[i]]
-                    moments = encode(vae, readable[0].to(device, non_blocking=True))
-                    wait_until(QUEUED - 1)
-                    waiting.append(thread.submit(filled.take, kept, moments))
+            kept, moments = [], []
+            for batch in batches:
+                ids, images = next(loaded)
+                if ids:
+                    kept += ids
+                    encoded = encode(vae, images.to(device, non_blocking=True))
+                    moments.append(writer.stored(encoded))
                 bar.update(len(batch))
                 dist.beat("caching")
-            wait_until(0)  # only a shard of which all was taken is finished
-            waiting.append(thread.submit(filled.finish))
-        wait_until(0)
+            if written is not None:
+                written.result()  # raises what failed in the thread
+            written = thread.submit(writer.write_shard, shard, kept, moments)
+        if written is not None:
+            written.result()
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 
 from engine_tokenbridge import Run, SkipVote, train, train_step
 from models.flops import GIB, Meter, peak_flops, peak_memory, training_step
@@ -27,7 +27,6 @@ from util import dist, doctor, setup, stop
 from util.checkpoint import WEIGHT_KEYS
 from util.data.batches import MicroBatchSampler, plan_batches
 from util.data.images import collate_skipping
-from util.data.latent_cache import as_one_batch
 from util.device import Precision, accelerate, resolve_precision
 from util.errors import UserError, as_user_error
 from util.evaluation.evaluator import Evaluator
@@ -99,7 +98,7 @@ def build_run(
         loader=DataLoader(
             data.dataset,
             batch_sampler=sampler,
-            collate_fn=as_one_batch if args.use_cached else collate_skipping,
+            collate_fn=default_convert if args.use_cached else collate_skipping,
             num_workers=args.num_workers,
             pin_memory=args.pin_mem and device.type == "cuda",
             worker_init_fn=stop.ignore_in_worker,

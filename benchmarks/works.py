@@ -14,12 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import flops
 from models.config import TokenBridgeConfig
-from models.generate import DECODE_BATCH
 from models.masking import MaskRatios
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
-from models.tokenizers.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import DECODE_BATCH, Tokenizer
 from util.device import accelerate, resolve_precision
 from util.optim import EMA, build_optimizer, guarded_step
 

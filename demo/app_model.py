@@ -21,12 +21,12 @@ import torch
 
 from models.backbone import unpatchify
 from models.config import PRESETS, preset
-from models.generate import decode_images, known_positions, to_uint8
+from models.generate import known_positions
 from models.hub import WEIGHTS
 from models.quantizer import GaussianQuantizer, Quantizer, entropy
 from models.sampler import NOTHING, Given, SamplingOptions, iterations, sampling_steps
 from models.tokenbridge import CLASS_ROWS, TokenBridge
-from models.tokenizers.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer, decode_images, to_uint8
 from util.checkpoint import Checkpoint, find_checkpoint, saved_in
 from util.data.images import center_crop, psnr, read_image
 from util.device import resolve_precision

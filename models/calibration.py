@@ -43,11 +43,11 @@ def _fit_channel(data: "_Histogram", levels: int, exponent: float) -> tuple[Tens
     used = data.mass.nonzero()
     low, high = data.edges[used[0]].item(), data.edges[used[-1] + 1].item()
     ends = torch.tensor([min(low, inner[0].item()), max(high, inner[-1].item())]).double()
+    boundaries = torch.cat([ends[:1], inner, ends[1:]])
     for _ in range(LLOYD_STEPS):
-        boundaries = torch.cat([ends[:1], inner, ends[1:]])
         values = data.means(boundaries)
-        inner = (values[1:] + values[:-1]) / 2
-    return torch.cat([ends[:1], inner, ends[1:]]), values
+        boundaries[1:-1] = (values[1:] + values[:-1]) / 2
+    return boundaries, values
 
 
 def cut(edges: Tensor, mass: Tensor, parts: int) -> Tensor:

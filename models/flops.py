@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.config import TokenBridgeConfig
-from models.generate import Precision
+from models.precision import Precision
 from models.sampler import SamplingOptions, iterations
 from models.tokenbridge import HEADS
 

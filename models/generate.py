@@ -4,53 +4,17 @@ Letters: B images, H, W pixels.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from models.precision import Precision
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import VAE
-from models.tokenizers.tokenizer import Tokenizer
-
-DECODE_BATCH = 32
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-
-
-@dataclass(frozen=True)
-class Precision:
-    """The arithmetic of a model; its weights, an optimizer and an EMA are fp32 in all of them."""
-
-    name: str
-    dtype: torch.dtype | None  # of the autocast, None for full precision
-
-    @classmethod
-    def of(cls, name: str, device: torch.device) -> "Precision":
-        """auto: bf16 where CUDA has it, else fp16; fp32 on a CPU or MPS. Raises ValueError."""
-        if name == "auto":
-            name = "fp32"
-            if device.type == "cuda":
-                name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-        if name not in dtypes:
-            raise ValueError(f"precision {name!r} is not one of {', '.join(PRECISIONS)}")
-        return cls(name, dtypes[name])
-
-    @property
-    def needs_scaler(self) -> bool:
-        """fp16 gradients underflow unless the loss is scaled."""
-        return self.dtype is torch.float16
-
-    def autocast(self, device: torch.device):
-        return torch.autocast(device.type, dtype=self.dtype) if self.dtype else nullcontext()
-
-
-def spread_labels(count: int, classes: Sequence[int]) -> Tensor:
-    """[count] labels, class by class in that order; of no class two more than of another."""
-    return torch.tensor(classes)[torch.arange(count) * len(classes) // count]
+from models.tokenizers.tokenizer import Tokenizer, decode_images
 
 
 @torch.no_grad()
@@ -132,19 +96,6 @@ def known_positions(
     batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     posterior = tokenizer.posterior(batch.to(next(tokenizer.parameters()).device))
     return {"known": tokenizer.mode(posterior), "known_mask": torch.from_numpy(~drawn)[None]}
-
-
-def decode_images(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
-    """latents: [B, C, h, w], scaled, on any device -> uint8 [B, 3, H, W] on the CPU."""
-    device = next(tokenizer.parameters()).device
-    # The decoder's first-level maps of 256 images at 256 px would fill a GPU on their own.
-    parts = latents.to(device).split(DECODE_BATCH)
-    return torch.cat([to_uint8(tokenizer.decode(part)).cpu() for part in parts])
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[..., H, W] floats in [-1, 1] -> uint8, rounded and clipped: the bytes of the saved PNG."""
-    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _labels(labels: Sequence[int | str] | Tensor, names: tuple[str, ...]) -> Tensor:

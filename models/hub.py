@@ -66,20 +66,14 @@ class Pretrained(
             name = CONFIG
             config = TokenBridgeConfig.from_dict(json.loads(settings.read_bytes()) | options)
             name = WEIGHTS
-            model = cls._load(weights, config, grad_checkpointing)
+            with safe_open(weights, framework="pt") as file:
+                model = cls(**config.to_dict(), grad_checkpointing=grad_checkpointing)
+                model.origin = Origin.from_header(file.metadata())
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            model.load_published(state, config.head_input)
         except DAMAGE as error:
             raise ValueError(f"{source}: {name}: {' '.join(str(error).split())}") from error
         return model.to(map_location).eval()
-
-    @classmethod
-    def _load(cls, path: Path, config: TokenBridgeConfig, grad_checkpointing: bool):
-        """Raises ValueError unless file and settings agree."""
-        with safe_open(path, framework="pt") as file:
-            model = cls(**config.to_dict(), grad_checkpointing=grad_checkpointing)
-            model.origin = Origin.from_header(file.metadata())
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            model.load_published(state, config.head_input)
-        return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Both files, each whole or absent. Raises ValueError on a quantizer without levels."""

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from demo.classifier import generated_images
-from models.generate import to_uint8
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenizers.kl16 import AutoencoderKL
-from models.tokenizers.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer, to_uint8
 from tests.conftest import tiny_model
 from tests.measures import PIXELS, save_model
 from tests.runs import evaluate, save_published, train

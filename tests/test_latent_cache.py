@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
 from tests.conftest import complaint
 from tests.runs import contents
 from util.data import cache_writer
 from util.data.batches import Batches, MicroBatchSampler
-from util.data.cache_writer import CacheWriter, ShardWriter, list_digest
-from util.data.latent_cache import as_one_batch, json_digest, open_cache, verify
+from util.data.cache_writer import CacheWriter, list_digest
+from util.data.latent_cache import json_digest, open_cache, verify
 from util.data.statistics import LatentStats
 
 C, H, W = 3, 4, 5
@@ -45,10 +45,8 @@ def writer_for(path: Path, **changes) -> CacheWriter:
 def write(writer: CacheWriter, shard: int, bad=(), moments: np.ndarray = MOMENTS) -> list[int]:
     """What the encoder would hand over, in batches of three; the numbers of the images."""
     images = [i for i in writer.images(shard) if i not in bad]
-    filled = ShardWriter(writer, shard)
-    for i in range(0, len(images), 3):
-        filled.take(images[i : i + 3], moments[images[i : i + 3]])
-    filled.finish()
+    parts = [images[i : i + 3] for i in range(0, len(images), 3)]
+    writer.write_shard(shard, images, [writer.stored(moments[part]) for part in parts])
     return images
 
 
@@ -78,7 +76,8 @@ def test_batches_are_what_was_put_in_to_the_bit_of_the_stored_dtype(tmp_path, fo
     assert len(cache) == cache.manifest["count"] == 10 and cache.classes == ["ant", "bee"]
     assert cache.latent_shape == (C, H, W)
     keys = list(MicroBatchSampler(Batches(3, 1, 10, seed=0), range(5), 0, 1))
-    loader = DataLoader(cache, batch_sampler=keys, num_workers=num_workers, collate_fn=as_one_batch)
+    how = {"num_workers": num_workers, "collate_fn": default_convert}
+    loader = DataLoader(cache, batch_sampler=keys, **how)
     for batch, (moments, labels) in zip(keys, loader, strict=True):
         assert moments.dtype == cache.dtype and labels.dtype == torch.int64
         assert labels.tolist() == [LABELS[index] for index, _ in batch]

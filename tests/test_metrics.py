@@ -17,12 +17,12 @@ from tests.conftest import complaint
 from tests.measures import FEATURES, PIXELS, Pixels, prepare
 from tests.runs import evaluate
 from util.data.images import Loading
-from util.evaluation import extractor, metrics
-from util.evaluation.evaluator import Evaluator
+from util.evaluation import metrics
 from util.evaluation.extractor import INCEPTION, WEIGHTS_FILE, Extractor, published_weights
 from util.evaluation.folder import FeatureFiles, batch_ranges
-from util.evaluation.metrics import Measure, Moments, Scores
+from util.evaluation.metrics import Measure, Moments, Scores, score
 from util.evaluation.reference import compare_with_images
+from util.files import sha256
 
 CPU = torch.device("cpu")
 
@@ -154,10 +154,10 @@ def images_of(folder: Path) -> torch.Tensor:
 
 
 def scores_of(images: torch.Tensor, measure: Measure) -> Scores:
-    evaluator = Evaluator(None, None, CPU, measure=measure)
+    sums = measure.sums()
     for part in images.split(7):
-        evaluator.update(part)
-    return evaluator.result()
+        sums.update(measure.extractor(part))
+    return score(sums, measure)
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +308,6 @@ def test_missing_weights_and_statistics_are_said_in_one_line_each(inception, cap
     captured = capsys.readouterr()
     lines = [line for line in captured.out.splitlines() if "not computed" in line]
     assert len(lines) == 1 and WEIGHTS_FILE in lines[0] and "--inception_weights" in lines[0]
-    assert len(captured.err.splitlines()) == 1
     measure = prepare(inception_weights=str(inception))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and "--fid_stats" in lines[0] and measure.stats is None
@@ -321,7 +320,7 @@ def test_weights_are_found_and_checked(inception, tmp_path, monkeypatch):
     place = published_weights()
     place.parent.mkdir(parents=True)
     shutil.copy(inception, place)
-    assert extractor.find_inception_weights(None) == place  # as downloaded earlier
+    assert prepare().extractor.weights_sha256 == sha256(place)  # as downloaded earlier
     place.write_bytes(place.read_bytes()[:1000])
     assert "damaged" in (line := complaint(prepare)) and "--inception_weights" in line
     torch.save({"conv.weight": torch.ones(1)}, tmp_path / "other.pth")

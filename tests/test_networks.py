@@ -14,9 +14,8 @@ from torch.nn import functional as F
 
 from tests.conftest import complaint, formula_weight
 from util.evaluation import networks
-from util.evaluation.evaluator import Evaluator
 from util.evaluation.extractor import load_extractor
-from util.evaluation.metrics import Measure, frechet, statistics
+from util.evaluation.metrics import Measure, frechet, score, statistics
 
 CPU = torch.device("cpu")
 SMALL, DEPTH, HEADS, WIDTH = "vit_small_patch14_dinov2", 12, 6, 384  # in the place of ViT-L
@@ -77,9 +76,9 @@ def test_dinov2_is_the_original_after_pillow_s_resizing(released, tmp_path):
     torch.testing.assert_close(extractor(images)["class_token"], expected, rtol=1e-4, atol=1e-4)
     assert expected.std(dim=0).mean() > 0.01  # they are not the same
     measure = Measure(extractor, statistics(torch.randn(20, WIDTH)))
-    evaluator = Evaluator(None, None, CPU, measure=measure)
-    evaluator.update(images)
-    assert list(evaluator.result().figures) == ["fd_dinov2"]
+    sums = measure.sums()
+    sums.update(extractor(images))
+    assert list(score(sums, measure).figures) == ["fd_dinov2"]
 
 
 def test_weights_that_are_missing_or_of_others_are_refused(released, tmp_path, monkeypatch):

@@ -14,10 +14,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure as
 
 import reconstruction
 from models.calibration import fit_levels
-from models.generate import to_uint8
 from models.quantizer import gaussian_levels
 from models.tokenizers.kl16 import Posterior
-from models.tokenizers.tokenizer import from_uint8
+from models.tokenizers.tokenizer import from_uint8, to_uint8
 from tests.conftest import complaint
 from tests.measures import PIXELS
 from tests.runs import CHANNELS, RECONSTRUCTION_FLAGS, SIZE, call, contents, flags, on_processes
@@ -196,8 +195,8 @@ def test_more_bits_join_later_and_stand_beside_the_others(inputs, done, tmp_path
 @pytest.mark.parametrize("stopped_after,processes", [(0, 2), (6, 1)])
 def test_killed_or_damaged_it_ends_the_same(inputs, done, tmp_path, stopped_after, processes):
     effects = [mock.DEFAULT] * stopped_after + [KeyboardInterrupt]
-    write = mock.Mock(wraps=ReconstructionFolder.write, side_effect=effects)
-    patch = mock.patch.object(ReconstructionFolder, "write", lambda *args: write(*args))
+    write = mock.Mock(wraps=ReconstructionFolder.save, side_effect=effects)
+    patch = mock.patch.object(ReconstructionFolder, "save", lambda *args: write(*args))
     with patch, pytest.raises(KeyboardInterrupt):
         reconstruct(inputs, tmp_path)
     assert not (tmp_path / "results.json").exists()

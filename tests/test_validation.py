@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 import main_cache
-from models.generate import decode_images
 from models.masking import MaskRatios
 from models.sampler import SamplingOptions, sample_latents
-from models.tokenizers.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer, decode_images
 from tests import runs
 from tests.conftest import tiny_model
 from util import stop, validation

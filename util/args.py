@@ -18,8 +18,8 @@ from pathlib import Path
 import yaml
 
 from models.config import PRESETS, TokenBridgeConfig
-from models.generate import PRECISIONS
 from models.masking import MASK_SCHEDULES
+from models.precision import PRECISIONS
 from models.sampler import CFG_SCHEDULES, ORDERS
 from util import dist
 from util.data.images import MAX_PIXELS

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.generate import Precision
+from models.precision import Precision
 from models.tokenbridge import TokenBridge
 from util.errors import UserError, as_user_error
 

@@ -22,10 +22,9 @@ from pathlib import Path
 
 import torch
 
-from models.generate import to_uint8
 from models.quantizer import GaussianQuantizer, entropy, level_counts
 from models.tokenbridge import TokenBridge
-from models.tokenizers.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer, to_uint8
 from util import dist, setup, stop
 from util.args import Parser, train_parser, value
 from util.checkpoint import find_checkpoint

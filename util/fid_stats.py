@@ -45,7 +45,8 @@ def main() -> None:
         raise UserError(f"--output {output} does not end with .npz")
     check_writable(output.parent, "--output")
     images = open_images(args.image_dir, "--image_dir")
-    size = args.img_size or (images.side if isinstance(images, ImageArray) else 256)
+    own = min(images.shape[1:3]) if isinstance(images, ImageArray) else 256
+    size = args.img_size or own
     extractor = load_extractor(args.feature_extractor, args.inception_weights, device)
     if extractor is None or "fid" not in extractor.layers:
         raise UserError(

@@ -274,7 +274,7 @@ def cache_histogram(cached_path: str, vae_sha256: str | None) -> LatentHistogram
     if not manifest or not manifest.get("histogram"):
         given = f"main_cache.py's, with a histogram (it is {cached_path or 'not given'})"
         raise UserError(f"--quantizer calibrated needs --cached_path, {given}")
-    with as_user_error(f"--cached_path {cached_path}: manifest.json is damaged"):
+    with as_user_error(f"--cached_path {cached_path}: manifest.json is damaged", (Exception,)):
         return LatentHistogram.from_dict(manifest["histogram"])
 
 

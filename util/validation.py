@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from models.config import TokenBridgeConfig
-from models.generate import decode_images, spread_labels
 from models.masking import MaskRatios
 from models.quantizer import entropy, level_counts
 from models.sampler import SamplingOptions, evaluation_mode, image_randomness, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import Posterior
-from models.tokenizers.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer, decode_images
 from util import dist, stop
 from util.data.images import ImageDataset, grid
 from util.data.latent_cache import CachedLatents
 from util.device import Precision, unchanged_randomness
+from util.evaluation.settings import spread_labels
 from util.logging import TrainingLog
 from util.optim import EMA
 

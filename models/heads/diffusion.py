@@ -10,6 +10,7 @@ learned variance, respacing); Ho et al., arXiv 2006.11239 (the process).
 """
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -27,39 +28,38 @@ HALF_BIN = 1 / 255  # of the discretised likelihood at t = 0
 
 def cosine_betas() -> np.ndarray:
     """beta_t of the whole process, float64 [T]."""
-
-    def alpha_bar(u: float) -> float:
-        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    pairs = ((alpha_bar((i + 1) / TIMESTEPS), alpha_bar(i / TIMESTEPS)) for i in range(TIMESTEPS))
-    return np.array([min(1 - after / before, 0.999) for after, before in pairs])
+    shares = ((i / TIMESTEPS + 0.008) / 1.008 for i in range(TIMESTEPS + 1))
+    alpha_bars = [math.cos(share * math.pi / 2) ** 2 for share in shares]
+    return np.array([min(1 - after / before, 0.999) for before, after in pairwise(alpha_bars)])
 
 
-def respaced_timesteps(steps: int) -> list[int]:
+def respaced_timesteps(steps: int) -> np.ndarray:
     """S of the T timesteps, evenly spread, both ends among them, ascending. S = 1 is the first."""
-    stride = (TIMESTEPS - 1) / (steps - 1) if steps > 1 else 0
-    return sorted({round(i * stride) for i in range(steps)})
+    return np.unique(np.linspace(0, TIMESTEPS - 1, steps).round()).astype(np.int64)
 
 
-class Process(NamedTuple):
-    """A diffusion process: float64 [S] of each step. timesteps: what the net is told of it."""
+def respaced_betas(timesteps: np.ndarray) -> np.ndarray:
+    """beta of each step over a subset of the timesteps, the same alpha_bar at each: float64 [S]."""
+    alphas_cumprod = np.cumprod(1 - cosine_betas())[timesteps]
+    return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
 
-    timesteps: np.ndarray
-    betas: np.ndarray
-    alphas_cumprod: np.ndarray
 
-    @classmethod
-    def respaced(cls, steps: int = TIMESTEPS) -> "Process":
-        """Over a subset of the timesteps, the same alpha_bar at each of them."""
-        timesteps = np.array(respaced_timesteps(steps))
-        alphas_cumprod = np.cumprod(1 - cosine_betas())[timesteps]
-        before = np.append(1.0, alphas_cumprod[:-1])
-        betas = 1 - alphas_cumprod / before
-        return cls(timesteps, betas, np.cumprod(1 - betas))
+class Step(NamedTuple):
+    """Coefficients of rows [..., 1], each of its own step, as the columns of `table`."""
 
-    def table(self) -> Tensor:
-        """float32 [S, 8], the coefficients of a step, in the order of `Step`."""
-        betas, after = self.betas, self.alphas_cumprod
+    sqrt_alpha_bar: Tensor
+    sqrt_noise: Tensor
+    inverse_sqrt_alpha_bar: Tensor
+    inverse_sqrt_noise: Tensor
+    posterior_of_start: Tensor
+    posterior_of_x: Tensor
+    min_log_variance: Tensor
+    max_log_variance: Tensor
+
+    @staticmethod
+    def table(betas: np.ndarray) -> Tensor:
+        """float32 [S, 8], of all steps of a process."""
+        after = np.cumprod(1 - betas)  # alpha_bar
         before = np.append(1.0, after[:-1])
         variance = betas * (1 - before) / (1 - after)  # of q(x_{t-1} | x_t, x_0)
         clipped = np.append(variance[1:2] if len(variance) > 1 else variance, variance[1:])
@@ -74,23 +74,6 @@ class Process(NamedTuple):
             np.log(betas),
         )
         return torch.from_numpy(np.stack(columns, axis=1)).float()
-
-
-class Step(NamedTuple):
-    """Coefficients of rows [..., 1], each of its own step; see `Process.table`."""
-
-    sqrt_alpha_bar: Tensor
-    sqrt_noise: Tensor
-    inverse_sqrt_alpha_bar: Tensor
-    inverse_sqrt_noise: Tensor
-    posterior_of_start: Tensor
-    posterior_of_x: Tensor
-    min_log_variance: Tensor
-    max_log_variance: Tensor
-
-    def noised(self, start: Tensor, noise: Tensor) -> Tensor:
-        """x_t of x_0."""
-        return self.sqrt_alpha_bar * start + self.sqrt_noise * noise
 
     def posterior_mean(self, start: Tensor, x: Tensor) -> Tensor:
         """Of q(x_{t-1} | x_t, x_0)."""
@@ -159,11 +142,11 @@ class DiffusionHead(Head):
         super().__init__((self.steps + 1) * config.token_dim, self.repeats)
         self.channels = config.token_dim
         self.net = DenoisingMLP(config)
-        process = Process.respaced(self.steps)
+        timesteps = respaced_timesteps(self.steps)
         for name, table in (
-            ("coefficients", Process.respaced().table()),
-            ("respaced", process.table()),
-            ("timesteps", torch.from_numpy(process.timesteps)),
+            ("coefficients", Step.table(respaced_betas(np.arange(TIMESTEPS)))),
+            ("respaced", Step.table(respaced_betas(timesteps))),
+            ("timesteps", torch.from_numpy(timesteps)),
         ):
             self.register_buffer(name, table, persistent=False)
 
@@ -181,7 +164,7 @@ class DiffusionHead(Head):
         """Squared error of epsilon, and the variational bound in bits, each [M, r, C]."""
         step = Step(*self.coefficients[t][..., None].unbind(dim=-2))  # each [M, r, 1]
         start = targets.float()[:, None].expand_as(noise)
-        x = step.noised(start, noise)
+        x = step.sqrt_alpha_bar * start + step.sqrt_noise * noise
         rows = z[:, None].expand(-1, t.shape[1], -1).flatten(0, 1)
         out = self.net(x.flatten(0, 1), t.flatten(), rows, self.grad_checkpointing).float()
         epsilon, v = out.view(*t.shape, -1).chunk(2, dim=-1)
@@ -232,6 +215,5 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Te
     inverse = torch.exp(-log_scale)
     above = cdf(inverse * (x - mean + HALF_BIN))
     below = cdf(inverse * (x - mean - HALF_BIN))
-    lowest, highest = above, 1 - below
-    inside = torch.where(x > 0.999, highest, above - below)
-    return torch.where(x < -0.999, lowest, inside).clamp(min=1e-12).log()
+    inside = torch.where(x > 0.999, 1 - below, above - below)
+    return torch.where(x < -0.999, above, inside).clamp(min=1e-12).log()

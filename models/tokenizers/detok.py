@@ -8,14 +8,13 @@ Source: arXiv 2507.15856; rotary angles for two axes: arXiv 2403.13298.
 """
 
 import math
-import re
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.layers import learned
-from models.tokenizers.kl16 import VAE
+from models.tokenizers.kl16 import VAE, numbers, shape_of
 
 HEAD = 64  # width of a head in the published sizes
 LOWEST, HIGHEST = 7e-4, 7.0  # rotary frequencies, in turns over the image
@@ -159,17 +158,11 @@ def settings_of(state: dict[str, Tensor]) -> dict:
 
     Raises ValueError without a tensor that tells them.
     """
-    names = ("encoder.patch_embed.0.weight", "decoder.decoder_embed.weight")
-    names += ("encoder.positional_embedding", "decoder.positional_embedding")
-    if missing := [name for name in names if name not in state]:
-        raise ValueError(f"it has no tensor {missing[0]}")
-    patches, embed = (state[name].shape for name in names[:2])
-    sizes = {}
+    patch = shape_of(state, "encoder.patch_embed.0.weight")[-1]
+    channels, sizes = shape_of(state, "decoder.decoder_embed.weight")[1], {}
     for part in ("encoder", "decoder"):
-        numbers = (re.match(rf"{part}\.transformer\.(\d+)\.", name) for name in state)
-        depth = 1 + max((int(match[1]) for match in numbers if match), default=-1)
-        width = state[f"{part}.positional_embedding"].shape[-1]
+        depth = len(numbers(state, rf"{part}\.transformer\.(\d+)\."))
+        length, width = shape_of(state, f"{part}.positional_embedding")[1:]
         sizes[part] = (width, depth, max(width // HEAD, 1))
-    length = state["encoder.positional_embedding"].shape[1]
-    img_size = math.isqrt(length) * patches[-1]
-    return {"img_size": img_size, "patch_size": patches[-1], "embed_dim": embed[1], **sizes}
+    img_size = math.isqrt(length) * patch
+    return {"img_size": img_size, "patch_size": patch, "embed_dim": channels, **sizes}

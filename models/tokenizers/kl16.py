@@ -9,6 +9,7 @@ Source: Rombach et al., arXiv 2112.10752; Li et al. (MAR), arXiv 2406.11838.
 import re
 from collections import OrderedDict
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,6 @@ from models.config import TokenBridgeConfig
 
 # The published VAE: 66,456,019 parameters, stride 16.
 KL16 = {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), "ch": 128, "num_res_blocks": 2}
-# Of other VAEs: the levels that attend, in KL-16's encoder the coarsest alone (None); whether
-# there are 1x1 convolutions around the latents, which those of Flux and SD 3 have not.
-VARIANTS = {"encoder_attention": None, "decoder_attention": (), "quant_conv": True}
 GROUPS = 32
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -176,9 +174,7 @@ class Level(nn.Module):
     name: under which the published file has the blocks.
     """
 
-    def __init__(
-        self, channels_in: int, channels: int, blocks: int, attends: bool, name: str = "block"
-    ):
+    def __init__(self, channels_in: int, channels: int, blocks: int, attends: bool, name: str):
         super().__init__()
         widths, self.name = [channels_in] + [channels] * (blocks - 1), name
         setattr(self, name, nn.ModuleList(ResBlock(width, channels) for width in widths))
@@ -192,50 +188,42 @@ class Level(nn.Module):
         return self.upsample(self.downsample(x))
 
 
-class Encoder(nn.Module):
-    """Images [B, 3, H, W] -> moments [B, 2C, h, w]."""
+def encoder(widths: list[int], blocks: int, out: int, attends: tuple, name: str) -> nn.Module:
+    """Images [B, 3, H, W] -> [B, out, h, w]. widths: of the first convolution and of each level.
+    attends: the levels that do. name: see `Level`.
+    """
+    conv_in, down = conv3x3(3, widths[0]), nn.Sequential()
+    for i, (before, width) in enumerate(pairwise(widths)):
+        level = Level(before, width, blocks, i in attends, name)
+        if i + 2 < len(widths):
+            level.downsample = downsample(width)
+        down.append(level)
+    return network(conv_in, {"down": down, "mid": middle(width)}, conv3x3(width, out))
 
-    def __init__(self, ch: int, widths: list[int], blocks: int, channels: int, attention: tuple):
-        super().__init__()
-        self.conv_in = conv3x3(3, ch)
-        self.down = nn.ModuleList()
-        for i, width in enumerate(widths):
-            level = Level(widths[i - 1] if i else ch, width, blocks, i in attention)
-            if i + 1 < len(widths):
-                level.downsample = downsample(width)
-            self.down.append(level)
-        self.mid = middle(width)
-        self.norm_out = group_norm(width)
-        self.conv_out = conv3x3(width, 2 * channels)
 
+def decoder(widths: list[int], blocks: int, channels: int, attends: tuple, name: str) -> nn.Module:
+    """[B, channels, h, w] -> images [B, 3, H, W]."""
+    conv_in, mid, up = conv3x3(channels, widths[-1]), middle(widths[-1]), FromLast()
+    for i, width in reversed(list(enumerate(widths))):
+        before = widths[min(i + 1, len(widths) - 1)]
+        level = Level(before, width, blocks, i in attends, name)
+        if i > 0:
+            level.upsample = upsample(width)
+        up.insert(0, level)  # the published names count from the finest level
+    return network(conv_in, {"mid": mid, "up": up}, conv3x3(widths[0], 3))
+
+
+class FromLast(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(silu(self.norm_out(self.mid(x))))
+        for part in reversed(self):
+            x = part(x)
+        return x
 
 
-class Decoder(nn.Module):
-    """Latents [B, C, h, w] -> images [B, 3, H, W]."""
-
-    def __init__(self, widths: list[int], blocks: int, channels: int, attention: tuple):
-        super().__init__()
-        self.conv_in = conv3x3(channels, widths[-1])
-        self.mid = middle(widths[-1])
-        self.up = nn.ModuleList()  # the published names count from the finest level
-        for i, width in reversed(list(enumerate(widths))):
-            level = Level(widths[min(i + 1, len(widths) - 1)], width, blocks, i in attention)
-            if i > 0:
-                level.upsample = upsample(width)
-            self.up.insert(0, level)
-        self.norm_out = group_norm(widths[0])
-        self.conv_out = conv3x3(widths[0], 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(silu(self.norm_out(x)))
+def network(conv_in: nn.Module, inner: dict[str, nn.Module], conv_out: nn.Module) -> nn.Module:
+    norm = group_norm(conv_out.in_channels)
+    outer = {"norm_out": norm, "silu": nn.SiLU(), "conv_out": conv_out}
+    return nn.Sequential(OrderedDict({"conv_in": conv_in} | inner | outer))
 
 
 class AutoencoderKL(VAE):
@@ -244,7 +232,9 @@ class AutoencoderKL(VAE):
     embed_dim: C, latent channels. ch: width of the finest level, a multiple of 32.
     ch_mult: width multiplier of each level, finest first; the stride is 2^(levels - 1).
     num_res_blocks: residual blocks a level in the encoder; the decoder has one more.
-    variant: see `VARIANTS`. Raises ValueError if ch does not fit the group norms.
+    variant: encoder_attention and decoder_attention, the levels that attend, in KL-16 the encoder's
+    coarsest alone; quant_conv, whether there are 1x1 convolutions around the latents, which the
+    VAEs of Flux and SD 3 have not. Raises ValueError if ch does not fit the group norms.
     """
 
     def __init__(
@@ -257,21 +247,19 @@ class AutoencoderKL(VAE):
     ):
         if ch <= 0 or ch % GROUPS:
             raise ValueError(f"ch {ch} is not a multiple of {GROUPS}, the group norms' groups")
-        if unknown := set(variant) - set(VARIANTS):
+        coarsest = len(ch_mult) - 1
+        usual = {"encoder_attention": (coarsest,), "decoder_attention": (), "quant_conv": True}
+        if unknown := set(variant) - set(usual):
             raise ValueError(f"unknown VAE settings {sorted(unknown)}")
-        last, variant = len(ch_mult) - 1, VARIANTS | variant
-        encoder, decoder = variant["encoder_attention"], tuple(variant["decoder_attention"])
-        encoder = (last,) if encoder is None else tuple(encoder)
-        variant["encoder_attention"] = None if encoder == (last,) else encoder
-        variant["decoder_attention"] = decoder
         config = dict(zip(KL16, (embed_dim, tuple(ch_mult), ch, num_res_blocks), strict=True))
-        config |= {name: value for name, value in variant.items() if value != VARIANTS[name]}
-        super().__init__(config, channels=embed_dim, stride=2**last)
+        config |= {name: value for name, value in variant.items() if value != usual[name]}
+        super().__init__(config, channels=embed_dim, stride=2**coarsest)
+        attends_in, attends_out, quant_conv = (usual | variant).values()
         widths = [ch * mult for mult in ch_mult]
-        self.encoder = Encoder(ch, widths, num_res_blocks, embed_dim, encoder)
-        self.decoder = Decoder(widths, num_res_blocks + 1, embed_dim, decoder)
+        self.encoder = encoder([ch, *widths], num_res_blocks, 2 * embed_dim, attends_in, "block")
+        self.decoder = decoder(widths, num_res_blocks + 1, embed_dim, attends_out, "block")
         self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
-        if variant["quant_conv"]:
+        if quant_conv:
             self.quant_conv = conv1x1(2 * embed_dim, 2 * embed_dim)
             self.post_quant_conv = conv1x1(embed_dim, embed_dim)
 
@@ -286,29 +274,44 @@ class AutoencoderKL(VAE):
         return self.decoder(self.post_quant_conv(fastest_layout(latents))).contiguous()
 
 
+def shape_of(state: dict[str, Tensor], name: str) -> torch.Size:
+    """Raises ValueError without that tensor."""
+    if name not in state:
+        raise ValueError(f"it has no tensor {name}")
+    return state[name].shape
+
+
+def numbers(state: dict[str, Tensor], pattern: str) -> tuple[int, ...]:
+    """Those in the names of tensors that begin so, ascending."""
+    matches = (re.match(pattern, name) for name in state)
+    return tuple(sorted({int(match[1]) for match in matches if match}))
+
+
+def sizes_of(state: dict[str, Tensor], level: str, block: str) -> dict:
+    """ch, ch_mult and num_res_blocks, from the encoder's tensors. level, block: their names in it.
+
+    Raises ValueError without a tensor that tells them.
+    """
+    levels = numbers(state, rf"encoder\.{level}\.(\d+)\.{block}\.") or (0,)
+    names = ["encoder.conv_in.weight"]
+    names += [f"encoder.{level}.{i}.{block}.0.conv2.weight" for i in levels]
+    ch, *widths = (shape_of(state, name)[0] for name in names)
+    return {
+        "ch_mult": tuple(width // max(ch, 1) for width in widths),
+        "ch": ch,
+        "num_res_blocks": len(numbers(state, rf"encoder\.{level}\.0\.{block}\.(\d+)\.")),
+    }
+
+
 def settings_of(state: dict[str, Tensor]) -> dict:
     """The settings of an `AutoencoderKL`, from the names and shapes of its tensors.
 
     Raises ValueError without a tensor that tells them.
     """
-
-    def numbers(pattern: str) -> tuple[int, ...]:
-        matches = (re.match(pattern, name) for name in state)
-        return tuple(sorted({int(match[1]) for match in matches if match}))
-
-    first = ("encoder.conv_in.weight", "decoder.conv_in.weight")
-    levels = numbers(r"encoder\.down\.(\d+)\.block\.") or (0,)
-    each = [f"encoder.down.{i}.block.0.conv2.weight" for i in levels]
-    if missing := [name for name in (*first, *each) if name not in state]:
-        raise ValueError(f"it has no tensor {missing[0]}")
-    ch, *widths = (len(state[name]) for name in (first[0], *each))
-    return {
-        "embed_dim": state["decoder.conv_in.weight"].shape[1],
-        "ch_mult": tuple(width // max(ch, 1) for width in widths),
-        "ch": ch,
-        "num_res_blocks": len(numbers(r"encoder\.down\.0\.block\.(\d+)\.")),
-        "encoder_attention": numbers(r"encoder\.down\.(\d+)\.attn\."),
-        "decoder_attention": numbers(r"decoder\.up\.(\d+)\.attn\."),
+    return sizes_of(state, "down", "block") | {
+        "embed_dim": shape_of(state, "decoder.conv_in.weight")[1],
+        "encoder_attention": numbers(state, r"encoder\.down\.(\d+)\.attn\."),
+        "decoder_attention": numbers(state, r"decoder\.up\.(\d+)\.attn\."),
         "quant_conv": "quant_conv.weight" in state,
     }
 

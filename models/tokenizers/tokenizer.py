@@ -11,12 +11,19 @@ from torch import Tensor, nn
 
 from models.tokenizers.kl16 import VAE, Posterior
 
+DECODE_BATCH = 32
+
 
 def from_uint8(images: Tensor) -> Tensor:
     """Bytes -> float32 in [-1, 1], byte / 255 * 2 - 1 to the bit on every device."""
     # By a tensor: a plain number CUDA would invert and multiply with, which rounds differently.
     whole = torch.full((), 255.0, device=images.device)
     return images.float().div_(whole).mul_(2).sub_(1)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[..., H, W] floats in [-1, 1] -> uint8, rounded and clipped: the bytes of the saved PNG."""
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class Tokenizer(nn.Module):
@@ -91,3 +98,11 @@ class Tokenizer(nn.Module):
         lower = self.decode_dtype
         with torch.autocast(latents.device.type, dtype=lower, enabled=lower is not None):
             return self.vae.decode(self.unscaled(latents.float())).float().clamp(-1.0, 1.0)
+
+
+def decode_images(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
+    """latents: [B, C, h, w], scaled, on any device -> uint8 [B, 3, H, W] on the CPU."""
+    device = next(tokenizer.parameters()).device
+    # The decoder's first-level maps of 256 images at 256 px would fill a GPU on their own.
+    parts = latents.to(device).split(DECODE_BATCH)
+    return torch.cat([to_uint8(tokenizer.decode(part)).cpu() for part in parts])

@@ -7,27 +7,14 @@ Letters: B batch, K codes, C their width, S stride, h = H / S, N = B h w positio
 Source: Sun et al., arXiv 2406.06525; the straight-through gradient: arXiv 1711.00937.
 """
 
-import re
 from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.tokenizers.kl16 import (
-    GROUPS,
-    LOGVAR_RANGE,
-    VAE,
-    AttnBlock,
-    Level,
-    ResBlock,
-    conv1x1,
-    conv3x3,
-    downsample,
-    fastest_layout,
-    group_norm,
-    upsample,
-)
+from models.tokenizers import kl16
+from models.tokenizers.kl16 import conv1x1, fastest_layout, shape_of
 
 # The published tokenizer: 71,883,403 parameters, stride 16.
 VQ16 = {
@@ -72,44 +59,17 @@ def nearest(z: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(found).view(z.shape[:-1])
 
 
-def levels(widths: list[int], blocks: int, coarsest: int) -> list[Level]:
-    """One level a width, of which the coarsest attends; the first takes its own width."""
-    before = [widths[0], *widths[:-1]]
-    pairs = enumerate(zip(before, widths, strict=True))
-    return [Level(a, b, blocks, i == coarsest, "res") for i, (a, b) in pairs]
+def renamed(network: nn.Module) -> nn.Module:
+    """The same network by the published names, which count inner parts as they are run."""
+    counted, parts = {"down": "conv_blocks", "up": "conv_blocks", "mid": "mid"}, {}
+    for name, part in network.named_children():
+        if name in counted:
+            part = nn.Sequential(*(reversed(part) if name == "up" else part))
+        parts[counted.get(name, name)] = part
+    return nn.Sequential(OrderedDict(parts))
 
 
-def middle(channels: int) -> nn.Module:
-    block = ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels)
-    return nn.Sequential(*block)
-
-
-def network(conv_in: nn.Module, inner: dict[str, nn.Module], conv_out: nn.Module) -> nn.Module:
-    norm = group_norm(conv_out.in_channels)
-    outer = {"norm_out": norm, "silu": nn.SiLU(), "conv_out": conv_out}
-    return nn.Sequential(OrderedDict({"conv_in": conv_in} | inner | outer))
-
-
-def encoder(widths: list[int], blocks: int, ch: int, channels: int) -> nn.Module:
-    """Images [B, 3, H, W] -> [B, channels, h, w]."""
-    fine = levels(widths, blocks, coarsest=len(widths) - 1)
-    for level, width in zip(fine[:-1], widths, strict=False):
-        level.downsample = downsample(width)
-    inner = {"conv_blocks": nn.Sequential(*fine), "mid": middle(widths[-1])}
-    return network(conv3x3(3, ch), inner, conv3x3(widths[-1], channels))
-
-
-def decoder(widths: list[int], blocks: int, channels: int) -> nn.Module:
-    """[B, channels, h, w] -> images [B, 3, H, W]; its levels stand from coarse to fine."""
-    widths = widths[::-1]
-    coarse = levels(widths, blocks, coarsest=0)
-    for level, width in zip(coarse[:-1], widths, strict=False):
-        level.upsample = upsample(width)
-    inner = {"mid": middle(widths[0]), "conv_blocks": nn.Sequential(*coarse)}
-    return network(conv3x3(channels, widths[0]), inner, conv3x3(widths[-1], 3))
-
-
-class VQModel(VAE):
+class VQModel(kl16.VAE):
     """The tokenizer, of the settings in `VQ16` unless others are given.
 
     codebook_size: K. embed_dim: C. z_channels: of the encoder's output, before 1x1 to C.
@@ -123,12 +83,13 @@ class VQModel(VAE):
         config = VQ16 | settings
         config["ch_mult"] = tuple(config["ch_mult"])
         ch, blocks, z_channels = (config[name] for name in ("ch", "num_res_blocks", "z_channels"))
-        if ch <= 0 or ch % GROUPS:
-            raise ValueError(f"ch {ch} is not a multiple of {GROUPS}, the group norms' groups")
+        if ch <= 0 or ch % kl16.GROUPS:
+            raise ValueError(f"ch {ch} is not a multiple of {kl16.GROUPS}, the group norms' groups")
         super().__init__(config, config["embed_dim"], 2 ** (len(config["ch_mult"]) - 1))
         widths = [ch * mult for mult in config["ch_mult"]]
-        self.encoder = encoder(widths, blocks, ch, z_channels)
-        self.decoder = decoder(widths, blocks + 1, z_channels)
+        coarsest = (len(widths) - 1,)  # which alone attends
+        self.encoder = renamed(kl16.encoder([ch, *widths], blocks, z_channels, coarsest, "res"))
+        self.decoder = renamed(kl16.decoder(widths, blocks + 1, z_channels, coarsest, "res"))
         self.quantize = Codebook(config["codebook_size"], self.channels)
         self.quant_conv = conv1x1(z_channels, self.channels)
         self.post_quant_conv = conv1x1(self.channels, z_channels)
@@ -153,7 +114,7 @@ class VQModel(VAE):
     def moments(self, images: Tensor) -> Tensor:
         """The mean is the code; the log-variance is so small that a sample is the code too."""
         mean = self.codes(self.indices(images))
-        return torch.cat([mean, torch.full_like(mean, LOGVAR_RANGE[0])], dim=1)
+        return torch.cat([mean, torch.full_like(mean, kl16.LOGVAR_RANGE[0])], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(fastest_layout(latents))).contiguous()
@@ -167,19 +128,8 @@ def settings_of(state: dict[str, Tensor]) -> dict:
 
     Raises ValueError without a tensor that tells them.
     """
-    pattern = re.compile(r"encoder\.conv_blocks\.(\d+)\.res\.(\d+)\.")
-    found = [tuple(map(int, match.groups())) for match in map(pattern.match, state) if match]
-    depth = 1 + max((level for level, _ in found), default=0)
-    whole = ("encoder.conv_in.weight", "encoder.conv_out.weight", "quant_conv.weight", EMBEDDING)
-    each = [f"encoder.conv_blocks.{i}.res.0.conv2.weight" for i in range(depth)]
-    if missing := [name for name in (*whole, *each) if name not in state]:
-        raise ValueError(f"it has no tensor {missing[0]}")
-    ch, z_channels, embed_dim, codebook_size, *widths = (len(state[n]) for n in (*whole, *each))
-    return {
-        "codebook_size": codebook_size,
-        "embed_dim": embed_dim,
-        "ch_mult": tuple(width // max(ch, 1) for width in widths),
-        "ch": ch,
-        "num_res_blocks": 1 + max(block for _, block in found),
-        "z_channels": z_channels,
+    return kl16.sizes_of(state, "conv_blocks", "res") | {
+        "codebook_size": shape_of(state, EMBEDDING)[0],
+        "embed_dim": shape_of(state, "quant_conv.weight")[0],
+        "z_channels": shape_of(state, "encoder.conv_out.weight")[0],
     }

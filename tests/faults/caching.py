@@ -21,8 +21,7 @@ from util.dist import run
 SCRIPT = "tests.faults.caching"
 SHARD, BATCH = 4, 2
 COUNT = IMAGES * len(CLASSES)
-# Images that a killed process has encoded in vain: the shard that it writes, the batches that wait.
-MOST_LOST = SHARD + main_cache.QUEUED * BATCH
+MOST_LOST = 2 * SHARD  # images encoded in vain: of the shard that is written, and of the next
 MOST_KILLS = 5  # of one cache, before it may come to its end
 LATER = 0.05  # seconds, in which a shard is encoded, written and named
 LOSS_GRACE = 60.0  # seconds until torchrun must have ended after a worker's death

@@ -95,6 +95,50 @@ class CacheWriter:
                 write_json(self.folder / SETTINGS, self.settings)
             yield
 
+    def stored(self, moments: np.ndarray) -> np.ndarray:
+        """As the files hold them. Raises UserError if values do not fit the dtype."""
+        with np.errstate(over="ignore"):
+            stored = moments.astype(self.settings["dtype"], order="C")
+        if not np.isfinite(stored).all():
+            said = f"the VAE gives values that are not finite in {stored.dtype}"
+            raise UserError(f"{said}; check --vae_path, or pass --dtype float32")
+        return stored
+
+    def write_shard(self, shard: int, kept: list[int], batches: list[np.ndarray]) -> None:
+        """kept: numbers of its images that could be read. batches: `stored` [b, 2, 2C, h, w] of
+        these. Raises UserError if the disk refuses.
+        """
+        moments = np.concatenate(batches) if kept else np.empty(0, self.settings["dtype"])
+        starts = range(0, len(moments), STATS_IMAGES)
+        steps = (torch.tensor(moments[i : i + STATS_IMAGES]) for i in starts)
+        parts = [LatentStats.of(both.flatten(0, 1)) for both in steps]  # as training meets them
+        names = [self.names[i] for i in kept]
+        files, digest = self.files(shard, names), hashlib.sha256()
+        with self.writing():
+            if self.is_npy:
+                np.save(whole := io.BytesIO(), moments)
+                digest.update(whole.getbuffer())
+                with atomic_write(files[0]) as file:
+                    file.write(whole.getbuffer())  # np.save itself does not say why it fails
+            else:
+                digest.update(moments.ravel())
+                for path, views in zip(files, moments, strict=True):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with atomic_write(path) as file:
+                        np.savez(file, **dict(zip(NPZ_NAMES, views, strict=True)))
+            sidecar = {
+                "cache_id": self.cache_id,
+                "shard": shard,
+                "sha256": digest.hexdigest(),
+                "statistics": sum(parts[1:], parts[0]).to_dict() if parts else None,
+                "skipped": [self.names[i] for i in sorted(set(self.images(shard)) - set(kept))],
+                "names": names,
+                "labels": [self.labels[i] for i in kept],
+                "crc32": [zlib.crc32(view) for image in moments for view in image],
+            }
+            # From here on the shard is whole.
+            write_json(shard_path(self.folder, shard, ".json"), sidecar)
+
     def write_manifest(self, published_constants: bool, normalised: bool = False) -> dict:
         """Declare the cache whole, when all shards are. For one process to call, after all others.
 
@@ -137,62 +181,6 @@ class CacheWriter:
             for left in folder.rglob(".*.tmp"):  # by killed processes
                 left.unlink()
         return manifest
-
-
-class ShardWriter:
-    """A shard that is being filled in memory: `take` its batches, then `finish` it.
-
-    Raises UserError if the disk refuses, or if values do not fit the dtype.
-    """
-
-    def __init__(self, writer: CacheWriter, shard: int):
-        self.writer, self.shard, self.images = writer, shard, writer.images(shard)
-        self.kept: list[int] = []  # numbers of the images in the shard
-        self.moments = np.empty(0, writer.settings["dtype"])
-
-    def take(self, images: list[int], moments: np.ndarray) -> None:
-        """moments: [b, 2, 2C, h, w] float32, of the images of those numbers."""
-        with np.errstate(over="ignore"):
-            stored = moments.astype(self.moments.dtype)
-        if not np.isfinite(stored).all():
-            said = f"the VAE gives values that are not finite in {stored.dtype}"
-            raise UserError(f"{said}; check --vae_path, or pass --dtype float32")
-        if not self.kept:
-            self.moments = np.empty((len(self.images), *stored.shape[1:]), stored.dtype)
-        self.moments[len(self.kept) : len(self.kept) + len(images)] = stored
-        self.kept += images
-
-    def finish(self) -> None:
-        """From here on the shard is whole."""
-        writer, moments = self.writer, self.moments[: len(self.kept)]
-        starts = range(0, len(moments), STATS_IMAGES)
-        steps = (torch.tensor(moments[i : i + STATS_IMAGES]) for i in starts)
-        parts = [LatentStats.of(both.flatten(0, 1)) for both in steps]  # as training meets them
-        names = [writer.names[i] for i in self.kept]
-        files, digest = writer.files(self.shard, names), hashlib.sha256()
-        with writer.writing():
-            if writer.is_npy:
-                np.save(whole := io.BytesIO(), moments)
-                digest.update(whole.getbuffer())
-                with atomic_write(files[0]) as file:
-                    file.write(whole.getbuffer())  # np.save itself does not say why it fails
-            else:
-                digest.update(moments.ravel())
-                for path, views in zip(files, moments, strict=True):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with atomic_write(path) as file:
-                        np.savez(file, **dict(zip(NPZ_NAMES, views, strict=True)))
-            sidecar = {
-                "cache_id": writer.cache_id,
-                "shard": self.shard,
-                "sha256": digest.hexdigest(),
-                "statistics": sum(parts[1:], parts[0]).to_dict() if parts else None,
-                "skipped": [writer.names[i] for i in sorted(set(self.images) - set(self.kept))],
-                "names": names,
-                "labels": [writer.labels[i] for i in self.kept],
-                "crc32": [zlib.crc32(view) for image in moments for view in image],
-            }
-            write_json(shard_path(writer.folder, self.shard, ".json"), sidecar)
 
 
 def write_json(path: Path, value: dict) -> None:

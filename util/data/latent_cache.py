@@ -12,10 +12,8 @@ Letters: N images, n those of a shard, B batch, C latent channels, h, w position
 """
 
 import hashlib
-import io
 import json
 import os
-import zipfile
 import zlib
 from bisect import bisect_right
 from copy import copy
@@ -79,19 +77,13 @@ def read_sidecar(folder: Path, shard: int, cache_id: str) -> dict:
 
 def read_moments(path: str | Path, names: tuple[str, ...] = NPZ_NAMES) -> np.ndarray:
     """[len(names), 2C, h, w] float32, of an npz file. Raises UserError, naming the file."""
-    # zipfile and numpy meet a damaged file with nearly any exception, so all of them count.
+    # numpy, which compares checksums, meets a damaged file with nearly any exception: all count.
     with as_user_error(unreadable(path), (Exception,)):
-        with zipfile.ZipFile(path) as archive:  # compares the checksums of whole entries
-            entries = [io.BytesIO(archive.read(f"{name}.npy")) for name in names]
-        array = np.stack([np.load(entry, allow_pickle=False) for entry in entries])
+        with np.load(path, allow_pickle=False) as file:
+            array = np.stack([file[name] for name in names])
         if array.ndim != 4 or array.shape[1] % 2 or array.dtype.kind != "f" or not array.size:
             raise ValueError(f"it holds {array.dtype} {array.shape[1:]}, not floats [2C, h, w]")
         return array.astype(np.float32, copy=False)
-
-
-def as_one_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """A `collate_fn` for what is together already."""
-    return batch
 
 
 @lru_cache(maxsize=512)  # open files of a process

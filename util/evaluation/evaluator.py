@@ -16,47 +16,36 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.generate import decode_images
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
-from models.tokenizers.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer, decode_images
 from util import dist
 from util.data.images import grid, psnr, save_png
 from util.device import Precision, unchanged_randomness
-from util.errors import UserError
 from util.evaluation.folder import GRID, METRICS, EvaluationFolder, read_png, write_json
-from util.evaluation.metrics import Accumulator, Measure, Scores, score
+from util.evaluation.metrics import Measure, Scores, score
 from util.evaluation.settings import EvalSettings
 from util.logging import digest, git_revision, versions
+from util.setup import check_agreement
 
 GRID_ROWS, GRID_COLUMNS = 8, 10
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Draws images of a model and measures them, or measures those of others.
+    """Draws images of a model and measures them. measure: None where nothing can be measured."""
 
-    model, tokenizer, precision: None where nothing is drawn. measure: None where nothing can be
-    measured.
-    """
-
-    model: TokenBridge | None
-    tokenizer: Tokenizer | None
+    model: TokenBridge
+    tokenizer: Tokenizer
     device: torch.device
-    precision: Precision | None = None
+    precision: Precision
     measure: Measure | None = None
-
-    @cached_property
-    def sums(self) -> Accumulator:
-        """Of the images that `update` was given."""
-        return self.measure.sums()
 
     def generate(self, ids: Sequence[int], labels: Tensor, sampling: SamplingOptions) -> Tensor:
         """The images of those numbers and classes, uint8 [N, 3, H, W], on the CPU.
@@ -72,14 +61,6 @@ class Evaluator:
             error = psnr(decode_images(exact, latents[:1]), images[:1]).item()
             dist.print_main(f"--vae_precision: image 0 is {error:.1f} dB from that of fp32")
         return images
-
-    def update(self, images: Tensor) -> None:
-        """images: uint8 [N, 3, H, W]."""
-        self.sums.update(self.measure.extractor(images))
-
-    def result(self) -> Scores:
-        """The figures of all images that `update` was given."""
-        return score(self.sums, self.measure)
 
     @torch.no_grad()
     def evaluate(
@@ -142,10 +123,7 @@ class Evaluator:
         }
         if self.tokenizer.decode_dtype is not None:
             identity["vae_precision"] = str(self.tokenizer.decode_dtype).removeprefix("torch.")
-        for rank, other in enumerate(dist.gather_objects(identity)):
-            if other != identity:
-                differ = f"processes {dist.rank()} and {rank} have different files"
-                raise UserError(f"{differ}; --resume and --vae_path must be the same on all nodes")
+        check_agreement(identity)
         return identity
 
     def _draw(self, folder: EvaluationFolder) -> None:

@@ -85,17 +85,19 @@ def load_extractor(given: str, weights: str | None, device: torch.device) -> Ext
     Returns None, on every process, if the default, Inception, has no weights here: said in one
     line. Raises UserError on an unknown name, and on weights that are missing or another network's.
     """
-    name = registered_name(given)
-    path = find_inception_weights(weights) if name == INCEPTION else weights
+    name, path = registered_name(given), weights
+    if name == INCEPTION and path is None:
+        path = published_weights()
+        _, problem = _one_a_node_first(_download_inception_weights)
+        if problem:
+            dist.print_main(
+                f"FID and IS are not computed: no Inception weights from the network ({problem}); "
+                f"put torch-fidelity's {WEIGHTS_FILE} at {path} or name it with --inception_weights"
+            )
+            return None
     if path is not None:
         load_tensors(path, "--inception_weights")  # torch-fidelity would unpickle it unchecked
         return Extractor(name, Path(path), device)
-    if name == INCEPTION:
-        dist.print_main(
-            "FID and IS are not computed: no Inception weights; put torch-fidelity's "
-            f"{WEIGHTS_FILE} at {published_weights()} or name it with --inception_weights"
-        )
-        return None
     extractor, problem = _one_a_node_first(lambda: Extractor(name, None, device))
     if problem:
         remedy = "name a file of them with --inception_weights"
@@ -106,16 +108,6 @@ def load_extractor(given: str, weights: str | None, device: torch.device) -> Ext
 def published_weights() -> Path:
     """Where torch-fidelity keeps the Inception weights it downloads."""
     return Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
-
-
-def find_inception_weights(given: str | None) -> Path | None:
-    """The given file, else the downloaded one; None, on every process, if a node has none."""
-    if given is not None:
-        return Path(given)
-    _, problem = _one_a_node_first(_download_inception_weights)
-    if problem and dist.is_main():
-        print(f"no Inception weights from the network ({problem})", file=sys.stderr)
-    return None if problem else published_weights()
 
 
 def _download_inception_weights() -> None:

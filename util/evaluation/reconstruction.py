@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.generate import to_uint8
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer, entropy, level_counts
 from models.tokenizers.kl16 import Posterior
-from models.tokenizers.tokenizer import Tokenizer
+from models.tokenizers.tokenizer import Tokenizer, to_uint8
 from util import dist
 from util.data.images import ImageDataset, grid, psnr, save_png
 from util.errors import UserError
@@ -95,13 +94,6 @@ class ReconstructionFolder(ImageFolder):
         records = self.records(ORIGINAL)
         return [i for number in range(len(self.batches)) for i in records.read(number)[0]]
 
-    def write(
-        self, variant: str, number: int, ids: list[int], pixels: Tensor, record: dict[str, Tensor]
-    ) -> None:
-        """One batch; its record comes last. pixels: uint8 [n, 3, H, W], numbered by ids."""
-        self.save(ids, pixels, variant)
-        self.records(variant).write(number, ids, record)
-
     def finished(self) -> list[str]:
         """All variants that are finished, by an earlier run too, the crops apart."""
         names = [path.name for path in sorted((self.path / "records").iterdir()) if path.is_dir()]
@@ -160,7 +152,8 @@ class Reconstruction:
             for name, pixels, record in self.decode(images, ids, names):
                 if self.measure is not None:
                     folder.features(name).write(number, ids, self.measure.extractor(pixels))
-                folder.write(name, number, ids, pixels, record)
+                folder.save(ids, pixels, name)
+                folder.records(name).write(number, ids, record)  # the last: it is done
 
     def decode(
         self, images: Tensor, ids: list[int], names: Sequence[str]

@@ -9,12 +9,11 @@ Letters: N images, D features, S side in pixels.
 
 import argparse
 import hashlib
-import io
 import json
 import math
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -89,10 +88,7 @@ def compare_with_statistics(measure: Measure, path: str, size: int) -> Measure:
         raise UserError(f"--fid_stats {path}: --feature_extractor {problem}")
     stats = load_fid_statistics(path, extractor.width("fid", size))
     identity = extractor.identity() | {"layer": extractor.layers["fid"]}
-    record, warnings = check_statistics(path, stats, identity, size)
-    for warning in warnings:
-        dist.print_main(f"warning: {warning}")
-    return replace(measure, stats=stats, record=record)
+    return replace(measure, stats=stats, record=check_statistics(path, stats, identity, size))
 
 
 def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
@@ -106,13 +102,18 @@ def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
     saved = load_tensors(path, "--fid_stats") if Path(path).suffix in (".pt", ".pth") else None
     # A damaged file can make its reader fail in any way.
     with as_user_error(f"--fid_stats {path}: not an npz file with mu and sigma", (Exception,)):
-        # ADM's files hold 10,000 images besides
-        there = saved or read_npz(path, (*MOMENTS, *SPATIAL_MOMENTS, *RECORDED))
-        stats = {name: np.asarray(array) for name, array in there.items()}
+        if not saved:
+            check_npz(path)
+            with np.load(path, allow_pickle=False) as file:  # ADM's files hold 10,000 images, too
+                known = {*MOMENTS, *SPATIAL_MOMENTS, *RECORDED}
+                saved = {name: file[name] for name in known.intersection(file)}
+        stats = {name: np.asarray(array) for name, array in saved.items()}
         for name in stats.keys() & (MOMENTS | SPATIAL_MOMENTS):
             stats[name] = stats[name].astype(np.float64, casting="same_kind")
     if not stats.keys() >= MOMENTS:
-        raise UserError(f"--fid_stats {path}: not an npz file with mu and sigma{_images_in(path)}")
+        remedy = "make them of images, or compare with those by --fid_reference"
+        how = f"python -m util.fid_stats --image_dir {path}"
+        raise UserError(f"--fid_stats {path}: no mu and sigma in it; {remedy}: {how}")
     for mu, sigma, width in (("mu", "sigma", features), ("mu_s", "sigma_s", SPATIAL_WIDTH)):
         shapes = {name: stats[name].shape for name in (mu, sigma) if name in stats}
         if not shapes:
@@ -123,16 +124,6 @@ def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
         if problem := _defect(stats[mu], stats[sigma]):
             raise UserError(f"--fid_stats {path}: {problem}; the file is damaged or no statistics")
     return stats
-
-
-def _images_in(path: str | Path) -> str:
-    """What to do with a file that holds images in the place of statistics; or nothing."""
-    with suppress(UserError), as_user_error(catch=(Exception,)):
-        return (
-            f", but of {len(ImageArray.of(path))} images; compare with them by --fid_reference, "
-            f"or make statistics with python -m util.fid_stats --image_dir {path}"
-        )
-    return ""
 
 
 def _defect(mu: np.ndarray, sigma: np.ndarray) -> str | None:
@@ -151,8 +142,8 @@ def _defect(mu: np.ndarray, sigma: np.ndarray) -> str | None:
 
 def check_statistics(
     path: str | Path, stats: Statistics, identity: dict[str, str], size: int | None
-) -> tuple[dict, list[str]]:
-    """What a file of statistics says of itself, for metrics.json; and warnings.
+) -> dict:
+    """What a file of statistics says of itself, for metrics.json; warnings are printed.
 
     identity: the extractor's, and the layer of FID. size: of the images in pixels, if known.
     Raises UserError if a distance to these statistics would mean nothing.
@@ -171,43 +162,30 @@ def check_statistics(
             f"--fid_stats {path} is of images of {record['img_size']} px, these are of {size} px: "
             f"make statistics with python -m util.fid_stats --img_size {size}"
         )
-    warnings = []
     if Path(path).name == ADM_STATISTICS.name and size not in (None, ADM_SIZE):
         sizes = f"of {ADM_SIZE} px images and these are of {size} px"
-        warnings.append(f"--fid_stats {path} is {sizes}: FID measures the difference in size too")
+        note = f"--fid_stats {path} is {sizes}: FID measures the difference in size too"
+        dist.print_main(f"warning: {note}")
     if record.get("count", features + 1) <= features:
-        warnings.append(f"--fid_stats {path}: {few_for_covariance(record['count'], features)}")
-    return {"fid_stats": str(path), "fid_stats_sha256": sha256(path)} | record, warnings
+        few = few_for_covariance(record["count"], features)
+        dist.print_main(f"warning: --fid_stats {path}: {few}")
+    return {"fid_stats": str(path), "fid_stats_sha256": sha256(path)} | record
 
 
 # --- npz files of others: what is wrong with one is told by an exception of any kind, and callers
 # catch all and name the file; nothing in them is unpickled
 
 
-@contextmanager
-def open_npz(path: str | Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"this is {what_else(Path(path)) or f'damaged ({error})'}") from error
-    with archive:
-        yield archive
-
-
-def read_npz(path: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Those arrays of these names that are there; no others are read."""
-    # Each entry is read to its end, where zipfile compares the checksum.
-    with open_npz(path) as archive:
-        there = [name for name in names if f"{name}.npy" in archive.namelist()]
-        entries = {name: io.BytesIO(archive.read(f"{name}.npy")) for name in there}
-    return {name: np.load(entry, allow_pickle=False) for name, entry in entries.items()}
+def check_npz(path: str | Path) -> None:
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"this is {what_else(Path(path)) or 'damaged'}")
 
 
 @dataclass(frozen=True)
 class ImageArray:
     """The images of an npz file as ADM's evaluator takes them: arr_0, uint8 [N, H, W, 3].
 
-    [N, 3, H, W], too. Such files may be larger than memory, so a batch is read at a time.
+    Such files may be larger than memory, so a batch is read at a time.
     """
 
     path: Path
@@ -221,11 +199,6 @@ class ImageArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    @property
-    def side(self) -> int:
-        """The shorter one."""
-        return min(self.shape[1:3] if self.shape[3] == 3 else self.shape[2:])
-
     def crops(
         self, size: int, batches: list[range], mine: list[int]
     ) -> Iterator[tuple[list[int], Tensor]]:
@@ -236,7 +209,6 @@ class ImageArray:
                 content = file.read(len(ids) * math.prod(shape))  # at its end, its checksum
                 if number in mine:
                     images = np.frombuffer(content, np.uint8).reshape(len(ids), *shape)
-                    images = images if shape[2] == 3 else images.transpose(0, 2, 3, 1)
                     crops = [np.array(center_crop(Image.fromarray(i), size)) for i in images]
                     yield list(ids), torch.from_numpy(np.stack(crops)).movedim(3, 1)
 
@@ -244,7 +216,8 @@ class ImageArray:
 @contextmanager
 def _opened_images(path: str | Path) -> Iterator[tuple[BinaryIO, tuple[int, ...]]]:
     """The file at the first pixel of arr_0, and the array's shape."""
-    with open_npz(path) as archive:
+    check_npz(path)
+    with zipfile.ZipFile(path) as archive:
         if "arr_0.npy" not in archive.namelist():
             raise ValueError(f"it has no arr_0, but {listed(archive.namelist())}")
         with archive.open("arr_0.npy") as file:
@@ -253,7 +226,7 @@ def _opened_images(path: str | Path) -> Iterator[tuple[BinaryIO, tuple[int, ...]
             shape, is_fortran, dtype = read_header(file)
             if dtype.hasobject:
                 raise ValueError("it holds Python objects, which are never unpickled")
-            if len(shape) != 4 or dtype != np.uint8 or is_fortran or 3 not in (shape[1], shape[3]):
+            if len(shape) != 4 or dtype != np.uint8 or is_fortran or shape[3] != 3:
                 raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 [N, H, W, 3]")
             yield file, shape
 
@@ -339,14 +312,15 @@ def image_batches(
 
 
 def read_batches(
-    dataset: ImageDataset, batches: Sequence[range], num_workers: int
+    dataset: ImageDataset, batches: Sequence[Sequence[int]], num_workers: int, pin: bool = False
 ) -> Iterator[tuple[list[int], Tensor]]:
     """(ids, images uint8 [n, 3, S, S]) of each batch: those that could be read."""
     loader = DataLoader(
         dataset,
-        batch_sampler=[list(ids) for ids in batches],
+        batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate_skipping,
+        pin_memory=pin,
         generator=torch.Generator(),  # else it would draw from the global one, which is training's
         worker_init_fn=stop.ignore_in_worker,
     )

@@ -6,15 +6,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 
+import torch
 from torch import Tensor
 
-from models.generate import spread_labels
 from models.sampler import SamplingOptions
 from util.args import sampling_flags
 from util.errors import UserError, as_user_error, did_you_mean
 from util.optim import SIGMA
 
 SWEPT = ("num_iter", "cfg", "temperature")
+
+
+def spread_labels(count: int, classes: Sequence[int]) -> Tensor:
+    """[count] labels, class by class in that order; of no class two more than of another."""
+    return torch.tensor(classes)[torch.arange(count) * len(classes) // count]
 
 
 @dataclass(frozen=True)
