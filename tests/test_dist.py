@@ -46,7 +46,8 @@ def test_two_processes_sum_gather_print_once_and_use_no_weights_that_one_lacks(t
     assert [code for code, _, _ in results] == [0, 0], results
     first, second = (stdout.splitlines() for _, stdout, _ in results)
     assert first[0] == "2 processes (torchrun), backend gloo" and "Downloading" in first[1]
-    assert second == first[2:] == ["None 3.0 [0, 1]"]
+    assert "no Inception weights" in first[2]
+    assert second == first[3:] == ["None 3.0 [0, 1]"]
 
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
