@@ -61,28 +61,25 @@ clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
 
 # stage TITLE COMMAND...: say how far the demo is, show the command, run it, note its time.
 # What is left is expected to take as much longer than planned as what was done so far.
-number=0 done=0 running='' all=$(IFS=+; echo $((${stages[*]})))
+number=0 done=0 all=$(IFS=+; echo $((${stages[*]})))
 note() { printf '%s\t%s\n' "$1" "$((SECONDS - began))" >>"$demo/timings.tsv"; }
-trap '[ -z "$running" ] || note "$running, interrupted"' EXIT
 stage() {
-  local title=$1 left
+  title=$1
   shift
   began=$SECONDS left=$(((all - done) * (20 + SECONDS) / (20 + done)))
   number=$((number + 1)) done=$((done + stages[number - 1]))
   ! grep -q "^$title"$'\t' "$demo/timings.tsv" || return 0
   printf '\n== %d/%d %s   %s so far, about %s left\n$ %s\n' \
     "$number" "${#stages[@]}" "$title" "$(clock "$began")" "$(clock "$left")" "$*"
-  running=$title
+  trap 'note "$title, interrupted"' EXIT
   "$@"
+  trap - EXIT
   note "$title"
-  running=''
 }
 
-if [ -e "$demo/report.html" ]; then # under another name first: half a removal is no beginning
-  rm -rf "$demo-old"
-  mv "$demo" "$demo-old"
-  rm -rf "$demo-old"
-fi
+rm -rf "$demo-old"
+[ ! -e "$demo/report.html" ] || mv "$demo" "$demo-old" # half a removal is no beginning
+rm -rf "$demo-old"
 mkdir -p "$demo"
 touch "$demo/timings.tsv"
 [ ! -s "$demo/timings.tsv" ] || echo "Going on where it was interrupted; make clean begins anew"

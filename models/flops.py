@@ -9,6 +9,7 @@ import math
 import re
 import resource
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -41,25 +42,29 @@ def backbone(config: TokenBridgeConfig, visible: int, predicted: int) -> int:
     return total + vit_block(out, ratio, every, predicted)
 
 
+def count(compute: Callable[[], object]) -> int:
+    """Of what it computes; attention is written out, for torch counts no fused one of a CPU."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        compute()
+    return counter.get_total_flops()
+
+
 @lru_cache
 def head(config: TokenBridgeConfig, sampled: bool = False, guided: bool = False) -> int:
     """Of one position: forward and backward, or one draw; counted on a head without memory.
 
     guided: as a head does that guides itself.
     """
-    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH):
+    with torch.device("meta"):
         model = HEADS[config.head](config).to("meta").eval()
         model.chunk = 0
         shape = (1, 2) if guided and model.guides else (1,)
         z = torch.zeros(*shape, config.decoder_embed_dim, requires_grad=not sampled)
+        if sampled:
+            return count(lambda: model.sample(z, torch.zeros(1, model.draws)))
         kind = torch.int64 if config.quantizer else torch.float32
         targets = torch.zeros(1, 1 if config.codebook_size else config.token_dim, dtype=kind)
-        with FlopCounterMode(display=False) as counter:
-            if sampled:
-                model.sample(z, torch.zeros(1, model.draws))
-            else:
-                model(z, targets, *model.noise(targets)).mean().backward()
-    return counter.get_total_flops()
+        return count(lambda: model(z, targets, *model.noise(targets)).mean().backward())
 
 
 def training_step(config: TokenBridgeConfig, masked: int | None = None) -> float:

@@ -5,12 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.works import vae_operations
 from models import flops
 from models.config import TokenBridgeConfig, preset
+from models.flops import count
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import KL16, AutoencoderKL
@@ -25,13 +24,6 @@ VARIANTS = {
 }
 
 
-def counted(compute) -> int:
-    """Attention written out: the CPU's fused kernel has no formula."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        compute()
-    return counter.get_total_flops()
-
-
 @pytest.fixture(params=VARIANTS)
 def model(request) -> TokenBridge:
     return tiny_model(**VARIANTS[request.param])
@@ -43,15 +35,15 @@ def test_backbone_head_and_sampling(model):
     classes = model.backbone.class_embedding(torch.zeros(batch, dtype=torch.long), batch)
     orders = torch.rand(batch, config.seq_len).argsort(dim=1)
     inputs = values, classes, orders[:, masked:], orders[:, :predicted]
-    found = counted(lambda: model.backbone(*inputs))
+    found = count(lambda: model.backbone(*inputs))
     assert found == batch * flops.backbone(config, config.seq_len - masked, predicted)
     z = torch.randn(masked, config.decoder_embed_dim)
     uniforms = torch.rand(masked, config.token_dim)
-    found = counted(lambda: model.head.sample(z, uniforms))
+    found = count(lambda: model.head.sample(z, uniforms))
     assert found == masked * flops.head(config, sampled=True)
     labels = torch.tensor([0, 1])
     for num_iter, cfg in ((1, 1.0), (40, 2.0)):  # and over iterations without positions
-        found = counted(lambda n=num_iter, w=cfg: sample_latents(model, labels, num_iter=n, cfg=w))
+        found = count(lambda n=num_iter, w=cfg: sample_latents(model, labels, num_iter=n, cfg=w))
         assert found == 2 * flops.sampling(config, SamplingOptions(num_iter, cfg))
 
 
@@ -62,7 +54,7 @@ def test_training_step(model, head_chunk):
     batch, length = 3, model.config.seq_len
     mask = (torch.arange(length) < 12).expand(batch, -1)
     latents, labels = torch.randn(batch, *model.config.latent_shape), torch.zeros(batch).long()
-    found = counted(lambda: model(latents, labels, mask).backward())
+    found = count(lambda: model(latents, labels, mask).backward())
     assert found == batch * flops.training_step(model.config, 12)
 
 
@@ -71,8 +63,8 @@ def test_vae_without_memory_is_counted_as_a_real_one():
     model, expected = AutoencoderKL(**vae).eval(), vae_operations(32, **vae)
     with torch.no_grad():
         latents = model.encode(torch.randn(2, 3, 32, 32)).mean
-        assert counted(lambda: model.decode(latents)) == 2 * expected["decode"]
-        assert counted(lambda: model.encode(torch.randn(2, 3, 32, 32))) == 2 * expected["encode"]
+        assert count(lambda: model.decode(latents)) == 2 * expected["decode"]
+        assert count(lambda: model.encode(torch.randn(2, 3, 32, 32))) == 2 * expected["encode"]
 
 
 def test_mean_step_is_the_mean_over_the_draws_of_the_mask():
