@@ -5,14 +5,14 @@ import json
 import pytest
 
 import main_tokenbridge
-from tests.runs import IMAGE_FLAGS, TRAIN_FLAGS, call, flags, on_processes
+from tests.runs import IMAGE_FLAGS, call, command, on_processes, use
 
 
-@pytest.mark.parametrize("changes", [{}, IMAGE_FLAGS])
-def test_a_training_says_its_cost_and_writes_nothing(inputs, tmp_path, capsys, changes):
+@pytest.mark.parametrize("source", [{}, IMAGE_FLAGS])
+def test_a_training_says_its_cost_and_writes_nothing(inputs, tmp_path, capsys, source):
     """Nor among the inputs, which their fixture sees."""
-    argv = flags(inputs, TRAIN_FLAGS, changes, output_dir=tmp_path / "out", epochs=5)
-    call(main_tokenbridge.main, *argv, f"--metrics_file={tmp_path}/m.jsonl", "--dry_run", "--json")
+    changes = source | dict(epochs=5, metrics_file=tmp_path / "m.jsonl", dry_run=True, json=True)
+    use("train", inputs, output_dir=tmp_path / "out", **changes)
     figures = json.loads(capsys.readouterr().out)
     assert list(tmp_path.iterdir()) == []
     assert (figures["steps"], figures["images_per_step"]) == (15, 8)
@@ -30,8 +30,7 @@ def test_odd_rates_and_a_damaged_checkpoint_are_said(inputs, trained, tmp_path, 
         (goes_on, None),
         (dict(warmup_epochs=1.9), None),
     ):
-        argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out", **changes)
-        call(main_tokenbridge.main, *argv, "--dry_run")
+        use("train", inputs, output_dir=tmp_path / "out", dry_run=True, **changes)
         lines = [line for line in capsys.readouterr().out.splitlines() if "warning:" in line]
         assert len(lines) == (expected is not None), lines
         if expected:
@@ -52,8 +51,8 @@ def test_without_data_it_says_what_imagenet_would_take(tmp_path, capsys, monkeyp
 
 
 def test_two_processes_share_the_step(inputs, tmp_path):
-    argv = flags(inputs, TRAIN_FLAGS, output_dir=tmp_path / "out")
-    result = on_processes(2, "main_tokenbridge.py", *argv, "--dry_run", "--json")
+    asked = command("train", inputs, output_dir=tmp_path / "out", dry_run=True, json=True)
+    result = on_processes(2, *asked)
     figures = json.loads(result.stdout)
     assert figures["images_per_step"] == 16
     assert figures["device_hours"] == pytest.approx(2 * figures["hours"])

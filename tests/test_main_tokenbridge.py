@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import engine_tokenbridge
-import main_cache
 from tests import runs
 from util import stop
 from util.checkpoint import load_checkpoint
@@ -26,10 +25,10 @@ def test_two_nodes_train_as_one_draw_together_and_only_one_writes(inputs, traine
     settings = dict(online_eval=True, vae_path="vae.ckpt", num_images=6, num_iter=2, eval_bsz=2)
     settings |= dict(dist_url=f"tcp://127.0.0.1:{runs.free_port()}", grad_checkpointing=True)
     settings |= dict(dist_on_itp=True, accum_iter=1, num_workers=1)
-    argv = runs.flags(inputs, runs.TRAIN_FLAGS, settings, output_dir=tmp_path / "out")
+    asked = runs.command("train", inputs, **settings, output_dir=tmp_path / "out")
     names = [f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "LOCAL_RANK", "SIZE")]
     env = [dict(zip(names, (rank, 0, 2), strict=True)) for rank in (0, 1)]
-    results = runs.fork_together(*[["main_tokenbridge.py", *argv]] * 2, env=env)
+    results = runs.fork_together(*[asked] * 2, env=env)
     assert [code for code, _, _ in results] == [0, 0], results
     printed = "".join(out for _, out, _ in results)
     assert "2 processes (Open MPI (--dist_on_itp)), backend gloo" in printed
@@ -80,9 +79,7 @@ def test_images_and_their_cached_latents_train_the_same_but_for_float16(inputs, 
 def test_published_cache_trains(inputs, tmp_path):
     """CLASS/IMAGE.npz and nothing else: the scale is KL-16's, the channels those of the flags."""
     cache = tmp_path / "cache"
-    runs.call(
-        main_cache.main, *runs.flags(inputs, runs.CACHE_FLAGS, cached_path=cache, format="npz")
-    )
+    runs.use("cache", inputs, cached_path=cache, format="npz")
     for path in cache.glob("*.json"):
         path.unlink()
     geometry = dict(vae_embed_dim=runs.CHANNELS, vae_stride=runs.STRIDE)

@@ -118,10 +118,8 @@ def test_tracks_and_snapshots_go_on_where_they_were(inputs, tmp_path, size):
 def test_a_sweep_over_widths_that_was_killed_goes_on(trained, inputs, tmp_path):
     settings = dict(ema_sigma=[0.05, 0.08, 0.12], num_images=24, eval_bsz=4, no_metrics=True)
     runs.evaluate(inputs, tmp_path / "whole", trained, **settings)
-    argv = runs.flags(
-        inputs, runs.EVALUATE_FLAGS, settings, output_dir=tmp_path / "killed", resume=trained
-    )
-    command = ["main_tokenbridge.py", *argv]
+    settings |= dict(output_dir=tmp_path / "killed", resume=trained)
+    command = runs.command("evaluate", inputs, **settings)
     process = runs.start_fork(command, tmp_path / "log")
     runs.kill_when(lambda: list((tmp_path / "killed").glob("*sigma0.08/images/*.png")), process)
     assert not list((tmp_path / "killed").glob("*sigma0.12/images/*.png"))

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-import main_cache
 from models.masking import MaskRatios
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenizers.tokenizer import Tokenizer, decode_images
@@ -38,8 +37,7 @@ def beside(tmp_path_factory) -> Path:
         (folder / "data" / "val" / name).mkdir(parents=True)
         for path in sorted((folder / "data" / "train" / name).iterdir())[:count]:
             shutil.copyfile(path, folder / "data" / "val" / name / path.name)
-    settings = dict(cached_path=folder / "val", dtype="float32", split="val")
-    runs.call(main_cache.main, *runs.flags(folder, runs.CACHE_FLAGS, settings))
+    runs.use("cache", folder, cached_path="val", dtype="float32", split="val")
     return folder
 
 
