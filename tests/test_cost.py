@@ -28,9 +28,6 @@ def test_hours_are_the_operations_over_a_share_of_the_peak(capsys):
     more = figures(capsys, "--share", "0.5", "--cfg", "1", "--epochs", "4")
     assert more["training_device_hours"] == pytest.approx(found["training_device_hours"] / 100)
     assert more["sampling_device_hours"] < 0.6 * found["sampling_device_hours"]
-
-
-def test_wrong_calls_are_refused_in_one_line(capsys):
     assert "img_size 250 is not a multiple" in refused(capsys, cost.main, "--img_size", "250")
 
 

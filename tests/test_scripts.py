@@ -27,23 +27,6 @@ def stand_in(folder: Path, name: str, body: str) -> None:
     (folder / name).chmod(0o755)
 
 
-SLOW = {"timm", "torchvision", "scipy", "matplotlib", "diffusers", "torch_fidelity", "torchmetrics"}
-SLOW |= {"jinja2", "gradio", "tensorboard", "torch._dynamo"}
-
-
-def test_help_imports_nothing_that_takes_seconds():
-    """One interpreter for all: what one of them imports would be seen."""
-    scripts = ["main_tokenbridge", "main_cache", "reconstruction", "util.doctor", "util.report"]
-    lines = ["import runpy, sys", "from contextlib import suppress", f"for name in {scripts}:"]
-    lines += ["    sys.argv = [name, '--help']", "    with suppress(SystemExit):"]
-    lines += ["        runpy.run_module(name, run_name='__main__')"]
-    lines += [f"print(sorted({SLOW} & set(sys.modules)))"]
-    kept = dict(cwd=ROOT, env=environment(alone=True), capture_output=True, text=True)
-    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], **kept)
-    assert result.stdout.count("usage: ") == len(scripts), result.stderr
-    assert result.stdout.splitlines()[-1] == "[]"
-
-
 # --- torchrun
 
 

@@ -230,6 +230,8 @@ def test_validation_changes_nothing_on_one_or_two_processes(trained, validated, 
 def test_killed_between_checkpoint_and_validation_has_both_in_the_end(beside, validated, tmp_path):
     settings = VALIDATED | dict(val_path=beside / "data" / "val")
     runs.interrupted(beside, tmp_path / "out", **settings)
-    resumed = runs.train(beside, tmp_path / "out", resume="auto", **settings)
+    assert runs.load(tmp_path / "out")["epoch"] == 0
+    resumed = runs.train(beside, tmp_path / "out", resume="auto", num_workers=1, **settings)
+    assert resumed["epoch"] == 1 and resumed["step"] == 6
     runs.assert_same_training(resumed, runs.load(validated))
     assert curves_of(tmp_path / "out") == curves_of(validated)
