@@ -18,8 +18,7 @@ from models.generate import edit, generate
 from models.sampler import SamplingOptions
 from models.tokenbridge import TokenBridge, tokenbridge_tiny
 from models.tokenizers.kl16 import AutoencoderKL
-from tests.browser import chromium
-from tests.conftest import ROOT, tiny_model
+from tests.conftest import ROOT, chromium, tiny_model
 from tests.faults.harness import Job
 from tests.runs import call, free_port, refused, use
 from util import export

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from tests.browser import chromium
+from tests.conftest import chromium
 from tests.measures import PIXELS
 from tests.runs import call, evaluate, refused, train, use
 from tests.test_latent_cache import Trap
