@@ -26,7 +26,6 @@ from benchmarks.correctness import ROOT
 from models.tokenizers.kl16 import AutoencoderKL
 from util.dist import run
 from util.errors import EXIT_USER_ERROR
-from util.saver import CheckpointSaver
 from util.vae import save_vae
 
 SIZE, CHANNELS, STRIDE = 16, 4, 4
@@ -152,17 +151,6 @@ def train(inputs: Path, output: Path, **changes) -> dict:
     return load(output)
 
 
-def interrupted(inputs: Path, output: Path, **changes) -> None:
-    """Train, killed when the checkpoint of the first epoch is there."""
-
-    def save_and_die(saver, step, state):
-        saver._write(step, state(), 0.0)
-        raise KeyboardInterrupt
-
-    with mock.patch.object(CheckpointSaver, "save", save_and_die), pytest.raises(KeyboardInterrupt):
-        train(inputs, output, save_last_freq=1, **changes)
-
-
 def evaluate(inputs: Path, output: Path, resume: Path, **changes) -> dict[str, bytes]:
     """Evaluate in this process; the images it writes, by name."""
     use("evaluate", inputs, output_dir=output, resume=resume, **changes)
@@ -229,6 +217,13 @@ def environment(alone: bool = False, **env) -> dict[str, str]:
     hidden = ("PYTHONPATH", *shared)
     found = {name: value for name, value in os.environ.items() if name not in hidden}
     return found | ({} if alone else shared) | {name: str(value) for name, value in env.items()}
+
+
+def stand_in(folder: Path, name: str, body: str) -> None:
+    """A bash script in the place of a program, in a folder that comes first in PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (folder / name).chmod(0o755)
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.distributed.run import get_args_parser
 
 from tests.conftest import ROOT, environment
-from tests.runs import TRAIN_FLAGS, flags, load
+from tests.runs import TRAIN_FLAGS, flags, load, stand_in
 
 TORCHRUN, SLURM = (ROOT / "scripts" / f"train_{name}.sh" for name in ("torchrun", "slurm"))
 
@@ -19,12 +19,6 @@ def start(script: Path, *argv, path: Path = ROOT, **env) -> subprocess.Completed
     found["PATH"] = f"{path}:{found['PATH']}"
     command, kept = ["bash", str(script), *map(str, argv)], dict(capture_output=True, text=True)
     return subprocess.run(command, cwd=ROOT, env=found, timeout=300, **kept)
-
-
-def stand_in(folder: Path, name: str, body: str) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-    (folder / name).chmod(0o755)
 
 
 # --- torchrun

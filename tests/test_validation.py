@@ -19,6 +19,7 @@ from tests.conftest import tiny_model
 from util import stop, validation
 from util.checkpoint import load_checkpoint
 from util.device import resolve_precision
+from util.saver import CheckpointSaver
 from util.setup import build_model
 from util.vae import load_vae
 from util.validation import RATIOS, Validation, ratio_weights, validation_masks
@@ -227,9 +228,18 @@ def test_validation_changes_nothing_on_one_or_two_processes(trained, validated, 
     assert curves_of(tmp_path / "out") == curves_of(validated)
 
 
-def test_killed_between_checkpoint_and_validation_has_both_in_the_end(beside, validated, tmp_path):
+def test_killed_between_checkpoint_and_validation_has_both_in_the_end(
+    beside, validated, tmp_path, monkeypatch
+):
     settings = VALIDATED | dict(val_path=beside / "data" / "val")
-    runs.interrupted(beside, tmp_path / "out", **settings)
+
+    def save_and_die(saver, step, state):
+        saver._write(step, state(), 0.0)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointSaver, "save", save_and_die)
+        runs.train(beside, tmp_path / "out", save_last_freq=1, **settings)
     assert runs.load(tmp_path / "out")["epoch"] == 0
     resumed = runs.train(beside, tmp_path / "out", resume="auto", num_workers=1, **settings)
     assert resumed["epoch"] == 1 and resumed["step"] == 6
