@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.browser import chromium
-from tests.conftest import ROOT
+from tests.conftest import ROOT, chromium
 
 PAGES = [ROOT / "output" / f"{name}-quick" / "report.html" for name in ("demo", "gallery")]
 pytestmark = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.parent.name)

@@ -1,7 +1,9 @@
 """Golden data and tiny models for all tests."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from unittest import mock
@@ -28,6 +30,7 @@ from util.device import resolve_precision
 from util.errors import UserError
 from util.optim import EMA, build_optimizer
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Small tensors gain nothing from threads, and two test processes share two cores.
 torch.set_num_threads(1)
 
@@ -154,6 +157,22 @@ def complaint(action: Callable, *args, **kwargs) -> str:
         action(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+@contextmanager
+def chromium() -> Iterator:
+    """A headless browser of playwright. Where it is missing tests are skipped; in CI they fail."""
+    if CHROMIUM is None:
+        if os.environ.get("CI"):
+            pytest.fail("no chromium, which .ci/run installs: apt-get install chromium")
+        pytest.skip("no chromium: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,6 @@ from benchmarks.correctness import ROOT
 from models.tokenizers.kl16 import AutoencoderKL
 from util.dist import run
 from util.errors import EXIT_USER_ERROR
-from util.saver import CheckpointSaver
 from util.vae import save_vae
 
 SIZE, CHANNELS, STRIDE = 16, 4, 4
@@ -54,7 +53,7 @@ def _inputs_once() -> TemporaryDirectory:
         torch.manual_seed(0)
         vae = AutoencoderKL(embed_dim=CHANNELS, ch_mult=(1, 1, 1), ch=32, num_res_blocks=1)
         save_vae(folder / "vae.ckpt", vae)
-        call(main_cache.main, *flags(folder, CACHE_FLAGS, cached_path=folder / "cache"))
+        use("cache", folder, cached_path="cache")
         save_model(folder / "model")
     return made
 
@@ -119,6 +118,18 @@ def call(main: Callable[[], None], *argv: str) -> None:
         main()
 
 
+def use(name: str, inputs: Path, **changes) -> None:
+    """Run one of USES in this process, with changes of its flags."""
+    main, own_flags, _ = USES[name]
+    call(main, *flags(inputs, own_flags, changes))
+
+
+def command(name: str, inputs: Path, **changes) -> list[str]:
+    """The same for a process of its own: the script and its arguments."""
+    main, own_flags, _ = USES[name]
+    return [f"{main.__module__}.py", *flags(inputs, own_flags, changes)]
+
+
 def refused(capsys, main: Callable[[], None], *argv: str, alone: bool = True) -> str:
     """Run a script as its file does and return the one line with which it refuses.
 
@@ -136,25 +147,13 @@ def refused(capsys, main: Callable[[], None], *argv: str, alone: bool = True) ->
 
 def train(inputs: Path, output: Path, **changes) -> dict:
     """Train in this process; the checkpoint it leaves."""
-    call(main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, output_dir=output, **changes))
+    use("train", inputs, output_dir=output, **changes)
     return load(output)
-
-
-def interrupted(inputs: Path, output: Path, **changes) -> None:
-    """Train, killed when the checkpoint of the first epoch is there."""
-
-    def save_and_die(saver, step, state):
-        saver._write(step, state(), 0.0)
-        raise KeyboardInterrupt
-
-    with mock.patch.object(CheckpointSaver, "save", save_and_die), pytest.raises(KeyboardInterrupt):
-        train(inputs, output, save_last_freq=1, **changes)
 
 
 def evaluate(inputs: Path, output: Path, resume: Path, **changes) -> dict[str, bytes]:
     """Evaluate in this process; the images it writes, by name."""
-    argv = flags(inputs, EVALUATE_FLAGS, output_dir=output, resume=resume, **changes)
-    call(main_tokenbridge.main, *argv)
+    use("evaluate", inputs, output_dir=output, resume=resume, **changes)
     return images(output)
 
 
@@ -220,6 +219,13 @@ def environment(alone: bool = False, **env) -> dict[str, str]:
     return found | ({} if alone else shared) | {name: str(value) for name, value in env.items()}
 
 
+def stand_in(folder: Path, name: str, body: str) -> None:
+    """A bash script in the place of a program, in a folder that comes first in PATH."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -243,8 +249,8 @@ def on_processes(size: int, *command, code: int = 0) -> subprocess.CompletedProc
 
 def train_on(size: int, inputs: Path, output: Path, code: int = 0, **changes):
     """`train` on so many processes, of one micro-batch a step each."""
-    argv = flags(inputs, TRAIN_FLAGS, {"accum_iter": 1} | changes, output_dir=output)
-    return on_processes(size, "main_tokenbridge.py", *argv, code=code)
+    asked = command("train", inputs, output_dir=output, **{"accum_iter": 1} | changes)
+    return on_processes(size, *asked, code=code)
 
 
 def fork_together(*commands, env: list[dict] | None = None, timeout: int = 120):

@@ -12,17 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-import reconstruction
 from demo import app, app_page
 from demo.app_model import Library, class_names, draw, editing, reconstruct
 from models.generate import edit, generate
 from models.sampler import SamplingOptions
 from models.tokenbridge import TokenBridge, tokenbridge_tiny
 from models.tokenizers.kl16 import AutoencoderKL
-from tests.browser import chromium
-from tests.conftest import ROOT, tiny_model
+from tests.conftest import ROOT, chromium, tiny_model
 from tests.faults.harness import Job
-from tests.runs import RECONSTRUCTION_FLAGS, call, flags, free_port, refused
+from tests.runs import call, free_port, refused, use
 from util import export
 from util.data.images import center_crop
 from util.errors import UserError
@@ -145,7 +143,7 @@ def test_a_picture_is_reconstructed_as_reconstruction_py_does(loaded, place, tmp
     shutil.copy(place / "photo.png", tmp_path / "data" / "a" / "photo.png")
     settings = dict(bits=[-1, 2, 3], latent_scale=loaded.tokenizer.latent_scale, img_size=32)
     settings |= dict(image_dir=tmp_path / "data", output_dir=tmp_path / "out")
-    call(reconstruction.main, *flags(place, RECONSTRUCTION_FLAGS, settings))
+    use("reconstruct", place, **settings)
     vae, *quantized = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     pixels, captions = reconstruct(loaded, str(place / "photo.png"), 32, [2, 3])
     expected = [f"{r['bits']} bits, {r['entropy_bits']:.2f} used" for r in quantized]

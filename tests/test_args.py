@@ -10,7 +10,7 @@ import main_tokenbridge
 import reconstruction
 from demo import app
 from tests.conftest import ROOT
-from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, refused
+from tests.runs import call, load, refused, use
 from util import args as command_line
 from util import doctor, fid_stats
 
@@ -198,7 +198,7 @@ def test_ready_configurations_are_understood_and_the_published_are_those_of_the_
 def test_training_and_evaluation_leave_their_settings(inputs, tmp_path, capsys, refusal):
     """The same call again: test_saved_settings_are_the_same_call_again."""
     first = tmp_path / "first"
-    call(main_tokenbridge.main, *flags(inputs, TRAIN_FLAGS, output_dir=first, epochs=1))
+    use("train", inputs, output_dir=first, epochs=1)
     out = capsys.readouterr().out
     assert "epochs=1" in out and "model=tokenbridge_tiny" in out and "quant_bits" not in out
     config = ["--config", str(first / "config.yaml")]
@@ -206,7 +206,7 @@ def test_training_and_evaluation_leave_their_settings(inputs, tmp_path, capsys, 
     assert yaml.safe_load((first / "config.yaml").read_text())["epochs"] == 2
     assert load(first)["step"] == 6
     settings = dict(output_dir=tmp_path / "out", num_images=3, no_metrics=True, resume=first)
-    call(main_tokenbridge.main, *flags(inputs, EVALUATE_FLAGS, **settings))
+    use("evaluate", inputs, **settings)
     saved = yaml.safe_load((tmp_path / "out" / "config-evaluation.yaml").read_text())
     assert saved["evaluate"] and saved["num_images"] == 3
     # The second point of a refused one, which leaves none, has the folder of other images.

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import main_cache
 from engine_tokenbridge import training_state
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
@@ -191,8 +190,7 @@ def test_vaes_of_other_trainers_are_read(inputs, tmp_path, capsys, form):
         lightning.ModelCheckpoint = ModelCheckpoint
         with mock.patch.dict(sys.modules, {lightning.__name__: lightning}):
             torch.save(vae.state_dict() if form == "bare" else lightning_vae(vae), path)
-    paths = dict(vae_path=path, cached_path=tmp_path / "new")
-    runs.call(main_cache.main, *runs.flags(inputs, runs.CACHE_FLAGS, paths))
+    runs.use("cache", inputs, vae_path=path, cached_path=tmp_path / "new")
     assert (f"{path}: passed over loss." in capsys.readouterr().out) == (form == "lightning")
     for shard in (tmp_path / "new").glob("shard-*.npy"):
         assert shard.read_bytes() == (inputs / "cache" / shard.name).read_bytes()

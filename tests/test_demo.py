@@ -17,7 +17,7 @@ from demo import train_vae as vae_training
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.vq import VQModel
 from tests.conftest import ROOT
-from tests.runs import call, refused
+from tests.runs import call, refused, stand_in
 from util import fid_stats
 from util.errors import UserError
 from util.evaluation.extractor import load_extractor
@@ -133,7 +133,7 @@ def test_demo_s_distance_comes_from_the_evaluation_s_own_path(few, tmp_path, net
     assert judged["nearest"] == list(range(len(images)))
 
 
-STAND_IN = """#!/bin/sh
+STAND_IN = """
 echo "$*" >>asked
 case "$*" in
 *util.export*) [ ! -e fails ] ;;
@@ -145,10 +145,8 @@ esac
 def test_an_interrupted_demo_goes_on_and_a_finished_one_begins_anew(tmp_path):
     """demo/run.sh alone: of its commands it is known what was asked for."""
     shutil.copytree(ROOT / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("*.py"))
-    (tmp_path / "bin").mkdir()
     for name in ("python", "torchrun"):
-        (tmp_path / "bin" / name).write_text(STAND_IN)
-        (tmp_path / "bin" / name).chmod(0o755)
+        stand_in(tmp_path / "bin", name, STAND_IN)
     env = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
 
     def stages() -> tuple[int, int, str]:

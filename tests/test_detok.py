@@ -6,14 +6,12 @@ import shutil
 import pytest
 import torch
 
-import main_cache
-import reconstruction
 from models.config import TokenBridgeConfig
 from models.tokenizers.detok import DeTok
 from models.tokenizers.kl16 import Posterior
 from models.tokenizers.tokenizer import Tokenizer
 from tests.conftest import GOLDEN, formula_weight, golden, golden_json, relative_error
-from tests.runs import CACHE_FLAGS, RECONSTRUCTION_FLAGS, call, evaluate, flags, train
+from tests.runs import evaluate, train, use
 from util.data.latent_cache import open_cache, read_json
 from util.errors import UserError
 from util.vae import load_vae, save_vae
@@ -69,7 +67,7 @@ def place(inputs, tmp_path_factory):
     shutil.copytree(inputs / "data", folder / "data")
     state = DeTok(**TINY).state_dict()
     torch.save({"model": state, "model_ema": state}, folder / "vae.ckpt")
-    call(main_cache.main, *flags(folder, CACHE_FLAGS, cached_path="cache"))
+    use("cache", folder, cached_path="cache")
     return folder
 
 
@@ -96,8 +94,7 @@ def test_without_a_cache_its_statistics_are_asked_for(place, tmp_path, refusal):
     cached = train(place, tmp_path / "cached", epochs=1)
     assert saved["config"]["latent_std"] == cached["config"]["latent_std"]
     shown = dict(latent_scale=None, latent_stats=stats)
-    argv = flags(place, RECONSTRUCTION_FLAGS, shown, output_dir=tmp_path / "pictures")
-    call(reconstruction.main, *argv)
+    use("reconstruct", place, **shown, output_dir=tmp_path / "pictures")
     assert "main_cache.py measures" in refusal("reconstruct", place, latent_scale=None)
     assert "images of 16 px alone" in refusal("reconstruct", place, **shown, img_size=32)
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import main_cache
 from models.generate import generate
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import AutoencoderKL
 from models.tokenizers.tokenizer import Tokenizer, from_uint8
 from tests.conftest import relative_error
-from tests.runs import CACHE_FLAGS, call, flags, train
+from tests.runs import call, flags, train, use
 from util import export
 from util.data.images import ImageDataset
 from util.data.latent_cache import open_cache
@@ -137,7 +136,7 @@ def test_a_folder_is_known_by_its_settings_and_weights(own, saved):
 def test_its_posteriors_are_cached_and_a_training_on_them_needs_no_diffusers_and_draws(
     inputs, saved, tmp_path, monkeypatch
 ):
-    call(main_cache.main, *flags(inputs, CACHE_FLAGS, vae_path=saved, cached_path=tmp_path / "c"))
+    use("cache", inputs, vae_path=saved, cached_path=tmp_path / "c")
     cache = open_cache(tmp_path / "c")
     manifest = cache.manifest
     assert manifest["latent_scale"] == manifest["measured_latent_scale"] != 0.2325

@@ -43,8 +43,8 @@ def figures(folder: Path) -> dict:
 
 def test_killed_run_ends_as_an_undisturbed_one(inputs, whole, tmp_path):
     """Begun on two processes, ended on three."""
-    argv = runs.flags(inputs, runs.EVALUATE_FLAGS, settings_of(inputs), output_dir=tmp_path)
-    asked = ["main_tokenbridge.py", *argv, "--resume", inputs / "model"]
+    settings = settings_of(inputs, output_dir=tmp_path, resume="model")
+    asked = runs.command("evaluate", inputs, **settings)
     begun = [
         runs.start_fork(asked, tmp_path / str(i), **env) for i, env in enumerate(runs.ranks(2))
     ]

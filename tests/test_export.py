@@ -29,7 +29,9 @@ def run(resume: Path, output: Path, *others: str) -> dict:
 
 
 @pytest.mark.parametrize(("weights", "key"), [("ema", "model_ema"), ("model", "model")])
-def test_weights_and_origin_are_written_and_draw_the_same(inputs, trained, tmp_path, weights, key):
+def test_weights_and_origin_are_written_and_draw_the_same(
+    inputs, trained, tmp_path, capsys, weights, key
+):
     header = run(trained, tmp_path / "exported", "--eval_weights", weights)
     saved = load(trained)
     state = TokenBridge.from_pretrained(tmp_path / "exported").published_state_dict()
@@ -45,6 +47,9 @@ def test_weights_and_origin_are_written_and_draw_the_same(inputs, trained, tmp_p
     chosen = dict(eval_weights=weights, no_metrics=True)
     images = evaluate(inputs, tmp_path / "a", trained, **chosen)
     assert evaluate(inputs, tmp_path / "b", tmp_path / "exported", **chosen) == images
+    assert "warning" not in capsys.readouterr().err
+    for folder in tmp_path.glob("*/ariter*"):
+        assert folder.name == f"ariter4-temp1-linearcfg2-image12-seed1-{weights}"
 
 
 def test_an_exported_folder_may_be_the_output_folder_or_begin_a_training(inputs, trained, tmp_path):
@@ -75,13 +80,17 @@ def test_a_published_checkpoint_takes_its_settings_from_the_flags(trained, tmp_p
     assert config.head_input == "published" and config.latent_scale == 0.2325
 
 
-def test_a_vae_that_is_named_is_compared_and_noted(trained, tmp_path, capsys):
+def test_a_vae_that_is_named_is_compared_and_noted(inputs, trained, tmp_path, capsys):
+    """And to draw with another one is worth a warning."""
     torch.manual_seed(3)
     save_vae(tmp_path / "other.ckpt", AutoencoderKL(4, (1, 1, 1), ch=32, num_res_blocks=1))
     header = run(trained, tmp_path / "out", "--vae_path", str(tmp_path / "other.ckpt"))
     assert "trained with another VAE file (sha256 " in capsys.readouterr().err
     digest = hashlib.sha256((tmp_path / "other.ckpt").read_bytes()).hexdigest()
     assert header["vae_sha256"] == digest
+    drawing = dict(vae_path=tmp_path / "other.ckpt", num_images=1, no_metrics=True)
+    evaluate(inputs, tmp_path / "drawn", trained, **drawing)
+    assert capsys.readouterr().err.count("trained with another VAE") == 1
     save_vae(tmp_path / "small.ckpt", AutoencoderKL(4, (1, 1), ch=32, num_res_blocks=1))
     small = ("--vae_path", str(tmp_path / "small.ckpt"))
     assert "stride 2" in complaint(run, trained, tmp_path / "no", *small)

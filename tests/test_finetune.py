@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import main_cache
-import main_tokenbridge
 from tests import runs
 from util import doctor
 from util.errors import UserError
@@ -24,8 +22,7 @@ def others(tmp_path_factory) -> Path:
     train_folder = inputs / "data" / "train"
     (train_folder / "ant").rename(train_folder / "dog")
     shutil.copytree(train_folder / "cat", train_folder / "eel")
-    argv = runs.flags(inputs, runs.CACHE_FLAGS, cached_path="others_cache")
-    runs.call(main_cache.main, *argv)
+    runs.use("cache", inputs, cached_path="others_cache")
     return inputs
 
 
@@ -71,7 +68,7 @@ def test_rows_without_names_are_kept_of_as_many(others, trained, tmp_path, capsy
 
 def test_positions_are_interpolated_to_another_size(others, trained, tmp_path, capsys):
     paths = dict(cached_path=tmp_path / "cache", img_size=32)
-    runs.call(main_cache.main, *runs.flags(others, runs.CACHE_FLAGS, paths))
+    runs.use("cache", others, **paths)
     found = runs.train(others, tmp_path / "out", finetune=trained, epochs=1, **AGAIN | paths)
     assert "positions interpolated from 4 x 4 to 8 x 8" in capsys.readouterr().out
     assert found["config"]["img_size"] == 32
@@ -86,10 +83,10 @@ def test_positions_are_interpolated_to_another_size(others, trained, tmp_path, c
 
 def test_dry_run_and_doctor_take_it(others, trained, tmp_path, capsys):
     settings = AGAIN | dict(finetune=trained, output_dir=tmp_path / "out")
-    argv = runs.flags(others, runs.TRAIN_FLAGS, settings)
-    runs.call(main_tokenbridge.main, *argv, "--dry_run")
+    runs.use("train", others, **settings, dry_run=True)
     assert "2 of 3 rows kept by name" in capsys.readouterr().out
-    runs.call(doctor.main, *argv, "--vae_path", str(others / "vae.ckpt"), "--no_metrics")
+    settings |= dict(vae_path="vae.ckpt", no_metrics=True)
+    runs.call(doctor.main, *runs.flags(others, runs.TRAIN_FLAGS, settings))
     lines = {line[9:26].strip(): line for line in capsys.readouterr().out.splitlines()}
     assert lines["checkpoint"].startswith("ok") and "2 new (dog, eel)" in lines["inputs"]
     assert "4 classes" in lines["inputs"] and not (tmp_path / "out").exists()

@@ -1,11 +1,13 @@
-"""Operations are those of torch's counter on the modules."""
+"""Operations are those of torch's counter on the modules; hours the counts over the rate."""
 
+import json
 import math
 from collections import Counter
 
 import pytest
 import torch
 
+from benchmarks import cost
 from benchmarks.works import vae_operations
 from models import flops
 from models.config import TokenBridgeConfig, preset
@@ -13,7 +15,8 @@ from models.flops import count
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenbridge import TokenBridge
 from models.tokenizers.kl16 import KL16, AutoencoderKL
-from tests.conftest import tiny_model
+from tests.conftest import ROOT, tiny_model
+from tests.runs import call, refused
 
 VARIANTS = {
     "patches": dict(img_size=32, vae_embed_dim=2, patch_size=2, channel_order=(1, 0)),
@@ -84,3 +87,35 @@ def test_mean_step_is_the_mean_over_the_draws_of_the_mask():
     assert flops.sampling(large, whole) == 107508182024192
     assert 0.5 < flops.sampling(large, half) / 107508182024192 < 1
     assert torch.equal(torch.get_rng_state(), state)  # which counting leaves as it is
+
+
+# --- the calculator of hours
+
+
+def figures(capsys, *flags: str) -> dict:
+    call(cost.main, *flags)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_hours_are_the_operations_over_a_share_of_the_peak(capsys):
+    large = TokenBridgeConfig(**preset("tokenbridge_large"))
+    found = figures(capsys, "--share", "0.5")
+    rate = 0.5 * 989.4e12 * 3600
+    step, sample = flops.training_step(large), flops.sampling(large, SamplingOptions(256, 3.1))
+    assert found["training_device_hours"] == pytest.approx(400 * 1_281_167 * step / rate)
+    assert found["sampling_device_hours"] == pytest.approx(50_000 * sample / rate)
+    assert found["training_hours"] == found["training_device_hours"] / 8
+    more = figures(capsys, "--share", "0.5", "--cfg", "1", "--epochs", "4")
+    assert more["training_device_hours"] == pytest.approx(found["training_device_hours"] / 100)
+    assert more["sampling_device_hours"] < 0.6 * found["sampling_device_hours"]
+    assert "img_size 250 is not a multiple" in refused(capsys, cost.main, "--img_size", "250")
+
+
+def test_the_page_says_what_the_command_does(capsys):
+    page = (ROOT / "docs" / "performance.md").read_text()
+    for model, epochs in (("tokenbridge_large", 400), ("tokenbridge_huge", 800)):
+        found = figures(capsys, "--model", model)
+        assert found["epochs"] == epochs
+        training, sampling = found["training_device_hours"], found["sampling_device_hours"]
+        row = f"| `{model}`, {epochs} epochs | {training:,.0f} | {training / 8 / 24:.1f} "
+        assert f"{row}| {sampling:.1f} |" in page

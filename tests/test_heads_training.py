@@ -6,19 +6,9 @@ import shutil
 import pytest
 import torch
 
-import main_cache
 from models.tokenbridge import resized_positions
 from models.tokenizers.vq import VQModel
-from tests.runs import (
-    CACHE_FLAGS,
-    assert_same_training,
-    call,
-    evaluate,
-    flags,
-    load,
-    train,
-    train_on,
-)
+from tests.runs import assert_same_training, call, evaluate, load, train, train_on, use
 from util import export
 from util.vae import save_vae
 
@@ -55,7 +45,7 @@ def test_a_vq_tokenizer_is_cached_trained_on_and_drawn_with(inputs, tmp_path, re
     vae = VQModel(num_res_blocks=1, **sizes)
     path, cache = tmp_path / "vq.ckpt", tmp_path / "cache"
     save_vae(path, vae)
-    call(main_cache.main, *flags(inputs, CACHE_FLAGS, vae_path=path, cached_path=cache))
+    use("cache", inputs, vae_path=path, cached_path=cache)
     asked = dict(head="codebook", cached_path=cache, vae_path=path, **VALIDATED)
     saved = train(inputs, tmp_path / "run", **asked)
     scale = saved["config"]["latent_scale"]

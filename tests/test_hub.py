@@ -11,6 +11,7 @@ from models.hub import CONFIG, WEIGHTS, Origin
 from models.tokenbridge import TokenBridge
 from tests.conftest import tiny_model
 from tests.hub import in_place_of_the_hub
+from tests.runs import assert_same_training
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,7 @@ def hub(monkeypatch):
 
 def assert_same(found: TokenBridge, expected: TokenBridge) -> None:
     assert found.config == expected.config and found.origin == expected.origin
-    tensors, others = found.state_dict(), expected.state_dict()
-    assert list(tensors) == list(others)
-    assert [name for name in others if not torch.equal(tensors[name], others[name])] == []
+    assert_same_training(found.state_dict(), expected.state_dict())
 
 
 def test_a_folder_gives_the_same_model_and_equal_models_equal_files(tmp_path):

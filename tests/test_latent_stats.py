@@ -48,7 +48,7 @@ def test_channels_are_ordered_by_low_frequencies_of_which_a_constant_is_none():
 
 
 def test_scale_brings_posterior_samples_to_unit_variance():
-    """The histogram is of samples, too: test_calibrated_training.py."""
+    """The histogram is of samples, too: test_calibration.py."""
     moments = random_moments(400)
     means, logvar = moments.double().chunk(2, dim=1)
     noise = torch.randn(means.shape, generator=torch.Generator().manual_seed(1)).double()

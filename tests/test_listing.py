@@ -13,7 +13,6 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import main_cache
-import main_tokenbridge
 from reconstruction import choose_images
 from tests import runs
 from tests.conftest import complaint
@@ -115,8 +114,8 @@ def test_classes_are_counted_where_no_flag_says(inputs, tmp_path, capsys):
     assert "the model has 5 classes, --cached_path" in capsys.readouterr().out
     published = tmp_path / "published.pth"
     runs.save_published(tmp_path / "more", published)
-    argv = runs.flags(inputs, runs.TRAIN_FLAGS, class_num=None, output_dir=tmp_path / "x")
-    runs.call(main_tokenbridge.main, *argv, "--dry_run", "--resume", str(published))
+    changes = dict(class_num=None, resume=published, dry_run=True)
+    runs.use("train", inputs, output_dir=tmp_path / "x", **changes)
     assert "the model has 5 classes, --cached_path" in capsys.readouterr().out
 
 

@@ -17,10 +17,9 @@ import torch
 import wandb
 from tensorboard.summary.writer import event_file_writer
 
-import main_tokenbridge
 from models.flops import Meter
 from tests.conftest import ROOT, complaint
-from tests.runs import EVALUATE_FLAGS, TRAIN_FLAGS, call, flags, load, scalars
+from tests.runs import evaluate, load, scalars, train
 from util.data.batches import Batches
 from util.logging import LogSettings, MetricsFile, StepResult, TrainingLog
 from util.report import load as report
@@ -255,18 +254,17 @@ def test_full_disk_loses_figures_and_not_the_run(tmp_path, capsys):
 def test_training_and_evaluation_write_into_one_file(inputs, tmp_path, capsys, refusal):
     """Six steps, the last two of them twice; then the figures of an evaluation, as JSON too."""
     figures, output = tmp_path / "figures.jsonl", tmp_path / "out"
-    settings = flags(inputs, TRAIN_FLAGS, output_dir=output, metrics_file=figures, log_freq=2)
-    call(main_tokenbridge.main, *settings, "--epochs", "1")
+    settings = dict(metrics_file=figures, log_freq=2)
+    train(inputs, output, **settings, epochs=1)
     assert [line["step"] for line in lines_of(figures)] == [2, 3]
     assert set(lines_of(figures)[0]) > {"train/loss", "train/lr", "train/grad_norm"}
     with open(figures, "a") as file:
         file.write('{"step": 4, "train/loss": 9.0}\n')  # of a run that was killed
-    call(main_tokenbridge.main, *settings, "--resume", "auto")
+    train(inputs, output, **settings, resume="auto")
     assert [line["step"] for line in lines_of(figures)] == [2, 3, 4, 6]
-    argv = flags(inputs, EVALUATE_FLAGS, output_dir=tmp_path / "ev", resume=output, num_images=3)
-    argv += ["--cfg", "1", "2", "--metrics_file", str(figures), "--json", "--no_metrics"]
+    settings = dict(num_images=3, cfg=[1, 2], metrics_file=figures, json=True, no_metrics=True)
     capsys.readouterr()
-    call(main_tokenbridge.main, *argv)
+    evaluate(inputs, tmp_path / "ev", output, **settings)
     printed = json.loads(capsys.readouterr().out)
     assert [e["settings"]["cfg"] for e in printed["evaluations"]] == [1.0, 2.0]
     assert printed["checkpoint"] == str(output / "checkpoint-last.pth")

@@ -22,18 +22,14 @@ from util.errors import EXIT_STOPPED
 from util.vae import load_vae
 
 
-def argv_of(inputs: Path, cache: Path, **changes) -> list[str]:
-    """Of three shards of 24 images."""
-    return runs.flags(inputs, runs.CACHE_FLAGS, dict(batch_size=2, cached_path=cache), changes)
-
-
 def contents_of(folder: Path) -> dict[str, bytes]:
     """The files of a cache; how it was called is no part of it."""
     return runs.contents(folder, but=(CONFIG,))
 
 
 def make(inputs: Path, cache: Path, **changes) -> None:
-    runs.call(main_cache.main, *argv_of(inputs, cache, **changes))
+    """Of three shards of 24 images."""
+    runs.use("cache", inputs, cached_path=cache, **dict(batch_size=2) | changes)
 
 
 @torch.no_grad()
@@ -63,7 +59,8 @@ def test_two_processes_write_the_bytes_of_one(inputs, tmp_path):
     """Killed, either goes on: tests/faults."""
     one, two = tmp_path / "one", tmp_path / "two"
     make(inputs, one)
-    runs.on_processes(2, "main_cache.py", *argv_of(inputs, two, num_workers=1))
+    asked = runs.command("cache", inputs, cached_path=two, batch_size=2, num_workers=1)
+    runs.on_processes(2, *asked)
     assert len(list(one.glob("*.npy"))) == 3
     assert contents_of(one) == contents_of(two)
 
@@ -111,10 +108,11 @@ def test_a_full_disk_or_a_signal_ends_it_and_the_same_command_goes_on(
     inputs, tmp_path, monkeypatch, capsys
 ):
     """A limit on file sizes stands for the disk; the settings still fit, no shard does."""
+    asked = runs.command("cache", inputs, cached_path=tmp_path / "cache", batch_size=2)
     cache, before = tmp_path / "cache", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
-        line = runs.refused(capsys, main_cache.main, *argv_of(inputs, cache))
+        line = runs.refused(capsys, main_cache.main, *asked[1:])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert f"--cached_path {cache}: cannot write" in line and "too large" in line
@@ -130,7 +128,7 @@ def test_a_full_disk_or_a_signal_ends_it_and_the_same_command_goes_on(
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(main_cache, "encode", signalled)
-        patch.setattr(sys, "argv", ["main_cache.py", *argv_of(inputs, cache)])
+        patch.setattr(sys, "argv", asked)
         run(main_cache.main)
     assert end.value.code == EXIT_STOPPED and len(encoded) == 6
     assert "stopped by SIGTERM" in capsys.readouterr().err.splitlines()[-1]

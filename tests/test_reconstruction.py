@@ -12,14 +12,13 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure as similarity
 
-import reconstruction
 from models.calibration import fit_levels
 from models.quantizer import gaussian_levels
 from models.tokenizers.kl16 import Posterior
-from models.tokenizers.tokenizer import from_uint8, to_uint8
+from models.tokenizers.tokenizer import Tokenizer, from_uint8, to_uint8
 from tests.conftest import complaint
 from tests.measures import PIXELS
-from tests.runs import CHANNELS, RECONSTRUCTION_FLAGS, SIZE, call, contents, flags, on_processes
+from tests.runs import CHANNELS, SIZE, command, contents, on_processes, use
 from util.data.histogram import LatentHistogram
 from util.data.images import ImageDataset
 from util.data.listing import list_images
@@ -30,7 +29,7 @@ from util.vae import load_vae
 
 SCALE, RANGE, BITS = 4.0, 2.0, (2, 6)  # some scaled posterior means lie outside the range
 VARIANTS = ("original", "continuous", *(f"bits{bits}" for bits in BITS))
-FLAGS = RECONSTRUCTION_FLAGS | dict(latent_scale=SCALE, range=RANGE, bits=[-1, *BITS], batch_size=5)
+SETTINGS = dict(latent_scale=SCALE, range=RANGE, bits=[-1, *BITS], batch_size=5)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def done(inputs, tmp_path_factory) -> Path:
 
 
 def reconstruct(inputs: Path, output: Path, **changes) -> None:
-    call(reconstruction.main, *flags(inputs, FLAGS, output_dir=output, **changes))
+    use("reconstruct", inputs, output_dir=output, **SETTINGS | changes)
 
 
 def files(output: Path) -> dict[str, bytes]:
@@ -200,8 +199,8 @@ def test_killed_or_damaged_it_ends_the_same(inputs, done, tmp_path, stopped_afte
     with patch, pytest.raises(KeyboardInterrupt):
         reconstruct(inputs, tmp_path)
     assert not (tmp_path / "results.json").exists()
-    argv = flags(inputs, FLAGS, output_dir=tmp_path)
-    result = on_processes(processes, "reconstruction.py", *argv)
+    asked = command("reconstruct", inputs, output_dir=tmp_path, **SETTINGS)
+    result = on_processes(processes, *asked)
     assert result.stdout.count("24 images, rows of") == 1
     assert files(tmp_path) == files(done) and results(tmp_path) == results(done)
     (tmp_path / "bits2" / "00000.png").unlink()
@@ -225,8 +224,8 @@ def test_ssim_is_torchmetrics_own_of_each_image():
 def test_figures_of_features_are_those_of_the_images(inputs, tmp_path):
     """Begun without them, measured later, on two processes: features of the very PNG files."""
     reconstruct(inputs, tmp_path)
-    measuring = {"feature_extractor": PIXELS, "no_metrics": False}
-    on_processes(2, "reconstruction.py", *flags(inputs, FLAGS, output_dir=tmp_path, **measuring))
+    measuring = SETTINGS | dict(feature_extractor=PIXELS, no_metrics=False)
+    on_processes(2, *command("reconstruct", inputs, output_dir=tmp_path, **measuring))
     extractor, moments = Extractor("pixels", None, torch.device("cpu")), {}
     for name in VARIANTS:
         images = torch.from_numpy(pixels(tmp_path / name)).permute(0, 3, 1, 2).to(torch.uint8)
@@ -259,7 +258,7 @@ def test_calibrated_levels_are_the_caches(inputs, done, tmp_path):
 
 def test_noise_of_an_image_is_standard_normal_and_its_own():
     """Whichever batch it is in; and no two images or seeds share theirs."""
-    tokenizer = reconstruction.Tokenizer(None, 1.0)  # mean 0, std 1
+    tokenizer = Tokenizer(None, 1.0)  # mean 0, std 1
     tokenizer.posterior = lambda x: Posterior(torch.zeros(len(x), 8, 16, 16))
     drawn = draw_latents(tokenizer, torch.zeros(50, 3), list(range(50)), 3)
     assert drawn.mean().abs() < 0.02 and abs(drawn.std() - 1) < 0.02

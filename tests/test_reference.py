@@ -33,9 +33,9 @@ def test_nothing_in_a_pt_file_is_run(tmp_path):
 
 
 def test_bad_statistics_are_refused_in_one_line(tmp_path):
+    """And those that are not there: test_errors.py."""
     path = tmp_path / "stats.npz"
     for arrays, fragment in (
-        (None, "no such file"),
         (dict(mu=np.zeros(4)), "mu and sigma"),
         (dict(mu=np.array([{}]), sigma=np.eye(2)), "mu and sigma"),
         (dict(mu=np.zeros(6), sigma=np.eye(6)), "4 features"),
@@ -43,8 +43,7 @@ def test_bad_statistics_are_refused_in_one_line(tmp_path):
         (dict(mu=np.zeros(4), sigma=np.tri(4)), "not symmetric"),
         (dict(mu=np.zeros(4), sigma=np.ones((4, 4)) - 2 * np.eye(4)), "negative"),
     ):
-        if arrays:
-            np.savez(path, **arrays)
+        np.savez(path, **arrays)
         line = complaint(load_fid_statistics, path, 4)
         assert line.startswith(f"--fid_stats {path}: ") and fragment in line
 

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-import reconstruction
-from tests.browser import chromium
+from tests.conftest import chromium
 from tests.measures import PIXELS
-from tests.runs import RECONSTRUCTION_FLAGS, call, evaluate, flags, refused, train
+from tests.runs import call, evaluate, refused, train, use
 from tests.test_latent_cache import Trap
 from util.report import __main__ as report
 from util.report import page, sections
@@ -30,8 +29,7 @@ def whole(inputs, tmp_path_factory) -> Path:
     points = dict(cfg=[1.0, 2.0], temperature=[0.5, 1.0], num_images=30, eval_bsz=10)
     points |= dict(feature_extractor=PIXELS, fid_reference=inputs / "data", num_workers=0)
     evaluate(inputs, root / "drawn", root / "model", **points)
-    settings = dict(bits=[-1, 4, 2], output_dir=root / "reconstructed")
-    call(reconstruction.main, *flags(inputs, RECONSTRUCTION_FLAGS, settings))
+    use("reconstruct", inputs, bits=[-1, 4, 2], output_dir=root / "reconstructed")
     return root
 
 

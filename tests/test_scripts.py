@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.distributed.run import get_args_parser
 
 from tests.conftest import ROOT, environment
-from tests.runs import TRAIN_FLAGS, flags, load
+from tests.runs import TRAIN_FLAGS, flags, load, stand_in
 
 TORCHRUN, SLURM = (ROOT / "scripts" / f"train_{name}.sh" for name in ("torchrun", "slurm"))
 
@@ -19,29 +19,6 @@ def start(script: Path, *argv, path: Path = ROOT, **env) -> subprocess.Completed
     found["PATH"] = f"{path}:{found['PATH']}"
     command, kept = ["bash", str(script), *map(str, argv)], dict(capture_output=True, text=True)
     return subprocess.run(command, cwd=ROOT, env=found, timeout=300, **kept)
-
-
-def stand_in(folder: Path, name: str, body: str) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-    (folder / name).chmod(0o755)
-
-
-SLOW = {"timm", "torchvision", "scipy", "matplotlib", "diffusers", "torch_fidelity", "torchmetrics"}
-SLOW |= {"jinja2", "gradio", "tensorboard", "torch._dynamo"}
-
-
-def test_help_imports_nothing_that_takes_seconds():
-    """One interpreter for all: what one of them imports would be seen."""
-    scripts = ["main_tokenbridge", "main_cache", "reconstruction", "util.doctor", "util.report"]
-    lines = ["import runpy, sys", "from contextlib import suppress", f"for name in {scripts}:"]
-    lines += ["    sys.argv = [name, '--help']", "    with suppress(SystemExit):"]
-    lines += ["        runpy.run_module(name, run_name='__main__')"]
-    lines += [f"print(sorted({SLOW} & set(sys.modules)))"]
-    kept = dict(cwd=ROOT, env=environment(alone=True), capture_output=True, text=True)
-    result = subprocess.run([sys.executable, "-c", "\n".join(lines)], **kept)
-    assert result.stdout.count("usage: ") == len(scripts), result.stderr
-    assert result.stdout.splitlines()[-1] == "[]"
 
 
 # --- torchrun

@@ -93,7 +93,7 @@ def test_settings_that_do_not_fit_are_refused_by_value():
 
 
 def test_losses_of_the_channels_are_the_cross_entropies_and_have_the_loss_as_their_mean():
-    """Of each of the p*p scalars of a channel; without patches: test_channel_head.py."""
+    """Of each of the p*p scalars of a channel; without patches: test_heads.py."""
     model = tiny_model(patch_size=2)
     latents, labels = torch.randn(2, 6, 4, 4), torch.tensor([0, 2])
     mask = torch.ones(2, model.config.seq_len)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-import main_cache
 from models.masking import MaskRatios
 from models.sampler import SamplingOptions, sample_latents
 from models.tokenizers.tokenizer import Tokenizer, decode_images
@@ -20,6 +19,7 @@ from tests.conftest import tiny_model
 from util import stop, validation
 from util.checkpoint import load_checkpoint
 from util.device import resolve_precision
+from util.saver import CheckpointSaver
 from util.setup import build_model
 from util.vae import load_vae
 from util.validation import RATIOS, Validation, ratio_weights, validation_masks
@@ -38,8 +38,7 @@ def beside(tmp_path_factory) -> Path:
         (folder / "data" / "val" / name).mkdir(parents=True)
         for path in sorted((folder / "data" / "train" / name).iterdir())[:count]:
             shutil.copyfile(path, folder / "data" / "val" / name / path.name)
-    settings = dict(cached_path=folder / "val", dtype="float32", split="val")
-    runs.call(main_cache.main, *runs.flags(folder, runs.CACHE_FLAGS, settings))
+    runs.use("cache", folder, cached_path="val", dtype="float32", split="val")
     return folder
 
 
@@ -229,9 +228,20 @@ def test_validation_changes_nothing_on_one_or_two_processes(trained, validated, 
     assert curves_of(tmp_path / "out") == curves_of(validated)
 
 
-def test_killed_between_checkpoint_and_validation_has_both_in_the_end(beside, validated, tmp_path):
+def test_killed_between_checkpoint_and_validation_has_both_in_the_end(
+    beside, validated, tmp_path, monkeypatch
+):
     settings = VALIDATED | dict(val_path=beside / "data" / "val")
-    runs.interrupted(beside, tmp_path / "out", **settings)
-    resumed = runs.train(beside, tmp_path / "out", resume="auto", **settings)
+
+    def save_and_die(saver, step, state):
+        saver._write(step, state(), 0.0)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointSaver, "save", save_and_die)
+        runs.train(beside, tmp_path / "out", save_last_freq=1, **settings)
+    assert runs.load(tmp_path / "out")["epoch"] == 0
+    resumed = runs.train(beside, tmp_path / "out", resume="auto", num_workers=1, **settings)
+    assert resumed["epoch"] == 1 and resumed["step"] == 6
     runs.assert_same_training(resumed, runs.load(validated))
     assert curves_of(tmp_path / "out") == curves_of(validated)
