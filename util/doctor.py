@@ -25,7 +25,7 @@ import torch
 from models.quantizer import GaussianQuantizer, entropy, level_counts
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer, to_uint8
-from util import dist, setup, stop
+from util import dist, setup
 from util.args import Parser, train_parser, value
 from util.checkpoint import find_checkpoint
 from util.data.images import ImageDataset, psnr
@@ -264,8 +264,6 @@ def attempt(name: str, opened: Opened) -> Finding:
     with io.StringIO() as notes, redirect_stdout(notes), redirect_stderr(notes):
         try:
             finding = CHECKS[name](opened)
-        except stop.Stopped:
-            raise
         except UserError as error:
             finding = Finding(FAILURE, str(error))
         except Exception as error:  # an unforeseen failure must not hide the other checks
@@ -339,7 +337,7 @@ def make_parser() -> Parser:
 def main() -> None:
     args = make_parser().parse()
     with figures_on_stdout(args.json) as figures:
-        device = dist.init(args.device, args.dist_url, args.dist_on_itp)
+        device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
         findings = examine(Opened(args, device))
         healthy = all(finding.state != FAILURE for finding in findings)
         figures.update(ok=healthy, checks=list(map(asdict, findings)))
