@@ -27,14 +27,14 @@ from util import dist, doctor, setup, stop
 from util.checkpoint import WEIGHT_KEYS
 from util.data.batches import MicroBatchSampler, plan_batches
 from util.data.images import collate_skipping
-from util.device import Precision, accelerate, resolve_precision
+from util.device import Precision, accelerate, environment, resolve_precision
 from util.errors import UserError, as_user_error
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import drawn_classes, eval_settings
 from util.evaluation.sweep import evaluate_checkpoint
 from util.files import check_writable, only_job_in
-from util.logging import LogSettings, TrainingLog, environment, figures_on_stdout
+from util.logging import LogSettings, TrainingLog, changed, figures_on_stdout, settings_saved
 from util.optim import build_averages, build_optimizer
 from util.saver import CheckpointSaver, SaveSettings
 from util.validation import Validation, ValidationSettings
@@ -54,7 +54,7 @@ def main() -> None:
         precision = resolve_precision(args.precision, device, args.tf32)
         check_writable(args.output_dir, "--output_dir")
         dist.print_main(f"device {device.type}, precision {precision.name}")
-        dist.print_main(flags.changed(args, parser))
+        dist.print_main(changed(args, parser))
         job = evaluate_checkpoint if args.evaluate else dry_run if args.dry_run else train_model
         figures.update(job(args, device, precision) or {})
     dist.cleanup()
@@ -65,7 +65,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     check_writable(args.log_dir or args.output_dir, "--log_dir")
     with only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext():
         run, description = build_run(args, setup.open_inputs(args), device, precision)
-        with flags.settings_saved(args, run.output_dir / flags.CONFIG, description):
+        with settings_saved(args, run.output_dir / flags.CONFIG, description):
             train(run)
 
 

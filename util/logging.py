@@ -1,20 +1,18 @@
-"""What a run says: the training log, --track, --metrics_file, --json, where its figures come from.
+"""What a run says: the training log, --track, --metrics_file, --json, the settings of its call.
 
 Statistics are summed on the device; every `every` steps they are summed over the processes, read
 once, and written by the main process.
 """
 
-import hashlib
+import argparse
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -24,17 +22,18 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
-from torch import Tensor, nn
+import yaml
+from torch import Tensor
 
 from models.flops import Meter, peak_memory, readable
-from util import ROOT, dist
+from util import dist
+from util.args import PUBLISHED, SAVED_BY, to_save
 from util.data.batches import Batches
-from util.errors import as_user_error
-from util.files import atomic_write, check_writable
+from util.errors import as_user_error, program
+from util.files import LOCK, atomic_write, check_writable
 
 ABOUT = "run/about"  # TensorBoard's text of how a run was begun or gone on with
 FLAG = "--metrics_file"
-PACKAGES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy")
 
 
 # --- the training log
@@ -353,57 +352,37 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- where figures come from
+# --- the settings of a call
 
 
-def digest(network: nn.Module) -> str:
-    """SHA-256 of a network's tensors: their names, types, shapes and bytes."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        total.update(memoryview(flat.view(torch.uint8).numpy()))
-    return total.hexdigest()
+def changed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """What is not as by default, in one line."""
+    words = []
+    for name, setting in to_save(args).items():
+        if setting not in (parser.get_default(name), PUBLISHED.get(name, parser)):
+            parts = setting if isinstance(setting, list) else [setting]
+            words.append(f"{name}={' '.join(map(str, parts))}")
+    return f"settings: {', '.join(words) or 'the defaults'}"
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        found[name] = "absent"
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+@contextmanager
+def settings_saved(args: argparse.Namespace, path: Path, remarks: str = "") -> Iterator[None]:
+    """Leave a file beside what a job makes that makes the same call again, from the main process.
 
-
-def processor() -> str:
-    """Its maker's name for it where Linux knows it, else its architecture."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
-
-
-def git_revision() -> str | None:
-    """The commit of this code, "-dirty" after it if files differ; None outside a clone."""
-    command = ["git", f"--git-dir={ROOT}/.git", f"--work-tree={ROOT}", "describe", "--always"]
-    with suppress(OSError, subprocess.SubprocessError):
-        result = subprocess.run(
-            [*command, "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=20
-        )
-        return result.stdout.strip() or None
-    return None
-
-
-def environment(device: torch.device, precision: str, processes: int) -> dict[str, str]:
-    """What a run was made with and on, in words, for people who read about it later."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {
-        "device": name,
-        "processes": str(processes),
-        "precision": precision,
-        "processor": f"{processor()}, {torch.get_num_threads()} threads",
-        "system": platform.system(),
-        "Python": platform.python_version(),
-        **versions(),
-        "git revision": git_revision() or "not a clone",
-    }
+    A job that fails before it has left anything else leaves nothing at all. remarks: what the
+    settings led to, for comments.
+    """
+    if dist.is_main():
+        settings = to_save(args) | {SAVED_BY: program()}
+        text = "".join(f"# {line}\n" for line in remarks.splitlines())
+        text += yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        with as_user_error(f"{path}: cannot write", (OSError,)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                file.write(text.encode())
+    try:
+        yield
+    except BaseException:
+        if dist.is_main() and {p.name for p in path.parent.iterdir()} <= {path.name, LOCK}:
+            path.unlink(missing_ok=True)
+        raise

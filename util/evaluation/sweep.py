@@ -12,7 +12,7 @@ import torch
 
 from models.tokenizers.tokenizer import Tokenizer
 from util import dist
-from util.args import EVALUATION_CONFIG, settings_saved, value
+from util.args import EVALUATION_CONFIG, value
 from util.checkpoint import find_checkpoint
 from util.data.images import save_png
 from util.device import Precision, accelerate, resolve_precision
@@ -23,7 +23,7 @@ from util.evaluation.metrics import fid_error, is_error
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import SWEPT, EvalSettings
 from util.files import sha256
-from util.logging import MetricsFile
+from util.logging import MetricsFile, settings_saved
 from util.posthoc_ema import PosthocEMA
 from util.setup import build_config, build_model, build_vae, check_vae, warn_other_vae
 from util.vae import vae_digest
