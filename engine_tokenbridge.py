@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -171,7 +171,7 @@ def training_state(run: Run, done: int) -> dict:
         "config": run.model.config.to_dict(),
         "epoch": done // run.batches.steps_per_epoch - 1,  # as published: the last whole one
         "step": done,
-        "schedule": run.batches.to_dict(),
+        "schedule": asdict(run.batches),
         "skipped_steps": run.skip_vote.skipped(),
         **run.facts,
     }

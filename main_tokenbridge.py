@@ -8,7 +8,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -147,7 +147,7 @@ def check_same_run(run: Run) -> None:
             "number of validation images": len(run.validation.numbers),
             "classes": run.facts["classes"],
             "settings of the model": run.model.config.to_dict(),
-            "number of images or of micro-batches": run.batches.to_dict(),
+            "number of images or of micro-batches": asdict(run.batches),
             "learning rate": run.learning_rate.lr,
         }
     )
