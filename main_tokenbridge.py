@@ -34,9 +34,9 @@ from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import drawn_classes, eval_settings
 from util.evaluation.sweep import evaluate_checkpoint
 from util.files import check_writable, only_job_in
-from util.logging import LogSettings, TrainingLog, changed, figures_on_stdout, settings_saved
+from util.logging import TrainingLog, changed, figures_on_stdout, settings_saved
 from util.optim import build_averages, build_optimizer
-from util.saver import CheckpointSaver, SaveSettings
+from util.saver import CheckpointSaver
 from util.validation import Validation, ValidationSettings
 
 make_parser = partial(flags.train_parser, __doc__)
@@ -170,8 +170,10 @@ def describe(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> list[s
 
 def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> None:
     """What a run leaves: log, checkpoints, validation, evaluations."""
-    names, config, steps_per_epoch = inputs.data.classes, inputs.config, run.batches.steps_per_epoch
-    settings = LogSettings(
+    config, names = inputs.config, inputs.data.classes
+    run.log = TrainingLog(
+        Meter(training_step(config), run.device, peak_flops(run.device, run.precision)),
+        inputs.data.count_skipped,
         folder=args.log_dir or args.output_dir,
         every=args.log_freq,
         batches=run.batches,
@@ -182,13 +184,13 @@ def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> Non
             "flags": run.facts["args"],
             "model": config.to_dict(),
         },
-        metrics_file=args.metrics_file,
-        tracker=args.track,
+        metrics_path=args.metrics_file,
+        track=args.track,
     )
-    meter = Meter(training_step(config), run.device, peak_flops(run.device, run.precision))
-    run.log = TrainingLog(settings, meter, inputs.data.count_skipped)
-    settings = SaveSettings(
+    run.saver = CheckpointSaver(
         folder=run.output_dir,
+        steps_per_epoch=run.batches.steps_per_epoch,
+        saved_step=run.steps.start,
         last_freq=args.save_last_freq,
         milestones=args.save_every,
         snapshots=args.posthoc_ema,
@@ -196,7 +198,6 @@ def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> Non
         minutes=args.save_minutes,
         keep=args.keep_checkpoints,
     )
-    run.saver = CheckpointSaver(settings, steps_per_epoch, run.steps.start)
     run.validation = new_validation(args, run, inputs)
     if args.online_eval:
         run.evaluation = eval_settings(args, config.class_num, names)
