@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -75,11 +75,6 @@ class Run:
         """The average that is validated, evaluated and saved as `model_ema`."""
         return next(iter(self.averages.values()))
 
-    @property
-    def own_micro_batches(self) -> range:
-        """Of the G of each step, those of this process."""
-        return range(dist.rank(), self.batches.micro_batches, dist.world_size())
-
 
 def train(run: Run) -> None:
     """Raises Stopped, everything saved, if any process is asked to stop."""
@@ -120,7 +115,7 @@ def train_step(run: Run, step: int) -> StepResult:
     share = 1 / run.batches.micro_batches
     grad_scale = run.scaler.scale(torch.full((), share, device=run.device))
     to_latents = run.tokenizer.from_moments if run.cached else run.tokenizer.encode
-    for j in run.own_micro_batches:
+    for j in run.sampler.own:
         dist.beat(f"step {step + 1}: waiting for data")
         started = time.perf_counter()
         batch, labels = (x.to(run.device, non_blocking=True) for x in next(run.micro_batches))
@@ -128,7 +123,7 @@ def train_step(run: Run, step: int) -> StepResult:
         dist.beat(f"step {step + 1}: forward")
         seed_micro_batch(run.batches.seed, step, j)
         latents = to_latents(batch)
-        with dist.keep_gradients_local(run.wrapped, active=j != run.own_micro_batches[-1]):
+        with dist.keep_gradients_local(run.wrapped, active=j != run.sampler.own[-1]):
             with run.precision.autocast(run.device):
                 loss_of_batch = run.wrapped(latents, labels, grad_scale=grad_scale)
                 micro_loss = loss_of_batch / run.batches.micro_batches
@@ -176,7 +171,7 @@ def training_state(run: Run, done: int) -> dict:
         "config": run.model.config.to_dict(),
         "epoch": done // run.batches.steps_per_epoch - 1,  # as published: the last whole one
         "step": done,
-        "schedule": run.batches.to_dict(),
+        "schedule": asdict(run.batches),
         "skipped_steps": run.skip_vote.skipped(),
         **run.facts,
     }
@@ -260,7 +255,7 @@ class SkipVote:
 
 def give_up(run: Run, step: int) -> None:
     """Raise UserError with the first module, micro-batch and samples that are not finite."""
-    gathered = dist.gather_objects([find_cause(run, step, j) for j in run.own_micro_batches])
+    gathered = dist.gather_objects([find_cause(run, step, j) for j in run.sampler.own])
     causes = [cause for own in gathered for cause in own if cause]
     raise UserError(
         f"loss or gradient of {run.max_skipped} steps in a row was not finite, up to step "

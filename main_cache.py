@@ -33,7 +33,7 @@ from util.data.listing import ImageList, list_images
 from util.errors import UserError
 from util.evaluation.reference import read_batches
 from util.files import only_job_in
-from util.logging import figures_on_stdout
+from util.logging import changed, figures_on_stdout, settings_saved
 from util.setup import build_vae
 from util.vae import vae_digest
 
@@ -74,7 +74,7 @@ def main() -> None:
         return
     with figures_on_stdout(args.json) as figures:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
-        dist.print_main(flags.changed(args, parser))
+        dist.print_main(changed(args, parser))
         figures.update(write_cache(args, device))
     dist.cleanup()
 
@@ -101,7 +101,7 @@ def write_cache(args, device: torch.device) -> dict:
         pin = args.pin_mem and device.type == "cuda"
         loaded = read_batches(dataset, sum(batches.values(), []), args.num_workers, pin)
         # Of a whole cache, config.yaml keeps saying what it was made with.
-        with flags.settings_saved(args, writer.folder / flags.CONFIG) if pending else nullcontext():
+        with settings_saved(args, writer.folder / flags.CONFIG) if pending else nullcontext():
             encode_shards(vae, loaded, writer, batches, device)
             dist.barrier()
         manifest = writer.write_manifest(vae.is_kl16, vae.normalised) if dist.is_main() else None

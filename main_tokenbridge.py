@@ -8,7 +8,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -27,16 +27,16 @@ from util import dist, doctor, setup, stop
 from util.checkpoint import WEIGHT_KEYS
 from util.data.batches import MicroBatchSampler, plan_batches
 from util.data.images import collate_skipping
-from util.device import Precision, accelerate, resolve_precision
+from util.device import Precision, accelerate, environment, resolve_precision
 from util.errors import UserError, as_user_error
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import drawn_classes, eval_settings
 from util.evaluation.sweep import evaluate_checkpoint
 from util.files import check_writable, only_job_in
-from util.logging import LogSettings, TrainingLog, environment, figures_on_stdout
+from util.logging import TrainingLog, changed, figures_on_stdout, settings_saved
 from util.optim import build_averages, build_optimizer
-from util.saver import CheckpointSaver, SaveSettings
+from util.saver import CheckpointSaver
 from util.validation import Validation, ValidationSettings
 
 make_parser = partial(flags.train_parser, __doc__)
@@ -54,7 +54,7 @@ def main() -> None:
         precision = resolve_precision(args.precision, device, args.tf32)
         check_writable(args.output_dir, "--output_dir")
         dist.print_main(f"device {device.type}, precision {precision.name}")
-        dist.print_main(flags.changed(args, parser))
+        dist.print_main(changed(args, parser))
         job = evaluate_checkpoint if args.evaluate else dry_run if args.dry_run else train_model
         figures.update(job(args, device, precision) or {})
     dist.cleanup()
@@ -65,7 +65,7 @@ def train_model(args: argparse.Namespace, device: torch.device, precision: Preci
     check_writable(args.log_dir or args.output_dir, "--log_dir")
     with only_job_in(args.output_dir, "--output_dir") if dist.is_main() else nullcontext():
         run, description = build_run(args, setup.open_inputs(args), device, precision)
-        with flags.settings_saved(args, run.output_dir / flags.CONFIG, description):
+        with settings_saved(args, run.output_dir / flags.CONFIG, description):
             train(run)
 
 
@@ -147,7 +147,7 @@ def check_same_run(run: Run) -> None:
             "number of validation images": len(run.validation.numbers),
             "classes": run.facts["classes"],
             "settings of the model": run.model.config.to_dict(),
-            "number of images or of micro-batches": run.batches.to_dict(),
+            "number of images or of micro-batches": asdict(run.batches),
             "learning rate": run.learning_rate.lr,
         }
     )
@@ -170,8 +170,10 @@ def describe(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> list[s
 
 def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> None:
     """What a run leaves: log, checkpoints, validation, evaluations."""
-    names, config, steps_per_epoch = inputs.data.classes, inputs.config, run.batches.steps_per_epoch
-    settings = LogSettings(
+    config, names = inputs.config, inputs.data.classes
+    run.log = TrainingLog(
+        Meter(training_step(config), run.device, peak_flops(run.device, run.precision)),
+        inputs.data.count_skipped,
         folder=args.log_dir or args.output_dir,
         every=args.log_freq,
         batches=run.batches,
@@ -182,13 +184,13 @@ def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> Non
             "flags": run.facts["args"],
             "model": config.to_dict(),
         },
-        metrics_file=args.metrics_file,
-        tracker=args.track,
+        metrics_path=args.metrics_file,
+        track=args.track,
     )
-    meter = Meter(training_step(config), run.device, peak_flops(run.device, run.precision))
-    run.log = TrainingLog(settings, meter, inputs.data.count_skipped)
-    settings = SaveSettings(
+    run.saver = CheckpointSaver(
         folder=run.output_dir,
+        steps_per_epoch=run.batches.steps_per_epoch,
+        saved_step=run.steps.start,
         last_freq=args.save_last_freq,
         milestones=args.save_every,
         snapshots=args.posthoc_ema,
@@ -196,7 +198,6 @@ def add_reports(args: argparse.Namespace, run: Run, inputs: setup.Inputs) -> Non
         minutes=args.save_minutes,
         keep=args.keep_checkpoints,
     )
-    run.saver = CheckpointSaver(settings, steps_per_epoch, run.steps.start)
     run.validation = new_validation(args, run, inputs)
     if args.online_eval:
         run.evaluation = eval_settings(args, config.class_num, names)

@@ -23,7 +23,7 @@ from models.tokenizers import kl16
 from models.tokenizers.tokenizer import Tokenizer
 from util import args as flags
 from util import dist
-from util.args import Flag, Parser, settings_saved, value
+from util.args import Flag, Parser, value
 from util.data.cache_writer import list_digest
 from util.data.images import ImageDataset
 from util.data.latent_cache import open_cache
@@ -33,7 +33,7 @@ from util.errors import UserError, as_user_error
 from util.evaluation.reconstruction import Reconstruction, ReconstructionFolder, variant_name
 from util.evaluation.reference import prepare_measure
 from util.files import check_writable
-from util.logging import MetricsFile, figures_on_stdout
+from util.logging import MetricsFile, changed, figures_on_stdout, settings_saved
 from util.setup import build_vae, cache_histogram, calibrated_levels, channel_statistics
 from util.vae import vae_digest
 
@@ -74,7 +74,7 @@ def main() -> None:
     args = parser.parse()
     with figures_on_stdout(args.json) as figures:
         device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
-        dist.print_main(flags.changed(args, parser))
+        dist.print_main(changed(args, parser))
         figures.update(measure_variants(args, device))
     dist.cleanup()
 

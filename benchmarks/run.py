@@ -33,10 +33,9 @@ from models.config import PRESETS, TokenBridgeConfig, preset
 from models.flops import peak_memory, readable
 from util import ROOT, dist, stop
 from util.args import Parser, positive_float, positive_int
-from util.device import resolve_device, resolve_precision
+from util.device import environment, resolve_device, resolve_precision
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, check_writable
-from util.logging import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # On CUDA, and elsewhere; the first of each is what most rows are measured with.

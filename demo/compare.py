@@ -38,12 +38,12 @@ from util import ROOT, dist
 from util.args import Parser
 from util.checkpoint import find_checkpoint
 from util.data.latent_cache import open_cache
+from util.device import environment, git_revision
 from util.errors import UserError
 from util.evaluation.folder import read_json, write_json
 from util.evaluation.metrics import Measure
 from util.evaluation.reconstruction import quantized
 from util.files import only_job_in
-from util.logging import environment, git_revision
 from util.setup import build_model
 from util.validation import evenly_spread, read_latents
 

@@ -25,7 +25,7 @@ from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer
 from tests import runs
 from tests.runs import environment  # noqa: F401 - for other tests
-from util.data.batches import Batches
+from util.data.batches import Batches, MicroBatchSampler
 from util.device import resolve_precision
 from util.errors import UserError
 from util.optim import EMA, build_optimizer
@@ -148,6 +148,7 @@ def new_run(model: TokenBridge, ema_rate: float, precision: str = "fp32") -> Run
     run.tokenizer, run.cached = Tokenizer(None, latent_scale=2.0), True
     run.skip_vote, run.facts, run.wrapped = SkipVote(device), {}, model
     run.batches = Batches(batch_size=2, micro_batches=1, images=100, seed=1)
+    run.sampler = MicroBatchSampler(run.batches, range(1), rank=0, world_size=1)
     return run
 
 

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 from tests.runs import call, load, refused, use
 from util import args as command_line
 from util import doctor, fid_stats
+from util.logging import settings_saved
 
 BOTH = dict(vae_path="pretrained_models/vae/kl16.ckpt", vae_embed_dim=16, img_size=256)
 BOTH |= dict(data_path="./data/imagenet", device="cuda", num_workers=10, pin_mem=True)
@@ -162,7 +163,7 @@ def test_saved_settings_are_the_same_call_again(script, tmp_path):
         reconstruction: "--bits -1 4 --latent_scale 0.5",
     }
     first = parse("--seed", "1", "--img_size", "32", *own[script].split(), script=script)
-    with command_line.settings_saved(first, tmp_path / "c.yaml", "a remark"):
+    with settings_saved(first, tmp_path / "c.yaml", "a remark"):
         pass
     again = parse("--config", tmp_path / "c.yaml", script=script)
     assert vars(first) | {"config": 0} == vars(again) | {"config": 0}
@@ -170,7 +171,7 @@ def test_saved_settings_are_the_same_call_again(script, tmp_path):
 
 def test_a_run_in_another_folder_leaves_the_files_of_the_first_alone(tmp_path, config):
     argv = ["--output_dir", "first", "--metrics_file", "first/f.jsonl", "--log_dir", "first/logs"]
-    with command_line.settings_saved(parse(*argv), tmp_path / "c.yaml"):
+    with settings_saved(parse(*argv), tmp_path / "c.yaml"):
         pass
     again = parse("--config", tmp_path / "c.yaml")
     elsewhere = parse("--config", tmp_path / "c.yaml", "--output_dir", "second")

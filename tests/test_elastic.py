@@ -34,10 +34,10 @@ def one_step() -> dict:
     run = new_run(model, 0.9)
     run.batches = Batches(BATCH, MICRO_BATCHES, IMAGES, seed=1)
     run.steps, run.grad_clip = range(1), 1e9
-    sampler = MicroBatchSampler(run.batches, run.steps, dist.rank(), dist.world_size())
+    run.sampler = MicroBatchSampler(run.batches, run.steps, dist.rank(), dist.world_size())
     moments = torch.randn(IMAGES, 12, 4, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(IMAGES) % 3
-    numbers = (torch.tensor([index for index, _ in keys]) for keys in sampler)
+    numbers = (torch.tensor([index for index, _ in keys]) for keys in run.sampler)
     run.tokenizer.latent_scale = 1.0
     gradients = gradients_of(run)
     run.wrapped = dist.wrap(model, run.device)

@@ -12,6 +12,7 @@ from engine_tokenbridge import Run, SkipVote, train_step
 from models.heads.channel import ChannelHead
 from tests.conftest import new_run, tiny_model
 from tests.runs import CLASSES, IMAGES, TRAIN_FLAGS, flags, refused, train_on
+from util.data.batches import MicroBatchSampler
 from util.logging import StepResult
 from util.optim import seed_micro_batch
 
@@ -26,6 +27,7 @@ def random_micro_batches(count: int) -> list[list[torch.Tensor]]:
 
 def step(run: Run, micro_batches: list, grad_clip: float = 3.0) -> StepResult:
     run.batches = replace(run.batches, micro_batches=len(micro_batches))
+    run.sampler = MicroBatchSampler(run.batches, range(1), rank=0, world_size=1)
     run.micro_batches, run.grad_clip = iter(micro_batches), grad_clip
     return train_step(run, 4)
 

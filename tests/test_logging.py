@@ -21,7 +21,7 @@ from models.flops import Meter
 from tests.conftest import ROOT, complaint
 from tests.runs import evaluate, load, scalars, train
 from util.data.batches import Batches
-from util.logging import LogSettings, MetricsFile, StepResult, TrainingLog
+from util.logging import MetricsFile, StepResult, TrainingLog
 from util.report import load as report
 
 CPU = torch.device("cpu")
@@ -35,8 +35,8 @@ def new_log() -> Iterator[Callable[..., TrainingLog]]:
 
         def make(folder: Path, meter=METER, count_skipped=lambda: 0, **changes):
             settings = dict(every=2, batches=Batches(10, 1, 30, 0), first_step=0, last_step=6)
-            settings = LogSettings(str(folder), **settings | {"about": {}} | changes)
-            log = TrainingLog(settings, meter, count_skipped)
+            settings |= dict(folder=str(folder), about={}) | changes
+            log = TrainingLog(meter, count_skipped, **settings)
             stack.callback(log.close)
             return log
 
@@ -127,9 +127,10 @@ def test_resumed_log_hides_what_a_killed_run_wrote_later(new_log, tmp_path, monk
 
 TRACK_AND_DIE = """
 import os, sys
-from tests.test_logging import METER, Batches, LogSettings, TrainingLog, step
-settings = LogSettings(sys.argv[1], 1, Batches(10, 1, 30, 0), 0, 6, {}, tracker=sys.argv[2])
-step(TrainingLog(settings, METER, lambda: 0), 0, 1.0)
+from tests.test_logging import METER, Batches, TrainingLog, step
+batches, (folder, name) = Batches(10, 1, 30, 0), sys.argv[1:]
+log = TrainingLog(METER, lambda: 0, folder, 1, batches, 0, 6, {}, track=name)
+step(log, 0, 1.0)
 os.kill(os.getpid(), 9)
 """
 
@@ -161,7 +162,7 @@ def test_killed_training_goes_on_in_the_same_run(name, local, new_log, tmp_path,
     killed = [sys.executable, "-c", TRACK_AND_DIE, str(folder), name]
     assert subprocess.run(killed, cwd=ROOT, capture_output=True).returncode == -9
     run_id = (folder / f"{name}.id").read_text().strip()
-    log = new_log(folder, every=1, first_step=2, tracker=name)
+    log = new_log(folder, every=1, first_step=2, track=name)
     for number in range(2, 6):
         step(log, number, 5.0)
     log.image("validation/raw", torch.zeros(3, 8, 8, dtype=torch.uint8), 6)
@@ -169,7 +170,7 @@ def test_killed_training_goes_on_in_the_same_run(name, local, new_log, tmp_path,
     assert tracked(name, folder, run_id) >= {3, 4, 5, 6}
     assert any("media" in path.parts for path in tmp_path.rglob("*.png"))
     assert ("wandb: offline (no key); wandb sync" in capfd.readouterr().out) == (name == "wandb")
-    step(new_log(folder, every=1, tracker=name), 0, 1.0)  # from scratch
+    step(new_log(folder, every=1, track=name), 0, 1.0)  # from scratch
     assert (folder / f"{name}.id").read_text().strip() != run_id
 
 
@@ -178,7 +179,7 @@ def test_what_hinders_a_tracker_is_said_and_other_processes_have_none(
 ):
     """Nor do they make the folder, which nobody makes before a first figure: test_errors.py."""
     monkeypatch.setenv("WANDB_MODE", "sideways")
-    log = new_log(tmp_path, every=1, tracker="wandb")
+    log = new_log(tmp_path, every=1, track="wandb")
     step(log, 0, 1.0)
     step(log, 1, 1.0)
     log.close()
@@ -186,7 +187,7 @@ def test_what_hinders_a_tracker_is_said_and_other_processes_have_none(
     assert len(scalars(tmp_path)["train/loss"]) == 2
     with monkeypatch.context() as patch:
         patch.setattr("util.dist.is_main", lambda: False)
-        step(new_log(tmp_path / "other", every=1, tracker="wandb"), 0, 1.0)
+        step(new_log(tmp_path / "other", every=1, track="wandb"), 0, 1.0)
     assert not (tmp_path / "other").exists()
     missing = mock.Mock(side_effect=PackageNotFoundError("wandb"))
     monkeypatch.setattr("util.logging.version", missing)

@@ -13,14 +13,14 @@ from tests.conftest import complaint
 from util import files
 from util import saver as saver_module
 from util.checkpoint import LAST, Checkpoint, find_checkpoint, load_checkpoint, refuse_other_run
-from util.saver import CheckpointSaver, SaveSettings
+from util.saver import CheckpointSaver
 from util.setup import open_checkpoint
 
 STEPS = 4  # an epoch
 
 
 def new_saver(folder: Path, first_step: int = 0, **changes) -> CheckpointSaver:
-    return CheckpointSaver(SaveSettings(folder, **changes), STEPS, first_step)
+    return CheckpointSaver(folder, STEPS, first_step, **changes)
 
 
 def state(step: int) -> dict:

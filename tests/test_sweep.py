@@ -13,6 +13,7 @@ from main_tokenbridge import make_parser
 from tests.conftest import complaint
 from tests.measures import PIXELS
 from tests.runs import SIZE, evaluate
+from util import setup
 from util.evaluation import sweep
 from util.evaluation.folder import read_png
 from util.evaluation.settings import EvalSettings, eval_settings
@@ -27,10 +28,11 @@ def swept(inputs, tmp_path_factory) -> tuple[Path, list[str]]:
     settings = dict(cfg=CFG, temperature=TEMPERATURE, num_images=30, eval_bsz=10)
     settings |= dict(feature_extractor=PIXELS, fid_reference=inputs / "data", num_workers=0)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("build_model", "build_vae", "prepare_measure"):
-            watched = mock.Mock(wraps=getattr(sweep, name))
+        places = {"build_model": sweep, "build_vae": setup, "prepare_measure": sweep}
+        for name, module in places.items():
+            watched = mock.Mock(wraps=getattr(module, name))
             built.attach_mock(watched, name)
-            patch.setattr(sweep, name, watched)
+            patch.setattr(module, name, watched)
         evaluate(inputs, output, inputs / "model", **settings)
     return output, [name for name, _, _ in built.mock_calls]
 

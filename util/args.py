@@ -10,8 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 
@@ -23,8 +22,7 @@ from models.precision import PRECISIONS
 from models.sampler import CFG_SCHEDULES, ORDERS
 from util import dist
 from util.data.images import MAX_PIXELS
-from util.errors import EXIT_USER_ERROR, as_user_error, did_you_mean, program
-from util.files import LOCK, atomic_write
+from util.errors import EXIT_USER_ERROR, did_you_mean, program
 from util.optim import BLR_BATCH
 
 MAX_BITS = 9  # see GaussianQuantizer
@@ -139,6 +137,11 @@ def value(args: argparse.Namespace, name: str):
     """What a flag says, or the published value where it was not given."""
     given = getattr(args, name)
     return PUBLISHED.get(name) if given is None else given
+
+
+def to_save(args: argparse.Namespace) -> dict:
+    """The settings of a call."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
 
 
 def sampling_flags(args: argparse.Namespace) -> dict:
@@ -380,44 +383,3 @@ def train_parser(description: str) -> Parser:
         parser.add_flags(title, *flags)
     parser.add_device_flags(*PRECISION)
     return parser
-
-
-# --- files of settings
-
-
-def to_save(args: argparse.Namespace) -> dict:
-    """The settings of a call."""
-    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
-
-
-def changed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
-    """What is not as by default, in one line."""
-    words = []
-    for name, setting in to_save(args).items():
-        if setting not in (parser.get_default(name), PUBLISHED.get(name, parser)):
-            parts = setting if isinstance(setting, list) else [setting]
-            words.append(f"{name}={' '.join(map(str, parts))}")
-    return f"settings: {', '.join(words) or 'the defaults'}"
-
-
-@contextmanager
-def settings_saved(args: argparse.Namespace, path: Path, remarks: str = "") -> Iterator[None]:
-    """Leave a file beside what a job makes that makes the same call again, from the main process.
-
-    A job that fails before it has left anything else leaves nothing at all. remarks: what the
-    settings led to, for comments.
-    """
-    if dist.is_main():
-        settings = to_save(args) | {SAVED_BY: program()}
-        text = "".join(f"# {line}\n" for line in remarks.splitlines())
-        text += yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        with as_user_error(f"{path}: cannot write", (OSError,)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                file.write(text.encode())
-    try:
-        yield
-    except BaseException:
-        if dist.is_main() and {p.name for p in path.parent.iterdir()} <= {path.name, LOCK}:
-            path.unlink(missing_ok=True)
-        raise

@@ -1,14 +1,21 @@
-"""Which device and which arithmetic: one path for CUDA, MPS and the CPU."""
+"""Which device and which arithmetic: one path for CUDA, MPS and the CPU.
+
+And what is said of both, and of the code, beside the figures that were made with them.
+"""
 
 import importlib.util
 import os
+import platform
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +23,10 @@ from torch import Tensor
 
 from models.precision import Precision
 from models.tokenbridge import TokenBridge
+from util import ROOT
 from util.errors import UserError, as_user_error
+
+PACKAGES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy")
 
 
 def resolve_device(name: str, local_rank: int = 0, quiet: bool = False) -> torch.device:
@@ -121,3 +131,49 @@ def unchanged_randomness(device: torch.device) -> Iterator[None]:
         yield
     random.setstate(python)
     np.random.set_state(arrays)
+
+
+# --- where figures come from
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        found[name] = "absent"
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def processor() -> str:
+    """Its maker's name for it where Linux knows it, else its architecture."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()
+
+
+def git_revision() -> str | None:
+    """The commit of this code, "-dirty" after it if files differ; None outside a clone."""
+    command = ["git", f"--git-dir={ROOT}/.git", f"--work-tree={ROOT}", "describe", "--always"]
+    with suppress(OSError, subprocess.SubprocessError):
+        result = subprocess.run(
+            [*command, "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=20
+        )
+        return result.stdout.strip() or None
+    return None
+
+
+def environment(device: torch.device, precision: str, processes: int) -> dict[str, str]:
+    """What a run was made with and on, in words, for people who read about it later."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": name,
+        "processes": str(processes),
+        "precision": precision,
+        "processor": f"{processor()}, {torch.get_num_threads()} threads",
+        "system": platform.system(),
+        "Python": platform.python_version(),
+        **versions(),
+        "git revision": git_revision() or "not a clone",
+    }

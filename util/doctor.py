@@ -25,16 +25,15 @@ import torch
 from models.quantizer import GaussianQuantizer, entropy, level_counts
 from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer, to_uint8
-from util import dist, setup, stop
+from util import dist
 from util.args import Parser, train_parser, value
-from util.checkpoint import find_checkpoint
 from util.data.images import ImageDataset, psnr
-from util.data.training_set import TrainingData, needs_vae
+from util.data.training_set import needs_vae
 from util.device import resolve_precision
 from util.errors import UserError
 from util.logging import figures_on_stdout
 from util.optim import WIDTHS
-from util.setup import Inputs
+from util.setup import Inputs, build_vae, open_evaluated, open_inputs
 from util.vae import vae_digest
 from util.validation import evenly_spread, read_latents
 
@@ -83,16 +82,8 @@ class Opened:
     @cached_property
     def inputs(self) -> Inputs:
         """As a training or an evaluation opens them."""
-        args = self.args
-        if not args.evaluate:
-            return setup.open_inputs(args, read_only=True)
-        if not args.resume:
-            raise UserError("--resume is missing: --evaluate needs the folder of a checkpoint")
-        checkpoint = find_checkpoint(args.resume, args.output_dir, True, True)
-        vae = setup.build_vae(args)
-        config = setup.build_config(args, checkpoint, vae=vae)
-        setup.check_vae(vae, config, value(args, "vae_path"))
-        return Inputs(checkpoint, vae, TrainingData([], [], "--evaluate", None), config, None)
+        opening = open_evaluated if self.args.evaluate else open_inputs
+        return opening(self.args, read_only=True)
 
     @cached_property
     def model(self) -> TokenBridge:
@@ -126,7 +117,7 @@ def vae(opened: Opened) -> Finding:
     args, path = opened.args, value(opened.args, "vae_path")
     if not Path(path).exists() and not (needs_vae(args) or args.evaluate):
         return Finding(OK, f"--vae_path {path} is not there, and no image has to be encoded")
-    vae = setup.build_vae(args).eval()
+    vae = build_vae(args).eval()
     kind = "KL-16" if vae.is_kl16 else "a VAE that is not KL-16"
     text = f"{kind}, {vae.channels} channels, stride {vae.stride}, all tensors match"
     text += f", sha256 {vae_digest(path)}"
@@ -264,8 +255,6 @@ def attempt(name: str, opened: Opened) -> Finding:
     with io.StringIO() as notes, redirect_stdout(notes), redirect_stderr(notes):
         try:
             finding = CHECKS[name](opened)
-        except stop.Stopped:
-            raise
         except UserError as error:
             finding = Finding(FAILURE, str(error))
         except Exception as error:  # an unforeseen failure must not hide the other checks
@@ -339,7 +328,7 @@ def make_parser() -> Parser:
 def main() -> None:
     args = make_parser().parse()
     with figures_on_stdout(args.json) as figures:
-        device = dist.init(args.device, args.dist_url, args.dist_on_itp)
+        device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
         findings = examine(Opened(args, device))
         healthy = all(finding.state != FAILURE for finding in findings)
         figures.update(ok=healthy, checks=list(map(asdict, findings)))

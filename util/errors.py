@@ -10,8 +10,6 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
-from util import stop
-
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # "try again" (EX_TEMPFAIL of sysexits.h): the same command goes on
 LONGEST = 500  # characters of what a library says, which may quote a damaged file
@@ -26,8 +24,6 @@ def as_user_error(context: str = "", catch: tuple[type[Exception], ...] = (Value
     """Re-raise what a library says of the user's own values as a UserError, with its context."""
     try:
         yield
-    except stop.Stopped:
-        raise
     except catch as error:
         message = " ".join(str(error).split()) or type(error).__name__
         message = message if isinstance(error, UserError) else message[:LONGEST]

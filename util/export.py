@@ -13,7 +13,7 @@ from models.hub import Origin
 from models.tokenbridge import TokenBridge
 from models.tokenizers import kl16
 from util import dist
-from util.args import EVAL_WEIGHTS, MODEL, VAE, Parser, value
+from util.args import EVAL_WEIGHTS, MODEL, VAE, Parser
 from util.checkpoint import AUTO, Checkpoint, find_checkpoint
 from util.download import HUB_ERRORS
 from util.errors import UserError, as_user_error
@@ -56,8 +56,8 @@ def main() -> None:
     vae = build_vae(args) if args.vae_path is not None else None
     model = load(args, checkpoint, args.eval_weights, vae)
     if vae is not None:
-        check_vae(vae, model.config, value(args, "vae_path"))
-        model.origin = replace(model.origin, vae_sha256=vae_digest(value(args, "vae_path")))
+        check_vae(vae, model.config, args.vae_path)
+        model.origin = replace(model.origin, vae_sha256=vae_digest(args.vae_path))
         warn_other_vae(checkpoint, model.origin.vae_sha256)
     with as_user_error(f"--output_dir {args.output_dir}: cannot write", (OSError,)):
         model.save_pretrained(args.output_dir)

@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from util.errors import UserError, as_user_error
-from util.stop import Stopped
 
 LOCK = ".lock"
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours and bold of a terminal
@@ -173,8 +172,6 @@ def load_tensors(path: str | Path, flag: str, wide: bool = False) -> dict:
         if not isinstance(saved, dict):
             raise UserError(f"holds a {type(saved).__name__}, not a dict of tensors")
         return saved
-    except Stopped:
-        raise
     except Exception as error:  # a damaged file can make the reader fail in any way
         reason = error if isinstance(error, UserError) else _what_failed(error)
         raise UserError(f"{flag} {path}: {reason}") from error

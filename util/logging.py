@@ -1,20 +1,18 @@
-"""What a run says: the training log, --track, --metrics_file, --json, where its figures come from.
+"""What a run says: the training log, --track, --metrics_file, --json, the settings of its call.
 
 Statistics are summed on the device; every `every` steps they are summed over the processes, read
 once, and written by the main process.
 """
 
-import hashlib
+import argparse
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -24,17 +22,18 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
-from torch import Tensor, nn
+import yaml
+from torch import Tensor
 
 from models.flops import Meter, peak_memory, readable
-from util import ROOT, dist
+from util import dist
+from util.args import PUBLISHED, SAVED_BY, to_save
 from util.data.batches import Batches
-from util.errors import as_user_error
-from util.files import atomic_write, check_writable
+from util.errors import as_user_error, program
+from util.files import LOCK, atomic_write, check_writable
 
 ABOUT = "run/about"  # TensorBoard's text of how a run was begun or gone on with
 FLAG = "--metrics_file"
-PACKAGES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy")
 
 
 # --- the training log
@@ -54,22 +53,6 @@ class StepResult:
     waited: float
 
 
-@dataclass(frozen=True)
-class LogSettings:
-    """every: steps between two lines. first_step: what TensorBoard and --metrics_file know of
-    later steps is of a run that was killed, and goes. about: environment, flags and so on.
-    """
-
-    folder: str
-    every: int
-    batches: Batches
-    first_step: int
-    last_step: int
-    about: dict
-    metrics_file: str | None = None
-    tracker: str | None = None  # wandb or trackio, besides
-
-
 class NoWriter:
     """Of the processes that write nothing."""
 
@@ -77,20 +60,33 @@ class NoWriter:
         return lambda *args, **kwargs: None
 
 
+@dataclass
 class TrainingLog:
     """Scalars for TensorBoard, --track and --metrics_file, and a progress line.
 
     meter: what an image costs, and the device. count_skipped: how many unreadable images this
-    process has passed over so far.
+    process has passed over so far. every: steps between two lines. first_step: what TensorBoard
+    and --metrics_file know of later steps is of a run that was killed, and goes. about:
+    environment, flags and so on.
     """
 
-    def __init__(self, settings: LogSettings, meter: Meter, count_skipped: Callable[[], int]):
-        self.settings, self.meter, self.count_skipped = settings, meter, count_skipped
-        self.metrics_file = MetricsFile(settings.metrics_file, settings.first_step)
-        if tracker := settings.tracker:
-            remedy = f"--track {tracker}: pip install -c requirements.lock -e '.[{tracker}]'"
-            with as_user_error(remedy, (PackageNotFoundError,)):
-                version(tracker)
+    meter: Meter
+    count_skipped: Callable[[], int]
+    folder: str
+    every: int
+    batches: Batches
+    first_step: int
+    last_step: int
+    about: dict
+    metrics_path: str | None = None
+    track: str | None = None  # wandb or trackio, besides
+
+    def __post_init__(self):
+        self.metrics_file = MetricsFile(self.metrics_path, self.first_step)
+        if self.track:
+            remedy = f"pip install -c requirements.lock -e '.[{self.track}]'"
+            with as_user_error(f"--track {self.track}: {remedy}", (PackageNotFoundError,)):
+                version(self.track)
         self.restart()
 
     @cached_property
@@ -103,17 +99,16 @@ class TrainingLog:
             return NoWriter()
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        settings = self.settings
-        writer = SummaryWriter(settings.folder, purge_step=settings.first_step + 1)
-        text = json.dumps(settings.about, indent=1, default=str)
+        writer = SummaryWriter(self.folder, purge_step=self.first_step + 1)
+        text = json.dumps(self.about, indent=1, default=str)
         # Indented, it is a block of code for TensorBoard and still JSON.
-        writer.add_text(ABOUT, textwrap.indent(text, "    "), settings.first_step)
+        writer.add_text(ABOUT, textwrap.indent(text, "    "), self.first_step)
         return writer
 
     @cached_property
     def tracker(self):
         """--track's, likewise."""
-        return Tracker(self.settings) if self.settings.tracker and dist.is_main() else NoWriter()
+        return Tracker(self) if self.track and dist.is_main() else NoWriter()
 
     def restart(self) -> None:
         """Begin counting steps and time anew."""
@@ -130,7 +125,7 @@ class TrainingLog:
         self.sums = values if self.sums is None else self.sums + values
         self.steps += 1
         self.waited += result.waited
-        if (step + 1) % self.settings.every == 0:
+        if (step + 1) % self.every == 0:
             self.flush(step, lr)
 
     def flush(self, step: int, lr: float) -> None:
@@ -145,7 +140,7 @@ class TrainingLog:
         elapsed = time.perf_counter() - self.started
         processes = dist.world_size()
         taken /= processes  # the same steps on all processes
-        speed = self.settings.batches.global_batch * self.steps / elapsed
+        speed = self.batches.global_batch * self.steps / elapsed
         scalars = {
             "train/lr": lr,
             "speed/images_per_second": speed,
@@ -163,8 +158,7 @@ class TrainingLog:
         self.restart()
 
     def _line(self, done: int, scalars: dict[str, float], seconds_per_step: float) -> str:
-        settings = self.settings
-        seconds = round((settings.last_step - done) * seconds_per_step)
+        seconds = round((self.last_step - done) * seconds_per_step)
         left = timedelta(seconds=seconds) if seconds < 86400 else f"{seconds / 3600:.0f} h"
         work = readable(scalars["speed/tflops_per_device"] * 1e12, "FLOP/s")
         if "speed/percent_of_peak" in scalars:
@@ -172,8 +166,8 @@ class TrainingLog:
         speed = scalars["speed/images_per_second"]
         notes = {"train/skipped_steps": "skipped steps", "data/skipped_images": "skipped images"}
         return (
-            f"epoch {done / settings.batches.steps_per_epoch:.2f}  "
-            f"step {done}/{settings.last_step}  "
+            f"epoch {done / self.batches.steps_per_epoch:.2f}  "
+            f"step {done}/{self.last_step}  "
             f"loss {scalars.get('train/loss', math.nan):.4f}  lr {scalars['train/lr']:.2e}  "
             f"grad {scalars.get('train/grad_norm', math.nan):.2f}  "
             f"{speed:.{0 if speed >= 100 else 1}f} images/s  {work}  "
@@ -213,17 +207,17 @@ class Tracker:
     the checkpoint come twice. What goes wrong is reported, and the training goes on without.
     """
 
-    def __init__(self, settings: LogSettings):
-        self.name, self.run, folder = settings.tracker, None, Path(settings.folder)
+    def __init__(self, log: TrainingLog):
+        self.name, self.run, folder = log.track, None, Path(log.folder)
         kept = folder / f"{self.name}.id"
         run_id = f"{folder.absolute().name[:40]}-{uuid4().hex[:8]}"
         with self._reported():
             self.library = import_module(self.name)
-            if settings.first_step and kept.exists():
+            if log.first_step and kept.exists():
                 run_id = kept.read_text().strip()
             with atomic_write(kept) as file:
                 file.write(f"{run_id}\n".encode())
-            about = json.loads(json.dumps(settings.about, default=str))
+            about = json.loads(json.dumps(log.about, default=str))
             project = os.environ.get("WANDB_PROJECT", "tokenbridge")
             options = dict(project=project, config=about, resume="allow")
             if self.name == "wandb":
@@ -353,57 +347,37 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- where figures come from
+# --- the settings of a call
 
 
-def digest(network: nn.Module) -> str:
-    """SHA-256 of a network's tensors: their names, types, shapes and bytes."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        total.update(memoryview(flat.view(torch.uint8).numpy()))
-    return total.hexdigest()
+def changed(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """What is not as by default, in one line."""
+    words = []
+    for name, setting in to_save(args).items():
+        if setting not in (parser.get_default(name), PUBLISHED.get(name, parser)):
+            parts = setting if isinstance(setting, list) else [setting]
+            words.append(f"{name}={' '.join(map(str, parts))}")
+    return f"settings: {', '.join(words) or 'the defaults'}"
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        found[name] = "absent"
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+@contextmanager
+def settings_saved(args: argparse.Namespace, path: Path, remarks: str = "") -> Iterator[None]:
+    """Leave a file beside what a job makes that makes the same call again, from the main process.
 
-
-def processor() -> str:
-    """Its maker's name for it where Linux knows it, else its architecture."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
-
-
-def git_revision() -> str | None:
-    """The commit of this code, "-dirty" after it if files differ; None outside a clone."""
-    command = ["git", f"--git-dir={ROOT}/.git", f"--work-tree={ROOT}", "describe", "--always"]
-    with suppress(OSError, subprocess.SubprocessError):
-        result = subprocess.run(
-            [*command, "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=20
-        )
-        return result.stdout.strip() or None
-    return None
-
-
-def environment(device: torch.device, precision: str, processes: int) -> dict[str, str]:
-    """What a run was made with and on, in words, for people who read about it later."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {
-        "device": name,
-        "processes": str(processes),
-        "precision": precision,
-        "processor": f"{processor()}, {torch.get_num_threads()} threads",
-        "system": platform.system(),
-        "Python": platform.python_version(),
-        **versions(),
-        "git revision": git_revision() or "not a clone",
-    }
+    A job that fails before it has left anything else leaves nothing at all. remarks: what the
+    settings led to, for comments.
+    """
+    if dist.is_main():
+        settings = to_save(args) | {SAVED_BY: program()}
+        text = "".join(f"# {line}\n" for line in remarks.splitlines())
+        text += yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        with as_user_error(f"{path}: cannot write", (OSError,)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                file.write(text.encode())
+    try:
+        yield
+    except BaseException:
+        if dist.is_main() and {p.name for p in path.parent.iterdir()} <= {path.name, LOCK}:
+            path.unlink(missing_ok=True)
+        raise

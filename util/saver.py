@@ -28,19 +28,6 @@ from util.optim import SIGMA
 EXIT_GRACE = 20.0  # seconds that a process which must end gives a checkpoint being written
 
 
-@dataclass(frozen=True)
-class SaveSettings:
-    """When a checkpoint is due (0: never), and how many stay."""
-
-    folder: Path
-    last_freq: int = 5  # epochs
-    milestones: int = 0  # epochs
-    snapshots: int = 0  # epochs
-    steps: int = 0
-    minutes: float = 0.0
-    keep: int = 2
-
-
 class CarefulFile:
     """A file whose failure to write is its `error`: torch.save would end the process."""
 
@@ -56,21 +43,33 @@ class CarefulFile:
         return len(data)
 
 
+@dataclass
 class CheckpointSaver:
-    """A failure to write is reported, training goes on, and what was saved before stays."""
+    """When a checkpoint is due (0: never), and how many stay.
 
-    def __init__(self, settings: SaveSettings, steps_per_epoch: int, first_step: int):
-        self.settings, self.steps_per_epoch = settings, steps_per_epoch
+    A failure to write is reported, training goes on, and what was saved before stays.
+    """
+
+    folder: Path
+    steps_per_epoch: int
+    saved_step: int  # the newest that was handed over, or the run began with
+    last_freq: int = 5  # epochs
+    milestones: int = 0  # epochs
+    snapshots: int = 0  # epochs
+    steps: int = 0
+    minutes: float = 0.0
+    keep: int = 2
+
+    def __post_init__(self):
         self.buffers: dict[tuple, Tensor] = {}  # in host memory, by place, shape and type
         self.writing = threading.Thread()
         self.failure: str | None = None
-        self.saved_step = first_step  # the newest that was handed over, or the run began with
         self.saved_at = time.monotonic()
         dist.before_exit(lambda: self.wait(EXIT_GRACE))
 
     def ends_epoch(self, step: int) -> bool:
         """Whether an epoch ends there after which to save, on all processes alike."""
-        often = self.settings.last_freq, self.settings.milestones, self.settings.snapshots
+        often = self.last_freq, self.milestones, self.snapshots
         return any(epochs and step % (epochs * self.steps_per_epoch) == 0 for epochs in often)
 
     def due(self, step: int) -> bool:
@@ -81,9 +80,8 @@ class CheckpointSaver:
             return True
         if not dist.is_main() or self.writing.is_alive():
             return False
-        steps, minutes = self.settings.steps, self.settings.minutes
-        late = minutes and time.monotonic() - self.saved_at > 60 * minutes
-        return bool(late or (steps and step - self.saved_step >= steps))
+        late = self.minutes and time.monotonic() - self.saved_at > 60 * self.minutes
+        return bool(late or (self.steps and step - self.saved_step >= self.steps))
 
     def save(self, step: int, state: Callable[[], dict]) -> None:
         """state: makes the dict to save; its tensors are copied before this returns."""
@@ -108,21 +106,21 @@ class CheckpointSaver:
         return self.buffers[key].copy_(value.detach(), non_blocking=value.is_cuda)
 
     def _write(self, step: int, state: dict, stalled: float) -> None:
-        path = self.settings.folder / f"checkpoint-step{step:08d}.pth"
+        path = self.folder / f"checkpoint-step{step:08d}.pth"
         began = time.monotonic()
         try:
             if broken := [name for name, t in state["model"].items() if not t.isfinite().all()]:
                 raise ValueError(f"the weights are not finite any more ({broken[0]})")
             epoch, inside = divmod(step, self.steps_per_epoch)
-            if (often := self.settings.snapshots) and not inside and epoch % often == 0:
+            if (often := self.snapshots) and not inside and epoch % often == 0:
                 # First, so that a checkpoint has all snapshots before it.
                 tracks = {k: v for k, v in state["averages"].items() if k.startswith(SIGMA)}
                 snapshot = path.parent / SNAPSHOTS / f"step{step:08d}.pth"
                 write_checkpoint(snapshot, {"step": step, "averages": tracks})
             write_checkpoint(path, state)
-            give_name(path, self.settings.folder / LAST)
-            if self.settings.milestones and not inside and epoch % self.settings.milestones == 0:
-                give_name(path, self.settings.folder / f"checkpoint-epoch{epoch:04d}.pth")
+            give_name(path, self.folder / LAST)
+            if self.milestones and not inside and epoch % self.milestones == 0:
+                give_name(path, self.folder / f"checkpoint-epoch{epoch:04d}.pth")
             self._remove_old(path)
         except Exception as error:  # nobody else would hear of it, and training need not end
             self.failure = f"checkpoint of step {step} was not saved: {error}"
@@ -137,9 +135,9 @@ class CheckpointSaver:
         own = files.index(newest) + 1
         # With a larger global batch a run goes on at a smaller step: files of later steps would be
         # taken for newer ones, at every restart.
-        later = (newest.parent / SNAPSHOTS).glob("step*.pth") if self.settings.snapshots else ()
+        later = (newest.parent / SNAPSHOTS).glob("step*.pth") if self.snapshots else ()
         later = [path for path in later if path.stem > newest.stem.removeprefix("checkpoint-")]
-        for path in (*files[own:], *files[: max(0, own - self.settings.keep)], *later):
+        for path in (*files[own:], *files[: max(0, own - self.keep)], *later):
             path.unlink()
 
     def wait(self, timeout: float = math.inf) -> None:

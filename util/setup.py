@@ -296,7 +296,7 @@ def calibrated_levels(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a training starts from, read and checked against each other."""
+    """What a training or an evaluation starts from, read and checked against each other."""
 
     checkpoint: Checkpoint  # false where a training begins from scratch
     vae: VAE | None  # None where cached latents make it unnecessary
@@ -321,6 +321,19 @@ def open_inputs(args: argparse.Namespace, read_only: bool = False) -> Inputs:
     warn_other_vae(checkpoint, data.vae_sha256)
     data, validation = open_validation(args, data, config, vae)
     return Inputs(checkpoint, vae, data, config, validation)
+
+
+def open_evaluated(args: argparse.Namespace, read_only: bool = False) -> Inputs:
+    """The same for an evaluation, which has no data."""
+    if not args.resume:
+        raise UserError("--resume is missing: --evaluate needs the folder of a checkpoint")
+    checkpoint = find_checkpoint(args.resume, args.output_dir, True, read_only)
+    vae, path = build_vae(args), value(args, "vae_path")
+    data = TrainingData([], [], "--evaluate", vae_digest(path))
+    config = build_config(args, checkpoint, vae=vae)
+    check_vae(vae, config, path)
+    warn_other_vae(checkpoint, data.vae_sha256)
+    return Inputs(checkpoint, vae, data, config, None)
 
 
 # --- learning rate

@@ -17,8 +17,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _state = SimpleNamespace(pid=0, received=None, deferred=False)
 
 
-class Stopped(Exception):
-    """The process was asked to stop, and has done what it must not lose."""
+class Stopped(BaseException):
+    """The process was asked to stop, and has done what it must not lose.
+
+    Like KeyboardInterrupt no Exception: who catches whatever may fail lets it pass.
+    """
 
 
 def install() -> None:

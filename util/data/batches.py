@@ -41,9 +41,6 @@ class Batches:
             raise UserError(f"{self.images} samples do not fill a global batch of {batch}")
         return self.images // self.global_batch
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
 
 def plan_batches(
     args: argparse.Namespace, checkpoint: Checkpoint, images: int
@@ -70,7 +67,7 @@ def plan_batches(
     step = checkpoint.whole_number("step")
     if batches == saved:
         return batches, step, []
-    was, now = saved.to_dict(), batches.to_dict()
+    was, now = asdict(saved), asdict(batches)
     changes = ", ".join(f"{n} {now[n]} (was {was[n]})" for n in now if now[n] != was[n])
     note = f"note: going on at the same epoch, {step / saved.steps_per_epoch:.2f}, with {changes}"
     first = step * batches.steps_per_epoch // saved.steps_per_epoch

@@ -27,11 +27,11 @@ from models.tokenbridge import TokenBridge
 from models.tokenizers.tokenizer import Tokenizer, decode_images
 from util import dist
 from util.data.images import grid, psnr, save_png
-from util.device import Precision, unchanged_randomness
+from util.device import Precision, git_revision, unchanged_randomness, versions
+from util.evaluation.extractor import digest
 from util.evaluation.folder import GRID, METRICS, EvaluationFolder, read_png, write_json
 from util.evaluation.metrics import Measure, Scores, score
 from util.evaluation.settings import EvalSettings
-from util.logging import digest, git_revision, versions
 from util.setup import check_agreement
 
 GRID_ROWS, GRID_COLUMNS = 8, 10

@@ -4,6 +4,7 @@ Images, uint8 [N, 3, H, W] -> features of the layer that the network declares fo
 networks.py registers those of ours.
 """
 
+import hashlib
 import importlib
 import socket
 import sys
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from util import dist
 from util.errors import UserError
 from util.files import load_tensors, sha256
-from util.logging import digest
 
 INCEPTION = "inception-v3-compat"
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -77,6 +77,16 @@ class Extractor:
     def identity(self) -> dict[str, str]:
         """What two sets of features must share to be compared."""
         return {"extractor": self.name, "weights_sha256": self.weights_sha256}
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 of a network's tensors: their names, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        total.update(memoryview(flat.view(torch.uint8).numpy()))
+    return total.hexdigest()
 
 
 def load_extractor(given: str, weights: str | None, device: torch.device) -> Extractor | None:

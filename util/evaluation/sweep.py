@@ -12,21 +12,18 @@ import torch
 
 from models.tokenizers.tokenizer import Tokenizer
 from util import dist
-from util.args import EVALUATION_CONFIG, settings_saved, value
-from util.checkpoint import find_checkpoint
+from util.args import EVALUATION_CONFIG, value
 from util.data.images import save_png
 from util.device import Precision, accelerate, resolve_precision
-from util.errors import UserError
 from util.evaluation.evaluator import Evaluator
 from util.evaluation.folder import GRID, METRICS, read_json, read_png, write_csv, write_plot
 from util.evaluation.metrics import fid_error, is_error
 from util.evaluation.reference import prepare_measure
 from util.evaluation.settings import SWEPT, EvalSettings
 from util.files import sha256
-from util.logging import MetricsFile
+from util.logging import MetricsFile, settings_saved
 from util.posthoc_ema import PosthocEMA
-from util.setup import build_config, build_model, build_vae, check_vae, warn_other_vae
-from util.vae import vae_digest
+from util.setup import build_model, open_evaluated
 
 DISTANCES = ("fid", "frechet_distance", "fd_dinov2")  # the name depends on the network
 SCORES = ("inception_score_mean", "score_mean")
@@ -38,25 +35,19 @@ def evaluate_checkpoint(
     args: argparse.Namespace, device: torch.device, precision: Precision
 ) -> dict:
     """Evaluate --resume at all points; returns their figures on the main process."""
-    if not args.resume:
-        raise UserError("--evaluate needs --resume, the folder of the checkpoint to evaluate")
-    checkpoint = find_checkpoint(args.resume, args.output_dir, must_exist=True)
-    vae, vae_path = build_vae(args), value(args, "vae_path")
-    vae_sha256 = vae_digest(vae_path)
-    config = build_config(args, checkpoint, manifest=None, vae=vae)
-    check_vae(vae, config, vae_path)
-    warn_other_vae(checkpoint, vae_sha256)
+    inputs = open_evaluated(args)
+    checkpoint, config = inputs.checkpoint, inputs.config
     points = EvalSettings.of(args, config.class_num, checkpoint.classes)
     averages = PosthocEMA(checkpoint) if args.ema_sigma else None
     key = "model" if averages else checkpoint.key(args.eval_weights)
     model = build_model(config, checkpoint, key).to(device)
     accelerate(model, device, args.compile, args.cuda_graphs)
-    tokenizer = Tokenizer(vae, *config.latent_norm).to(device)
+    tokenizer = Tokenizer(inputs.vae, *config.latent_norm).to(device)
     tokenizer.decode_dtype = resolve_precision(args.vae_precision, device, args.tf32).dtype
     output = Path(args.output_dir)
     measure = prepare_measure(args, config.img_size, device, output / "reference_features")
     dist.print_main(f"{points[0].weights} weights of {checkpoint.path}")
-    files = {"vae": {"path": vae_path, "sha256": vae_sha256}}
+    files = {"vae": {"path": value(args, "vae_path"), "sha256": inputs.data.vae_sha256}}
     if dist.is_main():
         files["checkpoint"] = {"path": str(checkpoint.path), "sha256": sha256(checkpoint.path)}
     if measure is not None and args.inception_weights is not None:
