@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -102,6 +102,19 @@ def test_the_vae_stays_on_the_device():
         cached = [(torch.zeros(8, 4, 4), 1)]
         latents, _ = read_latents(cached, [0], tokenizer, torch.device("cuda"))
         assert latents.device.type == "cpu"  # as validation keeps them
+
+
+def test_what_a_gpu_would_wait_for_is_seen(monkeypatch):
+    """The labels' check reads them; a buffer on the CPU is of another device."""
+    monkeypatch.undo()
+    with FakeTensorMode(), torch.no_grad():
+        model = on_gpu(build("channel")).eval()
+        _, labels = batch(model, "cuda")
+        with pytest.raises(DataDependentOutputException):
+            sample_latents(model, labels, num_iter=2)
+        model.backbone._parameters["mask_token"] = model.backbone.mask_token.cpu()
+        with pytest.raises(RuntimeError, match="device"):
+            sample_latents(model, None, batch_size=2, num_iter=2)
 
 
 class Recorded(TorchDispatchMode):
