@@ -58,18 +58,17 @@ def main() -> None:
     every = range(len(batches))
     for _, _, pixels in image_batches(images, size, batches, every, Loading.of(args)):
         sums.update(extractor(pixels))
-    moments = sums.moments
-    moments.gather()
-    sums.spatial.gather()
+    for moments in sums.moments.values():
+        moments.gather()
     if dist.is_main():
-        if moments.count < 2:
+        count, width = sums.moments["fid"].count, sums.moments["fid"].first.shape[1]
+        if count < 2:
             raise UserError(f"--image_dir {args.image_dir}: a covariance takes two images")
         output.parent.mkdir(parents=True, exist_ok=True)
         sums.save_statistics(output, extractor, size)
-        width = moments.first.shape[1]
-        print(f"{output}: {moments.count} images of {size} px, {width} features")
-        if moments.count <= width:
-            print(f"warning: {few_for_covariance(moments.count, width)}")
+        print(f"{output}: {count} images of {size} px, {width} features")
+        if count <= width:
+            print(f"warning: {few_for_covariance(count, width)}")
     dist.barrier()
     dist.cleanup()
 

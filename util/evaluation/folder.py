@@ -74,16 +74,12 @@ class FeatureFiles:
             return arrays.pop("ids").tolist(), arrays
 
     def chunks(self) -> Iterator[dict[str, Tensor]]:
-        """{name: [n, D]} of all images in order, some thousand at once, of names in all files."""
-        numbers, parts, rows = range(len(self.batches)), [], 0
-        wait_for([self.path(number) for number in numbers])
-        for number in numbers:
-            ids, arrays = self.read(number)
-            parts, rows = parts + [arrays] * bool(arrays), rows + len(ids)
-            if parts and (rows >= CHUNK or number == numbers[-1]):
-                names = [name for name in parts[0] if all(name in part for part in parts)]
-                yield {name: torch.cat([part[name] for part in parts]) for name in names}
-                parts, rows = [], 0
+        """{name: [n, D]} of all images in order, some thousand at once."""
+        count = len(self.batches)
+        wait_for([self.path(number) for number in range(count)])
+        for some in batch_ranges(count, max(1, CHUNK // len(self.batches[0]))):
+            if parts := [arrays for _, arrays in map(self.read, some) if arrays]:
+                yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def wait_for(paths: list[Path], seconds: float = SHARED_WAIT) -> None:

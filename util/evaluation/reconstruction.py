@@ -233,14 +233,14 @@ class Reconstruction:
         warnings, crops = [], None
         distance = "rfid" if extractor.is_inception else "reconstruction_frechet_distance"
         if "fid" in extractor.layers and results[0]["images"] > 1:  # a covariance takes two
-            crops = measure.sums(features(ORIGINAL)).moments.statistics()
+            crops = measure.sums(features(ORIGINAL)).moments["fid"].statistics()
         for result in results:
             dist.beat(f"measuring {result['name']}")
             sums = measure.sums(features(result["name"]))
             scores = score(sums, measure)
             result |= scores.figures
             if crops is not None:
-                result[distance] = frechet(sums.moments.statistics(), crops)
+                result[distance] = frechet(sums.moments["fid"].statistics(), crops)
             warnings += scores.warnings
         for warning in dict.fromkeys(warnings):
             print(f"warning: {warning}", file=sys.stderr, flush=True)
