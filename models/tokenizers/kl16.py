@@ -72,6 +72,11 @@ class VAE(nn.Module):
             raise ValueError(f"image sides {sides} are not multiples of stride {self.stride}")
         return Posterior(self.moments(images))
 
+    @staticmethod
+    def settings_of(state: dict[str, Tensor]) -> dict:
+        """The settings, from the names and shapes of tensors. Raises ValueError where they lack."""
+        raise NotImplementedError
+
     def moments(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, 2C, h, w], mean and log-variance."""
         raise NotImplementedError
@@ -263,6 +268,15 @@ class AutoencoderKL(VAE):
             self.quant_conv = conv1x1(2 * embed_dim, 2 * embed_dim)
             self.post_quant_conv = conv1x1(embed_dim, embed_dim)
 
+    @staticmethod
+    def settings_of(state: dict[str, Tensor]) -> dict:
+        return sizes_of(state, "down", "block") | {
+            "embed_dim": shape_of(state, "decoder.conv_in.weight")[1],
+            "encoder_attention": numbers(state, r"encoder\.down\.(\d+)\.attn\."),
+            "decoder_attention": numbers(state, r"decoder\.up\.(\d+)\.attn\."),
+            "quant_conv": "quant_conv.weight" in state,
+        }
+
     @property
     def is_kl16(self) -> bool:
         return self.config == KL16
@@ -300,19 +314,6 @@ def sizes_of(state: dict[str, Tensor], level: str, block: str) -> dict:
         "ch_mult": tuple(width // max(ch, 1) for width in widths),
         "ch": ch,
         "num_res_blocks": len(numbers(state, rf"encoder\.{level}\.0\.{block}\.(\d+)\.")),
-    }
-
-
-def settings_of(state: dict[str, Tensor]) -> dict:
-    """The settings of an `AutoencoderKL`, from the names and shapes of its tensors.
-
-    Raises ValueError without a tensor that tells them.
-    """
-    return sizes_of(state, "down", "block") | {
-        "embed_dim": shape_of(state, "decoder.conv_in.weight")[1],
-        "encoder_attention": numbers(state, r"encoder\.down\.(\d+)\.attn\."),
-        "decoder_attention": numbers(state, r"decoder\.up\.(\d+)\.attn\."),
-        "quant_conv": "quant_conv.weight" in state,
     }
 
 

@@ -94,6 +94,14 @@ class VQModel(kl16.VAE):
         self.quant_conv = conv1x1(z_channels, self.channels)
         self.post_quant_conv = conv1x1(self.channels, z_channels)
 
+    @staticmethod
+    def settings_of(state: dict[str, Tensor]) -> dict:
+        return kl16.sizes_of(state, "conv_blocks", "res") | {
+            "codebook_size": shape_of(state, EMBEDDING)[0],
+            "embed_dim": shape_of(state, "quant_conv.weight")[0],
+            "z_channels": shape_of(state, "encoder.conv_out.weight")[0],
+        }
+
     @property
     def codebook(self) -> Tensor:
         """[K, C], of length one."""
@@ -121,15 +129,3 @@ class VQModel(kl16.VAE):
 
     def load_published(self, state: dict[str, Tensor]) -> None:
         super().load_published({USED: self.quantize.codebook_used} | state)
-
-
-def settings_of(state: dict[str, Tensor]) -> dict:
-    """The settings of a `VQModel`, from the names and shapes of its tensors.
-
-    Raises ValueError without a tensor that tells them.
-    """
-    return kl16.sizes_of(state, "conv_blocks", "res") | {
-        "codebook_size": shape_of(state, EMBEDDING)[0],
-        "embed_dim": shape_of(state, "quant_conv.weight")[0],
-        "z_channels": shape_of(state, "encoder.conv_out.weight")[0],
-    }

@@ -16,7 +16,7 @@ import re
 import socket
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +42,13 @@ CHUNK = 4096  # rows of features that are added up at once
 def batch_ranges(count: int, batch_size: int) -> list[range]:
     """Image numbers 0..count-1 in batches of fixed composition."""
     return [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+
+
+def share(todo: Collection[int], count: int, where: str | Path) -> list[int]:
+    """This process's of the batches that are to be done, of so many."""
+    if done := count - len(todo):
+        dist.print_main(f"{where}: {done} of {count} batches are there already")
+    return sorted(todo)[dist.rank() :: dist.world_size()]
 
 
 @dataclass(frozen=True)
@@ -156,13 +163,6 @@ class ImageFolder:
         whole = {path.name for path in (self.path / variant).glob("*.png") if path.stat().st_size}
         names = {number: set(map(self.file_name, ids)) for number, ids in batches.items()}
         return {number for number, own in names.items() if not own <= whole}
-
-    def share(self, todo: set[int]) -> list[int]:
-        """This process's of the batches that are to be done."""
-        count = len(self.batches)
-        if done := count - len(todo):
-            dist.print_main(f"{self.path}: {done} of {count} batches are there already")
-        return sorted(todo)[dist.rank() :: dist.world_size()]
 
     def begin(self, settings: dict) -> None:
         """Make the folder this run's. settings: plain values that decide the images.

@@ -230,8 +230,7 @@ def _frechet_distance(moments: Moments, stats: Statistics, name: str, scores: Sc
         scores.figures[f"{name}_standard_error"] = fid_error(values)
     if name == "sfid":
         return
-    if count <= width:
-        few = few_for_covariance(count, width)
+    if few := few_for_covariance(count, width):
         scores.warnings.append(f"{few}; compare it with nothing but the same number")
     elif (title := PUBLISHED.get(name)) and count != FULL_COUNT:
         scores.warnings.append(
@@ -241,6 +240,9 @@ def _frechet_distance(moments: Moments, stats: Statistics, name: str, scores: Sc
 
 
 def few_for_covariance(count: int, width: int) -> str:
+    """What is wrong with the covariance of so few images; "" of enough."""
+    if count > width:
+        return ""
     few = f"{count} images are not more than the {width} features"
     return f"{few}: their covariance is singular and FID far too large"
 

@@ -20,7 +20,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer, entropy, level_counts
 from models.tokenizers.kl16 import Posterior
@@ -30,7 +29,7 @@ from util.data.images import ImageDataset, grid, psnr, save_png
 from util.errors import UserError
 from util.evaluation.folder import FeatureFiles, ImageFolder, write_csv, write_json, write_plot
 from util.evaluation.metrics import Measure, frechet, score
-from util.evaluation.reference import read_batches
+from util.evaluation.reference import image_batches, read_batches
 
 ORIGINAL, CONTINUOUS, QUANTIZED = "original", "continuous", "bits"
 GRID_IMAGES = 8
@@ -89,11 +88,6 @@ class ReconstructionFolder(ImageFolder):
         done = set(range(len(self.batches))) - missing
         return missing | self.unsaved({k: records.read(k)[0] for k in done}, variant)
 
-    def readable(self) -> list[int]:
-        """Numbers of the images that could be read, once all batches are done."""
-        records = self.records(ORIGINAL)
-        return [i for number in range(len(self.batches)) for i in records.read(number)[0]]
-
     def finished(self) -> list[str]:
         """All variants that are finished, by an earlier run too, the crops apart."""
         names = [path.name for path in sorted((self.path / "records").iterdir()) if path.is_dir()]
@@ -139,15 +133,12 @@ class Reconstruction:
 
     def run(self, num_workers: int) -> None:
         """This process's share of the batches that some variant lacks."""
-        folder, count = self.folder, len(self.folder.batches)
+        folder, dataset = self.folder, self.dataset
         # as the main process finds them, so that all agree
         missing = dist.gather_objects({name: folder.missing(name) for name in self.names})[0]
-        mine = folder.share(set().union(*missing.values()))
-        batches = read_batches(self.dataset, [folder.batches[k] for k in mine], num_workers)
-        hidden = not (mine and dist.is_main())
-        progress = tqdm(batches, desc="reconstructing", total=len(mine), disable=hidden)
-        for number, (ids, images) in zip(mine, progress, strict=True):
-            dist.beat(f"reconstructing batch {number + 1} of {count}")
+        todo = set().union(*missing.values())
+        batches = image_batches(dataset, folder.batches, todo, num_workers, "reconstructing")
+        for number, ids, images in batches:
             names = [name for name in self.names if number in missing[name]]
             for name, pixels, record in self.decode(images, ids, names):
                 if self.measure is not None:
@@ -197,7 +188,8 @@ class Reconstruction:
     def finish(self, settings: dict) -> dict:
         """Write the figures of all variants in the folder, and grid.png; returns results.json."""
         folder, measure = self.folder, self.measure
-        readable = folder.readable()
+        originals, batches = folder.records(ORIGINAL), range(len(folder.batches))
+        readable = [image_id for number in batches for image_id in originals.read(number)[0]]
         if not readable:
             raise UserError("none of the images can be read; see --image_dir")
         names = list(dict.fromkeys([*self.names[1:], *folder.finished()]))
