@@ -30,7 +30,8 @@ from util.data.latent_cache import open_cache
 from util.data.listing import ImageList, find_split, is_data, list_files, list_images
 from util.doctor import dry_run
 from util.errors import UserError, as_user_error
-from util.evaluation.reconstruction import Reconstruction, ReconstructionFolder, variant_name
+from util.evaluation.folder import ImageFolder
+from util.evaluation.reconstruction import Reconstruction, variant_name
 from util.evaluation.reference import prepare_measure
 from util.files import check_writable
 from util.logging import MetricsFile, figures_on_stdout
@@ -99,7 +100,7 @@ def measure_variants(args, device: torch.device) -> dict:
         settings["seed"] = value(args, "seed")
     measure = prepare_measure(args, size, device)
     label = measure and measure.extractor.label
-    folder = ReconstructionFolder(Path(args.output_dir), len(names), args.batch_size, label)
+    folder = ImageFolder(Path(args.output_dir), len(names), args.batch_size, label)
     on_bad = "drop" if args.skip_bad_images else "raise"
     dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
     tokenizer = Tokenizer(vae, *norm).to(device)

@@ -195,8 +195,10 @@ class Level(nn.Module):
 
 def encoder(widths: list[int], blocks: int, out: int, attends: tuple, name: str) -> nn.Module:
     """Images [B, 3, H, W] -> [B, out, h, w]. widths: of the first convolution and of each level.
-    attends: the levels that do. name: see `Level`.
+    attends: the levels that do. name: see `Level`. Raises ValueError on a width of no whole groups.
     """
+    if widths[0] <= 0 or widths[0] % GROUPS:
+        raise ValueError(f"ch {widths[0]} is not a multiple of {GROUPS}, the group norms' groups")
     conv_in, down = conv3x3(3, widths[0]), nn.Sequential()
     for i, (before, width) in enumerate(pairwise(widths)):
         level = Level(before, width, blocks, i in attends, name)
@@ -250,8 +252,6 @@ class AutoencoderKL(VAE):
         num_res_blocks: int = KL16["num_res_blocks"],
         **variant,
     ):
-        if ch <= 0 or ch % GROUPS:
-            raise ValueError(f"ch {ch} is not a multiple of {GROUPS}, the group norms' groups")
         coarsest = len(ch_mult) - 1
         usual = {"encoder_attention": (coarsest,), "decoder_attention": (), "quant_conv": True}
         if unknown := set(variant) - set(usual):

@@ -83,8 +83,6 @@ class VQModel(kl16.VAE):
         config = VQ16 | settings
         config["ch_mult"] = tuple(config["ch_mult"])
         ch, blocks, z_channels = (config[name] for name in ("ch", "num_res_blocks", "z_channels"))
-        if ch <= 0 or ch % kl16.GROUPS:
-            raise ValueError(f"ch {ch} is not a multiple of {kl16.GROUPS}, the group norms' groups")
         super().__init__(config, config["embed_dim"], 2 ** (len(config["ch_mult"]) - 1))
         widths = [ch * mult for mult in config["ch_mult"]]
         coarsest = (len(widths) - 1,)  # which alone attends

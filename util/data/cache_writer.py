@@ -6,7 +6,6 @@ Letters: n images of a shard, S its size, b of a batch, C latent channels, h, w 
 """
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
 from util.args import CONFIG
@@ -116,9 +116,9 @@ class CacheWriter:
         files = self.files(shard, names)
         with self.writing():
             if self.is_npy:
-                np.save(whole := io.BytesIO(), moments)
-                with atomic_write(files[0]) as file:
-                    file.write(whole.getbuffer())  # np.save itself does not say why it fails
+                with atomic_write(files[0]) as file:  # np.save would not say why it fails
+                    npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(moments))
+                    file.write(moments)
             else:
                 for path, views in zip(files, moments, strict=True):
                     path.parent.mkdir(parents=True, exist_ok=True)

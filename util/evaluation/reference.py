@@ -130,8 +130,7 @@ def _defect(mu: np.ndarray, sigma: np.ndarray) -> str | None:
     """Why these are not a mean and a covariance, or None."""
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         return "mu or sigma holds numbers that are not finite"
-    size = max(float(np.abs(sigma).max()), 1e-300)
-    if np.abs(sigma - sigma.T).max() > 1e-4 * size:
+    if np.abs(sigma - sigma.T).max() > 1e-4 * np.abs(sigma).max():
         return "sigma is not symmetric"
     try:  # positive semidefinite but for rounding: features may be dependent, or saved in float32
         np.linalg.cholesky((sigma + sigma.T) / 2 + 1e-5 * np.trace(sigma) * np.eye(len(sigma)))
