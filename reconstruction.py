@@ -25,7 +25,7 @@ from util import args as flags
 from util import dist
 from util.args import Flag, Parser, settings_saved, value
 from util.data.cache_writer import list_digest
-from util.data.images import ImageDataset
+from util.data.images import ImageDataset, reading_flags
 from util.data.latent_cache import open_cache
 from util.data.listing import ImageList, find_split, is_data, list_files, list_images
 from util.doctor import dry_run
@@ -101,8 +101,7 @@ def measure_variants(args, device: torch.device) -> dict:
     measure = prepare_measure(args, size, device)
     label = measure and measure.extractor.label
     folder = ImageFolder(Path(args.output_dir), len(names), args.batch_size, label)
-    on_bad = "drop" if args.skip_bad_images else "raise"
-    dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
+    dataset = ImageDataset(images.samples, size, **reading_flags(args))
     tokenizer = Tokenizer(vae, *norm).to(device)
     job = Reconstruction(folder, dataset, tokenizer, measure, variants, settings.get("seed"))
     if args.dry_run:

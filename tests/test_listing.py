@@ -17,7 +17,7 @@ import main_tokenbridge
 from reconstruction import choose_images
 from tests import runs
 from tests.conftest import complaint
-from util.data.images import LOADING, read_image
+from util.data.images import read_image
 from util.data.listing import LABELS, list_images
 from util.errors import UserError
 from util.evaluation.reference import open_images
@@ -39,7 +39,7 @@ def test_hidden_entries_are_no_data_and_links_are_followed(data):
     (data / "train" / "cat").symlink_to("../elsewhere")
     found = (list_images(data), choose_images(data, 9), choose_images(data / "train", 9))
     assert [images.names for images in found] == [expected] * 3 and len(expected) == 24
-    assert len(open_images(data / "train", 16, LOADING)) == 24
+    assert len(open_images(data / "train", 16)) == 24
 
 
 @pytest.mark.parametrize(

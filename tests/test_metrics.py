@@ -16,7 +16,6 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from tests.conftest import complaint
 from tests.measures import FEATURES, PIXELS, Pixels, prepare
 from tests.runs import evaluate
-from util.data.images import Loading
 from util.evaluation import metrics
 from util.evaluation.extractor import INCEPTION, WEIGHTS_FILE, Extractor, published_weights
 from util.evaluation.folder import FeatureFiles, batch_ranges
@@ -281,7 +280,7 @@ def test_extractor_without_a_layer_for_fid_still_has_its_score(folders, tmp_path
 
 def test_reference_features_are_made_once(folders, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(folders[1], tmp_path / "images")
-    loading, cache = Loading(skip_bad=True), tmp_path / "cache"
+    cache = tmp_path / "cache"
     first = compare_with_images(pixels_measure(), folder, 16, cache)
     measure = pixels_measure()
     with monkeypatch.context() as patch:
@@ -293,7 +292,7 @@ def test_reference_features_are_made_once(folders, tmp_path, monkeypatch, capsys
     assert "kernel_distance_mean" in figures and "kernel_distance_std" not in figures
     for path in list(folder.iterdir())[:28]:
         path.write_bytes(b"broken")
-    other = compare_with_images(pixels_measure(), folder, 16, cache, loading)
+    other = compare_with_images(pixels_measure(), folder, 16, cache, on_bad="drop")
     assert len(other.features["mixed"]) == other.record["images"] == 9
     assert other.identity() != first.identity()
     assert "9 images are not more than the 9 features" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from util.data.images import ImageDataset
 from util.data.listing import list_images
 from util.evaluation.extractor import Extractor
 from util.evaluation.folder import ImageFolder
-from util.evaluation.metrics import frechet, statistics
+from util.evaluation.metrics import Moments, frechet
 from util.evaluation.reconstruction import draw_latents, ssim
 from util.vae import load_vae
 
@@ -231,7 +231,7 @@ def test_figures_of_features_are_those_of_the_images(inputs, tmp_path):
     extractor, moments = Extractor("pixels", None, torch.device("cpu")), {}
     for name in VARIANTS:
         images = torch.from_numpy(pixels(tmp_path / name)).permute(0, 3, 1, 2).to(torch.uint8)
-        moments[name] = statistics(extractor(images)["mixed"])
+        moments[name] = Moments().update(extractor(images)["mixed"]).statistics()
     for found in results(tmp_path)["results"]:
         expected = frechet(moments[found["name"]], moments["original"])
         distance = found["reconstruction_frechet_distance"]  # rfid is Inception's alone

@@ -13,7 +13,7 @@ from tests.measures import FEATURES, PIXELS, prepare
 from tests.runs import SIZE, call, on_processes
 from tests.test_latent_cache import Trap
 from util import fid_stats
-from util.data.images import LOADING, center_crop, read_image
+from util.data.images import center_crop, read_image
 from util.evaluation import reference
 from util.evaluation.extractor import INCEPTION, Extractor
 from util.evaluation.metrics import Measure
@@ -108,7 +108,7 @@ def test_two_processes_write_sfid_s_statistics_of_one(array, inception, tmp_path
 @pytest.fixture(scope="module")
 def array(images, tmp_path_factory) -> Path:
     """The images of the folder in one file, as ADM's evaluator takes them."""
-    files = [path for path, _ in reference.open_images(images, SIZE, LOADING).samples]
+    files = [path for path, _ in reference.open_images(images, SIZE).samples]
     crops = np.stack([np.array(center_crop(read_image(path), SIZE)) for path in files])
     path = tmp_path_factory.mktemp("array") / "batch.npz"
     np.savez(path, crops, np.zeros(len(crops)))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from util import dist
 from util.args import EXTRACTOR, Flag, Parser, auto, positive_int
-from util.data.images import Loading
+from util.data.images import reading_flags
 from util.errors import UserError
 from util.evaluation.extractor import load_extractor
 from util.evaluation.folder import batch_ranges
@@ -44,7 +44,7 @@ def main() -> None:
     if output.suffix != ".npz":
         raise UserError(f"--output {output} does not end with .npz")
     check_writable(output.parent, "--output")
-    images = open_images(args.image_dir, args.img_size, Loading.of(args), "--image_dir")
+    images = open_images(args.image_dir, args.img_size, "--image_dir", **reading_flags(args))
     extractor = load_extractor(args.feature_extractor, args.inception_weights, device)
     if extractor is None or "fid" not in extractor.layers:
         raise UserError(

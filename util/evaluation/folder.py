@@ -8,8 +8,8 @@ A batch is a fixed range of image numbers, whichever process works on it, and al
 or absent, so what is there is not done again.
 """
 
+import codecs
 import csv
-import io
 import json
 import math
 import re
@@ -273,12 +273,11 @@ def write_json(path: Path, value: dict) -> None:
 
 def write_csv(path: Path, rows: Iterable[dict], names: Iterable[str]) -> None:
     """A line for each row, of the values of those names; what a row lacks is empty."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(names), extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        text = codecs.getwriter("utf-8")(file)
+        table = csv.DictWriter(text, list(names), extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def write_plot(

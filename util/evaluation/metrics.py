@@ -92,7 +92,7 @@ class Moments:
     def count(self) -> int:
         return int(self.counts.sum())
 
-    def update(self, features: Tensor) -> None:
+    def update(self, features: Tensor) -> "Moments":
         """features: [n, D]."""
         groups, count, width = len(self.counts), self.count, features.shape[1]
         wide = features.double()
@@ -104,6 +104,7 @@ class Moments:
             self.counts[group] += len(rows)
             self.first[group] += rows.sum(dim=0)
             self.second[group].addmm_(rows.T, rows)
+        return self
 
     def gather(self) -> None:
         """All processes' together, on the main process."""
@@ -297,13 +298,6 @@ def _density_coverage(own: Tensor, other: Tensor, scores: Scores) -> None:
         if len(own) > GROUPS:
             scores.replicates[name] = replicates
             scores.figures[f"{name}_standard_error"] = fid_error(replicates)
-
-
-def statistics(features: Tensor) -> Statistics:
-    """mu and sigma of [N, D]."""
-    moments = Moments()
-    moments.update(features)
-    return moments.statistics()
 
 
 def frechet(own: Statistics, other: Statistics) -> float:

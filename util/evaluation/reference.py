@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util import dist, stop
-from util.data.images import LOADING, ImageDataset, Loading, center_crop, collate_skipping
+from util.data.images import ImageDataset, center_crop, collate_skipping, reading_flags
 from util.data.listing import list_files
 from util.errors import UserError, as_user_error
 from util.evaluation.extractor import INCEPTION, SPATIAL_WIDTH, load_extractor
@@ -65,7 +65,8 @@ def prepare_measure(
     if path is not None:
         measure = compare_with_statistics(measure, path, size)
     if folder is not None:
-        measure = compare_with_images(measure, folder, size, reference_cache, Loading.of(args))
+        how = {"num_workers": args.num_workers} | reading_flags(args)
+        measure = compare_with_images(measure, folder, size, reference_cache, **how)
     elif path is None:
         dist.print_main(
             "FID is not computed: no statistics; put ADM's adm_in256_stats.npz into fid_stats/ "
@@ -228,21 +229,20 @@ ImageSource = ImageDataset | ImageArray
 
 
 def compare_with_images(
-    measure: Measure, source: str | Path, size: int, cache: Path, loading: Loading = LOADING
+    measure: Measure, source: str | Path, size: int, cache: Path, num_workers: int = 0, **reading
 ) -> Measure:
     """The same measure with real images, a folder or an npz file, as its reference.
 
     All processes take part. FID stays the distance to the file of statistics if there is one.
-    cache: a folder for the features, which a restart reads again.
+    cache: a folder for the features, which a restart reads again. reading: of `reading_flags`.
     """
-    images, extractor = open_images(source, size, loading), measure.extractor
+    images, extractor = open_images(source, size, **reading), measure.extractor
     key = listing_digest(Path(source), images)
     place = cache / f"{extractor.label}-{size}px-{key[:12]}"
     files = FeatureFiles(place, batch_ranges(len(images), BATCH))
     layers = {metric: layer for metric, layer in extractor.layers.items() if metric != "isc"}
     missing = dist.gather_objects(files.missing())[0]  # as the main process finds it
-    parts = image_batches(images, files.batches, missing, loading.num_workers)
-    for number, ids, pixels in parts:
+    for number, ids, pixels in image_batches(images, files.batches, missing, num_workers):
         files.write(number, ids, extractor(pixels))
     dist.barrier()
     record = measure.record | {"fid_reference": str(source), "listing_sha256": key}
@@ -261,16 +261,16 @@ def compare_with_images(
 
 
 def open_images(
-    source: str | Path, size: int | None, loading: Loading, flag: str = "--fid_reference"
+    source: str | Path, size: int | None, flag: str = "--fid_reference", **reading
 ) -> ImageSource:
     """The files of a folder and the folders in it, in order, or the images of an npz file.
 
-    size: in pixels; None is that of the images in an npz file, of others 256.
+    size: in pixels; None is that of the images in an npz file, of others 256. reading: of
+    `reading_flags`.
     """
     if Path(source).suffix != ".npz" or not Path(source).is_file():
         samples = [(path, 0) for path in list_files(source, flag)]
-        on_bad = "drop" if loading.skip_bad else "raise"
-        return ImageDataset(samples, size or 256, on_bad, loading.max_pixels)
+        return ImageDataset(samples, size or 256, **reading)
     damaged = as_user_error(f"{flag} {source}: not an npz file of images", (Exception,))
     with damaged, _opened_images(source) as (_, shape):
         return ImageArray(Path(source), shape, size or min(shape[1:3]))
