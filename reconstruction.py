@@ -25,12 +25,13 @@ from util import args as flags
 from util import dist
 from util.args import Flag, Parser, value
 from util.data.cache_writer import list_digest
-from util.data.images import ImageDataset
+from util.data.images import ImageDataset, reading_flags
 from util.data.latent_cache import open_cache
 from util.data.listing import ImageList, find_split, is_data, list_files, list_images
 from util.doctor import dry_run
 from util.errors import UserError, as_user_error
-from util.evaluation.reconstruction import Reconstruction, ReconstructionFolder, variant_name
+from util.evaluation.folder import ImageFolder
+from util.evaluation.reconstruction import Reconstruction, variant_name
 from util.evaluation.reference import prepare_measure
 from util.files import check_writable
 from util.logging import MetricsFile, changed, figures_on_stdout, settings_saved
@@ -99,9 +100,8 @@ def measure_variants(args, device: torch.device) -> dict:
         settings["seed"] = value(args, "seed")
     measure = prepare_measure(args, size, device)
     label = measure and measure.extractor.label
-    folder = ReconstructionFolder(Path(args.output_dir), len(names), args.batch_size, label)
-    on_bad = "drop" if args.skip_bad_images else "raise"
-    dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
+    folder = ImageFolder(Path(args.output_dir), len(names), args.batch_size, label)
+    dataset = ImageDataset(images.samples, size, **reading_flags(args))
     tokenizer = Tokenizer(vae, *norm).to(device)
     job = Reconstruction(folder, dataset, tokenizer, measure, variants, settings.get("seed"))
     if args.dry_run:

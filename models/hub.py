@@ -6,6 +6,7 @@ names; its header holds their `Origin`. Nothing is ever unpickled.
 
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -86,6 +87,8 @@ class Pretrained(
         with TemporaryDirectory(prefix=".", dir=save_directory) as folder:
             save_file(state, Path(folder, WEIGHTS), {HEADER: json.dumps(known, sort_keys=True)})
             Path(folder, CONFIG).write_text(json.dumps(self.config.to_dict(), indent=2) + "\n")
+            # safetensors makes files that only their owner may read.
+            shutil.copymode(Path(folder, CONFIG), Path(folder, WEIGHTS))
             for name in (WEIGHTS, CONFIG):
                 os.replace(Path(folder, name), save_directory / name)
 

@@ -45,6 +45,8 @@ def test_a_folder_gives_the_same_model_and_equal_models_equal_files(tmp_path):
     model.quantizer.set_levels(edges, (edges[:, 1:] + edges[:, :-1]) / 2)
     model.origin = Origin("ema", 12, 3, ("ant", "bee", "cat"), "ab" * 32)
     model.save_pretrained(tmp_path / "model")
+    modes = {path.stat().st_mode for path in (tmp_path / "model").iterdir()}
+    assert len(modes) == 1  # who may read the settings may read the weights
     state = load_file(tmp_path / "model" / WEIGHTS)
     assert state.keys() == model.published_state_dict().keys()
     assert json.loads((tmp_path / "model" / CONFIG).read_text()) == model.config.to_dict()

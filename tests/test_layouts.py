@@ -19,9 +19,9 @@ def built(name: str, tensors: dict[str, Tensor]) -> nn.Module:
     if name == "kl16":
         return AutoencoderKL()
     if name.startswith("vq"):
-        return vq.VQModel(**vq.settings_of(tensors))
+        return vq.VQModel(**vq.VQModel.settings_of(tensors))
     if name.startswith("detok"):
-        return detok.DeTok(**detok.settings_of(tensors))
+        return detok.DeTok(**detok.DeTok.settings_of(tensors))
     return TokenBridge(**preset(name))
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tests.conftest import complaint, formula_weight
 from util.evaluation import networks
 from util.evaluation.extractor import load_extractor
-from util.evaluation.metrics import Measure, frechet, score, statistics
+from util.evaluation.metrics import Measure, Moments, frechet, score
 
 CPU = torch.device("cpu")
 SMALL, DEPTH, HEADS, WIDTH = "vit_small_patch14_dinov2", 12, 6, 384  # in the place of ViT-L
@@ -75,7 +75,7 @@ def test_dinov2_is_the_original_after_pillow_s_resizing(released, tmp_path):
     expected = original(released, (pixels - mean) / std)
     torch.testing.assert_close(extractor(images)["class_token"], expected, rtol=1e-4, atol=1e-4)
     assert expected.std(dim=0).mean() > 0.01  # they are not the same
-    measure = Measure(extractor, statistics(torch.randn(20, WIDTH)))
+    measure = Measure(extractor, Moments().update(torch.randn(20, WIDTH)).statistics())
     sums = measure.sums()
     sums.update(extractor(images))
     assert list(score(sums, measure).figures) == ["fd_dinov2"]
@@ -110,5 +110,5 @@ def test_efficientnet_knows_a_palace_a_daisy_and_that_noise_is_far_from_real_ima
     noise = torch.randint_like(real, 256)
     for known in (extractor, early):
         found = [known(x)[known.layers["fid"]] for x in (real[::2], real[1::2], noise)]
-        first, second, other = map(statistics, found)
+        first, second, other = (Moments().update(x).statistics() for x in found)
         assert frechet(first, second) < frechet(first, other) / 3

@@ -23,8 +23,9 @@ from util.data.histogram import LatentHistogram
 from util.data.images import ImageDataset
 from util.data.listing import list_images
 from util.evaluation.extractor import Extractor
-from util.evaluation.metrics import frechet, statistics
-from util.evaluation.reconstruction import ReconstructionFolder, draw_latents, ssim
+from util.evaluation.folder import ImageFolder
+from util.evaluation.metrics import Moments, frechet
+from util.evaluation.reconstruction import draw_latents, ssim
 from util.vae import load_vae
 
 SCALE, RANGE, BITS = 4.0, 2.0, (2, 6)  # some scaled posterior means lie outside the range
@@ -194,8 +195,8 @@ def test_more_bits_join_later_and_stand_beside_the_others(inputs, done, tmp_path
 @pytest.mark.parametrize("stopped_after,processes", [(0, 2), (6, 1)])
 def test_killed_or_damaged_it_ends_the_same(inputs, done, tmp_path, stopped_after, processes):
     effects = [mock.DEFAULT] * stopped_after + [KeyboardInterrupt]
-    write = mock.Mock(wraps=ReconstructionFolder.save, side_effect=effects)
-    patch = mock.patch.object(ReconstructionFolder, "save", lambda *args: write(*args))
+    write = mock.Mock(wraps=ImageFolder.save, side_effect=effects)
+    patch = mock.patch.object(ImageFolder, "save", lambda *args: write(*args))
     with patch, pytest.raises(KeyboardInterrupt):
         reconstruct(inputs, tmp_path)
     assert not (tmp_path / "results.json").exists()
@@ -229,7 +230,7 @@ def test_figures_of_features_are_those_of_the_images(inputs, tmp_path):
     extractor, moments = Extractor("pixels", None, torch.device("cpu")), {}
     for name in VARIANTS:
         images = torch.from_numpy(pixels(tmp_path / name)).permute(0, 3, 1, 2).to(torch.uint8)
-        moments[name] = statistics(extractor(images)["mixed"])
+        moments[name] = Moments().update(extractor(images)["mixed"]).statistics()
     for found in results(tmp_path)["results"]:
         expected = frechet(moments[found["name"]], moments["original"])
         distance = found["reconstruction_frechet_distance"]  # rfid is Inception's alone

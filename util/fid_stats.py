@@ -13,12 +13,12 @@ from pathlib import Path
 
 from util import dist
 from util.args import EXTRACTOR, Flag, Parser, auto, positive_int
-from util.data.images import Loading
+from util.data.images import reading_flags
 from util.errors import UserError
 from util.evaluation.extractor import load_extractor
 from util.evaluation.folder import batch_ranges
 from util.evaluation.metrics import Accumulator, few_for_covariance
-from util.evaluation.reference import ImageArray, image_batches, open_images
+from util.evaluation.reference import image_batches, open_images
 from util.files import check_writable
 
 
@@ -44,9 +44,7 @@ def main() -> None:
     if output.suffix != ".npz":
         raise UserError(f"--output {output} does not end with .npz")
     check_writable(output.parent, "--output")
-    images = open_images(args.image_dir, "--image_dir")
-    own = min(images.shape[1:3]) if isinstance(images, ImageArray) else 256
-    size = args.img_size or own
+    images = open_images(args.image_dir, args.img_size, "--image_dir", **reading_flags(args))
     extractor = load_extractor(args.feature_extractor, args.inception_weights, device)
     if extractor is None or "fid" not in extractor.layers:
         raise UserError(
@@ -55,21 +53,19 @@ def main() -> None:
         )
     layers = {name: layer for name, layer in extractor.layers.items() if name in ("fid", "sfid")}
     sums, batches = Accumulator(layers, groups=1), batch_ranges(len(images), args.batch_size)
-    every = range(len(batches))
-    for _, _, pixels in image_batches(images, size, batches, every, Loading.of(args)):
+    for _, _, pixels in image_batches(images, batches, range(len(batches)), args.num_workers):
         sums.update(extractor(pixels))
-    moments = sums.moments
-    moments.gather()
-    sums.spatial.gather()
+    for moments in sums.moments.values():
+        moments.gather()
     if dist.is_main():
-        if moments.count < 2:
+        count, width = sums.moments["fid"].count, sums.moments["fid"].first.shape[1]
+        if count < 2:
             raise UserError(f"--image_dir {args.image_dir}: a covariance takes two images")
         output.parent.mkdir(parents=True, exist_ok=True)
-        sums.save_statistics(output, extractor, size)
-        width = moments.first.shape[1]
-        print(f"{output}: {moments.count} images of {size} px, {width} features")
-        if moments.count <= width:
-            print(f"warning: {few_for_covariance(moments.count, width)}")
+        sums.save_statistics(output, extractor, images.size)
+        print(f"{output}: {count} images of {images.size} px, {width} features")
+        if few := few_for_covariance(count, width):
+            print(f"warning: {few}")
     dist.barrier()
     dist.cleanup()
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from models.tokenizers import detok
 from models.tokenizers.detok import DeTok
 from models.tokenizers.diffusers import DiffusersVAE
-from models.tokenizers.kl16 import VAE, AutoencoderKL, settings_of
+from models.tokenizers.kl16 import VAE, AutoencoderKL
 from models.tokenizers.vq import EMBEDDING, VQModel
-from models.tokenizers.vq import settings_of as vq_settings_of
 from util import dist
 from util.errors import UserError, as_user_error
 from util.files import atomic_write, listed, load_tensors, sha256, unwrapped
@@ -77,12 +76,9 @@ def _load_file(path: Path) -> AutoencoderKL | VQModel | DeTok:
     with as_user_error(f"--vae_path {path}", DAMAGED):
         state = _vae_tensors(saved, path)
         own = "config" in saved and "model" in saved  # that of a trainer is of another kind
-        family, sizes = AutoencoderKL, settings_of
-        if EMBEDDING in state:
-            family, sizes = VQModel, vq_settings_of
-        elif detok.ANCHOR in state:
-            family, sizes = DeTok, detok.settings_of
-        vae = family(**(saved["config"] if own else sizes(state)))
+        family = DeTok if detok.ANCHOR in state else AutoencoderKL
+        family = VQModel if EMBEDDING in state else family
+        vae = family(**(saved["config"] if own else family.settings_of(state)))
         vae.load_published(state)
     return vae
 

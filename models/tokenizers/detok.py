@@ -141,6 +141,18 @@ class DeTok(VAE):
         self.encoder = Encoder(embed_dim, patch_size, *sizes["encoder"], side)
         self.decoder = Decoder(embed_dim, patch_size, *sizes["decoder"], side)
 
+    @staticmethod
+    def settings_of(state: dict[str, Tensor]) -> dict:
+        """If its heads are as wide as the published ones."""
+        patch = shape_of(state, "encoder.patch_embed.0.weight")[-1]
+        channels, sizes = shape_of(state, "decoder.decoder_embed.weight")[1], {}
+        for part in ("encoder", "decoder"):
+            depth = len(numbers(state, rf"{part}\.transformer\.(\d+)\."))
+            length, width = shape_of(state, f"{part}.positional_embedding")[1:]
+            sizes[part] = (width, depth, max(width // HEAD, 1))
+        img_size = math.isqrt(length) * patch
+        return {"img_size": img_size, "patch_size": patch, "embed_dim": channels, **sizes}
+
     def moments(self, images: Tensor) -> Tensor:
         size = self.img_size
         if images.shape[-2:] != (size, size):
@@ -151,18 +163,3 @@ class DeTok(VAE):
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)
-
-
-def settings_of(state: dict[str, Tensor]) -> dict:
-    """The settings of a `DeTok` whose heads are as wide as the published ones, from its tensors.
-
-    Raises ValueError without a tensor that tells them.
-    """
-    patch = shape_of(state, "encoder.patch_embed.0.weight")[-1]
-    channels, sizes = shape_of(state, "decoder.decoder_embed.weight")[1], {}
-    for part in ("encoder", "decoder"):
-        depth = len(numbers(state, rf"{part}\.transformer\.(\d+)\."))
-        length, width = shape_of(state, f"{part}.positional_embedding")[1:]
-        sizes[part] = (width, depth, max(width // HEAD, 1))
-    img_size = math.isqrt(length) * patch
-    return {"img_size": img_size, "patch_size": patch, "embed_dim": channels, **sizes}

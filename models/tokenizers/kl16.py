@@ -72,6 +72,11 @@ class VAE(nn.Module):
             raise ValueError(f"image sides {sides} are not multiples of stride {self.stride}")
         return Posterior(self.moments(images))
 
+    @staticmethod
+    def settings_of(state: dict[str, Tensor]) -> dict:
+        """The settings, from the names and shapes of tensors. Raises ValueError where they lack."""
+        raise NotImplementedError
+
     def moments(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, 2C, h, w], mean and log-variance."""
         raise NotImplementedError
@@ -190,8 +195,10 @@ class Level(nn.Module):
 
 def encoder(widths: list[int], blocks: int, out: int, attends: tuple, name: str) -> nn.Module:
     """Images [B, 3, H, W] -> [B, out, h, w]. widths: of the first convolution and of each level.
-    attends: the levels that do. name: see `Level`.
+    attends: the levels that do. name: see `Level`. Raises ValueError on a width of no whole groups.
     """
+    if widths[0] <= 0 or widths[0] % GROUPS:
+        raise ValueError(f"ch {widths[0]} is not a multiple of {GROUPS}, the group norms' groups")
     conv_in, down = conv3x3(3, widths[0]), nn.Sequential()
     for i, (before, width) in enumerate(pairwise(widths)):
         level = Level(before, width, blocks, i in attends, name)
@@ -245,8 +252,6 @@ class AutoencoderKL(VAE):
         num_res_blocks: int = KL16["num_res_blocks"],
         **variant,
     ):
-        if ch <= 0 or ch % GROUPS:
-            raise ValueError(f"ch {ch} is not a multiple of {GROUPS}, the group norms' groups")
         coarsest = len(ch_mult) - 1
         usual = {"encoder_attention": (coarsest,), "decoder_attention": (), "quant_conv": True}
         if unknown := set(variant) - set(usual):
@@ -262,6 +267,15 @@ class AutoencoderKL(VAE):
         if quant_conv:
             self.quant_conv = conv1x1(2 * embed_dim, 2 * embed_dim)
             self.post_quant_conv = conv1x1(embed_dim, embed_dim)
+
+    @staticmethod
+    def settings_of(state: dict[str, Tensor]) -> dict:
+        return sizes_of(state, "down", "block") | {
+            "embed_dim": shape_of(state, "decoder.conv_in.weight")[1],
+            "encoder_attention": numbers(state, r"encoder\.down\.(\d+)\.attn\."),
+            "decoder_attention": numbers(state, r"decoder\.up\.(\d+)\.attn\."),
+            "quant_conv": "quant_conv.weight" in state,
+        }
 
     @property
     def is_kl16(self) -> bool:
@@ -300,19 +314,6 @@ def sizes_of(state: dict[str, Tensor], level: str, block: str) -> dict:
         "ch_mult": tuple(width // max(ch, 1) for width in widths),
         "ch": ch,
         "num_res_blocks": len(numbers(state, rf"encoder\.{level}\.0\.{block}\.(\d+)\.")),
-    }
-
-
-def settings_of(state: dict[str, Tensor]) -> dict:
-    """The settings of an `AutoencoderKL`, from the names and shapes of its tensors.
-
-    Raises ValueError without a tensor that tells them.
-    """
-    return sizes_of(state, "down", "block") | {
-        "embed_dim": shape_of(state, "decoder.conv_in.weight")[1],
-        "encoder_attention": numbers(state, r"encoder\.down\.(\d+)\.attn\."),
-        "decoder_attention": numbers(state, r"decoder\.up\.(\d+)\.attn\."),
-        "quant_conv": "quant_conv.weight" in state,
     }
 
 

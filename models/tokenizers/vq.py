@@ -83,8 +83,6 @@ class VQModel(kl16.VAE):
         config = VQ16 | settings
         config["ch_mult"] = tuple(config["ch_mult"])
         ch, blocks, z_channels = (config[name] for name in ("ch", "num_res_blocks", "z_channels"))
-        if ch <= 0 or ch % kl16.GROUPS:
-            raise ValueError(f"ch {ch} is not a multiple of {kl16.GROUPS}, the group norms' groups")
         super().__init__(config, config["embed_dim"], 2 ** (len(config["ch_mult"]) - 1))
         widths = [ch * mult for mult in config["ch_mult"]]
         coarsest = (len(widths) - 1,)  # which alone attends
@@ -93,6 +91,14 @@ class VQModel(kl16.VAE):
         self.quantize = Codebook(config["codebook_size"], self.channels)
         self.quant_conv = conv1x1(z_channels, self.channels)
         self.post_quant_conv = conv1x1(self.channels, z_channels)
+
+    @staticmethod
+    def settings_of(state: dict[str, Tensor]) -> dict:
+        return kl16.sizes_of(state, "conv_blocks", "res") | {
+            "codebook_size": shape_of(state, EMBEDDING)[0],
+            "embed_dim": shape_of(state, "quant_conv.weight")[0],
+            "z_channels": shape_of(state, "encoder.conv_out.weight")[0],
+        }
 
     @property
     def codebook(self) -> Tensor:
@@ -121,15 +127,3 @@ class VQModel(kl16.VAE):
 
     def load_published(self, state: dict[str, Tensor]) -> None:
         super().load_published({USED: self.quantize.codebook_used} | state)
-
-
-def settings_of(state: dict[str, Tensor]) -> dict:
-    """The settings of a `VQModel`, from the names and shapes of its tensors.
-
-    Raises ValueError without a tensor that tells them.
-    """
-    return kl16.sizes_of(state, "conv_blocks", "res") | {
-        "codebook_size": shape_of(state, EMBEDDING)[0],
-        "embed_dim": shape_of(state, "quant_conv.weight")[0],
-        "z_channels": shape_of(state, "encoder.conv_out.weight")[0],
-    }

@@ -6,7 +6,6 @@ Letters: n images of a shard, S its size, b of a batch, C latent channels, h, w 
 """
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 
 from models.config import PUBLISHED_CHANNEL_ORDER, PUBLISHED_LATENT_SCALE
 from util.args import CONFIG
@@ -113,15 +113,13 @@ class CacheWriter:
         steps = (torch.tensor(moments[i : i + STATS_IMAGES]) for i in starts)
         parts = [LatentStats.of(both.flatten(0, 1)) for both in steps]  # as training meets them
         names = [self.names[i] for i in kept]
-        files, digest = self.files(shard, names), hashlib.sha256()
+        files = self.files(shard, names)
         with self.writing():
             if self.is_npy:
-                np.save(whole := io.BytesIO(), moments)
-                digest.update(whole.getbuffer())
-                with atomic_write(files[0]) as file:
-                    file.write(whole.getbuffer())  # np.save itself does not say why it fails
+                with atomic_write(files[0]) as file:  # np.save would not say why it fails
+                    npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(moments))
+                    file.write(moments)
             else:
-                digest.update(moments.ravel())
                 for path, views in zip(files, moments, strict=True):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with atomic_write(path) as file:
@@ -129,9 +127,7 @@ class CacheWriter:
             sidecar = {
                 "cache_id": self.cache_id,
                 "shard": shard,
-                "sha256": digest.hexdigest(),
                 "statistics": sum(parts[1:], parts[0]).to_dict() if parts else None,
-                "skipped": [self.names[i] for i in sorted(set(self.images(shard)) - set(kept))],
                 "names": names,
                 "labels": [self.labels[i] for i in kept],
                 "crc32": [zlib.crc32(view) for image in moments for view in image],
@@ -145,8 +141,10 @@ class CacheWriter:
         published_constants: take the scale and channel order that the released models were trained
         with, since the VAE is KL-16; what is measured stands beside them. normalised: see `VAE`.
         """
-        folder, cache_id = self.folder, self.cache_id
-        sidecars = [read_sidecar(folder, shard, cache_id) for shard in range(self.num_shards)]
+        folder, cache_id, shards = self.folder, self.cache_id, range(self.num_shards)
+        sidecars = [read_sidecar(folder, shard, cache_id) for shard in shards]
+        digests = [sha256(shard_path(folder, shard, ".json")) for shard in shards]
+        names = {name for sidecar in sidecars for name in sidecar["names"]}
         parts = [LatentStats.from_dict(s["statistics"]) for s in sidecars if s["names"]]
         if not parts:
             raise UserError(f"none of the {len(self.names)} images can be read; see --data_path")
@@ -155,7 +153,7 @@ class CacheWriter:
         manifest = {
             **self.settings,
             "cache_id": cache_id,
-            "count": sum(len(sidecar["names"]) for sidecar in sidecars),
+            "count": len(names),
             "latent_shape": list(stats.latent_shape),
             "latent_scale": PUBLISHED_LATENT_SCALE if published_constants else scale,
             "channel_order": list(PUBLISHED_CHANNEL_ORDER) if published_constants else order,
@@ -166,15 +164,8 @@ class CacheWriter:
             "normalised": normalised,
             "channel_low_frequency_share": stats.low_frequency_share().tolist(),
             "histogram": stats.histogram.to_dict(),
-            "skipped": [name for sidecar in sidecars for name in sidecar["skipped"]],
-            "shards": [
-                {
-                    "count": len(sidecar["names"]),
-                    "sha256": sidecar["sha256"],
-                    "sidecar_sha256": sha256(shard_path(folder, shard, ".json")),
-                }
-                for shard, sidecar in enumerate(sidecars)
-            ],
+            "skipped": [name for name in self.names if name not in names],
+            "shards": [{"sidecar_sha256": digest} for digest in digests],
         }
         with self.writing():
             write_json(folder / MANIFEST, manifest)

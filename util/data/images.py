@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import warnings
-from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -106,22 +105,6 @@ def parse_key(key: Key | int, length: int) -> Key:
     return range(length)[index], bool(flip)
 
 
-@dataclass(frozen=True)
-class Loading:
-    """How the images of a folder are loaded, as the flags of `add_loader_flags` say."""
-
-    num_workers: int = 0
-    skip_bad: bool = False
-    max_pixels: int = MAX_PIXELS
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "Loading":
-        return cls(args.num_workers, args.skip_bad_images, args.max_image_pixels)
-
-
-LOADING = Loading()
-
-
 class ImageDataset(Dataset):
     """dataset[(index, flip)] -> (image uint8 [3, S, S], label).
 
@@ -174,6 +157,12 @@ class ImageDataset(Dataset):
             pixels = np.asarray(center_crop(image, self.size))  # [S, S, 3]
         own = np.array(pixels[:, ::-1] if flip else pixels)
         return torch.from_numpy(own).permute(2, 0, 1), label
+
+
+def reading_flags(args: argparse.Namespace) -> dict:
+    """What the flags say of an `ImageDataset` that leaves out what it cannot read."""
+    on_bad = "drop" if args.skip_bad_images else "raise"
+    return {"on_bad": on_bad, "max_pixels": args.max_image_pixels}
 
 
 def collate_skipping(items: list[tuple[Tensor, int] | None]) -> list[Tensor] | None:

@@ -29,7 +29,7 @@ from util import dist
 from util.data.images import grid, psnr, save_png
 from util.device import Precision, git_revision, unchanged_randomness, versions
 from util.evaluation.extractor import digest
-from util.evaluation.folder import GRID, METRICS, EvaluationFolder, read_png, write_json
+from util.evaluation.folder import GRID, METRICS, EvaluationFolder, read_png, share, write_json
 from util.evaluation.metrics import Measure, Scores, score
 from util.evaluation.settings import EvalSettings
 from util.setup import check_agreement
@@ -131,7 +131,7 @@ class Evaluator:
         files = folder.features()
         missing = folder.missing() if dist.is_main() else None
         undrawn, unmeasured = dist.gather_objects(missing)[0]  # all as the main process finds it
-        mine = folder.share(undrawn | unmeasured)
+        mine = share(undrawn | unmeasured, len(folder.batches), folder.path)
         for number in tqdm(mine, desc="generating", disable=not (mine and dist.is_main())):
             dist.beat(f"generating batch {number + 1} of {len(folder.batches)}")
             ids = folder.batches[number]

@@ -8,15 +8,15 @@ A batch is a fixed range of image numbers, whichever process works on it, and al
 or absent, so what is there is not done again.
 """
 
+import codecs
 import csv
-import io
 import json
 import math
 import re
 import socket
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,6 +42,13 @@ CHUNK = 4096  # rows of features that are added up at once
 def batch_ranges(count: int, batch_size: int) -> list[range]:
     """Image numbers 0..count-1 in batches of fixed composition."""
     return [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
+
+
+def share(todo: Collection[int], count: int, where: str | Path) -> list[int]:
+    """This process's of the batches that are to be done, of so many."""
+    if done := count - len(todo):
+        dist.print_main(f"{where}: {done} of {count} batches are there already")
+    return sorted(todo)[dist.rank() :: dist.world_size()]
 
 
 @dataclass(frozen=True)
@@ -74,16 +81,12 @@ class FeatureFiles:
             return arrays.pop("ids").tolist(), arrays
 
     def chunks(self) -> Iterator[dict[str, Tensor]]:
-        """{name: [n, D]} of all images in order, some thousand at once, of names in all files."""
-        numbers, parts, rows = range(len(self.batches)), [], 0
-        wait_for([self.path(number) for number in numbers])
-        for number in numbers:
-            ids, arrays = self.read(number)
-            parts, rows = parts + [arrays] * bool(arrays), rows + len(ids)
-            if parts and (rows >= CHUNK or number == numbers[-1]):
-                names = [name for name in parts[0] if all(name in part for part in parts)]
-                yield {name: torch.cat([part[name] for part in parts]) for name in names}
-                parts, rows = [], 0
+        """{name: [n, D]} of all images in order, some thousand at once."""
+        count = len(self.batches)
+        wait_for([self.path(number) for number in range(count)])
+        for some in batch_ranges(count, max(1, CHUNK // len(self.batches[0]))):
+            if parts := [arrays for _, arrays in map(self.read, some) if arrays]:
+                yield {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def wait_for(paths: list[Path], seconds: float = SHARED_WAIT) -> None:
@@ -160,13 +163,6 @@ class ImageFolder:
         whole = {path.name for path in (self.path / variant).glob("*.png") if path.stat().st_size}
         names = {number: set(map(self.file_name, ids)) for number, ids in batches.items()}
         return {number for number, own in names.items() if not own <= whole}
-
-    def share(self, todo: set[int]) -> list[int]:
-        """This process's of the batches that are to be done."""
-        count = len(self.batches)
-        if done := count - len(todo):
-            dist.print_main(f"{self.path}: {done} of {count} batches are there already")
-        return sorted(todo)[dist.rank() :: dist.world_size()]
 
     def begin(self, settings: dict) -> None:
         """Make the folder this run's. settings: plain values that decide the images.
@@ -277,12 +273,11 @@ def write_json(path: Path, value: dict) -> None:
 
 def write_csv(path: Path, rows: Iterable[dict], names: Iterable[str]) -> None:
     """A line for each row, of the values of those names; what a row lacks is empty."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(names), extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        text = codecs.getwriter("utf-8")(file)
+        table = csv.DictWriter(text, list(names), extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
 
 
 def write_plot(

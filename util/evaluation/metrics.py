@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from util import dist
+from util.errors import as_user_error
 from util.evaluation.extractor import Extractor
 from util.evaluation.folder import FeatureFiles
 from util.files import atomic_write
@@ -35,6 +36,7 @@ KID_SUBSET = 1000
 GROUPS = 10
 PRC_IN_MEMORY = 10000  # above, distances are computed in parts: 50,000 x 50,000 fill 10 GB
 NEIGHBOURS = 5  # of density and coverage, as their authors take
+ENDS = {"fid": "", "sfid": "_s"}  # of the names of their statistics
 # Written beside mu and sigma; files of others have none of them.
 RECORDED = ("count", "img_size", "extractor", "layer", "weights_sha256")
 # mu [D] and sigma [D, D], float64, and perhaps sFID's, mu_s and sigma_s, and RECORDED.
@@ -61,7 +63,8 @@ class Measure:
     def sums(self, files: FeatureFiles | None = None) -> "Accumulator":
         """What all figures need: of nothing yet, or of all processes' files, if there are."""
         count, keep = files.batches[-1].stop if files else 0, self.features is not None
-        return Accumulator(self.extractor.layers, count, keep).add(files)
+        sums = Accumulator(self.extractor.layers, count, keep)
+        return sums.add(files) if files else sums
 
 
 @dataclass
@@ -89,7 +92,7 @@ class Moments:
     def count(self) -> int:
         return int(self.counts.sum())
 
-    def update(self, features: Tensor) -> None:
+    def update(self, features: Tensor) -> "Moments":
         """features: [n, D]."""
         groups, count, width = len(self.counts), self.count, features.shape[1]
         wide = features.double()
@@ -101,6 +104,7 @@ class Moments:
             self.counts[group] += len(rows)
             self.first[group] += rows.sum(dim=0)
             self.second[group].addmm_(rows.T, rows)
+        return self
 
     def gather(self) -> None:
         """All processes' together, on the main process."""
@@ -130,7 +134,7 @@ class Accumulator:
     ):
         self.layers, self.count = layers, 0
         self.step = max(1, -(-count // MOST_KEPT))
-        self.moments, self.spatial = Moments(groups), Moments(groups)  # of FID's layer, of sFID's
+        self.moments = {metric: Moments(groups) for metric in ENDS if metric in layers}
         self.logits: list[Tensor] = []
         kept = [layers[metric] for metric in ("kid", "prc") if keep and metric in layers]
         self._features: dict[str, list[Tensor]] = {layer: [] for layer in kept}
@@ -141,17 +145,16 @@ class Accumulator:
             return
         if "isc" in self.layers:
             self.logits.append(features[self.layers["isc"]])
-        if "fid" in self.layers:
-            self.moments.update(features[self.layers["fid"]])
-        if self.layers.get("sfid") in features:  # files of earlier versions are without
-            self.spatial.update(features[self.layers["sfid"]])
+        for metric, moments in self.moments.items():
+            moments.update(features[self.layers[metric]])
         for layer, kept in self._features.items():
             kept.append(features[layer][-self.count % self.step :: self.step].clone())
         self.count += len(next(iter(features.values())))
 
-    def add(self, files: FeatureFiles | None) -> "Accumulator":
-        for features in files.chunks() if files else ():
-            self.update(features)
+    def add(self, files: FeatureFiles) -> "Accumulator":
+        with as_user_error(f"{files.folder} lacks a layer, remove it", (KeyError,)):
+            for features in files.chunks():
+                self.update(features)
         return self
 
     @property
@@ -160,43 +163,37 @@ class Accumulator:
         return {layer: torch.cat(kept) for layer, kept in self._features.items()}
 
     def statistics(self) -> Statistics:
-        """mu and sigma, and mu_s and sigma_s if sFID's features are there of all images."""
-        found = self.moments.statistics()
-        if self.spatial.count == self.moments.count:
-            found |= {f"{name}_s": array for name, array in self.spatial.statistics().items()}
-        return found
+        """mu and sigma, and of sFID mu_s and sigma_s; of those that have a layer."""
+        pairs = [(ENDS[metric], moments.statistics()) for metric, moments in self.moments.items()]
+        return {name + end: array for end, found in pairs for name, array in found.items()}
 
     def save_statistics(self, path: Path, extractor: Extractor, size: int) -> None:
         """As --fid_stats reads them, if there is a layer for FID; size in pixels."""
         if "fid" in self.layers:
             origin = (extractor.name, self.layers["fid"], extractor.weights_sha256)
-            facts = dict(zip(RECORDED, (self.moments.count, size, *origin), strict=True))
+            facts = dict(zip(RECORDED, (self.moments["fid"].count, size, *origin), strict=True))
             with atomic_write(path) as file:
                 np.savez(file, **self.statistics(), **facts)
 
 
 def score(sums: Accumulator, measure: Measure) -> Scores:
     """All figures that can be had."""
-    layers, inception = measure.extractor.layers, measure.extractor.is_inception
-    stats, scores = measure.stats, Scores()
+    layers, stats, scores = measure.extractor.layers, measure.stats or {}, Scores()
     if "isc" in layers:
         _inception_score(torch.cat(sums.logits), scores)
-    if "fid" in layers and stats is not None:
-        _frechet_distance(sums.moments, stats, measure.extractor.distance, scores)
-    if "sfid" in layers and stats is not None and "mu_s" in stats:
-        if sums.spatial.count < sums.moments.count:
-            files = "features/ was begun by a version without it; remove it to measure anew"
-            scores.warnings.append(f"sFID is not computed: {files}")
-        elif sums.spatial.count > 1:
-            reference = {"mu": stats["mu_s"], "sigma": stats["sigma_s"]}
-            _frechet_distance(sums.spatial, reference, "sfid", scores)
+    for metric, moments in sums.moments.items():
+        names = {"mu": f"mu{ENDS[metric]}", "sigma": f"sigma{ENDS[metric]}"}
+        if names["mu"] in stats:
+            title = measure.extractor.distance if metric == "fid" else metric
+            reference = {name: stats[own] for name, own in names.items()}
+            _frechet_distance(moments, reference, title, scores)
     if measure.features is not None:
         own, other = sums.features, measure.features
         figures = (("kid", _kid), ("prc", _precision_recall), ("prc", _density_coverage))
         for metric, compute in figures:
             if metric in layers:
                 compute(own[layers[metric]], other[layers[metric]], scores)
-    if not inception:  # in the features of another network they are not FID, IS and KID
+    if not measure.extractor.is_inception:  # features of another network give no IS and KID
         scores.figures = {n.replace("inception_", ""): v for n, v in scores.figures.items()}
     return scores
 
@@ -223,7 +220,8 @@ def _frechet_distance(moments: Moments, stats: Statistics, name: str, scores: Sc
     """name: of the figure. What FID says of few images sFID does not repeat."""
     count, width = moments.count, len(stats["mu"])
     if count < 2:
-        scores.warnings.append("no Frechet distance is computed: a covariance takes two images")
+        few = "a covariance takes two images"
+        scores.warnings += [] if name == "sfid" else [f"no Frechet distance is computed: {few}"]
         return
     scores.figures[name] = frechet(moments.statistics(), stats)
     if count - moments.counts.max() > width:  # else the replicates are of singular covariances
@@ -233,8 +231,7 @@ def _frechet_distance(moments: Moments, stats: Statistics, name: str, scores: Sc
         scores.figures[f"{name}_standard_error"] = fid_error(values)
     if name == "sfid":
         return
-    if count <= width:
-        few = few_for_covariance(count, width)
+    if few := few_for_covariance(count, width):
         scores.warnings.append(f"{few}; compare it with nothing but the same number")
     elif (title := PUBLISHED.get(name)) and count != FULL_COUNT:
         scores.warnings.append(
@@ -244,6 +241,9 @@ def _frechet_distance(moments: Moments, stats: Statistics, name: str, scores: Sc
 
 
 def few_for_covariance(count: int, width: int) -> str:
+    """What is wrong with the covariance of so few images; "" of enough."""
+    if count > width:
+        return ""
     few = f"{count} images are not more than the {width} features"
     return f"{few}: their covariance is singular and FID far too large"
 
@@ -300,13 +300,6 @@ def _density_coverage(own: Tensor, other: Tensor, scores: Scores) -> None:
             scores.figures[f"{name}_standard_error"] = fid_error(replicates)
 
 
-def statistics(features: Tensor) -> Statistics:
-    """mu and sigma of [N, D]."""
-    moments = Moments()
-    moments.update(features)
-    return moments.statistics()
-
-
 def frechet(own: Statistics, other: Statistics) -> float:
     """|m - mu|^2 + tr(C + S - 2 (C S)^1/2).
 
@@ -322,8 +315,7 @@ def frechet(own: Statistics, other: Statistics) -> float:
 
 def fid_error(replicates: list[float]) -> float:
     """Standard error of a figure, or of a difference, from its jackknife replicates."""
-    values = np.asarray(replicates)
-    return float(np.sqrt((len(values) - 1) / len(values) * ((values - values.mean()) ** 2).sum()))
+    return float(np.sqrt(len(replicates) - 1) * np.std(replicates))
 
 
 def is_error(replicates: list[float]) -> float:

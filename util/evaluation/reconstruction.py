@@ -20,7 +20,6 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from models.quantizer import CalibratedQuantizer, GaussianQuantizer, entropy, level_counts
 from models.tokenizers.kl16 import Posterior
@@ -30,7 +29,7 @@ from util.data.images import ImageDataset, grid, psnr, save_png
 from util.errors import UserError
 from util.evaluation.folder import FeatureFiles, ImageFolder, write_csv, write_json, write_plot
 from util.evaluation.metrics import Measure, frechet, score
-from util.evaluation.reference import read_batches
+from util.evaluation.reference import image_batches, read_batches
 
 ORIGINAL, CONTINUOUS, QUANTIZED = "original", "continuous", "bits"
 GRID_IMAGES = 8
@@ -75,31 +74,6 @@ def ssim(pixels: Tensor, original: Tensor) -> Tensor:
     return torch.cat([measure(*part).reshape(-1) for part in parts])
 
 
-@dataclass(frozen=True)
-class ReconstructionFolder(ImageFolder):
-    """A folder of images for the crops and for each variant."""
-
-    def records(self, variant: str) -> FeatureFiles:
-        return FeatureFiles(self.path / "records" / variant, self.batches)
-
-    def missing(self, variant: str) -> set[int]:
-        """Numbers of the batches that are not done: their record, features or images lack."""
-        records, features = self.records(variant), self.features(variant)
-        missing = records.missing() | (features.missing() if features else set())
-        done = set(range(len(self.batches))) - missing
-        return missing | self.unsaved({k: records.read(k)[0] for k in done}, variant)
-
-    def readable(self) -> list[int]:
-        """Numbers of the images that could be read, once all batches are done."""
-        records = self.records(ORIGINAL)
-        return [i for number in range(len(self.batches)) for i in records.read(number)[0]]
-
-    def finished(self) -> list[str]:
-        """All variants that are finished, by an earlier run too, the crops apart."""
-        names = [path.name for path in sorted((self.path / "records").iterdir()) if path.is_dir()]
-        return [name for name in names if name != ORIGINAL and not self.missing(name)]
-
-
 def summarise(name: str, files: FeatureFiles) -> dict:
     """The figures of a variant from the records of its batches."""
     chunks = list(files.chunks())
@@ -124,9 +98,11 @@ def summarise(name: str, files: FeatureFiles) -> dict:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """variants: quantizers by name, None without one. noise_seed: None takes posterior means."""
+    """folder: has images of the crops and of each variant. variants: quantizers by name, None
+    without one. noise_seed: None takes posterior means.
+    """
 
-    folder: ReconstructionFolder
+    folder: ImageFolder
     dataset: ImageDataset
     tokenizer: Tokenizer
     measure: Measure | None
@@ -137,23 +113,30 @@ class Reconstruction:
     def names(self) -> list[str]:
         return [ORIGINAL, *self.variants]
 
+    def records(self, name: str) -> FeatureFiles:
+        return FeatureFiles(self.folder.path / "records" / name, self.folder.batches)
+
+    def missing(self, name: str) -> set[int]:
+        """Numbers of the batches that are not done: their record, features or images lack."""
+        records, features = self.records(name), self.folder.features(name)
+        missing = records.missing() | (features.missing() if features else set())
+        done = set(range(len(self.folder.batches))) - missing
+        return missing | self.folder.unsaved({k: records.read(k)[0] for k in done}, name)
+
     def run(self, num_workers: int) -> None:
         """This process's share of the batches that some variant lacks."""
-        folder, count = self.folder, len(self.folder.batches)
+        folder, dataset = self.folder, self.dataset
         # as the main process finds them, so that all agree
-        missing = dist.gather_objects({name: folder.missing(name) for name in self.names})[0]
-        mine = folder.share(set().union(*missing.values()))
-        batches = read_batches(self.dataset, [folder.batches[k] for k in mine], num_workers)
-        hidden = not (mine and dist.is_main())
-        progress = tqdm(batches, desc="reconstructing", total=len(mine), disable=hidden)
-        for number, (ids, images) in zip(mine, progress, strict=True):
-            dist.beat(f"reconstructing batch {number + 1} of {count}")
+        missing = dist.gather_objects({name: self.missing(name) for name in self.names})[0]
+        todo = set().union(*missing.values())
+        batches = image_batches(dataset, folder.batches, todo, num_workers, "reconstructing")
+        for number, ids, images in batches:
             names = [name for name in self.names if number in missing[name]]
             for name, pixels, record in self.decode(images, ids, names):
                 if self.measure is not None:
                     folder.features(name).write(number, ids, self.measure.extractor(pixels))
                 folder.save(ids, pixels, name)
-                folder.records(name).write(number, ids, record)  # the last: it is done
+                self.records(name).write(number, ids, record)  # the last: it is done
 
     def decode(
         self, images: Tensor, ids: list[int], names: Sequence[str]
@@ -175,7 +158,7 @@ class Reconstruction:
     def first_batch(self) -> dict:
         """One batch through everything, for --dry_run: what the run would take."""
         folder, world = self.folder, dist.world_size()
-        todo = len(set().union(*(folder.missing(name) for name in self.names)))
+        todo = len(set().union(*(self.missing(name) for name in self.names)))
         ids, images = next(read_batches(self.dataset, folder.batches[:1], num_workers=0))
         if not ids:
             raise UserError("none of the first batch of images can be read; see --image_dir")
@@ -197,11 +180,14 @@ class Reconstruction:
     def finish(self, settings: dict) -> dict:
         """Write the figures of all variants in the folder, and grid.png; returns results.json."""
         folder, measure = self.folder, self.measure
-        readable = folder.readable()
+        originals, batches = self.records(ORIGINAL), range(len(folder.batches))
+        readable = [image_id for number in batches for image_id in originals.read(number)[0]]
         if not readable:
             raise UserError("none of the images can be read; see --image_dir")
-        names = list(dict.fromkeys([*self.names[1:], *folder.finished()]))
-        results = [summarise(name, folder.records(name)) for name in names]
+        records = [path.name for path in sorted((folder.path / "records").iterdir())]
+        earlier = [name for name in records if name not in self.names]
+        names = [*self.variants, *(name for name in earlier if not self.missing(name))]
+        results = [summarise(name, self.records(name)) for name in names]
         if measure is not None:
             self.add_scores(results, measure)
         settings |= {"images": len(readable), "measured": measure.identity() if measure else None}
@@ -233,14 +219,14 @@ class Reconstruction:
         warnings, crops = [], None
         distance = "rfid" if extractor.is_inception else "reconstruction_frechet_distance"
         if "fid" in extractor.layers and results[0]["images"] > 1:  # a covariance takes two
-            crops = measure.sums(features(ORIGINAL)).moments.statistics()
+            crops = measure.sums(features(ORIGINAL)).moments["fid"].statistics()
         for result in results:
             dist.beat(f"measuring {result['name']}")
             sums = measure.sums(features(result["name"]))
             scores = score(sums, measure)
             result |= scores.figures
             if crops is not None:
-                result[distance] = frechet(sums.moments.statistics(), crops)
+                result[distance] = frechet(sums.moments["fid"].statistics(), crops)
             warnings += scores.warnings
         for warning in dict.fromkeys(warnings):
             print(f"warning: {warning}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,11 +26,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util import dist, stop
-from util.data.images import LOADING, ImageDataset, Loading, center_crop, collate_skipping
+from util.data.images import ImageDataset, center_crop, collate_skipping, reading_flags
 from util.data.listing import list_files
 from util.errors import UserError, as_user_error
 from util.evaluation.extractor import INCEPTION, SPATIAL_WIDTH, load_extractor
-from util.evaluation.folder import FeatureFiles, batch_ranges, check_shared
+from util.evaluation.folder import FeatureFiles, batch_ranges, check_shared, share
 from util.evaluation.metrics import RECORDED, Accumulator, Measure, Statistics, few_for_covariance
 from util.files import listed, load_tensors, sha256, what_else
 
@@ -65,7 +65,8 @@ def prepare_measure(
     if path is not None:
         measure = compare_with_statistics(measure, path, size)
     if folder is not None:
-        measure = compare_with_images(measure, folder, size, reference_cache, Loading.of(args))
+        how = {"num_workers": args.num_workers} | reading_flags(args)
+        measure = compare_with_images(measure, folder, size, reference_cache, **how)
     elif path is None:
         dist.print_main(
             "FID is not computed: no statistics; put ADM's adm_in256_stats.npz into fid_stats/ "
@@ -130,8 +131,7 @@ def _defect(mu: np.ndarray, sigma: np.ndarray) -> str | None:
     """Why these are not a mean and a covariance, or None."""
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         return "mu or sigma holds numbers that are not finite"
-    size = max(float(np.abs(sigma).max()), 1e-300)
-    if np.abs(sigma - sigma.T).max() > 1e-4 * size:
+    if np.abs(sigma - sigma.T).max() > 1e-4 * np.abs(sigma).max():
         return "sigma is not symmetric"
     try:  # positive semidefinite but for rounding: features may be dependent, or saved in float32
         np.linalg.cholesky((sigma + sigma.T) / 2 + 1e-5 * np.trace(sigma) * np.eye(len(sigma)))
@@ -166,8 +166,7 @@ def check_statistics(
         sizes = f"of {ADM_SIZE} px images and these are of {size} px"
         note = f"--fid_stats {path} is {sizes}: FID measures the difference in size too"
         dist.print_main(f"warning: {note}")
-    if record.get("count", features + 1) <= features:
-        few = few_for_covariance(record["count"], features)
+    if "count" in record and (few := few_for_covariance(record["count"], features)):
         dist.print_main(f"warning: --fid_stats {path}: {few}")
     return {"fid_stats": str(path), "fid_stats_sha256": sha256(path)} | record
 
@@ -185,23 +184,17 @@ def check_npz(path: str | Path) -> None:
 class ImageArray:
     """The images of an npz file as ADM's evaluator takes them: arr_0, uint8 [N, H, W, 3].
 
-    Such files may be larger than memory, so a batch is read at a time.
+    size: S. Such files may be larger than memory, so a batch is read at a time.
     """
 
     path: Path
     shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, path: str | Path) -> "ImageArray":
-        with _opened_images(path) as (_, shape):
-            return cls(Path(path), shape)
+    size: int
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def crops(
-        self, size: int, batches: list[range], mine: list[int]
-    ) -> Iterator[tuple[list[int], Tensor]]:
+    def crops(self, batches: list[range], mine: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         """(ids, images uint8 [n, 3, S, S]) of those numbers of batches, which cover the array."""
         damaged = as_user_error(f"{self.path} is damaged", (Exception,))
         with damaged, _opened_images(self.path) as (file, (_, *shape)):
@@ -209,7 +202,7 @@ class ImageArray:
                 content = file.read(len(ids) * math.prod(shape))  # at its end, its checksum
                 if number in mine:
                     images = np.frombuffer(content, np.uint8).reshape(len(ids), *shape)
-                    crops = [np.array(center_crop(Image.fromarray(i), size)) for i in images]
+                    crops = [np.array(center_crop(Image.fromarray(i), self.size)) for i in images]
                     yield list(ids), torch.from_numpy(np.stack(crops)).movedim(3, 1)
 
 
@@ -224,8 +217,6 @@ def _opened_images(path: str | Path) -> Iterator[tuple[BinaryIO, tuple[int, ...]
             version = np.lib.format.read_magic(file)
             read_header = getattr(np.lib.format, "read_array_header_{}_{}".format(*version))
             shape, is_fortran, dtype = read_header(file)
-            if dtype.hasobject:
-                raise ValueError("it holds Python objects, which are never unpickled")
             if len(shape) != 4 or dtype != np.uint8 or is_fortran or shape[3] != 3:
                 raise ValueError(f"arr_0 is {dtype} {shape}, not uint8 [N, H, W, 3]")
             yield file, shape
@@ -234,24 +225,24 @@ def _opened_images(path: str | Path) -> Iterator[tuple[BinaryIO, tuple[int, ...]
 # --- real images
 
 
-ImageSource = list[str] | ImageArray
+ImageSource = ImageDataset | ImageArray
 
 
 def compare_with_images(
-    measure: Measure, source: str | Path, size: int, cache: Path, loading: Loading = LOADING
+    measure: Measure, source: str | Path, size: int, cache: Path, num_workers: int = 0, **reading
 ) -> Measure:
     """The same measure with real images, a folder or an npz file, as its reference.
 
     All processes take part. FID stays the distance to the file of statistics if there is one.
-    cache: a folder for the features, which a restart reads again.
+    cache: a folder for the features, which a restart reads again. reading: of `reading_flags`.
     """
-    images, extractor = open_images(source), measure.extractor
+    images, extractor = open_images(source, size, **reading), measure.extractor
     key = listing_digest(Path(source), images)
     place = cache / f"{extractor.label}-{size}px-{key[:12]}"
     files = FeatureFiles(place, batch_ranges(len(images), BATCH))
     layers = {metric: layer for metric, layer in extractor.layers.items() if metric != "isc"}
     missing = dist.gather_objects(files.missing())[0]  # as the main process finds it
-    for number, ids, pixels in image_batches(images, size, files.batches, missing, loading):
+    for number, ids, pixels in image_batches(images, files.batches, missing, num_workers):
         files.write(number, ids, extractor(pixels))
     dist.barrier()
     record = measure.record | {"fid_reference": str(source), "listing_sha256": key}
@@ -264,23 +255,31 @@ def compare_with_images(
     record["images"] = sums.count
     if stats is None and "fid" in layers:
         stats = sums.statistics()
-        if sums.count <= len(stats["mu"]):
-            few = few_for_covariance(sums.count, len(stats["mu"]))
+        if few := few_for_covariance(sums.count, len(stats["mu"])):
             print(f"warning: --fid_reference {source}: {few}", flush=True)
     return Measure(extractor, stats, record, sums.features)
 
 
-def open_images(source: str | Path, flag: str = "--fid_reference") -> ImageSource:
-    """The files of a folder and the folders in it, in order, or the images of an npz file."""
+def open_images(
+    source: str | Path, size: int | None, flag: str = "--fid_reference", **reading
+) -> ImageSource:
+    """The files of a folder and the folders in it, in order, or the images of an npz file.
+
+    size: in pixels; None is that of the images in an npz file, of others 256. reading: of
+    `reading_flags`.
+    """
     if Path(source).suffix != ".npz" or not Path(source).is_file():
-        return list_files(source, flag)
-    with as_user_error(f"{flag} {source}: not an npz file of images", (Exception,)):
-        return ImageArray.of(source)
+        samples = [(path, 0) for path in list_files(source, flag)]
+        return ImageDataset(samples, size or 256, **reading)
+    damaged = as_user_error(f"{flag} {source}: not an npz file of images", (Exception,))
+    with damaged, _opened_images(source) as (_, shape):
+        return ImageArray(Path(source), shape, size or min(shape[1:3]))
 
 
 def listing_digest(root: Path, images: ImageSource) -> str:
     """SHA-256 of the names, sizes and times of change of files: enough to notice another folder."""
-    paths = [images.path] if isinstance(images, ImageArray) else map(Path, images)
+    is_array = isinstance(images, ImageArray)
+    paths = [images.path] if is_array else [Path(path) for path, _ in images.samples]
     stats = ((path.relative_to(root), path.stat()) for path in paths)
     facts = [(str(name), stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -288,26 +287,23 @@ def listing_digest(root: Path, images: ImageSource) -> str:
 
 def image_batches(
     images: ImageSource,
-    size: int,
     batches: list[range],
-    todo: Iterable[int],
-    loading: Loading = LOADING,
+    todo: Collection[int],
+    num_workers: int,
+    what: str = "real images",
 ) -> Iterator[tuple[int, list[int], Tensor]]:
     """(number, ids, images uint8 [n, 3, S, S]) of this process's share of the batches to do.
 
     Images are cropped as the training's are; ids are those that could be read.
     """
-    mine = sorted(todo)[dist.rank() :: dist.world_size()]
+    mine = share(todo, len(batches), what)
     if isinstance(images, ImageArray):
-        parts = images.crops(size, batches, mine)
+        parts = images.crops(batches, mine)
     else:
-        on_bad = "drop" if loading.skip_bad else "raise"
-        dataset = ImageDataset([(path, 0) for path in images], size, on_bad, loading.max_pixels)
-        parts = read_batches(dataset, [batches[k] for k in mine], loading.num_workers)
-    hidden = not (mine and dist.is_main())
-    progress = tqdm(parts, desc="real images", total=len(mine), disable=hidden)
+        parts = read_batches(images, [batches[k] for k in mine], num_workers)
+    progress = tqdm(parts, desc=what, total=len(mine), disable=not (mine and dist.is_main()))
     for number, (ids, pixels) in zip(mine, progress, strict=True):
-        dist.beat(f"batch {number + 1} of {len(batches)} of real images")
+        dist.beat(f"{what}, batch {number + 1} of {len(batches)}")
         yield number, ids, pixels
 
 
