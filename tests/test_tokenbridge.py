@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from benchmarks import correctness
 from models.backbone import patchify
@@ -11,6 +12,8 @@ from models.config import TokenBridgeConfig, preset
 from models.layers import take
 from models.sampler import sample_latents
 from models.tokenbridge import TokenBridge
+from models.tokenizers import detok, vq
+from models.tokenizers.kl16 import AutoencoderKL
 from tests.conftest import golden_json, tiny_model
 
 
@@ -125,3 +128,39 @@ def test_calibrated_levels_are_the_file_s_or_were_set_before():
     state["boundaries"] = state["boundaries"] + 1
     with pytest.raises(ValueError, match="differs from this one in 'boundaries'"):
         model.load_published(state)
+
+
+# --- names, shapes, count and order, which numbers an optimizer's state, of the published files
+
+FILES = ("state_dict_layouts", "mar_layouts", "tokenizer_layouts")
+LAYOUTS = {name: layout for file in FILES for name, layout in golden_json(file).items()}
+
+
+def built(name: str, tensors: dict[str, Tensor]) -> nn.Module:
+    """The published model, or a tokenizer with the settings that its tensors tell."""
+    if name == "kl16":
+        return AutoencoderKL()
+    if name.startswith("vq"):
+        return vq.VQModel(**vq.VQModel.settings_of(tensors))
+    if name.startswith("detok"):
+        return detok.DeTok(**detok.DeTok.settings_of(tensors))
+    return TokenBridge(**preset(name))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_and_count_are_the_published_ones(name):
+    layout = LAYOUTS[name]
+    shapes = layout["shapes"] if "shapes" in layout else layout["tensors"]
+    with torch.device("meta"):
+        model = built(name, {n: torch.empty(shape) for n, shape in shapes.items()})
+    state = getattr(model, "published_state_dict", model.state_dict)()
+    assert {n: list(t.shape) for n, t in state.items()} == shapes
+    assert list(state) == list(shapes) or name.startswith("detok")  # which is never trained
+    assert sum(p.numel() for p in model.parameters()) == layout["parameters"]
+    if "buffers" in layout:
+        named = getattr(model, "published_parameters", model.named_parameters)()
+        assert sorted(set(state) - {n for n, _ in named}) == layout["buffers"]
+    if name == "vq16":
+        assert model.config == vq.VQ16 and (model.channels, model.stride) == (8, 16)
+    elif name == "kl16":
+        assert model.stride == 16 and model.is_kl16
