@@ -20,7 +20,7 @@ help:
 	@echo '  make compare  every head on the same digits (about 40 minutes on 2 cores); goes on where'
 	@echo '              it was; ARGS=--quick: few steps; ARGS=--long: three seeds, many tables;'
 	@echo '              DATA=gallery: on the emoji, many hours'
-	@echo '  make test   run the tests (about 9 minutes on 2 CPU cores); ARGS="-k vae" picks some'
+	@echo '  make test   run the tests (about 6 minutes on 2 CPU cores); ARGS="-k vae" picks some'
 	@echo '  make soak   do harm to training, saving and caching, over 50 times; prints a table'
 	@echo '  make gpu    all about one GPU: is it right, how fast, what bounds it; 25 minutes, goes on'
 	@echo '              where it was; make bench is the same, at the size of a CPU without one'
