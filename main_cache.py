@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 
@@ -140,7 +140,8 @@ def encode_shards(
 
     shards: batches of the numbers of each one's images. loaded: of each, what could be read.
     """
-    written = None
+    written = Future()
+    written.set_result(None)
     total = sum(len(writer.images(shard)) for shard in shards)
     bar = tqdm(total=total, unit="img", disable=None if dist.is_main() else True)
     with bar, ThreadPoolExecutor(max_workers=1) as thread:
@@ -154,11 +155,11 @@ def encode_shards(
                     moments.append(writer.stored(encoded))
                 bar.update(len(batch))
                 dist.beat("caching")
-            if written is not None:
-                written.result()  # raises what failed in the thread
-            written = thread.submit(writer.write_shard, shard, kept, moments)
-        if written is not None:
+                if written.done():
+                    written.result()  # raises what failed in the thread
             written.result()
+            written = thread.submit(writer.write_shard, shard, kept, moments)
+        written.result()
 
 
 @torch.inference_mode()

@@ -168,7 +168,7 @@ def waits(device: torch.device) -> float:
     torch.cuda.set_sync_debug_mode("error")
     try:
         step.run("bf16")
-        model.config.mask_ratios.draw()  # whose mean that step takes
+        model.config.mask_ratios.draw()  # the step above has a fixed one
         for _ in steps:
             pass
     except RuntimeError as reason:

@@ -40,7 +40,8 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse()
-    with as_user_error("pip install -c requirements.lock -e '.[app]'", (ImportError,)):
+    remedy = "the page needs gradio: pip install -c requirements.lock -e '.[app]'"
+    with as_user_error(remedy, (ImportError,)):
         from demo.app_page import make_page  # gradio's seconds, for which --help need not wait
     if path := next((path for path in args.resume or [] if not Path(path).exists()), None):
         raise UserError(f"--resume {path} does not exist; name a checkpoint or its folder")

@@ -119,8 +119,9 @@ class CachedBackbone:
     To be called as `Backbone`, once an iteration. The features of most positions hardly change from
     one iteration to the next. Every `refresh`-th computes all; in between only the positions just
     filled (in encoder and decoder) and those to be predicted now (in the decoder) are computed, and
-    attend to the keys and values that all others had when they were last computed. With refresh 1
-    the result is the plain backbone's, and with 0 it is the plain backbone.
+    attend to the keys and values that all others had when they were last computed. With refresh 0
+    or 1 the result is the plain backbone's. Another number of sequences begins anew, so that one
+    object is of one batch of images, with and without guidance.
     Source: the idea of LazyMAR, arXiv 2503.12450, which chooses what to compute by similarity.
     """
 

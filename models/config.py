@@ -112,11 +112,11 @@ class TokenBridgeConfig:
             "quantizer": HEAD_QUANTIZERS.get(self.head, QUANTIZERS)[0],
         }
         for own in fields(self):
-            head, value = own.metadata.get("head"), getattr(self, own.name)
+            value, of_head = getattr(self, own.name), own.metadata.get("head") == (self.head or "")
             if value is None:
-                value = own.metadata["default"] if head == self.head else defaults.get(own.name)
+                value = own.metadata["default"] if of_head else defaults.get(own.name)
             if isinstance(value, str):
-                value = int(value) if head else value  # "100" of MAR's flag
+                value = int(value) if of_head else value  # "100" of MAR's flag
             elif isinstance(value, Iterable):  # a list of a JSON file
                 value = tuple(map(float, value) if own.name.startswith("latent_") else value)
             object.__setattr__(self, own.name, value)
@@ -130,7 +130,9 @@ class TokenBridgeConfig:
             choices = own.metadata.get("choices")
             if choices and own.name != "quantizer" and value not in choices:
                 yield f"{own.name} {value!r} is not one of {', '.join(choices)}"
-            if head not in (None, self.head) and value is not None:
+            if not head:
+                continue
+            if head != self.head and value is not None:
                 yield f"{own.name} {value} is of the {head} head, not of {self.head}"
             if head == self.head and min(value if isinstance(value, tuple) else (value,)) < 1:
                 yield f"{own.name} {value} is not positive"

@@ -78,7 +78,7 @@ def training_mask(
 ) -> tuple[Tensor, Tensor]:
     """The training mask: one ratio for the batch, ceil(L * ratio) positions an image.
 
-    share: of the masked positions, that the loss is taken of: a uniformly random subset.
+    share: of the masked positions whose loss is taken, a uniformly random subset.
     Returns the visible positions [B, V] and those of the loss [B, n], ascending.
     """
     num_masked = math.ceil(length * ratios.draw())

@@ -89,6 +89,7 @@ def test_settings_and_quantizers_of_another_head_are_refused():
         (dict(head="masked", head_steps=[2, 3]), "do not sum to 16"),
         (dict(head="diffusion", num_sampling_steps="0"), "num_sampling_steps 0 is not positive"),
         (dict(head="givt"), "head 'givt' is not one of channel, parallel"),
+        (dict(head=None), "head None is not one of"),
         (dict(head_share=0.0), "head_share 0.0"),
     ):
         with pytest.raises(ValueError, match=message):

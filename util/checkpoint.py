@@ -332,7 +332,7 @@ def same_place(known: str | None, path: str) -> bool:
     """Whether both name one folder of a checkpoint, or the checkpoint in it."""
     places = [Path(place).resolve() for place in (known, path) if place]
     folders = [place.parent if place.name == LAST else place for place in places]
-    return folders[1:] == folders[:1]
+    return len(folders) == 2 and folders[0] == folders[1]
 
 
 def refuse_other_run(output_dir: str, checkpoint: Checkpoint | None) -> None:

@@ -227,12 +227,12 @@ class Watchdog(threading.Thread):
         if self._stopping.is_set():
             return
         self._stopping.set()
-        if self.is_alive():  # a thread that comes out of the store while Python ends aborts it
-            self.join(PROBABLY_DEAD)
         self.own.ending = why
         self._exchange([])
         if why != FINISHED and self.rank == 0:
             time.sleep(2 * INTERVAL)  # the store ends with process 0: let the others read first
+        if self.is_alive():  # a thread that comes out of the store while Python ends aborts it
+            self.join(PROBABLY_DEAD)
 
     def run(self) -> None:
         while not self._stopping.wait(INTERVAL):

@@ -58,11 +58,11 @@ def main() -> None:
     for moments in sums.moments.values():
         moments.gather()
     if dist.is_main():
-        count, width = sums.moments["fid"].count, sums.moments["fid"].first.shape[1]
-        if count < 2:
+        if (count := sums.moments["fid"].count) < 2:
             raise UserError(f"--image_dir {args.image_dir}: a covariance takes two images")
         output.parent.mkdir(parents=True, exist_ok=True)
         sums.save_statistics(output, extractor, images.size)
+        width = sums.moments["fid"].first.shape[1]
         print(f"{output}: {count} images of {images.size} px, {width} features")
         if few := few_for_covariance(count, width):
             print(f"warning: {few}")

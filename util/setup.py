@@ -254,7 +254,8 @@ def build_model(
     with as_user_error():
         model = TokenBridge(**config.to_dict(), **options)
     if levels is not None:
-        model.quantizer.set_levels(*levels)
+        with as_user_error(f"--quantizer {config.quantizer}: levels of other latents"):
+            model.quantizer.set_levels(*levels)
     if not checkpoint:
         return model
     with as_user_error(f"{checkpoint.named}: no levels of its quantizer", (ValueError, KeyError)):
@@ -381,8 +382,8 @@ def check_agreement(facts: dict) -> None:
     Nodes that see different folders would train different models together without a word.
     """
     for rank, other in enumerate(dist.gather_objects(facts)):
-        if differing := [name for name in facts if other[name] != facts[name]]:
+        if differing := [n for n in facts | other if facts.get(n) != other.get(n)]:
             raise UserError(
                 f"process {dist.rank()} and process {rank} have different values: {differing[0]}; "
-                "--data_path, --cached_path and --resume must be the same folders on all nodes"
+                "all paths, of data, --resume and --vae_path, must name the same on all nodes"
             )

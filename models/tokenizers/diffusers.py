@@ -31,18 +31,22 @@ class DiffusersVAE(VAE):
 
         if (found := config.get("_class_name", "no class of diffusers")) != CLASS:
             raise ValueError(f"config.json is of {found}; only {CLASS} is a tokenizer here")
-        # What it warns of is an error here.
-        logging.getLogger("diffusers").setLevel(logging.CRITICAL)
-        with torch.random.fork_rng(devices=[]):
-            network, loaded = diffusers.AutoencoderKL.from_pretrained(
-                folder,
-                variant=variant,
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                low_cpu_mem_usage=False,
-                output_loading_info=True,
-            )
+        log = logging.getLogger("diffusers")
+        level = log.level
+        log.setLevel(logging.CRITICAL)  # what it warns of is an error here
+        try:
+            with torch.random.fork_rng(devices=[]):
+                network, loaded = diffusers.AutoencoderKL.from_pretrained(
+                    folder,
+                    variant=variant,
+                    torch_dtype=torch.float32,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    low_cpu_mem_usage=False,
+                    output_loading_info=True,
+                )
+        finally:
+            log.setLevel(level)
         settings = {name: value for name, value in config.items() if not name.startswith("_")}
         known = signature(diffusers.AutoencoderKL).parameters
         loaded["unknown settings"] = sorted(set(settings) - set(known))

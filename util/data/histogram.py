@@ -69,7 +69,7 @@ class LatentHistogram:
 
     @classmethod
     def from_dict(cls, values: dict) -> "LatentHistogram":
-        """The inverse of `to_dict`. Values that are not of one fail in any way."""
+        """The inverse of `to_dict`. Raises any exception on values that are not of one."""
         packed = zlib.decompress(base64.b64decode(values["counts"]))
         counts = np.frombuffer(packed, "<i8").astype(np.int64).reshape(-1, BINS)
         return cls(torch.tensor(values["exponents"]), torch.from_numpy(counts))

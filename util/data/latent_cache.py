@@ -77,7 +77,7 @@ def read_sidecar(folder: Path, shard: int, cache_id: str) -> dict:
 
 def read_moments(path: str | Path, names: tuple[str, ...] = NPZ_NAMES) -> np.ndarray:
     """[len(names), 2C, h, w] float32, of an npz file. Raises UserError, naming the file."""
-    # numpy, which compares checksums, meets a damaged file with nearly any exception: all count.
+    # zipfile, which compares checksums, and numpy raise nearly anything at a damaged file.
     with as_user_error(unreadable(path), (Exception,)):
         with np.load(path, allow_pickle=False) as file:
             array = np.stack([file[name] for name in names])

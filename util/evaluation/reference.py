@@ -112,9 +112,8 @@ def load_fid_statistics(path: str | Path, features: int = 2048) -> Statistics:
         for name in stats.keys() & (MOMENTS | SPATIAL_MOMENTS):
             stats[name] = stats[name].astype(np.float64, casting="same_kind")
     if not stats.keys() >= MOMENTS:
-        remedy = "make them of images, or compare with those by --fid_reference"
-        how = f"python -m util.fid_stats --image_dir {path}"
-        raise UserError(f"--fid_stats {path}: no mu and sigma in it; {remedy}: {how}")
+        remedy = "of a file of images, util.fid_stats --image_dir makes them, or --fid_reference"
+        raise UserError(f"--fid_stats {path}: no mu and sigma in it; {remedy} compares with it")
     for mu, sigma, width in (("mu", "sigma", features), ("mu_s", "sigma_s", SPATIAL_WIDTH)):
         shapes = {name: stats[name].shape for name in (mu, sigma) if name in stats}
         if not shapes:

@@ -17,7 +17,6 @@ import torch
 from util.checkpoint import saved_in
 from util.errors import UserError
 from util.files import PLAIN_TYPES
-from util.stop import Stopped
 
 EVENTS = "events.out.tfevents.*"
 ABOUT = "run/about/text_summary"  # environment, flags and model at every start of a training
@@ -59,8 +58,6 @@ class Runs:
         """Notes why a file cannot be read; a damaged one makes libraries fail in nearly any way."""
         try:
             yield path
-        except Stopped:
-            raise
         except Exception as error:
             self.unreadable.append(f"{path} cannot be read: {type(error).__name__}")
 
