@@ -27,7 +27,7 @@ from util import args as flags
 from util import dist
 from util.args import Flag, Parser, positive_int, value
 from util.data.cache_writer import CacheWriter, list_digest
-from util.data.images import ImageDataset
+from util.data.images import ImageDataset, reading_flags
 from util.data.latent_cache import FORMAT_VERSION, verify
 from util.data.listing import ImageList, list_images
 from util.errors import UserError
@@ -90,8 +90,7 @@ def write_cache(args, device: torch.device) -> dict:
 
         step = partial(try_batch, writer, vae, args.batch_size, device)
         return doctor.dry_run(args, device, CHECKS, step)
-    on_bad, size = "drop" if args.skip_bad_images else "raise", writer.settings["image_size"]
-    dataset = ImageDataset(images.samples, size, on_bad, args.max_image_pixels)
+    dataset = ImageDataset(images.samples, writer.settings["image_size"], **reading_flags(args))
     with only_job_in(args.cached_path, "--cached_path") if dist.is_main() else nullcontext():
         # One process says what is to be done; each takes every W-th shard.
         pending = dist.gather_objects(writer.pending() if dist.is_main() else None)[0]

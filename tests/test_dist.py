@@ -19,7 +19,7 @@ from torch.distributed import HashStore
 from tests.conftest import complaint
 from tests.runs import fork_together, free_port, ranks
 from util import dist, stop
-from util.dist import FINISHED, Watchdog, run
+from util.dist import run
 from util.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from util.evaluation import extractor
 from util.setup import check_agreement
@@ -186,22 +186,22 @@ def now(monkeypatch):
     """A clock that the test moves."""
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(dist, "INTERVAL", 0)
+    monkeypatch.setattr(stop, "INTERVAL", 0)
     return clock
 
 
-def new_dogs(end=lambda rank, why: None) -> list[Watchdog]:
+def new_dogs(end=lambda rank, why: None) -> list[stop.Watchdog]:
     store = HashStore()  # what TCPStore does, in one process
     ends = [lambda why, rank=rank: end(rank, why) for rank in range(3)]
-    return [Watchdog(store, rank, NAMES, 80.0, ends[rank]) for rank in range(3)]
+    return [stop.Watchdog(store, rank, NAMES, 80.0, ends[rank]) for rank in range(3)]
 
 
-def exchange(dogs: list[Watchdog]) -> None:
+def exchange(dogs: list[stop.Watchdog]) -> None:
     for dog in (*dogs, *dogs):  # twice: the first has asked before the others wrote
         dog._exchange(dog.others)
 
 
-def beat(dogs: list[Watchdog], doing: str) -> None:
+def beat(dogs: list[stop.Watchdog], doing: str) -> None:
     for dog in dogs:
         dog.beat(doing)
 
@@ -229,7 +229,7 @@ def test_process_that_said_why_it_ends_is_quoted_and_one_that_finished_not_misse
     assert dogs[0].find_lost() == "process 1 (b) stopped with an error: no such file"
     dogs = new_dogs()
     for dog in dogs[1:]:
-        dog.announce_end(FINISHED)
+        dog.announce_end(stop.FINISHED)
     now[0] += 1000
     exchange(dogs[:1])
     assert dogs[0].find_lost() == ""
@@ -269,7 +269,7 @@ def test_slow_start_and_one_that_works_on_are_no_hang(now):
 def test_main_process_lets_the_others_read_who_is_lost_before_its_store_ends(monkeypatch):
     """Each thread ends its process with the reason."""
     ended = []
-    monkeypatch.setattr(dist, "INTERVAL", 0.1)
+    monkeypatch.setattr(stop, "INTERVAL", 0.1)
 
     def end(rank: int, why: str) -> None:
         ended.append((rank, why))
@@ -287,7 +287,7 @@ def test_main_process_lets_the_others_read_who_is_lost_before_its_store_ends(mon
 
 def test_a_process_ends_after_its_watchdog_has_left_the_store(monkeypatch):
     """Else Python may end while the thread is in the store's C++: "terminate called"."""
-    monkeypatch.setattr(dist, "INTERVAL", 0.01)
+    monkeypatch.setattr(stop, "INTERVAL", 0.01)
     dog, entered = new_dogs()[0], threading.Event()
 
     def multi_get(keys: list[str]) -> list[bytes]:
@@ -298,7 +298,7 @@ def test_a_process_ends_after_its_watchdog_has_left_the_store(monkeypatch):
     store, dog.store = dog.store, SimpleNamespace(set=dog.store.set, multi_get=multi_get)
     dog.start()
     assert entered.wait(10)
-    dog.announce_end(FINISHED)
+    dog.announce_end(stop.FINISHED)
     assert not dog.is_alive()
 
 

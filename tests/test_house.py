@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-PRODUCT_LINES, TEST_LINES = 15_193, 11_000
+PRODUCT_LINES, TEST_LINES = 15_192, 11_000
 CORE_LINES, CORE_FILES, UTIL_ENTRIES = 7_371, 38, 22
 WIDE_FUNCTIONS = 1  # sample_latents: the interface for researchers, who shall see each argument
 SCRIPTS = ("main_tokenbridge.py", "main_cache.py", "reconstruction.py", "engine_tokenbridge.py")

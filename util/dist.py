@@ -4,12 +4,10 @@ The only file that imports torch.distributed. Every helper works in a world of o
 else asks whether a run is distributed. Launchers: none, torchrun, Slurm, Open MPI (ITP).
 """
 
-import json
 import os
 import re
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -43,10 +41,6 @@ LAUNCHERS = {
     "torchrun": ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
     "Slurm": ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"],
 }
-INTERVAL = 1.0  # seconds between two signs of life
-SURELY_DEAD = 60.0  # seconds without one; long work that holds the interpreter's lock is shorter
-PROBABLY_DEAD = 4.0  # the same, where a connection has broken already
-FINISHED = "finished"
 
 
 @dataclass(frozen=True)
@@ -177,107 +171,7 @@ def is_restarted() -> bool:
     return os.environ.get(ATTEMPT, "0") != "0"
 
 
-@dataclass
-class Peer:
-    """What is known of one process; times in seconds of this one's clock."""
-
-    name: str
-    beat_at: float
-    progress_at: float
-    beats: int = 0
-    progress: int = 0
-    doing: str = "starting"
-    ending: str = ""
-
-    def update(self, beats: int, progress: int, doing: str, ending: str) -> None:
-        now = time.monotonic()
-        self.beat_at = now if beats != self.beats else self.beat_at
-        self.progress_at = now if progress != self.progress else self.progress_at
-        self.beats, self.progress, self.doing, self.ending = beats, progress, doing, ending
-
-
-class Watchdog(threading.Thread):
-    """Ends this process with a line that names who has died, or who holds everybody up.
-
-    Once a second it publishes two counters, one that it raises itself (the process lives) and one
-    that the main thread raises with every batch (it makes progress), and reads those of the others.
-    Collectives alone would wait, and then name nobody.
-
-    store: a TCPStore, served by process 0. names: of all processes by rank. timeout: seconds
-    without progress of any of them. end: called with the reason.
-    """
-
-    def __init__(
-        self, store, rank: int, names: list[str], timeout: float, end: Callable[[str], None]
-    ):
-        super().__init__(daemon=True, name="watchdog")
-        self.store, self.rank, self.timeout, self.end = store, rank, timeout, end
-        self.silence = min(SURELY_DEAD, timeout)  # seconds after which a process has died
-        self.peers = [Peer(name, time.monotonic(), time.monotonic()) for name in names]
-        self.own, self.store_lost = self.peers[rank], False
-        self.others = [other for other in range(len(names)) if other != rank]
-        self._stopping = threading.Event()
-        self._exchange([])
-
-    def beat(self, doing: str) -> None:
-        self.own.update(self.own.beats, self.own.progress + 1, doing, "")
-
-    def announce_end(self, why: str) -> None:
-        """Say to the others why this process ends, once; they need not look for a reason."""
-        if self._stopping.is_set():
-            return
-        self._stopping.set()
-        self.own.ending = why
-        self._exchange([])
-        if why != FINISHED and self.rank == 0:
-            time.sleep(2 * INTERVAL)  # the store ends with process 0: let the others read first
-        if self.is_alive():  # a thread that comes out of the store while Python ends aborts it
-            self.join(PROBABLY_DEAD)
-
-    def run(self) -> None:
-        while not self._stopping.wait(INTERVAL):
-            self._exchange(self.others)
-            if lost := self.find_lost():
-                time.sleep(0 if self.rank else 2 * INTERVAL)
-                if not self._stopping.is_set():  # else it was asked to stop, too
-                    # The main thread waits in a collective that nothing else interrupts.
-                    self.end(lost)
-                return
-
-    def _exchange(self, others: list[int]) -> None:
-        """Publish this process's state, and read that of others."""
-        self.own.beats += 1
-        state = [self.own.beats, self.own.progress, self.own.doing, self.own.ending]
-        try:
-            self.store.set(str(self.rank), json.dumps(state))
-            states = self.store.multi_get([str(rank) for rank in others]) if others else []
-        except Exception:  # whatever a store says whose process has gone
-            self.store_lost = True
-            return
-        for rank, state in zip(others, states, strict=True):
-            self.peers[rank].update(*json.loads(state))
-
-    def find_lost(self) -> str:
-        """Who has died, has said that it ends, or holds everybody up; or ''."""
-        if self.store_lost and self.rank != 0:
-            return f"{self.peers[0].name} has died: the connection to it is lost"
-        now, working = time.monotonic(), [peer for peer in self.peers if not peer.ending]
-        for peer in self.peers:
-            if peer.ending not in ("", FINISHED):
-                return f"{peer.name} {peer.ending}"
-            silent = now - peer.beat_at
-            if not peer.ending and peer is not self.own and silent > self.silence:
-                return f"{peer.name} has died: no sign of life for {silent:.0f} s ({peer.doing})"
-        still = now - max((peer.progress_at for peer in working), default=now)
-        behind = min((peer.progress for peer in working), default=0)
-        if still < self.timeout or behind == 0:  # 0: it has not come to its first batch
-            return ""
-        slowest = [f"{peer.name} ({peer.doing})" for peer in working if peer.progress == behind]
-        waiting = f"waiting for {' and '.join(slowest)}"
-        return f"no progress for {still:.0f} s (--dist_timeout): {waiting}"
-
-
-_watchdog: Watchdog | None = None  # of this process, if there are others
+_watchdog: stop.Watchdog | None = None  # of this process, if there are others
 _finishers: list[Callable[[], None]] = []
 
 
@@ -288,7 +182,7 @@ def _start_watchdog(host: str, timeout: float) -> None:
     name = f"process {rank()} (pid {os.getpid()} on {socket.gethostname()})"
     names, ports = zip(*gather_objects((name, served.port if served else None)), strict=True)
     store = served or dist.TCPStore(host, ports[0], is_master=False)
-    _watchdog = Watchdog(store, rank(), names, timeout, lambda lost: end(f"stopped: {lost}"))
+    _watchdog = stop.Watchdog(store, rank(), names, timeout, lambda lost: end(f"stopped: {lost}"))
     barrier()  # everybody is in the store
     _watchdog.start()
 
@@ -331,8 +225,8 @@ def run(main: Callable[[], None]) -> NoReturn:
             _announce_end(f"failed: {type(error).__name__}")
             raise
         with stop.deferred():  # torchrun asks the others to end before they have found out why
-            _watchdog.silence = PROBABLY_DEAD
-            _watchdog.join(3 * PROBABLY_DEAD)  # which ends this process once it knows who is lost
+            _watchdog.silence = stop.PROBABLY_DEAD
+            _watchdog.join(3 * stop.PROBABLY_DEAD)  # which ends this process once it knows why
             end("stopped: another process ended first")
 
 
@@ -360,7 +254,7 @@ def end(why: str) -> NoReturn:
 def cleanup() -> None:
     if dist.is_initialized():
         barrier()
-        _announce_end(FINISHED)
+        _announce_end(stop.FINISHED)
         dist.destroy_process_group()
 
 

@@ -39,7 +39,7 @@ def make_parser() -> Parser:
 
 def main() -> None:
     args = make_parser().parse()
-    device = dist.init(args.device, args.dist_url, args.dist_on_itp)
+    device = dist.init(args.device, args.dist_url, args.dist_on_itp, args.dist_timeout)
     output = Path(args.output)
     if output.suffix != ".npz":
         raise UserError(f"--output {output} does not end with .npz")

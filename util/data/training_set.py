@@ -9,7 +9,7 @@ from models.tokenizers.kl16 import VAE
 from util import dist
 from util.args import value
 from util.checkpoint import FINETUNE, Checkpoint
-from util.data.images import ImageDataset
+from util.data.images import ImageDataset, reading_flags
 from util.data.latent_cache import CachedLatents, open_cache
 from util.data.listing import find_split, list_images
 from util.errors import UserError, as_user_error
@@ -145,8 +145,7 @@ def _open_validation_data(
         raise UserError(f"{source} holds images, which need --vae_path, or --val_cached_path")
     else:
         found = list_images(path, split, "--val_path")
-        on_bad = "drop" if args.skip_bad_images else "raise"
-        dataset = ImageDataset(found.samples, config.img_size, on_bad, args.max_image_pixels)
+        dataset = ImageDataset(found.samples, config.img_size, **reading_flags(args))
     if unknown := [name for name in found.classes if name not in data.classes]:
         raise UserError(f"{source} has class {unknown[0]!r}, which {data.source} has not")
     return ValidationSet(dataset, [data.classes.index(name) for name in found.classes], source)
