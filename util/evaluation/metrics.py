@@ -152,7 +152,7 @@ class Accumulator:
         self.count += len(next(iter(features.values())))
 
     def add(self, files: FeatureFiles) -> "Accumulator":
-        with as_user_error(f"{files.folder} lacks a layer, remove it", (KeyError,)):
+        with as_user_error(f"the folder {files.folder} lacks a layer, remove it", (KeyError,)):
             for features in files.chunks():
                 self.update(features)
         return self
