@@ -122,7 +122,10 @@ class DenoisingMLP(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor, recompute: bool = False) -> Tensor:
         """x: [N, C], t: [N], z: [N, D] -> epsilon and v, [N, 2 C]."""
-        y = self.time_embed(t) + self.cond_embed(z)  # [N, W]
+        return self.denoise(x, self.time_embed(t) + self.cond_embed(z), recompute)
+
+    def denoise(self, x: Tensor, y: Tensor, recompute: bool = False) -> Tensor:
+        """As `forward`, with t and z embedded, y: [N, W]."""
         x = self.input_proj(x)
         for block in self.res_blocks:
             x = call(block, x, y, recompute=recompute)
@@ -142,13 +145,10 @@ class DiffusionHead(Head):
         super().__init__((self.steps + 1) * config.token_dim, self.repeats)
         self.channels = config.token_dim
         self.net = DenoisingMLP(config)
-        timesteps = respaced_timesteps(self.steps)
-        for name, table in (
-            ("coefficients", Step.table(respaced_betas(np.arange(TIMESTEPS)))),
-            ("respaced", Step.table(respaced_betas(timesteps))),
-            ("timesteps", torch.from_numpy(timesteps)),
-        ):
-            self.register_buffer(name, table, persistent=False)
+        every, timesteps = (respaced_timesteps(steps) for steps in (TIMESTEPS, self.steps))
+        self.register_buffer("coefficients", Step.table(respaced_betas(every)), persistent=False)
+        self.register_buffer("respaced", Step.table(respaced_betas(timesteps)), persistent=False)
+        self.register_buffer("timesteps", torch.from_numpy(timesteps), persistent=False)
 
     def noise(self, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps [M, r] and noise [M, r, C] of every repeat."""
@@ -182,12 +182,12 @@ class DiffusionHead(Head):
         """z: [M, D], or [M, 2, D] with guidance. uniforms: [M, (S + 1) C], x_T and of each step."""
         noise = normals(uniforms).float().unflatten(1, (self.steps + 1, self.channels))
         x, guided = noise[:, 0], z.dim() == 3
+        times = self.net.time_embed(self.timesteps)  # [S, W], once for all rows
+        conditions = self.net.cond_embed(z.transpose(0, 1).flatten(0, 1) if guided else z)
         for i, k in enumerate(reversed(range(self.steps))):
             step = Step(*self.respaced[k])
-            t = self.timesteps[k].expand(len(z) * (2 if guided else 1))
             rows = torch.cat([x, x]) if guided else x
-            conditions = z.transpose(0, 1).flatten(0, 1) if guided else z
-            epsilon, v = self.net(rows, t, conditions).float().chunk(2, dim=-1)
+            epsilon, v = self.net.denoise(rows, times[k] + conditions).float().chunk(2, dim=-1)
             if guided:
                 conditional, unconditional = epsilon.chunk(2)
                 epsilon = unconditional + guidance * (conditional - unconditional)
