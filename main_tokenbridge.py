@@ -86,7 +86,7 @@ def build_run(
         model=model,
         averages=build_averages(named, dict.fromkeys(args.ema_rate), bool(args.posthoc_ema)),
         optimizer=build_optimizer(named, rate.lr, args.weight_decay),
-        scaler=torch.amp.GradScaler(device.type, enabled=precision.needs_scaler),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision.name == "fp16"),
         tokenizer=Tokenizer(inputs.vae, *inputs.config.latent_norm).to(device),
         device=device,
         precision=precision,

@@ -151,11 +151,6 @@ def foreground(data_path: Path, size: int) -> Tensor:
     return torch.stack(alphas)[:, None]
 
 
-@torch.no_grad()
-def codes_used(vae: VQModel, images: Tensor) -> int:
-    return len(torch.cat([vae.indices(part).flatten() for part in images.split(64)]).unique())
-
-
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -197,7 +192,9 @@ def main() -> None:
     text = f"stride {vae.stride}, {psnr(vae, held_out, counted):.1f} dB on held-out images"
     text += "" if counted.all() else "' foreground"
     if args.vq:
-        text += f", {codes_used(vae, held_out)} of {CODES} codes used there"
+        with torch.no_grad():
+            used = torch.cat([vae.indices(part).flatten() for part in held_out.split(64)]).unique()
+        text += f", {len(used)} of {CODES} codes used there"
     print(f"{args.output}: {text}")
 
 

@@ -116,7 +116,7 @@ class TokenBridgeConfig:
             if value is None:
                 value = own.metadata["default"] if of_head else defaults.get(own.name)
             if isinstance(value, str):
-                value = int(value) if of_head else value  # "100" of MAR's flag
+                value = int(value) if of_head and value.isdecimal() else value  # MAR's "100"
             elif isinstance(value, Iterable):  # a list of a JSON file
                 value = tuple(map(float, value) if own.name.startswith("latent_") else value)
             object.__setattr__(self, own.name, value)
@@ -128,16 +128,18 @@ class TokenBridgeConfig:
         for own in fields(self):
             value, head = getattr(self, own.name), own.metadata.get("head")
             choices = own.metadata.get("choices")
+            numbers = value if isinstance(value, tuple) else (value,)
             if choices and own.name != "quantizer" and value not in choices:
                 yield f"{own.name} {value!r} is not one of {', '.join(choices)}"
-            if not head:
-                continue
-            if head != self.head and value is not None:
+            if (head or own.type is int) and not all(isinstance(n, int | None) for n in numbers):
+                yield f"{own.name} {value!r} is not a whole number"
+            if head and head != self.head and value is not None:
                 yield f"{own.name} {value} is of the {head} head, not of {self.head}"
-            if head == self.head and min(value if isinstance(value, tuple) else (value,)) < 1:
+            if head and head == self.head and min(numbers, default=0) < 1:
                 yield f"{own.name} {value} is not positive"
-        if (self.num_sampling_steps or 0) > 1000:
-            yield f"num_sampling_steps {self.num_sampling_steps} is more than 1000"
+        for name, most in {"num_sampling_steps": 1000, "head_steps": self.token_dim}.items():
+            if isinstance(value := getattr(self, name), int) and value > most:
+                yield f"{name} {value} is more than {most}"
         if isinstance(self.head_steps, tuple) and sum(self.head_steps) != self.token_dim:
             yield f"head_steps {self.head_steps} do not sum to {self.token_dim} channels"
         if self.head == "codebook" and self.patch_size != 1:
@@ -221,7 +223,7 @@ class TokenBridgeConfig:
 
 def unread_settings(head: str) -> tuple[str, ...]:
     """Settings that a model with that head does not read, whatever they are."""
-    unread = () if head == "channel" else ("head_input", "channel_depth")
+    unread = () if head == "channel" else ("head_input", "channel_depth", "channel_order")
     of_levels = "quant_bits", "quant_min", "quant_max", "channel_embed_dim"
     return unread + (of_levels if head in HEAD_QUANTIZERS else ())
 

@@ -27,10 +27,5 @@ class Precision:
             raise ValueError(f"precision {name!r} is not one of {', '.join(PRECISIONS)}")
         return cls(name, dtypes[name])
 
-    @property
-    def needs_scaler(self) -> bool:
-        """fp16 gradients underflow unless the loss is scaled."""
-        return self.dtype is torch.float16
-
     def autocast(self, device: torch.device):
         return torch.autocast(device.type, dtype=self.dtype) if self.dtype else nullcontext()

@@ -144,7 +144,7 @@ def new_run(model: TokenBridge, ema_rate: float, precision: str = "fp32") -> Run
     run.model, run.device, run.precision = model, device, chosen
     run.averages = {str(ema_rate): EMA(model.published_parameters(), ema_rate)}
     run.optimizer = build_optimizer(model.published_parameters(), 1e-2, 0.02)
-    run.scaler = torch.amp.GradScaler("cpu", enabled=chosen.needs_scaler)
+    run.scaler = torch.amp.GradScaler("cpu", enabled=chosen.name == "fp16")
     run.tokenizer, run.cached = Tokenizer(None, latent_scale=2.0), True
     run.skip_vote, run.facts, run.wrapped = SkipVote(device), {}, model
     run.batches = Batches(batch_size=2, micro_batches=1, images=100, seed=1)

@@ -88,6 +88,7 @@ def test_settings_and_quantizers_of_another_head_are_refused():
         (dict(head="codebook", quantizer="calibrated"), "codebook head's, which takes codebook"),
         (dict(head="masked", head_steps=[2, 3]), "do not sum to 16"),
         (dict(head="diffusion", num_sampling_steps="0"), "num_sampling_steps 0 is not positive"),
+        (dict(head="mixture", mixture_components=2.5), "mixture_components 2.5 is not a whole"),
         (dict(head="givt"), "head 'givt' is not one of channel, parallel"),
         (dict(head=None), "head None is not one of"),
         (dict(head_share=0.0), "head_share 0.0"),

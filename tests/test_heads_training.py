@@ -57,9 +57,10 @@ def test_a_vq_tokenizer_is_cached_trained_on_and_drawn_with(inputs, tmp_path, re
     assert drawn != evaluate(inputs, tmp_path / "c", **how, order="confidence")
     train(inputs, tmp_path / "images", **asked | dict(use_cached=False, data_path="data", epochs=1))
     for wrong in (dict(head="channel"), dict(vae_path="vae.ckpt", cached_path="cache")):
-        line = refusal("train", inputs, **asked | wrong)
-        assert "--head codebook and a VQ tokenizer belong together" in line
+        assert "a VQ tokenizer belong together" in refusal("train", inputs, **asked | wrong)
     assert "entries of a codebook" in refusal("train", inputs, **asked, latent_norm="channel")
+    save_vae(path, VQModel(num_res_blocks=1, **sizes | dict(codebook_size=9)))
+    assert "VAE: (4, 4, 9), of the model: (4, 4, 16)" in refusal("evaluate", inputs, **how)
 
 
 # --- MAR's commands
@@ -75,7 +76,7 @@ def test_a_folder_of_mar_draws_and_trains_on_without_decay_of_its_net(inputs, tm
     mar_folder.mkdir()
     torch.save(before, mar_folder / "checkpoint-last.pth")
     asked |= dict(model="tokenbridge_tiny", buffer_size=4, img_size=16, no_metrics=True)
-    scale = dict(latent_scale=1.0, channel_order="0,1,2,3", vae_embed_dim=4, vae_stride=4)
+    scale = dict(latent_scale=1.0, vae_embed_dim=4, vae_stride=4)
     assert len(evaluate(inputs, tmp_path / "a", mar_folder, **asked, **scale)) == 12
     shutil.copytree(mar_folder, tmp_path / "run")
     after = train(inputs, tmp_path / "run", **small | {"epochs": 3}, resume=tmp_path / "run")
@@ -99,7 +100,8 @@ def test_flags_that_a_head_does_not_have_are_refused_in_one_line(inputs, trained
     for head, wrong, said in (
         ("diffusion", dict(quant_bits=4), "--quant_bits"),
         ("mixture", dict(head_input="published"), "--head_input"),
-        ("mixture", dict(channel_depth=3), "--channel_depth"),
+        ("mixture", dict(channel_order="0,1,2,3"), "--channel_order"),
+        ("masked", dict(head_steps=5), "head_steps 5 is more than 4"),
         ("mixture", dict(order="confidence"), "--order confidence needs probabilities"),
         ("codebook", dict(dry_run=True, use_cached=False, cached_path=None), "needs --vae_path"),
     ):

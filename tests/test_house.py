@@ -82,9 +82,6 @@ def test_a_training_is_read_in_an_evening():
     core = [name for name in closure(*ROOTS) if is_core(name)]
     assert sum(map(lines, core)) <= CORE_LINES
     assert len(core) <= CORE_FILES
-
-
-def test_util_has_few_doors():
     doors = {name.split("/")[1] for name in FILES if name.startswith("util/")}
     assert len(doors) <= UTIL_ENTRIES, sorted(doors)
 

@@ -182,6 +182,8 @@ def latents(opened: Opened) -> Finding:
     """Mean and std of each channel after scaling: about 0 and 1; and use of the levels by them."""
     if opened.args.evaluate:
         return Finding(OK, "not read: --evaluate draws them")
+    if opened.inputs.config.head == "codebook":
+        return Finding(OK, "entries of the codebook, scaled to a mean square of 1")
     inputs, config = opened.inputs, opened.inputs.config
     numbers = evenly_spread(len(inputs.data.dataset), MEASURED)
     tokenizer = Tokenizer(inputs.vae, *config.latent_norm).to(opened.device)

@@ -135,7 +135,8 @@ def build_config(
         known = {name: manifest[name] for name in LATENT} | known
     elif vae is not None:
         known |= {"vae_embed_dim": vae.channels, "vae_stride": vae.stride}
-        missing = [f"--{name}" for name in LATENT if name not in known | given]
+        unasked = {*known, *given, *unread_settings(head)}
+        missing = [f"--{name}" for name in LATENT if name not in unasked]
         if missing and not vae.is_kl16 and not checkpoint:
             asked = f"give {' and '.join(missing)}, or a --cached_path of main_cache.py"
             raise UserError(f"--vae_path is not KL-16: {asked}")
@@ -197,11 +198,11 @@ def _agreed_config(given: dict, checkpoint: Checkpoint) -> TokenBridgeConfig:
     saved = checkpoint.config
     free = [own.name for own in fields(saved) if own.metadata.get("free")]
     free += ["class_num", "img_size"] if checkpoint.begins else []
+    remedy = "leave the flag out" + ("" if checkpoint.begins else f", or see {FINETUNE}")
     for name, now in given.items():
-        before = getattr(saved, name)
-        if name not in free and before != now:
+        if name not in free and (before := getattr(saved, name)) != now:
             differ = f"has {name} {before}, but the flags say {now}"
-            raise UserError(f"{checkpoint.named} {differ}; leave the flag out, or see {FINETUNE}")
+            raise UserError(f"{checkpoint.named} {differ}; {remedy}")
     if given.get("mask_distribution", saved.mask_distribution) != saved.mask_distribution:
         given = {"mask_ratio_min": None} | given  # that of the distribution
     with as_user_error():

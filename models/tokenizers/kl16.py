@@ -86,11 +86,12 @@ class VAE(nn.Module):
         raise NotImplementedError
 
     def check_fits(self, config: TokenBridgeConfig) -> None:
-        """Raise ValueError unless its latents are of the model's shape."""
-        own = f"{self.channels} channels and stride {self.stride}"
-        models = f"{config.vae_embed_dim} channels and stride {config.vae_stride}"
+        """Raise ValueError unless its latents are of the model's kind and shape."""
+        codes = None if self.codebook is None else len(self.codebook)
+        own = self.channels, self.stride, codes
+        models = config.vae_embed_dim, config.vae_stride, config.codebook_size
         if own != models:
-            raise ValueError(f"the VAE has {own}, the model was trained on {models}")
+            raise ValueError(f"channels, stride, codes of the VAE: {own}, of the model: {models}")
         if self.img_size not in (None, config.img_size):
             raise ValueError(f"the VAE takes images of {self.img_size} px alone")
 
