@@ -93,7 +93,7 @@ def test_a_vae_that_is_named_is_compared_and_noted(inputs, trained, tmp_path, ca
     assert capsys.readouterr().err.count("trained with another VAE") == 1
     save_vae(tmp_path / "small.ckpt", AutoencoderKL(4, (1, 1), ch=32, num_res_blocks=1))
     small = ("--vae_path", str(tmp_path / "small.ckpt"))
-    assert "stride 2" in complaint(run, trained, tmp_path / "no", *small)
+    assert "VAE: (4, 2, None)" in complaint(run, trained, tmp_path / "no", *small)
 
 
 def test_wrong_calls_and_folders_are_refused(inputs, trained, tmp_path, refusal):
